@@ -1,0 +1,51 @@
+"""sborax: parameter-efficient fine-tuning in JAX. Adapters are pure transforms over Flax parameter trees."""
+
+from sborax.compose import chain
+from sborax.core import Adapter, Context, Hint, SboraxError, linear
+from sborax.methods import Bat, Bone, DoRA, LoRA, OLoRA, PiSSA, SBoRA
+from sborax.paths import Plan, Rule, plan
+from sborax.tree import (
+    add,
+    attach,
+    combine,
+    count,
+    labels,
+    merge,
+    scale,
+    specs,
+    split,
+    trainable,
+    value_and_grad,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Bat",
+    "Bone",
+    "Context",
+    "DoRA",
+    "Hint",
+    "LoRA",
+    "OLoRA",
+    "PiSSA",
+    "Plan",
+    "Rule",
+    "SBoRA",
+    "SboraxError",
+    "add",
+    "attach",
+    "chain",
+    "combine",
+    "count",
+    "labels",
+    "linear",
+    "merge",
+    "plan",
+    "scale",
+    "specs",
+    "split",
+    "trainable",
+    "value_and_grad",
+]

@@ -1,0 +1,336 @@
+"""Methods made of methods: sums, multiples, chains, and different methods on different layers of one stack."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractAdditive,
+    AbstractComposite,
+    AbstractMethod,
+    AbstractReparametrisation,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Rank,
+    SboraxError,
+    Weight,
+    cast,
+    dense,
+    hyper,
+    matmul,
+    structure,
+)
+
+
+def _additive(method: AbstractMethod, verb: str) -> AbstractAdditive:
+    if not isinstance(method, AbstractAdditive):
+        raise SboraxError(f"{verb} needs additive methods; {type(method).__name__} rewrites the weight as a whole")
+    return method
+
+
+def _first(reasons: list[str]) -> str:
+    return next((reason for reason in reasons if reason), "")
+
+
+def _key(key: Key[Array, ""] | None, part: int) -> Key[Array, ""] | None:
+    return None if key is None else jax.random.fold_in(key, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(AbstractAdditive, AbstractComposite):
+    """Several adapters on one kernel: y = x W + sum_i delta_i(x). Leaves nest under "0", "1", ..."""
+
+    paper = "composition"
+    rank = 1
+    parts: tuple[AbstractAdditive, ...]
+
+    @property
+    def axes(self) -> Axes:
+        return {str(i): part.axes for i, part in enumerate(self.parts)}
+
+    @property
+    def rewrites_base(self) -> bool:
+        return any(part.rewrites_base for part in self.parts)
+
+    @property
+    def identity_at_init(self) -> bool:
+        return all(part.identity_at_init for part in self.parts)
+
+    @property
+    def mergeable(self) -> str:
+        return _first([part.mergeable for part in self.parts])
+
+    @property
+    def ragged(self) -> bool:
+        return all(part.ragged for part in self.parts)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    def check(self, shape: tuple[int, int]) -> None:
+        for part in self.parts:
+            part.check(shape)
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        train, frozen, base = {}, {}, None
+        for i, part in enumerate(self.parts):
+            fitted = part.init(jax.random.fold_in(key, i), weight if base is None else base, hint)
+            train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
+            base = base if fitted.weight is None else fitted.weight
+        return Fitted(train, frozen, base)
+
+    def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        return [
+            (Adapter(adapter.train.get(str(i), {}), adapter.frozen.get(str(i), {}), part, adapter.in_axes), None)
+            for i, part in enumerate(self.parts)
+        ]
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        for i, (part, (child, _)) in enumerate(zip(self.parts, self.children(adapter), strict=True)):
+            y = part.add_to(y, x, child, dataclasses.replace(ctx, key=_key(ctx.key, i)))
+        return y
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        for part, (child, _) in zip(self.parts, self.children(adapter), strict=True):
+            weight = part.add_to_weight(weight, child)
+        return weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(AbstractAdditive, AbstractComposite):
+    """y = x W + factor * delta(x): factor 1 is the part itself, factor 0 the base."""
+
+    paper = "composition"
+    rank = 1
+    part: AbstractAdditive
+    factor: float = hyper()
+
+    @property
+    def axes(self) -> Axes:
+        return {"part": self.part.axes, "factor": ()}
+
+    @property
+    def rewrites_base(self) -> bool:
+        return self.part.rewrites_base
+
+    @property
+    def identity_at_init(self) -> bool:
+        return self.part.identity_at_init and not self.part.rewrites_base
+
+    @property
+    def mergeable(self) -> str:
+        return self.part.mergeable
+
+    @property
+    def ragged(self) -> bool:
+        return self.part.ragged
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.part.needs
+
+    def check(self, shape: tuple[int, int]) -> None:
+        self.part.check(shape)
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fitted = self.part.init(key, weight, hint)
+        return Fitted(
+            {"part": fitted.train}, {"part": fitted.frozen, "factor": jnp.float32(self.factor)}, fitted.weight
+        )
+
+    def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        return [
+            (Adapter(adapter.train.get("part", {}), adapter.frozen.get("part", {}), self.part, adapter.in_axes), None)
+        ]
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        ((child, _),) = self.children(adapter)
+        return y + cast(adapter.frozen["factor"], y) * self.part.add_to(jnp.zeros_like(y), x, child, ctx)
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        ((child, _),) = self.children(adapter)
+        return weight + adapter.frozen["factor"] * self.part.add_to_weight(jnp.zeros_like(weight), child)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(AbstractMethod):
+    """An initialiser, then a reparametrisation that stands on its factors. Leaves of both share one node."""
+
+    paper = "composition"
+    first: AbstractMethod
+    second: AbstractReparametrisation
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.second, AbstractReparametrisation):
+            raise SboraxError(f"chain: {type(self.second).__name__} cannot stand on another method's factors")
+        missing = sorted(self.second.factors_needed - set(self.first.axes))
+        if missing:
+            raise SboraxError(f"chain: {type(self.first).__name__} has no leaf {missing[0]!r} to stand on")
+
+    @property
+    def axes(self) -> Axes:
+        return {**self.second.axes, **self.first.axes}
+
+    @property
+    def rank(self) -> Rank:
+        return self.first.rank
+
+    @property
+    def rewrites_base(self) -> bool:
+        return self.first.rewrites_base
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.first.needs
+
+    @property
+    def ragged(self) -> bool:
+        return self.first.ragged and self.second.ragged
+
+    def check(self, shape: tuple[int, int]) -> None:
+        self.first.check(shape)
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fitted = self.first.init(key, weight, hint)
+        return self.second.refit(weight if fitted.weight is None else fitted.weight, fitted)
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return self.second.apply(x, weight, adapter, ctx)
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        return self.second.merge(weight, adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLayer(AbstractComposite):
+    """Different methods, or none, on different layers of one stack.
+
+    `frozen["branch"]` chooses at run time, so a layer that no part covers computes the base projection, bit for bit.
+    """
+
+    paper = "composition"
+    rank = 1
+    parts: tuple[AbstractMethod, ...]
+    layers: tuple[tuple[int, ...], ...]
+
+    @property
+    def axes(self) -> Axes:
+        return {"branch": (), **{str(i): part.axes for i, part in enumerate(self.parts)}}
+
+    @property
+    def rewrites_base(self) -> bool:
+        return any(part.rewrites_base for part in self.parts)
+
+    @property
+    def identity_at_init(self) -> bool:
+        return all(part.identity_at_init for part in self.parts)
+
+    @property
+    def mergeable(self) -> str:
+        return _first([part.mergeable for part in self.parts])
+
+    @property
+    def materialises(self) -> str:
+        return _first([part.materialises for part in self.parts])
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    @property
+    def ragged(self) -> bool:
+        return all(part.ragged for part in self.parts)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        for part in self.parts:
+            part.check(shape)
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        branches = np.zeros(1 + max(max(own) for own in self.layers), np.int32)
+        for i, own in enumerate(self.layers):
+            branches[list(own)] = i + 1
+        # Layers beyond the last covered one read branch 0 as well.
+        branch = jnp.asarray(branches).at[hint.layer].get(mode="fill", fill_value=0)
+        train, frozen, base = {}, {"branch": branch}, None
+        for i, part in enumerate(self.parts):
+            fitted = part.init(key, weight, hint)
+            train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
+            if fitted.weight is not None:
+                base = jnp.where(branch == i + 1, fitted.weight, dense(weight) if base is None else base)
+        return Fitted(train, frozen, base)
+
+    def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        return [
+            (Adapter(adapter.train.get(str(i), {}), adapter.frozen.get(str(i), {}), part, adapter.in_axes), own)
+            for i, (part, own) in enumerate(zip(self.parts, self.layers, strict=True))
+        ]
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        def adapted(child: Adapter):
+            return lambda: child.method.apply(x, weight, child, ctx)
+
+        branches = [lambda: matmul(x, weight), *(adapted(child) for child, _ in self.children(adapter))]
+        return jax.lax.switch(adapter.frozen["branch"], branches)
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        def merged(child: Adapter):
+            return lambda: child.method.merge(weight, child)
+
+        branches = [
+            lambda: dense(weight).astype(jnp.float32),
+            *(merged(child) for child, _ in self.children(adapter)),
+        ]
+        return jax.lax.switch(adapter.frozen["branch"], branches)
+
+
+def chain(first: AbstractMethod, second: AbstractReparametrisation) -> Chain:
+    """`chain(PiSSA(...), DoRA(...))`: the factors that `first` starts from, trained the way `second` does.
+
+    Raises SboraxError if `second` cannot stand on the leaves of `first`.
+    """
+    return Chain(first, second)
+
+
+def add_methods(*methods: AbstractMethod) -> Sum:
+    """One method that keeps every given one on the same kernel. Raises SboraxError unless all are additive."""
+    return Sum(tuple(_additive(method, "add") for method in methods))
+
+
+def scale_method(method: AbstractMethod, factor: float) -> Scaled:
+    """One method whose delta is `factor` times that of `method`. Raises SboraxError unless it is additive."""
+    return Scaled(_additive(method, "scale"), factor)
+
+
+def add_adapters(*nodes: Adapter) -> Adapter:
+    """One adapter whose delta is the sum of those of `nodes`."""
+    return Adapter(
+        train={str(i): node.train for i, node in enumerate(nodes)},
+        frozen={str(i): node.frozen for i, node in enumerate(nodes)},
+        method=Sum(tuple(_additive(node.method, "add") for node in nodes)),
+        in_axes=nodes[0].in_axes,
+    )
+
+
+def scale_adapter(node: Adapter, factor: float, stack: tuple[int, ...]) -> Adapter:
+    """One adapter whose delta is `factor` times that of `node`."""
+    return Adapter(
+        train={"part": node.train},
+        frozen={"part": node.frozen, "factor": jnp.full(stack, factor, jnp.float32)},
+        method=structure(Scaled(_additive(node.method, "scale"), factor)),
+        in_axes=node.in_axes,
+    )

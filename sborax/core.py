@@ -1,0 +1,345 @@
+"""The contract between a method and a model: what it means to adapt one (in, out) weight.
+
+A method is a frozen dataclass of hyper-parameters with a few pure functions. An `Adapter` is a pytree node
+that holds what a method made of one weight: `train` leaves are differentiated, `frozen` leaves never are.
+`linear` is the only place where an adapter meets a model. This module depends on JAX alone.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+Leaves = dict[str, Any]
+"""Arrays by name; composed methods nest one level per part."""
+Axes = Mapping[str, Any]
+"""The logical axes of every leaf, without the stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
+
+
+class SboraxError(ValueError):
+    """A mistake the user can mend; its message is one line that says what, where and how."""
+
+
+class AbstractWeight(abc.ABC):
+    """A base weight that is not a plain array, such as a quantised one. Every method sees it through this."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @abc.abstractmethod
+    def dense(self) -> Float[Array, "*stack in out"]:
+        """The weight as a plain array of its logical dtype."""
+
+    @abc.abstractmethod
+    def rmatmul(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens out"]:
+        """`x @ self` without keeping the dense weight for the backward pass."""
+
+    @abc.abstractmethod
+    def encode(self, dense: Float[Array, "*stack in out"]) -> Self:
+        """A weight of this kind that holds `dense`, for methods that rewrite the base."""
+
+
+Weight = Array | AbstractWeight
+
+
+def is_weight(node: Any) -> bool:
+    """Whether `node` is one base weight (for `is_leaf`)."""
+    return isinstance(node, AbstractWeight)
+
+
+def dense(weight: Weight) -> Float[Array, "*stack in out"]:
+    """The weight as a plain array."""
+    return weight.dense() if isinstance(weight, AbstractWeight) else weight
+
+
+def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
+    """`x @ weight` in the dtype of `x`."""
+    return weight.rmatmul(x) if isinstance(weight, AbstractWeight) else x @ weight.astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a forward pass may hand to an adapter beside `x`. Every field may be absent; absent means deterministic.
+
+    key: dropout key of this projection, or None.
+    rows: one entry a sequence, `(batch, ...)`: routing weights.
+    tokens: one entry a token, `(batch, seq, ...)`: padding mask, a neighbour's activations.
+    """
+
+    key: Key[Array, ""] | None = None
+    rows: dict[str, Array] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def flatten(self, batch: tuple[int, ...]) -> "Context":
+        """The same context for `x` flattened from `(*batch, in)` to `(tokens, in)`."""
+        if not self.rows and not self.tokens:
+            return self
+        count = int(np.prod(batch))
+
+        def per_row(leaf: Array) -> Array:
+            own = leaf.shape[1:]
+            spread = leaf.reshape(batch[0], *(1,) * (len(batch) - 1), *own)
+            return jnp.broadcast_to(spread, (*batch, *own)).reshape(count, *own)
+
+        def per_token(leaf: Array) -> Array:
+            return leaf.reshape(count, *leaf.shape[len(batch) :])
+
+        return Context(self.key, jax.tree.map(per_row, self.rows), jax.tree.map(per_token, self.tokens))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hint:
+    """What `init` may know beyond the weight. `method.needs` names the fields that must be given.
+
+    layer: number of this layer in its stack.
+    grad: gradient of the loss in the un-adapted weight, `(in, out)`.
+    """
+
+    layer: Int[Array, "*stack"] | int = 0
+    grad: Float[Array, "*stack in out"] | None = None
+
+
+class Fitted(NamedTuple):
+    """What `init` made of one weight. `weight` is a new base weight, or None where the base is untouched."""
+
+    train: Leaves
+    frozen: Leaves
+    weight: Array | None = None
+
+
+class RankPolicy(abc.ABC):
+    """Chooses ranks on the host, at planning, for all layers of one kernel. Subclasses are frozen dataclasses."""
+
+    @abc.abstractmethod
+    def ranks(self, weights: Sequence[Callable[[], np.ndarray]], layers: Sequence[int], depth: int) -> tuple[int, ...]:
+        """One rank per layer. `weights` are read only when called; `layers` number them among `depth`."""
+
+
+Rank = int | RankPolicy | tuple[int, ...]
+
+
+def hyper(default: Any = dataclasses.MISSING) -> Any:
+    """A field that `init` turns into an array leaf, so that it may differ inside one compiled program.
+
+    It is left out of a node's static structure: two values of it share a treedef, a compilation and a sweep.
+    """
+    return dataclasses.field(default=default, metadata={"hyper": True})
+
+
+class AbstractMethod(abc.ABC):
+    """Hyper-parameters plus pure functions over one (in, out) weight.
+
+    Concrete methods are final: frozen dataclasses that override nothing concrete but the declarations below.
+    """
+
+    paper: str
+    """Title and arXiv id."""
+    rank: Rank
+    """An int or a policy; one int a layer once planned. Methods without a rank say 1."""
+    rewrites_base: bool = False
+    """`init` returns a new base weight."""
+    identity_at_init: bool = True
+    """The adapted function equals the base function before training."""
+    mergeable: str = ""
+    """Empty, or the reason why there is no weight equal to the adapted function."""
+    materialises: str = ""
+    """Empty, or the reason why `apply` must form an (in, out) value that depends on a trained leaf."""
+    ragged: bool = False
+    """Leaves may be padded to the largest rank of a stack: zero padding trains to zero."""
+    needs: frozenset[str] = frozenset()
+    """Fields of `Hint` without which `init` cannot run."""
+
+    @property
+    @abc.abstractmethod
+    def axes(self) -> Axes:
+        """Logical axes of every leaf that a node of this method may have: "in", "out", "rank" or None."""
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise `SboraxError` if a weight of this shape cannot be adapted."""
+
+    @abc.abstractmethod
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        """Leaves for one weight (float32; indices int32)."""
+
+    @abc.abstractmethod
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: "Adapter", ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        """The adapted projection of `x`."""
+
+    @abc.abstractmethod
+    def merge(self, weight: Weight, adapter: "Adapter") -> Float[Array, "in out"]:
+        """The float32 weight whose plain projection is the adapted one."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapted weight. Leaves may carry leading stack axes; `method` holds structure only (see `hyper`)."""
+
+    train: Leaves
+    frozen: Leaves
+    method: AbstractMethod = dataclasses.field(metadata={"static": True})
+    in_axes: int = dataclasses.field(default=1, metadata={"static": True})
+    """How many kernel axes, after the stack axes, belong to the input."""
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether `node` is one adapter (for `is_leaf`)."""
+    return isinstance(node, Adapter)
+
+
+class AbstractAdditive(AbstractMethod):
+    """y = x W + delta(x), with a delta that never looks at W: the methods that can be added and scaled."""
+
+    @abc.abstractmethod
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        """`y + delta(x)`. The sum is the method's, since some deltas touch few columns of `y`."""
+
+    @abc.abstractmethod
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        """`weight` (float32) plus the delta, with the bits of untouched entries left alone."""
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return self.add_to(matmul(x, weight), x, adapter, ctx)
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        return self.add_to_weight(dense(weight).astype(jnp.float32), adapter)
+
+
+class AbstractFactored(AbstractAdditive):
+    """An additive method whose change of the *original* base weight is a product of thin factors."""
+
+    @abc.abstractmethod
+    def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+        """`(a, b)` with `a @ b` the change since before `init`, scale included: a plain LoRA of scale 1."""
+
+
+class AbstractReparametrisation(AbstractMethod):
+    """A method that can stand on the factors of another one: the second link of `chain`."""
+
+    factors_needed: frozenset[str]
+
+    @abc.abstractmethod
+    def refit(self, weight: Weight, fitted: Fitted) -> Fitted:
+        """`fitted` completed by this method's own leaves; `weight` is the base that `fitted` stands on."""
+
+
+class AbstractComposite(AbstractMethod):
+    """A method made of methods."""
+
+    @abc.abstractmethod
+    def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        """The parts as adapters, each with the layers of the stack it acts on (None: all)."""
+
+
+def linear(
+    x: Float[Array, "*batch in"], weight: Weight, adapter: Adapter | None = None, ctx: Context = Context()
+) -> Float[Array, "*batch out"]:
+    """Project `x`, adapted or not. The only place where an adapter meets a model.
+
+    Tokens are flattened first: with more than two axes XLA:CPU copies transposed operands for thin gradients.
+    """
+    batch = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1])
+    if adapter is None:
+        y = matmul(flat, weight)
+    else:
+        y = adapter.method.apply(flat, weight, adapter, ctx.flatten(batch))
+    return y.reshape(*batch, y.shape[-1])
+
+
+def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens in"]:
+    """`x` with entries dropped at the adapter's rate: only if it has one and the context carries a key."""
+    if ctx.key is None or "dropout" not in adapter.frozen:
+        return x
+    rate = adapter.frozen["dropout"]
+    keep = jax.random.bernoulli(ctx.key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def dropout_leaf(rate: float) -> Leaves:
+    """The frozen leaf read by `dropout`; a rate of 0 has no leaf and costs nothing.
+
+    Raises SboraxError for a rate outside [0, 1).
+    """
+    if not 0.0 <= rate < 1.0:
+        raise SboraxError(f"dropout must lie in [0, 1), got {rate}")
+    return {"dropout": jnp.float32(rate)} if rate > 0.0 else {}
+
+
+def width(rank: Rank) -> int:
+    """The padded rank: the largest of a stack."""
+    if isinstance(rank, RankPolicy):
+        raise SboraxError("the rank policy is resolved by `plan`; attach through it")
+    return max(rank) if isinstance(rank, tuple) else rank
+
+
+def live(rank: Rank, hint: Hint) -> tuple[Float[Array, ""], Float[Array, " r"]]:
+    """The rank of this layer, and a 0/1 mask of its columns among the padded ones."""
+    columns = jnp.arange(width(rank))
+    own = jnp.asarray(rank)[hint.layer] if isinstance(rank, tuple) else jnp.asarray(rank)
+    return own.astype(jnp.float32), (columns < own).astype(jnp.float32)
+
+
+def check_rank(rank: Rank, limit: int, of: str) -> None:
+    """Raise SboraxError unless 1 <= rank <= limit, the size of what `of` names."""
+    least = min(rank) if isinstance(rank, tuple) else width(rank)
+    if least < 1 or width(rank) > limit:
+        raise SboraxError(f"rank must lie in 1..{limit} ({of}), got {rank}")
+
+
+def _map_fields(method: AbstractMethod, change: Callable[[dataclasses.Field, Any], Any]) -> AbstractMethod:
+    fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method)  # type: ignore[arg-type]
+    return type(method)(**{field.name: change(field, getattr(method, field.name)) for field in fields})
+
+
+def structure(method: AbstractMethod) -> AbstractMethod:
+    """The static part of a method: every `hyper` field is None, parts included."""
+
+    def strip(field: dataclasses.Field | None, value: Any) -> Any:
+        if field is not None and field.metadata.get("hyper"):
+            return None
+        if isinstance(value, AbstractMethod):
+            return structure(value)
+        return tuple(strip(None, part) for part in value) if isinstance(value, tuple) else value
+
+    return _map_fields(method, strip)
+
+
+def resolve(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:
+    """The method with every rank policy, parts included, replaced by what `choose` returns."""
+
+    def settle(value: Any) -> Any:
+        if isinstance(value, RankPolicy):
+            return choose(value)
+        if isinstance(value, AbstractMethod):
+            return resolve(value, choose)
+        return tuple(settle(part) for part in value) if isinstance(value, tuple) else value
+
+    return _map_fields(method, lambda _, value: settle(value))
+
+
+def leaf_axes(axes: Axes, leaves: Leaves) -> Any:
+    """`axes` restricted to `leaves`: the same nesting, a tuple of axis names for every leaf."""
+    return {
+        name: leaf_axes(axes[name], leaf) if isinstance(leaf, dict) else tuple(axes[name])
+        for name, leaf in leaves.items()
+    }
+
+
+def cast(leaf: Shaped[Array, "..."], like: Array) -> Array:
+    """A float leaf in the compute dtype of `like`."""
+    return leaf.astype(like.dtype)

@@ -1,0 +1,93 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractReparametrisation,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Leaves,
+    Weight,
+    cast,
+    check_rank,
+    dense,
+    dropout,
+    dropout_leaf,
+    hyper,
+    matmul,
+)
+from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_weight, scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class DoRA(AbstractReparametrisation):
+    """W' = m * (W + s a b) / ||W + s a b||, the norm of each output column taken over the input axis.
+
+    y = (m / n) * (x W + s (x a) b), n = ||W + s a b|| held constant in the backward pass (paper, section 4.3).
+    n^2 = |w_j|^2 + 2 s w_j . (a b_j) + s^2 b_j^T (a^T a) b_j, so the weight is never formed in a step.
+
+    rank: width of the factors.
+    alpha: s = alpha / rank; None (default) is s = 1.
+    dropout: rate on x in the low-rank branch and in the rescaling of the base, not in the base term itself, as PEFT.
+
+    a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0, m = ||W||. Identity at init. Exact merge. Bias is not rescaled.
+    Trained parameters: rank (in + out) + out.
+    """
+
+    paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353"
+    factors_needed = frozenset({"a", "b", "scale"})
+
+    rank: int = 16
+    alpha: float | None = hyper(None)
+    dropout: float = hyper(0.0)
+
+    @property
+    def axes(self) -> Axes:
+        return {**PAIR_AXES, "m": ("out",), "w2": ("out",)}
+
+    def check(self, shape: tuple[int, int]) -> None:
+        check_rank(self.rank, min(shape), "the smaller side")
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fan_in, fan_out = weight.shape
+        train = {"a": kaiming_uniform(key, fan_in, self.rank, hint), "b": jnp.zeros((self.rank, fan_out))}
+        frozen = {"scale": scaling(self.alpha, self.rank, hint), **dropout_leaf(self.dropout)}
+        return self.refit(weight, Fitted(train, frozen))
+
+    def refit(self, weight: Weight, fitted: Fitted) -> Fitted:
+        w2 = jnp.sum(jnp.square(dense(weight).astype(jnp.float32)), axis=0)
+        frozen = {**fitted.frozen, "w2": w2}
+        return fitted._replace(train={**fitted.train, "m": _norm(weight, fitted.train, frozen)}, frozen=frozen)
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        train = adapter.train
+        ratio = cast(train["m"] / jax.lax.stop_gradient(_norm(weight, train, adapter.frozen)), x)[None, :]
+        base, dropped = matmul(x, weight), dropout(x, adapter, ctx)
+        low = (cast(adapter.frozen["scale"], x) * (dropped @ cast(train["a"], x))) @ cast(train["b"], x)
+        if dropped is x:
+            return ratio * (base + low)
+        return base + (ratio - 1) * matmul(dropped, weight) + ratio * low
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        train = adapter.train
+        moved = dense(weight).astype(jnp.float32) + pair_weight(train["a"], train["b"], adapter.frozen["scale"])
+        return moved * (train["m"] / jnp.linalg.norm(moved, axis=0))[None, :]
+
+
+def _norm(weight: Weight, train: Leaves, frozen: Leaves) -> Float[Array, " out"]:
+    """||W + s a b|| per output column by the Gram identity, float32."""
+    with jax.default_matmul_precision("highest"):
+        sa, b = frozen["scale"] * train["a"], train["b"]
+        cross = jnp.sum(matmul(sa.T, weight) * b, axis=0)
+        square = jnp.sum(((sa.T @ sa) @ b) * b, axis=0)
+        # Rounding may leave a column that cancels to nothing just below zero.
+        return jnp.sqrt(jnp.maximum(frozen["w2"] + 2.0 * cross + square, jnp.finfo(jnp.float32).tiny))

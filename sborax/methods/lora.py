@@ -1,0 +1,83 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685; rsLoRA, arXiv:2312.03732."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractFactored,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Rank,
+    SboraxError,
+    Weight,
+    check_rank,
+    dropout_leaf,
+    hyper,
+    live,
+    width,
+)
+from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_delta, pair_weight, scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(AbstractFactored):
+    """y = x W + s (x a) b, with a (in, rank), b (rank, out).
+
+    rank: width of the factors, an int or a `RankPolicy`.
+    alpha: s = alpha / rank; None (default) is s = 1.
+    rslora: s = alpha / sqrt(rank) instead.
+    dropout: rate on the adapter's input in training (paper: 0 to 0.1; default 0).
+    init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0.
+
+    Identity at init. Exact merge W + s a b. Trained parameters: rank (in + out).
+    The paper's A is our a transposed, its B our b transposed.
+    """
+
+    paper = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685"
+    ragged = True
+
+    rank: Rank = 8
+    alpha: float | None = hyper(None)
+    rslora: bool = hyper(False)
+    dropout: float = hyper(0.0)
+    init_a: Literal["kaiming", "gaussian"] = hyper("kaiming")
+
+    @property
+    def axes(self) -> Axes:
+        return PAIR_AXES
+
+    def check(self, shape: tuple[int, int]) -> None:
+        check_rank(self.rank, min(shape), "the smaller side")
+        if self.init_a not in ("kaiming", "gaussian"):
+            raise SboraxError(f"init_a must be 'kaiming' or 'gaussian', got {self.init_a!r}")
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fan_in, fan_out = weight.shape
+        own, mask = live(self.rank, hint)
+        if self.init_a == "kaiming":
+            a = kaiming_uniform(key, fan_in, self.rank, hint)
+        else:
+            a = jax.random.normal(key, (fan_in, width(self.rank))) * mask[None, :] / own
+        b = jnp.zeros((width(self.rank), fan_out))
+        scale = scaling(self.alpha, self.rank, hint, self.rslora)
+        return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return y + pair_delta(x, adapter, ctx)
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        return weight + pair_weight(adapter.train["a"], adapter.train["b"], adapter.frozen["scale"])
+
+    def factors(
+        self, adapter: Adapter, shape: tuple[int, int]
+    ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+        return adapter.frozen["scale"] * adapter.train["a"], adapter.train["b"]

@@ -1,0 +1,87 @@
+"""PiSSA: Principal Singular Values and Singular Vectors Adaptation, arXiv:2404.02948."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractFactored,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    SboraxError,
+    Weight,
+    check_rank,
+    dense,
+    dropout_leaf,
+    hyper,
+)
+from sborax.methods.lowrank import OFFSET_AXES, offset_factors, pair_delta, pair_weight, scaling, taken_from_base
+
+
+@dataclasses.dataclass(frozen=True)
+class PiSSA(AbstractFactored):
+    """y = x W_res + s (x a) b, where s a b starts as the best rank-r part of W and W_res is the rest.
+
+    W = U S V^T;  a = U_r sqrt(S_r / s), b = sqrt(S_r / s) V_r^T;  W_res = W - s a b.
+
+    rank: how many principal components are trained.
+    alpha: s = alpha / rank; None (default) is s = 1, the paper's alpha = rank.
+    dropout: paper 0; default 0.
+    niter: None (default) for the exact SVD, else that many subspace iterations of a randomised one (recipes: 4, 16).
+
+    Identity at init. Rewrites the base; `a0`, `b0` are kept, so the change against the original base is exact at
+    rank 2r. Exact merge W_res + s a b. Trained parameters: rank (in + out).
+    """
+
+    paper = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs, arXiv:2404.02948"
+    rewrites_base = True
+
+    rank: int = 16
+    alpha: float | None = hyper(None)
+    dropout: float = hyper(0.0)
+    niter: int | None = hyper(None)
+
+    @property
+    def axes(self) -> Axes:
+        return OFFSET_AXES
+
+    def check(self, shape: tuple[int, int]) -> None:
+        check_rank(self.rank, min(shape), "the smaller side")
+        if self.niter is not None and self.niter < 0:
+            raise SboraxError(f"niter must be None or at least 0, got {self.niter}")
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        wide = dense(weight).astype(jnp.float32)
+        scale = scaling(self.alpha, self.rank, hint)
+        u, s, vt = _principal(key, wide, self.rank, self.niter)
+        root = jnp.sqrt(s / scale)
+        return taken_from_base(wide, u * root[None, :], root[:, None] * vt, scale, dropout_leaf(self.dropout))
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return y + pair_delta(x, adapter, ctx)
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        return weight + pair_weight(adapter.train["a"], adapter.train["b"], adapter.frozen["scale"])
+
+    def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r2"], Float[Array, "r2 out"]]:
+        return offset_factors(adapter)
+
+
+def _principal(key: Key[Array, ""], weight: Float[Array, "in out"], rank: int, niter: int | None):
+    """Leading singular triplets (u, s, vt); Halko et al. (arXiv:0909.4061) without oversampling if niter is given."""
+    if niter is None:
+        u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank]
+    q, _ = jnp.linalg.qr(weight @ jax.random.normal(key, (weight.shape[1], rank)))
+    for _ in range(niter):
+        z, _ = jnp.linalg.qr(weight.T @ q)
+        q, _ = jnp.linalg.qr(weight @ z)
+    u, s, vt = jnp.linalg.svd(q.T @ weight, full_matrices=False)
+    return q @ u, s, vt

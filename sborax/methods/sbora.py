@@ -1,0 +1,98 @@
+"""SBoRA: Low-Rank Adaptation with Regional Weight Updates, arXiv:2407.05413."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractFactored,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Rank,
+    SboraxError,
+    Weight,
+    cast,
+    check_rank,
+    dropout,
+    dropout_leaf,
+    hyper,
+    width,
+)
+from sborax.methods.lowrank import scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class SBoRA(AbstractFactored):
+    """One factor is a set of standard basis vectors, so only `rank` rows (FA) or columns (FB) of W ever move.
+
+    FA: y = x W + s x[idx] b, b (rank, out), idx rows of W.    FB: (x W)[idx] += s x a, a (in, rank), idx columns.
+
+    rank: how many rows or columns.
+    alpha: s = alpha / rank; None (default) is s = 2, the alpha = 2 rank of the authors' commands.
+    variant: "FA" (default) or "FB".
+    dropout: rate on x before the gather (authors' scripts 0.05; default 0).
+
+    idx is drawn without replacement per kernel, as the authors' code does, and sorted: that only permutes b's rows.
+    The trained factor starts at zero. Identity at init. Exact merge: W[idx, :] += s b, or W[:, idx] += s a.
+    Trained parameters: rank out (FA), rank in (FB). The paper writes W (out, in): its columns are our rows.
+    """
+
+    paper = "SBoRA: Low-Rank Adaptation with Regional Weight Updates, arXiv:2407.05413"
+
+    rank: Rank = 64
+    alpha: float | None = hyper(None)
+    variant: Literal["FA", "FB"] = "FA"
+    dropout: float = hyper(0.0)
+
+    @property
+    def axes(self) -> Axes:
+        trained = {"b": ("rank", "out")} if self.variant == "FA" else {"a": ("in", "rank")}
+        return {**trained, "idx": ("rank",), "scale": (), "dropout": ()}
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if self.variant not in ("FA", "FB"):
+            raise SboraxError(f"variant must be 'FA' or 'FB', got {self.variant!r}")
+        side = 0 if self.variant == "FA" else 1
+        check_rank(self.rank, shape[side], ("rows of W", "columns of W")[side])
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fan_in, fan_out = weight.shape
+        rank = width(self.rank)
+        if self.variant == "FA":
+            choices, trained = fan_in, {"b": jnp.zeros((rank, fan_out))}
+        else:
+            choices, trained = fan_out, {"a": jnp.zeros((fan_in, rank))}
+        idx = jnp.sort(jax.random.permutation(key, choices)[:rank]).astype(jnp.int32)
+        scale = jnp.float32(2.0) if self.alpha is None else scaling(self.alpha, self.rank, hint)
+        return Fitted(trained, {"idx": idx, "scale": scale, **dropout_leaf(self.dropout)})
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        x, idx, scale = dropout(x, adapter, ctx), adapter.frozen["idx"], cast(adapter.frozen["scale"], x)
+        if self.variant == "FA":
+            return y + (scale * x.at[:, idx].get(**DISTINCT)) @ cast(adapter.train["b"], x)
+        return y.at[:, idx].add(scale * (x @ cast(adapter.train["a"], x)), **DISTINCT)
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        idx, scale = adapter.frozen["idx"], adapter.frozen["scale"]
+        if self.variant == "FA":
+            return weight.at[idx, :].add(scale * adapter.train["b"], **DISTINCT)
+        return weight.at[:, idx].add(scale * adapter.train["a"], **DISTINCT)
+
+    def factors(
+        self, adapter: Adapter, shape: tuple[int, int]
+    ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+        idx, scale = adapter.frozen["idx"], adapter.frozen["scale"]
+        if self.variant == "FA":
+            return jax.nn.one_hot(idx, shape[0], axis=0), scale * adapter.train["b"]
+        return scale * adapter.train["a"], jax.nn.one_hot(idx, shape[1], axis=1)
+
+
+DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}

@@ -1,0 +1,212 @@
+"""Which weights a run adapts: rules over module paths, resolved on the host into a plan.
+
+Planning reads shapes alone (a `RankPolicy` may ask for weights), so every mistake is found before memory is used.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from sborax.compose import ByLayer
+from sborax.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight, resolve
+
+STACKED_UNDER = "layers"
+"""A kernel below a module of this name carries one leading stack axis when it has three axes or more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Adapt every kernel whose module path matches `pattern` (`re.search`, first match wins).
+
+    method: the method, or None to leave what matches as it is.
+    layers: which layers (a slice, or numbers; negative from the end); None for all.
+    stack_axes: leading axes that stack layers; None: one below `layers/`, else none.
+    in_axes: how many of a kernel's own axes belong to the input; required for kernels of more than two.
+    """
+
+    pattern: str
+    method: AbstractMethod | None
+    layers: slice | tuple[int, ...] | None = None
+    stack_axes: int | None = None
+    in_axes: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise SboraxError(f"rule {self.pattern!r} is not a regular expression: {error}") from None
+        if isinstance(self.layers, Sequence):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def covers(self, layer: int, depth: int) -> bool:
+        """Whether this rule acts on layer number `layer` of `depth`."""
+        if self.layers is None:
+            return True
+        if isinstance(self.layers, slice):
+            return layer in range(depth)[self.layers]
+        return layer in {number % depth for number in self.layers if -depth <= number < depth}
+
+
+RuleLike = Rule | tuple[str, AbstractMethod | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One kernel to be adapted: where it is, how its axes are read, and the method with its ranks settled."""
+
+    path: str
+    method: AbstractMethod
+    stack: tuple[int, ...]
+    shape: tuple[int, int]
+    in_axes: int
+    layer: int
+    """Number of the (first) layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `attach` will do. `untouched` are the kernels that no rule covers: they keep their base weight."""
+
+    sites: tuple[Site, ...]
+    untouched: tuple[str, ...]
+
+
+def module_path(path: str) -> tuple[str, int | None]:
+    """`layers/3/mlp/up_proj/kernel` -> (`layers/mlp/up_proj`, 3): what rules read, and the layer number if any."""
+    parts = path.removesuffix("/kernel").split("/")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    return "/".join(part for part in parts if not part.isdecimal()), numbers[0] if numbers else None
+
+
+def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+    """A key that depends on the module's path alone, so that adding a target never reshuffles another."""
+    digest = hashlib.sha1(module_path(path)[0].encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+
+
+def kernels(params: Any) -> dict[str, Any]:
+    """Every leaf named `kernel` by its full path, in tree order."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name == "kernel" or name.endswith("/kernel"):
+            found[name] = leaf
+    return found
+
+
+def as_rules(rules: Iterable[RuleLike]) -> tuple[Rule, ...]:
+    """Tuples `(pattern, method)` as rules for all layers."""
+    return tuple(rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules)
+
+
+def _axes(path: str, ndim: int, rule: Rule) -> tuple[int, int]:
+    """How many leading axes are stack axes and how many of the rest are input axes."""
+    below_layers = STACKED_UNDER in path.split("/") and module_path(path)[1] is None
+    stack = rule.stack_axes if rule.stack_axes is not None else int(below_layers and ndim > 2)
+    own = ndim - stack
+    if own < 2:
+        raise SboraxError(f"{path}: a kernel of {ndim} axes has no (in, out) pair after {stack} stack axes")
+    if own > 2 and rule.in_axes is None:
+        raise SboraxError(
+            f"{path}: {ndim} axes, of which {stack} stack layers: say which are input and output with "
+            f"Rule({rule.pattern!r}, ..., in_axes=...) or stack_axes=..."
+        )
+    in_axes = rule.in_axes or 1
+    if not 0 < in_axes < own:
+        raise SboraxError(f"{path}: in_axes={in_axes} leaves no output axis among {own}")
+    return stack, in_axes
+
+
+def _ranks(
+    site: str, weight: Any, layers: Sequence[int], stack: int, depth: int
+) -> Callable[[RankPolicy], int | tuple[int, ...]]:
+    def read(index: int) -> Callable[[], np.ndarray]:
+        def load() -> np.ndarray:
+            if isinstance(weight, jax.ShapeDtypeStruct):
+                raise SboraxError(f"{site}: this rank policy reads the weights; plan on a loaded model")
+            one = jax.tree.map(lambda leaf: leaf[index], weight) if stack else weight
+            return np.asarray(dense(one), np.float32)
+
+        return load
+
+    def choose(policy: RankPolicy) -> int | tuple[int, ...]:
+        ranks = policy.ranks([read(index) for index in range(len(layers))], layers, depth)
+        return ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
+
+    return choose
+
+
+def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | None = None) -> Plan:
+    """Match rules against kernels, settle ranks and check shapes. Arrays or `ShapeDtypeStruct`s will do.
+
+    hints: `Hint` by module path, for methods that need one.
+    Raises SboraxError for a rule that matches nothing, a shape that a method refuses, a missing hint.
+    """
+    rules = as_rules(rules)
+    found = kernels(params)
+    numbered = [module_path(path)[1] for path in found]
+    flat_depth = 1 + max((number for number in numbered if number is not None), default=0)
+    used: set[int] = set()
+    sites, untouched = [], []
+    for path, weight in found.items():
+        name, number = module_path(path)
+        matching = [(i, rule) for i, rule in enumerate(rules) if re.search(rule.pattern, name)]
+        if not matching:
+            untouched.append(path)
+            continue
+        stack, in_axes = _axes(path, len(weight.shape), matching[0][1])
+        if stack > 1 and any(rule.layers is not None for _, rule in matching):
+            raise SboraxError(f"{path}: `layers=` needs at most one stack axis, not {stack}")
+        count = math.prod(weight.shape[:stack])
+        depth = count if stack else flat_depth
+        layers = range(count) if stack else (number or 0,)
+        owner: dict[int, list[int]] = {}
+        for position, layer in enumerate(layers):
+            first = next((i for i, rule in matching if rule.covers(layer, depth)), None)
+            if first is not None:
+                used.add(first)
+                owner.setdefault(first, []).append(position)
+        chosen = {i: positions for i, positions in owner.items() if rules[i].method is not None}
+        if not chosen:
+            untouched.append(path)
+            continue
+        own = weight.shape[stack:]
+        shape = (math.prod(own[:in_axes]), math.prod(own[in_axes:]))
+        settle = _ranks(name, weight, layers, stack, depth)
+        parts = []
+        for i, positions in chosen.items():
+            method = rules[i].method
+            assert method is not None
+            method = resolve(method, settle)
+            _check(path, method, shape, hints)
+            parts.append((method, tuple(positions)))
+        whole = len(parts) == 1 and len(parts[0][1]) == count
+        method = parts[0][0] if whole else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
+        sites.append(Site(path, method, tuple(weight.shape[:stack]), shape, in_axes, number or 0))
+    unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
+    if unused:
+        raise SboraxError(
+            f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
+            f"the kernels are {', '.join(sorted({module_path(path)[0] for path in found})) or 'none'}"
+        )
+    return Plan(tuple(sites), tuple(untouched))
+
+
+def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hints: Mapping[str, Any] | None) -> None:
+    if isinstance(method.rank, tuple) and not method.ragged:
+        raise SboraxError(f"{path}: {type(method).__name__} takes one rank for all layers of a stack")
+    try:
+        method.check(shape)
+    except SboraxError as error:
+        raise SboraxError(f"{path} {shape}: {error}") from None
+    hint = (hints or {}).get(module_path(path)[0])
+    missing = [need for need in sorted(method.needs) if hint is None or getattr(hint, need) is None]
+    if missing:
+        raise SboraxError(f"{path}: {type(method).__name__} needs hint {missing[0]!r} for this kernel")

@@ -1,0 +1,319 @@
+"""The verbs over whole trees: plan -> attach -> split / combine -> merge. All pure.
+
+`adapters` is a nested dict with the paths of the kernels it adapts, an `Adapter` at every leaf. It travels beside
+the parameters and never inside them, so a base checkpoint loads unchanged and the optimiser never sees the base.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from sborax.compose import add_adapters, add_methods, scale_adapter, scale_method
+from sborax.core import (
+    AbstractComposite,
+    AbstractMethod,
+    AbstractWeight,
+    Adapter,
+    Hint,
+    SboraxError,
+    dense,
+    is_adapter,
+    is_weight,
+    leaf_axes,
+    structure,
+)
+from sborax.paths import Plan, RuleLike, Site, kernels, module_path, path_key, plan
+
+Params = PyTree
+Adapters = dict[str, Any]
+"""Nested dicts with an `Adapter` at every leaf."""
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def nodes(adapters: PyTree) -> dict[str, Adapter]:
+    """Every adapter by the path of its kernel."""
+    leaves = jax.tree_util.tree_leaves_with_path(adapters, is_leaf=is_adapter)
+    return {_path(path): leaf for path, leaf in leaves if is_adapter(leaf)}
+
+
+def nest(flat: Mapping[str, Any]) -> Adapters:
+    """`{"a/b": x}` as `{"a": {"b": x}}`."""
+    tree: Adapters = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda branch, part: branch.setdefault(part, {}), parents, tree)[last] = leaf
+    return tree
+
+
+def _replace(params: Params, new: Mapping[str, Any]) -> Params:
+    if not new:
+        return params
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_path(path), leaf), params, is_leaf=is_weight)
+
+
+def _fold_stack(tree: PyTree, stack: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[stack:]), tree)
+
+
+def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+    """`function` of one layer, run for every layer of a stack in turn, so that workspace is that of one layer."""
+    if not stack:
+        return function
+
+    def mapped(*args: Any) -> Any:
+        flat = _fold_stack(args, len(stack))
+        out = jax.lax.map(lambda one: function(*one), flat)
+        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
+
+    return mapped
+
+
+def _matrix(weight: Any, stack: int, in_axes: int) -> Any:
+    """A kernel as `(*stack, in, out)`."""
+    if isinstance(weight, AbstractWeight):
+        return weight
+    own = weight.shape[stack:]
+    return weight.reshape(*weight.shape[:stack], math.prod(own[:in_axes]), math.prod(own[in_axes:]))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
+def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, stack: tuple[int, ...], in_axes: int):
+    matrix = _matrix(weight, len(stack), in_axes)
+    layers = jnp.broadcast_to(hint.layer, stack) + jnp.arange(math.prod(stack)).reshape(stack)
+    with jax.default_matmul_precision("highest"):
+        fitted = over_stack(
+            lambda layer, w, grad: method.init(jax.random.fold_in(key, layer), w, Hint(layer, grad)), stack
+        )(layers, matrix, hint.grad)
+    if fitted.weight is None:
+        return fitted
+    if isinstance(weight, AbstractWeight):
+        return fitted._replace(weight=weight.encode(fitted.weight))
+    return fitted._replace(weight=fitted.weight.astype(weight.dtype).reshape(weight.shape))
+
+
+def attach(
+    key: Key[Array, ""],
+    params: Params,
+    rules: Iterable[RuleLike] | Plan,
+    hints: Mapping[str, Hint] | None = None,
+) -> tuple[Params, Adapters]:
+    """Fit an adapter to every kernel that a rule covers: `(params, adapters)`.
+
+    The base comes back untouched (the same arrays) unless a method declares `rewrites_base`. Keys are folded from
+    the module path and the layer number: adding a target reshuffles no other, and a stack equals its layers.
+
+    Raises SboraxError as `plan` does.
+    """
+    settled = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
+    found = kernels(params)
+    adapters, rewritten = {}, {}
+    for site in settled.sites:
+        hint = (hints or {}).get(module_path(site.path)[0], Hint())
+        hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
+        own_key = path_key(key, site.path)
+        fitted = _fit(own_key, found[site.path], hint, site.method, site.stack, site.in_axes)
+        adapters[site.path] = Adapter(fitted.train, fitted.frozen, structure(site.method), site.in_axes)
+        if fitted.weight is not None:
+            rewritten[site.path] = fitted.weight
+    return _replace(params, rewritten), nest(adapters)
+
+
+def split(adapters: PyTree) -> tuple[PyTree, PyTree]:
+    """`(train, frozen)`: two trees of the same nodes, one without frozen leaves, one without trained ones."""
+
+    def half(train: bool) -> PyTree:
+        return jax.tree.map(
+            lambda node: Adapter(node.train if train else {}, {} if train else node.frozen, node.method, node.in_axes),
+            adapters,
+            is_leaf=is_adapter,
+        )
+
+    return half(True), half(False)
+
+
+def combine(train: PyTree, frozen: PyTree) -> PyTree:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda a, b: Adapter(a.train, b.frozen, a.method, a.in_axes), train, frozen, is_leaf=is_adapter)
+
+
+def stack_of(node: Adapter) -> tuple[int, ...]:
+    """The leading stack axes of an adapter's leaves."""
+    axes = leaf_axes(node.method.axes, {**node.train, **node.frozen})
+    leaves, names = jax.tree.leaves({**node.train, **node.frozen}), _axes_leaves(axes)
+    return next((leaf.shape[: leaf.ndim - len(name)] for leaf, name in zip(leaves, names, strict=True)), ())
+
+
+def _axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:
+    return jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def merge(params: Params, adapters: PyTree) -> Params:
+    """Parameters whose plain model is the adapted one: W' = method.merge(W, adapter), computed in float32.
+
+    Pure and differentiable, over any parameter tree with the same paths; kernels that no adapter touches are the
+    same arrays. Quantised kernels come back dense.
+
+    Raises SboraxError for a method without a merged form, and for an adapter whose kernel is not in `params`.
+    """
+    found = kernels(params)
+    new = {}
+    for path, node in nodes(adapters).items():
+        if path not in found:
+            raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
+        if node.method.mergeable:
+            raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
+        weight, stack = found[path], stack_of(node)
+        matrix = _matrix(weight, len(stack), node.in_axes)
+        with jax.default_matmul_precision("highest"):
+            merged = over_stack(lambda w, n: n.method.merge(w, n), stack)(matrix, node)
+        new[path] = merged.astype(weight.dtype).reshape(weight.shape)
+    return _replace(params, new)
+
+
+def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
+    """Partition specs of every adapter leaf, derived from those of the kernels: `base_specs` mirrors the params.
+
+    "in" and "out" copy the kernel's entry, stack axes copy theirs, "rank" and None are replicated.
+    """
+    is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)  # noqa: E731
+    flat = {_path(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(base_specs, is_leaf=is_spec)}
+
+    def one(path: tuple[Any, ...], node: Adapter) -> Adapter:
+        spec = tuple(flat[_path(path)])
+        stack = len(stack_of(node))
+        entries = dict(zip(("in", "out"), (spec + (None,) * (stack + 2))[stack : stack + 2], strict=True))
+
+        def leaf(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
+            own = tuple(entries.get(name) if name is not None else None for name in names)
+            return jax.sharding.PartitionSpec(*(spec + (None,) * stack)[:stack], *own)
+
+        def halves(leaves):
+            axes = leaf_axes(node.method.axes, leaves)
+            return jax.tree.map(leaf, axes, is_leaf=lambda item: isinstance(item, tuple))
+
+        return Adapter(halves(node.train), halves(node.frozen), node.method, node.in_axes)
+
+    return jax.tree_util.tree_map_with_path(one, adapters, is_leaf=is_adapter)
+
+
+def trainable(tree: PyTree) -> PyTree:
+    """Booleans, True for the trained leaves of adapters. Whatever else is in the tree, the base say, is False."""
+
+    def one(node: Any) -> Any:
+        if not is_adapter(node):
+            return jax.tree.map(lambda _: False, node)
+        return Adapter(
+            jax.tree.map(lambda _: True, node.train),
+            jax.tree.map(lambda _: False, node.frozen),
+            node.method,
+            node.in_axes,
+        )
+
+    return jax.tree.map(one, tree, is_leaf=is_adapter)
+
+
+def labels(tree: PyTree, train: str = "train", freeze: str = "freeze") -> PyTree:
+    """`trainable` as labels for `optax.partition`."""
+    return jax.tree.map(lambda flag: train if flag else freeze, trainable(tree))
+
+
+def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """`jax.value_and_grad` in the first argument, for a tree that mixes trained, frozen and integer leaves.
+
+    Only the trained leaves of adapters are differentiated; every other leaf's gradient is zeros of its own dtype,
+    so the result fits `optax.partition` with `labels`.
+    """
+
+    def wrapped(tree: PyTree, *args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(tree)
+        flags = jax.tree.leaves(trainable(tree))
+        trained = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+
+        def inner(trained: list[Array]) -> Any:
+            source = iter(trained)
+            full = [next(source) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+            return function(jax.tree.unflatten(treedef, full), *args, **kwargs)
+
+        value, grads = jax.value_and_grad(inner, has_aux=has_aux)(trained)
+        source = iter(grads)
+        full = [next(source) if flag else jnp.zeros_like(leaf) for leaf, flag in zip(leaves, flags, strict=True)]
+        return value, jax.tree.unflatten(treedef, full)
+
+    return wrapped
+
+
+def count_node(node: Adapter, layers: tuple[int, ...] | None = None) -> int:
+    """Trained parameters of one adapter on the given layers of its stack, padding left out."""
+    if isinstance(node.method, AbstractComposite):
+        return sum(count_node(child, layers if own is None else own) for child, own in node.method.children(node))
+    rank = node.method.rank
+    total = 0
+    names = _axes_leaves(leaf_axes(node.method.axes, node.train))
+    for leaf, name in zip(jax.tree.leaves(node.train), names, strict=True):
+        stack = leaf.shape[: leaf.ndim - len(name)]
+        one, ranked = math.prod(leaf.shape[len(stack) :]), name.count("rank")
+        chosen = layers if layers is not None else range(math.prod(stack))
+        if isinstance(rank, tuple):
+            total += sum(one // max(rank) ** ranked * rank[layer] ** ranked for layer in chosen)
+        else:
+            total += one * len(chosen)
+    return total
+
+
+def count(adapters: PyTree) -> int:
+    """Trainable parameters, from static ranks: padded columns and unselected layers do not count."""
+    return sum(count_node(node) for node in nodes(adapters).values())
+
+
+def add(*items: Any) -> Any:
+    """The sum of methods (one method), or of adapter trees (one tree, with what each has where only some have it).
+
+    Delta of the result = sum of the deltas. Raises SboraxError unless every method involved is additive.
+    """
+    if all(isinstance(item, AbstractMethod) for item in items):
+        return add_methods(*items)
+    by_path: dict[str, list[Adapter]] = {}
+    for item in items:
+        for path, node in nodes(item).items():
+            by_path.setdefault(path, []).append(node)
+    return nest({path: add_adapters(*found) if len(found) > 1 else found[0] for path, found in by_path.items()})
+
+
+def scale(item: Any, factor: float) -> Any:
+    """A method, or a tree of adapters, with its delta multiplied by `factor` (0: the base)."""
+    if isinstance(item, AbstractMethod):
+        return scale_method(item, factor)
+    return nest({path: scale_adapter(node, factor, stack_of(node)) for path, node in nodes(item).items()})
+
+
+__all__ = [
+    "Adapters",
+    "Params",
+    "Plan",
+    "Site",
+    "add",
+    "attach",
+    "combine",
+    "count",
+    "dense",
+    "labels",
+    "merge",
+    "nest",
+    "nodes",
+    "plan",
+    "scale",
+    "specs",
+    "split",
+    "stack_of",
+    "trainable",
+    "value_and_grad",
+]
