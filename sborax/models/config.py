@@ -1,0 +1,243 @@
+"""The architecture of a LLaMA-family model, as its `config.json` states it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from sborax.core import SboraxError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+"""`model_type` -> the class that transformers builds for it."""
+
+INERT = frozenset(
+    """
+    _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
+    id2label initializer_range is_decoder is_llama_config label2id mlp_bias model_type name_or_path output_attentions
+    output_hidden_states pad_token_id pretraining_tp return_dict rope_interleaved tokenizer_class torch_dtype
+    transformers_version transformers.js_config unk_token_id use_cache
+    """.split()
+)
+"""Keys that do not change the function the model computes, or that are read by name below."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1.0, 1, None),
+    "quantization_config": (None,),
+    "rope_interleaved": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "layer_types": (None,),
+}
+"""Keys whose other values ask for something this model does not do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: its base, and how its frequencies are scaled.
+
+    kind: "default", "linear" (arXiv:2306.15595) or "llama3" (arXiv:2407.21783; the fields below `factor`).
+    original_length: context length of the pre-training, in tokens.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def inverse_frequencies(self, head_dim: int) -> Float32[np.ndarray, " half"]:
+        """Angle per position of every pair of features: theta^(-2 i / head_dim), scaled. Radians per token."""
+        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        plain = np.float32(1.0) / np.power(np.float64(self.theta), exponent.astype(np.float64)).astype(np.float32)
+        if self.kind == "default":
+            return plain
+        if self.kind == "linear":
+            return plain / np.float32(self.factor)
+        wavelength = np.float32(2 * math.pi) / plain
+        span = np.float32(self.high_freq_factor - self.low_freq_factor)
+        smooth = (np.float32(self.original_length) / wavelength - np.float32(self.low_freq_factor)) / span
+        slowed = plain / np.float32(self.factor)
+        blend = (np.float32(1.0) - smooth) * slowed + smooth * plain
+        long_wave = wavelength > self.original_length / self.low_freq_factor
+        short_wave = wavelength < self.original_length / self.high_freq_factor
+        return np.where(long_wave, slowed, np.where(short_wave, plain, blend)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes and constants of a LLaMA-family decoder; the names are those of Hugging Face's `config.json`.
+
+    sliding_window: longest sequence whose attention is plainly causal, in tokens, or None.
+    eos_token_id: every id that ends a text.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope = Rope()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise SboraxError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise SboraxError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model is defined for here, in tokens."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> "LlamaConfig":
+        """Read the contents of a `config.json`; `where` names the file in errors.
+
+        Raises SboraxError for a missing or ill-typed field and for anything asked for that this model does not do.
+        """
+        kind = raw.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise SboraxError(f"{where}: model_type {kind!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+        for key, allowed in NEUTRAL.items():
+            if key in raw and raw[key] not in allowed:
+                raise SboraxError(f"{where}: {key} = {str(raw[key])[:80]} is not supported, only {allowed[0]}")
+        known = INERT | NEUTRAL.keys() | {field.name for field in dataclasses.fields(LlamaConfig)}
+        unknown = sorted(raw.keys() - known - {"rope_theta", "rope_scaling", "rope_parameters"})
+        if unknown:
+            raise SboraxError(f"{where}: unknown field {unknown[0]!r}; remove it if it does not change the model")
+        read = _Reader(raw, where)
+        heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
+        if read.optional_whole("head_dim") is None and width % heads:
+            raise SboraxError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
+        length = read.whole("max_position_embeddings")
+        mistral = kind == "mistral"
+        eos = raw.get("eos_token_id")
+        return LlamaConfig(
+            vocab_size=read.whole("vocab_size"),
+            hidden_size=width,
+            intermediate_size=read.whole("intermediate_size"),
+            num_hidden_layers=read.whole("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=read.optional_whole("num_key_value_heads") or (8 if mistral else heads),
+            head_dim=read.optional_whole("head_dim") or width // heads,
+            max_position_embeddings=length,
+            rms_norm_eps=read.number("rms_norm_eps"),
+            rope=_read_rope(raw, where, length),
+            tie_word_embeddings=read.flag("tie_word_embeddings"),
+            attention_bias=read.flag("attention_bias"),
+            mlp_bias=read.flag("mlp_bias"),
+            # A key that Mistral's early files leave out; transformers then takes 4096.
+            sliding_window=read.optional_whole("sliding_window", 4096) if mistral else None,
+            model_type=kind,
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            pad_token_id=raw.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `config.json` that `from_hf` and transformers read back."""
+        raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rope"}
+        raw["eos_token_id"] = list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
+        if self.model_type != "mistral":
+            del raw["sliding_window"]
+        raw |= {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", "rope_theta": self.rope.theta}
+        if self.rope.kind != "default":
+            raw["rope_scaling"] = {"rope_type": self.rope.kind, "factor": self.rope.factor}
+        if self.rope.kind == "llama3":
+            raw["rope_scaling"] |= {
+                "low_freq_factor": self.rope.low_freq_factor,
+                "high_freq_factor": self.rope.high_freq_factor,
+                "original_max_position_embeddings": self.rope.original_length,
+            }
+        return raw
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Typed access to the fields of one config file."""
+
+    raw: Mapping[str, Any]
+    where: str
+
+    def _given(self, key: str) -> Any:
+        if self.raw.get(key) is None:
+            raise SboraxError(f"{self.where}: field {key!r} is missing")
+        return self.raw[key]
+
+    def whole(self, key: str) -> int:
+        value = self._given(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SboraxError(f"{self.where}: {key} must be a positive whole number, got {value!r}")
+        return value
+
+    def optional_whole(self, key: str, default: int | None = None) -> int | None:
+        if key not in self.raw:
+            return default
+        return None if self.raw[key] is None else self.whole(key)
+
+    def number(self, key: str) -> float:
+        value = self._given(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise SboraxError(f"{self.where}: {key} must be a positive number, got {value!r}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.raw.get(key, False)
+        if not isinstance(value, bool):
+            raise SboraxError(f"{self.where}: {key} must be true or false, got {value!r}")
+        return value
+
+
+def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
+    """The rotary part, in transformers' form before version 5 (`rope_theta`, `rope_scaling`) or since."""
+    scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    scaling.setdefault("rope_theta", raw.get("rope_theta") or 10_000.0)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    read = _Reader(scaling, f"{where}, rope scaling")
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    if kind not in needed:
+        raise SboraxError(f"{where}: rope type {kind!r} is not supported; known: {', '.join(needed)}")
+    allowed = {"rope_theta", "original_max_position_embeddings", "partial_rotary_factor", *needed[kind]}
+    # A plain rope may carry the fields of a scaling that is switched off.
+    unknown = sorted(scaling.keys() - allowed) if kind != "default" else []
+    if unknown:
+        raise SboraxError(f"{where}: rope scaling has an unknown field {unknown[0]!r}")
+    if scaling.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
+        raise SboraxError(f"{where}: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported, only 1.0")
+    rope = Rope(theta=read.number("rope_theta"), kind=kind)
+    if kind == "default":
+        return rope
+    rope = dataclasses.replace(rope, factor=read.number("factor"))
+    if kind == "linear":
+        return rope
+    return dataclasses.replace(
+        rope,
+        low_freq_factor=read.number("low_freq_factor"),
+        high_freq_factor=read.number("high_freq_factor"),
+        original_length=read.optional_whole("original_max_position_embeddings", length) or length,
+    )

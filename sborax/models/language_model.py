@@ -1,0 +1,119 @@
+"""A model with its params, config and tokenizer, and the ways to call it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from sborax import core
+from sborax.models.config import LlamaConfig
+from sborax.models.llama import Llama
+
+Params = dict[str, Any]
+
+
+def abstract(config: LlamaConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
+    """The param tree as shapes and dtypes, from the config alone."""
+    module = Llama(config, jnp.dtype(dtype), scan=scan)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+
+
+@functools.cache
+def projections(config: LlamaConfig, scan: bool) -> frozenset[str]:
+    """Paths of every kernel that the model reads through `core.linear`."""
+    flat = jax.tree_util.tree_flatten_with_path(abstract(config, scan=scan))[0]
+    paths = (_path(keys) for keys, _ in flat)
+    return frozenset(path for path in paths if path.endswith("/kernel"))
+
+
+def _path(keys: Any) -> str:
+    return "/".join(key.key for key in keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A Linen module, its params, and what else belongs to a checkpoint."""
+
+    module: Llama
+    params: Params
+    config: LlamaConfig
+    tokenizer: Any
+
+    def apply(
+        self,
+        params: Params,
+        adapters: Params | None,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+        ctx: core.Context = core.Context(),
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of every position, float32.
+
+        segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
+        positions: rotary positions; by default counted from the start of each segment.
+        dropout_key: without one the call is deterministic.
+        Raises SboraxError for an adapter that the model never reads and for tokens beyond the context.
+        """
+        variables, rngs = self._inputs(params, adapters, dropout_key)
+        return self.module.apply(variables, tokens, segment_ids, positions, ctx, rngs=rngs)
+
+    def hidden(
+        self,
+        params: Params,
+        adapters: Params | None,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+        ctx: core.Context = core.Context(),
+    ) -> Float[Array, "batch seq d"]:
+        """The normed hidden states from which `apply` makes logits."""
+        variables, rngs = self._inputs(params, adapters, dropout_key)
+        return self.module.apply(variables, tokens, segment_ids, positions, ctx, rngs=rngs, method="hidden")[0]
+
+    def head(
+        self,
+        params: Params,
+        adapters: Params | None,
+        hidden: Float[Array, "batch seq d"],
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of `hidden`, float32."""
+        variables, rngs = self._inputs(params, adapters, dropout_key)
+        return self.module.apply(variables, hidden, rngs=rngs, method="head")
+
+    def head_kernel(self, params: Params) -> core.Weight:
+        """The (d, vocab) kernel of the head: the transposed embedding where they are tied."""
+        if self.config.tie_word_embeddings:
+            return params["embed_tokens"]["embedding"].T
+        return params["lm_head"]["kernel"]
+
+    def check_adapters(self, adapters: Params | None) -> None:
+        """Raise SboraxError for an adapter at a path where the model has no projection."""
+        known = projections(self.config, self.module.scan)
+        flat = jax.tree_util.tree_flatten_with_path(adapters or {}, is_leaf=core.is_adapter)[0]
+        for path in (_path(keys) for keys, _ in flat):
+            if path not in known:
+                raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
+
+    def abstract(self, config: LlamaConfig | None = None) -> Params:
+        """The param tree as shapes and dtypes, from the config alone."""
+        return abstract(config or self.config, self.module.dtype, scan=self.module.scan)
+
+    def _inputs(
+        self, params: Params, adapters: Params | None, dropout_key: Key[Array, ""] | None
+    ) -> tuple[dict[str, Params], dict[str, Array]]:
+        self.check_adapters(adapters)
+        return (
+            {"params": params, "adapters": adapters or {}},
+            {} if dropout_key is None else {"dropout": dropout_key},
+        )

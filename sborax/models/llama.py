@@ -1,0 +1,220 @@
+"""The LLaMA decoder in Flax Linen: LLaMA 1 to 3.2, SmolLM2, TinyLlama, Mistral."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from sborax import core
+from sborax.models.attention import attention
+from sborax.models.config import LlamaConfig
+from sborax.models.layers import Embed, Linear, RMSNorm, rotate
+
+Cache = tuple[Float[Array, "*layers batch slots kv_heads head_dim"], Float[Array, "*layers batch slots kv_heads head_dim"]]
+"""Keys (rotated) and values."""
+
+SAVEABLE = ("qkv", "attended", "gate_up", "adapter_h")
+"""Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
+both halves of the gated unit, and the thin value inside an adapter."""
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d"],
+        rope: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+        segments: Any,
+        past: Cache | None,
+        ctx: core.Context,
+    ) -> tuple[Float[Array, "batch seq d"], Cache]:
+        """Attend to the past and to `x` itself; returns the keys and values of `x` too."""
+        cfg = self.config
+
+        def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
+            flat = Linear(heads * cfg.head_dim, cfg.attention_bias, self.dtype, name=name)(x, ctx)
+            return checkpoint_name(flat, "qkv").reshape(*x.shape[:2], heads, cfg.head_dim)
+
+        query = rotate(project("q_proj", cfg.num_attention_heads), *rope)
+        key = rotate(project("k_proj", cfg.num_key_value_heads), *rope)
+        value = project("v_proj", cfg.num_key_value_heads)
+        own = (key, value)
+        if past is not None:
+            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
+        attended = attention(query, key, value, *segments).reshape(*x.shape[:2], -1)
+        attended = checkpoint_name(attended, "attended")
+        return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), own
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d"], ctx: core.Context) -> Float[Array, "batch seq d"]:
+        """The gated feed-forward unit."""
+        cfg = self.config
+        gate, up = (
+            checkpoint_name(Linear(cfg.intermediate_size, cfg.mlp_bias, self.dtype, name=name)(x, ctx), "gate_up")
+            for name in ("gate_proj", "up_proj")
+        )
+        return Linear(cfg.hidden_size, cfg.mlp_bias, self.dtype, name="down_proj")(jax.nn.silu(gate) * up, ctx)
+
+
+class Block(nn.Module):
+    """One decoder layer, in the shape that `nn.scan` wants: carry, shared inputs, per-layer input -> carry, output."""
+
+    config: LlamaConfig
+    dtype: Any
+    keep: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Cache | None
+    ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
+        """The layer's output, and its keys and values if they are to be kept."""
+        cfg = self.config
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
+
+        mixed, own = Attention(cfg, self.dtype, name="self_attn")(norm("input_layernorm")(x), rope, segments, past, ctx)
+        x = x + mixed
+        x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
+        return x, own if self.keep else None
+
+
+class Unrolled(nn.Module):
+    """Blocks "0", "1", ... one after the other: faster to run and slower to compile than the scanned stack."""
+
+    block: Any
+    config: LlamaConfig
+    dtype: Any
+    keep: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Cache | None
+    ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
+        """What the scanned stack returns."""
+        kept = []
+        for layer in range(self.config.num_hidden_layers):
+            before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
+            x, own = self.block(self.config, self.dtype, self.keep, name=str(layer))(x, rope, segments, ctx, before)
+            kept.append(own)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+
+def rematerialised(remat: str) -> Any:
+    """`Block` with the rematerialisation that `remat` names: "none", "full", or names to keep, comma-separated.
+
+    Raises SboraxError for a name that is not in `SAVEABLE`.
+    """
+    if remat == "none":
+        return Block
+    names = [] if remat == "full" else remat.split(",")
+    wrong = [name for name in names if name not in SAVEABLE]
+    if wrong:
+        raise core.SboraxError(f"remat = {remat!r}: use none, full, or a comma-separated list of {', '.join(SAVEABLE)}")
+    # Inside a scan the loop itself keeps XLA from merging the two computations.
+    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+
+
+def positions_of(
+    tokens: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None
+) -> Int[Array, "batch seq"]:
+    """Positions counted from the first token of each run of one segment, so that padding on the left counts nothing."""
+    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        return slots
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
+
+
+class Llama(nn.Module):
+    """The decoder. Its params follow the table in `sborax.models.names`."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.dtype(jnp.float32)
+    remat: str = "none"
+    scan: bool = True
+    keep: bool = False
+    """Whether the hidden states come with every layer's keys and values."""
+
+    def setup(self) -> None:
+        """The parts, under the names of their params."""
+        cfg = self.config
+        self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
+        block = rematerialised(self.remat)
+        if self.scan:
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "adapters": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                length=cfg.num_hidden_layers,
+            )(cfg, self.dtype, self.keep)
+        else:
+            self.layers = Unrolled(block, cfg, self.dtype, self.keep)
+        self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = Linear(cfg.vocab_size, False, self.dtype)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        ctx: core.Context = core.Context(),
+        past: tuple[Cache, Int[Array, "batch slots"]] | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
+        """The normed hidden states, and the keys and values of `tokens` (stacked over layers) if `keep`.
+
+        segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
+        positions: rotary positions, in tokens; by default counted from the start of each segment.
+        past: keys and values of earlier tokens, and their segments.
+        Raises SboraxError for more tokens than the model's context.
+        """
+        cfg = self.config
+        if tokens.shape[1] > cfg.context:
+            raise core.SboraxError(f"a sequence of {tokens.shape[1]} tokens is longer than the context of {cfg.context}")
+        if positions is None:
+            positions = positions_of(tokens, segment_ids)
+        frequencies = jnp.asarray(cfg.rope.inverse_frequencies(cfg.head_dim))
+        angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
+        rope = (jnp.cos(angles), jnp.sin(angles))
+        cache, segments = None, (segment_ids, segment_ids)
+        if past is not None:
+            cache, earlier = past
+            own = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
+            segments = (own, jnp.concatenate([earlier, own], axis=1))
+        x, kept = self.layers(self.embed_tokens(tokens), rope, segments, ctx, cache)
+        return self.norm(x), kept
+
+    def head(
+        self, hidden: Float[Array, "batch seq d"], ctx: core.Context = core.Context()
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of normed hidden states, float32."""
+        if self.config.tie_word_embeddings:
+            return core.linear(hidden, self.embed_tokens.embedding.T).astype(jnp.float32)
+        return self.lm_head(hidden, ctx).astype(jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        ctx: core.Context = core.Context(),
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of every position, float32. See `hidden`."""
+        return self.head(self.hidden(tokens, segment_ids, positions, ctx)[0], ctx)

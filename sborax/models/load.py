@@ -1,0 +1,90 @@
+"""Models from a Hugging Face directory, the hub, or a GGUF file."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax.numpy as jnp
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from sborax.core import SboraxError
+from sborax.models.checkpoint import load_params, open_safetensors
+from sborax.models.config import LlamaConfig
+from sborax.models.gguf import open_gguf
+from sborax.models.language_model import LanguageModel, abstract
+from sborax.models.llama import Llama
+from sborax.models.tokenizer import read_tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+FILES = ["model*.safetensors", "*.json", "*.jinja"]
+"""What is fetched from the hub: no pickles, no code."""
+
+
+def find(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
+    """The directory or `.gguf` file that `source` names: a path, a name under `$SBORAX_MODELS`, or a hub id.
+
+    weights: whether a hub id's weights are fetched too.
+    Raises SboraxError if there is no such model.
+    """
+    text = os.fspath(source)
+    home = os.environ.get("SBORAX_MODELS")
+    for place in (Path(text).expanduser(), *([Path(home) / text] if home else [])):
+        if place.is_file() and place.suffix != ".gguf":
+            raise SboraxError(f"{place}: not a model; give a directory, a .gguf file or a hub id")
+        if place.exists():
+            return place
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith(".") or text.endswith(".gguf"):
+        raise SboraxError(f"{text}: no such directory or .gguf file, and not a hub id (organisation/name)")
+    try:
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=FILES if weights else FILES[1:]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failure:
+        reason = str(failure).strip().partition("\n")[0]
+        raise SboraxError(f"{text}: no such directory, and not found on the hub ({reason})") from failure
+
+
+def read_config(place: Path) -> LlamaConfig:
+    """The config of a model directory or `.gguf` file; reads no weights."""
+    if place.suffix == ".gguf":
+        return open_gguf(place).config()
+    file = place / "config.json"
+    if not file.exists():
+        raise SboraxError(f"{file}: missing; is this a Hugging Face model directory?")
+    try:
+        raw = json.loads(file.read_text())
+    except json.JSONDecodeError as failure:
+        raise SboraxError(f"{file}: not JSON ({failure})") from failure
+    if not isinstance(raw, dict):
+        raise SboraxError(f"{file}: not a JSON object")
+    return LlamaConfig.from_hf(raw, str(file))
+
+
+def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
+    """The config of the model that `source` names; reads no weights."""
+    return read_config(find(source, weights=False))
+
+
+def load_model(
+    source: str | os.PathLike[str], dtype: Any = "float32", *, remat: str = "none", scan: bool = True
+) -> LanguageModel:
+    """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
+
+    dtype: of params and activations; norms, softmax and logits are float32 in any case.
+    remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`).
+    scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
+    Raises SboraxError for whatever is missing, broken, superfluous or unsupported.
+    """
+    if jnp.dtype(dtype).name not in DTYPES:
+        raise SboraxError(f"dtype {jnp.dtype(dtype).name} is not supported; known: {', '.join(DTYPES)}")
+    place = find(source)
+    if place.suffix == ".gguf":
+        tensors = open_gguf(place)
+        config, tokenizer = tensors.config(), tensors.tokenizer()
+    else:
+        config = read_config(place)
+        tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
+    module = Llama(config, jnp.dtype(dtype), remat, scan)
+    params = load_params(config, abstract(config, dtype, scan=scan), tensors)
+    return LanguageModel(module, params, config, tokenizer)
