@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Set up .venv-test, fetch the real model, and run every check: ruff, pyright, pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+
+make_venv .venv-test
+if ! installed .venv-test; then
+  echo "installing sborax and its test tools into .venv-test"
+  # torch first and by itself: builds without CUDA are smaller by gigabytes, where they can be had.
+  if command -v uv >/dev/null; then
+    install .venv-test --torch-backend cpu torch==2.13.0 || install .venv-test torch==2.13.0
+  else
+    install .venv-test torch==2.13.0
+  fi || fail "torch could not be installed; see above"
+  install .venv-test --editable '.[test]' || fail "the packages could not be installed; see above"
+  mark_installed .venv-test
+fi
+bin=.venv-test/bin
+$bin/python -m sborax.fetch
+
+# Two workers on two cores: each computes with one thread, and compiled programs are shared within the run.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+cache=$(mktemp -d)
+trap 'rm -rf "$cache"' EXIT
+export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+
+$bin/ruff check
+$bin/ruff format --check
+$bin/pyright --pythonpath $bin/python
+$bin/pytest -n 2 "$@"
