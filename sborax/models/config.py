@@ -157,7 +157,9 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `from_hf` and transformers read back."""
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rope"}
-        raw["eos_token_id"] = list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
+        raw["eos_token_id"] = (
+            list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
+        )
         if self.model_type != "mistral":
             del raw["sliding_window"]
         raw |= {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", "rope_theta": self.rope.theta}
@@ -228,7 +230,9 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
     if unknown:
         raise SboraxError(f"{where}: rope scaling has an unknown field {unknown[0]!r}")
     if scaling.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
-        raise SboraxError(f"{where}: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported, only 1.0")
+        raise SboraxError(
+            f"{where}: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported, only 1.0"
+        )
     rope = Rope(theta=read.number("rope_theta"), kind=kind)
     if kind == "default":
         return rope

@@ -24,9 +24,7 @@ KNOWN = frozenset(
 )
 """Fields of architecture `llama` that `config` reads; any other may change the model."""
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False),),
     "smollm": (pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)),
@@ -63,7 +61,7 @@ class GGUF(AbstractTensors):
             dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as failure:
             raise SboraxError(f"{self.where}: {name} has type {tensor.tensor_type.name}, not supported") from failure
-        heads = {"attn_q": self._get("llama.attention.head_count"), "attn_k": self._kv_heads()}
+        heads = {"attn_q": self.field("llama.attention.head_count"), "attn_k": self._kv_heads()}
         part = name.split(".")[-2]
         if part not in heads:
             return dense
@@ -79,34 +77,34 @@ class GGUF(AbstractTensors):
         fields = {key.removeprefix("llama.") for key in self.reader.fields if key.startswith("llama.")}
         if unknown := sorted(fields - KNOWN):
             raise SboraxError(f"{self.where}: field 'llama.{unknown[0]}' is not supported")
-        heads, width = self._get("llama.attention.head_count"), self._get("llama.embedding_length")
-        head_dim = self._get("llama.attention.key_length", width // heads)
-        for field in ("attention.value_length", "rope.dimension_count"):
-            if self._get(f"llama.{field}", head_dim) != head_dim:
-                raise SboraxError(f"{self.where}: llama.{field} differs from the head width {head_dim}; not supported")
-        scaling = self._get("llama.rope.scaling.type", "none")
+        heads, width = self.field("llama.attention.head_count"), self.field("llama.embedding_length")
+        head_dim = self.field("llama.attention.key_length", width // heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self.field(f"llama.{key}", head_dim) != head_dim:
+                raise SboraxError(f"{self.where}: llama.{key} differs from the head width {head_dim}; not supported")
+        scaling = self.field("llama.rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise SboraxError(f"{self.where}: rope scaling {scaling!r} is not supported from GGUF")
         linear = scaling == "linear"
-        factor = _short(self._get("llama.rope.scaling.factor")) if linear else 1.0
-        eos = self._get("tokenizer.ggml.eos_token_id", -1)
+        factor = _short(self.field("llama.rope.scaling.factor")) if linear else 1.0
+        bos, eos, pad = (self.field(f"tokenizer.ggml.{key}_token_id", None) for key in ("bos", "eos", "padding"))
         return LlamaConfig(
             vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
             hidden_size=width,
-            intermediate_size=self._get("llama.feed_forward_length"),
-            num_hidden_layers=self._get("llama.block_count"),
+            intermediate_size=self.field("llama.feed_forward_length"),
+            num_hidden_layers=self.field("llama.block_count"),
             num_attention_heads=heads,
             num_key_value_heads=self._kv_heads(),
             head_dim=head_dim,
-            max_position_embeddings=self._get("llama.context_length"),
-            rms_norm_eps=_short(self._get("llama.attention.layer_norm_rms_epsilon")),
-            rope=Rope(_short(self._get("llama.rope.freq_base", 10_000.0)), "linear" if linear else "default", factor),
+            max_position_embeddings=self.field("llama.context_length"),
+            rms_norm_eps=_short(self.field("llama.attention.layer_norm_rms_epsilon")),
+            rope=Rope(_short(self.field("llama.rope.freq_base", 10_000.0)), "linear" if linear else "default", factor),
             tie_word_embeddings="output.weight" not in self.tensors,
             attention_bias="blk.0.attn_q.bias" in self.tensors,
             mlp_bias="blk.0.ffn_up.bias" in self.tensors,
-            bos_token_id=self._get("tokenizer.ggml.bos_token_id", -1) if self._has("bos") else None,
-            eos_token_id=(eos,) if eos >= 0 else (),
-            pad_token_id=self._get("tokenizer.ggml.padding_token_id", -1) if self._has("padding") else None,
+            bos_token_id=bos,
+            eos_token_id=() if eos is None else (eos,),
+            pad_token_id=pad,
         )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -114,11 +112,11 @@ class GGUF(AbstractTensors):
 
         Raises SboraxError for another kind of tokenizer.
         """
-        kind, cut = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "gpt-2")
+        kind, cut = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or cut not in PRE_TOKENIZERS:
             raise SboraxError(f"{self.where}: tokenizer {kind}/{cut} is not supported; use the Hugging Face directory")
-        texts, types = self._get("tokenizer.ggml.tokens"), self._get("tokenizer.ggml.token_type")
-        merges = [tuple(merge.split(" ", 1)) for merge in self._get("tokenizer.ggml.merges")]
+        texts, types = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
+        merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
         vocab = {text: number for number, text in enumerate(texts)}
         # Llama 3 takes a whole word that is a token as it is, before any merge.
         made = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama-bpe"))
@@ -128,19 +126,19 @@ class GGUF(AbstractTensors):
             if type_ in (CONTROL, USER_DEFINED):
                 made.add_tokens([AddedToken(text, normalized=False, special=type_ == CONTROL)])
         special = {
-            f"{role}_token": texts[self._get(f"tokenizer.ggml.{field}_token_id")]
-            for role, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-            if self._has(field)
+            f"{role}_token": texts[self.field(f"tokenizer.ggml.{key}_token_id")]
+            for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+            if self._has(key)
         }
-        if self._get("tokenizer.ggml.add_bos_token", False):
+        if self.field("tokenizer.ggml.add_bos_token", False):
             bos = special["bos_token"]
             made.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
             )
         return PreTrainedTokenizerFast(
             tokenizer_object=made,
-            chat_template=self._get("tokenizer.chat_template", None),
-            model_max_length=self._get("llama.context_length"),
+            chat_template=self.field("tokenizer.chat_template", None),
+            model_max_length=self.field("llama.context_length"),
             clean_up_tokenization_spaces=False,
             **special,
         )
@@ -149,12 +147,13 @@ class GGUF(AbstractTensors):
         return f"tokenizer.ggml.{role}_token_id" in self.reader.fields
 
     def _kv_heads(self) -> int:
-        return self._get("llama.attention.head_count_kv", self._get("llama.attention.head_count"))
+        return self.field("llama.attention.head_count_kv", self.field("llama.attention.head_count"))
 
-    def _get(self, key: str, *default: Any) -> Any:
-        field = self.reader.fields.get(key)
-        if field is not None:
-            return field.contents()
+    def field(self, key: str, *default: Any) -> Any:
+        """One metadata value, or the default; SboraxError if there is neither."""
+        found = self.reader.fields.get(key)
+        if found is not None:
+            return found.contents()
         if default:
             return default[0]
         raise SboraxError(f"{self.where}: field {key!r} is missing")
@@ -175,7 +174,7 @@ def open_gguf(file: Path) -> GGUF:
     except (ValueError, IndexError, KeyError, OSError, struct.error) as failure:
         raise SboraxError(f"{file}: not a readable GGUF file ({failure}); fetch it again") from failure
     opened = GGUF(str(file), reader, {tensor.name: tensor for tensor in reader.tensors})
-    kind = opened._get("general.architecture")
+    kind = opened.field("general.architecture")
     if kind != "llama":
         raise SboraxError(f"{file}: architecture {kind!r} is not supported, only 'llama'")
     return opened

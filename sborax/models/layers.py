@@ -21,9 +21,7 @@ class Linear(nn.Module):
     dtype: Any = jnp.dtype(jnp.float32)
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch in"], ctx: core.Context = core.Context()
-    ) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array, "*batch in"], ctx: core.Context = core.Context()) -> Float[Array, "*batch out"]:
         """The adapted projection of `x`, with dropout if the call carries an rng named `dropout`."""
         # `Module.param` compares leaf shapes with the initialiser's, which a packed kernel does not have.
         if self.has_variable("params", "kernel"):

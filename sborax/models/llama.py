@@ -13,7 +13,9 @@ from sborax.models.attention import attention
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate
 
-Cache = tuple[Float[Array, "*layers batch slots kv_heads head_dim"], Float[Array, "*layers batch slots kv_heads head_dim"]]
+Cache = tuple[
+    Float[Array, "*layers batch slots kv_heads head_dim"], Float[Array, "*layers batch slots kv_heads head_dim"]
+]
 """Keys (rotated) and values."""
 
 SAVEABLE = ("qkv", "attended", "gate_up", "adapter_h")
@@ -187,7 +189,9 @@ class Llama(nn.Module):
         """
         cfg = self.config
         if tokens.shape[1] > cfg.context:
-            raise core.SboraxError(f"a sequence of {tokens.shape[1]} tokens is longer than the context of {cfg.context}")
+            raise core.SboraxError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than the context of {cfg.context}"
+            )
         if positions is None:
             positions = positions_of(tokens, segment_ids)
         frequencies = jnp.asarray(cfg.rope.inverse_frequencies(cfg.head_dim))

@@ -1,0 +1,141 @@
+"""Models written as Hugging Face directories that transformers loads."""
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from sborax import core
+from sborax.core import SboraxError
+from sborax.models.checkpoint import INDEX
+from sborax.models.language_model import LanguageModel, Params
+from sborax.models.names import row, unlayered
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""numpy's names -> those of the safetensors format."""
+
+
+class Tensor(NamedTuple):
+    """One tensor to be written; `read` fetches it when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def save_hf(
+    directory: str | os.PathLike[str], model: LanguageModel, params: Params, *, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write `params` as a Hugging Face directory: `config.json`, tokenizer files, `model*.safetensors`.
+
+    Tensors are fetched and written one by one; quantised weights are written dense. The directory may be remote.
+    shard_bytes: largest size of one file, in bytes (transformers' 5 GB).
+    Raises SboraxError if the directory already holds a model.
+    """
+    place = epath.Path(directory)
+    if place.exists() and any(place.glob("*.safetensors")):
+        raise SboraxError(f"{directory}: already holds a model; choose another directory or remove it")
+    place.mkdir(parents=True, exist_ok=True)
+    shards = _shards(list(_tensors(model, params)), shard_bytes)
+    listed = {}
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(place / name, shard)
+        listed |= dict.fromkeys((tensor.name for tensor in shard), name)
+    if len(shards) > 1:
+        total = sum(tensor.size for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": listed}
+        (place / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    raw = model.config.to_hf() | {"torch_dtype": model.module.dtype.name}
+    (place / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    if model.tokenizer is not None:
+        _write_tokenizer(place, model.tokenizer)
+
+
+def write_safetensors(file: epath.Path, tensors: list[Tensor]) -> None:
+    """One `.safetensors` file, written under another name until it is whole.
+
+    safetensors' own writer wants all tensors of a file in memory at once, and knows local files only.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            stream.write(np.ascontiguousarray(tensor.read()).tobytes())
+    partial.replace(file)
+
+
+def _tensors(model: LanguageModel, params: Params) -> Iterator[Tensor]:
+    """Every tensor of `params` under Hugging Face's name, leaf by leaf."""
+    known = jax.tree_util.tree_flatten_with_path(model.abstract())[0]
+    given = jax.tree_util.tree_flatten_with_path(params, is_leaf=core.is_weight)[0]
+    if [keys for keys, _ in known] != [keys for keys, _ in given]:
+        raise SboraxError("params: not the param tree of this model")
+    for keys, leaf in given:
+        path = "/".join(key.key for key in keys)
+        entry, own = row(path), unlayered(path)[1]
+        stacked = "{layer}" in entry.hf and own is None
+        for layer in range(model.config.num_hidden_layers) if stacked else [own]:
+            shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+
+            def read(
+                leaf: Any = leaf, layer: Any = layer if stacked else ..., flip: bool = entry.transposed
+            ) -> np.ndarray:
+                array = np.asarray(core.dense(leaf)[layer])
+                return array.T if flip else array
+
+            yield Tensor(
+                entry.hf.format(layer=layer),
+                np.dtype(leaf.dtype).name,
+                shape[::-1] if entry.transposed else shape,
+                read,
+            )
+
+
+def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size
+    return shards
+
+
+def _write_tokenizer(place: epath.Path, tokenizer: Any) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            text = file.read_text()
+            if file.name == "tokenizer_config.json":
+                # transformers before version 5 does not know the class by its new name.
+                text = json.dumps(json.loads(text) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n"
+            (place / file.name).write_text(text)
