@@ -1,0 +1,269 @@
+"""Frozen dataclasses to JSON and back, and dotted `key=value` changes: one strict codec for every config.
+
+The type annotations are the schema. A class that stands for several (an abstract method, a rank policy) is written
+with the name of the one it is, `{"type": "LoRA", "rank": 8}`; a slice as `{"slice": [start, stop, step]}`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import sborax.methods  # noqa: F401  (a method is found by name among the classes that exist)
+from sborax.core import SboraxError
+
+T = TypeVar("T")
+
+
+class Literal(str):
+    """The right side of `key=value`: read as the type of its field asks."""
+
+
+def encode(value: Any) -> Any:
+    """A config as JSON values. `decode` of the result equals `value`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields} if _family(type(value)) else fields
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, tuple | list):
+        return [encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: encode(item) for name, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise SboraxError(f"a config cannot hold a {type(value).__name__}: {value!r}")
+
+
+def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = False) -> T:
+    """The config of class `kind` that `value` says.
+
+    structural: hyper-parameters that live in arrays may be null, as in the method of an attached adapter.
+    Raises SboraxError naming the key for an unknown one, a missing one, a value of the wrong type, an unknown class.
+    """
+    return _decode(kind, value, where, structural)
+
+
+def override(config: T, changes: Sequence[str]) -> T:
+    """`config` with dotted changes: `optimizer.lr=1e-4`, `rules.0.method.rank=8`. All are made before any check.
+
+    Raises SboraxError for a change without `=`, an unknown key (close ones are listed), a value of the wrong type.
+    """
+    raw = encode(config)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key:
+            raise SboraxError(f"{change!r}: write key=value, such as optimizer.lr=1e-4")
+        _assign(raw, key, Literal(text))
+    return _decode(type(config), raw, "", False)
+
+
+def _assign(raw: Any, key: str, value: Literal) -> None:
+    *parents, last = key.split(".")
+    node, done = raw, []
+    for part in parents:
+        node = node[_index(node, part, done)]
+        done.append(part)
+        if isinstance(node, Literal):
+            raise SboraxError(f"{key}: {'.'.join(done)} is given as a whole by another change")
+    node[_index(node, last, done)] = value
+
+
+def _index(node: Any, part: str, done: list[str]) -> Any:
+    where = ".".join(done)
+    if isinstance(node, list):
+        if part.isdecimal() and int(part) < len(node):
+            return int(part)
+        raise SboraxError(f"{where}.{part}: {where} has {len(node)} entries, numbered from 0")
+    if not isinstance(node, dict):
+        raise SboraxError(
+            f"{'.'.join([*done, part])}: {where} is {json.dumps(node)} and has no keys; set it as a whole"
+        )
+    if part not in node or part == "type":
+        raise SboraxError(_unknown(".".join([*done, part]), part, [name for name in node if name != "type"]))
+    return part
+
+
+def _unknown(where: str, name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _family(kind: type) -> type | None:
+    """The abstract class that `kind` is one of several of, if any."""
+    bases = [base for base in kind.__mro__[1:] if base.__module__.startswith("sborax") and inspect.isabstract(base)]
+    return bases[-1] if bases else None
+
+
+def _concrete(kind: type) -> dict[str, type]:
+    found = {} if inspect.isabstract(kind) else {kind.__name__: kind}
+    for child in kind.__subclasses__():
+        found |= _concrete(child)
+    return found
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, type) and typing.get_origin(kind) is None
+
+
+def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(typing.get_args(kind), value, where, structural)
+    if origin is typing.Literal:
+        choices = typing.get_args(kind)
+        plain = str(value) if isinstance(value, Literal) else value
+        if plain not in choices or isinstance(plain, bool):
+            raise SboraxError(f"{where}: must be one of {', '.join(map(repr, choices))}, got {plain!r}")
+        return plain
+    if isinstance(value, Literal):
+        return str(_unquote(value)) if kind is str else _decode(kind, _parse(value), where, structural)
+    if origin is tuple:
+        return _decode_tuple(typing.get_args(kind), value, where, structural)
+    if origin is dict or kind is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, "an object", value)
+        item = (typing.get_args(kind) or (str, Any))[1]
+        return {name: _decode(item, entry, f"{where}.{name}", structural) for name, entry in value.items()}
+    if kind is slice:
+        parts = value.get("slice") if isinstance(value, dict) and set(value) == {"slice"} else None
+        if not isinstance(parts, list) or len(parts) != 3:
+            raise _wrong(where, '{"slice": [start, stop, step]}', value)
+        return slice(*parts)
+    if _is_class(kind) and (inspect.isabstract(kind) or _family(kind)):
+        return _decode_one_of(kind, value, where, structural)
+    if dataclasses.is_dataclass(kind):
+        return _decode_fields(kind, value, where, structural)
+    return _decode_scalar(kind, value, where)
+
+
+def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:
+        return value
+    if kind is None or kind is types.NoneType:
+        if value is not None:
+            raise _wrong(where, "null", value)
+        return None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise _wrong(where, {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind], value)
+    return value
+
+
+def _decode_union(kinds: Sequence[Any], value: Any, where: str, structural: bool) -> Any:
+    """Exact types first, so that an int stays one where both int and float may stand; text last."""
+    if isinstance(value, Literal):
+        parsed = _parse(value)
+        if str in kinds and (isinstance(parsed, str) or not any(_fits(kind, parsed) for kind in kinds)):
+            return str(_unquote(value))
+        value = parsed
+    fitting = [kind for kind in kinds if _fits(kind, value)]
+    if not fitting:
+        names = " or ".join("null" if kind is types.NoneType else _name(kind) for kind in kinds)
+        raise _wrong(where, names, value)
+    return _decode(fitting[0], value, where, structural)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether `value` has the outer form of `kind`: enough to choose among the members of a union."""
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return True
+    if kind is types.NoneType:
+        return value is None
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if origin is tuple:
+        return isinstance(value, list | tuple)
+    if kind is slice:
+        return isinstance(value, dict) and set(value) == {"slice"}
+    if origin is dict:
+        return isinstance(value, dict)
+    if dataclasses.is_dataclass(kind) or inspect.isabstract(kind):
+        named = inspect.isabstract(kind) or _family(kind) is not None
+        return isinstance(value, str if named and isinstance(value, str) else dict) and value != {"slice"}
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return "a list"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        kind, getattr(kind, "__name__", str(kind))
+    )
+
+
+def _decode_tuple(items: tuple[Any, ...], value: Any, where: str, structural: bool) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, "a list", value)
+    kinds = [items[0]] * len(value) if items[-1:] == (...,) else list(items)
+    if len(kinds) != len(value):
+        raise SboraxError(f"{where}: needs {len(kinds)} entries, got {len(value)}")
+    return tuple(
+        _decode(kind, item, f"{where}.{number}", structural)
+        for number, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _decode_one_of(kind: type, value: Any, where: str, structural: bool) -> Any:
+    known = _concrete(kind)
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise _wrong(where, f'an object with "type", one of {", ".join(sorted(known))}', value)
+    name = value["type"]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+        raise SboraxError(f"{where}: there is no {name!r}; did you mean {' or '.join(close)}?")
+    rest = {key: item for key, item in value.items() if key != "type"}
+    return _decode_fields(known[name], rest, where, structural)
+
+
+def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
+    if not isinstance(value, dict):
+        raise _wrong(where or "config", f"an object with the keys of {kind.__name__}", value)
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for name in value:
+        if name not in fields:
+            raise SboraxError(_unknown(prefix + name, name, list(fields)))
+    given = {}
+    for name, field in fields.items():
+        if name in value:
+            null = structural and value[name] is None and field.metadata.get("hyper")
+            given[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise SboraxError(f"{prefix}{name}: missing")
+    try:
+        return kind(**given)
+    except SboraxError as error:
+        raise SboraxError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _parse(text: Literal) -> Any:
+    """Python or JSON; what is neither is text."""
+    for read in (ast.literal_eval, json.loads):
+        try:
+            value = read(str(text))
+        except (ValueError, SyntaxError, TypeError):
+            continue
+        return list(value) if isinstance(value, tuple) else value
+    return str(text)
+
+
+def _unquote(text: Literal) -> Any:
+    """Text is taken as it stands, quotes around it removed."""
+    value = _parse(text)
+    return value if isinstance(value, str) else str(text)
+
+
+def _wrong(where: str, wanted: str, value: Any) -> SboraxError:
+    return SboraxError(f"{where}: must be {wanted}, got {value if isinstance(value, Literal) else json.dumps(value)}")

@@ -1,0 +1,1 @@
+"""Data: from a name to batches of tokens."""

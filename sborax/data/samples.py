@@ -1,0 +1,129 @@
+"""Samples as tokens, with the tokens that count, dropped and cut ones reported."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from sborax.core import SboraxError
+from sborax.data.options import Data
+from sborax.data.source import read
+from sborax.data.template import Rendered, render
+
+_CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sequence, and which of its tokens the model is to learn to write."""
+
+    tokens: Int32[np.ndarray, " length"]
+    counts: Bool[np.ndarray, " length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the records."""
+
+    records: int
+    samples: int
+    too_long: int
+    without_answer: int
+    overlong: str
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        done = {"drop": "dropped", "truncate": "truncated", "split": "split into windows"}[self.overlong]
+        parts = [f"{self.samples:,} samples of {self.records:,} records", f"{self.too_long:,} too long ({done})"]
+        if self.without_answer:
+            parts.append(f"{self.without_answer:,} without an answer (dropped)")
+        return ", ".join(parts)
+
+
+def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> tuple[list[Sample], Report]:
+    """Every sample of a data set, in its own order.
+
+    end: the token that ends a text, or None. context: the model's, in tokens.
+    Raises SboraxError for unusable data, and if no sample is left.
+    """
+    if tokenizer is None:
+        raise SboraxError("this model has no tokenizer.json beside it; put one into its directory")
+    if data.max_length > context:
+        raise SboraxError(f"data.max_length: {data.max_length} is more than the model's context of {context} tokens")
+    records = read(data.name, data.split)
+    count = len(records) if data.limit is None else min(data.limit, len(records))
+    samples: list[Sample] = []
+    too_long = without_answer = 0
+    for start in range(0, count, _CHUNK):
+        part = [records[index] for index in range(start, min(start + _CHUNK, count))]
+        for sample in _tokenise(part, start, data, tokenizer, end):
+            fitting = [sample]
+            if len(sample.tokens) > data.max_length:
+                too_long += 1
+                fitting = _shorten(sample, data)
+            # The first token is never predicted.
+            useful = [one for one in fitting if one.counts[1:].any()]
+            without_answer += not useful and bool(fitting)
+            samples += useful
+    if not samples:
+        raise SboraxError(
+            f"{data.name}: no sample is left of {count}: {too_long} are longer than data.max_length = {data.max_length} "
+            f"tokens, {without_answer} have no answer; raise data.max_length or set data.overlong"
+        )
+    return samples, Report(count, len(samples), too_long, without_answer, data.overlong)
+
+
+def _shorten(sample: Sample, data: Data) -> list[Sample]:
+    if data.overlong == "drop":
+        return []
+    if data.overlong == "truncate":
+        return [Sample(sample.tokens[: data.max_length], sample.counts[: data.max_length])]
+    # Windows share one token, since the first of a window is never predicted.
+    starts = range(0, len(sample.tokens) - 1, data.max_length - 1)
+    cuts = [slice(start, start + data.max_length) for start in starts]
+    return [Sample(sample.tokens[cut], sample.counts[cut]) for cut in cuts]
+
+
+def _tokenise(
+    records: Sequence[Mapping[str, Any]], start: int, data: Data, tokenizer: Any, end: int | None
+) -> list[Sample]:
+    rendered = []
+    for number, record in enumerate(records, start=start):
+        try:
+            rendered.append(render(data.template, data.answer, record, tokenizer))
+        except SboraxError as error:
+            raise SboraxError(f"{data.name}: record {number}: {error}") from None
+    encoded = tokenizer(
+        ["".join(piece.text for piece in one.pieces) for one in rendered],
+        add_special_tokens=rendered[0].special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [
+        _mark(one, tokens, offsets, data.loss_on, end)
+        for one, tokens, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+
+
+def _mark(one: Rendered, tokens: list[int], offsets: list[tuple[int, int]], loss_on: str, end: int | None) -> Sample:
+    """Which tokens count, by where they end in the text: one that reaches into an answer belongs to it."""
+    if one.special and end is not None and (not tokens or tokens[-1] != end):
+        length = sum(len(piece.text) for piece in one.pieces)
+        tokens, offsets = [*tokens, end], [*offsets, (length, length)]
+    ids = np.asarray(tokens, np.int32)
+    if loss_on == "all":
+        return Sample(ids, np.ones(len(ids), bool))
+    ends = np.array([stop for _, stop in offsets], np.int64).reshape(-1)
+    counts = np.zeros(len(ids), bool)
+    position = 0
+    for piece in one.pieces:
+        after = position + len(piece.text)
+        if piece.answer and piece.text:
+            counts |= (ends > position) & (ends <= after)
+        position = after
+    if one.special and end is not None and one.pieces[-1].answer and one.pieces[-1].text:
+        counts[-1] = True
+    return Sample(ids, counts)

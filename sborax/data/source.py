@@ -1,0 +1,124 @@
+"""Where samples come from: local files and directories, names under `$SBORAX_DATA`, and the Hugging Face hub."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from sborax.core import SboraxError
+
+READERS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+Records = Sequence[dict[str, Any]]
+
+
+def find(name: str, split: str) -> Path | None:
+    """The local file that `name` means, or None where only the hub can have it.
+
+    A directory with one data file means that file, otherwise the file named like the split.
+    Raises SboraxError for a path that is missing or unclear.
+    """
+    home = os.environ.get("SBORAX_DATA")
+    for place in (Path(name).expanduser(), *([Path(home) / name] if home else [])):
+        if place.is_dir():
+            return _choose(place, split)
+        if place.exists():
+            if place.suffix not in READERS:
+                raise SboraxError(f"{place}: unknown kind of data; known: {', '.join(READERS)}")
+            return place
+    if name.startswith((".", "/", "~")) or Path(name).suffix in READERS or name.count("/") > 1:
+        raise SboraxError(f"{name}: no such data file or directory" + ("" if home else " ($SBORAX_DATA is not set)"))
+    return None
+
+
+def _choose(place: Path, split: str) -> Path:
+    files = sorted(file for file in place.iterdir() if file.suffix in READERS)
+    if not files:
+        raise SboraxError(f"{place}: no data file in it; known: {', '.join(READERS)}")
+    named = [file for file in files if file.stem == split] or [file for file in files if file.stem.startswith(split)]
+    chosen = files if len(files) == 1 else named
+    if len(chosen) != 1:
+        problem = f"several files could be split {split!r}" if chosen else f"no file is named like split {split!r}"
+        raise SboraxError(f"{place}: {problem}; name one: {', '.join(file.name for file in chosen or files)}")
+    return chosen[0]
+
+
+def read(name: str, split: str = "train") -> Records:
+    """The records of a data set, each a dict of columns.
+
+    Raises SboraxError for data that is missing, unreadable (a JSONL error names its line) or empty.
+    """
+    path = find(name, split)
+    if path is None:
+        records = _from_hub(name, split)
+    else:
+        records = _from_file(path)
+    if not len(records):
+        raise SboraxError(f"{path or name}: the data set is empty")
+    return records
+
+
+def _from_hub(name: str, split: str) -> Records:
+    try:
+        return datasets.load_dataset(name, split=split)  # type: ignore[return-value]
+    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SboraxError(
+            f"{name}: no such file, not under $SBORAX_DATA, not to be had from the hub ({reason})"
+        ) from error
+
+
+def _from_file(path: Path) -> Records:
+    if path.stat().st_size == 0:
+        return []
+    kind = READERS[path.suffix]
+    if kind in ("json", "jsonl"):
+        return _from_json(path, kind)
+    if kind == "text":
+        return [{"text": _text(path)}]
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)  # type: ignore[return-value]
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise SboraxError(f"{path}: not readable as {kind} ({reason})") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SboraxError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _from_json(path: Path, kind: str) -> Records:
+    text = _text(path)
+    if kind == "json":
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError as error:
+            if not text.lstrip().startswith("{"):
+                raise SboraxError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+        else:
+            records = whole if isinstance(whole, list) else [whole]
+            bad = next((i for i, record in enumerate(records) if not isinstance(record, dict)), None)
+            if bad is not None:
+                raise SboraxError(f"{path}: entry {bad} is not an object with columns")
+            return records
+    return list(_lines(path, text))
+
+
+def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SboraxError(f"{path}: line {number} is not JSON ({error.msg})") from None
+        if not isinstance(record, dict):
+            raise SboraxError(f"{path}: line {number} is not an object with columns")
+        yield record

@@ -1,0 +1,121 @@
+"""Samples as text: a list of pieces, each either prompt or answer."""
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sborax.core import SboraxError
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""Stanford Alpaca's prompts, also LLM-Adapters' (arXiv:2304.01933)."""
+NAMES = ("alpaca", "chat", "text")
+
+
+class Piece(NamedTuple):
+    """A stretch of text, and whether the model is to learn to write it."""
+
+    text: str
+    answer: bool
+
+
+class Rendered(NamedTuple):
+    """A sample as text. `special` says whether the tokenizer adds its own special tokens and the end of the text."""
+
+    pieces: list[Piece]
+    special: bool = True
+
+
+def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any) -> Rendered:
+    """One record through a template (see `Data.template`).
+
+    Raises SboraxError for a missing column and for a template that is not known or does not fit the tokenizer.
+    """
+    if template == "chat":
+        return Rendered(_chat(_messages(record), tokenizer), special=False)
+    if template == "text":
+        return Rendered([Piece(_fill("{text}", record), True)])
+    if template == "alpaca":
+        prompt = ALPACA_INPUT if record.get("input") else ALPACA
+        return Rendered([Piece(_fill(prompt, record), False), Piece(_fill("{output}", record), True)])
+    if "{" not in template:
+        raise SboraxError(f"data.template: {template!r} is not one of {', '.join(NAMES)} and names no {{column}}")
+    return Rendered([Piece(_fill(template, record), False), Piece(_fill(answer, record), True)])
+
+
+def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
+    """The text that a model is given to answer: the pieces before the last answer.
+
+    Raises SboraxError as `render` does.
+    """
+    if template == "chat":
+        messages = _messages(record)
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return _apply(tokenizer, asked, generate=True)
+    if template == "alpaca":
+        return _fill(ALPACA_INPUT if record.get("input") else ALPACA, record)
+    return _fill("{text}" if template == "text" else template, record)
+
+
+def _fill(pattern: str, record: Mapping[str, Any]) -> str:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+    except ValueError as error:
+        raise SboraxError(f"data.template: {pattern!r} is not a format string ({error})") from None
+    for name in names:
+        if name not in record:
+            raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
+    return pattern.format(**{name: "" if record[name] is None else record[name] for name in names})
+
+
+def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Turns as `{"role", "content"}`, from `messages` or from an instruction with its output."""
+    if "messages" in record:
+        turns = record["messages"]
+        wrong = not isinstance(turns, Sequence) or not turns or not all("role" in t and "content" in t for t in turns)
+        if wrong:
+            raise SboraxError('column "messages" must be a list of {"role": ..., "content": ...}')
+        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    for asked, said in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
+        if asked in record and said in record:
+            more = f"\n{record['input']}" if record.get("input") else ""
+            return [
+                {"role": "user", "content": f"{record[asked]}{more}"},
+                {"role": "assistant", "content": str(record[said])},
+            ]
+    raise SboraxError(
+        f"a chat needs column 'messages' (or instruction and output); the columns are {', '.join(record)}"
+    )
+
+
+def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
+    if not tokenizer.chat_template:
+        raise SboraxError("data.template: this model's tokenizer has no chat template; use another template")
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+
+
+def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
+    """The rendered conversation, cut so that what the assistant writes, its end mark included, is answer."""
+    whole = _apply(tokenizer, messages, generate=False)
+    pieces, done = [], 0
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _apply(tokenizer, messages[:turn], generate=True)
+        after = _apply(tokenizer, messages[: turn + 1], generate=False)
+        if not whole.startswith(before) or not whole.startswith(after):
+            raise SboraxError(
+                "data.template: this chat template rewrites earlier turns; loss on answers is not defined"
+            )
+        # A line break after the end mark belongs to the template, not to the answer.
+        end = len(after.rstrip("\n")) if after.endswith("\n") else len(after)
+        pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : end], True)]
+        done = end
+    return [*pieces, Piece(whole[done:], False)]

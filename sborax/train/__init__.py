@@ -1,0 +1,1 @@
+"""Training: from an `Experiment` to a run directory."""

@@ -1,0 +1,180 @@
+"""What a run is: one frozen dataclass, built in a Python file or read from an earlier run's `config.json`."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from etils import epath
+
+from sborax.config import decode, encode, override
+from sborax.core import SboraxError
+from sborax.data.options import Data, at_least
+from sborax.paths import Rule, as_rules
+
+CONFIG = "config.json"
+Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax optimiser with warm-up, decay and clipping.
+
+    name: "adamw", "adam", "sgd" (momentum betas[0]), "lion" or "adafactor".
+    lr: peak learning rate. 2e-4 is LoRA's usual one (arXiv:2305.14314).
+    schedule: after the warm-up: "constant", or "linear" or "cosine" down to `final` times the peak.
+    warmup: number of steps if 1 or more, else the fraction of all steps.
+    decay: decoupled weight decay (norm scales and biases excepted). clip: largest global gradient norm, or None.
+    """
+
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    lr: float = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: float = 0.03
+    final: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay: float = 0.0
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(0, lr=self.lr, warmup=self.warmup, final=self.final, decay=self.decay, clip=self.clip)
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise SboraxError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.decay and self.name in ("adam", "sgd", "adafactor"):
+            raise SboraxError(f"{self.name} takes no decay here; use adamw or lion, or set decay=0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Loss on held-out data (`data`), at the end and every so many steps."""
+
+    data: Data | None = None
+    every: int | None = None
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least(1, every=self.every)
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """Checkpoints every so many steps and at the end; the newest `keep` stay."""
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(1, every=self.every, keep=self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A fine-tuning run. Give `steps` or `epochs`.
+
+    model: a Hugging Face directory, hub id or `.gguf` file. rules: what is adapted and how.
+    batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
+    precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
+    remat: "none", "full" or names to keep. attention: "xla".
+    train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
+    seed_data: order of the data. seed_adapter: initial adapters and dropout.
+    log: back ends beside `metrics.jsonl`. mesh, procedure, eval.tasks: refused where this version lacks them.
+    """
+
+    model: str
+    data: Data
+    rules: tuple[Rule, ...] = ()
+    optimizer: Optimizer = Optimizer()
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    quant: Literal["nf4"] | None = None
+    mesh: dict[str, int] | None = None
+    remat: str = "none"
+    attention: str = "xla"
+    eval: Eval = Eval()
+    save: Save = Save()
+    procedure: str | None = None
+    seed_data: int = 0
+    seed_adapter: int = 0
+    log: tuple[str, ...] = ()
+    train_base: bool = False
+    train_also: tuple[Also, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", as_rules(self.rules))
+        object.__setattr__(self, "train_also", tuple(self.train_also))
+        at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
+        for name, seed in (("seed_data", self.seed_data), ("seed_adapter", self.seed_adapter)):
+            if not 0 <= seed < 2**32:
+                raise SboraxError(f"{name} must lie in 0..2**32 - 1, got {seed}")
+        if (self.steps is None) == (self.epochs is None):
+            raise SboraxError("give steps or epochs, and set the other to None")
+        if self.epochs is not None and self.epochs <= 0:
+            raise SboraxError(f"epochs must be positive, got {self.epochs}")
+        if not self.rules and not self.train_base and not self.train_also:
+            raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
+        if self.quant and (self.train_base or self.rules == ()):
+            raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")
+        absent: dict[str, Any] = {
+            "mesh": self.mesh,
+            "procedure": self.procedure,
+            "eval.tasks": self.eval.tasks,
+            "log": self.log,
+            "attention": None if self.attention == "xla" else self.attention,
+        }
+        for name, value in absent.items():
+            if value:
+                raise SboraxError(f"{name}: {value!r} is not available in this version; leave it at its default")
+
+
+def load_experiment(source: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a Python file with `def experiment()`, a run's `config.json`, or a run directory, changed.
+
+    Raises SboraxError for a missing file, a file without that function, an error inside it, and as `override` does.
+    """
+    path = epath.Path(source)
+    if (path / CONFIG).exists():
+        path = path / CONFIG
+    if not path.exists() or path.is_dir():
+        raise SboraxError(f"{source}: no such experiment; give a Python file, a config.json or a run directory")
+    if path.suffix == ".py":
+        return override(_from_python(Path(path)), overrides)
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise SboraxError(f"{path}: not JSON ({error}); an experiment is a .py or .json file") from None
+    try:
+        return override(decode(Experiment, raw), overrides)
+    except SboraxError as error:
+        raise SboraxError(f"{path}: {error}") from None
+
+
+def _from_python(path: Path) -> Experiment:
+    spec = importlib.util.spec_from_file_location(f"sborax_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        build = vars(module).get("experiment")
+        if not callable(build):
+            raise SboraxError(f"{path}: needs a function `def experiment() -> sborax.Experiment`")
+        built = build()
+    except SboraxError as error:
+        raise SboraxError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (TypeError, NameError, AttributeError, SyntaxError, ImportError) as error:
+        raise SboraxError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(built, Experiment):
+        raise SboraxError(f"{path}: experiment() returned a {type(built).__name__}, not an Experiment")
+    return built
+
+
+def save_experiment(experiment: Experiment, run: epath.Path) -> None:
+    """Write the resolved `config.json` of a run: enough to repeat it."""
+    (run / CONFIG).write_text(json.dumps(encode(experiment), indent=2) + "\n")
