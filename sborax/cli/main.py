@@ -1,0 +1,168 @@
+"""Arguments of the command line, and what becomes of errors. The work is imported by the command that needs it."""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import sborax
+from sborax.core import SboraxError
+
+Command = Callable[[argparse.Namespace], None]
+
+OK, WRONG, INTERRUPTED = 0, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SboraxError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. The exit code is 0, 2 after one line `error: ...` on stderr, or 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = _parse(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would say so again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except (SboraxError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return WRONG
+    return OK
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    arguments, rest = _parser().parse_known_args(argv)
+    # argparse gives up on `key=value` that follows an option.
+    changes = [word for word in rest if not word.startswith("-")]
+    if len(changes) < len(rest) or (changes and "changes" not in arguments):
+        unknown = next(word for word in rest if word.startswith("-") or "changes" not in arguments)
+        raise SboraxError(f"unknown argument {unknown}; see sborax {arguments.command} --help")
+    if changes:
+        arguments.changes += changes
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("sborax", description="Fine-tune LLaMA-family language models in JAX, a few weights at a time.")
+    parser.add_argument("--version", action="version", version=f"sborax {sborax.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Command, says: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=says, description=says[0].upper() + says[1:] + ".")
+        own.add_argument("--debug", action="store_true", help="print a traceback with an error")
+        own.set_defaults(run=run)
+        return own
+
+    def add_changes(own: argparse.ArgumentParser) -> None:
+        own.add_argument(
+            "changes", metavar="key=value", nargs="*", default=[], help="change a field, such as optimizer.lr=1e-4"
+        )
+
+    train = command("train", _train, "fine-tune a model as an experiment says")
+    train.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
+    add_changes(train)
+    train.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/NAME OF THE EXPERIMENT)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
+
+    generate = command("generate", _generate, "write text with a model or a run")
+    _add_target(generate)
+    generate.add_argument("--prompt", required=True, action="append", help="text to go on from; repeat for several")
+    generate.add_argument("--template", help="wrap the prompt: chat, alpaca, or text with {instruction} in it")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of mass")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+    merge = command("merge", _merge, "write a run as a dense model in Hugging Face layout")
+    merge.add_argument("run_dir", metavar="RUN_DIR")
+    merge.add_argument("out_dir", metavar="OUT_DIR")
+
+    export = command("export", _export, "write a run's adapter in PEFT's format")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("out_dir", metavar="OUT_DIR")
+    export.add_argument(
+        "--as", dest="form", choices=("native", "lora"), default="native",
+        help="native (default): as PEFT's own kind where PEFT has the method; lora: as plain LoRA, where that is exact",
+    )  # fmt: skip
+
+    plan = command("plan", _plan, "show what would be trained, without reading weights")
+    plan.add_argument("target", metavar="EXPERIMENT|MODEL")
+    add_changes(plan)
+
+    methods = command("methods", _methods, "list the methods, or tell all about one")
+    methods.add_argument("name", metavar="NAME", nargs="?")
+
+    quickstart = command("quickstart", _quickstart, "fine-tune SmolLM2-135M with SBoRA in a few minutes")
+    add_changes(quickstart)
+    quickstart.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/quickstart)")
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="Hugging Face directory, hub id, .gguf file, or RUN_DIR")
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory to put on top")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from sborax.cli.commands import train
+
+    train(arguments.experiment, arguments.changes, arguments.out, arguments.resume)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from sborax.cli.commands import generate
+
+    generate(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from sborax.cli.commands import merge
+
+    merge(arguments.run_dir, arguments.out_dir)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from sborax.cli.commands import export
+
+    export(arguments.run_dir, arguments.out_dir, arguments.form)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from sborax.cli.plan import show
+
+    print(show(arguments.target, arguments.changes))
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from sborax.cli.methods import describe, overview
+
+    print(overview() if arguments.name is None else describe(arguments.name))
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    from sborax.quickstart import quickstart
+
+    quickstart(arguments.changes, arguments.out)

@@ -1,0 +1,75 @@
+"""`sborax methods`: what each method is, read from its class."""
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+from collections.abc import Iterator
+
+from sborax import methods
+from sborax.core import AbstractFactored, AbstractMethod, SboraxError
+from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
+
+
+def find(name: str) -> type[AbstractMethod]:
+    """The method of that name, in whatever case. Raises SboraxError for an unknown one."""
+    known = {one.lower(): one for one in methods.__all__}
+    if name.lower() not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(known[one] for one in close)}?" if close else ""
+        raise SboraxError(f"there is no method {name!r}; {hint or 'known: ' + ', '.join(methods.__all__)}")
+    return getattr(methods, known[name.lower()])
+
+
+def overview() -> str:
+    """Every method: equation, options, paper, whether it merges, its PEFT equivalent."""
+    return "\n\n".join(_entry(find(name), whole=False) for name in methods.__all__)
+
+
+def describe(name: str) -> str:
+    """One method with its whole docstring. Raises SboraxError for an unknown one."""
+    return _entry(find(name), whole=True)
+
+
+def _entry(method: type[AbstractMethod], whole: bool) -> str:
+    told = inspect.getdoc(method) or ""
+    if not whole:
+        told = "\n".join(_equation(method, told.split("\n\n")))
+    facts = {
+        "options": ", ".join(_option(field) for field in dataclasses.fields(method)),
+        "paper": method.paper,
+        "merge": f"no: {method.mergeable}" if method.mergeable else "exact",
+        "PEFT": peft_equivalent(method),
+    }
+    if method.rewrites_base:
+        facts["base"] = "its initialisation rewrites the base weights"
+    lines = [method.__name__, *(f"  {line}".rstrip() for line in told.splitlines())]
+    return "\n".join([*lines, *(f"  {name + ':':<9}{fact}" for name, fact in facts.items())])
+
+
+def _equation(method: type[AbstractMethod], paragraphs: list[str]) -> Iterator[str]:
+    """The paragraphs before the one that explains the options."""
+    options = tuple(f"{field.name}:" for field in dataclasses.fields(method))
+    return itertools.takewhile(lambda paragraph: not paragraph.startswith(options), paragraphs)
+
+
+def _option(field: dataclasses.Field) -> str:
+    return field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+
+
+def peft_equivalent(method: type[AbstractMethod]) -> str:
+    """How PEFT calls the method, and in what form `sborax export` writes it."""
+    rows = [row for row in TABLE if row.method is method]
+    own = [
+        " ".join(
+            [row.peft_type]
+            + [f"{name}={values[0]!r}" for name, values in row.known_by.items() if values[0] != KNOWN_BY_DEFAULTS[name]]
+        )
+        for row in rows
+    ]
+    named = " or ".join(own)
+    if any(row.write for row in rows):
+        return named
+    if issubclass(method, AbstractFactored):
+        return f"{named}, written as plain LoRA (exact)" if named else "none; written as plain LoRA (exact)"
+    return "none; `sborax merge` writes a dense model"
