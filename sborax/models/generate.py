@@ -113,8 +113,8 @@ def _generate(
     width = tokens.shape[1]
 
     def pick(hidden: Float[Array, "batch 1 d"], step: Int[Array, ""] | int) -> Int[Array, " batch"]:
-        logits = module.apply(variables, hidden, method="head")[:, 0]
-        return choose(logits, choice, temperature, jax.random.fold_in(key, step))
+        logits = jnp.asarray(module.apply(variables, hidden, method="head"))
+        return choose(logits[:, 0], choice, temperature, jax.random.fold_in(key, step))
 
     def ended(token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
         return jnp.any(token[:, None] == ends[None], axis=-1)

@@ -61,8 +61,7 @@ class LanguageModel:
         dropout_key: without one the call is deterministic.
         Raises SboraxError for an adapter that the model never reads and for tokens beyond the context.
         """
-        variables, rngs = self._inputs(params, adapters, dropout_key)
-        return self.module.apply(variables, tokens, segment_ids, positions, ctx, rngs=rngs)
+        return self._call("__call__", params, adapters, dropout_key, tokens, segment_ids, positions, ctx)
 
     def hidden(
         self,
@@ -76,8 +75,7 @@ class LanguageModel:
         ctx: core.Context = core.Context(),
     ) -> Float[Array, "batch seq d"]:
         """The normed hidden states from which `apply` makes logits."""
-        variables, rngs = self._inputs(params, adapters, dropout_key)
-        return self.module.apply(variables, tokens, segment_ids, positions, ctx, rngs=rngs, method="hidden")[0]
+        return self._call("hidden", params, adapters, dropout_key, tokens, segment_ids, positions, ctx)[0]
 
     def head(
         self,
@@ -88,8 +86,7 @@ class LanguageModel:
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of `hidden`, float32."""
-        variables, rngs = self._inputs(params, adapters, dropout_key)
-        return self.module.apply(variables, hidden, rngs=rngs, method="head")
+        return self._call("head", params, adapters, dropout_key, hidden)
 
     def head_kernel(self, params: Params) -> core.Weight:
         """The (d, vocab) kernel of the head: the transposed embedding where they are tied."""
@@ -109,11 +106,8 @@ class LanguageModel:
         """The param tree as shapes and dtypes, from the config alone."""
         return abstract(config or self.config, self.module.dtype, scan=self.module.scan)
 
-    def _inputs(
-        self, params: Params, adapters: Params | None, dropout_key: Key[Array, ""] | None
-    ) -> tuple[dict[str, Params], dict[str, Array]]:
+    def _call(self, method: str, params: Params, adapters: Params | None, dropout_key: Any, *inputs: Any) -> Any:
         self.check_adapters(adapters)
-        return (
-            {"params": params, "adapters": adapters or {}},
-            {} if dropout_key is None else {"dropout": dropout_key},
-        )
+        variables = {"params": params, "adapters": adapters or {}}
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return self.module.apply(variables, *inputs, rngs=rngs, method=method)

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sborax import core
+from sborax.methods.lowrank import HIDDEN
 from sborax.models.attention import attention
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate
@@ -18,7 +19,7 @@ Cache = tuple[
 ]
 """Keys (rotated) and values."""
 
-SAVEABLE = ("qkv", "attended", "gate_up", "adapter_h")
+SAVEABLE = ("qkv", "attended", "gate_up", HIDDEN)
 """Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
 both halves of the gated unit, and the thin value inside an adapter."""
 
@@ -117,19 +118,26 @@ class Unrolled(nn.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
 
-def rematerialised(remat: str) -> Any:
-    """`Block` with the rematerialisation that `remat` names: "none", "full", or names to keep, comma-separated.
+def kept_names(remat: str) -> tuple[str, ...] | None:
+    """What `remat` keeps for the backward pass: "none" recomputes nothing (None), "full" keeps nothing, else names.
 
     Raises SboraxError for a name that is not in `SAVEABLE`.
     """
-    if remat == "none":
-        return Block
-    names = [] if remat == "full" else remat.split(",")
-    wrong = [name for name in names if name not in SAVEABLE]
-    if wrong:
+    if remat in ("none", "full"):
+        return None if remat == "none" else ()
+    names = tuple(remat.split(","))
+    if not set(names) <= set(SAVEABLE):
         raise core.SboraxError(f"remat = {remat!r}: use none, full, or a comma-separated list of {', '.join(SAVEABLE)}")
+    return names
+
+
+def rematerialised(remat: str, scan: bool) -> Any:
+    """`Block`, recomputed in the backward pass as `remat` says."""
+    names = kept_names(remat)
+    if names is None:
+        return Block
     # Inside a scan the loop itself keeps XLA from merging the two computations.
-    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=not scan)
 
 
 def positions_of(
@@ -157,13 +165,13 @@ class Llama(nn.Module):
         """The parts, under the names of their params."""
         cfg = self.config
         self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
-        block = rematerialised(self.remat)
+        block = rematerialised(self.remat, self.scan)
         if self.scan:
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "adapters": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,
             )(cfg, self.dtype, self.keep)
         else:

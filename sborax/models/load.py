@@ -15,7 +15,7 @@ from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig
 from sborax.models.gguf import open_gguf
 from sborax.models.language_model import LanguageModel, abstract
-from sborax.models.llama import Llama
+from sborax.models.llama import Llama, kept_names
 from sborax.models.tokenizer import read_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,6 +78,7 @@ def load_model(
     """
     if jnp.dtype(dtype).name not in DTYPES:
         raise SboraxError(f"dtype {jnp.dtype(dtype).name} is not supported; known: {', '.join(DTYPES)}")
+    kept_names(remat)
     place = find(source)
     if place.suffix == ".gguf":
         tensors = open_gguf(place)

@@ -19,27 +19,32 @@ class Row(NamedTuple):
     transposed: bool
 
 
+def _projection(module: str, gguf: str) -> tuple[Row, Row]:
+    ours, theirs, short = f"layers/{module}", "model.layers.{layer}." + module.replace("/", "."), "blk.{layer}." + gguf
+    return (
+        Row(f"{ours}/kernel", f"{theirs}.weight", f"{short}.weight", True),
+        Row(f"{ours}/bias", f"{theirs}.bias", f"{short}.bias", False),
+    )
+
+
+def _norm(ours: str, hf: str, gguf: str) -> Row:
+    return Row(f"{ours}/scale", f"{hf}.weight", f"{gguf}.weight", False)
+
+
 TABLE = (
     Row("embed_tokens/embedding", "model.embed_tokens.weight", "token_embd.weight", False),
-    Row("layers/input_layernorm/scale", "model.layers.{layer}.input_layernorm.weight", "blk.{layer}.attn_norm.weight", False),
-    Row("layers/self_attn/q_proj/kernel", "model.layers.{layer}.self_attn.q_proj.weight", "blk.{layer}.attn_q.weight", True),
-    Row("layers/self_attn/k_proj/kernel", "model.layers.{layer}.self_attn.k_proj.weight", "blk.{layer}.attn_k.weight", True),
-    Row("layers/self_attn/v_proj/kernel", "model.layers.{layer}.self_attn.v_proj.weight", "blk.{layer}.attn_v.weight", True),
-    Row("layers/self_attn/o_proj/kernel", "model.layers.{layer}.self_attn.o_proj.weight", "blk.{layer}.attn_output.weight", True),
-    Row("layers/self_attn/q_proj/bias", "model.layers.{layer}.self_attn.q_proj.bias", "blk.{layer}.attn_q.bias", False),
-    Row("layers/self_attn/k_proj/bias", "model.layers.{layer}.self_attn.k_proj.bias", "blk.{layer}.attn_k.bias", False),
-    Row("layers/self_attn/v_proj/bias", "model.layers.{layer}.self_attn.v_proj.bias", "blk.{layer}.attn_v.bias", False),
-    Row("layers/self_attn/o_proj/bias", "model.layers.{layer}.self_attn.o_proj.bias", "blk.{layer}.attn_output.bias", False),
-    Row("layers/post_attention_layernorm/scale", "model.layers.{layer}.post_attention_layernorm.weight", "blk.{layer}.ffn_norm.weight", False),
-    Row("layers/mlp/gate_proj/kernel", "model.layers.{layer}.mlp.gate_proj.weight", "blk.{layer}.ffn_gate.weight", True),
-    Row("layers/mlp/up_proj/kernel", "model.layers.{layer}.mlp.up_proj.weight", "blk.{layer}.ffn_up.weight", True),
-    Row("layers/mlp/down_proj/kernel", "model.layers.{layer}.mlp.down_proj.weight", "blk.{layer}.ffn_down.weight", True),
-    Row("layers/mlp/gate_proj/bias", "model.layers.{layer}.mlp.gate_proj.bias", "blk.{layer}.ffn_gate.bias", False),
-    Row("layers/mlp/up_proj/bias", "model.layers.{layer}.mlp.up_proj.bias", "blk.{layer}.ffn_up.bias", False),
-    Row("layers/mlp/down_proj/bias", "model.layers.{layer}.mlp.down_proj.bias", "blk.{layer}.ffn_down.bias", False),
-    Row("norm/scale", "model.norm.weight", "output_norm.weight", False),
+    _norm("layers/input_layernorm", "model.layers.{layer}.input_layernorm", "blk.{layer}.attn_norm"),
+    *_projection("self_attn/q_proj", "attn_q"),
+    *_projection("self_attn/k_proj", "attn_k"),
+    *_projection("self_attn/v_proj", "attn_v"),
+    *_projection("self_attn/o_proj", "attn_output"),
+    _norm("layers/post_attention_layernorm", "model.layers.{layer}.post_attention_layernorm", "blk.{layer}.ffn_norm"),
+    *_projection("mlp/gate_proj", "ffn_gate"),
+    *_projection("mlp/up_proj", "ffn_up"),
+    *_projection("mlp/down_proj", "ffn_down"),
+    _norm("norm", "model.norm", "output_norm"),
     Row("lm_head/kernel", "lm_head.weight", "output.weight", True),
-)  # fmt: skip
+)
 
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors in old checkpoints that follow from the config."""
