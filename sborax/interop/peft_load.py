@@ -1,0 +1,262 @@
+"""A PEFT adapter directory as our adapters."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sborax.compose import ByLayer
+from sborax.core import AbstractMethod, AbstractWeight, Adapter, Hint, SboraxError
+from sborax.interop.peft_layout import CONFIG, PREFIX, TENSORS, Layout, layout_of, leaves_of, refuse_tied_embedding
+from sborax.interop.peft_table import Fit, Row, row_for
+from sborax.interop.peft_targets import HEAD, saved_whole, targeted, value_for
+from sborax.models.language_model import LanguageModel
+from sborax.models.names import unlayered
+from sborax.paths import Plan, Site
+from sborax.tree import attach, nest, nodes
+
+LARGEST_CONFIG = 1 << 22
+FLOATS = ("F32", "F16", "BF16", "F64")
+OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
+"""Kinds that PEFT has renamed: the new name, and how the tensors' names change."""
+
+
+def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[Any, Any]:
+    """Read a PEFT adapter directory for `model`: `(params, adapters)`.
+
+    Reads LORA (with rsLoRA, DoRA, patterns, PiSSA and OLoRA whose base part is taken again from `model.params`),
+    MISS in its three forms and old BONE files; safetensors only. `modules_to_save` come back in `params`.
+
+    Raises SboraxError for anything missing, superfluous, ill-shaped or unsupported.
+    """
+    place = Path(directory)
+    try:
+        return _load(place, model)
+    except SboraxError as failure:
+        raise SboraxError(f"{place}: {failure}") from None
+
+
+def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
+    config, file = _read_config(place / CONFIG), _open(place / TENSORS)
+    layout = layout_of(model.params)
+    with file:
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        names = dict(zip(headers, headers, strict=True))
+        if config.get("peft_type") in OLD_NAMES:
+            config, names = _modern(config, headers)
+        row = row_for(config)
+        modules = _targets(config, layout)
+        kept = saved_whole(config, layout.modules)
+        for module in kept:
+            refuse_tied_embedding(layout, module)
+        fits = {module: _fit(row, config, module) for module in modules}
+        wanted = _expected(row, fits, layout)
+        whole = _whole(layout, kept, modules, names)
+        _compare({**wanted, **{PREFIX + stored: shape for stored, (_, shape) in whole.items()}}, names, headers)
+
+        def read(name: str) -> np.ndarray:
+            return np.asarray(file.get_tensor(names[PREFIX + name]), np.float32)
+
+        params = _replaced(model.params, layout, {slot: read(stored) for stored, (slot, _) in whole.items()})
+        params, adapters = attach(jax.random.key(0), params, _plan(fits, layout))
+        filled = {}
+        for path, node in nodes(adapters).items():
+            filled[path] = _filled(node, path, row, fits, layout, read)
+    return params, nest(filled)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SboraxError(f"{CONFIG} is missing; is this a PEFT adapter directory?")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise SboraxError(f"{CONFIG} is larger than {LARGEST_CONFIG} bytes")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as failure:
+        raise SboraxError(f"{CONFIG} is not JSON ({str(failure)[:80]})") from None
+    if not isinstance(config, dict):
+        raise SboraxError(f"{CONFIG} is not a JSON object")
+    return config
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        pickled = path.with_suffix(".bin").is_file()
+        advice = "; pickled weights are not read, save it again with safe_serialization=True" if pickled else ""
+        raise SboraxError(f"{TENSORS} is missing{advice}")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as failure:
+        raise SboraxError(f"{TENSORS} is not a readable safetensors file ({str(failure)[:80]})") from None
+
+
+def _modern(config: dict[str, Any], headers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """An old kind as its successor: the config, and the stored names by their new ones."""
+    kind, old, new = OLD_NAMES[config["peft_type"]]
+    config = {**config, "peft_type": kind}
+    # Before the first release the block-affine form was the default, and said so nowhere but in its shape.
+    if any(len(header.get_shape()) == 3 for header in headers.values()):
+        config["init_weights"] = "bat"
+    return config, {name.replace(old, new): name for name in headers}
+
+
+def _targets(config: Mapping[str, Any], layout: Layout) -> list[str]:
+    modules = targeted(config, [*layout.linear, *([HEAD] if layout.tied else [])])
+    if layout.tied and HEAD in modules:
+        raise SboraxError("target_modules names lm_head, which is tied to the embedding here and has no kernel")
+    if not modules:
+        raise SboraxError(f"target_modules matches no module of this model: {str(config['target_modules'])[:80]}")
+    return modules
+
+
+def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
+    fields = {name: config.get(name, default) for name, default in row.defaults.items()}
+    for name, pattern in row.patterns.items():
+        fields[name] = value_for(config, pattern, module, fields[name])
+    return row.read(fields)
+
+
+def _expected(row: Row, fits: Mapping[str, Fit], layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shape of every adapter tensor, from the config alone."""
+    shapes: dict[tuple[AbstractMethod, tuple[int, int]], Any] = {}
+    wanted = {}
+    for module, fit in fits.items():
+        shape = layout.shape(layout.slots[f"{module}.weight"].path)
+        if (fit.method, shape) not in shapes:
+            if not row.any_rank:
+                try:
+                    fit.method.check(shape)
+                except SboraxError as failure:
+                    raise SboraxError(f"{module} {shape}: {failure}") from None
+            weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+            init = lambda w, method=fit.method: method.init(jax.random.key(0), w, Hint())  # noqa: E731
+            shapes[fit.method, shape] = jax.eval_shape(init, weight).train
+        train = shapes[fit.method, shape]
+        for tensor in row.tensors:
+            ours = train[tensor.leaf].shape
+            wanted[f"{PREFIX}{module}.{tensor.suffix}"] = tuple(ours[axis] for axis in tensor.axes)
+    return wanted
+
+
+def _whole(
+    layout: Layout, kept: list[str], modules: list[str], names: Mapping[str, str]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Base tensors that the file replaces, by their name in it: `modules_to_save`, and an adapted head's own weight."""
+    stored = {name: name for name in layout.slots if name.rpartition(".")[0] in kept}
+    if HEAD in modules and f"{PREFIX}{HEAD}.base_layer.weight" in names:
+        stored[f"{HEAD}.base_layer.weight"] = f"{HEAD}.weight"
+    found = {}
+    for key, name in stored.items():
+        slot = layout.slots[name]
+        shape = layout.leaves[slot.path].shape[0 if slot.layer is None else 1 :]
+        found[key] = (name, tuple(reversed(shape)) if slot.transposed else tuple(shape))
+    return found
+
+
+def _compare(wanted: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any]) -> None:
+    missing, surplus = sorted(wanted.keys() - names.keys()), sorted(names.keys() - wanted.keys())
+    if missing:
+        raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
+    if surplus:
+        raise SboraxError(
+            f"{len(surplus)} tensors in {TENSORS} have no place in this model, such as {surplus[0][:120]!r}"
+        )
+    for name, shape in wanted.items():
+        header = headers[names[name]]
+        if tuple(header.get_shape()) != shape:
+            raise SboraxError(f"{name} has shape {tuple(header.get_shape())}, config and model say {shape}")
+        if header.get_dtype() not in FLOATS:
+            raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
+
+
+def _replaced(params: Any, layout: Layout, new: Mapping[str, np.ndarray]) -> Any:
+    """`params` with the tensors in `new` (by Hugging Face's names) in their places."""
+    changed: dict[str, np.ndarray] = {}
+    for name, tensor in new.items():
+        path, layer, transposed = layout.slots[name]
+        leaf = layout.leaves[path]
+        if isinstance(leaf, AbstractWeight):
+            raise SboraxError(f"{name} is stored whole, but it is quantised in this model; load the model unquantised")
+        target = changed.setdefault(path, np.array(leaf))
+        (target if layer is None else target[layer])[...] = tensor.T if transposed else tensor
+    leaves, treedef = (
+        leaves_of(params),
+        jax.tree.structure(params, is_leaf=lambda node: isinstance(node, AbstractWeight)),
+    )
+    return jax.tree.unflatten(
+        treedef, [jnp.asarray(changed[path]) if path in changed else leaf for path, leaf in leaves.items()]
+    )
+
+
+def _plan(fits: Mapping[str, Fit], layout: Layout) -> Plan:
+    by_path: dict[str, dict[int | None, AbstractMethod]] = {}
+    for module, fit in fits.items():
+        path, layer, _ = layout.slots[f"{module}.weight"]
+        by_path.setdefault(path, {})[layer] = fit.method
+    sites = []
+    for path, methods in by_path.items():
+        depth = layout.depths[path]
+        method = methods[None] if depth is None else _stacked(methods, depth)  # type: ignore[arg-type]
+        stack = () if depth is None else (depth,)
+        sites.append(Site(path, method, stack, layout.shape(path), 1, unlayered(path)[1] or 0))
+    return Plan(tuple(sites), tuple(path for path in layout.depths if path not in by_path))
+
+
+def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMethod:
+    """One method for a stack: ragged ranks where the method allows them, branches where it does not."""
+    groups: dict[AbstractMethod, dict[int, int]] = {}
+    for layer, method in methods.items():
+        alike = dataclasses.replace(method, rank=1) if method.ragged else method  # type: ignore[call-arg]
+        groups.setdefault(alike, {})[layer] = method.rank  # type: ignore[assignment]
+    parts, layers = [], []
+    for method, ranks in groups.items():
+        if method.ragged:
+            widest = max(ranks.values())
+            own = tuple(ranks.get(layer, widest) for layer in range(depth))
+            method = dataclasses.replace(method, rank=widest if len(set(own)) == 1 else own)  # type: ignore[call-arg]
+        parts.append(method)
+        layers.append(tuple(sorted(ranks)))
+    if len(parts) == 1 and len(layers[0]) == depth:
+        return parts[0]
+    return ByLayer(tuple(parts), tuple(layers))
+
+
+def _filled(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], layout: Layout, read: Any) -> Adapter:
+    """`node` with the values of the file in its leaves."""
+    if isinstance(node.method, ByLayer):
+        parts = [_filled_on(child, own, path, row, fits, layout, read) for child, own in node.method.children(node)]
+        train = {str(i): part.train for i, part in enumerate(parts)}
+        frozen = {**node.frozen, **{str(i): part.frozen for i, part in enumerate(parts)}}
+        return Adapter(train, frozen, node.method, node.in_axes)
+    depth = layout.depths[path]
+    return _filled_on(node, None if depth is None else tuple(range(depth)), path, row, fits, layout, read)
+
+
+def _filled_on(
+    node: Adapter,
+    layers: tuple[int, ...] | None,
+    path: str,
+    row: Row,
+    fits: Mapping[str, Fit],
+    layout: Layout,
+    read: Any,
+) -> Adapter:
+    train = {name: np.array(leaf) for name, leaf in node.train.items()}
+    frozen = {name: np.array(leaf) for name, leaf in node.frozen.items()}
+    for layer in [None] if layers is None else layers:
+        module = layout.module(path, layer)
+        for tensor in row.tensors:
+            value = np.transpose(read(f"{module}.{tensor.suffix}"), np.argsort(tensor.axes))
+            slot = train[tensor.leaf] if layer is None else train[tensor.leaf][layer]
+            slot[...] = 0.0
+            slot[tuple(slice(size) for size in value.shape)] = value
+        for name, value in fits[module].frozen.items():
+            frozen[name][... if layer is None else layer] = value
+    return Adapter(jax.tree.map(jnp.asarray, train), jax.tree.map(jnp.asarray, frozen), node.method, node.in_axes)

@@ -1,0 +1,249 @@
+"""Our adapters as a directory that PEFT loads."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from sborax.core import AbstractWeight, Adapter, SboraxError
+from sborax.interop.card import card
+from sborax.interop.factor import Pair, by_layer, exact, truncated
+from sborax.interop.peft_layout import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    Layout,
+    layout_of,
+    leaves_of,
+    refuse_tied_embedding,
+    same,
+    wide,
+)
+from sborax.interop.peft_table import PLAIN, TABLE, Row
+from sborax.interop.peft_targets import naming, pattern_for, saved_whole, targeted
+from sborax.methods import LoRA
+from sborax.models.language_model import LanguageModel
+from sborax.tree import nodes
+
+Form = Literal["native", "lora"]
+
+
+class Exported(NamedTuple):
+    """What was written. `errors`: relative Frobenius error of every module whose change had to be truncated."""
+
+    peft_type: str
+    modules: int
+    parameters: int
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        wrote = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
+        if not self.errors:
+            return f"{wrote}, exact"
+        return f"{wrote}; truncated, relative error at most {max(self.errors.values()):.3g}"
+
+
+class _Entry(NamedTuple):
+    """One module of the export."""
+
+    row: Row
+    method: str
+    fields: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    error: float | None = None
+
+
+def save_peft(
+    directory: str | epath.PathLike,
+    model: LanguageModel,
+    params: Any,
+    adapters: Any,
+    *,
+    as_: Form = "native",
+    rank: int | None = None,
+    base: str | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write `adapters` as a PEFT adapter directory for the base model `model.params`, with a model card.
+
+    A method that PEFT has is written in PEFT's own form; one that has thin factors as plain LoRA, exactly: SBoRA,
+    contiguous Bone, sums and multiples, and PiSSA and OLoRA (rank 2r, since PEFT's base is the original one).
+    Base leaves that differ from `model.params` (trained beside the adapter) go to `modules_to_save`.
+
+    as_: "native", or "lora" to write plain LoRA whatever the method: exact where there are thin factors, else the
+        truncated SVD of (merged - base), whose relative error is in the result and on the card.
+    rank: rank of that SVD; None (default) for the method's own.
+    base: name of the base model for the config and the card (a hub id or a path).
+    facts: further lines for the card, such as data and metrics.
+
+    Raises SboraxError for adapters that no single PEFT adapter can hold.
+    """
+    if as_ not in ("native", "lora"):
+        raise SboraxError(f"as_ must be 'native' or 'lora', got {as_!r}")
+    layout, given, found = layout_of(model.params), leaves_of(params), nodes(adapters)
+    if not found:
+        raise SboraxError("there is no adapter to save: the tree is empty")
+    entries: dict[str, _Entry] = {}
+    for path, node in found.items():
+        if path not in layout.depths:
+            raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
+        if node.method.rewrites_base and isinstance(given[path], AbstractWeight):
+            raise SboraxError(
+                f"{path}: {_name(node)} moved part of the base into its factors before the base was quantised, "
+                "so no adapter of the original base equals it; merge instead"
+            )
+        for layer, one in by_layer(node, layout.depths[path]):
+            module = layout.module(path, layer)
+            entries[module] = _entry(module, one, layout, given, path, layer, as_, rank)
+    row = _common_row(entries)
+    whole = _trained_base(layout, given, found, entries)
+    config = _config(row, entries, layout, base, whole)
+    tensors = {f"{PREFIX}{m}.{suffix}": t for m, entry in entries.items() for suffix, t in entry.tensors.items()}
+    for name in whole:
+        slot = layout.slots[name]
+        leaf = wide(given[slot.path] if slot.layer is None else given[slot.path][slot.layer])
+        tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
+    _check_keys(config, row, layout, set(tensors))
+    errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
+    done = Exported(row.peft_type, len(entries), sum(t.size for t in tensors.values()), errors)
+    out = epath.Path(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    methods = sorted({entry.method for entry in entries.values()})
+    (out / "README.md").write_text(card(methods, config, errors, base, facts or {}))
+    return done
+
+
+def _name(node: Adapter) -> str:
+    return type(node.method).__name__
+
+
+def _entry(
+    module: str,
+    node: Adapter,
+    layout: Layout,
+    given: Mapping[str, Any],
+    path: str,
+    layer: int | None,
+    form: Form,
+    rank: int | None,
+) -> _Entry:
+    name = _name(node)
+    for row in TABLE if form == "native" else [PLAIN]:
+        if type(node.method) is row.method and row.write is not None and (fields := row.write(node)) is not None:
+            return _Entry(row, name, fields if form == "native" else _undropped(fields), _tensors(row, node))
+    pair = exact(node, layout.shape(path))
+    if pair is not None:
+        return _plain(name, pair, None)
+    if form == "native":
+        raise SboraxError(f"{module}: PEFT has no {name} and it has no thin factors; use as_='lora' to truncate it")
+    if node.method.mergeable:
+        raise SboraxError(f"{module}: {name} has no merged form to truncate: {node.method.mergeable}")
+    if node.method.rewrites_base and given[path] is layout.leaves[path]:
+        raise SboraxError(f"{path}: {name} rewrote this kernel; model.params must be the base as it was before")
+    rank = rank or node.method.rank  # type: ignore[assignment]
+    if not isinstance(rank, int):
+        raise SboraxError(f"{module}: say rank=... for the truncation of {name}")
+    kernel = given[path] if layer is None else jax.tree.map(lambda leaf: leaf[layer], given[path])
+    with jax.default_matmul_precision("highest"):
+        merged = node.method.merge(kernel, node)
+    a, b, error = truncated(np.asarray(merged - wide(layout.kernel(path, layer))), rank)
+    return _plain(name, (a, b), error)
+
+
+def _undropped(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "lora_dropout": 0.0}
+
+
+def _plain(name: str, pair: Pair, error: float | None) -> _Entry:
+    a, b = (jnp.asarray(factor) for factor in pair)
+    node = Adapter({"a": a, "b": b}, {"scale": jnp.float32(1.0)}, LoRA(rank=a.shape[1]))
+    assert PLAIN.write is not None
+    fields = PLAIN.write(node)
+    assert fields is not None
+    return _Entry(PLAIN, name, fields, _tensors(PLAIN, node), error)
+
+
+def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
+    return {
+        tensor.suffix: np.ascontiguousarray(np.transpose(np.asarray(node.train[tensor.leaf], np.float32), tensor.axes))
+        for tensor in row.tensors
+    }
+
+
+def _common_row(entries: Mapping[str, _Entry]) -> Row:
+    rows = {id(entry.row): (module, entry) for module, entry in entries.items()}
+    if len(rows) > 1:
+        (one, first), (other, second), *_ = rows.values()
+        raise SboraxError(
+            f"{one} has {first.method} and {other} has {second.method}: PEFT keeps one kind of adapter in a directory; "
+            "use as_='lora' to write both as plain LoRA"
+        )
+    return next(iter(entries.values())).row
+
+
+def _trained_base(
+    layout: Layout, given: Mapping[str, Any], found: Mapping[str, Adapter], entries: Mapping[str, _Entry]
+) -> list[str]:
+    """The tensors of every module whose base leaf was trained beside the adapters."""
+    missing = sorted(layout.leaves.keys() - given.keys())
+    if missing:
+        raise SboraxError(f"{missing[0]}: the model has this parameter, the given params do not")
+    changed = {
+        path
+        for path, leaf in layout.leaves.items()
+        if not (path in found and found[path].method.rewrites_base) and not same(given[path], leaf)
+    }
+    modules = {name.rpartition(".")[0] for name, slot in layout.slots.items() if slot.path in changed}
+    for module in sorted(modules):
+        if module in entries:
+            raise SboraxError(f"{module}: both its base and an adapter were trained, which PEFT cannot store; merge")
+        refuse_tied_embedding(layout, module)
+    return [name for name in layout.slots if name.rpartition(".")[0] in modules]
+
+
+def _config(
+    row: Row, entries: Mapping[str, _Entry], layout: Layout, base: str | None, whole: list[str]
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "peft_type": row.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": "none",
+        **{name: values[0] for name, values in row.known_by.items()},
+        **row.defaults,
+    }
+    for name in next(iter(entries.values())).fields:
+        values = {module: entry.fields[name] for module, entry in entries.items()}
+        common, exceptions = pattern_for(values)
+        config[name] = common
+        if name in row.patterns:
+            config[row.patterns[name]] = exceptions
+        elif exceptions:
+            module = next(module for module in values if values[module] != common)
+            raise SboraxError(
+                f"{name} is {common} for most modules and {values[module]} for {module}: {row.peft_type} has one for "
+                "all; use as_='lora'"
+            )
+    if whole:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole})
+    return config | naming(list(entries), layout.linear)
+
+
+def _check_keys(config: Mapping[str, Any], row: Row, layout: Layout, written: set[str]) -> None:
+    implied = {
+        f"{PREFIX}{module}.{tensor.suffix}" for module in targeted(config, layout.linear) for tensor in row.tensors
+    }
+    kept = set(saved_whole(config, layout.modules))
+    implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in kept}
+    if implied != written:
+        raise SboraxError(
+            f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"
+        )

@@ -1,0 +1,202 @@
+"""The methods that PEFT has too: one row says how a method reads in PEFT's config and where its tensors go.
+
+PEFT keeps matrices as torch does, (out, in); ours are (in, out). To teach the reader and the writer another method
+that PEFT knows, add its row to `TABLE`. Key names and shapes follow peft 0.21.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sborax.core import AbstractMethod, Adapter, SboraxError
+from sborax.methods import Bat, Bone, DoRA, LoRA, OLoRA, PiSSA
+
+Fields = Mapping[str, Any]
+"""Config fields of one module, patterns resolved."""
+
+LARGEST_RANK = 65_536
+"""Beyond any model's width: larger numbers in a file are refused before anything is sized by them."""
+
+
+class Tensor(NamedTuple):
+    """A tensor of one module in PEFT's file. `axes` permute our leaf's axes into PEFT's."""
+
+    suffix: str
+    leaf: str
+    axes: tuple[int, ...]
+
+
+class Fit(NamedTuple):
+    """A method, and the values of the frozen leaves that the config states outright."""
+
+    method: AbstractMethod
+    frozen: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of PEFT adapter and the method it is here.
+
+    known_by: config fields, and the values by which a file of this row is known; the first one is written.
+    defaults: the other fields that the row reads, with the values PEFT gives them when they are absent.
+    patterns: fields that may differ by module, and where the config keeps the exceptions.
+    write: the fields of one module from its adapter, or None for a setting that PEFT lacks; None: read only.
+    any_rank: PEFT accepts ranks beyond the size of the matrix, which our planning refuses.
+    """
+
+    method: type[AbstractMethod]
+    peft_type: str
+    known_by: Mapping[str, tuple[Any, ...]]
+    defaults: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    read: Callable[[Fields], Fit]
+    write: Callable[[Adapter], dict[str, Any] | None] | None = None
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    any_rank: bool = False
+
+
+def _rank(fields: Fields, name: str = "r") -> int:
+    value = fields[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_RANK:
+        raise SboraxError(f"{name} must be a whole number in 1..{LARGEST_RANK}, got {str(value)[:40]}")
+    return value
+
+
+def _number(fields: Fields, name: str) -> float:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+        raise SboraxError(f"{name} must be a finite number, got {str(value)[:40]}")
+    return float(value)
+
+
+def _scale(fields: Fields) -> float:
+    rank = _rank(fields)
+    return _number(fields, "lora_alpha") / (math.sqrt(rank) if fields["use_rslora"] else rank)
+
+
+def _dropout(node: Adapter) -> float:
+    return float(str(np.float32(node.frozen.get("dropout", 0.0))))
+
+
+def _lora_fields(node: Adapter) -> dict[str, Any]:
+    rank = node.train["a"].shape[-1]
+    # A float32 times a whole number is exact in float64, so dividing it again gives the scale back.
+    alpha = float(node.frozen["scale"]) * rank
+    return {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": _dropout(node)}
+
+
+def _read_lora(fields: Fields) -> Fit:
+    return Fit(LoRA(rank=_rank(fields), dropout=_number(fields, "lora_dropout")), {"scale": _scale(fields)})
+
+
+def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
+    def read(fields: Fields) -> Fit:
+        rank, scale = _rank(fields), _scale(fields)
+        return Fit(
+            method(rank=rank, alpha=scale * rank, dropout=_number(fields, "lora_dropout")),  # type: ignore[call-arg]
+            {"scale": scale},
+        )
+
+    return read
+
+
+def _shards(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], dict[str, Any] | None]]:
+    def read(fields: Fields) -> Fit:
+        width = _rank(fields, "mini_r") if mini else None
+        return Fit(Bone(rank=_rank(fields), mini_rank=width, dropout=_number(fields, "miss_dropout")), {})
+
+    def write(node: Adapter) -> dict[str, Any] | None:
+        method = node.method
+        assert isinstance(method, Bone)
+        if method.grouping != "strided" or (method.mini_rank is not None) != mini:
+            return None
+        own = {"mini_r": method.mini_rank} if mini else {}
+        return {"r": method.rank, **own, "miss_dropout": _dropout(node)}
+
+    return read, write
+
+
+PAIR = (Tensor("lora_A.weight", "a", (1, 0)), Tensor("lora_B.weight", "b", (1, 0)))
+LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
+BLOCK = (Tensor("miss_block", "d", (0, 1)),)
+BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base as it was, so that the tensors say everything."""
+SHARED, MINI = _shards(mini=False), _shards(mini=True)
+
+TABLE = (
+    Row(
+        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
+        PAIR, _read_lora, _lora_fields, LORA_PATTERNS, any_rank=True,
+    ),
+    Row(
+        DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
+        (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
+        _read_with_alpha(DoRA), _lora_fields, LORA_PATTERNS, any_rank=True,
+    ),
+    # PEFT takes these two from the base again on loading. We write them as LoRA, which needs no such step.
+    Row(
+        PiSSA, "LORA", {"use_dora": (False,), "init_lora_weights": ("pissa",)}, LORA_FIELDS,
+        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS,
+    ),
+    Row(
+        OLoRA, "LORA", {"use_dora": (False,), "init_lora_weights": ("olora",)}, LORA_FIELDS,
+        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS,
+    ),
+    Row(Bone, "MISS", {"init_weights": (True, False)}, MISS_FIELDS, BLOCK, *SHARED),
+    Row(Bone, "MISS", {"init_weights": ("mini",)}, MISS_FIELDS, BLOCK, *MINI),
+    Row(
+        Bat, "MISS", {"init_weights": ("bat",)}, MISS_FIELDS, (Tensor("miss_block", "d", (0, 1, 2)),),
+        lambda fields: Fit(Bat(rank=_rank(fields)), {}), lambda node: {"r": node.method.rank},
+    ),
+)  # fmt: skip
+
+PLAIN = TABLE[0]
+"""Plain LoRA: what every method with thin factors can be written as."""
+
+KNOWN_BY_DEFAULTS = {"use_dora": False, "init_lora_weights": True, "init_weights": True}
+
+INERT = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode layers_pattern
+    layers_to_transform loftq_config lora_ga_config megatron_core modules_to_save peft_type peft_version
+    qalora_group_size revision runtime_config target_modules task_type
+    """.split()
+)
+"""Fields that do not change the function of a saved adapter, or that are read by name elsewhere."""
+
+NEUTRAL = {"bias": "none"}
+"""Fields whose neutral value is not empty. Any field that no one here knows must be empty: None, False, 0, [] or {}."""
+
+
+def row_for(config: Mapping[str, Any]) -> Row:
+    """The row of the file that `config` describes.
+
+    Raises SboraxError for a kind or an option that no row reads.
+    """
+    kind = config.get("peft_type")
+    rows = [row for row in TABLE if row.peft_type == kind]
+    if not rows:
+        known = ", ".join(sorted({row.peft_type for row in TABLE} | {"BONE"}))
+        raise SboraxError(f"peft_type {str(kind)[:40]!r} is not supported; known: {known}")
+
+    def answers(row: Row, name: str) -> bool:
+        value = config.get(name, KNOWN_BY_DEFAULTS[name])
+        return any(value == known and type(value) is type(known) for known in row.known_by[name])
+
+    row = next((row for row in rows if all(answers(row, name) for name in row.known_by)), None)
+    if row is None:
+        asked = ", ".join(f"{name}={config.get(name, KNOWN_BY_DEFAULTS[name])!r}" for name in rows[0].known_by)
+        raise SboraxError(
+            f"{kind} with {asked[:120]} is not supported; if it changes the base, save it in PEFT with "
+            "path_initial_model_for_weight_conversion"
+        )
+    read = INERT | row.known_by.keys() | row.defaults.keys() | set(row.patterns.values())
+    for name, value in config.items():
+        if name not in read and value and value != NEUTRAL.get(name):
+            raise SboraxError(f"option {name[:60]}={str(value)[:60]} is not supported")
+    return row

@@ -1,0 +1,135 @@
+"""Which modules a PEFT config means: its matching rules, and configs that mean a given set."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from sborax.core import SboraxError
+
+Value = TypeVar("Value")
+
+HEAD = "lm_head"
+NUMBERED = re.compile(r".*?\.[^.]*\.(\d+)\.")
+MOST_QUANTIFIERS = 4
+MOST_GROUPS = 4
+
+
+def _checked(pattern: Any, field: str) -> str:
+    """`pattern` if it is a regular expression that cannot take exponential time on a module's name."""
+    if not isinstance(pattern, str):
+        raise SboraxError(f"{field}: expected text, got {str(pattern)[:40]}")
+    heavy = (
+        len(pattern) > 4000
+        or len(re.findall(r"[*+?{]", pattern)) > MOST_QUANTIFIERS + pattern.count("(?")
+        or pattern.count("(") > MOST_GROUPS
+        or re.search(r"\)\s*[*+{]", pattern)
+    )
+    if heavy:
+        raise SboraxError(f"{field}: the pattern {pattern[:60]!r} is too complex to be run; list the modules by name")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as failure:
+        raise SboraxError(f"{field}: {pattern[:60]!r} is not a regular expression ({failure})") from None
+    return pattern
+
+
+def _texts(config: Mapping[str, Any], field: str) -> list[str]:
+    value = config.get(field) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise SboraxError(f"{field}: expected a list of names, got {str(value)[:60]}")
+    return value
+
+
+def _named(module: str, names: Sequence[str]) -> bool:
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _layer_chosen(config: Mapping[str, Any], module: str) -> bool:
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return True
+    chosen = chosen if isinstance(chosen, list) else [chosen]
+    if not all(isinstance(number, int) for number in chosen):
+        raise SboraxError(f"layers_to_transform: expected layer numbers, got {str(chosen)[:60]}")
+    below = config.get("layers_pattern") or []
+    below = below if isinstance(below, list) else [below]
+    patterns = [re.compile(rf"(?:^|.*?\.){_checked(one, 'layers_pattern')}\.(\d+)\.") for one in below] or [NUMBERED]
+    match = next((match for pattern in patterns if (match := pattern.match(module))), None)
+    return match is not None and int(match[match.re.groups]) in chosen
+
+
+def saved_whole(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """The modules that PEFT stores whole: `modules_to_save`. Raises SboraxError for one that the model lacks."""
+    names = _texts(config, "modules_to_save")
+    for name in names:
+        if not any(module.endswith(name) for module in modules):
+            raise SboraxError(f"modules_to_save: this model has no module {name[:60]!r}")
+    return [module for module in modules if any(module.endswith(name) for name in names)]
+
+
+def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
+    """The modules among `linear` that PEFT adapts under `config`, in the order given."""
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if not wanted:
+        raise SboraxError("target_modules is empty: the config does not say which modules are adapted")
+    kept_out = _texts(config, "modules_to_save")
+
+    def meant(module: str) -> bool:
+        if isinstance(excluded, str):
+            if re.fullmatch(_checked(excluded, "exclude_modules"), module):
+                return False
+        elif _named(module, _texts(config, "exclude_modules")):
+            return False
+        if any(f".{name}." in f".{module}." for name in kept_out):
+            return False
+        if wanted == "all-linear":
+            return module != HEAD
+        if isinstance(wanted, str):
+            return re.fullmatch(_checked(wanted, "target_modules"), module) is not None
+        return _named(module, _texts(config, "target_modules")) and _layer_chosen(config, module)
+
+    return [module for module in linear if meant(module)]
+
+
+def value_for(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+    """What a `rank_pattern` or `alpha_pattern` says of one module; the first key that matches wins."""
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise SboraxError(f"{field}: expected an object, got {str(patterns)[:60]}")
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({_checked(key, field)})$", module):
+            return value
+    return default
+
+
+def naming(wanted: Sequence[str], linear: Sequence[str]) -> dict[str, Any]:
+    """The shortest config fields under which PEFT adapts exactly `wanted` among `linear`."""
+    short = sorted({module.rpartition(".")[2] for module in wanted})
+    layers = sorted({int(match[1]) for module in wanted if (match := NUMBERED.match(module))})
+    candidates: list[dict[str, Any]] = [
+        {"target_modules": short},
+        {"target_modules": short, "layers_to_transform": layers},
+        {"target_modules": sorted(wanted)},
+    ]
+    return next(one for one in candidates if set(targeted(one, linear)) == set(wanted))
+
+
+def pattern_for(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+    """The commonest of the values by module, and the exceptions as PEFT's patterns, one for all layers if it can be."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    kinds: dict[str, set[Value]] = {}
+    for module, value in values.items():
+        kinds.setdefault(_kind(module), set()).add(value)
+    exceptions = {}
+    for module, value in values.items():
+        alike = kinds[_kind(module)] == {value}
+        if value != default:
+            exceptions[_kind(module) if alike else module] = value
+    return default, exceptions
+
+
+def _kind(module: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `self_attn.q_proj`."""
+    match = NUMBERED.match(module)
+    return module[match.end() :] if match else module
