@@ -1,0 +1,193 @@
+"""Adapters on disk in our own form: `adapter.safetensors` with every leaf, and `plan.json` with everything static."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from sborax.config import decode, encode
+from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, Weight, dense
+from sborax.methods.lowrank import pair_weight
+from sborax.paths import Rule, RuleLike, as_rules
+from sborax.train.state import flatten, put_together
+from sborax.tree import Adapters, Params, nest, nodes, over_stack, stack_of
+
+LEAVES = "adapter.safetensors"
+PLAN = "plan.json"
+SAMPLED = 4096
+"""Values of each base leaf that enter its fingerprint."""
+
+
+def fingerprint(params: Params) -> dict[str, str]:
+    """By path, a digest of shape and of evenly spaced values in bfloat16: tells base models apart, not tampering.
+
+    The same for float32 and bfloat16 copies of one model. Quantised leaves are left out.
+    """
+    prints = {}
+    for path, leaf in flatten(params).items():
+        if isinstance(leaf, AbstractWeight):
+            continue
+        stride = max(1, leaf.size // SAMPLED)
+        values = np.asarray(leaf.reshape(-1)[::stride].astype(jnp.bfloat16))
+        prints[path] = hashlib.sha256(f"{leaf.shape} ".encode() + values.tobytes()).hexdigest()[:16]
+    return prints
+
+
+def save_adapter(
+    directory: str | epath.PathLike,
+    adapters: Adapters,
+    *,
+    rules: Iterable[RuleLike] = (),
+    base: Mapping[str, str] | None = None,
+    trained_base: Mapping[str, Array] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter directory.
+
+    rules: those it was made by, for the record. base: `fingerprint` of the parameters before `attach`.
+    trained_base: trained leaves of the base by path. about: more for `plan.json`, such as the model's name.
+    """
+    place = epath.Path(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    leaves: dict[str, np.ndarray] = {f"base/{path}": np.asarray(leaf) for path, leaf in (trained_base or {}).items()}
+    sites = []
+    for path, node in nodes(adapters).items():
+        for half, tree in (("train", node.train), ("frozen", node.frozen)):
+            leaves |= {f"{path}/{half}/{name}": np.asarray(leaf) for name, leaf in flatten(tree).items()}
+        sites.append({"path": path, "method": encode(node.method), "in_axes": node.in_axes})
+    plan = {
+        "format": 1,
+        **(about or {}),
+        "rules": encode(as_rules(rules)),
+        "sites": sites,
+        "trained_base": sorted(trained_base or {}),
+        "base": dict(base or {}),
+    }
+    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    (place / LEAVES).write_bytes(save_safetensors(contiguous))
+    (place / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The content of an adapter directory."""
+
+    adapters: Adapters
+    rules: tuple[Rule, ...]
+    base: dict[str, str]
+    trained_base: dict[str, Array]
+    about: dict[str, Any]
+
+
+def read_adapter(directory: str | epath.PathLike) -> Saved:
+    """What `save_adapter` wrote; needs no model.
+
+    Raises SboraxError for a missing or damaged file.
+    """
+    place = epath.Path(directory)
+    for name in (PLAN, LEAVES):
+        if not (place / name).exists():
+            raise SboraxError(f"{place / name}: missing; is this the adapter/ of a run?")
+    try:
+        plan = json.loads((place / PLAN).read_text())
+        leaves = load_safetensors((place / LEAVES).read_bytes())
+    except (ValueError, SafetensorError) as error:
+        raise SboraxError(f"{place}: not a readable adapter ({error})") from error
+    if not isinstance(plan, dict) or plan.get("format") != 1:
+        raise SboraxError(f"{place / PLAN}: not format 1, which this version reads")
+    used, adapters = set[str](), {}
+
+    def part(prefix: str) -> dict[str, Array]:
+        names = [name for name in leaves if name.startswith(prefix)]
+        used.update(names)
+        return {name.removeprefix(prefix): jnp.asarray(leaves[name]) for name in names}
+
+    for site in plan["sites"]:
+        path = site["path"]
+        method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
+        train, frozen = nest(part(f"{path}/train/")), nest(part(f"{path}/frozen/"))
+        _check_leaves(path, method, train | frozen if not isinstance(method, AbstractComposite) else {})
+        adapters[path] = Adapter(train, frozen, method, site["in_axes"])
+    trained_base = part("base/")
+    if sorted(trained_base) != plan["trained_base"] or used != set(leaves):
+        raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
+    rules = decode(tuple[Rule, ...], plan["rules"], f"{place / PLAN}: rules")  # type: ignore[arg-type]
+    known = ("format", "rules", "sites", "trained_base", "base")
+    about = {name: value for name, value in plan.items() if name not in known}
+    return Saved(nest(adapters), rules, plan["base"], trained_base, about)
+
+
+def _check_leaves(path: str, method: AbstractMethod, leaves: Mapping[str, Any]) -> None:
+    unknown = sorted(set(leaves) - set(method.axes))
+    if unknown:
+        raise SboraxError(f"{path}: {type(method).__name__} has no leaf {unknown[0]!r}")
+
+
+def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
+    """`(params, adapters)` as they were when the adapter was saved, from the base model `params`.
+
+    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did.
+    Raises SboraxError for another base model, and as `read_adapter` does.
+    """
+    saved = read_adapter(directory)
+    flat, own = flatten(params), fingerprint(params)
+    for path, print_ in saved.base.items():
+        if path not in flat:
+            raise SboraxError(f"{directory}: was trained on a base with {path}, which this model lacks")
+        if path in own and own[path] != print_:
+            raise SboraxError(f"{directory}: was trained on another base model ({path} differs); load that one")
+    for path, node in nodes(saved.adapters).items():
+        if path not in flat:
+            raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
+        if node.method.rewrites_base:
+            flat[path] = rewrite(flat[path], node)
+    for path, leaf in saved.trained_base.items():
+        if path not in flat or flat[path].shape != leaf.shape:
+            raise SboraxError(f"{directory}: trained {path} {leaf.shape}, which does not fit this model")
+    dtypes = {path: flat.pop(path).dtype for path in saved.trained_base}
+    trained = {path: leaf.astype(dtypes[path]) for path, leaf in saved.trained_base.items()}
+    return put_together(flat, trained), saved.adapters
+
+
+@jax.jit
+def rewrite(weight: Weight, node: Adapter) -> Weight:
+    """The base weight as `attach` rewrote it, from the original one and the frozen `a0`, `b0`, `scale` of the node.
+
+    Raises SboraxError for a method that rewrites the base and keeps no such leaves.
+    """
+    stack = stack_of(node)
+    matrix = dense(weight).astype(jnp.float32)
+    own = matrix.shape[len(stack) :]
+    matrix = matrix.reshape(*stack, -1, int(np.prod(own[node.in_axes :])))
+    with jax.default_matmul_precision("highest"):
+        residual = _residual(matrix, node, stack)
+    # Rounded once at the end, as in `attach`, however many parts there are.
+    if isinstance(weight, AbstractWeight):
+        return weight.encode(residual)
+    return residual.astype(weight.dtype).reshape(weight.shape)
+
+
+def _residual(matrix: Float[Array, "*stack in out"], node: Adapter, stack: tuple[int, ...]) -> Array:
+    """W - s a0 b0, part by part."""
+    if not node.method.rewrites_base:
+        return matrix
+    if isinstance(node.method, AbstractComposite):
+        for child, layers in node.method.children(node):
+            new = _residual(matrix, child, stack)
+            where = slice(None) if layers is None else np.asarray(layers)
+            matrix = matrix.at[where].set(new[where])
+        return matrix
+    if not {"a0", "b0", "scale"} <= set(node.frozen):
+        raise SboraxError(f"{type(node.method).__name__} rewrote the base and kept no a0, b0, scale to do it again")
+    leaves = {name: node.frozen[name] for name in ("a0", "b0", "scale")}
+    return over_stack(lambda one, own: one - pair_weight(own["a0"], own["b0"], own["scale"]), stack)(matrix, leaves)

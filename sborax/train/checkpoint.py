@@ -1,0 +1,132 @@
+"""Checkpoints of what a run trains: orbax writes them, digests of our own say whether they came back whole.
+
+The base is never in one. orbax restores arrays whose bytes have flipped without noticing, hence the digests.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from sborax.core import SboraxError
+
+# orbax reports every save in a line of its own.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+FOLDER = "checkpoints"
+
+
+def digest(leaf: np.ndarray) -> str:
+    """sha256 of dtype, shape and bytes."""
+    head = f"{leaf.dtype.name} {leaf.shape} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(leaf).tobytes()).hexdigest()
+
+
+def flat(tree: PyTree) -> dict[str, Any]:
+    """Leaves by dotted path, the form in which a checkpoint holds them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/").replace("/", "."): leaf for path, leaf in leaves}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    manager: ocp.training.Checkpointer
+
+    def save(self, step: int, tree: PyTree, position: dict[str, int]) -> None:
+        """Write one checkpoint in the background; a former one still being written is awaited.
+
+        Raises SboraxError if the disk refuses.
+        """
+        # A copy, since the next step overwrites the buffers that a view would show.
+        host = {name: np.array(leaf, copy=True) for name, leaf in flat(jax.device_get(tree)).items()}
+        notes = {"digests": {name: digest(leaf) for name, leaf in host.items()}, "position": position}
+        try:
+            self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes)
+        except OSError as error:
+            raise SboraxError(f"{self.manager.directory}: checkpoint {step} was not written ({error})") from error
+
+    def wait(self) -> None:
+        """Wait until every checkpoint is on disk.
+
+        Raises SboraxError if the disk refuses.
+        """
+        try:
+            self.manager.wait()
+        except OSError as error:
+            raise SboraxError(f"{self.manager.directory}: the last checkpoint was not written ({error})") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, ascending."""
+        return [one.step for one in self.manager.checkpoints]
+
+    def restore(self, like: PyTree, echo: Callable[[str], None]) -> tuple[PyTree, int] | None:
+        """The newest checkpoint that is whole, in the structure and on the devices of `like`, and its step.
+
+        A damaged one is passed over with a message; None if there is none at all.
+        Raises SboraxError if all are damaged, or if they belong to another experiment.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                return self._read(step, like), step
+            except _Damaged as damage:
+                echo(f"checkpoint {step} is damaged ({damage}); trying the one before")
+        if steps:
+            raise SboraxError(f"{self.manager.directory}: all {len(steps)} checkpoints are damaged; start the run anew")
+        return None
+
+    def _read(self, step: int, like: PyTree) -> PyTree:
+        wanted = flat(like)
+        try:
+            notes = self.manager.metadata(step).custom_metadata
+            found = self.manager.load(step)
+        # orbax and tensorstore raise whatever their parsers raise.
+        except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise _Damaged(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        if not isinstance(notes, dict) or "digests" not in notes or not isinstance(found, dict):
+            raise _Damaged("its digests are missing")
+        for name, expected in notes["digests"].items():
+            if name not in found or digest(np.asarray(found[name])) != expected:
+                raise _Damaged(f"{name} has changed since it was written")
+        _compare(wanted, found, f"{self.manager.directory}: checkpoint {step}")
+        leaves = [jax.device_put(found[name], leaf.sharding) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def close(self) -> None:
+        """Wait for what is being written and stop."""
+        self.wait()
+        self.manager.close()
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def _compare(wanted: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    for name in sorted(wanted.keys() ^ found.keys()):
+        what = "lacks" if name in wanted else "holds an unknown"
+        raise SboraxError(f"{where} {what} {name}; resume with the config that the run was started with")
+    for name, leaf in wanted.items():
+        if found[name].shape != leaf.shape or found[name].dtype != leaf.dtype:
+            raise SboraxError(
+                f"{where}: {name} is {found[name].dtype}{list(found[name].shape)}, this experiment has "
+                f"{leaf.dtype}{list(leaf.shape)}; resume with the config that the run was started with"
+            )
+
+
+def open_checkpoints(run: epath.Path, keep: int) -> Checkpoints:
+    """The checkpoints of the run directory `run`, of which the newest `keep` stay."""
+    policy = ocp.training.preservation_policies.LatestN(keep)
+    manager = ocp.training.Checkpointer(run / FOLDER, preservation_policy=policy, cleanup_tmp_directories=True)
+    return Checkpoints(manager)

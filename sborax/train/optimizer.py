@@ -1,0 +1,52 @@
+"""The optax transformation that an `Optimizer` describes."""
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from sborax.train.experiment import Optimizer
+
+
+def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0 to `lr`, then constant, linear or cosine decay over `steps`."""
+    warmup = int(optimizer.warmup) if optimizer.warmup >= 1 else round(optimizer.warmup * steps)
+    rest = max(1, steps - warmup)
+    last = optimizer.final * optimizer.lr
+    if optimizer.schedule == "constant":
+        after = optax.constant_schedule(optimizer.lr)
+    elif optimizer.schedule == "linear":
+        after = optax.linear_schedule(optimizer.lr, last, rest)
+    else:
+        after = optax.cosine_decay_schedule(optimizer.lr, rest, alpha=optimizer.final)
+    if not warmup:
+        return after
+    # The first step moves: the ramp starts at lr / warmup, where transformers' starts at 0.
+    ramp = optax.linear_schedule(optimizer.lr / warmup, optimizer.lr, max(1, warmup - 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def decayed(train: PyTree) -> PyTree:
+    """Which leaves weight decay acts on: all but the norm scales and biases of the base."""
+
+    def one(path: tuple, leaf: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return not (name.startswith("base/") and name.endswith(("/scale", "/bias")))
+
+    return jax.tree_util.tree_map_with_path(one, train)
+
+
+def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then the named optimiser on its schedule."""
+    lr = schedule(optimizer, steps)
+    first, second = optimizer.betas
+    if optimizer.name == "adamw":
+        rule = optax.adamw(lr, first, second, optimizer.eps, weight_decay=optimizer.decay, mask=decayed)
+    elif optimizer.name == "adam":
+        rule = optax.adam(lr, first, second, optimizer.eps)
+    elif optimizer.name == "lion":
+        rule = optax.lion(lr, first, second, weight_decay=optimizer.decay, mask=decayed)
+    elif optimizer.name == "adafactor":
+        rule = optax.adafactor(lr)
+    else:
+        rule = optax.sgd(lr, momentum=first or None)
+    return rule if optimizer.clip is None else optax.chain(optax.clip_by_global_norm(optimizer.clip), rule)

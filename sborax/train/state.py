@@ -1,0 +1,104 @@
+"""What a run trains, holds and reads: the split of a model and its adapters into arguments of the step."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from sborax.core import AbstractWeight, SboraxError, is_weight
+from sborax.tree import Adapters, Params, nest, split
+
+Flat = dict[str, Any]
+"""Leaves by path; a quantised weight is one leaf."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    train: `{"adapters": the trained halves, "base": float32 master copies of trained base leaves by path}`.
+    """
+
+    step: Int[Array, ""]
+    train: PyTree[Float[Array, "..."]]
+    opt: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model and its adapters, taken apart. `base` has no leaf that is in `trained_base`."""
+
+    adapters: Adapters
+    frozen: Adapters
+    base: Flat
+    trained_base: Flat
+
+    @property
+    def train(self) -> PyTree:
+        """The tree that is differentiated and optimised."""
+        return {"adapters": self.adapters, "base": self.trained_base}
+
+
+def flatten(params: Params) -> Flat:
+    """Every leaf of a parameter tree by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def selected(paths: list[str], train_base: bool, train_also: tuple[str, ...]) -> list[str]:
+    """Paths of the base leaves that are trained.
+
+    norm: scales of norms; bias: biases; embed_tokens, lm_head: the modules of that name.
+    Raises SboraxError for a name that matches nothing.
+    """
+    if train_base:
+        return paths
+    chosen: set[str] = set()
+    for name in train_also:
+        leaf = {"norm": "scale", "bias": "bias"}.get(name)
+        found = {path for path in paths if (path.split("/")[-1] == leaf if leaf else path.split("/")[0] == name)}
+        if not found:
+            why = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
+            raise SboraxError(f"train_also: the model has no {name}{why}")
+        chosen |= found
+    return [path for path in paths if path in chosen]
+
+
+def take_apart(
+    params: Params, adapters: Adapters, train_base: bool = False, train_also: tuple[str, ...] = ()
+) -> Parts:
+    """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
+
+    Raises SboraxError as `selected` does, and for a trained leaf that is quantised.
+    """
+    flat = flatten(params)
+    chosen = set(selected(list(flat), train_base, train_also))
+    quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
+    if quantised:
+        raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
+    train, frozen = split(adapters)
+    # A leaf that is float32 already is copied: the step donates its buffer.
+    masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
+    return Parts(train, frozen, {path: leaf for path, leaf in flat.items() if path not in chosen}, masters)
+
+
+def put_together(base: Flat, trained_base: Mapping[str, Array], dtype: Any = None) -> Params:
+    """The parameter tree, with trained leaves in the compute dtype (None: their own)."""
+    return nest({**base, **{path: leaf.astype(dtype or leaf.dtype) for path, leaf in trained_base.items()}})
+
+
+def start(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. Owns its buffers: nothing of `parts` is donated with it."""
+    train = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), parts.train)
+    return TrainState(jnp.zeros((), jnp.int32), train, jax.jit(tx.init)(train))
+
+
+def parameters(params: Params) -> int:
+    """How many parameters a tree holds; a quantised weight counts by its logical shape."""
+    return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
