@@ -8,7 +8,7 @@ that holds what a method made of one weight: `train` leaves are differentiated, 
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class AbstractWeight(abc.ABC):
         """`x @ self` without keeping the dense weight for the backward pass."""
 
     @abc.abstractmethod
-    def encode(self, dense: Float[Array, "*stack in out"]) -> Self:
+    def encode(self, dense: Float[Array, "*stack in out"]) -> "AbstractWeight":
         """A weight of this kind that holds `dense`, for methods that rewrite the base."""
 
 
@@ -301,22 +301,25 @@ def check_rank(rank: Rank, limit: int, of: str) -> None:
         raise SboraxError(f"rank must lie in 1..{limit} ({of}), got {rank}")
 
 
-def _map_fields(method: AbstractMethod, change: Callable[[dataclasses.Field, Any], Any]) -> AbstractMethod:
+def _fields(method: AbstractMethod) -> dict[str, dataclasses.Field]:
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method)  # type: ignore[arg-type]
-    return type(method)(**{field.name: change(field, getattr(method, field.name)) for field in fields})
+    return {field.name: field for field in fields}
 
 
 def structure(method: AbstractMethod) -> AbstractMethod:
     """The static part of a method: every `hyper` field is None, parts included."""
 
-    def strip(field: dataclasses.Field | None, value: Any) -> Any:
-        if field is not None and field.metadata.get("hyper"):
-            return None
+    def strip(value: Any) -> Any:
         if isinstance(value, AbstractMethod):
             return structure(value)
-        return tuple(strip(None, part) for part in value) if isinstance(value, tuple) else value
+        return tuple(strip(part) for part in value) if isinstance(value, tuple) else value
 
-    return _map_fields(method, strip)
+    # Not through the constructor: None is no legal value of a field, so that reading one by mistake fails.
+    bare = object.__new__(type(method))
+    for name, field in _fields(method).items():
+        value = None if field.metadata.get("hyper") else strip(getattr(method, name))
+        object.__setattr__(bare, name, value)
+    return bare
 
 
 def resolve(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:
@@ -329,7 +332,7 @@ def resolve(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[i
             return resolve(value, choose)
         return tuple(settle(part) for part in value) if isinstance(value, tuple) else value
 
-    return _map_fields(method, lambda _, value: settle(value))
+    return type(method)(**{name: settle(getattr(method, name)) for name in _fields(method)})
 
 
 def leaf_axes(axes: Axes, leaves: Leaves) -> Any:

@@ -20,6 +20,7 @@ from sborax.core import (
     AbstractMethod,
     AbstractWeight,
     Adapter,
+    Fitted,
     Hint,
     SboraxError,
     dense,
@@ -89,10 +90,12 @@ def _matrix(weight: Any, stack: int, in_axes: int) -> Any:
 def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, stack: tuple[int, ...], in_axes: int):
     matrix = _matrix(weight, len(stack), in_axes)
     layers = jnp.broadcast_to(hint.layer, stack) + jnp.arange(math.prod(stack)).reshape(stack)
+
+    def one(layer: Array, kernel: Any, grad: Any) -> Fitted:
+        return method.init(jax.random.fold_in(key, layer), kernel, Hint(layer, grad))
+
     with jax.default_matmul_precision("highest"):
-        fitted = over_stack(
-            lambda layer, w, grad: method.init(jax.random.fold_in(key, layer), w, Hint(layer, grad)), stack
-        )(layers, matrix, hint.grad)
+        fitted = over_stack(one, stack)(layers, matrix, hint.grad)
     if fitted.weight is None:
         return fitted
     if isinstance(weight, AbstractWeight):

@@ -31,7 +31,7 @@ class Bone(AbstractFactored):
     """y = x W + S(x) d, d (rank, out), where S sums the inputs that share a row of d.
 
     grouping="strided" (default, PEFT's MISS): S(x)[j] = sum_m x[m rank + j], so W'[i, :] = W[i, :] + d[i mod rank, :].
-    grouping="contiguous" (the paper's prose): groups of g = ceil(in / rank) neighbours, W'[i, :] = W[i, :] + d[i // g, :].
+    grouping="contiguous" (the paper's prose): groups of g = ceil(in / rank) neighbours share, row i gets d[i // g, :].
 
     rank: rows of d. Not comparable to LoRA's rank: at equal parameters it is about twice that (authors: 64).
     mini_rank: if given, d is (rank, mini_rank) and repeats along out (PEFT "mini"); it must divide out.

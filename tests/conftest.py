@@ -1,0 +1,52 @@
+"""A strict environment: eight CPU devices, no implicit promotion of ranks, and of dtypes in our own code."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from sborax.fetch import smollm2_gguf
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict():
+    """Strict dtype promotion, for tests of our own code alone (optax does not survive it)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def _local(variable: str, folder: str) -> Path:
+    shared = Path(__file__).resolve().parents[2] / "shared" / folder
+    return Path(os.environ.get(variable, shared))
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """Where real models lie: $SBORAX_MODELS, or a folder beside the checkout."""
+    return _local("SBORAX_MODELS", "models")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Where real data sets lie: $SBORAX_DATA, or a folder beside the checkout."""
+    return _local("SBORAX_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def stories260k(models_dir) -> Path:
+    """A real LLaMA of 260,032 parameters in Hugging Face layout."""
+    place = models_dir / "stories260k"
+    if not place.exists():
+        pytest.skip("stories260k is not at hand; set SBORAX_MODELS")
+    return place
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, fetched once a machine."""
+    return smollm2_gguf()

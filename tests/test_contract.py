@@ -1,0 +1,368 @@
+"""The contract that every method keeps, on bare kernels: one row of `cases.METHODS` is one method."""
+
+import functools
+import json
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import IN, LAYERS, METHODS, OUT, TOKENS, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.extend.core import Jaxpr, Var, jaxprs_in_params
+
+import sborax as sx
+from sborax import config
+from sborax.core import AbstractMethod, Adapter, dense, is_weight, structure
+from sborax.quant.nf4 import quantise
+from sborax.tree import nodes, over_stack, stack_of
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+PATH = "layers/proj/kernel"
+SETTINGS = [
+    pytest.param("float32", False, False, id="f32-flat"),
+    pytest.param("float32", True, False, id="f32-stacked"),
+    pytest.param("bfloat16", False, False, id="bf16-flat"),
+    pytest.param("bfloat16", True, False, id="bf16-stacked"),
+    pytest.param("float32", False, True, id="nf4-flat"),
+    pytest.param("float32", True, True, id="nf4-stacked"),
+]
+by_case = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+by_setting = pytest.mark.parametrize(("dtype", "stacked", "quantised"), SETTINGS)
+
+
+@functools.cache
+def base(dtype: str = "float32", stacked: bool = True, quantised: bool = False):
+    weight = 0.3 * jax.random.normal(jax.random.key(1), (LAYERS, IN, OUT))
+    weight = weight if stacked else weight[0]
+    return quantise(weight) if quantised else weight.astype(dtype)
+
+
+@functools.cache
+def inputs(dtype: str = "float32"):
+    return jax.random.normal(jax.random.key(2), (TOKENS, IN)).astype(dtype)
+
+
+def hints(method: AbstractMethod, stacked: bool):
+    if not method.needs:
+        return None
+    grad = jax.random.normal(jax.random.key(9), (LAYERS, IN, OUT) if stacked else (IN, OUT))
+    return {"layers/proj": sx.Hint(grad=grad)}
+
+
+@functools.cache
+def fitted(method: AbstractMethod, dtype: str = "float32", stacked: bool = True, quantised: bool = False):
+    """(weight after attach, adapter)"""
+    name = "layers" if stacked else "layers/0"
+    params = {name: {"proj": {"kernel": base(dtype, stacked, quantised)}}}
+    if not stacked:
+        params = {"layers": {"0": params[name]}}
+    params, adapters = sx.attach(jax.random.key(0), params, [("proj", method)], hints(method, stacked))
+    (node,) = nodes(adapters).values()
+    (weight,) = jax.tree.leaves(params, is_leaf=is_weight)
+    return weight, node
+
+
+def trained(node: Adapter, seed: int = 3) -> Adapter:
+    """The same adapter with every trained leaf moved at random: zero starts hide mistakes. Padding stays zero."""
+    leaves, treedef = jax.tree.flatten(node.train)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [
+        leaf + 0.2 * jax.random.normal(key, leaf.shape) * live
+        for key, leaf, live in zip(keys, leaves, jax.tree.leaves(padding(node)), strict=True)
+    ]
+    return Adapter(jax.tree.unflatten(treedef, moved), node.frozen, node.method, node.in_axes)
+
+
+def padding(node: Adapter):
+    """1 for leaf entries in use, 0 for columns that only pad a stack to its largest rank."""
+    ranks = node.method.rank
+    if not isinstance(ranks, tuple):
+        return jax.tree.map(jnp.ones_like, node.train)
+    live = (np.arange(max(ranks)) < np.asarray(ranks)[:, None]).astype(np.float32)
+
+    def one(names, leaf):
+        mask = np.ones(leaf.shape, np.float32)
+        for axis, name in enumerate(names):
+            if name == "rank":
+                shape = [1] * leaf.ndim
+                shape[0], shape[axis + 1] = live.shape
+                mask = mask * live.reshape(shape)
+        return jnp.asarray(mask)
+
+    return {name: one(node.method.axes[name], leaf) for name, leaf in node.train.items()}
+
+
+def forward(x, weight, node):
+    """The projection of every layer of the stack, (*stack, tokens, out)."""
+    return over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node))(weight, node)
+
+
+def merged(weight, node):
+    return over_stack(lambda w, n: n.method.merge(w, n), stack_of(node))(weight, node)
+
+
+def tolerance(dtype: str) -> float:
+    return 3e-2 if dtype == "bfloat16" else 2e-5
+
+
+def assert_close(a, b, tol: float):
+    scale = float(jnp.max(jnp.abs(b))) or 1.0
+    chex.assert_trees_all_close(a.astype(jnp.float32), b.astype(jnp.float32), atol=tol * scale, rtol=0)
+
+
+@by_setting
+@by_case
+def test_identity_at_init(case: Case, dtype, stacked, quantised):
+    original = dense(base(dtype, stacked, quantised))
+    weight, node = fitted(case.method, dtype, stacked, quantised)
+    if case.method.rewrites_base and quantised:
+        # The residual is quantised again: what it loses is its own rounding error, bounded by the base's.
+        error = jnp.abs(jax.jit(merged)(weight, node) - original).max()
+        assert float(error) < 0.35 * float(jnp.abs(original).max())
+        return
+    moved = float(jnp.abs(jax.jit(merged)(weight, node) - original.astype(jnp.float32)).max())
+    if case.method.identity_at_init:
+        assert moved <= tolerance(dtype) * float(jnp.abs(original).max())
+    else:
+        assert moved > 0
+
+
+@by_setting
+@by_case
+def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, quantised):
+    weight, node = fitted(case.method, dtype, stacked, quantised)
+    node, x = trained(node), inputs(dtype)
+    factored = jax.jit(forward)(x, weight, node)
+    assert factored.dtype == x.dtype
+    if case.method.mergeable:
+        with pytest.raises(sx.SboraxError, match="cannot be merged"):
+            sx.merge({"layers": {"proj": {"kernel": weight}}}, {"layers": {"proj": {"kernel": node}}})
+        return
+    dense_weight = jax.jit(merged)(weight, node)
+    assert dense_weight.dtype == jnp.float32
+    assert_close(factored, x.astype(jnp.float32) @ dense_weight, tolerance(dtype))
+    moved = jnp.abs(dense_weight - dense(weight).astype(jnp.float32)).max()
+    assert float(moved) > 1e-3, "the random leaves changed nothing: the comparison proves nothing"
+
+
+def depends_on(jaxpr: Jaxpr, tainted: set[Var]) -> bool:
+    """Whether a value of the size of a weight depends on the tainted inputs, sub-programs included."""
+    for eqn in jaxpr.eqns:
+        touched = [isinstance(v, Var) and v in tainted for v in eqn.invars]
+        if not any(touched):
+            continue
+        tainted.update(eqn.outvars)
+        # A value with a token axis is an activation, whatever its size.
+        sizes = [math.prod(out.aval.shape) for out in eqn.outvars]
+        if any(size >= IN * OUT and size % TOKENS for size in sizes):
+            return True
+        for sub in jaxprs_in_params(eqn.params):
+            inner = {v for v, hit in zip(sub.invars[::-1], touched[::-1], strict=False) if hit}
+            if depends_on(sub, inner):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
+@by_case
+def test_never_materialises_a_weight(case: Case, quantised):
+    weight, node = fitted(case.method, "float32", False, quantised)
+    x = inputs()
+
+    def loss(train):
+        return sx.linear(x, weight, Adapter(train, node.frozen, node.method)).sum()
+
+    closed = jax.make_jaxpr(jax.grad(loss))(node.train)
+    found = depends_on(closed.jaxpr, set(closed.jaxpr.invars))
+    assert found == bool(case.method.materialises)
+
+
+def loss_of(train, frozen, weight, x):
+    node = sx.combine(train, frozen)
+    y = over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node))(weight, node)
+    return jnp.mean(jnp.square(y - 1.0))
+
+
+@by_case
+def test_one_step_moves_the_trained_leaves_alone(case: Case):
+    weight, node = fitted(case.method)
+    node = trained(node)
+    train, frozen = sx.split(node)
+    tx = optax.adam(1e-2)
+    grads = jax.jit(jax.grad(loss_of))(train, frozen, weight, inputs())
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert float(jnp.abs(grad).max()) > 0, f"dead leaf {jax.tree_util.keystr(path)}"
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(train)
+        updates, _ = tx.update(grads, state, train)
+        after = optax.apply_updates(train, updates)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert sum(leaf.size for leaf in floats) == 2 * sum(leaf.size for leaf in jax.tree.leaves(train))
+    chex.assert_trees_all_equal_shapes_and_dtypes(train, after)
+    for before, now, live in zip(
+        jax.tree.leaves(train), jax.tree.leaves(after), jax.tree.leaves(padding(node)), strict=True
+    ):
+        assert not np.array_equal(before, now)
+        assert not np.any(np.asarray(now)[np.asarray(live) == 0]), "padding left zero"
+
+
+@by_case
+def test_masked_combined_tree_trains_like_the_train_tree(case: Case):
+    weight, node = fitted(case.method)
+    node = trained(node)
+    x = inputs()
+    train, frozen = sx.split(node)
+    both = {"base": weight, "adapters": node}
+
+    def combined_loss(tree):
+        return loss_of(*sx.split(tree["adapters"]), tree["base"], x)
+
+    inner = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
+    tx = optax.partition({"train": inner, "freeze": optax.set_to_zero()}, sx.labels(both))
+    alone, masked = train, both
+    with jax.numpy_dtype_promotion("standard"):
+        state_alone, state_masked = inner.init(alone), tx.init(masked)
+
+        @jax.jit
+        def step(alone, state_alone, masked, state_masked):
+            updates, state_alone = inner.update(jax.grad(loss_of)(alone, frozen, weight, x), state_alone, alone)
+            value, grads = sx.value_and_grad(combined_loss)(masked)
+            chex.assert_trees_all_equal_shapes_and_dtypes(grads, masked)
+            more, state_masked = tx.update(grads, state_masked, masked)
+            return optax.apply_updates(alone, updates), state_alone, optax.apply_updates(masked, more), state_masked
+
+        for _ in range(2):
+            alone, state_alone, masked, state_masked = step(alone, state_alone, masked, state_masked)
+    got, kept = sx.split(masked["adapters"])
+    chex.assert_trees_all_close(got, alone, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(kept, frozen)
+    chex.assert_trees_all_equal(masked["base"], weight)
+    assert jax.tree.leaves(sx.trainable(both)).count(True) == len(jax.tree.leaves(train))
+
+
+@by_case
+def test_stack_equals_its_layers(case: Case):
+    weight, node = fitted(case.method)
+    if isinstance(node.method.rank, tuple):
+        pytest.fail("ragged methods are compared in their own test")
+    flat = {"layers": {str(i): {"proj": {"kernel": base()[i]}} for i in range(LAYERS)}}
+    own = hints(case.method, True)
+    for i in range(LAYERS):
+        hint = {"layers/proj": sx.Hint(grad=own["layers/proj"].grad[i])} if own else None
+        params, adapters = sx.attach(jax.random.key(0), flat, [sx.Rule("proj", case.method, layers=(i,))], hint)
+        ((path, single),) = nodes(adapters).items()
+        assert path == f"layers/{i}/proj/kernel"
+        sliced = jax.tree.map(lambda leaf, i=i: leaf[i], node)
+        chex.assert_trees_all_close(sx.split(single), sx.split(sliced), rtol=1e-5, atol=1e-5)
+        kernel = params["layers"][str(i)]["proj"]["kernel"]
+        y = jax.jit(sx.linear)(inputs(), kernel, single)
+        assert_close(y, jax.jit(forward)(inputs(), weight, node)[i], 2e-5)
+
+
+@by_case
+def test_adding_a_rule_leaves_other_adapters_alone(case: Case):
+    kernel = base()
+    params = {"layers": {"proj": {"kernel": kernel}, "other": {"kernel": kernel}}}
+    own = hints(case.method, True)
+    both = {**own, "layers/other": own["layers/proj"]} if own else None
+    _, one = sx.attach(jax.random.key(0), params, [("proj", case.method)], both)
+    _, two = sx.attach(jax.random.key(0), params, [("other", case.method), ("proj", case.method)], both)
+    chex.assert_trees_all_equal(one["layers"]["proj"], two["layers"]["proj"])
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(two["layers"]["proj"]), jax.tree.leaves(two["layers"]["other"]), strict=True)
+    ]
+    assert all(same) or not case.method.rewrites_base
+
+
+@by_case
+def test_second_step_compiles_nothing(case: Case):
+    weight, node = fitted(case.method)
+    train, frozen = sx.split(node)
+    x = inputs()
+
+    @jax.jit
+    def step(train, frozen):
+        return jax.tree.map(lambda p, g: p - 0.1 * g, train, jax.grad(loss_of)(train, frozen, weight, x))
+
+    after = step(train, frozen)
+    chex.assert_trees_all_equal_structs(train, after)
+    step(after, frozen)
+    assert step._cache_size() == 1
+
+
+@by_case
+def test_count_is_the_closed_form(case: Case):
+    _, node = fitted(case.method)
+    assert sx.count({"k": node}) == LAYERS * case.count(IN, OUT)
+    _, flat = fitted(case.method, stacked=False)
+    assert sx.count({"k": flat}) == case.count(IN, OUT)
+
+
+@by_case
+def test_config_round_trip(case: Case):
+    written = json.loads(json.dumps(config.encode(case.method)))
+    assert config.decode(AbstractMethod, written) == case.method
+    assert hash(structure(case.method)) == hash(fitted(case.method)[1].method)
+
+
+@by_case
+def test_many_adapters_over_one_base(case: Case):
+    """vmap over trained and frozen leaves: each member equals itself alone."""
+    weight, _ = fitted(case.method, stacked=False)
+    members = []
+    for seed in range(2):
+        params = {"layers": {"0": {"proj": {"kernel": base(stacked=False)}}}}
+        _, adapters = sx.attach(jax.random.key(seed), params, [("proj", case.method)], hints(case.method, False))
+        members.append(trained(next(iter(nodes(adapters).values())), seed))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    x = inputs()
+    together = jax.jit(jax.vmap(lambda node: sx.linear(x, weight, node)))(stacked)
+    for i, member in enumerate(members):
+        assert_close(together[i], sx.linear(inputs(), weight, member), 1e-5)
+
+
+@by_case
+def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
+    params = {"layers": {"proj": {"kernel": base()}}}
+    rule = sx.Rule("proj", case.method, layers=(0, -1))
+    params, adapters = sx.attach(jax.random.key(0), params, [rule], hints(case.method, True))
+    node = trained(adapters["layers"]["proj"]["kernel"])
+    weight = params["layers"]["proj"]["kernel"]
+    assert sx.count(adapters) == 2 * case.count(IN, OUT)
+    y = jax.jit(forward)(inputs(), weight, node)
+    x = inputs()
+    plain = jax.jit(lambda stack: jax.lax.map(lambda w: sx.linear(x, w), stack))(base())
+    chex.assert_trees_all_equal(y[1], plain[1])
+    assert not np.array_equal(y[0], plain[0]) and not np.array_equal(y[2], plain[2])
+    if not case.method.mergeable:
+        dense_weight = sx.merge(params, {"layers": {"proj": {"kernel": node}}})["layers"]["proj"]["kernel"]
+        chex.assert_trees_all_equal(dense_weight[1], base()[1])
+        assert_close(y, jnp.einsum("ti,lio->lto", inputs(), dense_weight), 2e-5)
+
+
+@by_case
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(fan_in=st.integers(1, 40), fan_out=st.integers(1, 40))
+def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
+    kernel = jax.random.normal(jax.random.key(5), (fan_in, fan_out))
+    params = {"proj": {"kernel": kernel}}
+    own = {"proj": sx.Hint(grad=kernel)} if case.method.needs else None
+    try:
+        sx.plan(params, [("proj", case.method)], hints=own)
+    except sx.SboraxError as error:
+        assert "proj" in str(error) and "\n" not in str(error)
+        return
+    params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], own)
+    node = trained(adapters["proj"]["kernel"])
+    x = jax.random.normal(jax.random.key(6), (3, fan_in))
+    y = sx.linear(x, params["proj"]["kernel"], node)
+    assert sx.count(adapters) == case.count(fan_in, fan_out)
+    if not case.method.mergeable:
+        assert_close(y, x @ sx.merge(params, {"proj": {"kernel": node}})["proj"]["kernel"], 5e-5)
