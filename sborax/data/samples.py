@@ -69,8 +69,8 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
             samples += useful
     if not samples:
         raise SboraxError(
-            f"{data.name}: no sample is left of {count}: {too_long} are longer than data.max_length = {data.max_length} "
-            f"tokens, {without_answer} have no answer; raise data.max_length or set data.overlong"
+            f"{data.name}: no sample is left of {count}: {too_long} are longer than data.max_length = "
+            f"{data.max_length} tokens, {without_answer} have no answer; raise data.max_length or set data.overlong"
         )
     return samples, Report(count, len(samples), too_long, without_answer, data.overlong)
 

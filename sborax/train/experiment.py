@@ -92,7 +92,7 @@ class Experiment:
     epochs: float | None = None
     batch_size: int = 4
     accumulate: int = 1
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     quant: Literal["nf4"] | None = None
     mesh: dict[str, int] | None = None
     remat: str = "none"

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from sborax.core import AbstractWeight, SboraxError, is_weight
-from sborax.tree import Adapters, Params, nest, split
+from sborax.tree import Adapters, Params, count, nest, split
 
 Flat = dict[str, Any]
 """Leaves by path; a quantised weight is one leaf."""
@@ -44,6 +44,11 @@ class Parts:
         """The tree that is differentiated and optimised."""
         return {"adapters": self.adapters, "base": self.trained_base}
 
+    @property
+    def count(self) -> int:
+        """Trained parameters."""
+        return count(self.adapters) + sum(leaf.size for leaf in self.trained_base.values())
+
 
 def flatten(params: Params) -> Flat:
     """Every leaf of a parameter tree by its path."""
@@ -70,9 +75,7 @@ def selected(paths: list[str], train_base: bool, train_also: tuple[str, ...]) ->
     return [path for path in paths if path in chosen]
 
 
-def take_apart(
-    params: Params, adapters: Adapters, train_base: bool = False, train_also: tuple[str, ...] = ()
-) -> Parts:
+def take_apart(params: Params, adapters: Adapters, train_base: bool = False, train_also: tuple[str, ...] = ()) -> Parts:
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
     Raises SboraxError as `selected` does, and for a trained leaf that is quantised.

@@ -1,0 +1,170 @@
+"""From an `Experiment` to a run directory."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+
+from sborax.config import encode
+from sborax.core import SboraxError
+from sborax.data.batches import Batches, arrange, in_order, shuffled
+from sborax.data.options import Data
+from sborax.data.samples import Sample, load_samples
+from sborax.models.language_model import LanguageModel
+from sborax.models.load import load_model
+from sborax.paths import plan
+from sborax.train.adapter import fingerprint, save_adapter
+from sborax.train.base import adapt
+from sborax.train.checkpoint import open_checkpoints
+from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_experiment
+from sborax.train.optimizer import make_optimizer
+from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
+from sborax.train.state import Parts, parameters, start, take_apart
+from sborax.train.steps import Loop
+from sborax.tree import combine
+
+ADAPTER = "adapter"
+MAY_CHANGE = ("steps", "epochs", "save", "eval", "log")
+"""What a resumed run may set anew: nothing that decides what the steps so far have computed."""
+
+Echo = Callable[[str], None]
+_ECHO = functools.partial(print, flush=True)
+
+
+def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO) -> Summary:
+    """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
+
+    resume: continue from the newest whole checkpoint in `out`; on one machine the bits are those of a run that was
+        never interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
+    Raises SboraxError for whatever the user can mend, and for a loss that is not finite (the last checkpoint stays).
+    """
+    began = time.monotonic()
+    run = claim(epath.Path(out), experiment, resume)
+    echo(f"loading {experiment.model} ({experiment.precision})")
+    model = load_model(experiment.model, experiment.precision, remat=experiment.remat)
+    batches, report = read_data(experiment, model, echo)
+    held_out = read_held_out(experiment, model, echo)
+    steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
+    model, parts, base_prints, total = set_up(experiment, model, echo)
+    tx = make_optimizer(experiment.optimizer, steps)
+    state = start(parts, tx)
+    checkpoints = open_checkpoints(run, experiment.save.keep)
+    done = 0
+    if resume:
+        restored = checkpoints.restore(state, echo)
+        if restored is None:
+            echo("no checkpoint yet: starting from step 0")
+        else:
+            state, done = restored
+            echo(f"resuming after step {done:,}")
+    elif checkpoints.steps:
+        raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
+    progress = Progress(steps, done, echo)
+    loop = Loop(experiment, model, parts, batches, held_out, checkpoints, Metrics(run, done), steps, done, progress)
+    try:
+        state, eval_loss = loop.run(state, tx)
+    finally:
+        progress.close()
+        checkpoints.close()
+    finished = int(state.step) == steps
+    if finished:
+        save_adapter(
+            run / ADAPTER,
+            combine(state.train["adapters"], parts.frozen),
+            rules=experiment.rules,
+            base=base_prints,
+            trained_base=state.train["base"],
+            about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
+        )
+    losses = loop.metrics.losses()
+    summary = Summary(
+        finished=finished,
+        steps=int(state.step),
+        trainable_parameters=parts.count,
+        base_parameters=total,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        eval_loss=eval_loss,
+        tokens_per_second=loop.speed.mean(),
+        seconds=time.monotonic() - began,
+        peak_memory=peak_memory(),
+        samples=report,
+        device=f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        versions=versions(),
+        git_revision=git_revision(),
+    )
+    summary.write(run)
+    if finished:
+        echo(f"done: {run}")
+    else:
+        echo(f"stopped after step {summary.steps:,}, saved; --resume goes on from there")
+    return summary
+
+
+def claim(run: epath.Path, experiment: Experiment, resume: bool) -> epath.Path:
+    """The run directory with `config.json` in it.
+
+    Raises SboraxError if it is in use, or if its config differs in what a resumed run may not change.
+    """
+    if run.exists() and not run.is_dir():
+        raise SboraxError(f"{run}: is a file; choose another run directory")
+    if not resume and run.exists() and any(run.iterdir()):
+        raise SboraxError(f"{run}: exists and is not empty; --resume goes on with that run, or choose another --out")
+    if resume and (run / CONFIG).exists():
+        old, new = encode(load_experiment(str(run / CONFIG))), encode(experiment)
+        changed = [name for name in new if old[name] != new[name] and name not in MAY_CHANGE]
+        if changed:
+            raise SboraxError(
+                f"{run}: {changed[0]} differs from the run to resume; only {', '.join(MAY_CHANGE)} may change, "
+                "start another run for anything else"
+            )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        save_experiment(experiment, run)
+    except OSError as error:
+        raise SboraxError(f"{run}: cannot write the run ({error})") from error
+    return run
+
+
+def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[list[Sample], str]:
+    end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    if end is None and model.config.eos_token_id:
+        end = model.config.eos_token_id[0]
+    samples, report = load_samples(data, model.tokenizer, end, model.config.context)
+    echo(f"{what} {data.name}: {report}")
+    return samples, str(report)
+
+
+def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple[Batches, str]:
+    """The batches of a run, and what became of its records."""
+    samples, report = _samples(experiment.data, model, echo, "data")
+    rows = arrange(samples, experiment.data)
+    return shuffled(rows, experiment.batch_size, experiment.accumulate, experiment.seed_data), report
+
+
+def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> list[dict[str, np.ndarray]]:
+    """The batches on which `eval.data` measures the loss; none without it."""
+    if experiment.eval.data is None:
+        return []
+    samples, _ = _samples(experiment.eval.data, model, echo, "held-out data")
+    return in_order(arrange(samples, experiment.eval.data), experiment.batch_size)
+
+
+def set_up(
+    experiment: Experiment, model: LanguageModel, echo: Echo
+) -> tuple[LanguageModel, Parts, dict[str, str], int]:
+    """The model without its parameters, these and the adapters taken apart, the base's fingerprint and size."""
+    chosen = plan(model.params, experiment.rules)
+    for line in ["adapting:"] * bool(chosen.sites) + describe(chosen):
+        echo(line)
+    prints, total = fingerprint(model.params), parameters(model.params)
+    params, adapters = adapt(jax.random.key(experiment.seed_adapter), model.params, chosen, experiment.quant)
+    model.check_adapters(adapters)
+    parts = take_apart(params, adapters, experiment.train_base, experiment.train_also)
+    echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
+    # The step holds what it needs; a second reference would keep a rewritten or trained base alive.
+    return dataclasses.replace(model, params={}), parts, prints, total

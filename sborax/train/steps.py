@@ -1,0 +1,163 @@
+"""The steps of a run, one after the other: numbers read, checkpoints made, signals obeyed."""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from sborax.core import SboraxError
+from sborax.data.batches import Batch, Batches
+from sborax.models.language_model import LanguageModel
+from sborax.train.checkpoint import Checkpoints
+from sborax.train.experiment import Experiment
+from sborax.train.optimizer import schedule
+from sborax.train.report import Metrics, Progress, Speed
+from sborax.train.state import Parts, TrainState
+from sborax.train.step import check_alive, make_loss, make_step
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets, instead of ending the process."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """One step that was dispatched and not yet looked at."""
+
+    step: int
+    numbers: dict[str, Any]
+    batch: Batch
+    compiled: bool
+
+
+@dataclasses.dataclass
+class Loop:
+    """Steps until the end, a signal or a loss that is not finite."""
+
+    experiment: Experiment
+    model: LanguageModel
+    parts: Parts
+    batches: Batches
+    held_out: list[Batch]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    steps: int
+    done: int
+    """Steps made before this process."""
+    progress: Progress
+    speed: Speed = dataclasses.field(default_factory=Speed)
+    saved: int | None = None
+    """The step of the newest checkpoint."""
+    mark: float = 0.0
+    """When the last step was looked at."""
+
+    def run(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, float | None]:
+        """The state at the end or after a signal, and the last loss on held-out data."""
+        settings = self.experiment
+        # Dropout and initial adapters draw from different streams of one seed.
+        step = make_step(self.model, tx, jax.random.fold_in(jax.random.key(settings.seed_adapter), 1))
+        lr = schedule(settings.optimizer, self.steps)
+        loss = make_loss(self.model)
+        eval_loss, pending = None, None
+        self.saved = self.done or None
+        self.progress.say("compiling")
+        self.mark = time.monotonic()
+        with _signals() as asked:
+            for number in range(self.done, self.steps):
+                batch, programs = self.batches[number], step._cache_size()
+                state, numbers = step(state, self.parts.frozen, self.parts.base, batch)
+                # Looking at a step only after the next is dispatched keeps the device busy.
+                if pending is not None:
+                    self.look(pending, lr)
+                now = number + 1
+                pending = Taken(now, numbers, batch, step._cache_size() > programs)
+                last = now == self.steps or asked.is_set()
+                measure = bool(self.held_out) and (last or _due(settings.eval.every, now))
+                save = last or _due(settings.save.every, now)
+                if save or measure or number == self.done:
+                    # A checkpoint is only made of a state whose loss is known to be finite.
+                    self.look(pending, lr)
+                    pending = None
+                if measure:
+                    eval_loss = self.measure(state.train, loss, now)
+                if save:
+                    epoch, row = self.batches.position(now)
+                    self.checkpoints.save(now, state, {"epoch": epoch, "row": row})
+                    self.saved = now
+                self.mark = time.monotonic() if save or measure else self.mark
+                if last:
+                    break
+        return state, eval_loss
+
+    def look(self, taken: Taken, lr: Callable[[int], Any]) -> None:
+        """Wait for a step, check its numbers and write them down.
+
+        Raises SboraxError for a loss or gradient that is not finite, and in the first step for a dead adapter.
+        """
+        numbers = jax.tree.map(float, jax.device_get(taken.numbers))
+        loss, grad_norm = numbers["loss"], numbers["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            kept = f"checkpoint {self.saved} is kept" if self.saved else "there is no checkpoint yet"
+            raise SboraxError(
+                f"step {taken.step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped; {kept}; "
+                "lower optimizer.lr or look at the data"
+            )
+        if taken.step == self.done + 1:
+            check_alive(numbers["grad_norms"])
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        tokens = int((taken.batch["segments"] > 0).sum())
+        rate = tokens / seconds
+        if not taken.compiled:
+            self.speed.add(tokens, seconds)
+        epoch, _ = self.batches.position(taken.step)
+        self.metrics.add(
+            {
+                "step": taken.step,
+                "epoch": epoch,
+                "loss": loss,
+                "lr": float(lr(taken.step - 1)),
+                "grad_norm": grad_norm,
+                "tokens": tokens,
+                "counted_tokens": int(numbers["tokens"]),
+                "seconds": round(seconds, 4),
+                "compiled": taken.compiled,
+                "grad_norms": numbers["grad_norms"],
+            }
+        )
+        self.progress.show(taken.step, loss, self.speed.mean() or rate)
+
+    def measure(self, train: PyTree, loss: Callable[..., Any], now: int) -> float:
+        """The loss per token on held-out data."""
+        total = tokens = 0.0
+        for batch in self.held_out:
+            part, counted = loss(train, self.parts.frozen, self.parts.base, batch)
+            total, tokens = total + float(part), tokens + float(counted)
+        value = total / np.maximum(tokens, 1)
+        self.metrics.add({"step": now, "eval_loss": float(value)})
+        self.progress.say(f"step {now:,}: held-out loss {value:.4f}")
+        return float(value)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
