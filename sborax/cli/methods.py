@@ -36,7 +36,7 @@ def _entry(method: type[AbstractMethod], whole: bool) -> str:
     if not whole:
         told = "\n".join(_equation(method, told.split("\n\n")))
     facts = {
-        "options": ", ".join(_option(field) for field in dataclasses.fields(method)),
+        "options": ", ".join(_option(field) for field in _fields(method)),
         "paper": method.paper,
         "merge": f"no: {method.mergeable}" if method.mergeable else "exact",
         "PEFT": peft_equivalent(method),
@@ -49,8 +49,12 @@ def _entry(method: type[AbstractMethod], whole: bool) -> str:
 
 def _equation(method: type[AbstractMethod], paragraphs: list[str]) -> Iterator[str]:
     """The paragraphs before the one that explains the options."""
-    options = tuple(f"{field.name}:" for field in dataclasses.fields(method))
+    options = tuple(f"{field.name}:" for field in _fields(method))
     return itertools.takewhile(lambda paragraph: not paragraph.startswith(options), paragraphs)
+
+
+def _fields(method: type[AbstractMethod]) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(method)  # type: ignore[arg-type]
 
 
 def _option(field: dataclasses.Field) -> str:

@@ -1,0 +1,73 @@
+"""What a command is pointed at: a model, or a run."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from sborax.core import SboraxError
+from sborax.interop.peft import load_peft
+from sborax.models import LanguageModel, load_model
+from sborax.train.adapter import load_adapter
+from sborax.train.base import quantise_base
+from sborax.train.experiment import CONFIG, Experiment, load_experiment
+from sborax.train.loop import ADAPTER
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model as it was loaded, with the parameters and adapters to use. `experiment` is the run's, if it is one."""
+
+    model: LanguageModel
+    params: Any
+    adapters: Any
+    experiment: Experiment | None
+
+
+def is_experiment(target: str) -> bool:
+    """Whether `target` is a Python file, a run's config, or the directory of a run."""
+    path = epath.Path(target)
+    return path.suffix in (".py", ".json") or is_run(target)
+
+
+def is_run(target: str) -> bool:
+    """Whether `target` is the directory of a run: its `config.json` is that of an experiment."""
+    config = epath.Path(target) / CONFIG
+    if not config.exists():
+        return False
+    try:
+        raw = json.loads(config.read_text())
+    except ValueError:
+        return False
+    return isinstance(raw, dict) and {"model", "data"} <= raw.keys()
+
+
+def load_run(run: str) -> Target:
+    """The base model of a run with what was trained on it.
+
+    Raises SboraxError for a directory that is not a run, and for a run that has not ended.
+    """
+    if not is_run(run):
+        raise SboraxError(f"{run}: not a run; give the directory that `sborax train` wrote")
+    experiment = load_experiment(run)
+    if not (epath.Path(run) / ADAPTER).exists():
+        raise SboraxError(
+            f"{run}: no {ADAPTER}/ in it, the run has not ended; `sborax train {run} --out {run} --resume`"
+        )
+    model = load_model(experiment.model, experiment.precision)
+    params, adapters = load_adapter(epath.Path(run) / ADAPTER, model.params)
+    return Target(model, quantise_base(params, experiment.quant), adapters, experiment)
+
+
+def load_target(target: str, adapter: str | None = None) -> Target:
+    """A run, or a model with or without a PEFT adapter on top. Raises SboraxError for what is neither."""
+    if is_run(target):
+        if adapter is not None:
+            raise SboraxError(f"--adapter {adapter}: {target} is a run and has its own; give its base model instead")
+        return load_run(target)
+    model = load_model(target)
+    if adapter is None:
+        return Target(model, model.params, None, None)
+    params, adapters = load_peft(adapter, model)
+    return Target(model, params, adapters, None)

@@ -1,0 +1,63 @@
+"""README says what is so: its code runs, its tables are those of the code, its files exist."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from tiny_model import write_model
+
+import sborax as sx
+from sborax import methods
+from sborax.cli.main import _parser
+from sborax.paths import kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_table_lists_every_method():
+    table = README.partition("## Methods")[2].partition("###")[0]
+    assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == sorted(methods.__all__)
+
+
+def test_every_command_is_shown():
+    shown = set(re.findall(r"^sborax (\w+)", README, re.MULTILINE)) | {"quickstart"}
+    commands = next(action.choices for action in _parser()._actions if action.dest == "command")
+    assert shown == set(commands)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(name):
+    text = (ROOT / name).read_text()
+    named = re.findall(r"\]\(([^)#:]+)\)|(?:bash|`)\s*(scripts/[\w.]+)", text)
+    assert named
+    for path in {first or second for first, second in named}:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_experiment_is_one():
+    (block,) = (block for block in BLOCKS if "def experiment" in block)
+    names = {}
+    exec(block, names)
+    assert isinstance(names["experiment"](), sx.Experiment)
+
+
+def test_the_example_runs_and_learns(tmp_path, capsys):
+    (block,) = (block for block in BLOCKS if "MODEL" in block)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 18
+    names = {"MODEL": write_model(tmp_path / "model")}
+    exec(block, names)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+
+
+def test_any_flax_model_learns():
+    example = runpy.run_path(str(ROOT / "examples" / "any_flax_model.py"))
+    for make in (example["linen_model"], example["nnx_model"]):
+        apply, params = make()
+        tuned, losses = example["fine_tune"](apply, params, steps=40)
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+        changed = {path for path, leaf in kernels(tuned).items() if (leaf != kernels(params)[path]).any()}
+        assert changed == {"attention/out/kernel", "attention/query/kernel", "attention/value/kernel", "hidden/kernel"}
