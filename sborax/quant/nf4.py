@@ -207,19 +207,19 @@ def _nest(xp: ModuleType, absmax: Any, offset: Any, least: np.float32) -> tuple[
     return codes.reshape(-1)[: flat.size].reshape(out, blocks).T, nested
 
 
-def _mean(values: Float32[Array, "..."]) -> Float32[Array, ""]:
-    """The mean from a sum rounded once: every rounding error of a pairwise sum is carried along."""
-    high = values.reshape(-1)
-    low = jnp.zeros_like(high)
-    while high.size > 1:
-        half = -(-high.size // 2)
-        high, low = jnp.pad(high, (0, 2 * half - high.size)), jnp.pad(low, (0, 2 * half - low.size))
-        total = high[:half] + high[half:]
-        part = total - high[:half]
-        error = (high[:half] - (total - part)) + (high[half:] - part)
-        high, low = total, low[:half] + low[half:] + error
+def _mean(values: Float32[Array, "blocks out"]) -> Float32[Array, ""]:
+    """The mean from a sum rounded once: the rounding error of every addition is carried along."""
+
+    def add(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        total = left[0] + right[0]
+        part = total - left[0]
+        error = (left[0] - (total - part)) + (right[0] - part)
+        return total, left[1] + right[1] + error
+
+    zero = np.float32(0)
+    high, low = lax.reduce((values, jnp.zeros_like(values)), (zero, zero), add, (0, 1))
     # A constant divisor would become a multiplication by its rounded reciprocal.
-    return (high[0] + low[0]) / lax.optimization_barrier(jnp.float32(values.size))
+    return (high + low) / lax.optimization_barrier(jnp.float32(values.size))
 
 
 @jax.jit
