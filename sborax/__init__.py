@@ -2,8 +2,10 @@
 
 from sborax.compose import chain
 from sborax.core import Adapter, Context, Hint, SboraxError, linear
+from sborax.data.options import Data
 from sborax.methods import Bat, Bone, DoRA, LoRA, OLoRA, PiSSA, SBoRA
 from sborax.paths import Plan, Rule, plan
+from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
 from sborax.tree import (
     add,
     attach,
@@ -25,14 +27,19 @@ __all__ = [
     "Bat",
     "Bone",
     "Context",
+    "Data",
     "DoRA",
+    "Eval",
+    "Experiment",
     "Hint",
     "LoRA",
     "OLoRA",
+    "Optimizer",
     "PiSSA",
     "Plan",
     "Rule",
     "SBoRA",
+    "Save",
     "SboraxError",
     "add",
     "attach",
@@ -41,6 +48,7 @@ __all__ = [
     "count",
     "labels",
     "linear",
+    "load_experiment",
     "merge",
     "plan",
     "scale",

@@ -108,10 +108,6 @@ def _concrete(kind: type) -> dict[str, type]:
     return found
 
 
-def _is_class(kind: Any) -> bool:
-    return isinstance(kind, type) and typing.get_origin(kind) is None
-
-
 def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
@@ -136,7 +132,7 @@ def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
         if not isinstance(parts, list) or len(parts) != 3:
             raise _wrong(where, '{"slice": [start, stop, step]}', value)
         return slice(*parts)
-    if _is_class(kind) and (inspect.isabstract(kind) or _family(kind)):
+    if isinstance(kind, type) and (inspect.isabstract(kind) or _family(kind)):
         return _decode_one_of(kind, value, where, structural)
     if dataclasses.is_dataclass(kind):
         return _decode_fields(kind, value, where, structural)
@@ -186,7 +182,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, dict) and set(value) == {"slice"}
     if origin is dict:
         return isinstance(value, dict)
-    if dataclasses.is_dataclass(kind) or inspect.isabstract(kind):
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or inspect.isabstract(kind)):
         named = inspect.isabstract(kind) or _family(kind) is not None
         return isinstance(value, str if named and isinstance(value, str) else dict) and value != {"slice"}
     return type(value) is kind or (kind is float and type(value) is int)

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import grain
 import numpy as np
@@ -96,11 +97,11 @@ class Batches:
     rows: Rows
     batch_size: int
     accumulate: int
-    order: grain.MapDataset
+    order: grain.MapDataset[int]
 
     def __getitem__(self, step: int) -> Batch:
         size = self.batch_size * self.accumulate
-        numbers = [int(self.order[place]) for place in range(step * size, (step + 1) * size)]
+        numbers = [cast(int, self.order[place]) for place in range(step * size, (step + 1) * size)]
         longest = max(self.rows.length(number) for number in numbers)
         length = next(bucket for bucket in self.rows.buckets if bucket >= longest)
         names = ("tokens", "targets", "counts", "segments")

@@ -94,9 +94,10 @@ class Checkpoints:
         # orbax and tensorstore raise whatever their parsers raise.
         except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise _Damaged(str(error).strip().partition("\n")[0] or type(error).__name__) from error
-        if not isinstance(notes, dict) or "digests" not in notes or not isinstance(found, dict):
+        digests = notes.get("digests") if isinstance(notes, dict) else None
+        if not isinstance(digests, dict) or not isinstance(found, dict):
             raise _Damaged("its digests are missing")
-        for name, expected in notes["digests"].items():
+        for name, expected in digests.items():
             if name not in found or digest(np.asarray(found[name])) != expected:
                 raise _Damaged(f"{name} has changed since it was written")
         _compare(wanted, found, f"{self.manager.directory}: checkpoint {step}")
@@ -128,5 +129,9 @@ def _compare(wanted: dict[str, Any], found: dict[str, Any], where: str) -> None:
 def open_checkpoints(run: epath.Path, keep: int) -> Checkpoints:
     """The checkpoints of the run directory `run`, of which the newest `keep` stay."""
     policy = ocp.training.preservation_policies.LatestN(keep)
-    manager = ocp.training.Checkpointer(run / FOLDER, preservation_policy=policy, cleanup_tmp_directories=True)
+    manager = ocp.training.Checkpointer(
+        run / FOLDER,
+        preservation_policy=policy,  # type: ignore[arg-type]  (orbax's own policies do not fit its own annotation)
+        cleanup_tmp_directories=True,
+    )
     return Checkpoints(manager)
