@@ -107,7 +107,7 @@ def _tensors(model: LanguageModel, params: Params) -> Iterator[Tensor]:
             def read(
                 leaf: Any = leaf, layer: Any = layer if stacked else ..., flip: bool = entry.transposed
             ) -> np.ndarray:
-                array = np.asarray(core.dense(leaf)[layer])
+                array = np.asarray((core.dense(leaf) if core.is_weight(leaf) else leaf)[layer])
                 return array.T if flip else array
 
             yield Tensor(
