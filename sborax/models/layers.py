@@ -34,7 +34,8 @@ class Linear(nn.Module):
         y = core.linear(x, kernel, self.get_variable("adapters", "kernel"), ctx)
         if not self.use_bias:
             return y
-        return y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype).astype(y.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
 class RMSNorm(nn.Module):

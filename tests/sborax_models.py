@@ -1,0 +1,51 @@
+"""Tiny torch models and how to compare with them."""
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def make(kind, directory, shard="5GB", **fields):
+    """A random torch model, saved to `directory`; its norms and biases are random too."""
+    config, build = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    }[kind]
+    torch.manual_seed(0)
+    model = build(config(**(TINY | {"initializer_range": 0.2} | fields))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory, max_shard_size=shard)
+    return model
+
+
+def tokens_of(model, *shape):
+    """Random ids."""
+    return jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, shape), jnp.int32)
+
+
+def torch_logits(model, tokens):
+    """The torch model's logits."""
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.float().numpy()
+
+
+def relative(got, want) -> float:
+    """The largest difference over the largest entry."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / np.abs(want).max())
