@@ -3,8 +3,9 @@
 from sborax.compose import chain
 from sborax.core import Adapter, Context, Hint, SboraxError, linear
 from sborax.data.options import Data
-from sborax.methods import Bat, Bone, DoRA, LoRA, OLoRA, PiSSA, SBoRA
+from sborax.methods import SARA, Bat, Bone, DoRA, LoRA, MoSARA, OLoRA, PiSSA, SBoRA
 from sborax.paths import Plan, Rule, plan
+from sborax.ranks import LinearRanks, ShuffledRanks, SingularMass
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
 from sborax.tree import (
     add,
@@ -32,13 +33,18 @@ __all__ = [
     "Eval",
     "Experiment",
     "Hint",
+    "LinearRanks",
     "LoRA",
+    "MoSARA",
     "OLoRA",
     "Optimizer",
     "PiSSA",
     "Plan",
     "Rule",
+    "SARA",
     "SBoRA",
+    "ShuffledRanks",
+    "SingularMass",
     "Save",
     "SboraxError",
     "add",

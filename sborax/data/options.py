@@ -6,7 +6,7 @@ from typing import Literal
 from sborax.core import SboraxError
 
 
-def at_least(least: float, **values: float | None) -> None:
+def at_least(least: int | float, **values: int | float | None) -> None:
     """Raise SboraxError for a value below `least`."""
     for name, value in values.items():
         if value is not None and value < least:
