@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,14 @@ def generate(
     top_p: float = 1.0,
     key: Key[Array, ""] | None = None,
     eos: Sequence[int] | None = None,
-    padding: Literal["left", "right"] = "left",
+    padding: str = "left",
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and including the first end token.
 
     temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled with `key`.
     top_k, top_p: sample among the k likeliest (0: all), then among the likeliest that together reach p.
     eos: ids that end a text; by default the config's.
-    padding: the side on which shorter prompts are filled up; the result does not depend on it.
+    padding: "left" or "right", the side on which shorter prompts are filled up; the result does not depend on it.
     Raises SboraxError for an empty prompt, an id outside the vocabulary, and text beyond the model's context.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, padding)

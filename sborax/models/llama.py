@@ -14,9 +14,7 @@ from sborax.models.attention import attention
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate
 
-Cache = tuple[
-    Float[Array, "*layers batch slots kv_heads head_dim"], Float[Array, "*layers batch slots kv_heads head_dim"]
-]
+Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
 
 SAVEABLE = ("qkv", "attended", "gate_up", HIDDEN)

@@ -1,0 +1,123 @@
+"""Text over the cache against transformers, and the ways to draw a token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import sborax as sx
+from sborax.models import generate, load_model
+from sborax.models.generate import Choice, _generate, choose
+
+pytestmark = pytest.mark.usefixtures("strict")
+TEXTS = ("Once upon a time", "The little dog went to the park because he wanted to", "One day, Lily saw a big red")
+NEW = 64
+
+
+@pytest.fixture(scope="module")
+def model(stories260k):
+    return load_model(stories260k)
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return [model.tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def greedy(model, prompts):
+    # What is traced under another promotion rule is compiled again.
+    with jax.numpy_dtype_promotion("strict"):
+        return generate(model, model.params, None, prompts, NEW)
+
+
+def test_greedy_text_equals_transformers(stories260k, model, prompts, greedy):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(stories260k)
+    assert len({len(prompt) for prompt in prompts}) == 3
+    for prompt, new in zip(prompts, greedy, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+        assert new == theirs[0, len(prompt) :].tolist()
+        assert len(new) == NEW
+    assert "a little girl named Lily" in model.tokenizer.decode(greedy[0])
+
+
+def test_the_side_of_the_padding_does_not_matter(model, prompts, greedy):
+    assert generate(model, model.params, None, prompts, NEW, padding="right") == greedy
+
+
+def test_each_row_ends_at_its_own_end_token(model, prompts, greedy):
+    first, last = greedy[0][4], greedy[1][-1]
+    cut = generate(model, model.params, None, prompts, NEW, eos=[first, last])
+    for row, whole in zip(cut, greedy, strict=True):
+        ends = [place for place, token in enumerate(whole) if token in (first, last)]
+        assert row == whole[: ends[0] + 1 if ends else NEW]
+    assert len({len(row) for row in cut}) > 1
+    assert generate(model, model.params, None, prompts[:1], 1) == [greedy[0][:1]]
+
+
+def test_adapted_text_equals_merged_text(model, prompts, greedy):
+    params, adapters = sx.attach(jax.random.key(0), model.params, [("q_proj|up_proj", sx.LoRA(rank=2, alpha=4.0))])
+    train, frozen = sx.split(adapters)
+    rng = np.random.default_rng(0)
+    train = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.1, leaf.dtype), train)
+    adapters = sx.combine(train, frozen)
+    text = generate(model, params, adapters, prompts, NEW)
+    assert text != greedy
+    assert text == generate(model, jax.jit(sx.merge)(params, adapters), None, prompts, NEW)
+
+
+def test_sampling_repeats_by_key_and_narrows_with_temperature(model, prompts, greedy):
+    def sample(seed, temperature):
+        return generate(
+            model, model.params, None, prompts, NEW, key=jax.random.key(seed), temperature=temperature, top_k=20
+        )
+
+    assert sample(0, 1.0) == sample(0, 1.0) != sample(1, 1.0)
+    assert sample(0, 1e-4) == greedy
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.7), (4, 0.6)])
+def test_tokens_are_drawn_as_transformers_would(top_k, top_p):
+    logits = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32) * 2
+    scores = torch.tensor(logits) / 1.5
+    if top_k:
+        scores = transformers.TopKLogitsWarper(top_k)(torch.zeros(2, 1), scores)
+    if top_p < 1:
+        scores = transformers.TopPLogitsWarper(top_p)(torch.zeros(2, 1), scores)
+    want = torch.softmax(scores, -1).numpy()
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draw = jax.jit(
+        jax.vmap(lambda key: choose(jnp.asarray(logits), Choice(False, top_k, top_p), jnp.float32(1.5), key))
+    )
+    drawn = np.asarray(draw(keys))
+    got = np.stack([np.bincount(drawn[:, row], minlength=9) / len(keys) for row in range(2)])
+    assert ((got > 0) == (want > 0)).all()
+    np.testing.assert_allclose(got, want, atol=0.03)
+
+
+def test_prompts_of_similar_length_share_a_compilation(model, prompts, greedy):
+    before = _generate._cache_size()
+    other = generate(model, model.params, None, [prompt[:-1] for prompt in prompts], NEW)
+    assert other != greedy and _generate._cache_size() == before
+
+
+ERRORS = {
+    "empty": ({"prompts": [[1], []]}, "at least one token"),
+    "vocabulary": ({"prompts": [[1, 512]]}, "outside the vocabulary of 512"),
+    "context": ({"prompts": [[1] * 500]}, "500 tokens and 64 new ones do not fit the context of 512"),
+    "key": ({"temperature": 0.5}, "give a key"),
+    "top_p": ({"top_p": 0.0}, "top_p 0.0"),
+    "padding": ({"padding": "middle"}, "left or right"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_calls_that_are_refused(model, name):
+    options, message = ERRORS[name]
+    with pytest.raises(sx.SboraxError, match=message):
+        generate(model, model.params, None, **({"prompts": [[1, 2]], "max_new_tokens": NEW} | options))
