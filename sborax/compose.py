@@ -172,8 +172,6 @@ class Chain(AbstractMethod):
     second: AbstractReparametrisation
 
     def __post_init__(self) -> None:
-        if not isinstance(self.second, AbstractReparametrisation):
-            raise SboraxError(f"chain: {type(self.second).__name__} cannot stand on another method's factors")
         missing = sorted(self.second.factors_needed - set(self.first.axes))
         if missing:
             raise SboraxError(f"chain: {type(self.first).__name__} has no leaf {missing[0]!r} to stand on")
@@ -298,11 +296,13 @@ class ByLayer(AbstractComposite):
         return jax.lax.switch(adapter.frozen["branch"], branches)
 
 
-def chain(first: AbstractMethod, second: AbstractReparametrisation) -> Chain:
+def chain(first: AbstractMethod, second: AbstractMethod) -> Chain:
     """`chain(PiSSA(...), DoRA(...))`: the factors that `first` starts from, trained the way `second` does.
 
     Raises SboraxError if `second` cannot stand on the leaves of `first`.
     """
+    if not isinstance(second, AbstractReparametrisation):
+        raise SboraxError(f"chain: {type(second).__name__} cannot stand on another method's factors")
     return Chain(first, second)
 
 

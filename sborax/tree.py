@@ -193,11 +193,11 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     def one(path: tuple[Any, ...], node: Adapter) -> Adapter:
         spec = tuple(flat[_path(path)])
         stack = len(stack_of(node))
-        entries = dict(zip(("in", "out"), (spec + (None,) * (stack + 2))[stack : stack + 2], strict=True))
+        whole = spec + (None,) * (stack + 2)
+        entries: dict[str | None, Any] = {"in": whole[stack], "out": whole[stack + 1], "rank": None, None: None}
 
         def leaf(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
-            own = tuple(entries.get(name) if name is not None else None for name in names)
-            return jax.sharding.PartitionSpec(*(spec + (None,) * stack)[:stack], *own)
+            return jax.sharding.PartitionSpec(*whole[:stack], *(entries[name] for name in names))
 
         def halves(leaves):
             axes = leaf_axes(node.method.axes, leaves)

@@ -1,0 +1,75 @@
+"""The house keeps its order: imports flow one way, and Flax stays in one room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
+ORDER = [
+    "core",
+    "ranks",
+    "compose",
+    "paths",
+    "tree",
+    "methods",
+    "quant",
+    "experts",
+    "hints",
+    "optim",
+    "procedures",
+    "config",
+    "models",
+    "interop",
+    "data",
+    "train",
+    "fetch",
+    "quickstart",
+    "cli",
+]
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__main__.py",) and path.parent != PACKAGE)
+MODULES += sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path: Path):
+    own = room(path)
+    assert own in ORDER, f"{own} has no place in the order"
+    for name in imported(path):
+        if name.startswith("sborax."):
+            other = name.split(".")[1]
+            if other in ORDER:
+                assert ORDER.index(other) <= ORDER.index(own), f"{own} imports {other}"
+        if name.split(".")[0] == "flax":
+            assert own == "models"
+            assert "nnx" not in name
+
+
+def test_no_method_is_named_in_shared_code():
+    names = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", "lowrank"}
+    for shared in ("core", "compose", "paths", "tree"):
+        for name in imported(PACKAGE / f"{shared}.py"):
+            assert not (name.startswith("sborax.methods") or name.split(".")[-1] in names)
+
+
+def test_files_stay_small():
+    long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+    methods = {name: lines for name, lines in long.items() if name.startswith("methods/") and lines > 130}
+    assert methods == {}
