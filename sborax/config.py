@@ -120,6 +120,8 @@ def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
         return plain
     if isinstance(value, Literal):
         return str(_unquote(value)) if kind is str else _decode(kind, _parse(value), where, structural)
+    if origin is Sequence:
+        return _decode_tuple((*typing.get_args(kind), ...), value, where, structural)
     if origin is tuple:
         return _decode_tuple(typing.get_args(kind), value, where, structural)
     if origin is dict or kind is dict:

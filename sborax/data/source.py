@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -12,7 +12,17 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from sborax.core import SboraxError
 
 READERS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
-Records = Sequence[dict[str, Any]]
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Records by number, each a dict of columns: a list, or what `datasets` maps from disk."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 def find(name: str, split: str) -> Path | None:
@@ -63,7 +73,7 @@ def read(name: str, split: str = "train") -> Records:
 
 def _from_hub(name: str, split: str) -> Records:
     try:
-        return datasets.load_dataset(name, split=split)  # type: ignore[return-value]
+        return cast(Records, datasets.load_dataset(name, split=split))
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise SboraxError(
@@ -81,10 +91,11 @@ def _from_file(path: Path) -> Records:
         return [{"text": _text(path)}]
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)  # type: ignore[return-value]
+        loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise SboraxError(f"{path}: not readable as {kind} ({reason})") from error
+    return cast(Records, loaded)
 
 
 def _text(path: Path) -> str:

@@ -13,7 +13,7 @@ from etils import epath
 from sborax.config import decode, encode, override
 from sborax.core import SboraxError
 from sborax.data.options import Data, at_least
-from sborax.paths import Rule, as_rules
+from sborax.paths import RuleLike, as_rules
 
 CONFIG = "config.json"
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
@@ -75,7 +75,7 @@ class Save:
 class Experiment:
     """A fine-tuning run. Give `steps` or `epochs`.
 
-    model: a Hugging Face directory, hub id or `.gguf` file. rules: what is adapted and how.
+    model: a Hugging Face directory, hub id or `.gguf` file. rules: what is adapted and how, first match wins.
     batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
     precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
     remat: "none", "full" or names to keep. attention: "xla".
@@ -86,7 +86,7 @@ class Experiment:
 
     model: str
     data: Data
-    rules: tuple[Rule, ...] = ()
+    rules: Sequence[RuleLike] = ()
     optimizer: Optimizer = Optimizer()
     steps: int | None = None
     epochs: float | None = None
@@ -104,7 +104,7 @@ class Experiment:
     seed_adapter: int = 0
     log: tuple[str, ...] = ()
     train_base: bool = False
-    train_also: tuple[Also, ...] = ()
+    train_also: Sequence[Also] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", as_rules(self.rules))

@@ -1,7 +1,7 @@
 """What a run trains, holds and reads: the split of a model and its adapters into arguments of the step."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ def flatten(params: Params) -> Flat:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def selected(paths: list[str], train_base: bool, train_also: tuple[str, ...]) -> list[str]:
+def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> list[str]:
     """Paths of the base leaves that are trained.
 
     norm: scales of norms; bias: biases; embed_tokens, lm_head: the modules of that name.
@@ -75,7 +75,7 @@ def selected(paths: list[str], train_base: bool, train_also: tuple[str, ...]) ->
     return [path for path in paths if path in chosen]
 
 
-def take_apart(params: Params, adapters: Adapters, train_base: bool = False, train_also: tuple[str, ...] = ()) -> Parts:
+def take_apart(params: Params, adapters: Adapters, train_base: bool = False, train_also: Sequence[str] = ()) -> Parts:
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
     Raises SboraxError as `selected` does, and for a trained leaf that is quantised.

@@ -1,0 +1,139 @@
+"""Configs to JSON and back, and dotted changes."""
+
+import json
+
+import pytest
+
+import sborax as sx
+from sborax.config import decode, encode, override
+
+EXPERIMENT = sx.Experiment(
+    model="some/model",
+    data=sx.Data("some-data", max_length=64, buckets=(32, 64)),
+    rules=(
+        ("q_proj", sx.LoRA(rank=4, alpha=8.0, rslora=True)),
+        sx.Rule("k_proj", sx.chain(sx.PiSSA(rank=4), sx.DoRA()), layers=slice(1, None)),
+        sx.Rule("v_proj", sx.add(sx.LoRA(rank=(1, 2)), sx.scale(sx.SBoRA(rank=3, variant="FB"), 0.5)), layers=(0, 2)),
+        sx.Rule("o_proj", None),
+    ),
+    optimizer=sx.Optimizer(lr=1e-4, betas=(0.9, 0.95), clip=None),
+    epochs=1.5,
+    train_also=("norm", "embed_tokens"),
+    eval=sx.Eval(data=sx.Data("held-out"), every=10),
+)
+
+
+def test_round_trip_through_json_is_exact():
+    assert decode(sx.Experiment, json.loads(json.dumps(encode(EXPERIMENT)))) == EXPERIMENT
+
+
+def test_every_method_round_trips():
+    for kind in (sx.LoRA, sx.SBoRA, sx.Bone, sx.Bat, sx.DoRA, sx.PiSSA, sx.OLoRA):
+        rule = sx.Rule("x", kind())
+        assert decode(sx.Rule, json.loads(json.dumps(encode(rule)))) == rule
+
+
+@pytest.mark.parametrize(
+    "change, read",
+    [
+        ("optimizer.lr=1e-5", lambda e: e.optimizer.lr == 1e-5),
+        ("optimizer.lr=1", lambda e: e.optimizer.lr == 1.0 and type(e.optimizer.lr) is float),
+        ("optimizer.clip=0.5", lambda e: e.optimizer.clip == 0.5),
+        ("rules.0.method.rank=8", lambda e: e.rules[0].method.rank == 8 and e.rules[0].method.alpha == 8.0),
+        ("rules=[['mlp', {'type': 'LoRA'}]]", lambda e: e.rules == (sx.Rule("mlp", sx.LoRA()),)),
+        ("rules.0.method=DoRA", lambda e: e.rules[0].method == sx.DoRA()),
+        ('rules.0.method={"type": "SBoRA", "rank": 2}', lambda e: e.rules[0].method == sx.SBoRA(rank=2)),
+        ("rules.1.method.first.rank=2", lambda e: e.rules[1].method.first.rank == 2),
+        ("rules.2.layers=[1, 2]", lambda e: e.rules[2].layers == (1, 2)),
+        ("rules.2.layers=(1,)", lambda e: e.rules[2].layers == (1,)),
+        ('rules.2.layers={"slice": [0, 4, 2]}', lambda e: e.rules[2].layers == slice(0, 4, 2)),
+        ("rules.2.layers=null", lambda e: e.rules[2].layers is None),
+        ("data.name=2024", lambda e: e.data.name == "2024"),
+        ("model=a/b-c.gguf", lambda e: e.model == "a/b-c.gguf"),
+        ("data.loss_on=all", lambda e: e.data.loss_on == "all"),
+        ("data.packing=true", lambda e: e.data.packing is True),
+        ("data.packing=False", lambda e: e.data.packing is False),
+        ("train_also=['norm']", lambda e: e.train_also == ("norm",)),
+        ("quant=nf4", lambda e: e.quant == "nf4"),
+        ("eval.data=None", lambda e: e.eval.data is None),
+    ],
+)
+def test_changes(change, read):
+    assert read(override(EXPERIMENT, [change]))
+
+
+def test_changes_are_checked_together():
+    changed = override(EXPERIMENT, ["steps=20", "epochs=None"])
+    assert (changed.steps, changed.epochs) == (20, None)
+    with pytest.raises(sx.SboraxError, match="give steps or epochs"):
+        override(EXPERIMENT, ["steps=20"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key; known: .*lr"),
+        ("optimzer.lr=1", "optimzer: unknown key; did you mean optimizer"),
+        ("data.max_len=1", "data.max_len: unknown key; did you mean max_length"),
+        ("rules.0.method.rnk=1", "rules.0.method.rnk: unknown key; did you mean rank"),
+        ("rules.9.method.rank=1", "rules.9: rules has 4 entries"),
+        ("rules.0.method.rank=1.5", "rules.0.method.rank: must be a whole number"),
+        ("rules.0.method=LoRAX", "rules.0.method: there is no 'LoRAX'; did you mean LoRA"),
+        ("rules.0.pattern=(", "rules.0: rule .* is not a regular expression"),
+        ("batch_size=two", "batch_size: must be a whole number"),
+        ("batch_size=True", "batch_size: must be a whole number"),
+        ("batch_size=0", "batch_size must be at least 1"),
+        ("data.packing=1", "data.packing: must be true or false"),
+        ("data.loss_on=questions", "data.loss_on: must be one of 'answer', 'all'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: needs 2 entries, got 1"),
+        ("eval.data.name.x=1", "eval.data.name"),
+        ("steps", "write key=value"),
+        ("mesh={'data': 2}", "mesh: .* is not available in this version"),
+        ("procedure=chain", "procedure: .* is not available"),
+        ("eval.tasks=['boolq']", "eval.tasks: .* is not available"),
+        ("attention=splash", "attention: .* is not available"),
+        ("log=['wandb']", "log: .* is not available"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(change, words):
+    with pytest.raises(sx.SboraxError, match=words) as caught:
+        override(EXPERIMENT, [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(sx.SboraxError, match="nothing to train"):
+        sx.Experiment(model="m", data=sx.Data("d"), steps=1)
+
+
+def test_experiments_from_files(tmp_path):
+    source = tmp_path / "tiny.py"
+    source.write_text(
+        "import sborax as sx\n\n\ndef experiment():\n"
+        "    return sx.Experiment(model='m', data=sx.Data('d'), rules=(('mlp', sx.LoRA()),), steps=3)\n"
+    )
+    built = sx.load_experiment(str(source), ["steps=7"])
+    assert built.steps == 7
+    (tmp_path / "config.json").write_text(json.dumps(encode(built)))
+    assert sx.load_experiment(str(tmp_path)) == sx.load_experiment(str(tmp_path / "config.json")) == built
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("absent.py", None, "no such experiment"),
+        ("a.py", "x = 1\n", "needs a function"),
+        ("a.py", "def experiment():\n    return 1\n", "returned a int"),
+        ("a.py", "def experiment(:\n", "SyntaxError"),
+        ("a.py", "import sborax as sx\n\ndef experiment():\n    return sx.Experimnt()\n", "AttributeError"),
+        ("a.json", "{", "not JSON"),
+        ("a.json", '{"model": "m"}', "data: missing"),
+    ],
+)
+def test_broken_experiment_files(tmp_path, name, text, words):
+    file = tmp_path / name
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(sx.SboraxError, match=words) as caught:
+        sx.load_experiment(str(file))
+    assert "\n" not in str(caught.value) and name in str(caught.value)

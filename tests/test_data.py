@@ -1,0 +1,214 @@
+"""From files to batches: what is read, what counts, what is dropped, and in which order."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from sborax import Data, SboraxError
+from sborax.data.batches import arrange, in_order, pack, shuffled
+from sborax.data.samples import Sample, load_samples
+from sborax.data.source import read
+from sborax.data.template import prompt_of
+from tests.tiny_model import tokenizer
+
+END = 1
+PLAIN = {"template": "{q}?", "answer": "{a}"}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer()
+
+
+def write(tmp_path, records, name="data.jsonl"):
+    file = tmp_path / name
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def answer(sample, words):
+    return words.decode(sample.tokens[sample.counts].tolist())
+
+
+def test_sources_agree(tmp_path):
+    records = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(3)]
+    write(tmp_path, records, "x.jsonl")
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    write(tmp_path, records, "lines.json")
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["q", "a"])
+        writer.writeheader()
+        writer.writerows(records)
+    for name in ("x.jsonl", "x.json", "lines.json", "x.csv"):
+        found = read(str(tmp_path / name))
+        assert [dict(found[i]) for i in range(len(found))] == records, name
+
+
+def test_names_under_sborax_data_and_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("SBORAX_DATA", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set", [{"a": 1}], "train.jsonl")
+    write(tmp_path / "set", [{"a": 2}], "test.jsonl")
+    assert read("set")[0] == {"a": 1}
+    assert read("set", "test")[0] == {"a": 2}
+    assert read("set/test.jsonl")[0] == {"a": 2}
+    with pytest.raises(SboraxError, match="no file is named like split 'dev'; name one: test.jsonl, train.jsonl"):
+        read("set", "dev")
+
+
+@pytest.mark.parametrize(
+    "name, text, problem",
+    [
+        ("x.jsonl", '{"q": 1}\n\n{"q": 2\n', "x.jsonl: line 3 is not JSON"),
+        ("x.jsonl", '{"q": 1}\n[1]\n', "line 2 is not an object"),
+        ("x.json", "[1, 2", "line 1 is not JSON"),
+        ("x.json", "[1, 2]", "entry 0 is not an object"),
+        ("x.jsonl", "", "the data set is empty"),
+        ("x.json", "[]", "the data set is empty"),
+        ("x.csv", "", "the data set is empty"),
+        ("x.xyz", "1", "unknown kind of data"),
+    ],
+)
+def test_unreadable_data(tmp_path, name, text, problem):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SboraxError, match=problem) as caught:
+        read(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(SboraxError, match="no such data file"):
+        read(str(tmp_path / "absent.jsonl"))
+
+
+def test_only_the_answer_and_its_end_count(tmp_path, words):
+    name = write(tmp_path, [{"q": "why", "a": "because"}])
+    (sample,), report = load_samples(Data(name, **PLAIN), words, END, 512)
+    assert words.decode(sample.tokens.tolist()) == "why?because<|im_end|>"
+    assert answer(sample, words) == "because<|im_end|>"
+    (whole,), _ = load_samples(Data(name, loss_on="all", **PLAIN), words, END, 512)
+    assert whole.counts.all()
+    assert (report.records, report.samples, report.too_long) == (1, 1, 0)
+
+
+def test_alpaca_with_and_without_input(tmp_path, words):
+    records = [{"instruction": "Add.", "input": given, "output": "Done"} for given in ("", "1 and 2")]
+    name = write(tmp_path, records)
+    samples, _ = load_samples(Data(name, max_length=400), words, END, 512)
+    texts = [words.decode(sample.tokens.tolist()) for sample in samples]
+    assert "### Input" not in texts[0] and "### Input:\n1 and 2\n\n### Response:\nDone" in texts[1]
+    assert [answer(sample, words) for sample in samples] == ["Done<|im_end|>"] * 2
+    assert texts[0].startswith(prompt_of("alpaca", records[0], words))
+
+
+def test_chat_counts_every_assistant_turn(tmp_path, words):
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "so long")]
+    name = write(tmp_path, [{"messages": [{"role": role, "content": text} for role, text in turns]}])
+    (sample,), _ = load_samples(Data(name, template="chat"), words, END, 512)
+    assert answer(sample, words) == "hello<|im_end|>so long<|im_end|>"
+    asked = [{"role": "user", "content": "hi"}]
+    assert prompt_of("chat", {"messages": asked}, words) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "data, problem",
+    [
+        ({"template": "{question}"}, "record 0: there is no column 'question'; the columns are q, a"),
+        ({"template": "alpaca"}, "no column 'instruction'"),
+        ({"template": "alpacca"}, "'alpacca' is not one of alpaca, chat, text"),
+        ({"template": "{q"}, "not a format string"),
+        ({"template": "chat"}, "a chat needs column 'messages'"),
+        ({"max_length": 400}, "more than the model's context of 128"),
+        ({"max_length": 8}, "no sample is left of 1: 1 are longer than data.max_length = 8"),
+    ],
+)
+def test_unusable_data(tmp_path, words, data, problem):
+    name = write(tmp_path, [{"q": "question", "a": "answer"}])
+    with pytest.raises(SboraxError, match=problem):
+        load_samples(Data(name, **({**PLAIN, "max_length": 64} | data)), words, END, 128)
+
+
+def test_long_samples_are_dropped_cut_or_split_and_always_counted(tmp_path, words):
+    records = [{"q": "a", "a": "b" * length} for length in (3, 30, 4)]
+    name = write(tmp_path, records)
+
+    def load(overlong):
+        return load_samples(Data(name, max_length=10, overlong=overlong, **PLAIN), words, END, 128)
+
+    kept, report = load("drop")
+    assert [len(sample.tokens) for sample in kept] == [6, 7] and report.too_long == 1
+    assert "2 samples of 3 records, 1 too long (dropped)" in str(report)
+    cut, report = load("truncate")
+    assert [len(sample.tokens) for sample in cut] == [6, 10, 7] and report.too_long == 1
+    windows, report = load("split")
+    assert report.too_long == 1
+    # 33 tokens: each but the first is the target of exactly one window.
+    parts = windows[1:-1]
+    assert all(len(part.tokens) <= 10 for part in parts)
+    joined = np.concatenate([parts[0].tokens[:1], *(part.tokens[1:] for part in parts)])
+    assert words.decode(joined.tolist()) == "a?" + "b" * 30 + "<|im_end|>"
+
+
+def test_samples_without_an_answer_are_dropped_and_counted(tmp_path, words):
+    name = write(tmp_path, [{"q": "a", "a": ""}, {"q": "a", "a": None}, {"q": "a", "a": "b"}])
+    samples, report = load_samples(Data(name, **PLAIN), words, END, 512)
+    assert len(samples) == 1 and report.without_answer == 2
+
+
+def some_samples(lengths):
+    rng = np.random.default_rng(0)
+    # Ids that look like padding: masks come from lengths alone.
+    return [Sample(rng.integers(0, 3, n).astype(np.int32), rng.integers(0, 2, n).astype(bool)) for n in lengths]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_hold_every_token_once(packing):
+    samples = some_samples([5, 9, 3, 12, 7, 2, 11])
+    rows = arrange(samples, Data("x", max_length=12, packing=packing))
+    batches = in_order(rows, 2)
+    tokens = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in batches])
+    counted = np.concatenate([batch["targets"][batch["counts"]] for batch in batches])
+    order = [number for row in rows.rows for number in row]
+    np.testing.assert_array_equal(tokens, np.concatenate([samples[i].tokens[:-1] for i in order]))
+    np.testing.assert_array_equal(
+        counted, np.concatenate([samples[i].tokens[1:][samples[i].counts[1:]] for i in order])
+    )
+    for batch in batches:
+        assert batch["tokens"].shape[1] in rows.buckets
+        assert not batch["counts"][batch["segments"] == 0].any()
+
+
+def test_packed_rows_keep_samples_apart():
+    samples = some_samples([5, 4, 6])
+    (batch,) = in_order(arrange(samples, Data("x", max_length=12, packing=True)), 1)
+    np.testing.assert_array_equal(batch["segments"][0], [1] * 4 + [2] * 3 + [3] * 5)
+
+
+def test_packing_fills_rows():
+    lengths = np.random.default_rng(0).integers(1, 60, 500).tolist()
+    rows = pack(lengths, 64)
+    assert sorted(number for row in rows for number in row) == list(range(500))
+    loads = [sum(lengths[number] for number in row) for row in rows]
+    assert max(loads) <= 64 and sum(loads) / (64 * len(rows)) > 0.9
+
+
+def test_row_lengths_are_few():
+    rows = arrange(some_samples(range(2, 200)), Data("x", max_length=256))
+    assert rows.buckets == (64, 112, 160, 208) or len(rows.buckets) <= 4
+    with pytest.raises(SboraxError, match="data.buckets: the longest row has 198 tokens, the largest bucket only 64"):
+        arrange(some_samples(range(2, 200)), Data("x", max_length=256, buckets=(32, 64)))
+
+
+def test_order_is_a_function_of_seed_and_step():
+    rows = arrange(some_samples([4] * 10), Data("x", max_length=16))
+    first, again, other = (shuffled(rows, 2, 2, seed) for seed in (0, 0, 1))
+    places = [[first.order[i] for i in range(start, start + 10)] for start in (0, 10)]
+    assert sorted(places[0]) == sorted(places[1]) == list(range(10)) and places[0] != places[1]
+    for step in (7, 3):
+        for name, array in first[step].items():
+            np.testing.assert_array_equal(array, again[step][name])
+    assert [other.order[i] for i in range(10)] != places[0]
+    assert first[0]["tokens"].shape == (2, 2, rows.buckets[0])
+    assert first.steps(1.0) == 3 and first.position(3) == (1, 2)
