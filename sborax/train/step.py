@@ -38,7 +38,7 @@ def batch_loss(
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
     """Gradient norm of every adapter and of every trained base leaf, by path."""
-    adapters = {path: optax.global_norm(node) for path, node in nodes(grads["adapters"]).items()}
+    adapters = {path: optax.tree.norm(node) for path, node in nodes(grads["adapters"]).items()}
     return adapters | {path: jnp.linalg.norm(leaf.reshape(-1)) for path, leaf in grads["base"].items()}
 
 
@@ -83,7 +83,7 @@ def make_step(
             numbers = {
                 "loss": total * share,
                 "tokens": tokens,
-                "grad_norm": optax.global_norm(grads),
+                "grad_norm": optax.tree.norm(grads),
                 "grad_norms": norms(grads),
             }
         return TrainState(state.step + 1, train, opt), numbers
