@@ -69,5 +69,8 @@ def export(run: str, out: str, form: Any) -> None:
     """`sborax export`."""
     target = load_run(run)
     assert target.experiment is not None
-    done = save_peft(out, target.model, target.params, target.adapters, as_=form, base=target.experiment.model)
+    try:
+        done = save_peft(out, target.model, target.params, target.adapters, as_=form, base=target.experiment.model)
+    except SboraxError as error:
+        raise SboraxError(str(error).replace("as_='lora'", "--as lora")) from error
     print(f"{out}: {done}")

@@ -1,6 +1,7 @@
 """Arguments of the command line, and what becomes of errors. The work is imported by the command that needs it."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -26,6 +27,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. The exit code is 0, 2 after one line `error: ...` on stderr, or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Into a file or a pipe, too, what a run tells appears when it is told.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         arguments = _parse(argv)
         code = arguments.run(arguments)

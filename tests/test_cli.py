@@ -1,0 +1,328 @@
+"""The command line: what it prints, and that a mistake is one line and costs nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_model import write_data, write_model
+
+import sborax as sx
+from sborax import methods, quickstart
+from sborax.cli import main
+from sborax.models import load_model
+
+EXPERIMENT = """
+import sborax as sx
+
+def experiment():
+    return sx.Experiment(
+        model={model!r},
+        data=sx.Data(name={data!r}, template="chat", max_length=96),
+        rules=(("self_attn/(q|v)", sx.SBoRA(rank=8)), ("up_proj", sx.LoRA(rank=4))),
+        optimizer=sx.Optimizer(lr=1e-2),
+        steps=4,
+        batch_size=2,
+        save=sx.Save(every=2),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a model, data, an experiment, and a run of it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_model(folder / "model")
+    write_data(folder / "data.jsonl")
+    text = EXPERIMENT.format(model=str(folder / "model"), data=str(folder / "data.jsonl"))
+    (folder / "small.py").write_text(text)
+    assert main(["train", str(folder / "small.py"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def fails(capsys, *argv) -> str:
+    """The one line of an error, after its `error: `."""
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0], lines
+    return errors[0].removeprefix("error: ")
+
+
+def prints(capsys, *argv) -> str:
+    """What a command that succeeds prints."""
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_is_written_whole(made):
+    run = made / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "adapter", "checkpoints", "config.json", "metrics.jsonl", "summary.json",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_changes_stand_before_and_after_options(made, capsys, tmp_path):
+    config = made / "run" / "config.json"
+    words = [config, "steps=1", "--out", tmp_path / "run", "optimizer.lr=0.5", "rules.0.method.rank=2"]
+    prints(capsys, "train", *words)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["steps"], written["optimizer"]["lr"], written["rules"][0]["method"]["rank"]) == (1, 0.5, 2)
+
+
+def test_resume_goes_on(made, capsys, tmp_path):
+    source, out = made / "small.py", tmp_path / "run"
+    prints(capsys, "train", source, "steps=2", "--out", out)
+    assert "resuming after step 2" in prints(capsys, "train", source, "--out", out, "--resume")
+    assert json.loads((out / "summary.json").read_text())["steps"] == 4
+
+
+def test_merge_writes_what_the_run_computes(made, capsys, tmp_path):
+    prints(capsys, "merge", made / "run", tmp_path / "merged")
+    base, merged = load_model(made / "model"), load_model(tmp_path / "merged")
+    params, adapters = sx.load_adapter(made / "run" / "adapter", base.params)
+    tokens = jnp.arange(24).reshape(2, 12) + 2
+    want = base.apply(params, adapters, tokens)
+    np.testing.assert_allclose(merged.apply(merged.params, None, tokens), want, rtol=1e-4, atol=1e-5)
+    assert np.abs(want - base.apply(base.params, None, tokens)).max() > 1e-3
+
+
+def test_export_is_an_adapter_for_the_model(made, capsys, tmp_path):
+    assert "exact" in prints(capsys, "export", made / "run", tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 3
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(made / "model")
+    base = load_model(made / "model")
+    run, export = sx.load_adapter(made / "run" / "adapter", base.params), sx.load_peft(tmp_path / "peft", base)
+    tokens = jnp.arange(24).reshape(2, 12) + 2
+    np.testing.assert_allclose(base.apply(*export, tokens), base.apply(*run, tokens), rtol=1e-4, atol=1e-5)
+    words = ["--prompt", "1 plus 1?", "--max-new-tokens", "6"]
+    with_adapter = prints(capsys, "generate", made / "model", "--adapter", tmp_path / "peft", *words)
+    assert with_adapter == prints(capsys, "generate", made / "run", *words)
+
+
+def test_generate_repeats_itself_and_keeps_the_prompt(made, capsys):
+    words = ["generate", made / "run", "--prompt", "3 plus 3?", "--prompt", "4", "--max-new-tokens", "5"]
+    first = prints(capsys, *words)
+    assert first.startswith("3 plus 3?") and first == prints(capsys, *words)
+    sampled = [prints(capsys, *words, "--temperature", "2", "--seed", seed) for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert "plus" not in prints(capsys, *words[:4], "--template", "chat", "--max-new-tokens", "3")
+
+
+def test_plan_counts_what_training_trains(made, capsys):
+    told = prints(capsys, "plan", made / "small.py")
+    summary = json.loads((made / "run" / "summary.json").read_text())
+    assert f"trainable: {summary['trainable_parameters']:,} parameters" in told
+    # Two layers: 8 rows of 32 and of 16 columns; (32 + 48) x 4.
+    for module, size in (("self_attn/q_proj", 512), ("self_attn/v_proj", 256), ("mlp/up_proj", 640)):
+        (line,) = (line for line in told.splitlines() if line.startswith(f"layers/{module}"))
+        assert f" {size} " in line and "rank=" in line
+    leaves = load_file(made / "run" / "adapter" / "adapter.safetensors")
+    trained = sum(leaf.nbytes for name, leaf in leaves.items() if "/train/" in name)
+    assert f"trained {trained:,}" in " ".join(told.split())
+    assert prints(capsys, "plan", made / "run") == told
+
+
+def test_plan_reads_no_weights(made, capsys, tmp_path):
+    (tmp_path / "config.json").write_text((made / "model" / "config.json").read_text())
+    told = prints(capsys, "plan", tmp_path)
+    assert "layers/mlp/gate_proj" in told and f"{2 * 32 * 48:,}" in told
+    changed = prints(capsys, "plan", made / "small.py", f"model={tmp_path}", "train_also=['norm']")
+    assert "trained in the base itself: 160 parameters" in changed
+
+
+def test_methods_tells_of_every_method(capsys):
+    told = prints(capsys, "methods")
+    names = [line for line in told.splitlines() if line and not line.startswith(" ")]
+    assert names == methods.__all__
+    for paragraph in told.split("\n\n"):
+        for fact in ("options:", "paper:", "merge:", "PEFT:"):
+            assert fact in paragraph
+    one = prints(capsys, "methods", "sbora")
+    assert "rank=64" in one and "x W + s x[idx] b" in one and "plain LoRA (exact)" in one and "alpha: s = " in one
+    assert "use_dora=True" in prints(capsys, "methods", "DoRA")
+    assert "did you mean SBoRA" in fails(capsys, "methods", "SBRA")
+
+
+def test_quickstart_on_a_model_that_is_at_hand(made, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "smollm2", lambda: pytest.fail("fetched"))
+    monkeypatch.setattr(quickstart, "conversations", lambda: pytest.fail("fetched"))
+    model, data = f"model={made / 'model'}", f"data.name={made / 'data.jsonl'}"
+    rank = "rules.0.method.rank=4"
+    told = prints(capsys, "quickstart", model, data, rank, "steps=2", "--out", tmp_path / "run")
+    assert told.count("before:") == told.count("after:") == 3 and "loss" in told
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").exists()
+
+
+BAD_ARGUMENTS = {
+    "no command": ((), "required: COMMAND"),
+    "unknown command": (("trian",), "invalid choice: 'trian'"),
+    "unknown option": (("merge", "a", "b", "--fast"), "unknown argument --fast"),
+    "too many words": (("merge", "a", "b", "c"), "unknown argument c"),
+    "no prompt": (("generate", "a"), "required: --prompt"),
+    "not a number": (("generate", "a", "--prompt", "x", "--top-k", "many"), "--top-k: invalid int value: 'many'"),
+    "missing experiment": (("train", "nowhere.py"), "nowhere.py: no such experiment"),
+    "missing model": (("generate", "/no/where", "--prompt", "x"), "/no/where: no such directory"),
+    "not a run": (("merge", "/no/where", "out"), "/no/where: not a run"),
+    "plan of nothing": (("plan", "/no/where"), "/no/where: no such directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(name, capsys):
+    argv, says = BAD_ARGUMENTS[name]
+    assert says in fails(capsys, *argv)
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def break_field(folder: Path) -> None:
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": "two"}))
+
+
+def unknown_field(folder: Path) -> None:
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+
+
+def break_config(folder: Path) -> None:
+    (folder / "model" / "config.json").write_text("{not json")
+
+
+def break_line(folder: Path) -> None:
+    with (folder / "data.jsonl").open("a") as file:
+        file.write('{"instruction": "half\n')
+
+
+def empty(folder: Path) -> None:
+    (folder / "data.jsonl").write_text("")
+
+
+def lengthen(folder: Path) -> None:
+    rows = [{"instruction": "x" * 200, "output": "y"}] * 3
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def drop_column(folder: Path) -> None:
+    (folder / "data.jsonl").write_text('{"question": "why?"}\n')
+
+
+def break_code(folder: Path) -> None:
+    (folder / "small.py").write_text("def experiment(:\n")
+
+
+def remove_model(folder: Path) -> None:
+    for file in (folder / "model").iterdir():
+        file.unlink()
+
+
+BAD_INPUT = {
+    "truncated safetensors": (truncate, (), ["model.safetensors", "fetch it again"]),
+    "wrong config field": (break_field, (), ["config.json", "num_hidden_layers", "'two'"]),
+    "unknown config field": (unknown_field, (), ["config.json", "logit_scale"]),
+    "config that is not JSON": (break_config, (), ["config.json", "not JSON"]),
+    "model without files": (remove_model, (), ["config.json", "missing"]),
+    "line that is not JSON": (break_line, (), ["data.jsonl", "line 25"]),
+    "empty data": (empty, (), ["data.jsonl", "empty"]),
+    "all too long": (lengthen, (), ["data.jsonl", "3 are longer", "max_length"]),
+    "missing column": (drop_column, (), ["data.jsonl", "record 0", "question"]),
+    "code that does not parse": (break_code, (), ["small.py", "SyntaxError"]),
+    "unknown key": (None, ("optimizer.learning_rate=1",), ["optimizer.learning_rate", "unknown key"]),
+    "close key": (None, ("batchsize=1",), ["did you mean batch_size"]),
+    "value of the wrong type": (None, ("steps=many",), ["steps", "many"]),
+    "rule that matches nothing": (None, ("rules.0.pattern=nowhere",), ["'nowhere' matches no kernel"]),
+    "rank beyond the matrix": (None, ("rules.0.method.rank=33",), ["q_proj", "1..32", "33"]),
+    "loss that is not finite": (None, ("optimizer.lr=1e38", "optimizer.clip=null"), ["loss", "step"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name, made, capsys, tmp_path):
+    spoil, changes, says = BAD_INPUT[name]
+    write_model(tmp_path / "model") if spoil else None
+    write_data(tmp_path / "data.jsonl")
+    model = tmp_path / "model" if spoil else made / "model"
+    text = EXPERIMENT.format(model=str(model), data=str(tmp_path / "data.jsonl"))
+    (tmp_path / "small.py").write_text(text)
+    if spoil:
+        spoil(tmp_path)
+    line = fails(capsys, "train", tmp_path / "small.py", *changes, "--out", tmp_path / "run")
+    assert all(part in line for part in says), line
+
+
+def test_some_too_long_are_dropped_and_counted(made, capsys, tmp_path):
+    with write_data(tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "x" * 200, "output": "y"}) + "\n")
+    words = [f"data.name={tmp_path / 'data.jsonl'}", "steps=1", "--out", tmp_path / "run"]
+    assert "24 samples of 25 records, 1 too long (dropped)" in prints(capsys, "train", made / "small.py", *words)
+
+
+def test_nothing_is_lost_when_the_loss_is_not_finite(made, capsys, tmp_path):
+    """The step that breaks comes after a checkpoint, which stays good."""
+    out = tmp_path / "run"
+    prints(capsys, "train", made / "small.py", "steps=2", "--out", out)
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"lr": 0.01', '"lr": 1e+38').replace('"clip": 1.0', '"clip": null'))
+    assert "loss" in fails(capsys, "train", config, "steps=40", "--out", out, "--resume")
+    assert (out / "checkpoints" / "2").exists() and (out / "adapter" / "adapter.safetensors").exists()
+
+
+def test_a_run_is_never_overwritten(made, capsys):
+    before = {path: path.read_bytes() for path in (made / "run").rglob("*") if path.is_file()}
+    assert "not empty" in fails(capsys, "train", made / "small.py", "--out", made / "run")
+    assert "already holds a model" in fails(capsys, "merge", made / "run", made / "model")
+    assert before == {path: path.read_bytes() for path in (made / "run").rglob("*") if path.is_file()}
+
+
+def test_an_unwritable_place_is_an_error(made, capsys):
+    assert "data.jsonl" in fails(capsys, "train", made / "small.py", "--out", made / "data.jsonl")
+    assert "data.jsonl" in fails(capsys, "merge", made / "run", made / "data.jsonl" / "below")
+
+
+def test_prompts_that_do_not_fit(made, capsys):
+    assert "context of 128" in fails(capsys, "generate", made / "run", "--prompt", "x" * 200)
+    assert "at least one token" in fails(capsys, "generate", made / "run", "--prompt", "")
+    assert "--adapter" in fails(capsys, "generate", made / "run", "--adapter", "p", "--prompt", "x")
+    bad = ["--template", "story", "--prompt", "x"]
+    assert "data.template: 'story'" in fails(capsys, "generate", made / "run", *bad)
+
+
+def test_debug_adds_the_traceback(capsys):
+    assert main(["plan", "/no/where", "--debug"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and told.splitlines()[-1].startswith("error: ")
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sborax.cli.plan.show", interrupt)
+    assert main(["plan", "x"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_python_dash_m(tmp_path):
+    """In a process of its own: the exit code, and a reader that goes away."""
+    run = [sys.executable, "-m", "sborax"]
+    done = subprocess.run([*run, "plan", "nowhere.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert (
+        done.returncode == 2 and done.stderr == "error: " + done.stderr.removeprefix("error: ").splitlines()[0] + "\n"
+    )
+    piped = subprocess.run(f"{sys.executable} -m sborax methods | head -1", shell=True, capture_output=True, text=True)
+    assert (piped.stdout, piped.stderr) == (f"{methods.__all__[0]}\n", "")
