@@ -1,7 +1,9 @@
 """Adapters of single layers, and their change of the base as thin factors: exact where it has some, else truncated."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sborax.compose import Scaled, Sum
-from sborax.core import AbstractComposite, AbstractFactored, Adapter, leaf_axes
+from sborax.core import AbstractComposite, AbstractFactored, AbstractMethod, Adapter, leaf_axes
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -37,7 +39,7 @@ def _trimmed(node: Adapter, layer: int | None) -> Adapter:
         return Adapter(
             {str(i): part.train for i, part in enumerate(parts)},
             {str(i): part.frozen for i, part in enumerate(parts)},
-            Sum(tuple(part.method for part in parts)),  # type: ignore[arg-type]
+            _with(method, parts=tuple(part.method for part in parts)),
             node.in_axes,
         )
     if isinstance(method, Scaled):
@@ -46,7 +48,7 @@ def _trimmed(node: Adapter, layer: int | None) -> Adapter:
         return Adapter(
             {**node.train, "part": part.train},
             {**node.frozen, "part": part.frozen},
-            dataclasses.replace(method, part=part.method),
+            _with(method, part=part.method),
             node.in_axes,
         )
     if layer is None or not isinstance(method.rank, tuple):
@@ -60,7 +62,15 @@ def _trimmed(node: Adapter, layer: int | None) -> Adapter:
             for name, leaf in leaves.items()
         }
 
-    return Adapter(cut(node.train), cut(node.frozen), dataclasses.replace(method, rank=own), node.in_axes)  # type: ignore[call-arg]
+    return Adapter(cut(node.train), cut(node.frozen), _with(method, rank=own), node.in_axes)
+
+
+def _with(method: AbstractMethod, **fields: Any) -> AbstractMethod:
+    """A copy with other fields. Not through the constructor: the hyper-parameters of a node's method are None."""
+    changed = copy.copy(method)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
 
 
 def exact(node: Adapter, shape: tuple[int, int]) -> Pair | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, SboraxError, dense, is_weight
+from sborax.core import AbstractWeight, SboraxError, is_weight
 from sborax.models.names import hf_module, row, unlayered
 
 PREFIX = "base_model.model."
@@ -91,8 +91,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 def wide(weight: Any) -> Array:
-    """A weight as a dense float32 array."""
-    return dense(weight).astype("float32")
+    """A weight, or any other parameter, as a dense float32 array."""
+    return (weight.dense() if isinstance(weight, AbstractWeight) else weight).astype("float32")
 
 
 def refuse_tied_embedding(layout: Layout, module: str) -> None:

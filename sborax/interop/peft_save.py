@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,6 @@ from sborax.interop.peft_targets import naming, pattern_for, saved_whole, target
 from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
 from sborax.tree import nodes
-
-Form = Literal["native", "lora"]
 
 
 class Exported(NamedTuple):
@@ -64,7 +62,7 @@ def save_peft(
     params: Any,
     adapters: Any,
     *,
-    as_: Form = "native",
+    as_: str = "native",
     rank: int | None = None,
     base: str | None = None,
     facts: Mapping[str, str] | None = None,
@@ -131,7 +129,7 @@ def _entry(
     given: Mapping[str, Any],
     path: str,
     layer: int | None,
-    form: Form,
+    form: str,
     rank: int | None,
 ) -> _Entry:
     name = _name(node)

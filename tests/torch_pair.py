@@ -1,0 +1,96 @@
+"""A tiny random torch LLaMA and the same weights here, and ways to compare the two."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import sborax as sx
+from sborax.models.language_model import LanguageModel
+from sborax.models.load import load_model
+
+VOCAB, DEPTH = 64, 2
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Pair(NamedTuple):
+    torch: Any
+    ours: LanguageModel
+    path: Path
+
+
+def build(directory: Path, **changes: Any) -> Pair:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **{"tie_word_embeddings": False, **changes},
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    return Pair(model, load_model(directory), directory)
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+
+
+_compiled: dict[int, Any] = {}
+
+
+def logits(model: LanguageModel, params: Any, adapters: Any) -> np.ndarray:
+    run = _compiled.setdefault(id(model), jax.jit(model.apply))
+    return np.asarray(run(params, adapters, TOKENS))
+
+
+def with_peft(pair: Pair, config: Any, seed: int = 1) -> Any:
+    """PEFT on a copy of the torch model, every trained tensor moved from its start."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), config)
+    shake(model, seed)
+    return model.eval()
+
+
+def shake(model: Any, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def reloaded(pair: Pair, directory: Path) -> Any:
+    """Our export in PEFT; fails unless the file's tensors are exactly those that PEFT has a place for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), directory)
+    stored = load_file(directory / "adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert set(stored) == set(state)
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(tensor, state[name].numpy(), err_msg=name)
+    return model.eval()
+
+
+def shaken(adapters: Any, seed: int = 0) -> Any:
+    """Adapters whose trained leaves have moved."""
+    train, frozen = sx.split(adapters)
+    leaves, treedef = jax.tree.flatten(train)
+    rng = np.random.default_rng(seed)
+    moved = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
