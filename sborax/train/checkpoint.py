@@ -48,7 +48,7 @@ class Checkpoints:
         Raises SboraxError if the disk refuses.
         """
         # A copy, since the next step overwrites the buffers that a view would show.
-        host = {name: np.array(leaf, copy=True) for name, leaf in flat(jax.device_get(tree)).items()}
+        host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
         notes = {"digests": {name: digest(leaf) for name, leaf in host.items()}, "position": position}
         try:
             self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes)
