@@ -43,7 +43,7 @@ def encode(value: Any) -> Any:
 def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = False) -> T:
     """The config of class `kind` that `value` says.
 
-    structural: hyper-parameters that live in arrays may be null, as in the method of an attached adapter.
+    structural: hyper-parameters that live in arrays are null, as in the method of an attached adapter.
     Raises SboraxError naming the key for an unknown one, a missing one, a value of the wrong type, an unknown class.
     """
     return _decode(kind, value, where, structural)
@@ -240,6 +240,12 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
             given[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SboraxError(f"{prefix}{name}: missing")
+    if structural:
+        # As `core.structure` makes it: null is no legal value for the constructor.
+        bare = object.__new__(kind)
+        for name, item in given.items():
+            object.__setattr__(bare, name, item)
+        return bare
     try:
         return kind(**given)
     except SboraxError as error:

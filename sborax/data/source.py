@@ -89,7 +89,7 @@ def _from_file(path: Path) -> Records:
         return _from_json(path, kind)
     if kind == "text":
         return [{"text": _text(path)}]
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
     try:
         loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:

@@ -121,7 +121,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
     trained_base = part("base/")
     if sorted(trained_base) != plan["trained_base"] or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
-    rules = decode(tuple[Rule, ...], plan["rules"], f"{place / PLAN}: rules")  # type: ignore[arg-type]
+    rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
     known = ("format", "rules", "sites", "trained_base", "base")
     about = {name: value for name, value in plan.items() if name not in known}
     return Saved(nest(adapters), rules, plan["base"], trained_base, about)
