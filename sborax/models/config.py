@@ -15,16 +15,16 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 INERT = frozenset(
     """
-    _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label initializer_range is_decoder is_llama_config label2id mlp_bias model_type name_or_path output_attentions
-    output_hidden_states pad_token_id pretraining_tp return_dict rope_interleaved tokenizer_class torch_dtype
-    transformers_version transformers.js_config unk_token_id use_cache
+    architectures auto_map chunk_size_feed_forward dtype id2label initializer_range is_decoder is_llama_config label2id
+    max_sequence_length name_or_path output_attentions output_hidden_states pretraining_tp return_dict tokenizer_class
+    torch_dtype transformers_version transformers.js_config unk_token_id use_cache
     """.split()
 )
-"""Keys that do not change the function the model computes, or that are read by name below."""
+"""Keys that do not change the function the model computes, nor do those that begin with an underscore."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0.0, 0, None),
     "partial_rotary_factor": (1.0, 1, None),
     "quantization_config": (None,),
     "rope_interleaved": (False, None),
@@ -122,7 +122,8 @@ class LlamaConfig:
             if key in raw and raw[key] not in allowed:
                 raise SboraxError(f"{where}: {key} = {str(raw[key])[:80]} is not supported, only {allowed[0]}")
         known = INERT | NEUTRAL.keys() | {field.name for field in dataclasses.fields(LlamaConfig)}
-        unknown = sorted(raw.keys() - known - {"rope_theta", "rope_scaling", "rope_parameters"})
+        known |= {"rope_theta", "rope_scaling", "rope_parameters"}
+        unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
         if unknown:
             raise SboraxError(f"{where}: unknown field {unknown[0]!r}; remove it if it does not change the model")
         read = _Reader(raw, where)

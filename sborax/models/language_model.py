@@ -94,6 +94,28 @@ class LanguageModel:
             return params["embed_tokens"]["embedding"].T
         return params["lm_head"]["kernel"]
 
+    def input_norms(
+        self,
+        params: Params,
+        adapters: Params | None,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> dict[str, Float[Array, "*stack in"]]:
+        """||X_j|| of every input feature j of every projection over the batch, padding left out, by path of its kernel.
+
+        One forward pass up to the head, without dropout.
+        """
+        self.check_adapters(adapters)
+        mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+        ctx = core.Context(tokens={"mask": mask})
+        variables = {"params": params, "adapters": adapters or {}}
+        _, seen = self.module.apply(
+            variables, tokens, segment_ids, None, ctx, mutable=["observations"], method="hidden"
+        )
+        flat = jax.tree_util.tree_flatten_with_path(seen["observations"])[0]
+        return {_path(keys): leaf for keys, leaf in flat}
+
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path where the model has no projection."""
         known = projections(self.config, self.module.scan)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sborax import core
+from sborax.procedures.prilora import input_norms
 
 
 class Linear(nn.Module):
     """A projection whose kernel may be adapted, quantised or both.
 
-    The kernel lives in collection `params`; its adapter, if any, at the same path in collection `adapters`.
+    The kernel lives in collection `params`; its adapter, if any, at the same path in collection `adapters`. Norms of
+    the input features go to collection `observations` in a call that makes it mutable.
     """
 
     features: int
@@ -31,6 +33,8 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         if self.has_rng("dropout"):
             ctx = core.Context(self.make_rng("dropout"), ctx.rows, ctx.tokens)
+        if self.is_mutable_collection("observations") and not self.is_initializing():
+            self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
         y = core.linear(x, kernel, self.get_variable("adapters", "kernel"), ctx)
         if not self.use_bias:
             return y

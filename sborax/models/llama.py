@@ -167,7 +167,7 @@ class Llama(nn.Module):
         if self.scan:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "adapters": 0},
+                variable_axes={"params": 0, "adapters": 0, "observations": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,
