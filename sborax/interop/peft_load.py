@@ -49,7 +49,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
     with file:
         headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         names = dict(zip(headers, headers, strict=True))
-        if config.get("peft_type") in OLD_NAMES:
+        if str(config.get("peft_type")) in OLD_NAMES:
             config, names = _modern(config, headers)
         row = row_for(config)
         modules = _targets(config, layout)

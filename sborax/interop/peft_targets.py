@@ -87,7 +87,9 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
             return module != HEAD
         if isinstance(wanted, str):
             return re.fullmatch(_checked(wanted, "target_modules"), module) is not None
-        return _named(module, _texts(config, "target_modules")) and _layer_chosen(config, module)
+        names = _texts(config, "target_modules")
+        # A module named in full is adapted whatever its layer.
+        return module in names or (_named(module, names) and _layer_chosen(config, module))
 
     return [module for module in linear if meant(module)]
 
