@@ -1,0 +1,127 @@
+"""LoRA-FA: a frozen, b trained along the projected gradient, arXiv:2308.03303; the projection as in PEFT."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from sborax.core import SboraxError
+from sborax.optim.pairs import Pair, over_pairs, pairs, replace_pairs, sides
+
+RIDGE = 1e-8
+
+
+def lora_fa(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on b alone, along (a^T a + 1e-8 I)^-1 g_b / s^2; a never moves and has no moments.
+
+    Moments are corrected for bias, eps is not, and decay acts after the step: b <- (b + u)(1 - lr weight_decay).
+    Leaves that are in no pair get the same AdamW without the projection. Defaults: PEFT's.
+
+    `update` needs `params`, and `frozen=` the frozen halves of the adapters, for their scales s.
+    Raises SboraxError without them. arXiv:2308.03303
+    """
+    trained = optax.chain(_scale_by_adam(b1, b2, eps), _descend_then_decay(learning_rate, weight_decay))
+
+    def labels(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda side: "fixed" if side == "a" else "trained", sides(tree))
+
+    return optax.chain(
+        project_lora_fa(), optax.partition({"fixed": optax.set_to_zero(), "trained": trained}, param_labels=labels)
+    )
+
+
+def project_lora_fa() -> optax.GradientTransformationExtraArgs:
+    """g_b <- (a^T a + 1e-8 I)^-1 g_b / s^2, the b whose step is nearest to that of full fine-tuning for fixed a.
+
+    Stateless. `update` needs `params` and `frozen=` as in `lora_fa`. Padded ranks keep a zero gradient.
+    """
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, *, frozen: PyTree = None, **others: Any
+    ) -> tuple[PyTree, optax.EmptyState]:
+        if params is None or frozen is None:
+            raise SboraxError("lora_fa: update needs params and frozen=, the frozen halves of the adapters")
+        scales, known = _scales(frozen), pairs(params)
+        new: dict[str, Pair] = {}
+        for path, (_, grad) in pairs(updates).items():
+            a = known[path][0]
+            own = path.replace("/train", "/frozen") + "/scale"
+            scale = next((leaf for name, leaf in scales.items() if f"/{own}".endswith(f"/{name}")), None)
+            if scale is None:
+                raise SboraxError(f"lora_fa: {path}: frozen= has no scale for this pair")
+            new[path] = (jnp.zeros_like(a), over_pairs(_project, a.ndim - 2)(grad, a, scale))
+        return replace_pairs(updates, new), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _scales(frozen: PyTree) -> dict[str, Array]:
+    """Every leaf named `scale` by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(frozen)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
+    return {path: leaf for path, leaf in named if path.endswith("/scale")}
+
+
+def _project(
+    grad: Float[Array, "rank out"], a: Float[Array, "in rank"], scale: Float[Array, ""]
+) -> Float[Array, "rank out"]:
+    with jax.default_matmul_precision("highest"):
+        live = jnp.any(a != 0, axis=0)
+        gram = a.T @ a + RIDGE * jnp.eye(a.shape[1], dtype=a.dtype)
+        inverse = jnp.linalg.pinv(gram, hermitian=True)
+        # Rounding in the inverse would move padded rows, which Adam would then blow up.
+        inverse = jnp.where(live[:, None] & live[None, :], inverse, 0)
+        return inverse @ grad / jnp.square(scale).astype(a.dtype)
+
+
+class _AdamState(NamedTuple):
+    count: Int[Array, ""]
+    mu: PyTree
+    nu: PyTree
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with an eps that is not corrected for bias: sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)."""
+
+    def init(params: PyTree) -> _AdamState:
+        return _AdamState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, _AdamState]:
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
+
+        def direction(m: Array, v: Array) -> Array:
+            t = count.astype(m.dtype)
+            return jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / (jnp.sqrt(v) + eps)
+
+        return jax.tree.map(direction, mu, nu), _AdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _descend_then_decay(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransformation:
+    """u = -lr d, then decay of what the step has reached: u - lr decay (p + u)."""
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        lr = rate(state.count) if callable(rate) else rate
+
+        def one(direction: Array, leaf: Array) -> Array:
+            own = jnp.asarray(lr, leaf.dtype)
+            step = -own * direction
+            return step - own * decay * (leaf + step)
+
+        return jax.tree.map(one, updates, params), optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,264 @@
+"""LoRA-RITE: LoRA Done RITE, Robust Invariant Transformation Equilibration, arXiv:2410.20625.
+
+A step that depends on a and b through their product alone: replacing (a, b) by (a R, R^-1 b) changes no update of
+a b. Each factor's gradient is read in an orthonormal basis of the other one, where its size no longer matters.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from sborax.core import SboraxError
+from sborax.optim.pairs import Pair, over_pairs, pairs, replace_pairs, sides
+
+
+class Side(NamedTuple):
+    """Statistics of one factor, held in the basis of the other one.
+
+    v: (rank, rank) second moment. m: (rows, rank) first moment. u: (rows, rank) this factor's own former basis.
+    rho: second moment that left with former bases, per entry of v's diagonal.
+    """
+
+    v: Float[Array, "*stack rank rank"]
+    m: Float[Array, "*stack rows rank"]
+    u: Float[Array, "*stack rows rank"]
+    rho: Float[Array, "*stack"]
+
+
+class LoRARiteState(NamedTuple):
+    """Steps made, and both sides of every pair by its path."""
+
+    count: Int[Array, ""]
+    sides: dict[str, tuple[Side, Side]]
+
+
+class _Unmagnified(NamedTuple):
+    """One factor in this step. grad: in the other's basis. basis: its own. inverse: pseudo-inverse of its triangle."""
+
+    grad: Float[Array, "rows rank"]
+    basis: Float[Array, "rows rank"]
+    inverse: Float[Array, "rank rank"]
+
+
+def scale_by_lora_rite(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    clip: float | None = 1.0,
+    skip: float | None = 1.0,
+    escape: bool = False,
+    cap: float | None = None,
+    rest: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Directions of LoRA-RITE for every pair of leaves a, b; `rest` (Adam by default) for other leaves.
+
+    With a = U_a R_a and b^T = U_b R_b (QR; the polar factors give the same trajectory), for a, and for b alike:
+    g = grad_a R_b^+, zero if RMS(g) > skip, all pairs scaled to global norm <= clip;  P = U_b^T U_b,former;
+    V <- b2_t P V P^T + (1 - b2_t) g^T g / in;  S = g (V + rho I)^(-1/2);  M <- b1_t M P^T + (1 - b1_t) S;
+    direction M R_b^+T.  b_t = b (1 - b^(t-1)) / (1 - b^t) corrects for bias.
+
+    b1, b2, eps, clip, skip: authors' defaults; None for no clipping, no skipping. Put no other clipping in front:
+        it would depend on the sizes of a and b.
+    escape: add the second moment that a changed basis left behind, rho (paper: on; authors' code: off).
+    cap: largest RMS of the applied M, or None.
+
+    `update` needs `params`. Stacks are mapped over; padded ranks stay zero. Leaves of 32 bits or more.
+    Raises SboraxError for a rank above either side, and without `params`.
+    """
+    pair = _pairs_alone(b1, b2, eps, clip, skip, escape, cap)
+    others = optax.scale_by_adam(b1, b2) if rest is None else rest
+
+    def labels(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda side: "rest" if side == "rest" else "pair", sides(tree))
+
+    return optax.partition({"pair": pair, "rest": others}, param_labels=labels)
+
+
+def lora_rite(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    skip: float | None = 1.0,
+    escape: bool = False,
+    cap: float | None = None,
+    balance: bool = False,
+    rest: optax.GradientTransformation | None = None,
+    mask: PyTree | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LoRA-RITE as an optimiser: `scale_by_lora_rite`, decoupled weight decay, the learning rate.
+
+    learning_rate: authors' 1e-3. A step moves a b by about lr sqrt(in rank), however large a and b are, so that rates
+        do not compare with Adam's; leaves in no pair can be given another one: `rest=chain(scale_by_adam(), scale(f))`.
+    balance: after each step give a and b the same norm, a b unchanged (`balance_pairs`).
+    mask: which leaves decay, as in `optax.adamw`. Others as in `scale_by_lora_rite`. arXiv:2410.20625
+    """
+    links = [
+        scale_by_lora_rite(b1, b2, eps, clip, skip, escape, cap, rest),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    return optax.chain(*links, balance_pairs()) if balance else optax.chain(*links)
+
+
+def balance_pairs() -> optax.GradientTransformation:
+    """After the step, a <- a sqrt(|b| / |a|), b <- b sqrt(|a| / |b|) (Frobenius norms + 1e-6): the last of a chain."""
+
+    def one(step_a: Array, step_b: Array, a: Array, b: Array) -> Pair:
+        new_a, new_b = a + step_a, b + step_b
+        norm_a, norm_b = jnp.linalg.norm(new_a) + 1e-6, jnp.linalg.norm(new_b) + 1e-6
+        target = jnp.sqrt(norm_a * norm_b)
+        return new_a * (target / norm_a) - a, new_b * (target / norm_b) - b
+
+    def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
+        known, steps = pairs(params), pairs(updates)
+        return replace_pairs(
+            updates, {path: over_pairs(one, known[path][0].ndim - 2)(*steps[path], *known[path]) for path in steps}
+        )
+
+    return optax.stateless(update)
+
+
+def _pairs_alone(
+    b1: float, b2: float, eps: float, clip: float | None, skip: float | None, escape: bool, cap: float | None
+) -> optax.GradientTransformation:
+    def init(params: PyTree) -> LoRARiteState:
+        known = pairs(params)
+        for path, (a, b) in known.items():
+            if a.shape[-1] > min(a.shape[-2], b.shape[-1]):
+                raise SboraxError(
+                    f"lora_rite: {path}: rank {a.shape[-1]} is above a side of ({a.shape[-2]}, {b.shape[-1]})"
+                )
+        return LoRARiteState(
+            jnp.zeros((), jnp.int32), {path: (_zero(a), _zero(b.mT)) for path, (a, b) in known.items()}
+        )
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, LoRARiteState]:
+        if params is None:
+            raise SboraxError("lora_rite: update needs params")
+        grads, known = pairs(updates), pairs(params)
+        count = state.count + 1
+        with jax.default_matmul_precision("highest"):
+            read = {}
+            for path, pair in known.items():
+                unmagnified = over_pairs(functools.partial(_unmagnify, skip=skip), pair[0].ndim - 2)
+                read[path] = unmagnified(grads[path], pair)
+            factor = _clip_factor([side.grad for both in read.values() for side in both], clip)
+            new, kept = {}, {}
+            for path, (side_a, side_b) in read.items():
+                a, _ = known[path]
+
+                def one(own: _Unmagnified, other: _Unmagnified, state: Side, former: Array) -> tuple[Array, Side]:
+                    t = count.astype(own.grad.dtype)
+                    first, second = _decay(b1, t), _decay(b2, t)
+                    return _direct(own, other, state, former, factor.astype(t.dtype), first, second, eps, escape, cap)
+
+                mapped = over_pairs(one, a.ndim - 2)
+                old_a, old_b = state.sides[path]
+                step_a, new_a = mapped(side_a, side_b, old_a, old_b.u)
+                step_b, new_b = mapped(side_b, side_a, old_b, old_a.u)
+                new[path], kept[path] = (step_a, step_b.mT), (new_a, new_b)
+        return replace_pairs(updates, new), LoRARiteState(count, kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _zero(factor: Float[Array, "*stack rows rank"]) -> Side:
+    *stack, _, rank = factor.shape
+    moment, mass = jnp.zeros((*stack, rank, rank), factor.dtype), jnp.zeros(tuple(stack), factor.dtype)
+    return Side(moment, jnp.zeros_like(factor), jnp.zeros_like(factor), mass)
+
+
+def _unmagnify(grads: Pair, factors: Pair, skip: float | None) -> tuple[_Unmagnified, _Unmagnified]:
+    """Both factors decomposed, with their gradients in each other's bases."""
+    (grad_a, grad_b), (a, b) = grads, factors
+    # Padding is a tail of columns that are zero in both factors, but QR would give them a direction.
+    used = jnp.any(a != 0, axis=0) | jnp.any(b != 0, axis=1)
+    live = jnp.flip(jnp.cumsum(jnp.flip(used)) > 0)
+    basis_a, inverse_a = _decompose(a, live)
+    basis_b, inverse_b = _decompose(b.T, live)
+
+    def read(grad: Array, inverse: Array) -> Array:
+        own = grad @ inverse
+        if skip is None:
+            return own
+        return jnp.where(jnp.sqrt(jnp.mean(jnp.square(own))) > skip, jnp.zeros_like(own), own)
+
+    return (
+        _Unmagnified(read(grad_a, inverse_b), basis_a, inverse_a),
+        _Unmagnified(read(grad_b.T, inverse_a), basis_b, inverse_b),
+    )
+
+
+def _decompose(
+    factor: Float[Array, "rows rank"], live: Bool[Array, " rank"]
+) -> tuple[Float[Array, "rows rank"], Float[Array, "rank rank"]]:
+    """Basis and pseudo-inverse of the triangle of a QR decomposition, zero at padded ranks."""
+    basis, triangle = jnp.linalg.qr(factor)
+    both = live[:, None] & live[None, :]
+    inverse = jnp.linalg.pinv(jnp.where(both, triangle, 0), rtol=factor.shape[1] * jnp.finfo(factor.dtype).eps)
+    return jnp.where(live[None, :], basis, 0), jnp.where(both, inverse, 0)
+
+
+def _clip_factor(grads: list[Array], clip: float | None) -> Float[Array, ""]:
+    """What brings the global norm of the unmagnified gradients down to `clip`."""
+    if clip is None or not grads:
+        return jnp.ones(())
+    norm = optax.tree.norm(grads)
+    return jnp.where(norm > clip, clip / norm, jnp.ones_like(norm))
+
+
+def _decay(beta: float, t: Float[Array, ""]) -> Float[Array, ""]:
+    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+
+
+def _direct(
+    own: _Unmagnified,
+    other: _Unmagnified,
+    state: Side,
+    former: Float[Array, "cols rank"],
+    factor: Float[Array, ""],
+    first: Float[Array, ""],
+    second: Float[Array, ""],
+    eps: float,
+    escape: bool,
+    cap: float | None,
+) -> tuple[Float[Array, "rows rank"], Side]:
+    """Direction and new statistics of one factor; `former` is the other's basis in the step before."""
+    grad = factor * own.grad
+    move = other.basis.T @ former
+    carried = _symmetric(move @ state.v @ move.T)
+    rho = state.rho
+    if escape:
+        rho = second * (rho + _escaped(state.v, carried))
+    v = _symmetric(second * carried + (1 - second) * (grad.T @ grad) / grad.shape[0])
+    m = first * (state.m @ move.T) + (1 - first) * (grad @ _inverse_root(v, rho, eps))
+    applied = m
+    if cap is not None:
+        applied = m / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(m))) / cap)
+    return applied @ other.inverse.T, Side(v, m, own.basis, rho)
+
+
+def _escaped(before: Float[Array, "rank rank"], after: Float[Array, "rank rank"]) -> Float[Array, ""]:
+    """The largest fall of an eigenvalue, at most that of the trace."""
+    fall = jnp.max(jnp.linalg.eigvalsh(before) - jnp.linalg.eigvalsh(after))
+    return jnp.maximum(jnp.minimum(fall, jnp.trace(before) - jnp.trace(after)), 0)
+
+
+def _inverse_root(v: Float[Array, "rank rank"], rho: Float[Array, ""], eps: float) -> Float[Array, "rank rank"]:
+    """(v + rho I)^(-1/2), with 1 / (sqrt(eigenvalue) + eps)."""
+    values, vectors = jnp.linalg.eigh(v)
+    # Eigenvalues below the rounding of the largest are noise, of either sign.
+    floor = jnp.finfo(v.dtype).eps * jnp.max(jnp.abs(values))
+    weights = 1 / (jnp.sqrt(jnp.maximum(values, floor) + rho) + eps)
+    return _symmetric((vectors * weights[None, :]) @ vectors.T)
+
+
+def _symmetric(matrix: Float[Array, "rank rank"]) -> Float[Array, "rank rank"]:
+    return (matrix + matrix.T) / 2

@@ -1,0 +1,227 @@
+"""LoRA+ and LoRA-FA: PEFT's groups, and PEFT's steps."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import peft.optimizers.lorafa
+import pytest
+import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+
+import sborax as sx
+from sborax.core import SboraxError
+from sborax.optim import groups, lora_fa, lora_plus, project_lora_fa
+from sborax.tree import nest, nodes
+
+IN, HIDDEN, OUT = 11, 8, 7
+RANK, ALPHA = 3, 6
+STEPS = 6
+
+
+class Net(torch.nn.Module):
+    """Two linear layers with a norm between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(IN, HIDDEN)
+        self.norm = torch.nn.RMSNorm(HIDDEN)
+        self.second = torch.nn.Linear(HIDDEN, OUT)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)))
+
+
+def torch_model(dora=False, bias="none", norm=False):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["first", "second"],
+        use_dora=dora,
+        bias=bias,
+        modules_to_save=["norm"] if norm else None,
+    )
+    model = peft.get_peft_model(Net(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def our_name(name: str) -> str:
+    """PEFT's name for a trained parameter as a path in our training tree."""
+    module, leaf = name.removeprefix("base_model.model.").split(".", 1)
+    if "modules_to_save" in leaf:
+        return f"base/{module}/scale"
+    last = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "m"}.get(leaf.split(".")[0])
+    return f"adapters/{module}/kernel/train/{last}" if last else f"base/{module}/bias"
+
+
+def our_tree(model, dora):
+    """The trained parameters in our form: `{"adapters": ..., "base": ...}`, and the frozen halves."""
+    state = {our_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    arrays = {name: jnp.asarray(value.detach().numpy()) for name, value in state.items()}
+    arrays = {name: leaf.T if leaf.ndim == 2 else leaf for name, leaf in arrays.items()}
+    method = sx.DoRA(rank=RANK) if dora else sx.LoRA(rank=RANK)
+    train, frozen = {}, {}
+    for module in ("first", "second"):
+        head = f"adapters/{module}/kernel/train/"
+        own = {name.removeprefix(head): leaf for name, leaf in arrays.items() if name.startswith(head)}
+        train[f"{module}/kernel"] = sx.Adapter(own, {}, method)
+        frozen[f"{module}/kernel"] = sx.Adapter({}, {"scale": jnp.float32(ALPHA / RANK)}, method)
+    base = {name.removeprefix("base/"): leaf for name, leaf in arrays.items() if name.startswith("base/")}
+    return {"adapters": nest(train), "base": base}, nest(frozen)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "norm": True}])
+def test_groups_are_those_of_peft(dora, more):
+    model = torch_model(dora, **more)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {(1e-3, 0.1): "a", (16e-3, 0.1): "b", (16e-3, 0.0): "b_no_decay"}
+    theirs = {
+        our_name(named[id(parameter)]): rates[group["lr"], group["weight_decay"]]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    tree, _ = our_tree(model, dora)
+    ours = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): group
+        for path, group in jax.tree_util.tree_leaves_with_path(groups(tree))
+    }
+    assert ours == theirs
+    assert set(ours.values()) >= {"a", "b"}
+
+
+def test_groups_in_stacks_and_composites():
+    params = {"layers": {"p": {"kernel": jnp.ones((3, IN, OUT))}}}
+    method = sx.add(sx.LoRA(rank=2), sx.SBoRA(rank=2))
+    _, adapters = sx.attach(jax.random.key(0), params, [("p", method)])
+    (node,) = nodes(groups(sx.split(adapters)[0])).values()
+    assert node.train == {"0": {"a": "a", "b": "b"}, "1": {"b": "b"}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("p", sx.DoRA(rank=2))])
+    (node,) = nodes(groups(sx.split(adapters)[0])).values()
+    assert node.train == {"a": "a", "b": "b", "m": "b"}
+
+
+def torch_loss(model, x, y):
+    return ((model(x) - y) ** 2).mean()
+
+
+def batches():
+    generator = np.random.default_rng(3)
+    return [
+        tuple(torch.tensor(generator.normal(size=(5, size)), dtype=torch.float32) for size in (IN, OUT))
+        for _ in range(STEPS)
+    ]
+
+
+def follow(model, optimizer, tx, tree, frozen):
+    """Both optimisers on the same gradients, torch's, step by step."""
+    state = tx.init(tree)
+    update = jax.jit(tx.update)
+    for x, y in batches():
+        optimizer.zero_grad()
+        torch_loss(model, x, y).backward()
+        grads = {our_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+        def grad_of(path, leaf, grads=grads):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name not in grads:
+                return jnp.zeros_like(leaf)
+            array = grads[name].numpy()
+            return jnp.asarray(array.T if array.ndim == 2 else array)
+
+        ours = jax.tree_util.tree_map_with_path(grad_of, tree)
+        optimizer.step()
+        updates, state = update(ours, state, tree, frozen=frozen)
+        tree = optax.apply_updates(tree, updates)
+    return tree
+
+
+def compare(model, tree, tolerance):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or (parameter.requires_grad and "bias" in name):
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+            got = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+            want = parameter.detach().numpy()
+            ours = got[our_name(name)]
+            np.testing.assert_allclose(ours.T if ours.ndim == 2 else ours, want, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_steps_of_lora_plus_are_those_of_peft():
+    model = torch_model(dora=True)
+    tree, frozen = our_tree(model, dora=True)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    tx = optax.with_extra_args_support(optax.chain(optax.adamw(1e-3, weight_decay=0.1), lora_plus(16.0)))
+    after = follow(model, optimizer, tx, tree, frozen)
+    compare(model, after, 2e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, tree)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_steps_of_lora_fa_are_those_of_peft(monkeypatch, decay):
+    # PEFT projects in bfloat16 where it can; the formula is what is compared here.
+    monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
+    model = torch_model(bias="lora_only")
+    tree, frozen = our_tree(model, dora=False)
+    optimizer = create_lorafa_optimizer(model, r=RANK, lora_alpha=ALPHA, lr=1e-2, weight_decay=decay)
+    # PEFT leaves A without a gradient from here on.
+    after = follow(model, optimizer, lora_fa(lambda step: 1e-2, weight_decay=decay), tree, frozen)
+    compare(model, after, 5e-6)
+    moved = [
+        np.abs(after["adapters"][m]["kernel"].train["b"] - tree["adapters"][m]["kernel"].train["b"]).max()
+        for m in ("first", "second")
+    ]
+    assert min(moved) > 1e-3
+
+
+def test_lora_fa_keeps_no_moments_of_a():
+    model = torch_model()
+    tree, _ = our_tree(model, dora=False)
+    sizes = [leaf.size for leaf in jax.tree.leaves(lora_fa(1e-3).init(tree))]
+    b_sizes = sum(node.train["b"].size for node in nodes(tree["adapters"]).values())
+    assert sum(size for size in sizes if size > 1) == 2 * b_sizes
+
+
+def test_projection_is_the_closest_step_and_ignores_padding():
+    params = {"layers": {"p": {"kernel": jnp.ones((2, IN, OUT))}}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("p", sx.LoRA(rank=(2, 4), alpha=8.0))])
+    train, frozen = sx.split(adapters)
+    (node,), (frozen_node,) = nodes(train).values(), nodes(frozen).values()
+    a, scale = node.train["a"], frozen_node.frozen["scale"]
+    dense_grad = jax.random.normal(jax.random.key(1), (2, IN, OUT))
+    grad_b = scale[:, None, None] * (a.mT @ dense_grad)
+    live = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]], jnp.float32)[:, :, None]
+    grads = jax.tree.map(jnp.ones_like, train)
+    grads["layers"]["p"]["kernel"].train["b"] = grad_b * live
+    tx = project_lora_fa()
+    updates, _ = jax.jit(tx.update)(grads, tx.init(train), train, frozen=frozen)
+    (got,) = nodes(updates).values()
+    np.testing.assert_array_equal(got.train["a"], 0)
+    np.testing.assert_array_equal(got.train["b"][0, 2:], 0)
+    for layer, rank in enumerate((2, 4)):
+        # The least-squares solution of s a g = dense gradient.
+        own = np.asarray(scale[layer] * a[layer, :, :rank])
+        want = np.linalg.lstsq(own, np.asarray(dense_grad[layer]), rcond=None)[0]
+        np.testing.assert_allclose(got.train["b"][layer, :rank], want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+def test_mistakes_are_told():
+    with pytest.raises(SboraxError, match="at least 1"):
+        lora_plus(0.5)
+    tree, frozen = our_tree(torch_model(), dora=False)
+    tx = lora_fa(1e-3)
+    with pytest.raises(SboraxError, match="frozen="):
+        tx.update(tree, tx.init(tree), tree)
+    with pytest.raises(SboraxError, match="no scale"):
+        tx.update(tree, tx.init(tree), tree, frozen={})
