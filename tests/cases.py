@@ -21,6 +21,15 @@ class Case:
     """Trained parameters of one (in, out) weight."""
 
 
+def kronecker(fan_in: int, fan_out: int, rank: int, both: bool = False) -> int:
+    """Trained parameters of LoKr: each of the two factors is whole where a pair of this rank would not be smaller."""
+    (m, n), (p, k) = (
+        max((d, side // d) for d in range(1, side + 1) if d * d <= side and side % d == 0) for side in (fan_in, fan_out)
+    )
+    left = rank * (m + p) if both and 2 * rank < max(m, p) else m * p
+    return left + (rank * (n + k) if 2 * rank < max(n, k) else n * k)
+
+
 METHODS = [
     Case("LoRA", sx.LoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("rsLoRA", sx.LoRA(rank=4, alpha=8.0, rslora=True, init_a="gaussian"), lambda i, o: 4 * (i + o)),
@@ -38,6 +47,22 @@ METHODS = [
     Case("SARA-svd", sx.SARA(rank=4, factor_init="svd", alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("MoSARA", sx.MoSARA(rank=6, sets=3), lambda i, o: 3 * 6 + o + 6 + 3),
     Case("MoSARA-full", sx.MoSARA(rank=6, sets=3, router="full"), lambda i, o: 3 * 6 + o + 6 * 3),
+    Case("AdaLoRA", sx.AdaLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
+    Case("VeRA", sx.VeRA(rank=6), lambda i, o: 6 + o),
+    Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),
+    Case("OFT-exact", sx.OFT(block=16, terms=None, share=True), lambda i, o: 16 * 15 // 2),
+    Case("HRA", sx.HRA(rank=4), lambda i, o: 4 * i),
+    Case("LoHa", sx.LoHa(rank=3, alpha=6.0), lambda i, o: 2 * 3 * (i + o)),
+    Case("LoKr", sx.LoKr(rank=4, alpha=8.0), lambda i, o: kronecker(i, o, 4)),
+    Case("LoKr-both", sx.LoKr(rank=2, both=True), lambda i, o: kronecker(i, o, 2, both=True)),
+    Case("IA3", sx.IA3(), lambda i, o: o),
+    Case("IA3-in", sx.IA3(side="in"), lambda i, o: i),
+    Case("SHiRA", sx.SHiRA(rank=4), lambda i, o: 4 * (i + o)),
+    # A small rank would leave the scaled bases just below the size of the weight.
+    Case("RandLoRA", sx.RandLoRA(rank=64), lambda i, o: -(-min(i, o) // 64) * (64 + min(i, o))),
+    Case("HiRA", sx.HiRA(rank=4), lambda i, o: 4 * (i + o)),
+    Case("DeLoRA", sx.DeLoRA(rank=4), lambda i, o: 4 * (i + o) + 1),
+    Case("C3A", sx.C3A(block=16), lambda i, o: i * o // 16),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),

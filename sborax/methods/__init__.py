@@ -1,13 +1,47 @@
 """The methods, one file a paper."""
 
+from sborax.methods.adalora import AdaLoRA
 from sborax.methods.bat import Bat
 from sborax.methods.bone import Bone
+from sborax.methods.c3a import C3A
+from sborax.methods.delora import DeLoRA
 from sborax.methods.dora import DoRA
+from sborax.methods.hira import HiRA
+from sborax.methods.hra import HRA
+from sborax.methods.ia3 import IA3
+from sborax.methods.loha import LoHa
+from sborax.methods.lokr import LoKr
 from sborax.methods.lora import LoRA
 from sborax.methods.mo_sara import MoSARA
+from sborax.methods.oft import OFT
 from sborax.methods.olora import OLoRA
 from sborax.methods.pissa import PiSSA
+from sborax.methods.randlora import RandLoRA
 from sborax.methods.sara import SARA
 from sborax.methods.sbora import SBoRA
+from sborax.methods.shira import SHiRA
+from sborax.methods.vera import VeRA
 
-__all__ = ["Bat", "Bone", "DoRA", "LoRA", "MoSARA", "OLoRA", "PiSSA", "SARA", "SBoRA"]
+__all__ = [
+    "AdaLoRA",
+    "Bat",
+    "Bone",
+    "C3A",
+    "DeLoRA",
+    "DoRA",
+    "HRA",
+    "HiRA",
+    "IA3",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "MoSARA",
+    "OFT",
+    "OLoRA",
+    "PiSSA",
+    "RandLoRA",
+    "SARA",
+    "SBoRA",
+    "SHiRA",
+    "VeRA",
+]

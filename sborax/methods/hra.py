@@ -1,0 +1,73 @@
+"""HRA: Householder Reflection Adaptation, arXiv:2405.17484."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractMethod,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    SboraxError,
+    Weight,
+    cast,
+    check_rank,
+    dense,
+    matmul,
+)
+from sborax.methods.lowrank import HIDDEN
+
+
+@dataclasses.dataclass(frozen=True)
+class HRA(AbstractMethod):
+    """y = (x H) W, H = (I - 2 u_r u_r^T) ... (I - 2 u_1 u_1^T), with u_k the normalised columns of u (in, rank).
+
+    The product is one thin update: H = I - u S^-T u^T, S upper triangular with u^T u above the diagonal and 1/2 on
+    it (the compact WY form). So x is reflected by two thin products, and W is never touched.
+
+    rank: how many reflections (PEFT: 8); it must be even, since they start as pairs that undo each other.
+
+    Pairs of equal columns ~ U(-1/sqrt(rank/2), 1/sqrt(rank/2)), as PEFT. Identity at init. Exact merge H W. The
+    Gram-Schmidt variant, which cannot start at the identity, is left out. Trained parameters: rank in.
+    """
+
+    paper = "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection, arXiv:2405.17484"
+
+    rank: int = 8
+
+    @property
+    def axes(self) -> Axes:
+        return {"u": ("in", "rank")}
+
+    def check(self, shape: tuple[int, int]) -> None:
+        check_rank(self.rank, shape[0], "rows of W")
+        if self.rank % 2:
+            raise SboraxError(f"rank must be even, got {self.rank}")
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        half = self.rank // 2
+        u = jax.random.uniform(key, (weight.shape[0], half), jnp.float32, -1.0, 1.0) / half**0.5
+        return Fitted({"u": jnp.repeat(u, 2, axis=1)}, {})
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        left, right = _reflection(adapter.train["u"])
+        return matmul(x - jax.ad_checkpoint.checkpoint_name(x @ cast(left, x), HIDDEN) @ cast(right, x), weight)
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        wide = dense(weight).astype(jnp.float32)
+        left, right = _reflection(adapter.train["u"])
+        return wide - jnp.matmul(left, jnp.matmul(right, wide, precision="highest"), precision="highest")
+
+
+def _reflection(u: Float[Array, "in rank"]) -> tuple[Float[Array, "in rank"], Float[Array, "rank in"]]:
+    """`(u, S^-T u^T)`, whose product taken from the identity is H."""
+    u = u / jnp.linalg.norm(u, axis=0, keepdims=True)
+    s = jnp.triu(jnp.matmul(u.T, u, precision="highest"), 1) + 0.5 * jnp.eye(u.shape[1])
+    return u, jax.scipy.linalg.solve_triangular(s, u.T, trans="T")
