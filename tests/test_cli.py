@@ -24,12 +24,15 @@ def experiment():
         model={model!r},
         data=sx.Data(name={data!r}, template="chat", max_length=96),
         rules=(("self_attn/(q|v)", sx.SBoRA(rank=8)), ("up_proj", sx.LoRA(rank=4))),
-        optimizer=sx.Optimizer(lr=1e-2),
+        optimizer=sx.Optimizer(lr=1e-2, schedule="constant", warmup=0),
         steps=4,
         batch_size=2,
         save=sx.Save(every=2),
     )
 """
+
+
+# A constant rate, and the same ranks and shapes throughout: nearly all runs here share one compiled step.
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +76,11 @@ def test_a_run_is_written_whole(made):
 
 def test_changes_stand_before_and_after_options(made, capsys, tmp_path):
     config = made / "run" / "config.json"
-    words = [config, "steps=1", "--out", tmp_path / "run", "optimizer.lr=0.5", "rules.0.method.rank=2"]
+    words = [config, "steps=1", "--out", tmp_path / "run", "save.every=1", "rules.0.pattern=self_attn/[qv]_proj"]
     prints(capsys, "train", *words)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (written["steps"], written["optimizer"]["lr"], written["rules"][0]["method"]["rank"]) == (1, 0.5, 2)
+    assert (written["steps"], written["save"]["every"]) == (1, 1)
+    assert written["rules"][0]["pattern"] == "self_attn/[qv]_proj"
 
 
 def test_resume_goes_on(made, capsys, tmp_path):
@@ -247,7 +251,6 @@ BAD_INPUT = {
     "value of the wrong type": (None, ("steps=many",), ["steps", "many"]),
     "rule that matches nothing": (None, ("rules.0.pattern=nowhere",), ["'nowhere' matches no kernel"]),
     "rank beyond the matrix": (None, ("rules.0.method.rank=33",), ["q_proj", "1..32", "33"]),
-    "loss that is not finite": (None, ("optimizer.lr=1e38", "optimizer.clip=null"), ["loss", "step"]),
 }
 
 
@@ -275,11 +278,13 @@ def test_some_too_long_are_dropped_and_counted(made, capsys, tmp_path):
 def test_nothing_is_lost_when_the_loss_is_not_finite(made, capsys, tmp_path):
     """The step that breaks comes after a checkpoint, which stays good."""
     out = tmp_path / "run"
-    prints(capsys, "train", made / "small.py", "steps=2", "--out", out)
-    config = out / "config.json"
-    config.write_text(config.read_text().replace('"lr": 0.01', '"lr": 1e+38').replace('"clip": 1.0', '"clip": null'))
-    assert "loss" in fails(capsys, "train", config, "steps=40", "--out", out, "--resume")
-    assert (out / "checkpoints" / "2").exists() and (out / "adapter" / "adapter.safetensors").exists()
+    changes = ["optimizer.lr=1e38", "optimizer.clip=null", "save.every=1", "save.keep=9"]
+    line = fails(capsys, "train", made / "small.py", *changes, "steps=40", "--out", out)
+    assert "loss" in line and "step" in line
+    saved = sorted(int(folder.name) for folder in (out / "checkpoints").iterdir())
+    assert saved and saved[0] == 1
+    # What was saved is finite, so the run can be taken up again; it breaks again where it broke.
+    assert fails(capsys, "train", made / "small.py", *changes, "steps=40", "--out", out, "--resume") == line
 
 
 def test_a_run_is_never_overwritten(made, capsys):
@@ -299,7 +304,7 @@ def test_prompts_that_do_not_fit(made, capsys):
     assert "at least one token" in fails(capsys, "generate", made / "run", "--prompt", "")
     assert "--adapter" in fails(capsys, "generate", made / "run", "--adapter", "p", "--prompt", "x")
     bad = ["--template", "story", "--prompt", "x"]
-    assert "data.template: 'story'" in fails(capsys, "generate", made / "run", *bad)
+    assert "--template 'story'" in fails(capsys, "generate", made / "run", *bad)
 
 
 def test_debug_adds_the_traceback(capsys):

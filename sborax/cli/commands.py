@@ -9,7 +9,7 @@ import jax
 
 from sborax.cli.targets import load_run, load_target
 from sborax.core import SboraxError
-from sborax.data.template import prompt_of
+from sborax.data.template import NAMES, prompt_of
 from sborax.interop.peft import save_peft
 from sborax.models import generate as write
 from sborax.models import save_hf
@@ -54,7 +54,9 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
     """
     if template is None:
         return tokenizer(prompt)["input_ids"]
-    text = prompt_of(template, {"instruction": prompt, "input": "", "output": ""}, tokenizer)
+    if template not in NAMES and "{instruction}" not in template:
+        raise SboraxError(f"--template {template!r}: is not one of {', '.join(NAMES)} and has no {{instruction}} in it")
+    text = prompt_of(template, {"instruction": prompt, "input": "", "output": "", "text": prompt}, tokenizer)
     return tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
 
 
