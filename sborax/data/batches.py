@@ -109,7 +109,7 @@ class Batches:
         shape = (self.accumulate, self.batch_size, length)
         return {name: array.reshape(shape) for name, array in zip(names, arrays, strict=True)}
 
-    def steps(self, epochs: float) -> int:
+    def steps(self, epochs: int | float) -> int:
         """Steps of so many epochs; a last part of a batch is filled from the next epoch."""
         return max(1, math.ceil(epochs * len(self.rows.rows) / (self.batch_size * self.accumulate)))
 

@@ -14,6 +14,7 @@ from sborax.config import decode, encode, override
 from sborax.core import SboraxError
 from sborax.data.options import Data, at_least
 from sborax.paths import RuleLike, as_rules
+from sborax.procedures import AbstractProcedure
 
 CONFIG = "config.json"
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
@@ -23,25 +24,31 @@ Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
 class Optimizer:
     """An optax optimiser with warm-up, decay and clipping.
 
-    name: "adamw", "adam", "sgd" (momentum betas[0]), "lion" or "adafactor".
-    lr: peak learning rate. 2e-4 is LoRA's usual one (arXiv:2305.14314).
+    name: "adamw", "adam", "sgd" (momentum betas[0]), "lion", "adafactor", "lora_rite" (arXiv:2410.20625) or "lora_fa"
+        (arXiv:2308.03303); see `sborax.optim` for the last two.
+    lr: peak learning rate. 2e-4 is LoRA's usual one (arXiv:2305.14314), of a in LoRA+.
+    b_ratio: LoRA+'s lr of b over that of a (arXiv:2402.12354; 16 is usual there); 1 (default) for plain LoRA.
     schedule: after the warm-up: "constant", or "linear" or "cosine" down to `final` times the peak.
     warmup: number of steps if 1 or more, else the fraction of all steps.
-    decay: decoupled weight decay (norm scales and biases excepted). clip: largest global gradient norm, or None.
+    eps: None for 1e-8, with lora_rite and lora_fa 1e-6.
+    decay: decoupled weight decay (norm scales and biases excepted). clip: largest global gradient norm, or None; with
+        lora_rite that of the unmagnified gradients.
     """
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "lora_rite", "lora_fa"] = "adamw"
     lr: float = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: float = 0.03
+    warmup: int | float = 0.03
     final: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    eps: float | None = None
     decay: float = 0.0
     clip: float | None = 1.0
+    b_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(0, lr=self.lr, warmup=self.warmup, final=self.final, decay=self.decay, clip=self.clip)
+        at_least(1, b_ratio=self.b_ratio)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise SboraxError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.decay and self.name in ("adam", "sgd", "adafactor"):
@@ -81,7 +88,8 @@ class Experiment:
     remat: "none", "full" or names to keep. attention: "xla".
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
-    log: back ends beside `metrics.jsonl`. mesh, procedure, eval.tasks: refused where this version lacks them.
+    procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA(...)` or `LoRAPrune(...)`.
+    log: back ends beside `metrics.jsonl`. mesh, eval.tasks: refused where this version lacks them.
     """
 
     model: str
@@ -89,7 +97,7 @@ class Experiment:
     rules: Sequence[RuleLike] = ()
     optimizer: Optimizer = Optimizer()
     steps: int | None = None
-    epochs: float | None = None
+    epochs: int | float | None = None
     batch_size: int = 4
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -99,7 +107,7 @@ class Experiment:
     attention: str = "xla"
     eval: Eval = Eval()
     save: Save = Save()
-    procedure: str | None = None
+    procedure: AbstractProcedure | None = None
     seed_data: int = 0
     seed_adapter: int = 0
     log: tuple[str, ...] = ()
@@ -123,7 +131,6 @@ class Experiment:
             raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")
         absent: dict[str, Any] = {
             "mesh": self.mesh,
-            "procedure": self.procedure,
             "eval.tasks": self.eval.tasks,
             "log": self.log,
             "attention": None if self.attention == "xla" else self.attention,

@@ -16,7 +16,8 @@ from sborax.data.options import Data
 from sborax.data.samples import Sample, load_samples
 from sborax.models.language_model import LanguageModel
 from sborax.models.load import load_model
-from sborax.paths import plan
+from sborax.paths import Plan, plan
+from sborax.procedures import Run
 from sborax.train.adapter import fingerprint, save_adapter
 from sborax.train.base import adapt
 from sborax.train.checkpoint import open_checkpoints
@@ -25,6 +26,7 @@ from sborax.train.optimizer import make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
 from sborax.train.state import Parts, parameters, start, take_apart
 from sborax.train.steps import Loop
+from sborax.train.turns import Turns
 from sborax.tree import combine
 
 ADAPTER = "adapter"
@@ -49,8 +51,15 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
-    model, parts, base_prints, total = set_up(experiment, model, echo)
-    tx = make_optimizer(experiment.optimizer, steps)
+    kv_heads = model.config.num_key_value_heads
+    model, parts, base_prints, total, chosen = set_up(experiment, model, echo)
+    turns = None
+    if experiment.procedure is not None:
+        # The third stream of one seed, after initial adapters and dropout.
+        key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
+        turns = Turns(experiment.procedure, Run(chosen, steps, kv_heads), key, run)
+        parts = turns.begin(parts)
+    tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
     state = start(parts, tx)
     checkpoints = open_checkpoints(run, experiment.save.keep)
     done = 0
@@ -60,11 +69,13 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
             echo("no checkpoint yet: starting from step 0")
         else:
             state, done = restored
+            parts = parts if turns is None else turns.resume(done, state, parts)
             echo(f"resuming after step {done:,}")
     elif checkpoints.steps:
         raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
     progress = Progress(steps, done, echo)
     loop = Loop(experiment, model, parts, batches, held_out, checkpoints, Metrics(run, done), steps, done, progress)
+    loop.turns = turns
     try:
         state, eval_loss = loop.run(state, tx)
     finally:
@@ -74,7 +85,7 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     if finished:
         save_adapter(
             run / ADAPTER,
-            combine(state.train["adapters"], parts.frozen),
+            combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, loop.parts),
             rules=experiment.rules,
             base=base_prints,
             trained_base=state.train["base"],
@@ -116,10 +127,12 @@ def claim(run: epath.Path, experiment: Experiment, resume: bool) -> epath.Path:
         raise SboraxError(f"{run}: exists and is not empty; --resume goes on with that run, or choose another --out")
     if resume and (run / CONFIG).exists():
         old, new = encode(load_experiment(str(run / CONFIG))), encode(experiment)
-        changed = [name for name in new if old[name] != new[name] and name not in MAY_CHANGE]
+        # A procedure acts at steps that follow from how many there are.
+        may = MAY_CHANGE if experiment.procedure is None else MAY_CHANGE[2:]
+        changed = [name for name in new if old[name] != new[name] and name not in may]
         if changed:
             raise SboraxError(
-                f"{run}: {changed[0]} differs from the run to resume; only {', '.join(MAY_CHANGE)} may change, "
+                f"{run}: {changed[0]} differs from the run to resume; only {', '.join(may)} may change, "
                 "start another run for anything else"
             )
     try:
@@ -156,8 +169,8 @@ def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> l
 
 def set_up(
     experiment: Experiment, model: LanguageModel, echo: Echo
-) -> tuple[LanguageModel, Parts, dict[str, str], int]:
-    """The model without its parameters, these and the adapters taken apart, the base's fingerprint and size."""
+) -> tuple[LanguageModel, Parts, dict[str, str], int, Plan]:
+    """The model without its parameters, these and the adapters taken apart, the base's fingerprint, size and plan."""
     chosen = plan(model.params, experiment.rules)
     for line in ["adapting:"] * bool(chosen.sites) + describe(chosen):
         echo(line)
@@ -167,4 +180,4 @@ def set_up(
     parts = take_apart(params, adapters, experiment.train_base, experiment.train_also)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
     # The step holds what it needs; a second reference would keep a rewritten or trained base alive.
-    return dataclasses.replace(model, params={}), parts, prints, total
+    return dataclasses.replace(model, params={}), parts, prints, total, chosen

@@ -4,6 +4,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from sborax.optim import lora_fa, lora_plus, lora_rite
 from sborax.train.experiment import Optimizer
 
 
@@ -35,18 +36,29 @@ def decayed(train: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, train)
 
 
-def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then the named optimiser on its schedule."""
+def make_optimizer(
+    optimizer: Optimizer, steps: int, watch: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm, show the gradients to `watch`, then the named optimiser on its schedule."""
     lr = schedule(optimizer, steps)
     first, second = optimizer.betas
+    links = [] if optimizer.clip is None else [optax.clip_by_global_norm(optimizer.clip)]
     if optimizer.name == "adamw":
-        rule = optax.adamw(lr, first, second, optimizer.eps, weight_decay=optimizer.decay, mask=decayed)
+        rule = optax.adamw(lr, first, second, optimizer.eps or 1e-8, weight_decay=optimizer.decay, mask=decayed)
     elif optimizer.name == "adam":
-        rule = optax.adam(lr, first, second, optimizer.eps)
+        rule = optax.adam(lr, first, second, optimizer.eps or 1e-8)
     elif optimizer.name == "lion":
         rule = optax.lion(lr, first, second, weight_decay=optimizer.decay, mask=decayed)
     elif optimizer.name == "adafactor":
         rule = optax.adafactor(lr)
+    elif optimizer.name == "lora_rite":
+        # It clips gradients that do not depend on the sizes of a and b; a clip in front would.
+        links = []
+        eps = optimizer.eps or 1e-6
+        rule = lora_rite(lr, first, second, eps, optimizer.decay, optimizer.clip, mask=decayed)
+    elif optimizer.name == "lora_fa":
+        rule = lora_fa(lr, first, second, optimizer.eps or 1e-6, optimizer.decay)
     else:
         rule = optax.sgd(lr, momentum=first or None)
-    return rule if optimizer.clip is None else optax.chain(optax.clip_by_global_norm(optimizer.clip), rule)
+    links += [watch] if watch is not None else []
+    return optax.chain(*links, rule, *([lora_plus(optimizer.b_ratio)] if optimizer.b_ratio != 1.0 else []))

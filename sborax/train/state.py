@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from sborax.core import AbstractWeight, SboraxError, is_weight
 from sborax.tree import Adapters, Params, count, nest, split
@@ -22,12 +22,15 @@ Flat = dict[str, Any]
 class TrainState:
     """What a step changes.
 
+    step: int32, steps made.
     train: `{"adapters": the trained halves, "base": float32 master copies of trained base leaves by path}`.
+    opt: the state of the optimiser.
     """
 
-    step: Int[Array, ""]
-    train: PyTree[Float[Array, "..."]]
-    opt: PyTree
+    # Any: a pytree node also holds shapes, specs and numpy arrays.
+    step: Any
+    train: Any
+    opt: Any
 
 
 @dataclasses.dataclass(frozen=True)

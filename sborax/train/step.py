@@ -52,6 +52,7 @@ def make_step(
     key: of dropout; folded with the step's number.
     numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path.
     """
+    tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         step_key = jax.random.fold_in(key, state.step)
@@ -78,7 +79,7 @@ def make_step(
             grads = jax.tree.map(lambda leaf: leaf * share, grads)
         # optax mixes integers and floats.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, opt = tx.update(grads, state.opt, state.train)
+            updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base)
             train = optax.apply_updates(state.train, updates)
             numbers = {
                 "loss": total * share,

@@ -23,6 +23,7 @@ from sborax.train.optimizer import schedule
 from sborax.train.report import Metrics, Progress, Speed
 from sborax.train.state import Parts, TrainState
 from sborax.train.step import check_alive, make_loss, make_step
+from sborax.train.turns import Turns
 
 
 @contextmanager
@@ -70,6 +71,7 @@ class Loop:
     """The step of the newest checkpoint."""
     mark: float = 0.0
     """When the last step was looked at."""
+    turns: Turns | None = None
 
     def run(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, float | None]:
         """The state at the end or after a signal, and the last loss on held-out data."""
@@ -94,17 +96,20 @@ class Loop:
                 last = now == self.steps or asked.is_set()
                 measure = bool(self.held_out) and (last or _due(settings.eval.every, now))
                 save = last or _due(settings.save.every, now)
-                if save or measure or number == self.done:
+                turn = self.turns is not None and self.turns.due(now)
+                if save or measure or turn or number == self.done:
                     # A checkpoint is only made of a state whose loss is known to be finite.
                     self.look(pending, lr)
                     pending = None
+                if self.turns is not None and turn:
+                    state, self.parts = self.turns.take(now, state, self.parts, tx)
                 if measure:
                     eval_loss = self.measure(state.train, loss, now)
                 if save:
                     epoch, row = self.batches.position(now)
                     self.checkpoints.save(now, state, {"epoch": epoch, "row": row})
                     self.saved = now
-                self.mark = time.monotonic() if save or measure else self.mark
+                self.mark = time.monotonic() if save or measure or turn else self.mark
                 if last:
                     break
         return state, eval_loss
