@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import sborax.methods  # noqa: F401  (a method is found by name among the classes that exist)
+import sborax.methods.masked  # noqa: F401
 from sborax.core import SboraxError
 
 T = TypeVar("T")

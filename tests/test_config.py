@@ -89,7 +89,7 @@ def test_changes_are_checked_together():
         ("eval.data.name.x=1", "eval.data.name"),
         ("steps", "write key=value"),
         ("mesh={'data': 2}", "mesh: .* is not available in this version"),
-        ("procedure=chain", "procedure: .* is not available"),
+        ("procedure=chain", "procedure: there is no .chain.; did you mean"),
         ("eval.tasks=['boolq']", "eval.tasks: .* is not available"),
         ("attention=splash", "attention: .* is not available"),
         ("log=['wandb']", "log: .* is not available"),

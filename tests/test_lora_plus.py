@@ -14,6 +14,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 import sborax as sx
 from sborax.core import SboraxError
 from sborax.optim import groups, lora_fa, lora_plus, project_lora_fa
+from sborax.train.optimizer import make_optimizer
 from sborax.tree import nest, nodes
 
 IN, HIDDEN, OUT = 11, 8, 7
@@ -225,3 +226,41 @@ def test_mistakes_are_told():
         tx.update(tree, tx.init(tree), tree)
     with pytest.raises(SboraxError, match="no scale"):
         tx.update(tree, tx.init(tree), tree, frozen={})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "lora_rite"},
+        {"name": "lora_fa"},
+        {"name": "adamw", "b_ratio": 16.0},
+        {"name": "lora_rite", "decay": 0.1},
+    ],
+    ids=str,
+)
+def test_by_name_in_an_experiment(settings):
+    """Each goes downhill on a stack, and is told the scales of the adapters."""
+    params = {"layers": {"p": {"kernel": jax.random.normal(jax.random.key(0), (2, IN, OUT))}}}
+    _, adapters = sx.attach(jax.random.key(1), params, [("p", sx.LoRA(rank=3, alpha=6.0))])
+    train, frozen = sx.split(adapters)
+    target = jax.random.normal(jax.random.key(2), (2, IN, OUT))
+    tx = make_optimizer(sx.Optimizer(lr=0.01, schedule="constant", warmup=0, **settings), 20)
+    state = {"adapters": train, "base": {}}
+
+    def loss(state):
+        merged = sx.merge(params, sx.combine(state["adapters"], frozen))
+        return 0.01 * jnp.sum((merged["layers"]["p"]["kernel"] - target) ** 2)
+
+    @jax.jit
+    def step(state, opt):
+        value, grads = jax.value_and_grad(loss)(state)
+        updates, opt = tx.update(grads, opt, state, frozen=frozen, base={})
+        return optax.apply_updates(state, updates), opt, value
+
+    opt, values = tx.init(state), []
+    for _ in range(20):
+        state, opt, value = step(state, opt)
+        values.append(float(value))
+    assert values[-1] < 0.95 * values[0]
+    with pytest.raises(SboraxError, match="b_ratio"):
+        sx.Optimizer(b_ratio=0.5)

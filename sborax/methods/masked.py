@@ -1,0 +1,82 @@
+"""An adapter some of whose outputs are switched off, for pruning."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.core import (
+    AbstractComposite,
+    AbstractMethod,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Weight,
+    cast,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(AbstractComposite):
+    """y = mask * part(x): outputs whose mask is 0 are zero, base included. All are 1 at init.
+
+    part: the method whose outputs are masked. Exact merge: columns of zeros.
+    """
+
+    paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
+    rank = 1
+    part: AbstractMethod
+
+    @property
+    def axes(self) -> Axes:
+        return {"part": self.part.axes, "mask": ("out",)}
+
+    @property
+    def rewrites_base(self) -> bool:
+        return self.part.rewrites_base
+
+    @property
+    def identity_at_init(self) -> bool:
+        return self.part.identity_at_init
+
+    @property
+    def mergeable(self) -> str:
+        return self.part.mergeable
+
+    @property
+    def materialises(self) -> str:
+        return self.part.materialises
+
+    @property
+    def ragged(self) -> bool:
+        return self.part.ragged
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.part.needs
+
+    def check(self, shape: tuple[int, int]) -> None:
+        self.part.check(shape)
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fitted = self.part.init(key, weight, hint)
+        mask = jnp.ones((weight.shape[1],), jnp.float32)
+        return Fitted({"part": fitted.train}, {"part": fitted.frozen, "mask": mask}, fitted.weight)
+
+    def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        return [
+            (Adapter(adapter.train.get("part", {}), adapter.frozen.get("part", {}), self.part, adapter.in_axes), None)
+        ]
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        ((child, _),) = self.children(adapter)
+        y = self.part.apply(x, weight, child, ctx)
+        return y * cast(adapter.frozen["mask"], y)[None, :]
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        ((child, _),) = self.children(adapter)
+        return self.part.merge(weight, child) * adapter.frozen["mask"][None, :]

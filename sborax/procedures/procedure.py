@@ -1,0 +1,86 @@
+"""What happens between two steps of a run: merges, fresh starts, pruning. Pure functions at steps known on the host."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from sborax.paths import Plan
+from sborax.tree import Adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a procedure may know of a run: its plan, its number of steps, the model's key-value heads."""
+
+    plan: Plan
+    steps: int
+    kv_heads: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """A run between two steps: whole adapters, base weights by path, state of the optimiser."""
+
+    adapters: Adapters
+    base: dict[str, Any]
+    opt: PyTree = None
+
+
+class AbstractProcedure(abc.ABC):
+    """Changes a run between steps. Concrete procedures are frozen dataclasses of hyper-parameters."""
+
+    paper: str
+    """Title and arXiv id."""
+    resets: bool
+    """`apply` makes the adapters anew: the optimiser starts again, and what was trained so far is kept beside."""
+
+    @abc.abstractmethod
+    def check(self, run: Run, base: dict[str, Any]) -> None:
+        """Raise `SboraxError` if this procedure cannot act on such a run."""
+
+    @abc.abstractmethod
+    def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
+        """What sees every step's gradient, after clipping and before the optimiser.
+
+        Its `update` is given `params`, and as keywords `frozen` and `base`.
+        """
+
+    @abc.abstractmethod
+    def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
+        """The run before its first step, from freshly attached adapters."""
+
+    @abc.abstractmethod
+    def due(self, step: int, run: Run) -> bool:
+        """Whether `apply` is called after `step` steps."""
+
+    @abc.abstractmethod
+    def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
+        """The run after what is due after `step` steps."""
+
+    @abc.abstractmethod
+    def replay(
+        self,
+        key_of: Callable[[int], Key[Array, ""]],
+        done: int,
+        run: Run,
+        boundary: Boundary,
+        kept: Callable[[int], Adapters],
+    ) -> Boundary:
+        """The frozen adapters and the base as they were after `done` steps, bit for bit.
+
+        boundary: that of `start`, with the restored state of the optimiser.
+        key_of: the key that `apply` had after a step. kept: the adapters that it was given.
+        """
+
+    @abc.abstractmethod
+    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
+        """One tree of adapters for the base that the run began with.
+
+        segments: the adapters of every `apply`, in order, and those of the end.
+        """

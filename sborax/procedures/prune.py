@@ -1,0 +1,198 @@
+"""LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from sborax.core import Adapter, SboraxError
+from sborax.methods.masked import Masked
+from sborax.paths import Site
+from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
+from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.tree import Adapters, nest, nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAPrune(AbstractProcedure):
+    """Prune heads and MLP channels while LoRA trains; importance |G * (W + s a b)|, G from LoRA's gradients.
+
+    Groups: key-value heads with all query heads that read them (q, k, v, o), and hidden channels (gate, up, down). In
+    each layer the share of pruned groups follows `sparsity`, cubic in time; pruned groups stay pruned.
+
+    ratio: share pruned in the end (authors: 0.5). initial: share at first.
+    warmup, cooldown: fractions of the run before and after the pruning (authors: 0.1).
+    every: steps between two prunings (authors: 10); one more brings the share to `ratio` exactly.
+    decay: of the running scores (authors: 0.9).
+    power: 1 as the authors' code, 2 as the paper. metric: "lora", or "magnitude" for G = 1.
+    protect: fraction of first layers never pruned; above 0 the last layer is spared too (authors: 0.1). With 0 all
+        layers shrink alike and transformers loads the result.
+
+    All seven projections of a layer are adapted by methods with a pair a, b, such as LoRA. The model has no biases.
+    """
+
+    paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
+    resets = False
+
+    ratio: float = 0.5
+    initial: float = 0.0
+    warmup: float = 0.1
+    cooldown: float = 0.1
+    every: int = 10
+    decay: float = 0.9
+    power: Literal[1, 2] = 1
+    metric: Literal["lora", "magnitude"] = "lora"
+    protect: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.initial <= self.ratio < 1.0:
+            raise SboraxError(f"LoRAPrune: needs 0 <= initial <= ratio < 1, got {self.initial} and {self.ratio}")
+        if min(self.warmup, self.cooldown) < 0.0 or self.warmup + self.cooldown > 1.0:
+            raise SboraxError(f"LoRAPrune: warmup {self.warmup} and cooldown {self.cooldown} do not fit into one run")
+        if self.every < 1 or not 0.0 <= self.decay < 1.0 or not 0.0 <= self.protect < 1.0:
+            raise SboraxError("LoRAPrune: needs every >= 1, decay and protect in [0, 1)")
+
+    def check(self, run: Run, base: dict[str, Any]) -> None:
+        known: dict[str, dict[str, Site]] = {}
+        for site in run.plan.sites:
+            parent, block, module = block_of(site.path)
+            if module in BLOCKS.get(block, {}):
+                known.setdefault(parent, {})[module] = site
+                if not {"a", "b"} <= set(site.method.axes) or site.method.mergeable:
+                    raise SboraxError(
+                        f"LoRAPrune: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA"
+                    )
+        layers = {parent.rpartition("/")[0] for parent in known}
+        for parent in sorted(f"{layer}/{block}" for layer in layers for block in BLOCKS):
+            missing = sorted(BLOCKS[parent.rpartition("/")[2]].keys() - known.get(parent, {}).keys())
+            if missing:
+                raise SboraxError(f"LoRAPrune: {parent}/{missing[0]} is not adapted; all seven projections must be")
+        biased = [path for path in base if path.split("/")[-1] == "bias"]
+        if not known or biased:
+            where = biased[0] if biased else "the rules"
+            raise SboraxError(f"LoRAPrune: {where}: prunes LLaMA layers without biases, adapted by LoRA")
+
+    def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
+        sites = _sites(run)
+        return watch_importance(sites, _groups(sites, run.kv_heads), self.decay, self.power, self.metric)
+
+    def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
+        def wrapped(path: str, node: Adapter) -> Adapter:
+            parent, block, module = block_of(path)
+            if BLOCKS.get(block, {}).get(module) != "out":
+                return node
+            site = _sites(run)[path]
+            mask = jnp.ones((*site.stack, site.shape[1]))
+            return Adapter({"part": node.train}, {"part": node.frozen, "mask": mask}, Masked(node.method), node.in_axes)
+
+        flat = nodes(boundary.adapters)
+        return dataclasses.replace(boundary, adapters=nest({path: wrapped(path, node) for path, node in flat.items()}))
+
+    def due(self, step: int, run: Run) -> bool:
+        share, last = self.sparsity(step, run.steps), self._last(run)
+        return step == last or (step % self.every == 0 and self.initial < share < self.ratio and step < last)
+
+    def sparsity(self, step: int, steps: int) -> float:
+        """ratio + (initial - ratio) (1 - (step - w) / (steps - w - c))^3 between warm-up w and cool-down c."""
+        warmup, cooldown = self.warmup * steps, self.cooldown * steps
+        if step <= warmup:
+            return self.initial
+        if step > steps - cooldown:
+            return self.ratio
+        left = 1 - (step - warmup) / (steps - warmup - cooldown)
+        return self.ratio + (self.initial - self.ratio) * left**3
+
+    def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
+        share = self.ratio if step == self._last(run) else self.sparsity(step, run.steps)
+
+        def one(state: Any) -> Any:
+            if not isinstance(state, LoRAPruneState):
+                return state
+            spared = {parent: self._spared(parent, run) for parent in state.masks}
+            masks = {
+                parent: jnp.where(spared[parent], mask, pruned(state.scores[parent], mask, share))
+                for parent, mask in state.masks.items()
+            }
+            return LoRAPruneState(state.scores, masks)
+
+        opt = jax.tree.map(one, boundary.opt, is_leaf=lambda node: isinstance(node, LoRAPruneState))
+        return with_masks(dataclasses.replace(boundary, opt=opt))
+
+    def replay(
+        self,
+        key_of: Callable[[int], Key[Array, ""]],
+        done: int,
+        run: Run,
+        boundary: Boundary,
+        kept: Callable[[int], Adapters],
+    ) -> Boundary:
+        return with_masks(boundary)
+
+    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
+        return segments[-1]
+
+    def _last(self, run: Run) -> int:
+        """The first step at the final share: the authors' schedule stops just short of it."""
+        return min(math.ceil(run.steps - self.cooldown * run.steps), run.steps)
+
+    def _spared(self, parent: str, run: Run) -> Array:
+        """Which layers of a block are never pruned, `(*stack, 1)`."""
+        sites = _sites(run)
+        depth = max(site.layer + math.prod(site.stack) for site in sites.values())
+        own = next(site for path, site in sites.items() if block_of(path)[0] == parent)
+        number = own.layer + jnp.arange(math.prod(own.stack)).reshape(*own.stack, 1)
+        return (number < int(self.protect * depth)) | ((number == depth - 1) & (self.protect > 0))
+
+
+def pruned(
+    scores: Float[Array, "*stack groups"], mask: Float[Array, "*stack groups"], share: float
+) -> Float[Array, "*stack groups"]:
+    """A mask without the int(share * groups) groups of least score, in every layer; pruned ones stay so."""
+    # Pruned groups sort before live ones whose score is zero too.
+    order = jnp.argsort(jnp.where(mask > 0, scores, -1), axis=-1)
+    rank = jnp.argsort(order, axis=-1)
+    return mask * (rank >= int(share * mask.shape[-1])).astype(mask.dtype)
+
+
+def masks_of(opt: PyTree) -> dict[str, Float[Array, "*stack groups"]]:
+    """The masks that LoRAPrune keeps in the state of an optimiser, by block; empty without it."""
+    leaves = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, LoRAPruneState))
+    return next((leaf.masks for leaf in leaves if isinstance(leaf, LoRAPruneState)), {})
+
+
+def with_masks(boundary: Boundary) -> Boundary:
+    """The masks in the optimiser's state, spread over the outputs of the adapters they concern."""
+    masks = masks_of(boundary.opt)
+
+    def one(path: str, node: Adapter) -> Adapter:
+        if not isinstance(node.method, Masked):
+            return node
+        mask, old = masks[block_of(path)[0]], node.frozen["mask"]
+        spread = jnp.repeat(mask, old.shape[-1] // mask.shape[-1], axis=-1)
+        return dataclasses.replace(node, frozen={**node.frozen, "mask": spread.astype(old.dtype)})
+
+    flat = nodes(boundary.adapters)
+    return dataclasses.replace(boundary, adapters=nest({path: one(path, node) for path, node in flat.items()}))
+
+
+def _sites(run: Run) -> dict[str, Site]:
+    """The adapted projections of blocks, by path."""
+    found = {site.path: (site, *block_of(site.path)) for site in run.plan.sites}
+    return {path: site for path, (site, _, block, module) in found.items() if module in BLOCKS.get(block, {})}
+
+
+def _groups(sites: dict[str, Site], kv_heads: int) -> dict[str, int]:
+    """How many groups each block has."""
+    counts = {}
+    for path, site in sites.items():
+        parent, block, module = block_of(path)
+        if block == "self_attn":
+            counts[parent] = kv_heads
+        elif module == "gate_proj":
+            counts[parent] = site.shape[1]
+    return counts

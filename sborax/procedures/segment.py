@@ -1,0 +1,113 @@
+"""What chains and boosters share: merge a trained segment into the base, start another, keep all as one adapter."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from sborax.compose import scale_adapter
+from sborax.core import AbstractFactored, AbstractWeight, Adapter, SboraxError, structure
+from sborax.methods.lora import LoRA
+from sborax.optim.pairs import over_pairs
+from sborax.paths import Site
+from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.tree import Adapters, attach, merge, nest, nodes, stack_of
+
+
+def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any], requantise: bool) -> None:
+    """Raise SboraxError unless every adapted weight can be merged into, again and again."""
+    name = type(procedure).__name__
+    if not run.plan.sites:
+        raise SboraxError(f"{name}: nothing is adapted; give rules")
+    for site in run.plan.sites:
+        method, own = site.method, type(site.method).__name__
+        if site.path not in base:
+            raise SboraxError(f"{name}: {site.path} is trained itself, so that nothing can be merged into it")
+        if not isinstance(method, AbstractFactored) or not method.identity_at_init or method.needs:
+            raise SboraxError(f"{name}: {site.path}: {own} is no plain product that starts at zero; use LoRA")
+        if method.rewrites_base:
+            raise SboraxError(f"{name}: {site.path}: {own} rewrites the base at every start; use LoRA")
+        if isinstance(base[site.path], AbstractWeight) and not requantise:
+            raise SboraxError(
+                f"{name}: {site.path}: each merge into a quantised weight rounds again, and the errors add up; "
+                "use a dense base, or requantise=True to accept that"
+            )
+
+
+def widened(base: dict[str, Any], run: Run) -> dict[str, Any]:
+    """`base` with float32 copies of the adapted kernels: a segment is lost in the rounding of bfloat16."""
+    wide = {site.path: base[site.path] for site in run.plan.sites}
+    return base | {
+        path: leaf if isinstance(leaf, AbstractWeight) else leaf.astype(jnp.float32) for path, leaf in wide.items()
+    }
+
+
+@jax.jit
+def _folded(weight: Any, node: Adapter, rate: Float[Array, ""]) -> Any:
+    scaled = scale_adapter(node, 1.0, stack_of(node))
+    scaled = Adapter(
+        scaled.train, {**scaled.frozen, "factor": rate * scaled.frozen["factor"]}, scaled.method, node.in_axes
+    )
+    merged = merge({"kernel": weight}, {"kernel": scaled})["kernel"]
+    return weight.encode(merged) if isinstance(weight, AbstractWeight) else merged
+
+
+def fold(base: dict[str, Any], adapters: Adapters, rate: float = 1.0) -> dict[str, Any]:
+    """`base` with rate * delta added to every adapted kernel."""
+    return base | {path: _folded(base[path], node, jnp.float32(rate)) for path, node in nodes(adapters).items()}
+
+
+def fresh(key: Key[Array, ""], run: Run, base: dict[str, Any]) -> Adapters:
+    """Adapters as `attach` makes them, with another key."""
+    return attach(key, nest(base), run.plan)[1]
+
+
+def replay_segments(
+    procedure: AbstractProcedure,
+    key_of: Callable[[int], Key[Array, ""]],
+    done: int,
+    run: Run,
+    boundary: Boundary,
+    kept: Callable[[int], Adapters],
+) -> Boundary:
+    """Every merge again, from the kept segments."""
+    for step in range(1, done + 1):
+        if procedure.due(step, run):
+            again = Boundary(kept(step), boundary.base, boundary.opt)
+            boundary = procedure.apply(key_of(step), step, run, again)
+    return boundary
+
+
+def one_adapter(segments: Sequence[Adapters], rates: Sequence[float], run: Run) -> Adapters:
+    """One LoRA whose delta is sum_j rate_j delta_j: the factors side by side, those that are zero left out.
+
+    Its rank is that of the sum, layer by layer; it stands on the base before the first merge.
+    """
+    flat = [nodes(segment) for segment in segments]
+    return nest({site.path: _joined(site, [own[site.path] for own in flat], rates) for site in run.plan.sites})
+
+
+def _joined(site: Site, parts: Sequence[Adapter], rates: Sequence[float]) -> Adapter:
+    lists = []
+    for part, rate in zip(parts, rates, strict=True):
+        method = part.method
+        assert isinstance(method, AbstractFactored)
+        factors = over_pairs(functools.partial(method.factors, shape=site.shape), len(site.stack))(part)
+        a, b = (np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[-2:]) for leaf in factors)
+        lists.append((np.float32(rate) * a, b))
+    a, b = np.concatenate([own for own, _ in lists], axis=2), np.concatenate([own for _, own in lists], axis=1)
+    used = a.any(axis=1) & b.any(axis=2)
+    ranks = np.maximum(used.sum(axis=1), 1)
+    # Live columns first, in their order; the tail beyond the largest rank is zero in every layer.
+    order = np.argsort(~used, axis=1, kind="stable")[:, : ranks.max()]
+    live = np.take_along_axis(used, order, axis=1)
+    a = np.take_along_axis(a, order[:, None, :], axis=2) * live[:, None, :]
+    b = np.take_along_axis(b, order[:, :, None], axis=1) * live[:, :, None]
+    rank = int(ranks[0]) if len(set(ranks.tolist())) == 1 else tuple(ranks.tolist())
+    train = {name: jnp.asarray(leaf.reshape(*site.stack, *leaf.shape[1:])) for name, leaf in (("a", a), ("b", b))}
+    scale = jnp.ones(site.stack, jnp.float32)
+    return Adapter(train, {"scale": scale}, structure(LoRA(rank=rank)), site.in_axes)

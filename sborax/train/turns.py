@@ -1,0 +1,94 @@
+"""A procedure at work in a run: called between steps, its segments kept in the run directory."""
+
+import dataclasses
+
+import jax
+import optax
+from etils import epath
+from jaxtyping import Array, Key, PyTree
+
+from sborax.procedures import AbstractProcedure, Boundary, Run
+from sborax.train.adapter import read_adapter, save_adapter
+from sborax.train.state import Parts, TrainState
+from sborax.tree import Adapters, combine, split
+
+SEGMENTS = "segments"
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """What `procedure` does to a run. place: the run directory. key: of everything it draws."""
+
+    procedure: AbstractProcedure
+    run: Run
+    key: Key[Array, ""]
+    place: epath.Path
+
+    def watch(self) -> optax.GradientTransformationExtraArgs:
+        """What stands between clipping and the optimiser."""
+        return self.procedure.watch(self.run)
+
+    def due(self, step: int) -> bool:
+        """Whether the procedure acts after `step` steps."""
+        return self.procedure.due(step, self.run)
+
+    def begin(self, parts: Parts) -> Parts:
+        """The run before its first step.
+
+        Raises SboraxError if the procedure cannot act on it.
+        """
+        self.procedure.check(self.run, parts.base)
+        whole = combine(parts.adapters, parts.frozen)
+        boundary = self.procedure.start(self._key(0), self.run, Boundary(whole, parts.base))
+        train, frozen = split(boundary.adapters)
+        return dataclasses.replace(parts, adapters=train, frozen=frozen, base=boundary.base)
+
+    def take(
+        self, step: int, state: TrainState, parts: Parts, tx: optax.GradientTransformation
+    ) -> tuple[TrainState, Parts]:
+        """The run after what is due after `step` steps."""
+        whole = combine(state.train["adapters"], parts.frozen)
+        if self.procedure.resets:
+            save_adapter(self._segment(step), whole)
+        before = Boundary(whole, parts.base, state.opt)
+        boundary = self.procedure.apply(self._key(step), step, self.run, before)
+        adapters, frozen = split(boundary.adapters)
+        train = {**state.train, "adapters": adapters}
+        opt = restarted(tx, boundary.opt, train) if self.procedure.resets else boundary.opt
+        return TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
+
+    def resume(self, done: int, state: TrainState, parts: Parts) -> Parts:
+        """The constant parts of a run as they were after `done` steps, from those at its beginning.
+
+        Raises SboraxError for a missing or damaged segment.
+        """
+        begun = Boundary(combine(parts.adapters, parts.frozen), parts.base, state.opt)
+        boundary = self.procedure.replay(self._key, done, self.run, begun, self._kept)
+        return dataclasses.replace(parts, frozen=split(boundary.adapters)[1], base=boundary.base)
+
+    def whole(self, state: TrainState, parts: Parts) -> Adapters:
+        """All that was trained, as adapters of the base that the run began with."""
+        steps = [step for step in range(1, int(state.step) + 1) if self.procedure.resets and self.due(step)]
+        last = combine(state.train["adapters"], parts.frozen)
+        return self.procedure.whole([*(self._kept(step) for step in steps), last], self.run)
+
+    def _key(self, step: int) -> Key[Array, ""]:
+        return jax.random.fold_in(self.key, step)
+
+    def _segment(self, step: int) -> epath.Path:
+        return self.place / SEGMENTS / f"{step:08d}"
+
+    def _kept(self, step: int) -> Adapters:
+        return read_adapter(self._segment(step)).adapters
+
+
+def restarted(tx: optax.GradientTransformation, opt: PyTree, train: PyTree) -> PyTree:
+    """A fresh state of the optimiser that is as far along its schedule of learning rates as `opt`."""
+
+    def is_clock(node: PyTree) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def one(old: PyTree, new: PyTree) -> PyTree:
+        return old if is_clock(old) else new
+
+    return jax.tree.map(one, opt, jax.jit(tx.init)(train), is_leaf=is_clock)

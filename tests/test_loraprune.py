@@ -1,0 +1,297 @@
+"""LoRAPrune: the authors' scores, masks and schedule; a sliced model equals the masked one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from tiny_model import write_model
+
+import sborax as sx
+from sborax.core import SboraxError, linear, structure
+from sborax.methods.masked import Masked
+from sborax.models import load_model, save_hf
+from sborax.models.slim import slim
+from sborax.paths import Site
+from sborax.procedures import Boundary, LoRAPrune, Run
+from sborax.procedures.importance import BLOCKS, group_scores, lora_change, watch_importance
+from sborax.procedures.prune import masks_of, pruned
+from sborax.tree import nest, nodes
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "loraprune.npz")
+META = json.loads(str(GOLDEN["meta"]))
+SIZES = {"self_attn": META["heads"], "mlp": META["ffn"]}
+SIDES = {module: (block, side) for block, own in BLOCKS.items() for module, side in own.items()}
+
+
+def flip(name):
+    """A golden matrix as (in, out)."""
+    return jnp.asarray(GOLDEN[name].T)
+
+
+@pytest.mark.parametrize("module", SIDES)
+@pytest.mark.parametrize("metric", ["lora", "magnitude", "grad"])
+def test_scores_of_one_projection(module, metric):
+    block, side = SIDES[module]
+    with jax.enable_x64(True):
+        for layer in (0, 1):
+            name = f"L{layer}_{module}__"
+            a, b = flip(name + "A"), flip(name + "B")
+            change = {
+                "lora": lora_change(a, b, flip(name + "gA0"), flip(name + "gB0")),
+                "magnitude": jnp.ones(()),
+                "grad": flip(name + "gW0"),
+            }[metric]
+            weight = flip(name + "W") + GOLDEN["scaling"] * a @ b
+            change = jnp.broadcast_to(change, weight.shape)
+            for normalise, suffix in ((True, ""), (False, "_raw")):
+                got = group_scores(change, weight, side, SIZES[block], normalise=normalise)
+                np.testing.assert_allclose(got, GOLDEN[f"{name}score_{metric}{suffix}"], rtol=1e-10)
+
+
+def test_the_change_is_that_of_one_step_and_scores_ignore_the_size_of_the_loss():
+    keys = jax.random.split(jax.random.key(0), 4)
+    a, b, ga, gb = (jax.random.normal(key, shape) for key, shape in zip(keys, [(6, 2), (2, 5)] * 2, strict=True))
+    np.testing.assert_allclose(lora_change(a, b, ga, gb), a @ b - (a - ga) @ (b - gb), rtol=0, atol=1e-5)
+    with jax.enable_x64(True):
+        change, weight = np.random.default_rng(0).normal(size=(2, 6, 4))
+        one, two = (group_scores(jnp.asarray(f * change), jnp.asarray(weight), "out", 2) for f in (1.0, 1e3))
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+        squared = group_scores(jnp.asarray(change), jnp.asarray(weight), "out", 2, power=2, normalise=False)
+        np.testing.assert_allclose(squared, ((change * weight) ** 2).sum(0).reshape(2, 2).sum(1))
+
+
+def golden_trees(step=0):
+    """Layers 0 and 1 as a stack: sites, base, and adapters holding factors or gradients."""
+    sites, base, train, frozen, grads = {}, {}, {}, {}, {}
+    for module, (block, side) in SIDES.items():
+        path = f"layers/{block}/{module}/kernel"
+
+        def stacked(leaf, module=module):
+            arrays = [GOLDEN[f"L{layer}_{module}__{leaf}"].T for layer in (0, 1)]
+            return jnp.asarray(np.stack(arrays), jnp.float32)
+
+        base[path] = stacked("W")
+        method = structure(sx.LoRA(rank=3))
+        sites[path] = Site(path, sx.LoRA(rank=3), (2,), base[path].shape[1:], 1, 0)
+        leaves = {"a": stacked("A"), "b": stacked("B")}
+        moved = {"a": stacked(f"gA{step}"), "b": stacked(f"gB{step}")}
+        held = {"scale": jnp.full(2, GOLDEN["scaling"], jnp.float32)}
+        if side == "out":
+            method, leaves, moved = Masked(method), {"part": leaves}, {"part": moved}
+            held = {"part": held, "mask": jnp.ones((2, base[path].shape[2]))}
+        train[path] = sx.Adapter(leaves, {}, method)
+        grads[path] = sx.Adapter(moved, {}, method)
+        frozen[path] = sx.Adapter({}, held, method)
+    return sites, base, nest(train), nest(frozen), nest(grads)
+
+
+def test_running_scores_masks_and_masked_outputs(strict):
+    sites, base, train, frozen, _ = golden_trees()
+    groups = {"layers/self_attn": SIZES["self_attn"], "layers/mlp": SIZES["mlp"]}
+    watch = watch_importance(sites, groups)
+    update = jax.jit(watch.update)
+    state = watch.init(train)
+    for step in range(3):
+        grads = golden_trees(step)[4]
+        same, state = update(grads, state, train, frozen=frozen, base=base)
+        jax.tree.map(np.testing.assert_array_equal, same, grads)
+        for layer in (0, 1):
+            for block in SIZES:
+                want = GOLDEN[f"L{layer}_{block}__ema{step}"]
+                np.testing.assert_allclose(state.scores[f"layers/{block}"][layer], want, rtol=2e-5)
+    masks = {parent: jnp.ones_like(leaf) for parent, leaf in state.scores.items()}
+    for number, share in enumerate(GOLDEN["prune_ratios"]):
+        masks = {parent: pruned(state.scores[parent], mask, float(share)) for parent, mask in masks.items()}
+        for module, (block, side) in SIDES.items():
+            for layer in (0, 1) if side == "out" else ():
+                want = GOLDEN[f"L{layer}_{module}__mask_after{number}"]
+                got = np.repeat(masks[f"layers/{block}"][layer], len(want) // SIZES[block])
+                np.testing.assert_array_equal(got, want)
+    for path, node in nodes(sx.combine(train, frozen)).items():
+        _, block, module, _ = path.split("/")
+        if SIDES[module][1] != "out":
+            continue
+        one = jax.tree.map(lambda leaf: leaf[1], node)
+        mask = jnp.repeat(masks[f"layers/{block}"][1], one.frozen["mask"].size // SIZES[block])
+        one = dataclasses.replace(one, frozen={**one.frozen, "mask": mask})
+        got = linear(jnp.asarray(GOLDEN[f"L1_{module}__x2"], jnp.float32), base[path][1], one)
+        np.testing.assert_allclose(got, GOLDEN[f"L1_{module}__y_masked"], rtol=0, atol=2e-5)
+        merged = one.method.merge(base[path][1], one)
+        live = np.asarray(mask) > 0
+        want = GOLDEN[f"final_L1_{module}__W_merged_sliced"]
+        np.testing.assert_allclose(np.asarray(merged)[:, live].T, want, rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(np.asarray(merged)[:, ~live], 0)
+
+
+def test_a_nan_changes_no_score():
+    sites, base, train, frozen, grads = golden_trees()
+    groups = {"layers/self_attn": SIZES["self_attn"], "layers/mlp": SIZES["mlp"]}
+    watch = watch_importance(sites, groups)
+    _, state = watch.update(grads, watch.init(train), train, frozen=frozen, base=base)
+    path = "layers/self_attn/o_proj/kernel"
+    bad = nodes(grads) | {path: jax.tree.map(lambda leaf: leaf * jnp.nan, nodes(grads)[path])}
+    _, after = watch.update(nest(bad), state, train, frozen=frozen, base=base)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_schedule():
+    procedure = LoRAPrune()
+    for step, want in zip(GOLDEN["schedule_steps"], GOLDEN["schedule_ratio_1000_w0.1_c0.1_0_0.5"], strict=True):
+        assert procedure.sparsity(int(step), 1000) == pytest.approx(float(want), abs=1e-12)
+    run = Run(sx.Plan((), ()), 1000, 1)
+    due = [step for step in range(1, 1001) if procedure.due(step, run)]
+    assert due == list(range(110, 901, 10))
+    for cooldown in (0.0, 0.5):
+        short = LoRAPrune(cooldown=cooldown)
+        assert any(short.due(step, Run(sx.Plan((), ()), 7, 1)) for step in range(1, 8))
+
+
+@pytest.mark.parametrize(("depth", "protect"), [(3, 0.1), (9, 0.1), (10, 0.1), (21, 0.1), (32, 0.1), (10, 0.0)])
+def test_protected_layers(depth, protect):
+    site = Site("layers/mlp/gate_proj/kernel", sx.LoRA(rank=1), (depth,), (4, 4), 1, 0)
+    run = Run(sx.Plan((site,), ()), 10, 1)
+    spared = LoRAPrune(protect=protect)._spared("layers/mlp", run)
+    want = ~GOLDEN[f"freeze_prunable_L{depth}"] if protect else np.zeros(depth, bool)
+    np.testing.assert_array_equal(np.asarray(spared)[:, 0], want)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of two layers, four heads and two key-value heads."""
+    return load_model(str(write_model(tmp_path_factory.mktemp("tiny"))), "float32")
+
+
+def trained(model, procedure, steps=6, rules=(("self_attn|mlp", sx.LoRA(rank=2, alpha=4.0)),)):
+    """A few steps by hand, with everything a procedure asks for."""
+    plan = sx.plan(model.params, rules)
+    run = Run(plan, steps, model.config.num_key_value_heads)
+    params, adapters = sx.attach(jax.random.key(0), model.params, plan)
+    base = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    procedure.check(run, base)
+    boundary = procedure.start(jax.random.key(1), run, Boundary(adapters, base))
+    tx = optax.chain(procedure.watch(run), optax.adam(3e-2))
+    train, frozen = sx.split(boundary.adapters)
+    opt = tx.init(train)
+    tokens = jax.random.randint(jax.random.key(2), (2, 16), 0, model.config.vocab_size)
+
+    @jax.jit
+    def step(train, frozen, opt):
+        def loss(train):
+            logits = model.apply(params, sx.combine(train, frozen), tokens)[:, :-1]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        value, grads = jax.value_and_grad(loss)(train)
+        updates, opt = tx.update(grads, opt, train, frozen=frozen, base=base)
+        return optax.apply_updates(train, updates), opt, value
+
+    values, seen = [], []
+    for number in range(1, steps + 1):
+        train, opt, value = step(train, frozen, opt)
+        values.append(float(value))
+        if procedure.due(number, run):
+            boundary = Boundary(sx.combine(train, frozen), base, opt)
+            boundary = procedure.apply(jax.random.key(number), number, run, boundary)
+            opt, (train, frozen) = boundary.opt, sx.split(boundary.adapters)
+            seen.append({parent: np.asarray(leaf) for parent, leaf in masks_of(opt).items()})
+    return sx.combine(train, frozen), values, seen, tokens, boundary, run
+
+
+def test_a_sliced_model_is_the_masked_one_and_transformers_loads_it(tiny, tmp_path):
+    procedure = LoRAPrune(ratio=0.5, warmup=0.0, cooldown=0.3, every=1, protect=0.0)
+    adapters, values, seen, tokens, boundary, run = trained(tiny, procedure)
+    assert values[-1] < values[0]
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert all((after[parent] <= before[parent]).all() for parent in after)
+    assert {parent: leaf.sum(axis=1).tolist() for parent, leaf in seen[-1].items()} == {
+        "layers/self_attn": [1, 1],
+        "layers/mlp": [24, 24],
+    }
+    # Masks come back from the optimiser's state alone.
+    plain = procedure.start(
+        jax.random.key(1), run, Boundary(sx.attach(jax.random.key(0), tiny.params, run.plan)[1], {})
+    )
+    again = procedure.replay(jax.random.key, 6, run, dataclasses.replace(plain, opt=boundary.opt), lambda step: {})
+    got, want = sx.split(again.adapters)[1], sx.split(adapters)[1]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    masked = tiny.apply(tiny.params, adapters, tokens)
+    small = slim(tiny, tiny.params, adapters)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (2, 1)
+    assert small.config.intermediate_size == 24
+    size = lambda params: sum(leaf.size for leaf in jax.tree.leaves(params["layers"]))  # noqa: E731
+    assert size(small.params) < 0.6 * size(tiny.params)
+    np.testing.assert_allclose(small.apply(small.params, None, tokens), masked, rtol=0, atol=2e-5)
+    assert np.abs(masked - tiny.apply(sx.merge(tiny.params, unmasked(adapters)), None, tokens)).max() > 1e-2
+
+    save_hf(tmp_path / "small", small, small.params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        logits = theirs(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits, masked, rtol=0, atol=5e-5)
+    back = load_model(str(tmp_path / "small"), "float32")
+    np.testing.assert_allclose(back.apply(back.params, None, tokens), masked, rtol=0, atol=2e-5)
+
+
+def unmasked(adapters):
+    """The same adapters with every mask at one."""
+    return nest(
+        {
+            path: dataclasses.replace(node, frozen={**node.frozen, "mask": jnp.ones_like(node.frozen["mask"])})
+            if "mask" in node.frozen
+            else node
+            for path, node in nodes(adapters).items()
+        }
+    )
+
+
+def test_nothing_pruned_is_plain_lora(tiny):
+    adapters, values, *_ = trained(tiny, LoRAPrune(ratio=0.0))
+    _, plan_values = plain_lora(tiny)
+    np.testing.assert_allclose(values, plan_values, rtol=1e-6)
+    with pytest.raises(SboraxError, match="nothing is masked"):
+        slim(tiny, tiny.params, sx.attach(jax.random.key(0), tiny.params, [("mlp", sx.LoRA(rank=1))])[1])
+
+
+def plain_lora(model, steps=6):
+    params, adapters = sx.attach(jax.random.key(0), model.params, [("self_attn|mlp", sx.LoRA(rank=2, alpha=4.0))])
+    train, frozen = sx.split(adapters)
+    tx = optax.adam(3e-2)
+    opt, values = tx.init(train), []
+    tokens = jax.random.randint(jax.random.key(2), (2, 16), 0, model.config.vocab_size)
+
+    @jax.jit
+    def step(train, opt):
+        def loss(train):
+            logits = model.apply(params, sx.combine(train, frozen), tokens)[:, :-1]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        value, grads = jax.value_and_grad(loss)(train)
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(train, updates), opt, value
+
+    for _ in range(steps):
+        train, opt, value = step(train, opt)
+        values.append(float(value))
+    return train, values
+
+
+def test_mistakes_are_told(tiny):
+    with pytest.raises(SboraxError, match="initial <= ratio"):
+        LoRAPrune(ratio=1.0)
+    with pytest.raises(SboraxError, match="all seven"):
+        trained(tiny, LoRAPrune(), rules=[("self_attn", sx.LoRA(rank=1))])
+    with pytest.raises(SboraxError, match="no pair"):
+        trained(tiny, LoRAPrune(), rules=[("mlp", sx.Bone(rank=1)), ("self_attn", sx.LoRA(rank=1))])
+    adapters, *_ = trained(tiny, LoRAPrune(ratio=0.5, warmup=0.0, protect=0.4))
+    with pytest.raises(SboraxError, match="protect=0"):
+        slim(tiny, tiny.params, adapters)

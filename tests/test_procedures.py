@@ -1,0 +1,291 @@
+"""Chains and boosters: continuous at the seams, of bounded rank, exact when resumed; and inside whole runs."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import write_data, write_model
+
+import sborax as sx
+from sborax.config import decode, encode
+from sborax.core import SboraxError, linear
+from sborax.models import load_model
+from sborax.procedures import COLA, AbstractProcedure, Boundary, LoRAPrune, Run, XGBLoRA
+from sborax.quant.nf4 import quantise
+from sborax.train.adapter import LEAVES, load_adapter
+from sborax.train.loop import train
+from sborax.train.turns import restarted
+from sborax.tree import nest, nodes
+
+PATH = "layers/p/kernel"
+LAYERS, IN, OUT = 4, 64, 12
+KERNEL = 0.3 * jax.random.normal(jax.random.key(0), (LAYERS, IN, OUT))
+INPUT = jax.random.normal(jax.random.key(1), (LAYERS, 20, IN))
+TARGET = jax.random.normal(jax.random.key(2), (LAYERS, 20, OUT))
+TX = optax.adam(optax.linear_schedule(2e-2, 1e-3, 12))
+PROCEDURES = [COLA(every=3), XGBLoRA(every=3, layers=2), XGBLoRA(every=2)]
+by_procedure = pytest.mark.parametrize("procedure", PROCEDURES, ids=str)
+
+
+def outputs(base, adapters):
+    """Every layer's own projection."""
+    (node,) = nodes(adapters).values()
+    return jax.vmap(linear)(INPUT, base[PATH], node)
+
+
+@jax.jit
+def one_step(trained, frozen, base, opt):
+    def loss(trained):
+        return jnp.mean((outputs(base, sx.combine(trained, frozen)) - TARGET) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(trained)
+    updates, opt = TX.update(grads, opt, trained)
+    return optax.apply_updates(trained, updates), opt, value
+
+
+@dataclasses.dataclass
+class Trail:
+    """A run by hand and what it left behind."""
+
+    run: Run
+    boundary: Boundary
+    values: list
+    kept: dict
+    seams: list
+
+
+def go(procedure, steps=12, rank=2, kernel=KERNEL):
+    """A run with or without a procedure."""
+    params = nest({PATH: kernel})
+    plan = sx.plan(params, [("p", sx.LoRA(rank=rank, alpha=3.0))])
+    run = Run(plan, steps, 1)
+    _, adapters = sx.attach(jax.random.key(3), params, plan)
+    boundary = Boundary(adapters, {PATH: kernel})
+    if procedure is not None:
+        procedure.check(run, boundary.base)
+        boundary = procedure.start(jax.random.key(0), run, boundary)
+    trained, frozen = sx.split(boundary.adapters)
+    base, opt, trail = boundary.base, TX.init(trained), Trail(run, boundary, [], {}, [])
+    for step in range(1, steps + 1):
+        trained, opt, value = one_step(trained, frozen, base, opt)
+        trail.values.append(float(value))
+        if procedure is not None and procedure.due(step, run):
+            whole = sx.combine(trained, frozen)
+            after = procedure.apply(jax.random.key(step), step, run, Boundary(whole, base, opt))
+            trail.seams.append((outputs(base, whole), outputs(after.base, after.adapters)))
+            trail.kept[step], base = whole, after.base
+            trained, frozen = sx.split(after.adapters)
+            opt = restarted(TX, opt, trained)
+    trail.boundary = Boundary(sx.combine(trained, frozen), base, opt)
+    return trail
+
+
+def whole_of(procedure, trail):
+    return procedure.whole([*trail.kept.values(), trail.boundary.adapters], trail.run)
+
+
+@by_procedure
+def test_the_function_is_continuous_and_the_loss_falls(procedure):
+    trail = go(procedure)
+    assert len(trail.seams) == 12 // procedure.every - 1
+    for before, after in trail.seams:
+        np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
+    assert trail.values[-1] < trail.values[0]
+    (node,) = nodes(trail.boundary.adapters).values()
+    assert np.abs(node.train["b"]).max() > 0
+
+
+@pytest.mark.parametrize("procedure", [COLA(every=12), COLA(every=50), XGBLoRA(every=12, layers=LAYERS)], ids=str)
+def test_one_segment_is_plain_lora(procedure):
+    trail, plain = go(procedure), go(None)
+    assert trail.values == plain.values
+    jax.tree.map(np.testing.assert_array_equal, trail.boundary.adapters, plain.boundary.adapters)
+    assert trail.kept == {}
+
+
+@by_procedure
+def test_rank_of_the_whole_change(procedure):
+    rank = 1
+    trail = go(procedure, rank=rank)
+    merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
+    change = np.asarray(merged["layers"]["p"]["kernel"] - KERNEL, np.float64)
+    segments = [*trail.kept.values(), trail.boundary.adapters]
+    # Which layers each segment had: all of them, or those whose a is not zero.
+    drawn = np.stack([np.any(np.asarray(nodes(one)[PATH].train["a"]) != 0, axis=(1, 2)) for one in segments])
+    expected = LAYERS if isinstance(procedure, COLA) else procedure.layers or 2
+    np.testing.assert_array_equal(drawn.sum(axis=1), expected)
+    for layer in range(LAYERS):
+        values = np.linalg.svd(change[layer], compute_uv=False)
+        most = rank * drawn[:, layer].sum()
+        assert np.all(values[most:] < 1e-5)
+        assert most == 0 or values[most - 1] > 1e-4
+    if not isinstance(procedure, COLA):
+        assert len({tuple(row) for row in drawn}) > 1
+
+    # One plain LoRA of the summed rank on the untouched base says the same.
+    whole = whole_of(procedure, trail)
+    np.testing.assert_allclose(
+        sx.merge(nest({PATH: KERNEL}), whole)["layers"]["p"]["kernel"],
+        merged["layers"]["p"]["kernel"],
+        rtol=0,
+        atol=2e-6,
+    )
+    ranks = nodes(whole)[PATH].method.rank
+    wanted = np.maximum(rank * drawn.sum(axis=0), 1)
+    np.testing.assert_array_equal(np.broadcast_to(ranks, LAYERS), wanted)
+
+
+def test_a_rate_scales_every_merged_booster():
+    procedure = XGBLoRA(every=4, layers=LAYERS, rate=0.5)
+    trail = go(procedure)
+    node = nodes(trail.kept[4])[PATH]
+    first = 0.5 * node.frozen["scale"][:, None, None] * (node.train["a"] @ node.train["b"])
+    second = nodes(trail.kept[8])[PATH]
+    both = first + 0.5 * second.frozen["scale"][:, None, None] * (second.train["a"] @ second.train["b"])
+    np.testing.assert_allclose(trail.boundary.base[PATH], KERNEL + both, rtol=0, atol=1e-6)
+    merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
+    same = sx.merge(nest({PATH: KERNEL}), whole_of(procedure, trail))
+    np.testing.assert_allclose(merged["layers"]["p"]["kernel"], same["layers"]["p"]["kernel"], rtol=0, atol=2e-6)
+
+
+@by_procedure
+def test_replay_gives_the_same_bits(procedure):
+    trail = go(procedure)
+    params = nest({PATH: KERNEL})
+    begun = procedure.start(
+        jax.random.key(0), trail.run, Boundary(sx.attach(jax.random.key(3), params, trail.run.plan)[1], {PATH: KERNEL})
+    )
+    again = procedure.replay(jax.random.key, 12, trail.run, begun, trail.kept.__getitem__)
+    np.testing.assert_array_equal(again.base[PATH], trail.boundary.base[PATH])
+    frozen, wanted = sx.split(again.adapters)[1], sx.split(trail.boundary.adapters)[1]
+    jax.tree.map(np.testing.assert_array_equal, frozen, wanted)
+    # Only what lies before the step is done again.
+    early = procedure.replay(jax.random.key, procedure.every - 1, trail.run, begun, {}.__getitem__)
+    np.testing.assert_array_equal(early.base[PATH], KERNEL)
+
+
+def test_small_segments_survive_a_bfloat16_base():
+    kernel = KERNEL.astype(jnp.bfloat16)
+    procedure = COLA(every=1)
+    plan = sx.plan(nest({PATH: kernel}), [("p", sx.LoRA(rank=1))])
+    run = Run(plan, 10, 1)
+    _, adapters = sx.attach(jax.random.key(3), nest({PATH: kernel}), plan)
+    node = nodes(adapters)[PATH]
+    tiny = dataclasses.replace(node, train={**node.train, "b": jnp.full_like(node.train["b"], 1e-4)})
+    boundary = procedure.start(jax.random.key(0), run, Boundary(adapters, {PATH: kernel}))
+    for step in range(1, 4):
+        boundary = procedure.apply(
+            jax.random.key(step), step, run, dataclasses.replace(boundary, adapters=nest({PATH: tiny}))
+        )
+    change = boundary.base[PATH] - kernel.astype(jnp.float32)
+    np.testing.assert_allclose(change, 3e-4 * jnp.broadcast_to(node.train["a"], change.shape), rtol=0, atol=2e-7)
+    assert boundary.base[PATH].dtype == jnp.float32
+
+
+def test_a_quantised_base_is_refused_unless_asked_for():
+    kernel = quantise(KERNEL)
+    with pytest.raises(SboraxError, match="errors add up.*requantise=True"):
+        go(COLA(every=3), kernel=kernel)
+    trail = go(COLA(every=6, requantise=True), kernel=kernel)
+    assert isinstance(trail.boundary.base[PATH], type(kernel))
+    ((before, after),) = trail.seams
+    size = np.abs(before - outputs({PATH: kernel}, sx.scale(trail.kept[6], 0.0))).mean()
+    assert 0 < np.abs(after - before).mean() < size
+
+
+def test_penalty_is_the_gradient_of_the_norms():
+    tree = {"adapters": {"x": {"a": jnp.ones((3, 2)), "b": jnp.full((2, 4), 2.0)}}, "base": {"norm/scale": jnp.ones(3)}}
+    run = Run(sx.Plan((), ()), 1, 1)
+    watch = XGBLoRA(penalty=0.1).watch(run)
+    zero = jax.tree.map(jnp.zeros_like, tree)
+    got, _ = watch.update(zero, watch.init(tree), tree, frozen=None, base=None)
+    want = {"adapters": {"x": {"a": jnp.full((3, 2), 0.1), "b": jnp.full((2, 4), 0.2)}}, "base": zero["base"]}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+def test_a_restart_keeps_the_clock_of_the_learning_rate_alone():
+    params = {"w": jnp.ones(3)}
+    state = TX.init(params)
+    for _ in range(5):
+        _, state = TX.update({"w": jnp.ones(3)}, state, params)
+    adam, clock = restarted(TX, state, params)
+    assert int(adam.count) == 0 and int(clock.count) == 5
+    np.testing.assert_array_equal(adam.mu["w"], 0)
+
+
+def test_mistakes_are_told():
+    for method, told in ((sx.PiSSA(rank=2), "rewrites the base"), (sx.DoRA(rank=2), "no plain product")):
+        run = Run(sx.plan(nest({PATH: KERNEL}), [("p", method)]), 4, 1)
+        with pytest.raises(SboraxError, match=told):
+            COLA(every=1).check(run, {PATH: KERNEL})
+    run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.SBoRA(rank=2))]), 4, 1)
+    COLA(every=1).check(run, {PATH: KERNEL})
+    with pytest.raises(SboraxError, match="no pair a, b"):
+        XGBLoRA().check(run, {PATH: KERNEL})
+    run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.LoRA(rank=2))]), 4, 1)
+    with pytest.raises(SboraxError, match="only 4 layers"):
+        XGBLoRA(layers=5).check(run, {PATH: KERNEL})
+    with pytest.raises(SboraxError, match="trained itself"):
+        COLA(every=1).check(run, {})
+    for broken in (lambda: COLA(every=0), lambda: XGBLoRA(every=0), lambda: XGBLoRA(penalty=-1.0)):
+        with pytest.raises(SboraxError):
+            broken()
+
+
+@pytest.mark.parametrize("procedure", [*PROCEDURES, LoRAPrune(protect=0.0)], ids=str)
+def test_configs_come_back(procedure):
+    assert decode(AbstractProcedure, json.loads(json.dumps(encode(procedure)))) == procedure
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A tiny model and a tiny data set."""
+    place = tmp_path_factory.mktemp("places")
+    return str(write_model(place / "model")), str(write_data(place / "data.jsonl"))
+
+
+RUNS = {
+    "COLA": (COLA(every=2), sx.SBoRA(rank=4)),
+    "XGBLoRA": (XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
+    "LoRAPrune": (LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
+    procedure, method = RUNS[name]
+    experiment = sx.Experiment(
+        model=places[0],
+        data=sx.Data(places[1], template="{instruction}", answer=" {output}", max_length=32, buckets=(32,)),
+        rules=[("self_attn|mlp", method)],
+        optimizer=sx.Optimizer(lr=1e-2),
+        procedure=procedure,
+        steps=7,
+        save=sx.Save(every=1, keep=20),
+    )
+    summary = train(experiment, tmp_path / "run", echo=lambda _: None)
+    assert summary.finished
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    # Cut right after something was done between steps 4 and 5, and in the middle of a segment.
+    for checkpoint in (tmp_path / "cut" / "checkpoints").iterdir():
+        if checkpoint.name.isdecimal() and int(checkpoint.name) > 5:
+            shutil.rmtree(checkpoint)
+    if procedure.resets:
+        assert sorted(one.name for one in (tmp_path / "run" / "segments").iterdir()) == [f"{n:08d}" for n in (2, 4, 6)]
+        shutil.rmtree(tmp_path / "cut" / "segments" / f"{6:08d}")
+    said = []
+    train(experiment, tmp_path / "cut", resume=True, echo=said.append)
+    assert any("resuming after step 5" in line for line in said)
+    for file in (LEAVES, "plan.json"):
+        assert (tmp_path / "cut" / "adapter" / file).read_bytes() == (tmp_path / "run" / "adapter" / file).read_bytes()
+
+    model = load_model(places[0])
+    params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
+    assert np.isfinite(model.apply(params, adapters, jnp.zeros((1, 4), jnp.int32))).all()
+    with pytest.raises(SboraxError, match="steps differs"):
+        train(dataclasses.replace(experiment, steps=9), tmp_path / "run", resume=True, echo=lambda _: None)
