@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Into a file or a pipe, too, what a run tells appears when it is told.
         sys.stdout.reconfigure(line_buffering=True)
+    # transformers, which lends its tokenizers alone, would say that there is no torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parse(argv)
         code = arguments.run(arguments)
