@@ -1,0 +1,202 @@
+"""PRILoRA: ranks that grow with depth, importance, pruning and regrowth, norms of inputs from a real forward pass."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sborax as sx
+from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.procedures.prilora import Pruning, after_step, ema, input_norms, kept
+from sborax.tree import nodes
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+PATH = "layers/proj/kernel"
+IN, OUT, LAYERS = 20, 12, 3
+WEIGHT = jax.random.normal(jax.random.key(1), (LAYERS, IN, OUT))
+
+
+def attached(method, seed=0):
+    _, adapters = sx.attach(jax.random.key(seed), {"layers": {"proj": {"kernel": WEIGHT}}}, [("proj", method)])
+    return adapters
+
+
+def test_linear_ranks_of_the_paper():
+    ranks = sx.LinearRanks(4, 12).ranks([], range(12), 12)
+    assert ranks == (4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12) and sum(ranks) == 96
+    assert sx.LinearRanks(1, 2).ranks([], range(3), 3) == (1, 2, 2)
+    assert sx.LinearRanks(2, 1).ranks([], range(3), 3) == (2, 2, 1)
+    assert sx.LinearRanks(3, 9).ranks([], (0,), 1) == (3,)
+    with pytest.raises(sx.SboraxError, match="at least 1"):
+        sx.LinearRanks(0, 4)
+
+
+def test_layers_get_their_own_rank_and_scale_stacked_and_flat():
+    method = sx.PRILoRA(rank=sx.LinearRanks(2, 6), alpha=12.0)
+    node = nodes(attached(method))[PATH]
+    assert node.method.rank == (2, 4, 6)
+    np.testing.assert_allclose(node.frozen["scale"], [6.0, 3.0, 2.0])
+    flat = {"layers": {str(i): {"proj": {"kernel": WEIGHT[i]}} for i in range(LAYERS)}}
+    _, apart = sx.attach(jax.random.key(0), flat, [("proj", method)])
+    assert [one.method.rank for one in nodes(apart).values()] == [2, 4, 6]
+    assert sx.count(apart) == sx.count({"k": node}) == 12 * (IN + OUT)
+    constant = nodes(attached(dataclasses.replace(method, scale_mode="constant")))[PATH]
+    np.testing.assert_allclose(constant.frozen["scale"], [12.0] * 3)
+
+
+def test_equal_ranks_and_no_pruning_are_lora():
+    ours, lora = attached(sx.PRILoRA(rank=4, alpha=8.0)), attached(sx.LoRA(rank=4, alpha=8.0))
+    left, right = nodes(ours)[PATH], nodes(lora)[PATH]
+    chex.assert_trees_all_equal(left.train, right.train)
+    chex.assert_trees_all_equal(left.frozen["scale"], right.frozen["scale"])
+    after = after_step(ours, {PATH: jnp.ones((LAYERS, IN))}, 40, Pruning(fraction=0.0))
+    chex.assert_trees_all_equal(nodes(after)[PATH].train, left.train)
+
+
+def test_input_norms_leave_padding_out():
+    x = jax.random.normal(jax.random.key(2), (3, 5, IN))
+    mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    dirty = jnp.where((mask == 0)[:, :, None], jnp.nan, x)
+    want = np.sqrt(np.square(np.asarray(x, np.float64)[np.asarray(mask) == 1]).sum(axis=0))
+    np.testing.assert_allclose(input_norms(dirty, mask), want, rtol=1e-5)
+    np.testing.assert_allclose(input_norms(x), np.linalg.norm(np.asarray(x).reshape(-1, IN), axis=0), rtol=1e-5)
+    assert input_norms(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_allclose(ema(jnp.full(3, 2.0), jnp.full(3, 4.0), 0.9), np.full(3, 2.2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("group", ["per_rank", "matrix"])
+@pytest.mark.parametrize("fraction", [0.5, 0.33])
+def test_the_least_important_fraction_goes(group, fraction):
+    a = jax.random.normal(jax.random.key(3), (IN, 4)) * jnp.asarray([0.1, 1.0, 3.0, 0.0])[None, :]
+    norms = jnp.exp(jax.random.normal(jax.random.key(4), (IN,)))
+    keep = np.asarray(kept(a, norms, jnp.int32(3), fraction, group))
+    score = np.abs(np.asarray(a)) * np.asarray(norms)[:, None]
+    if group == "per_rank":
+        want = np.ones(a.shape, bool)
+        for column in range(4):
+            want[np.argsort(score[:, column], kind="stable")[: int(fraction * IN)], column] = False
+    else:
+        flat = np.ones(IN * 3, bool)
+        flat[np.argsort(score[:, :3].reshape(-1), kind="stable")[: int(fraction * IN * 3)]] = False
+        want = np.concatenate([flat.reshape(IN, 3), np.ones((IN, 1), bool)], axis=1)
+    np.testing.assert_array_equal(keep, want)
+    assert np.asarray(kept(a, jnp.zeros(IN), jnp.int32(3), fraction, group)).all()
+
+
+@pytest.mark.parametrize("group", ["per_rank", "matrix"])
+def test_pruning_is_due_every_so_often_and_exact_on_a_ragged_stack(group):
+    adapters = attached(sx.PRILoRA(rank=sx.LinearRanks(2, 6)))
+    before = nodes(adapters)[PATH]
+    pruning = Pruning(fraction=0.25, every=3, group=group)
+    norms = jnp.exp(jax.random.normal(jax.random.key(4), (LAYERS, IN)))
+    step = jax.jit(lambda tree, number: after_step(tree, {PATH: norms}, number, pruning))
+    for number in (0, 1, 2, 4):
+        node = nodes(step(adapters, jnp.int32(number)))[PATH]
+        chex.assert_trees_all_equal(node.train, before.train)
+        np.testing.assert_allclose(node.frozen["norm"], 0.1 * norms, rtol=1e-5)
+    node = nodes(step(adapters, jnp.int32(3)))[PATH]
+    chex.assert_trees_all_equal(node.train["b"], before.train["b"])
+    for layer, rank in enumerate((2, 4, 6)):
+        own = np.asarray(node.train["a"][layer, :, :rank])
+        if group == "per_rank":
+            assert ((own == 0).sum(axis=0) == IN // 4).all()
+        assert (own == 0).sum() == IN * rank // 4
+        np.testing.assert_array_equal(own[own != 0], np.asarray(before.train["a"])[layer, :, :rank][own != 0])
+    again = nodes(after_step(step(adapters, jnp.int32(3)), {PATH: norms}, 4, pruning))[PATH]
+    np.testing.assert_allclose(again.frozen["norm"], 0.19 * norms, rtol=1e-5)
+
+
+def update(node, x):
+    """One Adam step of a regression."""
+    train, frozen = sx.split(node)
+
+    def loss(train):
+        full = sx.combine(train, frozen)
+        apply = jax.vmap(lambda w, one: sx.linear(x, w, one))
+        return jnp.mean(jnp.square(apply(WEIGHT, full) - 1.0))
+
+    tx = optax.adam(1e-2)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(jax.grad(loss)(train), tx.init(train), train)
+        return sx.combine(optax.apply_updates(train, updates), frozen)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_pruned_entries_grow_again_unless_masked(persistent):
+    adapters = attached(sx.PRILoRA(rank=4, persistent_mask=persistent))
+    x = jax.random.normal(jax.random.key(5), (7, IN))
+    norms = {PATH: jnp.broadcast_to(input_norms(x)[None], (LAYERS, IN))}
+    node = nodes(adapters)[PATH]
+    node = dataclasses.replace(node, train={**node.train, "b": jax.random.normal(jax.random.key(6), (LAYERS, 4, OUT))})
+    pruned = nodes(after_step({"layers": {"proj": {"kernel": node}}}, norms, 40, Pruning()))[PATH]
+    gone = np.asarray(pruned.train["a"]) == 0
+    assert gone.sum() == LAYERS * 4 * IN // 2
+    grown = update(pruned, x)
+    one = jax.tree.map(lambda leaf: leaf[0], grown)
+    effective = np.asarray(one.method.factors(one, (IN, OUT))[0])
+    assert (effective[~gone[0]] != 0).all()
+    assert (effective[gone[0]] == 0).all() if persistent else (effective[gone[0]] != 0).all()
+    y = sx.linear(x, WEIGHT[0], one)
+    chex.assert_trees_all_close(y, x @ one.method.merge(WEIGHT[0], one), atol=2e-5 * float(jnp.abs(y).max()))
+    if persistent:
+        np.testing.assert_array_equal(np.asarray(pruned.frozen["mask"]) == 0, gone)
+        moved = dataclasses.replace(grown, train={**grown.train, "a": grown.train["a"] + 9.0 * gone})
+        later = nodes(after_step({"layers": {"proj": {"kernel": moved}}}, norms, 80, Pruning()))[PATH]
+        np.testing.assert_array_equal(later.train["a"] == 0, gone)
+
+
+def test_mistakes_are_told():
+    norms = {PATH: jnp.ones((LAYERS, IN))}
+    with pytest.raises(sx.SboraxError, match="no adapter is PRILoRA"):
+        after_step(attached(sx.LoRA(rank=2)), norms, 1, Pruning())
+    with pytest.raises(sx.SboraxError, match="not inside a composition"):
+        after_step(attached(sx.scale(sx.add(sx.LoRA(rank=2), sx.PRILoRA(rank=2)), 0.5)), norms, 1, Pruning())
+    with pytest.raises(sx.SboraxError, match="no input norms"):
+        after_step(attached(sx.PRILoRA(rank=2)), {}, 1, Pruning())
+    for wrong in ({"fraction": 1.0}, {"beta": -0.1}, {"every": 0}):
+        with pytest.raises(sx.SboraxError):
+            Pruning(**wrong)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_norms_of_a_models_own_inputs(scan):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=16,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=(1,),
+    )
+    module = Llama(config, jnp.dtype("float32"), scan=scan)
+    tokens = jax.random.randint(jax.random.key(3), (2, 6), 2, 32, jnp.int32)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    assert set(variables) == {"params"}
+    params = variables["params"]
+    model = LanguageModel(module, params, config, None)
+    _, adapters = sx.attach(jax.random.key(1), params, [("proj", sx.PRILoRA(rank=2))])
+    segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
+    norms = jax.jit(lambda tokens: model.input_norms(params, adapters, tokens, segment_ids=segments))(tokens)
+    after = after_step(adapters, norms, 1, Pruning(beta=0.0))
+    chex.assert_trees_all_equal({path: node.frozen["norm"] for path, node in nodes(after).items()}, norms)
+    # By hand: what enters the first layer's attention is the embedding, normed.
+    x = np.asarray(params["embed_tokens"]["embedding"], np.float64)[np.asarray(tokens)]
+    x = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5)
+    want = np.sqrt(np.square(x[np.asarray(segments) > 0]).sum(axis=0))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        found = norms[f"layers/self_attn/{name}/kernel"][0] if scan else norms[f"layers/0/self_attn/{name}/kernel"]
+        np.testing.assert_allclose(found, want, rtol=1e-4)
+    other = model.input_norms(params, adapters, tokens.at[0, 4:].set(3), segment_ids=segments)
+    chex.assert_trees_all_close(other, norms, rtol=1e-5)
+    assert len(norms) == (7 if scan else 14)
