@@ -5,10 +5,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from sborax.core import (
-    AbstractFactored,
     Adapter,
     Axes,
     Context,
@@ -24,11 +23,12 @@ from sborax.core import (
     hyper,
     width,
 )
+from sborax.experts import AbstractExpert, check_block, index_block
 from sborax.methods.lowrank import scaling
 
 
 @dataclasses.dataclass(frozen=True)
-class SBoRA(AbstractFactored):
+class SBoRA(AbstractExpert):
     """One factor is a set of standard basis vectors, so only `rank` rows (FA) or columns (FB) of W ever move.
 
     FA: y = x W + s x[idx] b, b (rank, out), idx rows of W.    FB: (x W)[idx] += s x a, a (in, rank), idx columns.
@@ -37,8 +37,11 @@ class SBoRA(AbstractFactored):
     alpha: s = alpha / rank; None (default) is s = 2, the alpha = 2 rank of the authors' commands.
     variant: "FA" (default) or "FB".
     dropout: rate on x before the gather (authors' scripts 0.05; default 0).
+    expert, experts, basis_seed: block `expert` of `experts` disjoint ones of one permutation of all rows (columns),
+        which depends on basis_seed and their number alone: experts trained apart add without interference (ours).
 
-    idx is drawn without replacement per kernel, as the authors' code does, and sorted: that only permutes b's rows.
+    Without `expert`, idx is drawn without replacement per kernel as in the authors' code. It is sorted, which only
+    permutes b's rows.
     The trained factor starts at zero. Identity at init. Exact merge: W[idx, :] += s b, or W[:, idx] += s a.
     Trained parameters: rank out (FA), rank in (FB). The paper writes W (out, in): its columns are our rows.
     """
@@ -49,6 +52,9 @@ class SBoRA(AbstractFactored):
     alpha: float | None = hyper(None)
     variant: Literal["FA", "FB"] = "FA"
     dropout: float = hyper(0.0)
+    expert: int | None = hyper(None)
+    experts: int = hyper(1)
+    basis_seed: int = hyper(0)
 
     @property
     def axes(self) -> Axes:
@@ -60,6 +66,7 @@ class SBoRA(AbstractFactored):
             raise SboraxError(f"variant must be 'FA' or 'FB', got {self.variant!r}")
         side = 0 if self.variant == "FA" else 1
         check_rank(self.rank, shape[side], ("rows of W", "columns of W")[side])
+        check_block(self.expert, self.experts, width(self.rank), shape[side])
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
@@ -68,7 +75,7 @@ class SBoRA(AbstractFactored):
             choices, trained = fan_in, {"b": jnp.zeros((rank, fan_out))}
         else:
             choices, trained = fan_out, {"a": jnp.zeros((fan_in, rank))}
-        idx = jnp.sort(jax.random.permutation(key, choices)[:rank]).astype(jnp.int32)
+        idx = index_block(key, choices, rank, self.expert, self.basis_seed)
         scale = jnp.float32(2.0) if self.alpha is None else scaling(self.alpha, self.rank, hint)
         return Fitted(trained, {"idx": idx, "scale": scale, **dropout_leaf(self.dropout)})
 
@@ -93,6 +100,11 @@ class SBoRA(AbstractFactored):
         if self.variant == "FA":
             return jax.nn.one_hot(idx, shape[0], axis=0), scale * adapter.train["b"]
         return scale * adapter.train["a"], jax.nn.one_hot(idx, shape[1], axis=1)
+
+    def overlaps(self, mine: Adapter, other: Adapter) -> Bool[Array, ""]:
+        assert isinstance(other.method, SBoRA)
+        own, theirs = mine.frozen["idx"], other.frozen["idx"]
+        return jnp.logical_or(self.variant != other.method.variant, jnp.any(own[..., :, None] == theirs[..., None, :]))
 
 
 DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}

@@ -1,0 +1,90 @@
+"""Orthogonal Adaptation for Modular Customization of Diffusion Models, arXiv:2312.02432."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from sborax.core import Adapter, Axes, Context, Fitted, Hint, SboraxError, Weight, check_rank, dropout_leaf, hyper
+from sborax.experts import AbstractExpert, basis_key, check_block
+from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class OrthogonalAdaptation(AbstractExpert):
+    """y = x W + s (x a) b, one factor frozen to this expert's columns of an orthogonal basis Q that all experts share.
+
+    side="in" (default): a = Q[:, block], b trained.  side="out": b = Q[:, block]^T, a trained.
+    The frozen factors of two experts are orthogonal, so from a sum of experts q^T (sum_i delta_i) = s b of the one
+    that owns q (side "in"; (sum_i delta_i) q = s a for "out").
+
+    rank: width of a block; the paper's was not found.
+    alpha: s = alpha / rank; None (default) is s = 1. For the paper's merging weights use `scale` on each expert.
+    side: which factor is frozen.
+    expert, experts: block `expert` of `experts`; all blocks must fit into the side.
+    basis_seed: experts that are to be combined share it. Q = qr(N(0, 1)) by basis_seed and the size of the side alone.
+    dropout: default 0.
+
+    The trained factor starts at zero. Identity at init. Exact merge. Trained parameters: rank out, or rank in.
+    """
+
+    paper = "Orthogonal Adaptation for Modular Customization of Diffusion Models, arXiv:2312.02432"
+
+    rank: int = 16
+    alpha: float | None = hyper(None)
+    side: Literal["in", "out"] = "in"
+    expert: int = hyper(0)
+    experts: int = hyper(1)
+    basis_seed: int = hyper(0)
+    dropout: float = hyper(0.0)
+
+    @property
+    def axes(self) -> Axes:
+        return PAIR_AXES
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if self.side not in ("in", "out"):
+            raise SboraxError(f"side must be 'in' or 'out', got {self.side!r}")
+        size = shape[0] if self.side == "in" else shape[1]
+        check_rank(self.rank, size, f"the {self.side}put side")
+        check_block(self.expert, self.experts, self.rank, size)
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fan_in, fan_out = weight.shape
+        frozen = {"scale": scaling(self.alpha, self.rank, hint), **dropout_leaf(self.dropout)}
+        if self.side == "in":
+            return Fitted({"b": jnp.zeros((self.rank, fan_out))}, {"a": self._block(fan_in), **frozen})
+        return Fitted({"a": jnp.zeros((fan_in, self.rank))}, {"b": self._block(fan_out).T, **frozen})
+
+    def _block(self, size: int) -> Float[Array, "size r"]:
+        # Column j of Q needs columns 0..j of the Gaussian alone, so a block costs no size x size matrix.
+        keys = jax.random.split(basis_key(self.basis_seed, size), size)[: (self.expert + 1) * self.rank]
+        gaussian = jax.vmap(lambda own: jax.random.normal(own, (size,)))(keys).T
+        return jnp.linalg.qr(gaussian)[0][:, self.expert * self.rank :]
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return y + pair_delta(x, _both(adapter), ctx)
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        both = _both(adapter)
+        return weight + pair_weight(both.train["a"], both.train["b"], both.frozen["scale"])
+
+    def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+        both = _both(adapter)
+        return both.frozen["scale"] * both.train["a"], both.train["b"]
+
+    def overlaps(self, mine: Adapter, other: Adapter) -> Bool[Array, ""]:
+        assert isinstance(other.method, OrthogonalAdaptation)
+        if self.side != other.method.side:
+            return jnp.array(True)
+        name, product = ("a", "...ir,...is->...rs") if self.side == "in" else ("b", "...ro,...so->...rs")
+        cross = jnp.einsum(product, mine.frozen[name], other.frozen[name], precision="highest")
+        return jnp.max(jnp.abs(cross)) > 1e-4
+
+
+def _both(adapter: Adapter) -> Adapter:
+    return dataclasses.replace(adapter, train={**adapter.frozen, **adapter.train})

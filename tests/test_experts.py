@@ -1,0 +1,178 @@
+"""Experts trained apart: disjoint blocks, sums without interference, removal to the bit."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sborax as sx
+from sborax.tree import nodes
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+IN, OUT, LAYERS, EXPERTS = 40, 36, 2, 3
+WEIGHT = jax.random.normal(jax.random.key(1), (LAYERS, IN, OUT))
+PARAMS = {"layers": {"q": {"kernel": WEIGHT}, "k": {"kernel": 2 * WEIGHT}}}
+METHODS = {
+    "FA": sx.SBoRA(rank=4, experts=EXPERTS, expert=0),
+    "FB": sx.SBoRA(rank=4, experts=EXPERTS, expert=0, variant="FB", alpha=12.0),
+    "in": sx.OrthogonalAdaptation(rank=4, experts=EXPERTS, alpha=12.0),
+    "out": sx.OrthogonalAdaptation(rank=4, experts=EXPERTS, side="out"),
+}
+by_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def expert_of(method, number, pattern="q|k", seed=None):
+    """An expert attached under a key of its own, its factor moved away from zero."""
+    own = dataclasses.replace(method, expert=number)
+    _, adapters = sx.attach(jax.random.key(number if seed is None else seed), PARAMS, [(pattern, own)])
+    train, frozen = sx.split(adapters)
+    leaves, treedef = jax.tree.flatten(train)
+    keys = jax.random.split(jax.random.key(100 + number), len(leaves))
+    moved = [leaf + jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+
+
+def merged(adapters):
+    return sx.merge(PARAMS, adapters)["layers"]["q"]["kernel"]
+
+
+def block_of(adapters, path="layers/q/kernel"):
+    """The frozen directions, (layers, size, rank)."""
+    node = nodes(adapters)[path]
+    if "idx" in node.frozen:
+        size = IN if node.method.variant == "FA" else OUT
+        return jax.nn.one_hot(node.frozen["idx"], size, axis=-2)
+    return node.frozen["a"] if node.method.side == "in" else jnp.swapaxes(node.frozen["b"], -1, -2)
+
+
+@by_method
+def test_blocks_are_orthonormal_disjoint_and_shared(method):
+    blocks = [block_of(expert_of(method, e)) for e in range(EXPERTS)]
+    together = jnp.concatenate(blocks, axis=-1)
+    gram = jnp.einsum("lir,lis->lrs", together, together)
+    chex.assert_trees_all_close(gram, jnp.broadcast_to(jnp.eye(4 * EXPERTS)[None], gram.shape), atol=1e-5)
+    # The attach key, the module and the layer change nothing; the basis seed does.
+    again = expert_of(method, 1, seed=99)
+    chex.assert_trees_all_close(block_of(again), blocks[1], atol=0)
+    chex.assert_trees_all_close(block_of(again, "layers/k/kernel"), blocks[1], atol=0)
+    chex.assert_trees_all_close(blocks[1][0], blocks[1][1], atol=0)
+    other = block_of(expert_of(dataclasses.replace(method, basis_seed=1), 1))
+    assert float(jnp.abs(other - blocks[1]).max()) > 0.1
+
+
+@by_method
+def test_an_expert_does_not_depend_on_how_many_there_are(method):
+    """So that a fourth can be trained later."""
+    few, many = (block_of(expert_of(dataclasses.replace(method, experts=n), 1)) for n in (2, 8))
+    chex.assert_trees_all_close(few, many, atol=1e-6)
+
+
+@by_method
+def test_removal_is_exact_to_the_bit(method):
+    experts = [expert_of(method, e) for e in range(EXPERTS)]
+    everyone = sx.combine_experts(experts)
+    for gone in range(EXPERTS):
+        rest = [expert for e, expert in enumerate(experts) if e != gone]
+        left = sx.remove_expert(everyone, experts[gone])
+        never = sx.combine_experts(rest)
+        chex.assert_trees_all_equal(left, never)
+        chex.assert_trees_all_equal(merged(left), merged(never))
+        alone = sx.remove_expert(left, rest[0])
+        chex.assert_trees_all_equal(alone, rest[1])
+        assert sx.remove_expert(alone, rest[1]) == {}
+    assert sx.count(everyone) == sum(sx.count(expert) for expert in experts)
+    grown = sx.combine_experts([sx.combine_experts(experts[:2]), experts[2]])
+    chex.assert_trees_all_equal(grown, everyone)
+
+
+@by_method
+def test_combined_forward_equals_merged(method):
+    everyone = sx.combine_experts([expert_of(method, e) for e in range(EXPERTS)])
+    x = jax.random.normal(jax.random.key(5), (7, IN))
+    node = jax.tree.map(lambda leaf: leaf[1], nodes(everyone)["layers/q/kernel"])
+    y = sx.linear(x, WEIGHT[1], node)
+    chex.assert_trees_all_close(y, x @ merged(everyone)[1], atol=2e-5 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("variant", ["FA", "FB"])
+def test_every_entry_is_one_experts_or_the_bases_to_the_bit(variant):
+    experts = [expert_of(METHODS[variant], e) for e in range(EXPERTS)]
+    together, alone = np.asarray(merged(sx.combine_experts(experts))), [np.asarray(merged(e)) for e in experts]
+    untouched = np.ones(WEIGHT.shape, bool)
+    for own, weight in zip(experts, alone, strict=True):
+        for layer, idx in enumerate(np.asarray(nodes(own)["layers/q/kernel"].frozen["idx"])):
+            index = (layer, idx) if variant == "FA" else (layer, slice(None), idx)
+            np.testing.assert_array_equal(together[index], weight[index])
+            assert (together[index] != np.asarray(WEIGHT)[index]).all()
+            untouched[index] = False
+    np.testing.assert_array_equal(together[untouched], np.asarray(WEIGHT)[untouched])
+    assert untouched.any()
+
+
+@by_method
+def test_each_expert_is_recovered_from_the_sum(method):
+    """What Orthogonal Adaptation promises, and what a sum of plain LoRAs does not."""
+    experts = [expert_of(method, e) for e in range(EXPERTS)]
+    delta = np.asarray(merged(sx.combine_experts(experts)) - WEIGHT, np.float64)
+    for own in experts:
+        node, q = nodes(own)["layers/q/kernel"], np.asarray(block_of(own), np.float64)
+        scale = np.asarray(node.frozen["scale"])[:, None, None]
+        if "b" in node.train:
+            np.testing.assert_allclose(np.swapaxes(q, 1, 2) @ delta, scale * node.train["b"], atol=3e-5)
+        else:
+            np.testing.assert_allclose(delta @ q, scale * node.train["a"], atol=3e-5)
+
+
+def test_experts_may_adapt_different_kernels():
+    method = METHODS["FA"]
+    one, two = expert_of(method, 0, "q"), expert_of(method, 1)
+    both = sx.combine_experts([one, two])
+    assert set(nodes(both)) == {"layers/q/kernel", "layers/k/kernel"}
+    chex.assert_trees_all_equal(sx.remove_expert(both, one), two)
+    chex.assert_trees_all_equal(sx.remove_expert(both, two), one)
+
+
+def test_overlap_and_strangers_are_refused():
+    fa = METHODS["FA"]
+    mistakes = [
+        [expert_of(fa, 1), expert_of(fa, 1, seed=7)],
+        [expert_of(fa, 0), expert_of(METHODS["FB"], 1)],
+        [expert_of(fa, 0), expert_of(METHODS["in"], 1)],
+        [expert_of(METHODS["in"], 0), expert_of(METHODS["out"], 1)],
+        [expert_of(METHODS["in"], 0), expert_of(dataclasses.replace(METHODS["in"], basis_seed=5), 1)],
+        [expert_of(fa, 1), expert_of(dataclasses.replace(fa, rank=8), 0)],
+    ]
+    for pair in mistakes:
+        with pytest.raises(sx.SboraxError, match="expert number 1 of the list overlaps") as error:
+            sx.combine_experts(pair)
+        assert "\n" not in str(error.value)
+    _, lora = sx.attach(jax.random.key(0), PARAMS, [("q", sx.LoRA(rank=2))])
+    with pytest.raises(sx.SboraxError, match="LoRA owns no block"):
+        sx.combine_experts([lora])
+    with pytest.raises(sx.SboraxError, match="at least one"):
+        sx.combine_experts([])
+    with pytest.raises(sx.SboraxError, match="no such expert among the 1"):
+        sx.remove_expert(expert_of(fa, 0), expert_of(fa, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert": 3}, "expert must lie in 0..2"),
+        ({"expert": -1}, "expert must lie in 0..2"),
+        ({"experts": 11, "expert": 0}, "11 experts of rank 4 need 44 directions, there are (40|36)"),
+    ],
+)
+@by_method
+def test_blocks_that_do_not_exist_are_refused_at_planning(method, options, message):
+    with pytest.raises(sx.SboraxError, match=message):
+        sx.plan(PARAMS, [("q", dataclasses.replace(method, **options))])
+
+
+def test_sbora_with_experts_must_say_which():
+    with pytest.raises(sx.SboraxError, match="with experts=3, expert must lie in 0..2, got None"):
+        sx.plan(PARAMS, [("q", sx.SBoRA(rank=4, experts=3))])
