@@ -99,11 +99,11 @@ class Hint:
     """What `init` may know beyond the weight. `method.needs` names the fields that must be given.
 
     layer: number of this layer in its stack.
-    grad: gradient of the loss in the un-adapted weight, `(in, out)`.
+    grad: gradient of the loss in the un-adapted weight, of its shape; on the host it costs the device nothing yet.
     """
 
     layer: Int[Array, "*stack"] | int = 0
-    grad: Float[Array, "*stack in out"] | None = None
+    grad: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None
 
 
 class Fitted(NamedTuple):

@@ -91,6 +91,12 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 
 
+def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
+    """The hint for one kernel: by its own path without `/kernel`, else by the module path of rules, else None."""
+    found = hints or {}
+    return found.get(path.removesuffix("/kernel"), found.get(module_path(path)[0]))
+
+
 def kernels(params: Any) -> dict[str, Any]:
     """Every leaf named `kernel` by its full path, in tree order."""
     found = {}
@@ -146,7 +152,7 @@ def _ranks(
 def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | None = None) -> Plan:
     """Match rules against kernels, settle ranks and check shapes. Arrays or `ShapeDtypeStruct`s will do.
 
-    hints: `Hint` by module path, for methods that need one.
+    hints: `Hint` by module path, for methods that need one; `layers/3/mlp/up_proj` goes before `layers/mlp/up_proj`.
     Raises SboraxError for a rule that matches nothing, a shape that a method refuses, a missing hint.
     """
     rules = as_rules(rules)
@@ -185,7 +191,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             method = rules[i].method
             assert method is not None
             method = resolve(method, settle)
-            _check(path, method, shape, hints)
+            _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         whole = len(parts) == 1 and len(parts[0][1]) == count
         method = parts[0][0] if whole else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
@@ -199,14 +205,15 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     return Plan(tuple(sites), tuple(untouched))
 
 
-def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hints: Mapping[str, Any] | None) -> None:
+def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, whole: Sequence[int]) -> None:
     if isinstance(method.rank, tuple) and not method.ragged:
         raise SboraxError(f"{path}: {type(method).__name__} takes one rank for all layers of a stack")
     try:
         method.check(shape)
     except SboraxError as error:
         raise SboraxError(f"{path} {shape}: {error}") from None
-    hint = (hints or {}).get(module_path(path)[0])
     missing = [need for need in sorted(method.needs) if hint is None or getattr(hint, need) is None]
     if missing:
         raise SboraxError(f"{path}: {type(method).__name__} needs hint {missing[0]!r} for this kernel")
+    if "grad" in method.needs and tuple(hint.grad.shape) != tuple(whole):
+        raise SboraxError(f"{path}: the gradient has shape {tuple(hint.grad.shape)}, the kernel {tuple(whole)}")

@@ -29,7 +29,7 @@ from sborax.core import (
     leaf_axes,
     structure,
 )
-from sborax.paths import Plan, RuleLike, Site, kernels, module_path, path_key, plan
+from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
 
 Params = PyTree
 Adapters = dict[str, Any]
@@ -95,7 +95,8 @@ def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, s
         return method.init(jax.random.fold_in(key, layer), kernel, Hint(layer, grad))
 
     with jax.default_matmul_precision("highest"):
-        fitted = over_stack(one, stack)(layers, matrix, hint.grad)
+        grad = None if hint.grad is None else _matrix(hint.grad, len(stack), in_axes)
+        fitted = over_stack(one, stack)(layers, matrix, grad)
     if fitted.weight is None:
         return fitted
     if isinstance(weight, AbstractWeight):
@@ -120,7 +121,7 @@ def attach(
     found = kernels(params)
     adapters, rewritten = {}, {}
     for site in settled.sites:
-        hint = (hints or {}).get(module_path(site.path)[0], Hint())
+        hint = hint_of(hints, site.path) or Hint()
         hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
         own_key = path_key(key, site.path)
         fitted = _fit(own_key, found[site.path], hint, site.method, site.stack, site.in_axes)

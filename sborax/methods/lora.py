@@ -64,7 +64,7 @@ class LoRA(AbstractFactored):
         if self.init_a == "kaiming":
             a = kaiming_uniform(key, fan_in, self.rank, hint)
         else:
-            a = jax.random.normal(key, (fan_in, width(self.rank))) * mask[None, :] / own
+            a = jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / own
         b = jnp.zeros((width(self.rank), fan_out))
         scale = scaling(self.alpha, self.rank, hint, self.rslora)
         return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})

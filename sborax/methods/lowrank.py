@@ -28,7 +28,8 @@ def kaiming_uniform(key: Key[Array, ""], fan_in: int, rank: Rank, hint: Hint) ->
     """a ~ U(-1/sqrt(in), 1/sqrt(in)), LoRA's released initialiser; padded columns are zero."""
     _, mask = live(rank, hint)
     bound = 1.0 / math.sqrt(fan_in)
-    return jax.random.uniform(key, (fan_in, width(rank)), jnp.float32, -bound, bound) * mask[None, :]
+    # Drawn row by row of a^T: a column does not depend on how many pad the stack behind it.
+    return jax.random.uniform(key, (width(rank), fan_in), jnp.float32, -bound, bound).T * mask[None, :]
 
 
 def pair_delta(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens out"]:
@@ -54,6 +55,24 @@ def taken_from_base(weight: Float[Array, "in out"], a: Array, b: Array, scale: A
     """Leaves and residual of a method that moves s a b from the base into its factors: W <- W - s a b."""
     residual = weight.astype(jnp.float32) - pair_weight(a, b, scale)
     return Fitted({"a": a, "b": b}, {"a0": a, "b0": b, "scale": scale, **extra}, residual)
+
+
+def principal(
+    key: Key[Array, ""], matrix: Float[Array, "m n"], rank: int, niter: int | None
+) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
+    """Leading singular triplets (u, s, vt): exact if niter is None.
+
+    Else that many subspace iterations of Halko et al. (arXiv:0909.4061) without oversampling.
+    """
+    if niter is None:
+        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank]
+    q, _ = jnp.linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[1], rank)))
+    for _ in range(niter):
+        z, _ = jnp.linalg.qr(matrix.T @ q)
+        q, _ = jnp.linalg.qr(matrix @ z)
+    u, s, vt = jnp.linalg.svd(q.T @ matrix, full_matrices=False)
+    return q @ u, s, vt
 
 
 PAIR_AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "scale": (), "dropout": ()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -20,7 +19,15 @@ from sborax.core import (
     dropout_leaf,
     hyper,
 )
-from sborax.methods.lowrank import OFFSET_AXES, offset_factors, pair_delta, pair_weight, scaling, taken_from_base
+from sborax.methods.lowrank import (
+    OFFSET_AXES,
+    offset_factors,
+    pair_delta,
+    pair_weight,
+    principal,
+    scaling,
+    taken_from_base,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,7 @@ class PiSSA(AbstractFactored):
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide = dense(weight).astype(jnp.float32)
         scale = scaling(self.alpha, self.rank, hint)
-        u, s, vt = _principal(key, wide, self.rank, self.niter)
+        u, s, vt = principal(key, wide, self.rank, self.niter)
         root = jnp.sqrt(s / scale)
         return taken_from_base(wide, u * root[None, :], root[:, None] * vt, scale, dropout_leaf(self.dropout))
 
@@ -72,16 +79,3 @@ class PiSSA(AbstractFactored):
 
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r2"], Float[Array, "r2 out"]]:
         return offset_factors(adapter)
-
-
-def _principal(key: Key[Array, ""], weight: Float[Array, "in out"], rank: int, niter: int | None):
-    """Leading singular triplets (u, s, vt); Halko et al. (arXiv:0909.4061) without oversampling if niter is given."""
-    if niter is None:
-        u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
-        return u[:, :rank], s[:rank], vt[:rank]
-    q, _ = jnp.linalg.qr(weight @ jax.random.normal(key, (weight.shape[1], rank)))
-    for _ in range(niter):
-        z, _ = jnp.linalg.qr(weight.T @ q)
-        q, _ = jnp.linalg.qr(weight @ z)
-    u, s, vt = jnp.linalg.svd(q.T @ weight, full_matrices=False)
-    return q @ u, s, vt
