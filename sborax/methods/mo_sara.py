@@ -67,7 +67,7 @@ class MoSARA(AbstractAdditive):
         k = width(self.rank)
         u, _, vt = jnp.linalg.svd(dense(weight).astype(jnp.float32), full_matrices=False)
         lam_key, down, up = jax.random.split(key, 3)
-        lam = jax.random.normal(lam_key, (self.sets, k)) * (mask / jnp.sqrt(own))[None, :]
+        lam = jax.random.normal(lam_key, (k, self.sets)).T * (mask / jnp.sqrt(own))[None, :]
         first = 0.02 * jax.random.normal(down, (k, 1 if self.router == "rank1" else self.sets)) * mask[:, None]
         router = {"w1": first}
         if self.router == "rank1":

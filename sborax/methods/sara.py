@@ -95,7 +95,8 @@ class SARA(AbstractFactored):
         return y + hidden @ cast(train["b"], x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        return weight + pair_weight(*self.factors(adapter, weight.shape), jnp.float32(1.0))
+        scaled = adapter.frozen["scale"] * adapter.train["lam"]
+        return weight + pair_weight(adapter.train["a"] * scaled[None, :], adapter.train["b"], jnp.float32(1.0))
 
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in k"], Float[Array, "k out"]]:
         return adapter.train["a"] * (adapter.frozen["scale"] * adapter.train["lam"])[None, :], adapter.train["b"]
