@@ -1,8 +1,13 @@
 """sborax: parameter-efficient fine-tuning in JAX. Adapters are pure transforms over Flax parameter trees."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sborax.compose import chain
 from sborax.core import Adapter, Context, Hint, SboraxError, linear
 from sborax.data.options import Data
+from sborax.experts import combine_experts, remove_expert
+from sborax.hints import gradient_hints
 from sborax.methods import (
     C3A,
     HRA,
@@ -18,9 +23,12 @@ from sborax.methods import (
     LoHa,
     LoKr,
     LoRA,
+    LoRAGA,
     MoSARA,
     OLoRA,
+    OrthogonalAdaptation,
     PiSSA,
+    PRILoRA,
     RandLoRA,
     SBoRA,
     SHiRA,
@@ -43,7 +51,30 @@ from sborax.tree import (
     value_and_grad,
 )
 
+if TYPE_CHECKING:
+    from sborax.interop.peft import load_peft, save_peft
+    from sborax.models import generate, load_model, save_hf
+    from sborax.train.adapter import load_adapter, save_adapter
+
 __version__ = "0.1.0"
+
+# Imported on first use: methods and verbs need JAX alone, and Flax, transformers and orbax take seconds to import.
+_LATER = {
+    "generate": "sborax.models",
+    "load_adapter": "sborax.train.adapter",
+    "load_model": "sborax.models",
+    "load_peft": "sborax.interop.peft",
+    "save_adapter": "sborax.train.adapter",
+    "save_hf": "sborax.models",
+    "save_peft": "sborax.interop.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'sborax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
 
 __all__ = [
     "AdaLoRA",
@@ -65,10 +96,13 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAGA",
     "MoSARA",
     "OFT",
     "OLoRA",
     "Optimizer",
+    "OrthogonalAdaptation",
+    "PRILoRA",
     "PiSSA",
     "Plan",
     "RandLoRA",
@@ -85,12 +119,22 @@ __all__ = [
     "attach",
     "chain",
     "combine",
+    "combine_experts",
     "count",
+    "generate",
+    "gradient_hints",
     "labels",
     "linear",
+    "load_adapter",
     "load_experiment",
+    "load_model",
+    "load_peft",
     "merge",
     "plan",
+    "remove_expert",
+    "save_adapter",
+    "save_hf",
+    "save_peft",
     "scale",
     "specs",
     "split",

@@ -12,10 +12,13 @@ from sborax.methods.ia3 import IA3
 from sborax.methods.loha import LoHa
 from sborax.methods.lokr import LoKr
 from sborax.methods.lora import LoRA
+from sborax.methods.lora_ga import LoRAGA
 from sborax.methods.mo_sara import MoSARA
 from sborax.methods.oft import OFT
 from sborax.methods.olora import OLoRA
+from sborax.methods.orthogonal import OrthogonalAdaptation
 from sborax.methods.pissa import PiSSA
+from sborax.methods.prilora import PRILoRA
 from sborax.methods.randlora import RandLoRA
 from sborax.methods.sara import SARA
 from sborax.methods.sbora import SBoRA
@@ -35,9 +38,12 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAGA",
     "MoSARA",
     "OFT",
     "OLoRA",
+    "OrthogonalAdaptation",
+    "PRILoRA",
     "PiSSA",
     "RandLoRA",
     "SARA",
