@@ -311,7 +311,13 @@ train(sx.load_experiment(sys.argv[1]), sys.argv[2], resume=sys.argv[3] == "resum
 
 
 def child(config, out, mode):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # The three processes of a test compile once.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", CHILD, str(config), str(out), mode]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
