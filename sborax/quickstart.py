@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sborax.config import override
@@ -16,10 +17,12 @@ from sborax.paths import Rule
 from sborax.train.adapter import load_adapter
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save
 from sborax.train.loop import ADAPTER, train
-from sborax.train.report import SUMMARY, clock
+from sborax.train.report import METRICS, SUMMARY, clock
 
 QUESTIONS = 3
 NEW_TOKENS = 40
+FEW = 10
+"""Steps whose losses are averaged: batches of so few tokens differ more than a step improves."""
 
 
 def experiment(model: str, data: str, held_out: bool) -> Experiment:
@@ -30,12 +33,12 @@ def experiment(model: str, data: str, held_out: bool) -> Experiment:
         data=rows,
         rules=(Rule(r"self_attn/|mlp/", SBoRA(rank=64)),),
         optimizer=Optimizer(lr=1e-3, schedule="cosine", warmup=0.05),
-        steps=80,
+        steps=60,
         batch_size=8,
         eval=Eval(
             data=Data(name=data, template="chat", split="test", max_length=64, buckets=(64,)) if held_out else None
         ),
-        save=Save(every=40),
+        save=Save(every=30),
     )
 
 
@@ -89,23 +92,28 @@ def _answers(
     texts = [prompt_of(template, record, tokenizer) for record in asked]
     prompts = [tokenizer(text, add_special_tokens=template != "chat")["input_ids"] for text in texts]
     written = generate(model, params, adapters, prompts, NEW_TOKENS)
-    return [" ".join(tokenizer.decode(new, skip_special_tokens=True).split()) for new in written]
+    shown = [" ".join(tokenizer.decode(new, skip_special_tokens=True).split()) for new in written]
+    return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]
 
 
 def _told(run: str, asked: Sequence[Mapping[str, Any]], before: Sequence[str], after: Sequence[str]) -> str:
     summary = json.loads((Path(run) / SUMMARY).read_text())
-    lines = ["", "Questions that were not in the training data:"]
+    metrics = [json.loads(line) for line in (Path(run) / METRICS).read_text().splitlines()]
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    lines = [""]
     for record, old, new in zip(asked, before, after, strict=True):
-        lines += ["", f"  {record.get('instruction')}", f"    before: {old}", f"    after:  {new}"]
+        lines += [f"{record.get('instruction')}", f"  before: {old}", f"  after:  {new}", ""]
+    few = min(FEW, len(losses))
+    held_out = "" if summary["eval_loss"] is None else f"; {summary['eval_loss']:.3f} on questions that were held out"
     lines += [
-        "",
-        f"loss {summary['first_loss']:.3f} -> {summary['last_loss']:.3f} in {summary['steps']} steps and "
-        f"{clock(summary['seconds'])} minutes, peak memory {summary['peak_memory'] / 1e9:.1f} GB",
+        f"loss {fmean(losses[:few]):.3f} in the first {few} steps, {fmean(losses[-few:]):.3f} in the last{held_out}",
+        f"{summary['steps']} steps in {clock(summary['seconds'])} minutes; "
+        f"{summary['peak_memory'] / 1e9:.1f} GB of memory at most",
         f"{summary['trainable_parameters']:,} of {summary['base_parameters']:,} parameters were trained; "
         f"the adapter is in {run}/{ADAPTER}/",
         "",
-        f'Ask it something: sborax generate {run} --template chat --prompt "Who are you?"',
-        f"A dense model:    sborax merge {run} merged/",
-        f"For PEFT:         sborax export {run} peft/",
+        f'ask it something: sborax generate {run} --template chat --prompt "Who are you?"',
+        f"a dense model:    sborax merge {run} merged/",
+        f"for PEFT:         sborax export {run} peft/",
     ]
     return "\n".join(lines)
