@@ -67,6 +67,10 @@ class Sum(AbstractAdditive, AbstractComposite):
         return _first([part.mergeable for part in self.parts])
 
     @property
+    def materialises(self) -> str:
+        return _first([part.materialises for part in self.parts])
+
+    @property
     def ragged(self) -> bool:
         return all(part.ragged for part in self.parts)
 
@@ -129,6 +133,10 @@ class Scaled(AbstractAdditive, AbstractComposite):
     @property
     def mergeable(self) -> str:
         return self.part.mergeable
+
+    @property
+    def materialises(self) -> str:
+        return self.part.materialises
 
     @property
     def ragged(self) -> bool:

@@ -4,6 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+SIZES = {"r": "rank", "init_r": "rank", "oft_block_size": "block size", "block_size": "block size"}
+"""The config fields that say how large an adapter is."""
+
 
 def card(
     methods: Sequence[str],
@@ -15,9 +18,10 @@ def card(
     """A README.md: what was trained, how exact the export is, and how to load it in PEFT and in sborax."""
     name = base or "path/to/the/base/model"
     front = ["library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else []), "tags: [sborax, adapter]"]
-    rank = f"{config['r']}" + (", with exceptions in `rank_pattern`" if config.get("rank_pattern") else "")
+    size = next((f", {word} {config[field]}" for field, word in SIZES.items() if config.get(field)), "")
+    size += ", with exceptions in `rank_pattern`" if config.get("rank_pattern") else ""
     lines = [
-        f"Method: {', '.join(methods)}, stored as PEFT's `{config['peft_type']}`, rank {rank}.",
+        f"Method: {', '.join(methods)}, stored as PEFT's `{config['peft_type']}`{size}.",
         f"Base model: {base or 'not recorded'}.",
         f"Adapted modules: {', '.join(config['target_modules'])}.",
         *([f"Layers: {config['layers_to_transform']}."] if "layers_to_transform" in config else []),

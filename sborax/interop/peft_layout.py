@@ -9,8 +9,6 @@ from jaxtyping import Array
 from sborax.core import AbstractWeight, SboraxError, is_weight
 from sborax.models.names import hf_module, row, unlayered
 
-PREFIX = "base_model.model."
-"""What PEFT puts before every module's name in its files."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 

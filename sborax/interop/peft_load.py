@@ -13,9 +13,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sborax.compose import ByLayer
-from sborax.core import AbstractMethod, AbstractWeight, Adapter, Hint, SboraxError
-from sborax.interop.peft_layout import CONFIG, PREFIX, TENSORS, Layout, layout_of, leaves_of, refuse_tied_embedding
-from sborax.interop.peft_table import Fit, Row, row_for
+from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.interop.peft_layout import CONFIG, TENSORS, Layout, layout_of, leaves_of, refuse_tied_embedding
+from sborax.interop.peft_row import PREFIX, Fit, Row, leaf_shapes, shared_shapes
+from sborax.interop.peft_table import row_for
 from sborax.interop.peft_targets import HEAD, saved_whole, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
@@ -24,6 +25,7 @@ from sborax.tree import attach, nest, nodes
 
 LARGEST_CONFIG = 1 << 22
 FLOATS = ("F32", "F16", "BF16", "F64")
+WHOLE = ("I32", "I64")
 OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
 """Kinds that PEFT has renamed: the new name, and how the tensors' names change."""
 
@@ -32,7 +34,8 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
     """Read a PEFT adapter directory for `model`: `(params, adapters)`.
 
     Reads LORA (with rsLoRA, DoRA, patterns, PiSSA and OLoRA whose base part is taken again from `model.params`),
-    MISS in its three forms and old BONE files; safetensors only. `modules_to_save` come back in `params`.
+    MISS in its three forms, old BONE files and every kind in `peft_others`; safetensors only. `modules_to_save` come
+    back in `params`.
 
     Raises SboraxError for anything missing, superfluous, ill-shaped or unsupported.
     """
@@ -58,13 +61,15 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             refuse_tied_embedding(layout, module)
         fits = {module: _fit(row, config, module) for module in modules}
         wanted = _expected(row, fits, layout)
+        copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)}
+        names = {name: stored for name, stored in names.items() if name not in copies}
         whole = _whole(layout, kept, modules, names)
-        _compare({**wanted, **{PREFIX + stored: shape for stored, (_, shape) in whole.items()}}, names, headers)
+        _compare({**wanted, **{PREFIX + stored: shape for stored, (_, shape) in whole.items()}}, names, headers, row)
 
         def read(name: str) -> np.ndarray:
-            return np.asarray(file.get_tensor(names[PREFIX + name]), np.float32)
+            return np.asarray(file.get_tensor(names[name]), np.float32)
 
-        params = _replaced(model.params, layout, {slot: read(stored) for stored, (slot, _) in whole.items()})
+        params = _replaced(model.params, layout, {slot: read(PREFIX + stored) for stored, (slot, _) in whole.items()})
         params, adapters = attach(jax.random.key(0), params, _plan(fits, layout))
         filled = {}
         for path, node in nodes(adapters).items():
@@ -120,12 +125,14 @@ def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
     fields = {name: config.get(name, default) for name, default in row.defaults.items()}
     for name, pattern in row.patterns.items():
         fields[name] = value_for(config, pattern, module, fields[name])
+    if row.by_module is not None:
+        fields |= row.by_module(config, module)
     return row.read(fields)
 
 
 def _expected(row: Row, fits: Mapping[str, Fit], layout: Layout) -> dict[str, tuple[int, ...]]:
     """The shape of every adapter tensor, from the config alone."""
-    shapes: dict[tuple[AbstractMethod, tuple[int, int]], Any] = {}
+    shapes: dict[tuple[AbstractMethod, tuple[int, int]], dict[str, tuple[int, ...]]] = {}
     wanted = {}
     for module, fit in fits.items():
         shape = layout.shape(layout.slots[f"{module}.weight"].path)
@@ -135,14 +142,12 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: Layout) -> dict[str, tu
                     fit.method.check(shape)
                 except SboraxError as failure:
                     raise SboraxError(f"{module} {shape}: {failure}") from None
-            weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-            init = lambda w, method=fit.method: method.init(jax.random.key(0), w, Hint())  # noqa: E731
-            shapes[fit.method, shape] = jax.eval_shape(init, weight).train
-        train = shapes[fit.method, shape]
+            shapes[fit.method, shape] = leaf_shapes(fit.method, shape)
+        leaves = shapes[fit.method, shape]
         for tensor in row.tensors:
-            ours = train[tensor.leaf].shape
-            wanted[f"{PREFIX}{module}.{tensor.suffix}"] = tuple(ours[axis] for axis in tensor.axes)
-    return wanted
+            if tensor.leaf in leaves and not tensor.shared:
+                wanted[tensor.key(module)] = tensor.shape(leaves[tensor.leaf])
+    return wanted | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
 
 
 def _whole(
@@ -160,7 +165,10 @@ def _whole(
     return found
 
 
-def _compare(wanted: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any]) -> None:
+def _compare(
+    wanted: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any], row: Row
+) -> None:
+    places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
     missing, surplus = sorted(wanted.keys() - names.keys()), sorted(names.keys() - wanted.keys())
     if missing:
         raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
@@ -172,7 +180,7 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], names: Mapping[str, str], he
         header = headers[names[name]]
         if tuple(header.get_shape()) != shape:
             raise SboraxError(f"{name} has shape {tuple(header.get_shape())}, config and model say {shape}")
-        if header.get_dtype() not in FLOATS:
+        if header.get_dtype() not in ((*FLOATS, *WHOLE) if name.endswith(places) else FLOATS):
             raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
 
 
@@ -253,10 +261,23 @@ def _filled_on(
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
         for tensor in row.tensors:
-            value = np.transpose(read(f"{module}.{tensor.suffix}"), np.argsort(tensor.axes))
-            slot = train[tensor.leaf] if layer is None else train[tensor.leaf][layer]
+            if tensor.leaf not in (leaves := {**train, **frozen}):
+                continue
+            value = tensor.inward(read(tensor.key(module)))
+            if tensor.places:
+                _check_places(tensor.key(module), value, layout.shape(path))
+            slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
+            if tensor.shared:
+                value = value[tuple(slice(size) for size in slot.shape)]
             slot[...] = 0.0
             slot[tuple(slice(size) for size in value.shape)] = value
         for name, value in fits[module].frozen.items():
             frozen[name][... if layer is None else layer] = value
     return Adapter(jax.tree.map(jnp.asarray, train), jax.tree.map(jnp.asarray, frozen), node.method, node.in_axes)
+
+
+def _check_places(name: str, value: np.ndarray, shape: tuple[int, int]) -> None:
+    """Raise SboraxError unless the columns of `value` are (column, row) places of an (in, out) weight, each once."""
+    inside = (value >= 0).all() and (value < np.asarray(shape[::-1])[:, None]).all() and (value % 1 == 0).all()
+    if not inside or len(np.unique(value, axis=1).T) != value.shape[1]:
+        raise SboraxError(f"{name}: an index lies outside the {shape} weight or comes twice")

@@ -15,7 +15,6 @@ from sborax.interop.card import card
 from sborax.interop.factor import Pair, by_layer, exact, truncated
 from sborax.interop.peft_layout import (
     CONFIG,
-    PREFIX,
     TENSORS,
     Layout,
     layout_of,
@@ -24,7 +23,8 @@ from sborax.interop.peft_layout import (
     same,
     wide,
 )
-from sborax.interop.peft_table import PLAIN, TABLE, Row
+from sborax.interop.peft_row import PREFIX, ROOT, Row, shared_shapes
+from sborax.interop.peft_table import PLAIN, TABLE
 from sborax.interop.peft_targets import naming, pattern_for, saved_whole, targeted
 from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
@@ -101,12 +101,12 @@ def save_peft(
     row = _common_row(entries)
     whole = _trained_base(layout, given, found, entries)
     config = _config(row, entries, layout, base, whole)
-    tensors = {f"{PREFIX}{m}.{suffix}": t for m, entry in entries.items() for suffix, t in entry.tensors.items()}
+    tensors = _stored(row, entries, layout)
     for name in whole:
         slot = layout.slots[name]
         leaf = wide(given[slot.path] if slot.layer is None else given[slot.path][slot.layer])
         tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
-    _check_keys(config, row, layout, set(tensors))
+    _check_keys(config, row, layout, entries, set(tensors))
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     done = Exported(row.peft_type, len(entries), sum(t.size for t in tensors.values()), errors)
     out = epath.Path(directory)
@@ -169,10 +169,42 @@ def _plain(name: str, pair: Pair, error: float | None) -> _Entry:
 
 
 def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
-    return {
-        tensor.suffix: np.ascontiguousarray(np.transpose(np.asarray(node.train[tensor.leaf], np.float32), tensor.axes))
+    leaves = {**node.train, **node.frozen}
+    return {tensor.suffix: tensor.outward(leaves) for tensor in row.tensors if tensor.leaf in leaves}
+
+
+def _stored(row: Row, entries: Mapping[str, _Entry], layout: Layout) -> dict[str, np.ndarray]:
+    """The adapter's tensors by their keys in the file."""
+    stored = {
+        tensor.key(module): entry.tensors[tensor.suffix]
+        for module, entry in entries.items()
         for tensor in row.tensors
+        if tensor.suffix in entry.tensors and not tensor.shared
     }
+    if not any(tensor.shared for tensor in row.tensors):
+        return stored
+    method = row.read({**row.defaults, **next(iter(entries.values())).fields}).method
+    shapes = [layout.shape(layout.slots[f"{module}.weight"].path) for module in entries]
+    for key, shape in shared_shapes(row, method, shapes).items():
+        stored[key] = _joined(key, shape, entries)
+    copies = {copy: stored[key] for tensor in row.tensors for copy, key in tensor.copies(entries).items()}
+    return stored | copies
+
+
+def _joined(key: str, shape: tuple[int, ...], entries: Mapping[str, _Entry]) -> np.ndarray:
+    """The tensor that all modules share, from the part that each has."""
+    whole, filled = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    for module, entry in entries.items():
+        part = entry.tensors[key.removeprefix(ROOT)]
+        place = tuple(slice(size) for size in part.shape)
+        known = filled[place]
+        if not np.array_equal(whole[place][known], part[known]):
+            raise SboraxError(
+                f"{module}: PEFT keeps one {key} for all modules, and this one has its own; give all of them the same "
+                "projection_seed, or use as_='lora'"
+            )
+        whole[place], filled[place] = part, True
+    return whole
 
 
 def _common_row(entries: Mapping[str, _Entry]) -> Row:
@@ -214,11 +246,15 @@ def _config(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "bias": "none",
+        **row.constants,
         **{name: values[0] for name, values in row.known_by.items()},
         **row.defaults,
     }
+    if row.in_config is not None:
+        config |= row.in_config({module: entry.fields for module, entry in entries.items()})
     for name in next(iter(entries.values())).fields:
+        if name not in row.defaults:
+            continue
         values = {module: entry.fields[name] for module, entry in entries.items()}
         common, exceptions = pattern_for(values)
         config[name] = common
@@ -232,13 +268,19 @@ def _config(
             )
     if whole:
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole})
-    return config | naming(list(entries), layout.linear)
+    return config | naming(list(entries), layout.linear, row.layered)
 
 
-def _check_keys(config: Mapping[str, Any], row: Row, layout: Layout, written: set[str]) -> None:
+def _check_keys(
+    config: Mapping[str, Any], row: Row, layout: Layout, entries: Mapping[str, _Entry], written: set[str]
+) -> None:
     implied = {
-        f"{PREFIX}{module}.{tensor.suffix}" for module in targeted(config, layout.linear) for tensor in row.tensors
+        tensor.key(module)
+        for module in targeted(config, layout.linear)
+        for tensor in row.tensors
+        if module not in entries or tensor.suffix in entries[module].tensors
     }
+    implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)}
     kept = set(saved_whole(config, layout.modules))
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in kept}
     if implied != written:

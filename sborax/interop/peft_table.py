@@ -4,99 +4,37 @@ PEFT keeps matrices as torch does, (out, in); ours are (in, out). To teach the r
 that PEFT knows, add its row to `TABLE`. Key names and shapes follow peft 0.21.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from sborax.core import AbstractMethod, Adapter, SboraxError
+from sborax.interop.peft_others import OTHERS
+from sborax.interop.peft_row import Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
 from sborax.methods import Bat, Bone, DoRA, LoRA, OLoRA, PiSSA
-
-Fields = Mapping[str, Any]
-"""Config fields of one module, patterns resolved."""
-
-LARGEST_RANK = 65_536
-"""Beyond any model's width: larger numbers in a file are refused before anything is sized by them."""
-
-
-class Tensor(NamedTuple):
-    """A tensor of one module in PEFT's file. `axes` permute our leaf's axes into PEFT's."""
-
-    suffix: str
-    leaf: str
-    axes: tuple[int, ...]
-
-
-class Fit(NamedTuple):
-    """A method, and the values of the frozen leaves that the config states outright."""
-
-    method: AbstractMethod
-    frozen: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One kind of PEFT adapter and the method it is here.
-
-    known_by: config fields, and the values by which a file of this row is known; the first one is written.
-    defaults: the other fields that the row reads, with the values PEFT gives them when they are absent.
-    patterns: fields that may differ by module, and where the config keeps the exceptions.
-    write: the fields of one module from its adapter, or None for a setting that PEFT lacks; None: read only.
-    any_rank: PEFT accepts ranks beyond the size of the matrix, which our planning refuses.
-    """
-
-    method: type[AbstractMethod]
-    peft_type: str
-    known_by: Mapping[str, tuple[Any, ...]]
-    defaults: Mapping[str, Any]
-    tensors: tuple[Tensor, ...]
-    read: Callable[[Fields], Fit]
-    write: Callable[[Adapter], dict[str, Any] | None] | None = None
-    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    any_rank: bool = False
-
-
-def _rank(fields: Fields, name: str = "r") -> int:
-    value = fields[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_RANK:
-        raise SboraxError(f"{name} must be a whole number in 1..{LARGEST_RANK}, got {str(value)[:40]}")
-    return value
-
-
-def _number(fields: Fields, name: str) -> float:
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise SboraxError(f"{name} must be a finite number, got {str(value)[:40]}")
-    return float(value)
 
 
 def _scale(fields: Fields) -> float:
-    rank = _rank(fields)
-    return _number(fields, "lora_alpha") / (math.sqrt(rank) if fields["use_rslora"] else rank)
-
-
-def _dropout(node: Adapter) -> float:
-    return float(str(np.float32(node.frozen.get("dropout", 0.0))))
+    rank = rank_field(fields)
+    return number_field(fields, "lora_alpha") / (math.sqrt(rank) if fields["use_rslora"] else rank)
 
 
 def _lora_fields(node: Adapter) -> dict[str, Any]:
     rank = node.train["a"].shape[-1]
     # A float32 times a whole number is exact in float64, so dividing it again gives the scale back.
     alpha = float(node.frozen["scale"]) * rank
-    return {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": _dropout(node)}
+    return {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": dropout_of(node)}
 
 
 def _read_lora(fields: Fields) -> Fit:
-    return Fit(LoRA(rank=_rank(fields), dropout=_number(fields, "lora_dropout")), {"scale": _scale(fields)})
+    return Fit(LoRA(rank=rank_field(fields), dropout=number_field(fields, "lora_dropout")), {"scale": _scale(fields)})
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
     def read(fields: Fields) -> Fit:
-        rank, scale = _rank(fields), _scale(fields)
+        rank, scale = rank_field(fields), _scale(fields)
         return Fit(
-            method(rank=rank, alpha=scale * rank, dropout=_number(fields, "lora_dropout")),  # type: ignore[call-arg]
+            method(rank=rank, alpha=scale * rank, dropout=number_field(fields, "lora_dropout")),  # type: ignore[call-arg]
             {"scale": scale},
         )
 
@@ -105,8 +43,8 @@ def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
 
 def _shards(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], dict[str, Any] | None]]:
     def read(fields: Fields) -> Fit:
-        width = _rank(fields, "mini_r") if mini else None
-        return Fit(Bone(rank=_rank(fields), mini_rank=width, dropout=_number(fields, "miss_dropout")), {})
+        width = rank_field(fields, "mini_r") if mini else None
+        return Fit(Bone(rank=rank_field(fields), mini_rank=width, dropout=number_field(fields, "miss_dropout")), {})
 
     def write(node: Adapter) -> dict[str, Any] | None:
         method = node.method
@@ -114,7 +52,7 @@ def _shards(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], di
         if method.grouping != "strided" or (method.mini_rank is not None) != mini:
             return None
         own = {"mini_r": method.mini_rank} if mini else {}
-        return {"r": method.rank, **own, "miss_dropout": _dropout(node)}
+        return {"r": method.rank, **own, "miss_dropout": dropout_of(node)}
 
     return read, write
 
@@ -151,14 +89,15 @@ TABLE = (
     Row(Bone, "MISS", {"init_weights": ("mini",)}, MISS_FIELDS, BLOCK, *MINI),
     Row(
         Bat, "MISS", {"init_weights": ("bat",)}, MISS_FIELDS, (Tensor("miss_block", "d", (0, 1, 2)),),
-        lambda fields: Fit(Bat(rank=_rank(fields)), {}), lambda node: {"r": node.method.rank},
+        lambda fields: Fit(Bat(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
     ),
+    *OTHERS,
 )  # fmt: skip
 
 PLAIN = TABLE[0]
 """Plain LoRA: what every method with thin factors can be written as."""
 
-KNOWN_BY_DEFAULTS = {"use_dora": False, "init_lora_weights": True, "init_weights": True}
+KNOWN_BY_DEFAULTS = {"use_dora": False, "init_lora_weights": True, "init_weights": True, "init_ia3_weights": True}
 
 INERT = frozenset(
     """
@@ -195,7 +134,7 @@ def row_for(config: Mapping[str, Any]) -> Row:
             f"{kind} with {asked[:120]} is not supported; if it changes the base, save it in PEFT with "
             "path_initial_model_for_weight_conversion"
         )
-    read = INERT | row.known_by.keys() | row.defaults.keys() | set(row.patterns.values())
+    read = INERT | row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | row.inert
     for name, value in config.items():
         if name not in read and value and value != NEUTRAL.get(name):
             raise SboraxError(f"option {name[:60]}={str(value)[:60]} is not supported")

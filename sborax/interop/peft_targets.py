@@ -94,6 +94,14 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
     return [module for module in linear if meant(module)]
 
 
+def matched(config: Mapping[str, Any], field: str, module: str) -> bool:
+    """Whether a field such as `feedforward_modules`, one pattern or the ends of names, means a module."""
+    wanted = config.get(field) or []
+    if isinstance(wanted, str):
+        return re.fullmatch(_checked(wanted, field), module) is not None
+    return any(module.endswith(name) for name in _texts(config, field))
+
+
 def value_for(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
     """What a `rank_pattern` or `alpha_pattern` says of one module; the first key that matches wins."""
     patterns = config.get(field) or {}
@@ -105,13 +113,16 @@ def value_for(config: Mapping[str, Any], field: str, module: str, default: Any) 
     return default
 
 
-def naming(wanted: Sequence[str], linear: Sequence[str]) -> dict[str, Any]:
-    """The shortest config fields under which PEFT adapts exactly `wanted` among `linear`."""
+def naming(wanted: Sequence[str], linear: Sequence[str], layered: bool = True) -> dict[str, Any]:
+    """The shortest config fields under which PEFT adapts exactly `wanted` among `linear`.
+
+    layered: the config may choose layers by number.
+    """
     short = sorted({module.rpartition(".")[2] for module in wanted})
     layers = sorted({int(match[1]) for module in wanted if (match := NUMBERED.match(module))})
     candidates: list[dict[str, Any]] = [
         {"target_modules": short},
-        {"target_modules": short, "layers_to_transform": layers},
+        *([{"target_modules": short, "layers_to_transform": layers}] if layered else []),
         {"target_modules": sorted(wanted)},
     ]
     return next(one for one in candidates if set(targeted(one, linear)) == set(wanted))

@@ -68,7 +68,7 @@ class DeLoRA(AbstractFactored):
         return y + checkpoint_name(dropout(x, adapter, ctx) @ cast(a, x), HIDDEN) @ cast(b, x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        a, b = self.factors(adapter, weight.shape)
+        a, b = self.factors(adapter, (weight.shape[0], weight.shape[1]))
         return weight + jnp.matmul(a, b, precision="highest")
 
     def factors(

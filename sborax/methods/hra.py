@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from sborax.core import (
@@ -58,7 +59,7 @@ class HRA(AbstractMethod):
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         left, right = _reflection(adapter.train["u"])
-        return matmul(x - jax.ad_checkpoint.checkpoint_name(x @ cast(left, x), HIDDEN) @ cast(right, x), weight)
+        return matmul(x - checkpoint_name(x @ cast(left, x), HIDDEN) @ cast(right, x), weight)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         wide = dense(weight).astype(jnp.float32)

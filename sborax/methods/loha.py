@@ -69,7 +69,7 @@ class LoHa(AbstractFactored):
         return y + checkpoint_name(x @ cast(a, x), HIDDEN) @ cast(b, x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        a, b = self.factors(adapter, weight.shape)
+        a, b = self.factors(adapter, (weight.shape[0], weight.shape[1]))
         return weight + jnp.matmul(a, b, precision="highest")
 
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r2"], Float[Array, "r2 out"]]:

@@ -51,9 +51,10 @@ class RandLoRA(AbstractAdditive):
 
     @property
     def axes(self) -> Axes:
-        small = {"l": ("rank", None), "g_in": (None, "in"), "g_out": (None, "out")}
-        bases = {"q_in": ("rank", "in"), "p_in": (None, "in"), "q_out": ("rank", "out"), "p_out": (None, "out")}
-        return {**small, **bases, "scale": (), "dropout": ()}
+        sides: dict[str, tuple[str | None, ...]] = {}
+        for side in ("in", "out"):
+            sides |= {f"g_{side}": (None, side), f"q_{side}": ("rank", side), f"p_{side}": (None, "rank", side)}
+        return {**sides, "l": ("rank", None), "scale": (), "dropout": ()}
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
@@ -64,8 +65,7 @@ class RandLoRA(AbstractAdditive):
         bases = -(-least // self.rank)
         of_q, of_p = jax.random.split(jax.random.key(self.projection_seed))
         p = jax.vmap(lambda n: shared_rows(jax.random.fold_in(of_p, n), most, self.rank))(jnp.arange(bases))
-        # PEFT's order, which a kernel with fewer bases reads a prefix of; it pairs the random columns otherwise than l.
-        p, q = p.transpose(0, 2, 1).reshape(self.rank * bases, most), shared_rows(of_q, least, self.rank).T
+        p, q = p.transpose(0, 2, 1), shared_rows(of_q, least, self.rank).T
         train = {"l": jnp.zeros((self.rank, bases))}
         gain = jnp.full((bases, least), 1.0 / max(bases, least))
         scale = jnp.float32(20.0) if self.alpha is None else scaling(self.alpha, self.rank, hint)
@@ -89,4 +89,6 @@ class RandLoRA(AbstractAdditive):
         narrow = "g_in" in train
         q, gain = (frozen["q_in"], train["g_in"]) if narrow else (frozen["q_out"], train["g_out"])
         scaled = (train["l"][:, :, None] * q[:, None, :] * gain[None, :, :]).reshape(-1, q.shape[1])
-        return (scaled.T, frozen["p_out"]) if narrow else (frozen["p_in"].T, scaled)
+        # P counts its columns base by base, D by rank, as PEFT: a kernel with fewer bases then reads a part of P.
+        p = (frozen["p_out"] if narrow else frozen["p_in"]).reshape(scaled.shape[0], -1)
+        return (scaled.T, p) if narrow else (p.T, scaled)

@@ -18,7 +18,6 @@ from sborax.core import (
     cast,
     check_rank,
 )
-from sborax.methods.sbora import DISTINCT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class SHiRA(AbstractAdditive):
 
     rank: sets the number of entries, as many as a LoRA of this rank has (PEFT: 32).
 
-    The places are drawn without replacement per kernel and kept in row order: idx[n] = i out + j for the entry (i, j).
+    The places are drawn without replacement per kernel: entry n is at row idx[1, n], column idx[0, n] (PEFT's order).
     The step forms S: gathering the inputs of every entry would take rank (in + out) numbers a token.
     values = 0 at init: identity. Exact merge, and entries without a trained value keep their bits.
     Trained parameters: rank (in + out).
@@ -40,7 +39,7 @@ class SHiRA(AbstractAdditive):
 
     @property
     def axes(self) -> Axes:
-        return {"values": (None,), "idx": (None,)}
+        return {"values": (None,), "idx": (None, None)}
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
@@ -53,21 +52,22 @@ class SHiRA(AbstractAdditive):
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
         entries = self.rank * (fan_in + fan_out)
-        idx = jnp.sort(jax.random.permutation(key, fan_in * fan_out)[:entries]).astype(jnp.int32)
-        return Fitted({"values": jnp.zeros(entries)}, {"idx": idx})
+        places = jnp.sort(jax.random.permutation(key, fan_in * fan_out)[:entries]).astype(jnp.int32)
+        return Fitted({"values": jnp.zeros(entries)}, {"idx": jnp.stack([places % fan_out, places // fan_out])})
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        idx, shape = adapter.frozen["idx"], (x.shape[1], y.shape[1])
+        columns, rows = adapter.frozen["idx"]
 
         # S is made again in the backward pass: keeping one a layer would be a second model.
         @jax.checkpoint
         def sparse(x: Array, values: Array) -> Array:
-            return x @ jnp.zeros(shape[0] * shape[1], x.dtype).at[idx].set(cast(values, x), **DISTINCT).reshape(shape)
+            empty = jnp.zeros((x.shape[1], y.shape[1]), x.dtype)
+            return x @ empty.at[rows, columns].set(cast(values, x), unique_indices=True)
 
         return y + sparse(x, adapter.train["values"])
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        flat = weight.reshape(-1).at[adapter.frozen["idx"]].add(adapter.train["values"], **DISTINCT)
-        return flat.reshape(weight.shape)
+        columns, rows = adapter.frozen["idx"]
+        return weight.at[rows, columns].add(adapter.train["values"], unique_indices=True)

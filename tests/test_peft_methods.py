@@ -1,0 +1,322 @@
+"""The methods PEFT has too, against PEFT: its tensors in our leaves give its outputs and its merged weight."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.tuners.lokr.layer import factorization
+from safetensors.numpy import load_file, save_file
+from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
+
+import sborax as sx
+from sborax.core import AbstractMethod, Adapter
+from sborax.interop.peft import load_peft, save_peft
+from sborax.methods.lokr import divisors
+from sborax.tree import nodes
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`train` and `frozen` map PEFT's tensors, by the name of their parameter, to our leaves."""
+
+    name: str
+    config: peft.PeftConfig
+    method: AbstractMethod
+    train: Callable[[Tensors], dict[str, Any]]
+    frozen: Callable[[Tensors], dict[str, Any]] = lambda _: {}
+    shape: tuple[int, int] = (24, 18)
+
+
+def flipped(**names: str) -> Callable[[Tensors], dict[str, Any]]:
+    """Our leaf = PEFT's tensor with its axes reversed."""
+    return lambda tensors: {leaf: tensors[name].T for leaf, name in names.items()}
+
+
+def same(**names: str) -> Callable[[Tensors], dict[str, Any]]:
+    return lambda tensors: {leaf: tensors[name] for leaf, name in names.items()}
+
+
+def joined(*parts: Callable[[Tensors], dict[str, Any]]) -> Callable[[Tensors], dict[str, Any]]:
+    return lambda tensors: {leaf: value for part in parts for leaf, value in part(tensors).items()}
+
+
+def scaled(scale: float) -> Callable[[Tensors], dict[str, Any]]:
+    return lambda _: {"scale": np.float32(scale)}
+
+
+def random_bases(small: str, large: str) -> Callable[[Tensors], dict[str, Any]]:
+    def read(tensors: Tensors) -> dict[str, Any]:
+        q, p = tensors["randlora_A"], tensors["randlora_B"]
+        return {small: q[:, 0, :], large: p.transpose(1, 2, 0), "scale": np.float32(20.0)}
+
+    return read
+
+
+def config(kind: str, **fields: Any) -> peft.PeftConfig:
+    return getattr(peft, kind)(target_modules=["proj"], **fields)
+
+
+LOHA = {"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w2_a"}
+CASES = [
+    Case("IA3", config("IA3Config", feedforward_modules=[]), sx.IA3(), lambda t: {"m_out": t["ia3_l"][:, 0]}),
+    Case(
+        "IA3-in",
+        config("IA3Config", feedforward_modules=["proj"]),
+        sx.IA3(side="in"),
+        lambda t: {"m_in": t["ia3_l"][0]},
+    ),
+    Case(
+        "VeRA",
+        config("VeraConfig", r=5, init_weights=False),
+        sx.VeRA(rank=5),
+        same(d="vera_lambda_d", m="vera_lambda_b"),
+        joined(flipped(a="vera_A", b="vera_B"), scaled(1.0)),
+    ),
+    Case("LoHa", config("LoHaConfig", r=3, alpha=6), sx.LoHa(rank=3), flipped(**LOHA), scaled(2.0)),
+    Case(
+        "LoKr",
+        config("LoKrConfig", r=2, alpha=4),
+        sx.LoKr(rank=2),
+        flipped(c="lokr_w1", a="lokr_w2_b", b="lokr_w2_a"),
+        scaled(2.0),
+    ),
+    Case(
+        "LoKr-whole",
+        config("LoKrConfig", r=6, alpha=3, decompose_factor=3),
+        sx.LoKr(rank=6, factor=3),
+        flipped(c="lokr_w1", w="lokr_w2"),
+        scaled(0.5),
+    ),
+    Case(
+        "LoKr-both",
+        config("LoKrConfig", r=1, alpha=2, decompose_both=True),
+        sx.LoKr(rank=1, both=True),
+        flipped(c_a="lokr_w1_b", c_b="lokr_w1_a", a="lokr_w2_b", b="lokr_w2_a"),
+        scaled(2.0),
+    ),
+    Case(
+        "SHiRA",
+        config("ShiraConfig", r=2, random_seed=0),
+        sx.SHiRA(rank=2),
+        same(values="shira_weight"),
+        same(idx="shira_indices"),
+    ),
+    Case("HiRA", config("HiraConfig", r=3), sx.HiRA(rank=3), flipped(a="hira_A", b="hira_B")),
+    Case(
+        "DeLoRA",
+        config("DeloraConfig", r=3, delora_lambda=4),
+        sx.DeLoRA(rank=3),
+        joined(flipped(a="delora_A", b="delora_B"), lambda t: {"strength": t["delora_lambda"][0]}),
+    ),
+    Case("OFT", config("OFTConfig", oft_block_size=8), sx.OFT(block=8), same(q="oft_R")),
+    Case(
+        "OFT-long",
+        config("OFTConfig", oft_block_size=6, num_cayley_neumann_terms=8),
+        sx.OFT(block=6, terms=8),
+        same(q="oft_R"),
+    ),
+    Case(
+        "OFT-exact",
+        config("OFTConfig", oft_block_size=8, use_cayley_neumann=False, block_share=True),
+        sx.OFT(block=8, terms=None, share=True),
+        same(q="oft_R"),
+    ),
+    Case("HRA", config("HRAConfig", r=6), sx.HRA(rank=6), same(u="hra_u")),
+    Case(
+        "RandLoRA",
+        config("RandLoraConfig", r=4, randlora_alpha=80),
+        sx.RandLoRA(rank=4),
+        same(l="randlora_lambda", g_out="randlora_gamma"),
+        random_bases("q_out", "p_in"),
+    ),
+    Case(
+        "RandLoRA-wide",
+        config("RandLoraConfig", r=4, randlora_alpha=80),
+        sx.RandLoRA(rank=4),
+        same(l="randlora_lambda", g_in="randlora_gamma"),
+        random_bases("q_in", "p_out"),
+        shape=(18, 24),
+    ),
+    Case(
+        "C3A", config("C3AConfig", block_size=6), sx.C3A(block=6), lambda t: {"w": t["c3a_kernel"].transpose(1, 0, 2)}
+    ),
+    Case(
+        "AdaLoRA",
+        config("AdaLoraConfig", init_r=4, target_r=2, lora_alpha=6, total_step=10),
+        sx.AdaLoRA(rank=4),
+        joined(flipped(a="lora_A", b="lora_B"), lambda t: {"e": t["lora_E"][:, 0]}),
+        scaled(6 / (4 + 1e-5)),
+    ),
+]
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
+    """PEFT's model of one linear layer, with random trained tensors: (model, base layer, tensors by parameter)."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(*case.shape, bias=False)
+    model = peft.get_peft_model(torch.nn.ModuleDict({"proj": base}), case.config).eval()
+    layer = model.base_model.model["proj"]
+    tensors = {}
+    for name in (*layer.adapter_layer_names, *layer.other_param_names):
+        held = getattr(layer, name, None) or {}
+        if "default" not in held:
+            continue
+        value = held["default"]
+        value = getattr(value, "weight", value)
+        if isinstance(value, torch.nn.Parameter) and value.requires_grad:
+            torch.nn.init.normal_(value, std=0.3)
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.detach().numpy().copy()
+    return layer, layer.get_base_layer(), tensors
+
+
+def our_side(case: Case, weight: np.ndarray, tensors: Tensors) -> Adapter:
+    """Our adapter of the same weight, every leaf that PEFT stores taken from it."""
+    params = {"proj": {"kernel": jnp.asarray(weight)}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)])
+    (node,) = nodes(adapters).values()
+    train, frozen = case.train(tensors), case.frozen(tensors)
+    filled = Adapter(
+        {name: jnp.asarray(train[name]) for name in node.train},
+        {name: jnp.asarray(frozen.get(name, leaf)) for name, leaf in node.frozen.items()},
+        node.method,
+    )
+    assert train.keys() == node.train.keys() and frozen.keys() <= node.frozen.keys()
+    chex.assert_trees_all_equal_shapes_and_dtypes(filled, node)
+    return filled
+
+
+@by_case
+def test_same_outputs_and_merged_weight_as_peft(case: Case):
+    layer, base, tensors = peft_side(case)
+    weight = base.weight.detach().numpy().T.copy()
+    node = our_side(case, weight, tensors)
+    x = np.random.default_rng(1).normal(size=(11, case.shape[0])).astype(np.float32)
+    # Said outright, since torch warns of sparse tensors about which nothing is said.
+    with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():
+        theirs = layer(torch.from_numpy(x)).numpy()
+        layer.merge()
+        merged = base.weight.numpy().T.copy()
+    assert np.abs(theirs - x @ weight).max() > 1e-2, "the adapter does nothing: the comparison proves nothing"
+    ours = jax.jit(sx.linear)(jnp.asarray(x), jnp.asarray(weight), node)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    with jax.default_matmul_precision("highest"):
+        whole = node.method.merge(jnp.asarray(weight), node)
+    np.testing.assert_allclose(whole, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
+
+
+@by_case
+def test_as_many_trained_parameters_as_in_peft(case: Case):
+    layer, base, tensors = peft_side(case)
+    node = our_side(case, base.weight.detach().numpy().T.copy(), tensors)
+    theirs = sum(value.numel() for value in layer.parameters() if value.requires_grad)
+    assert sx.count({"proj": {"kernel": node}}) == theirs
+
+
+@pytest.mark.parametrize("factor", [-1, 1, 2, 3, 4, 7, 16, 64])
+def test_sides_split_as_in_peft(factor):
+    for size in range(1, 200):
+        assert divisors(size, factor) == factorization(size, factor), size
+
+
+def test_kernels_of_every_size_share_one_random_projection():
+    params = {"small": {"kernel": jnp.ones((8, 6))}, "large": {"kernel": jnp.ones((20, 30))}}
+    for method, small, large in [
+        (sx.VeRA(rank=4), ("a", "b"), ("a", "b")),
+        (sx.RandLoRA(rank=4), ("p_in", "q_out"), ("p_out", "q_in")),
+    ]:
+        _, adapters = sx.attach(jax.random.key(0), params, [(".*", method)])
+        one, other = nodes(adapters)["small/kernel"].frozen, nodes(adapters)["large/kernel"].frozen
+        for mine, yours in zip(small, large, strict=True):
+            a, b = np.asarray(one[mine]), np.asarray(other[yours])
+            np.testing.assert_array_equal(a, b[tuple(slice(size) for size in a.shape)])
+
+
+TWO = ["q_proj", "down_proj"]
+FILES = {
+    "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=TWO),
+    "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "LoHa": peft.LoHaConfig(r=3, alpha=5, target_modules=TWO, rank_pattern={"q_proj": 2}),
+    "LoKr": peft.LoKrConfig(r=2, alpha=3, target_modules=TWO, alpha_pattern={"layers.1.mlp.down_proj": 7}),
+    "LoKr-whole": peft.LoKrConfig(r=6, alpha=3, target_modules=TWO, decompose_factor=4),
+    "LoKr-both": peft.LoKrConfig(r=1, target_modules=TWO, decompose_both=True, layers_to_transform=[1]),
+    "HiRA": peft.HiraConfig(r=4, target_modules=TWO),
+    "DeLoRA": peft.DeloraConfig(r=4, delora_lambda=3, target_modules=TWO, bias="none"),
+    "OFT": peft.OFTConfig(oft_block_size=8, target_modules=TWO),
+    "OFT-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=TWO),
+    "HRA": peft.HRAConfig(r=4, target_modules=TWO),
+    "SHiRA": peft.ShiraConfig(r=2, random_seed=0, target_modules=TWO),
+    "VeRA": peft.VeraConfig(r=6, target_modules=TWO, d_initial=1.0),
+    "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
+    "C3A": peft.C3AConfig(block_size=8, target_modules=TWO, block_size_pattern={"q_proj": 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+)
+@pytest.mark.parametrize("kind", FILES)
+def test_files_both_ways(kind, pair, tmp_path):
+    """PEFT's saved adapter gives PEFT's logits here; written by us it gives them in PEFT again."""
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = with_peft(pair, copy.deepcopy(FILES[kind]))
+        theirs.save_pretrained(tmp_path / "theirs")
+        expected = torch_logits(theirs)
+        assert np.abs(expected - torch_logits(pair.torch)).max() > 0.01
+        params, adapters = load_peft(tmp_path / "theirs", pair.ours)
+        np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, rtol=0, atol=1e-4)
+        assert save_peft(tmp_path / "ours", pair.ours, params, adapters).errors == {}
+        np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", [sx.VeRA(rank=4), sx.RandLoRA(rank=8)], ids=["VeRA", "RandLoRA"])
+def test_our_own_projections_in_peft(method, pair, tmp_path):
+    """Kernels of several sizes cut one projection, which PEFT gets whole; two projections cannot be written."""
+    with jax.numpy_dtype_promotion("standard"):
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj|down_proj", method)])
+        adapters = shaken(adapters)
+        save_peft(tmp_path, pair.ours, params, adapters)
+        expected = logits(pair.ours, params, adapters)
+        assert np.abs(expected - torch_logits(pair.torch)).max() > 0.01
+        np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path)), expected, rtol=0, atol=1e-4)
+        rules = [("q_proj", method), ("down_proj", dataclasses.replace(method, projection_seed=1))]
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
+        with pytest.raises(sx.SboraxError, match="the same projection_seed"):
+            save_peft(tmp_path / "two", pair.ours, params, adapters)
+
+
+@pytest.mark.parametrize("place", [(0, 32), (1, -1), "twice"])
+def test_misplaced_entries_are_refused(place, pair, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", sx.SHiRA(rank=2))])
+        save_peft(tmp_path, pair.ours, params, adapters)
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        indices = tensors["base_model.model.model.layers.1.self_attn.q_proj.shira_indices"]
+        if place == "twice":
+            indices[:, 1] = indices[:, 0]
+        else:
+            indices[place[0], 3] = place[1]
+        save_file(tensors, file)
+        with pytest.raises(sx.SboraxError, match=r"layers\.1.*an index lies outside .* or comes twice"):
+            load_peft(tmp_path, pair.ours)
