@@ -9,7 +9,7 @@ if ! installed .venv-test; then
   echo "installing sborax and its test tools into .venv-test"
   # torch first and by itself: builds without CUDA are smaller by gigabytes, where they can be had.
   if command -v uv >/dev/null; then
-    install .venv-test --torch-backend cpu torch==2.13.0 || install .venv-test torch==2.13.0
+    install .venv-test --torch-backend cpu torch==2.13.0 2>/dev/null || install .venv-test torch==2.13.0
   else
     install .venv-test torch==2.13.0
   fi || fail "torch could not be installed; see above"
