@@ -215,5 +215,5 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
     missing = [need for need in sorted(method.needs) if hint is None or getattr(hint, need) is None]
     if missing:
         raise SboraxError(f"{path}: {type(method).__name__} needs hint {missing[0]!r} for this kernel")
-    if "grad" in method.needs and tuple(hint.grad.shape) != tuple(whole):
+    if hint is not None and "grad" in method.needs and tuple(hint.grad.shape) != tuple(whole):
         raise SboraxError(f"{path}: the gradient has shape {tuple(hint.grad.shape)}, the kernel {tuple(whole)}")

@@ -71,7 +71,7 @@ class LoRAGA(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         assert hint.grad is not None
-        r, wide, grad = self.rank, dense(weight).astype(jnp.float32), hint.grad.astype(jnp.float32)
+        r, wide, grad = self.rank, dense(weight).astype(jnp.float32), jnp.asarray(hint.grad, jnp.float32)
         s = lowrank.scaling(self.alpha, r, hint, self.rslora)
         p, spectrum, qt = lowrank.principal(key, grad, min(4 * r, *grad.shape), self.niter)
         of_a, of_b = self._pairs(key)
