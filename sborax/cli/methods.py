@@ -76,4 +76,4 @@ def peft_equivalent(method: type[AbstractMethod]) -> str:
         return named
     if issubclass(method, AbstractFactored):
         return f"{named}, written as plain LoRA (exact)" if named else "none; written as plain LoRA (exact)"
-    return "none; `sborax merge` writes a dense model"
+    return "none" if method.mergeable else "none; `sborax merge` writes a dense model"
