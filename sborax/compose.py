@@ -17,6 +17,7 @@ from sborax.core import (
     Context,
     Fitted,
     Hint,
+    Leaves,
     Rank,
     SboraxError,
     Weight,
@@ -270,12 +271,15 @@ class ByLayer(AbstractComposite):
             branches[list(own)] = i + 1
         # Layers beyond the last covered one read branch 0 as well.
         branch = jnp.asarray(branches).at[hint.layer].get(mode="fill", fill_value=0)
-        train, frozen, base = {}, {"branch": branch}, None
+        train: Leaves = {}
+        frozen: Leaves = {"branch": branch}
+        base = None
         for i, part in enumerate(self.parts):
             fitted = part.init(key, weight, hint)
             train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
             if fitted.weight is not None:
-                base = jnp.where(branch == i + 1, fitted.weight, dense(weight) if base is None else base)
+                kept = dense(weight).astype(fitted.weight.dtype) if base is None else base
+                base = jnp.where(branch == i + 1, fitted.weight, kept)
         return Fitted(train, frozen, base)
 
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:

@@ -161,6 +161,15 @@ def test_different_methods_on_different_layers_of_one_stack():
     assert same == [False, True, False]
 
 
+@pytest.mark.usefixtures("strict")
+def test_a_rewritten_half_precision_stack_keeps_the_bits_of_other_layers():
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
+    after, _ = sx.attach(KEY, base, [sx.Rule("q_proj", sx.OLoRA(rank=2), layers=(1,))])
+    old, new = (tree["layers"]["self_attn"]["q_proj"]["kernel"] for tree in (base, after))
+    assert new.dtype == jnp.bfloat16
+    assert [bool(jnp.array_equal(a, b)) for a, b in zip(old, new, strict=True)] == [True, False, True]
+
+
 def test_hyper_parameters_share_a_tree_structure_and_a_compilation():
     base = params()
     one, two = (sx.attach(KEY, base, [("q_proj", sx.LoRA(rank=2, alpha=alpha))])[1] for alpha in (1.0, 2.0))
