@@ -12,6 +12,7 @@ from sborax.core import (
     AbstractComposite,
     AbstractMethod,
     AbstractReparametrisation,
+    AbstractWeight,
     Adapter,
     Axes,
     Context,
@@ -210,7 +211,11 @@ class Chain(AbstractMethod):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.first.init(key, weight, hint)
-        return self.second.refit(weight if fitted.weight is None else fitted.weight, fitted)
+        if fitted.weight is None:
+            return self.second.refit(weight, fitted)
+        # The second link must see the base as it will be: quantised again, where it was.
+        stands_on = weight.encode(fitted.weight) if isinstance(weight, AbstractWeight) else fitted.weight
+        return self.second.refit(stands_on, fitted)
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context

@@ -279,11 +279,6 @@ def test_adding_a_rule_leaves_other_adapters_alone(case: Case):
     _, one = sx.attach(jax.random.key(0), params, [("proj", case.method)], both)
     _, two = sx.attach(jax.random.key(0), params, [("other", case.method), ("proj", case.method)], both)
     chex.assert_trees_all_equal(one["layers"]["proj"], two["layers"]["proj"])
-    same = [
-        np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(two["layers"]["proj"]), jax.tree.leaves(two["layers"]["other"]), strict=True)
-    ]
-    assert all(same) or not case.method.rewrites_base
 
 
 @by_case

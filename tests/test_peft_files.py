@@ -99,7 +99,7 @@ def test_minimal_directory(good, model):
 
 
 WRONG = {
-    "peft_type": ({"peft_type": "VERA"}, "'VERA' is not supported; known: BONE, LORA, MISS"),
+    "peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported; known: "),
     "no type": ({"peft_type": None}, "is not supported"),
     "bias": ({"bias": "all"}, "option bias=all"),
     "lora_bias": ({"lora_bias": True}, "option lora_bias"),
