@@ -36,10 +36,6 @@ def _additive(method: AbstractMethod, verb: str) -> AbstractAdditive:
     return method
 
 
-def _first(reasons: list[str]) -> str:
-    return next((reason for reason in reasons if reason), "")
-
-
 def _key(key: Key[Array, ""] | None, part: int) -> Key[Array, ""] | None:
     return None if key is None else jax.random.fold_in(key, part)
 
@@ -53,36 +49,16 @@ class Sum(AbstractAdditive, AbstractComposite):
     parts: tuple[AbstractAdditive, ...]
 
     @property
+    def members(self) -> tuple[AbstractMethod, ...]:
+        return self.parts
+
+    @property
     def axes(self) -> Axes:
         return {str(i): part.axes for i, part in enumerate(self.parts)}
 
     @property
-    def rewrites_base(self) -> bool:
-        return any(part.rewrites_base for part in self.parts)
-
-    @property
     def identity_at_init(self) -> bool:
         return all(part.identity_at_init for part in self.parts)
-
-    @property
-    def mergeable(self) -> str:
-        return _first([part.mergeable for part in self.parts])
-
-    @property
-    def materialises(self) -> str:
-        return _first([part.materialises for part in self.parts])
-
-    @property
-    def ragged(self) -> bool:
-        return all(part.ragged for part in self.parts)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(part.needs for part in self.parts))
-
-    def check(self, shape: tuple[int, int]) -> None:
-        for part in self.parts:
-            part.check(shape)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         train, frozen, base = {}, {}, None
@@ -121,35 +97,16 @@ class Scaled(AbstractAdditive, AbstractComposite):
     factor: float = hyper()
 
     @property
+    def members(self) -> tuple[AbstractMethod, ...]:
+        return (self.part,)
+
+    @property
     def axes(self) -> Axes:
         return {"part": self.part.axes, "factor": ()}
 
     @property
-    def rewrites_base(self) -> bool:
-        return self.part.rewrites_base
-
-    @property
     def identity_at_init(self) -> bool:
         return self.part.identity_at_init and not self.part.rewrites_base
-
-    @property
-    def mergeable(self) -> str:
-        return self.part.mergeable
-
-    @property
-    def materialises(self) -> str:
-        return self.part.materialises
-
-    @property
-    def ragged(self) -> bool:
-        return self.part.ragged
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.part.needs
-
-    def check(self, shape: tuple[int, int]) -> None:
-        self.part.check(shape)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
@@ -239,36 +196,16 @@ class ByLayer(AbstractComposite):
     layers: tuple[tuple[int, ...], ...]
 
     @property
+    def members(self) -> tuple[AbstractMethod, ...]:
+        return self.parts
+
+    @property
     def axes(self) -> Axes:
         return {"branch": (), **{str(i): part.axes for i, part in enumerate(self.parts)}}
 
     @property
-    def rewrites_base(self) -> bool:
-        return any(part.rewrites_base for part in self.parts)
-
-    @property
     def identity_at_init(self) -> bool:
         return all(part.identity_at_init for part in self.parts)
-
-    @property
-    def mergeable(self) -> str:
-        return _first([part.mergeable for part in self.parts])
-
-    @property
-    def materialises(self) -> str:
-        return _first([part.materialises for part in self.parts])
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(part.needs for part in self.parts))
-
-    @property
-    def ragged(self) -> bool:
-        return all(part.ragged for part in self.parts)
-
-    def check(self, shape: tuple[int, int]) -> None:
-        for part in self.parts:
-            part.check(shape)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         branches = np.zeros(1 + max(max(own) for own in self.layers), np.int32)

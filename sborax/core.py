@@ -238,11 +238,40 @@ class AbstractReparametrisation(AbstractMethod):
 
 
 class AbstractComposite(AbstractMethod):
-    """A method made of methods."""
+    """A method made of methods. What it declares follows from its members."""
+
+    @property
+    @abc.abstractmethod
+    def members(self) -> "tuple[AbstractMethod, ...]":
+        """The methods it is made of."""
 
     @abc.abstractmethod
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
         """The parts as adapters, each with the layers of the stack it acts on (None: all)."""
+
+    @property
+    def rewrites_base(self) -> bool:
+        return any(part.rewrites_base for part in self.members)
+
+    @property
+    def mergeable(self) -> str:
+        return next((part.mergeable for part in self.members if part.mergeable), "")
+
+    @property
+    def materialises(self) -> str:
+        return next((part.materialises for part in self.members if part.materialises), "")
+
+    @property
+    def ragged(self) -> bool:
+        return all(part.ragged for part in self.members)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.needs for part in self.members))
+
+    def check(self, shape: tuple[int, int]) -> None:
+        for part in self.members:
+            part.check(shape)
 
 
 def linear(

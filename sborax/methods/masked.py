@@ -30,35 +30,16 @@ class Masked(AbstractComposite):
     part: AbstractMethod
 
     @property
+    def members(self) -> tuple[AbstractMethod, ...]:
+        return (self.part,)
+
+    @property
     def axes(self) -> Axes:
         return {"part": self.part.axes, "mask": ("out",)}
 
     @property
-    def rewrites_base(self) -> bool:
-        return self.part.rewrites_base
-
-    @property
     def identity_at_init(self) -> bool:
         return self.part.identity_at_init
-
-    @property
-    def mergeable(self) -> str:
-        return self.part.mergeable
-
-    @property
-    def materialises(self) -> str:
-        return self.part.materialises
-
-    @property
-    def ragged(self) -> bool:
-        return self.part.ragged
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.part.needs
-
-    def check(self, shape: tuple[int, int]) -> None:
-        self.part.check(shape)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
