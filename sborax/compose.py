@@ -139,6 +139,8 @@ class Chain(AbstractMethod):
     second: AbstractReparametrisation
 
     def __post_init__(self) -> None:
+        if self.first.mergeable:
+            raise SboraxError(f"chain: {type(self.first).__name__} is no starting point: {self.first.mergeable}")
         missing = sorted(self.second.factors_needed - set(self.first.axes))
         if missing:
             raise SboraxError(f"chain: {type(self.first).__name__} has no leaf {missing[0]!r} to stand on")
@@ -215,9 +217,12 @@ class ByLayer(AbstractComposite):
         branch = jnp.asarray(branches).at[hint.layer].get(mode="fill", fill_value=0)
         train: Leaves = {}
         frozen: Leaves = {"branch": branch}
-        base = None
+        base, held = None, weight
+        if self.rewrites_base and isinstance(weight, AbstractWeight):
+            # The whole stack is quantised again: layers of the other parts will stand on that.
+            held = weight.encode(weight.dense())
         for i, part in enumerate(self.parts):
-            fitted = part.init(key, weight, hint)
+            fitted = part.init(key, weight if part.rewrites_base else held, hint)
             train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
             if fitted.weight is not None:
                 kept = dense(weight).astype(fitted.weight.dtype) if base is None else base

@@ -68,13 +68,18 @@ class Context:
     """What a forward pass may hand to an adapter beside `x`. Every field may be absent; absent means deterministic.
 
     key: dropout key of this projection, or None.
-    rows: one entry a sequence, `(batch, ...)`: routing weights.
+    rows: one entry a sequence, `(batch, ...)`: routing weights, by the path of the projection they are meant for.
     tokens: one entry a token, `(batch, seq, ...)`: padding mask, a neighbour's activations.
     """
 
     key: Key[Array, ""] | None = None
     rows: dict[str, Array] = dataclasses.field(default_factory=dict)
     tokens: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def at(self, path: str, name: str) -> "Context":
+        """The context of the projection at `path`: its own row is called `name`, and those of others are left out."""
+        own = {name: self.rows[path]} if path in self.rows else {}
+        return dataclasses.replace(self, rows=own) if self.rows else self
 
     def flatten(self, batch: tuple[int, ...]) -> "Context":
         """The same context for `x` flattened from `(*batch, in)` to `(tokens, in)`."""

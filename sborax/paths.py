@@ -16,6 +16,7 @@ from jaxtyping import Array, Key
 
 from sborax.compose import ByLayer
 from sborax.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight, resolve
+from sborax.routing import AbstractRouter, Expert, routers
 
 STACKED_UNDER = "layers"
 """A kernel below a module of this name carries one leading stack axis when it has three axes or more."""
@@ -59,7 +60,10 @@ RuleLike = Rule | tuple[str, AbstractMethod | None]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One kernel to be adapted: where it is, how its axes are read, and the method with its ranks settled."""
+    """One kernel to be adapted: where it is, how its axes are read, and the method with its ranks settled.
+
+    Or a router, which stands at its layer's path and has no kernel: `shape` is then that of its choice.
+    """
 
     path: str
     method: AbstractMethod
@@ -202,10 +206,15 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in found})) or 'none'}"
         )
+    experts = {site.path: Expert(site.method, site.stack, not isinstance(site.method, ByLayer)) for site in sites}
+    for path, method, stack, shape in routers(experts, found, STACKED_UNDER):
+        sites.append(Site(path, method, stack, shape, 1, module_path(path)[1] or 0))
     return Plan(tuple(sites), tuple(untouched))
 
 
 def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, whole: Sequence[int]) -> None:
+    if isinstance(method, AbstractRouter):
+        raise SboraxError(f"{path}: {type(method).__name__} is placed by the method it belongs to; give that one")
     if isinstance(method.rank, tuple) and not method.ragged:
         raise SboraxError(f"{path}: {type(method).__name__} takes one rank for all layers of a stack")
     try:

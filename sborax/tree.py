@@ -30,6 +30,7 @@ from sborax.core import (
     structure,
 )
 from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
+from sborax.routing import AbstractRouter
 
 Params = PyTree
 Adapters = dict[str, Any]
@@ -124,7 +125,9 @@ def attach(
         hint = hint_of(hints, site.path) or Hint()
         hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
         own_key = path_key(key, site.path)
-        fitted = _fit(own_key, found[site.path], hint, site.method, site.stack, site.in_axes)
+        routes = isinstance(site.method, AbstractRouter)
+        weight = jnp.zeros((*site.stack, *site.shape)) if routes else found[site.path]
+        fitted = _fit(own_key, weight, hint, site.method, site.stack, site.in_axes)
         adapters[site.path] = Adapter(fitted.train, fitted.frozen, structure(site.method), site.in_axes)
         if fitted.weight is not None:
             rewritten[site.path] = fitted.weight
@@ -171,10 +174,10 @@ def merge(params: Params, adapters: PyTree) -> Params:
     found = kernels(params)
     new = {}
     for path, node in nodes(adapters).items():
-        if path not in found:
-            raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
         if node.method.mergeable:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
+        if path not in found:
+            raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
         weight, stack = found[path], stack_of(node)
         matrix = _matrix(weight, len(stack), node.in_axes)
         with jax.default_matmul_precision("highest"):
@@ -186,13 +189,13 @@ def merge(params: Params, adapters: PyTree) -> Params:
 def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     """Partition specs of every adapter leaf, derived from those of the kernels: `base_specs` mirrors the params.
 
-    "in" and "out" copy the kernel's entry, stack axes copy theirs, "rank" and None are replicated.
+    "in" and "out" copy the kernel's entry, stack axes copy theirs, "rank" and None are replicated, and so are routers.
     """
     is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)  # noqa: E731
     flat = {_path(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(base_specs, is_leaf=is_spec)}
 
     def one(path: tuple[Any, ...], node: Adapter) -> Adapter:
-        spec = tuple(flat[_path(path)])
+        spec = () if isinstance(node.method, AbstractRouter) else tuple(flat[_path(path)])
         stack = len(stack_of(node))
         whole = spec + (None,) * (stack + 2)
         entries: dict[str | None, Any] = {"in": whole[stack], "out": whole[stack + 1], "rank": None, None: None}
@@ -289,6 +292,9 @@ def add(*items: Any) -> Any:
     for item in items:
         for path, node in nodes(item).items():
             by_path.setdefault(path, []).append(node)
+    for path, found in by_path.items():
+        if len(found) > 1 and isinstance(found[0].method, AbstractRouter):
+            raise SboraxError(f"{path}: each tree has its own router, and a layer has one; add the methods instead")
     return nest({path: add_adapters(*found) if len(found) > 1 else found[0] for path, found in by_path.items()})
 
 
@@ -296,7 +302,12 @@ def scale(item: Any, factor: float) -> Any:
     """A method, or a tree of adapters, with its delta multiplied by `factor` (0: the base)."""
     if isinstance(item, AbstractMethod):
         return scale_method(item, factor)
-    return nest({path: scale_adapter(node, factor, stack_of(node)) for path, node in nodes(item).items()})
+
+    def one(node: Adapter) -> Adapter:
+        # A router has no delta: those that it weighs are scaled.
+        return node if isinstance(node.method, AbstractRouter) else scale_adapter(node, factor, stack_of(node))
+
+    return nest({path: one(node) for path, node in nodes(item).items()})
 
 
 __all__ = [

@@ -10,6 +10,7 @@ ORDER = [
     "core",
     "ranks",
     "compose",
+    "routing",
     "paths",
     "tree",
     "experts",

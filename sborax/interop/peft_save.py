@@ -139,10 +139,10 @@ def _entry(
     pair = exact(node, layout.shape(path))
     if pair is not None:
         return _plain(name, pair, None)
+    if node.method.mergeable:
+        raise SboraxError(f"{module}: PEFT has no {name}, nor a merged form of it to truncate: {node.method.mergeable}")
     if form == "native":
         raise SboraxError(f"{module}: PEFT has no {name} and it has no thin factors; use as_='lora' to truncate it")
-    if node.method.mergeable:
-        raise SboraxError(f"{module}: {name} has no merged form to truncate: {node.method.mergeable}")
     if node.method.rewrites_base and given[path] is layout.leaves[path]:
         raise SboraxError(f"{path}: {name} rewrote this kernel; model.params must be the base as it was before")
     rank = rank or node.method.rank  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from sborax.methods.loha import LoHa
 from sborax.methods.lokr import LoKr
 from sborax.methods.lora import LoRA
 from sborax.methods.lora_ga import LoRAGA
+from sborax.methods.milora import MiLoRA
 from sborax.methods.mo_sara import MoSARA
 from sborax.methods.oft import OFT
 from sborax.methods.olora import OLoRA
@@ -39,6 +40,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAGA",
+    "MiLoRA",
     "MoSARA",
     "OFT",
     "OLoRA",

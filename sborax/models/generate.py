@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sborax.core import SboraxError
+from sborax.core import Context, SboraxError
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.llama import Llama
+from sborax.routing import PROMPT
 
 BUCKET = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -119,7 +120,12 @@ def _generate(
     def ended(token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
         return jnp.any(token[:, None] == ends[None], axis=-1)
 
-    hidden, cache = module.apply(variables, tokens, segments, method="hidden")
+    ctx = Context(tokens={PROMPT: segments})
+    (hidden, cache), routing = module.apply(
+        variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden"
+    )
+    # What routers decided on the prompt holds for every token after it.
+    decided = {**variables, **routing}
     last = width - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     first = pick(jnp.take_along_axis(hidden, last[:, None, None], axis=1), 0)
     cache = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, new - 1), (0, 0), (0, 0))), cache)
@@ -134,7 +140,7 @@ def _generate(
         step, done, out, cache, live = state
         token = jax.lax.dynamic_index_in_dim(out, step - 1, axis=1)
         hidden, own = module.apply(
-            variables, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
+            decided, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
         )
         slot = width + step - 1
         cache = jax.tree.map(lambda all_, new_: jax.lax.dynamic_update_slice_in_dim(all_, new_, slot, 2), cache, own)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 from sborax import core
 from sborax.models.config import LlamaConfig
 from sborax.models.llama import Llama
+from sborax.paths import STACKED_UNDER
+from sborax.routing import ROUTER, layer_of
 
 Params = dict[str, Any]
 
@@ -24,10 +26,12 @@ def abstract(config: LlamaConfig, dtype: Any = "float32", *, scan: bool = True) 
 
 @functools.cache
 def projections(config: LlamaConfig, scan: bool) -> frozenset[str]:
-    """Paths of every kernel that the model reads through `core.linear`."""
+    """Paths of every adapter that the model reads: of kernels behind `core.linear`, and of a router in each layer."""
     flat = jax.tree_util.tree_flatten_with_path(abstract(config, scan=scan))[0]
     paths = (_path(keys) for keys, _ in flat)
-    return frozenset(path for path in paths if path.endswith("/kernel"))
+    kernels = [path for path in paths if path.endswith("/kernel")]
+    layers = {layer_of(path, STACKED_UNDER) for path in kernels if path.startswith(f"{STACKED_UNDER}/")}
+    return frozenset([*kernels, *(f"{layer}/{ROUTER}" for layer in layers)])
 
 
 def _path(keys: Any) -> str:
@@ -76,6 +80,28 @@ class LanguageModel:
     ) -> Float[Array, "batch seq d"]:
         """The normed hidden states from which `apply` makes logits."""
         return self._call("hidden", params, adapters, dropout_key, tokens, segment_ids, positions, ctx)[0]
+
+    def routed(
+        self,
+        params: Params,
+        adapters: Params | None,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+        ctx: core.Context = core.Context(),
+    ) -> tuple[Float[Array, "batch seq d"], Float[Array, ""]]:
+        """`hidden`, and the mean over the layers of the losses of their routers (0 without any).
+
+        ctx: its `tokens["prompt"]`, (batch, seq), marks what routers read: neither padding nor the answer, and of one
+        segment a row.
+        """
+        inputs = (tokens, segment_ids, positions, ctx)
+        (hidden, _), kept = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=["routing"])
+        flat = jax.tree_util.tree_leaves_with_path(kept)
+        losses = [leaf.reshape(-1) for keys, leaf in flat if _path(keys).endswith("/loss")]
+        return hidden, jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0)
 
     def head(
         self,
@@ -128,8 +154,10 @@ class LanguageModel:
         """The param tree as shapes and dtypes, from the config alone."""
         return abstract(config or self.config, self.module.dtype, scan=self.module.scan)
 
-    def _call(self, method: str, params: Params, adapters: Params | None, dropout_key: Any, *inputs: Any) -> Any:
+    def _call(
+        self, method: str, params: Params, adapters: Params | None, dropout_key: Any, *inputs: Any, **options: Any
+    ) -> Any:
         self.check_adapters(adapters)
         variables = {"params": params, "adapters": adapters or {}}
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.module.apply(variables, *inputs, rngs=rngs, method=method)
+        return self.module.apply(variables, *inputs, rngs=rngs, method=method, **options)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax import core
 from sborax.procedures.prilora import input_norms
+from sborax.routing import GATE, PROMPT, ROUTER
 
 
 class Linear(nn.Module):
@@ -33,6 +34,7 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         if self.has_rng("dropout"):
             ctx = core.Context(self.make_rng("dropout"), ctx.rows, ctx.tokens)
+        ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
             self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
         y = core.linear(x, kernel, self.get_variable("adapters", "kernel"), ctx)
@@ -40,6 +42,33 @@ class Linear(nn.Module):
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def routed(layer: nn.Module, x: Float[Array, "batch seq d"], ctx: core.Context) -> core.Context:
+    """`ctx` with the weight of every adapter that the router of `layer` weighs, if it has one; `x` is its input.
+
+    Collection `routing` keeps them where it is mutable. Where it holds them from an earlier call, as beside a cache of
+    keys and values, nothing is decided again.
+    Raises SboraxError without a mask of the prompt.
+    """
+    node = layer.get_variable("adapters", ROUTER)
+    if node is None:
+        return ctx
+    place = "/".join(layer.path)
+    if layer.has_variable("routing", "gates"):
+        gates = layer.get_variable("routing", "gates")
+    else:
+        if PROMPT not in ctx.tokens:
+            raise core.SboraxError(
+                f"{place}/{ROUTER} decides by the prompt: say which tokens belong to it, "
+                f"ctx=Context(tokens={{{PROMPT!r}: mask}}) with a (batch, seq) mask without padding and answer"
+            )
+        gates, loss = node.method.route(x, ctx.tokens[PROMPT].astype(bool), node)
+        if layer.is_mutable_collection("routing"):
+            layer.put_variable("routing", "gates", gates)
+            layer.put_variable("routing", "loss", loss)
+    rows = {f"{place}/{expert}": gates[:, i] for i, expert in enumerate(node.method.experts)}
+    return core.Context(ctx.key, {**ctx.rows, **rows}, ctx.tokens)
 
 
 class RMSNorm(nn.Module):

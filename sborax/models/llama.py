@@ -12,7 +12,7 @@ from sborax import core
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.attention import attention
 from sborax.models.config import LlamaConfig
-from sborax.models.layers import Embed, Linear, RMSNorm, rotate
+from sborax.models.layers import Embed, Linear, RMSNorm, rotate, routed
 
 Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
@@ -89,6 +89,7 @@ class Block(nn.Module):
         def norm(name: str) -> RMSNorm:
             return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
 
+        ctx = routed(self, x, ctx)
         mixed, own = Attention(cfg, self.dtype, name="self_attn")(norm("input_layernorm")(x), rope, segments, past, ctx)
         x = x + mixed
         x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
@@ -167,7 +168,7 @@ class Llama(nn.Module):
         if self.scan:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "adapters": 0, "observations": 0},
+                variable_axes={"params": 0, "adapters": 0, "observations": 0, "routing": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,

@@ -19,6 +19,7 @@ from sborax.config import decode, encode
 from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, Weight, dense
 from sborax.methods.lowrank import pair_weight
 from sborax.paths import Rule, RuleLike, as_rules
+from sborax.routing import AbstractRouter
 from sborax.train.state import flatten, put_together
 from sborax.tree import Adapters, Params, nest, nodes, over_stack, stack_of
 
@@ -147,6 +148,8 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
         if path in own and own[path] != print_:
             raise SboraxError(f"{directory}: was trained on another base model ({path} differs); load that one")
     for path, node in nodes(saved.adapters).items():
+        if isinstance(node.method, AbstractRouter):
+            continue
         if path not in flat:
             raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
         if node.method.rewrites_base:

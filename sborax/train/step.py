@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sborax.core import SboraxError
+from sborax.core import Context, SboraxError
 from sborax.models.language_model import LanguageModel
+from sborax.routing import PROMPT, AbstractRouter
 from sborax.train.loss import frozen_head_loss, trained_head_loss
 from sborax.train.state import Flat, TrainState, put_together
 from sborax.tree import combine, nodes
@@ -18,22 +19,41 @@ HEAD = "lm_head/kernel"
 TABLE = "embed_tokens/embedding"
 
 
-def batch_loss(
+def prompt_of(segments: Int[Array, "batch length"], counts: Bool[Array, "batch length"]) -> Bool[Array, "batch length"]:
+    """The tokens up to the one from which the first that counts is predicted, padding left out."""
+    before = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts.astype(jnp.int32)
+    return (segments > 0) & (before == 0)
+
+
+def batch_losses(
     model: LanguageModel, train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array], key: Key[Array, ""] | None
-) -> Float[Array, ""]:
-    """Sum of the losses of the tokens that count in one microbatch, each array (batch, length)."""
+) -> dict[str, Float[Array, ""]]:
+    """What a step minimises the sum of, for one microbatch of arrays (batch, length), summed over tokens that count.
+
+    loss: cross-entropy. balance_loss: what routers add, where there are any.
+    """
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
-    hidden = model.hidden(params, adapters, batch["tokens"], segment_ids=batch["segments"], dropout_key=key)
+    found = nodes(adapters)
+    tokens, segments = batch["tokens"], batch["segments"]
+    extra: dict[str, Any] = {}
+    if any(isinstance(node.method, AbstractRouter) for node in found.values()):
+        ctx = Context(tokens={PROMPT: prompt_of(segments, batch["counts"])})
+        hidden, balance = model.routed(params, adapters, tokens, segment_ids=segments, dropout_key=key, ctx=ctx)
+        extra["balance_loss"] = balance * jnp.sum(batch["counts"], dtype=jnp.float32)
+    else:
+        hidden = model.hidden(params, adapters, tokens, segment_ids=segments, dropout_key=key)
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets, counts = batch["targets"].reshape(-1), batch["counts"].reshape(-1)
     tied = model.config.tie_word_embeddings
     path = TABLE if tied else HEAD
-    if path in train["base"] or HEAD in nodes(adapters):
-        return trained_head_loss(
+    if path in train["base"] or HEAD in found:
+        loss: Any = trained_head_loss(
             lambda own: model.head(params, adapters, own[None], dropout_key=key)[0], flat, targets, counts
         )
-    return frozen_head_loss(flat, base[path], targets, counts, tied)
+    else:
+        loss = frozen_head_loss(flat, base[path], targets, counts, tied)
+    return {"loss": loss, **extra}
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
@@ -50,7 +70,8 @@ def make_step(
     batch: arrays (accumulate, batch, length), one microbatch after the other; the gradient is that of
     sum of losses / number of tokens that count over all of them. Only `state` is donated.
     key: of dropout; folded with the step's number.
-    numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path.
+    numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path; with routers
+        balance_loss, which is minimised too: a mean over microbatches, by their tokens that count.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -59,21 +80,27 @@ def make_step(
         accumulate = batch["tokens"].shape[0]
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
 
-            def one(number: Array | int, part: dict[str, Array]) -> tuple[Array, PyTree]:
+            def one(number: Array | int, part: dict[str, Array]) -> tuple[dict[str, Array], PyTree]:
                 own_key = jax.random.fold_in(step_key, number)
-                return jax.value_and_grad(lambda train: batch_loss(model, train, frozen, base, part, own_key))(
-                    state.train
-                )
+
+                def objective(train: PyTree) -> tuple[Array, dict[str, Array]]:
+                    losses = batch_losses(model, train, frozen, base, part, own_key)
+                    return jax.tree.reduce(jnp.add, losses), losses
+
+                (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
+                return losses, grads
 
             if accumulate == 1:
-                total, grads = one(0, jax.tree.map(lambda leaf: leaf[0], batch))
+                losses, grads = one(0, jax.tree.map(lambda leaf: leaf[0], batch))
             else:
 
-                def body(carry: Any, part: Any) -> tuple[Any, None]:
-                    return jax.tree.map(jnp.add, carry, one(*part)), None
+                def body(carry: PyTree, part: Any) -> tuple[PyTree, dict[str, Array]]:
+                    losses, grads = one(*part)
+                    return jax.tree.map(jnp.add, carry, grads), losses
 
-                zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.train))
-                (total, grads), _ = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
+                zero = jax.tree.map(jnp.zeros_like, state.train)
+                grads, each = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
+                losses = jax.tree.map(jnp.sum, each)
             tokens = jnp.sum(batch["counts"], dtype=jnp.int32)
             share = 1 / tokens.astype(jnp.float32)
             grads = jax.tree.map(lambda leaf: leaf * share, grads)
@@ -82,7 +109,7 @@ def make_step(
             updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base)
             train = optax.apply_updates(state.train, updates)
             numbers = {
-                "loss": total * share,
+                **{name: total * share for name, total in losses.items()},
                 "tokens": tokens,
                 "grad_norm": optax.tree.norm(grads),
                 "grad_norms": norms(grads),
@@ -98,7 +125,7 @@ def make_loss(model: LanguageModel) -> Callable[..., tuple[Float[Array, ""], Arr
     @jax.jit
     def loss(train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            total = batch_loss(model, train, frozen, base, batch, None)
+            total = batch_losses(model, train, frozen, base, batch, None)["loss"]
             return total, jnp.sum(batch["counts"], dtype=jnp.int32)
 
     return loss

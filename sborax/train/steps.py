@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from sborax.core import SboraxError
 from sborax.data.batches import Batch, Batches
 from sborax.models.language_model import LanguageModel
+from sborax.routing import selective
 from sborax.train.checkpoint import Checkpoints
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import schedule
@@ -24,6 +25,7 @@ from sborax.train.report import Metrics, Progress, Speed
 from sborax.train.state import Parts, TrainState
 from sborax.train.step import check_alive, make_loss, make_step
 from sborax.train.turns import Turns
+from sborax.tree import nodes
 
 
 @contextmanager
@@ -128,7 +130,9 @@ class Loop:
                 "lower optimizer.lr or look at the data"
             )
         if taken.step == self.done + 1:
-            check_alive(numbers["grad_norms"])
+            # An expert that no sequence of the first batch chose is not dead.
+            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
+            check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
         tokens = int((taken.batch["segments"] > 0).sum())
@@ -141,6 +145,7 @@ class Loop:
                 "step": taken.step,
                 "epoch": epoch,
                 "loss": loss,
+                **{name: value for name, value in numbers.items() if name == "balance_loss"},
                 "lr": float(lr(taken.step - 1)),
                 "grad_norm": grad_norm,
                 "tokens": tokens,
