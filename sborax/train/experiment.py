@@ -15,6 +15,7 @@ from sborax.core import SboraxError
 from sborax.data.options import Data, at_least
 from sborax.paths import RuleLike, as_rules
 from sborax.procedures import AbstractProcedure
+from sborax.routing import routed_parts
 
 CONFIG = "config.json"
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
@@ -129,6 +130,10 @@ class Experiment:
             raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
         if self.quant and (self.train_base or self.rules == ()):
             raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")
+        if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
+            _check_prompts("data", self.data)
+            if self.eval.data is not None:
+                _check_prompts("eval.data", self.eval.data)
         absent: dict[str, Any] = {
             "mesh": self.mesh,
             "eval.tasks": self.eval.tasks,
@@ -138,6 +143,18 @@ class Experiment:
         for name, value in absent.items():
             if value:
                 raise SboraxError(f"{name}: {value!r} is not available in this version; leave it at its default")
+
+
+def _check_prompts(name: str, data: Data) -> None:
+    """Raise SboraxError unless every row begins with a prompt, and has one alone, to route by."""
+    wrong = {
+        "packing=True puts several prompts into a row; set packing=False": data.packing,
+        "loss_on='all' leaves no prompt; set loss_on='answer'": data.loss_on == "all",
+        "template='text' has no prompt; use one with an answer": data.template == "text",
+        "overlong='split' cuts rows off from their prompt; use 'drop' or 'truncate'": data.overlong == "split",
+    }
+    for why in (why for why, is_so in wrong.items() if is_so):
+        raise SboraxError(f"{name}: a method that routes by the prompt needs one in every row: {why}")
 
 
 def load_experiment(source: str, overrides: Sequence[str] = ()) -> Experiment:
