@@ -1,5 +1,6 @@
 """A random LLaMA with a tokenizer of its own, small enough to be made anew in a test run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -29,9 +30,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(directory: Path) -> Path:
+def write_model(directory: Path, **changes: int) -> Path:
     """A Hugging Face directory that `sborax` and transformers load."""
-    config = LlamaConfig(
+    plain = LlamaConfig(
         vocab_size=258,
         hidden_size=32,
         intermediate_size=48,
@@ -45,6 +46,7 @@ def write_model(directory: Path) -> Path:
         bos_token_id=0,
         eos_token_id=(1,),
     )
+    config = dataclasses.replace(plain, **changes)
     module = Llama(config, jnp.dtype("float32"))
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     save_hf(directory, LanguageModel(module, params, config, tokenizer()), params)

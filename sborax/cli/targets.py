@@ -9,8 +9,9 @@ from etils import epath
 from sborax.core import SboraxError
 from sborax.interop.peft import load_peft
 from sborax.models import LanguageModel, load_model
+from sborax.paths import as_rules
 from sborax.train.adapter import load_adapter
-from sborax.train.base import quantise_base
+from sborax.train.base import quantise_base, rewritten
 from sborax.train.experiment import CONFIG, Experiment, load_experiment
 from sborax.train.loop import ADAPTER
 
@@ -55,7 +56,9 @@ def load_run(run: str) -> Target:
         raise SboraxError(
             f"{run}: no {ADAPTER}/ in it, the run has not ended; `sborax train {run} --out {run} --resume`"
         )
-    model = load_model(experiment.model, experiment.precision)
+    # What a method rewrote is rewritten again from the dense weight, then quantised.
+    keep = rewritten(as_rules(experiment.rules))
+    model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)
     params, adapters = load_adapter(epath.Path(run) / ADAPTER, model.params)
     return Target(model, quantise_base(params, experiment.quant), adapters, experiment)
 

@@ -3,9 +3,11 @@
 import abc
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,12 @@ from safetensors import SafetensorError, safe_open
 from sborax.core import SboraxError
 from sborax.models.config import LlamaConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
+from sborax.quant.nf4 import NF4Array, check, quantise_numpy
 
 INDEX = "model.safetensors.index.json"
+_ALIGNMENT = 64
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The format's names of dtypes -> numpy's."""
 
 
 class AbstractTensors(abc.ABC):
@@ -38,32 +44,52 @@ class AbstractTensors(abc.ABC):
         """One tensor."""
 
 
+class Entry(NamedTuple):
+    """One tensor of a shard: the format's name of its dtype, and where its data begin, in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Safetensors(AbstractTensors):
-    """One or many `.safetensors` shards. `files` says which shard holds which tensor."""
+    """One or many `.safetensors` shards, and which tensor lies where."""
 
     where: str
-    files: Mapping[str, Path]
+    entries: Mapping[str, Entry]
 
     def names(self) -> frozenset[str]:
         """Every tensor but the rotary frequencies of old checkpoints."""
-        return frozenset(name for name in self.files if not DERIVED.fullmatch(name))
+        return frozenset(name for name in self.entries if not DERIVED.fullmatch(name))
 
     def name(self, entry: Row) -> str:
         """Hugging Face's name."""
         return entry.hf
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
-        with _opened(self.files[name]) as shard:
-            return shard.get_tensor(name)
+        """One tensor, in the dtype of the file, whose pages it is: the reader of safetensors would make a copy."""
+        entry = self.entries[name]
+        if entry.dtype not in FLOATS:
+            raise SboraxError(f"{entry.file}: {name} has dtype {entry.dtype}; known: {', '.join(FLOATS)}")
+        return np.memmap(entry.file, jnp.dtype(FLOATS[entry.dtype]), "r", entry.start, entry.shape)
 
 
-def _opened(file: Path) -> Any:
+def _entries(file: Path) -> dict[str, Entry]:
     try:
-        return safe_open(file, framework="numpy")
+        with safe_open(file, framework="numpy") as shard:
+            names = shard.keys()
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
     except (SafetensorError, OSError) as failure:
         raise SboraxError(f"{file}: not a readable safetensors file ({failure}); fetch it again") from failure
+    listed = {name: header[name] for name in names}
+    return {
+        name: Entry(file, one["dtype"], tuple(one["shape"]), 8 + length + one["data_offsets"][0])
+        for name, one in listed.items()
+    }
 
 
 def open_safetensors(directory: Path) -> Safetensors:
@@ -80,48 +106,91 @@ def open_safetensors(directory: Path) -> Safetensors:
         shards = sorted(set(listed.values()))
     else:
         listed, shards = None, ["model.safetensors"]
-    files: dict[str, Path] = {}
+    entries: dict[str, Entry] = {}
     for shard in shards:
         if not (directory / shard).exists():
             raise SboraxError(f"{directory / shard}: missing; weights must be in safetensors format")
-        with _opened(directory / shard) as opened:
-            files |= dict.fromkeys(opened.keys(), directory / shard)
-    if listed is not None and (lost := sorted(listed.keys() - files.keys())):
+        entries |= _entries(directory / shard)
+    if listed is not None and (lost := sorted(listed.keys() - entries.keys())):
         raise SboraxError(f"{directory}: tensor {lost[0]!r} is in {INDEX} but in no shard")
-    return Safetensors(str(directory), files)
+    return Safetensors(str(directory), entries)
 
 
-def load_params(config: LlamaConfig, shapes: dict[str, Any], tensors: AbstractTensors) -> dict[str, Any]:
+def load_params(
+    config: LlamaConfig,
+    shapes: dict[str, Any],
+    tensors: AbstractTensors,
+    quantised: Callable[[str], bool] = lambda path: False,
+) -> dict[str, Any]:
     """The params shaped like `shapes`, read tensor by tensor: the host holds one stacked tensor beside them.
 
-    Raises SboraxError for a missing, unused or ill-shaped tensor.
+    quantised: which paths are held in NF4, each tensor quantised as soon as it is read.
+    Raises SboraxError for a missing, unused or ill-shaped tensor, and for one that cannot be quantised.
     """
     available, used = tensors.names(), set[str]()
 
-    def fill(keys: Any, want: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(keys: Any, want: jax.ShapeDtypeStruct) -> Any:
         path = "/".join(key.key for key in keys)
         entry, own = row(path), unlayered(path)[1]
         pattern = tensors.name(entry)
         stacked = "{layer}" in pattern and own is None
-        target = np.empty(want.shape, want.dtype)
-        for layer in range(config.num_hidden_layers) if stacked else [own]:
-            name = pattern.format(layer=layer)
-            if name not in available:
-                raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
-            used.add(name)
-            found = tensors.read(name)
-            slot = target[layer] if stacked else target
-            found = found.T if entry.transposed else found
-            if found.shape != slot.shape:
-                raise SboraxError(f"{tensors.where}: {name} gives {path} shape {found.shape}, config says {slot.shape}")
+        one = want.shape[1:] if stacked else want.shape
+
+        def read() -> Iterator[tuple[str, np.ndarray]]:
+            for layer in range(config.num_hidden_layers) if stacked else [own]:
+                name = pattern.format(layer=layer)
+                if name not in available:
+                    raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
+                used.add(name)
+                found = tensors.read(name)
+                found = found.T if entry.transposed else found
+                if found.shape != one:
+                    raise SboraxError(f"{tensors.where}: {name} gives {path} shape {found.shape}, config says {one}")
+                yield name, found
+
+        if quantised(path):
+            return _quantised(path, want, read(), stacked)
+        target = _empty(want.shape, want.dtype)
+        for slot, (_, found) in zip(target if stacked else [target], read(), strict=True):
             slot[...] = found
-        return jnp.asarray(target)
+        return jax.device_put(target)
 
     params = jax.tree_util.tree_map_with_path(fill, shapes)
     unused = sorted(available - used - _tied_copy(config, params, tensors, available))
     if unused:
         raise SboraxError(f"{tensors.where}: {len(unused)} tensors the model does not use, such as {unused[0]!r}")
     return params
+
+
+def _quantised(
+    path: str, want: jax.ShapeDtypeStruct, layers: Iterator[tuple[str, np.ndarray]], stacked: bool
+) -> NF4Array:
+    """What `quantise` makes of the dense tensor, which never exists: one layer at a time."""
+    try:
+        check(want.shape, want.dtype)
+    except SboraxError as error:
+        raise SboraxError(f"quant: {path}: {error}") from None
+    target: Any = None
+
+    depth = want.shape[:1] if stacked else (1,)
+    for number, (name, found) in enumerate(layers):
+        try:
+            one = quantise_numpy(found.astype(want.dtype, copy=False))
+        except SboraxError as error:
+            raise SboraxError(f"quant: {name}: {error}") from None
+        if target is None:
+            target = jax.tree.map(lambda leaf: _empty((*depth, *np.shape(leaf)), leaf.dtype), one)
+        for slots, leaf in zip(jax.tree.leaves(target), jax.tree.leaves(one), strict=True):
+            slots[number] = leaf
+    return jax.device_put(target if stacked else jax.tree.map(lambda leaf: leaf[0], target))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array so aligned that a CPU device takes it over as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _tied_copy(

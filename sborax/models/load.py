@@ -3,8 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -45,6 +46,11 @@ def find(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
         raise SboraxError(f"{text}: no such directory, and not found on the hub ({reason})") from failure
 
 
+def is_layer_kernel(path: str) -> bool:
+    """Whether a leaf is what `quant` holds in 4 bits: a projection inside a layer."""
+    return path.startswith("layers/") and path.endswith("/kernel")
+
+
 def read_config(place: Path) -> LlamaConfig:
     """The config of a model directory or `.gguf` file; reads no weights."""
     if place.suffix == ".gguf":
@@ -67,13 +73,21 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def load_model(
-    source: str | os.PathLike[str], dtype: Any = "float32", *, remat: str = "none", scan: bool = True
+    source: str | os.PathLike[str],
+    dtype: Any = "float32",
+    *,
+    remat: str = "none",
+    scan: bool = True,
+    quant: Literal["nf4"] | None = None,
+    keep: Callable[[str], bool] = lambda path: False,
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
     dtype: of params and activations; norms, softmax and logits are float32 in any case.
     remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`).
     scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
+    quant: "nf4" holds the kernels of the layers in 4 bits; each tensor is quantised as it is read, so that no dense
+        model is ever in memory. keep: paths of kernels that stay dense all the same.
     Raises SboraxError for whatever is missing, broken, superfluous or unsupported.
     """
     if jnp.dtype(dtype).name not in DTYPES:
@@ -87,5 +101,9 @@ def load_model(
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
     module = Llama(config, jnp.dtype(dtype), remat, scan)
-    params = load_params(config, abstract(config, dtype, scan=scan), tensors)
+
+    def quantised(path: str) -> bool:
+        return quant is not None and is_layer_kernel(path) and not keep(path)
+
+    params = load_params(config, abstract(config, dtype, scan=scan), tensors, quantised)
     return LanguageModel(module, params, config, tokenizer)

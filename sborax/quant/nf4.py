@@ -33,7 +33,7 @@ LEVELS = np.array(
 )
 MIDPOINTS = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
 # Elements of a host chunk: bounds the float32 copies that `quantise_numpy` holds at once.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 @functools.cache
@@ -123,6 +123,36 @@ class NF4Array(AbstractWeight):
         return dataclasses.replace(quantise(dense), dtype=self.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unquantised(AbstractWeight):
+    """A dense weight that is to be held in NF4: methods start from its values, and what they leave is quantised."""
+
+    weight: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    def dense(self) -> Float[Array, "*stack in out"]:
+        """The weight."""
+        return self.weight
+
+    def rmatmul(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens out"]:
+        """`x @ dense()` in the dtype of `x`."""
+        return x @ self.weight.astype(x.dtype)
+
+    def encode(self, dense: Float[Array, "*stack in out"]) -> NF4Array:
+        """`dense` in the dtype of this weight, quantised."""
+        info = jnp.finfo(self.dtype)
+        # A plain cast there and back is one that the compiler leaves out.
+        return quantise(lax.reduce_precision(dense, info.nexp, info.nmant).astype(self.dtype))
+
+
 def _scales(
     absmax: UInt8[Array, "blocks out"], nested: Float32[Array, " groups"], offset: Float32[Array, ""]
 ) -> Float32[Array, "blocks out"]:
@@ -170,7 +200,8 @@ def _rmatmul_backward(weight: NF4Array, g: Float[Array, "tokens out"]) -> tuple[
 _rmatmul.defvjp(_rmatmul_forward, _rmatmul_backward)
 
 
-def _check(shape: tuple[int, ...], dtype: Any) -> None:
+def check(shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise SboraxError unless a weight of this shape and dtype can be held in NF4."""
     if len(shape) < 2 or shape[-2] % BLOCK or 0 in shape:
         raise SboraxError(
             f"NF4 cuts the input axis into blocks of {BLOCK}, which a weight of shape (..., in, out) = {shape} does "
@@ -235,7 +266,7 @@ def quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     Raises SboraxError if `in` is not a multiple of 64 (bitsandbytes would let blocks run across outputs there) or if
     the weight is not of at most 32-bit floats.
     """
-    _check(weight.shape, weight.dtype)
+    check(weight.shape, weight.dtype)
     least = np.finfo(np.float32).tiny
 
     def one(matrix: Float[Array, "in out"]) -> tuple[Array, ...]:
@@ -258,7 +289,7 @@ def quantise_numpy(weight: Shaped[np.ndarray, "..."]) -> NF4Array:
     Equal to bitsandbytes for subnormal weights too. A transposed view of a torch-ordered array is read in
     place. Raises SboraxError as `quantise` does, and for weights that are not finite.
     """
-    _check(weight.shape, weight.dtype)
+    check(weight.shape, weight.dtype)
     *stack, size, out = weight.shape
     if stack:
         layers = [quantise_numpy(layer) for layer in weight]

@@ -1,12 +1,16 @@
-"""The base of a run: adapted by the rules, then or before that quantised."""
+"""The base of a run: adapted by the rules, in 4 bits where it is quantised."""
 
-import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from jaxtyping import Array, Key
 
-from sborax.core import SboraxError
-from sborax.paths import STACKED_UNDER, Plan
-from sborax.quant.nf4 import quantise
+from sborax.core import Adapter, Hint, SboraxError
+from sborax.models.load import is_layer_kernel
+from sborax.paths import Plan, Rule, Site, module_path
+from sborax.quant.nf4 import Unquantised, check, quantise
+from sborax.train.adapter import rewrite
 from sborax.train.state import flatten
 from sborax.tree import Adapters, Params, attach, nest, nodes
 
@@ -18,27 +22,85 @@ def quantise_base(params: Params, quant: str | None) -> Params:
     """
     if quant is None:
         return params
-    flat = flatten(params)
-    for path, leaf in flat.items():
-        if path.split("/")[0] == STACKED_UNDER and path.endswith("/kernel") and isinstance(leaf, Array):
-            try:
-                flat[path] = quantise(leaf)
-            except SboraxError as error:
-                raise SboraxError(f"quant: {path}: {error}") from None
-    return nest(flat)
+    return nest({path: _quantised(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def adapt(key: Key[Array, ""], params: Params, plan: Plan, quant: str | None) -> tuple[Params, Adapters]:
-    """`attach`, on a base that may be quantised.
+def _quantised(path: str, leaf: Any) -> Any:
+    if not _to_quantise(path, leaf):
+        return leaf
+    _check(path, leaf)
+    return quantise(leaf)
+
+
+def _unquantised(path: str, leaf: Any) -> Any:
+    if not _to_quantise(path, leaf):
+        return leaf
+    _check(path, leaf)
+    return Unquantised(leaf)
+
+
+def _to_quantise(path: str, leaf: Any) -> bool:
+    return is_layer_kernel(path) and isinstance(leaf, Array)
+
+
+def _check(path: str, leaf: Array) -> None:
+    try:
+        check(leaf.shape, leaf.dtype)
+    except SboraxError as error:
+        raise SboraxError(f"quant: {path}: {error}") from None
+
+
+def rewritten(rules: Iterable[Rule]) -> Callable[[str], bool]:
+    """Whether a rule gives the kernel at a path a method that rewrites the base: such a kernel is loaded dense."""
+    listed = tuple(rules)
+
+    def one(path: str) -> bool:
+        for rule in listed:
+            if re.search(rule.pattern, module_path(path)[0]):
+                if rule.method is not None and rule.method.rewrites_base:
+                    return True
+                if rule.layers is None:
+                    return False
+        return False
+
+    return one
+
+
+def adapt(
+    key: Key[Array, ""],
+    params: Params,
+    plan: Plan,
+    quant: str | None,
+    hint: Callable[[Params, Site], Hint] | None = None,
+    begun: Mapping[str, Adapter] | None = None,
+) -> tuple[Params, Adapters]:
+    """`attach`, on a base that may be quantised, one kernel after the other.
 
     A method that rewrites the base starts from the dense weight, and what it leaves is quantised (QPiSSA,
     arXiv:2404.02948); every other one starts from the quantised weight that it will stand on.
+    hint: what `init` is told of a kernel whose method needs it. begun: adapters by path that were made before.
     """
-    if quant is None:
-        return attach(key, params, plan)
-    first = tuple(site for site in plan.sites if site.method.rewrites_base)
-    rest = tuple(site for site in plan.sites if not site.method.rewrites_base)
-    params, rewriting = attach(key, params, dataclasses.replace(plan, sites=first))
-    params = quantise_base(params, quant)
-    _, others = attach(key, params, dataclasses.replace(plan, sites=rest))
-    return params, nest(nodes(rewriting) | nodes(others))
+    flat = flatten(params)
+    if quant is not None:
+        changing = {site.path for site in plan.sites if site.method.rewrites_base}
+        flat = {path: leaf if path in changing else _quantised(path, leaf) for path, leaf in flat.items()}
+    unadapted, adapters = nest(flat), {}
+    for site in plan.sites:
+        if begun is not None and site.path in begun:
+            adapters[site.path] = begun[site.path]
+            continue
+        # Not every site has a kernel of its own.
+        weights = {path: leaf for path, leaf in flat.items() if path == site.path}
+        if quant is not None:
+            weights = {path: _unquantised(path, leaf) for path, leaf in weights.items()}
+        hints = None
+        if hint is not None and site.method.needs:
+            hints = {site.path.removesuffix("/kernel"): hint(unadapted, site)}
+        adapters |= nodes(attach(key, nest(weights), Plan((site,), ()), hints)[1])
+    del unadapted
+    for site in plan.sites:
+        if site.method.rewrites_base:
+            # From the leaves alone, as everyone who loads them will do it.
+            flat[site.path] = rewrite(flat[site.path], adapters[site.path])
+            flat[site.path] = _quantised(site.path, flat[site.path]) if quant is not None else flat[site.path]
+    return nest(flat), nest(adapters)
