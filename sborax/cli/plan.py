@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sborax.cli.targets import is_experiment
-from sborax.core import SboraxError
+from sborax.core import Hint, SboraxError
 from sborax.models import LlamaConfig, abstract, load_config
-from sborax.paths import Plan, kernels, module_path, plan
+from sborax.paths import Plan, Site, kernels, module_path, plan
+from sborax.procedures import Run
 from sborax.train.base import adapt
 from sborax.train.experiment import Experiment, load_experiment
+from sborax.train.hints import promised
 from sborax.train.optimizer import make_optimizer
 from sborax.train.report import name
 from sborax.train.state import parameters, start, take_apart
@@ -47,8 +50,8 @@ def of_experiment(experiment: Experiment) -> str:
     """The modules matched, their ranks, trainable parameters and bytes."""
     config = load_config(experiment.model)
     params = abstract(config, experiment.precision)
-    settled = plan(params, experiment.rules)
-    held = _held(experiment, params, settled)
+    settled = plan(params, experiment.rules, hints=promised(params))
+    held = _held(experiment, config, params, settled)
     found = nodes(held["adapters"])
     counts = {site.path: count_node(found[site.path]) for site in settled.sites}
     beside = sum(math.prod(leaf.shape) for leaf in held["beside"].values())
@@ -67,13 +70,18 @@ def of_experiment(experiment: Experiment) -> str:
     return "\n".join([*lines, *_table(_memory(held)), "activations and workspace come on top"])
 
 
-def _held(experiment: Experiment, params: Any, settled: Plan) -> dict[str, Any]:
+def _held(experiment: Experiment, config: LlamaConfig, params: Any, settled: Plan) -> dict[str, Any]:
     """Every array that a run keeps, as shapes."""
+    run = Run(settled, experiment.steps or 1, config.num_key_value_heads)
+    watch = None if experiment.procedure is None else experiment.procedure.watch(run)
+
+    def zeros(params: Any, site: Site) -> Hint:
+        return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
 
     def build(params: Any) -> dict[str, Any]:
-        params, adapters = adapt(jax.random.key(experiment.seed_adapter), params, settled, experiment.quant)
+        params, adapters = adapt(jax.random.key(experiment.seed_adapter), params, settled, experiment.quant, zeros)
         parts = take_apart(params, adapters, experiment.train_base, experiment.train_also)
-        state = start(parts, make_optimizer(experiment.optimizer, experiment.steps or 1))
+        state = start(parts, make_optimizer(experiment.optimizer, experiment.steps or 1, watch))
         return {
             "base": parts.base,
             "beside": parts.trained_base,

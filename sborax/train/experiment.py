@@ -90,6 +90,8 @@ class Experiment:
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA(...)` or `LoRAPrune(...)`.
+    hint_batches: microbatches of the run's own data over which methods that start from gradients, such as LoRAGA,
+        have them averaged (its authors: 8 of one sample, later 64 of two).
     log: back ends beside `metrics.jsonl`. mesh, eval.tasks: refused where this version lacks them.
     """
 
@@ -109,6 +111,7 @@ class Experiment:
     eval: Eval = Eval()
     save: Save = Save()
     procedure: AbstractProcedure | None = None
+    hint_batches: int = 8
     seed_data: int = 0
     seed_adapter: int = 0
     log: tuple[str, ...] = ()
@@ -119,6 +122,7 @@ class Experiment:
         object.__setattr__(self, "rules", as_rules(self.rules))
         object.__setattr__(self, "train_also", tuple(self.train_also))
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
+        at_least(1, hint_batches=self.hint_batches)
         for name, seed in (("seed_data", self.seed_data), ("seed_adapter", self.seed_adapter)):
             if not 0 <= seed < 2**32:
                 raise SboraxError(f"{name} must lie in 0..2**32 - 1, got {seed}")

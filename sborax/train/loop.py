@@ -16,20 +16,23 @@ from sborax.data.options import Data
 from sborax.data.samples import Sample, load_samples
 from sborax.models.language_model import LanguageModel
 from sborax.models.load import load_model
-from sborax.paths import Plan, plan
+from sborax.paths import Plan, as_rules, plan
 from sborax.procedures import Run
-from sborax.train.adapter import fingerprint, save_adapter
-from sborax.train.base import adapt
+from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
+from sborax.train.base import adapt, rewritten
 from sborax.train.checkpoint import open_checkpoints
 from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_experiment
+from sborax.train.hints import gradients, promised
 from sborax.train.optimizer import make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
 from sborax.train.state import Parts, parameters, start, take_apart
 from sborax.train.steps import Loop
 from sborax.train.turns import Turns
-from sborax.tree import combine
+from sborax.tree import combine, nest, nodes
 
 ADAPTER = "adapter"
+START = "start"
+"""Adapters whose start depended on more than the weights, as they were then."""
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log")
 """What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
@@ -47,12 +50,18 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     began = time.monotonic()
     run = claim(epath.Path(out), experiment, resume)
     echo(f"loading {experiment.model} ({experiment.precision})")
-    model = load_model(experiment.model, experiment.precision, remat=experiment.remat)
+    model = load_model(
+        experiment.model,
+        experiment.precision,
+        remat=experiment.remat,
+        quant=experiment.quant,
+        keep=rewritten(as_rules(experiment.rules)),
+    )
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
     kv_heads = model.config.num_key_value_heads
-    model, parts, base_prints, total, chosen = set_up(experiment, model, echo)
+    model, parts, base_prints, total, chosen = set_up(experiment, model, batches, run, echo)
     turns = None
     if experiment.procedure is not None:
         # The third stream of one seed, after initial adapters and dropout.
@@ -168,14 +177,22 @@ def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> l
 
 
 def set_up(
-    experiment: Experiment, model: LanguageModel, echo: Echo
+    experiment: Experiment, model: LanguageModel, batches: Batches, run: epath.Path, echo: Echo
 ) -> tuple[LanguageModel, Parts, dict[str, str], int, Plan]:
     """The model without its parameters, these and the adapters taken apart, the base's fingerprint, size and plan."""
-    chosen = plan(model.params, experiment.rules)
+    chosen = plan(model.params, experiment.rules, hints=promised(model.params))
     for line in ["adapting:"] * bool(chosen.sites) + describe(chosen):
         echo(line)
     prints, total = fingerprint(model.params), parameters(model.params)
-    params, adapters = adapt(jax.random.key(experiment.seed_adapter), model.params, chosen, experiment.quant)
+    begun, told = {}, sorted(site.path for site in chosen.sites if site.method.needs)
+    if told and (run / START / PLAN).exists():
+        # Made anew they might differ in the last bit, and singular vectors then in all of them.
+        begun = nodes(read_adapter(run / START).adapters)
+    hint = gradients(model, chosen, batches, experiment.hint_batches, echo) if told and not begun else None
+    key = jax.random.key(experiment.seed_adapter)
+    params, adapters = adapt(key, model.params, chosen, experiment.quant, hint, begun)
+    if hint is not None:
+        save_adapter(run / START, nest({path: nodes(adapters)[path] for path in told}))
     model.check_adapters(adapters)
     parts = take_apart(params, adapters, experiment.train_base, experiment.train_also)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
