@@ -5,7 +5,8 @@ saved, counted and vmapped like every other one. The model asks it once a layer,
 """
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
@@ -99,7 +100,7 @@ def layer_of(path: str, layers: str) -> str:
 def routers(planned: Mapping[str, Expert], kernels: Mapping[str, Any], layers: str) -> list[Placed]:
     """A router for every layer with two or more experts among the `planned` projections (by path of their kernels).
 
-    Its width is the one size that all kernels of the layer share, since each reads or writes the residual stream.
+    Its width is the input size that most kernels of the layer have: what most of them read is the residual stream.
     Raises SboraxError for experts of one layer with different routers or that are not in every layer of a stack.
     """
     by_layer: dict[str, list[str]] = {}
@@ -123,18 +124,14 @@ def routers(planned: Mapping[str, Expert], kernels: Mapping[str, Any], layers: s
                     f"{path}: one router stands for all layers of a stack, so that {type(parts[0]).__name__} cannot be "
                     "in some of them; drop `layers=`, or load the model with scan=False"
                 )
-        below = [weight.shape[len(stack) :] for path, weight in kernels.items() if path.startswith(f"{layer}/")]
-        shape = (_shared(layer, below), len(names))
+        read = Counter(weight.shape[len(stack)] for path, weight in kernels.items() if path.startswith(f"{layer}/"))
+        (width, votes), *others = read.most_common(2)
+        if others and others[0][1] == votes:
+            raise SboraxError(f"{layer}: as many kernels read {width} as {others[0][0]} features: its width is unclear")
+        shape = (width, len(names))
         try:
             method.check(shape)
         except SboraxError as error:
             raise SboraxError(f"{layer}/{ROUTER} {shape}: {error}") from None
         placed.append(Placed(f"{layer}/{ROUTER}", method, stack, shape))
     return placed
-
-
-def _shared(layer: str, shapes: Sequence[tuple[int, ...]]) -> int:
-    sizes = set.intersection(*(set(shape) for shape in shapes))
-    if len(sizes) != 1:
-        raise SboraxError(f"{layer}: its kernels share the sizes {sorted(sizes)}, so its router cannot tell its width")
-    return sizes.pop()

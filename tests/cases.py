@@ -54,6 +54,7 @@ METHODS = [
     Case("SARA-svd", sx.SARA(rank=4, factor_init="svd", alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("MoSARA", sx.MoSARA(rank=6, sets=3), lambda i, o: 3 * 6 + o + 6 + 3),
     Case("MoSARA-full", sx.MoSARA(rank=6, sets=3, router="full"), lambda i, o: 3 * 6 + o + 6 * 3),
+    Case("MiLoRA", sx.MiLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("AdaLoRA", sx.AdaLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("VeRA", sx.VeRA(rank=6), lambda i, o: 6 + o),
     Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),
