@@ -11,7 +11,10 @@ import pytest
 
 import sborax as sx
 from sborax.models import LanguageModel, Llama, LlamaConfig
-from sborax.procedures.prilora import Pruning, after_step, ema, input_norms, kept
+from sborax.procedures import Run
+from sborax.procedures.prilora import PRILoRAPruning, after_step, ema, input_norms, kept
+from sborax.train.state import start, take_apart
+from sborax.train.step import make_step
 from sborax.tree import nodes
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -54,7 +57,7 @@ def test_equal_ranks_and_no_pruning_are_lora():
     left, right = nodes(ours)[PATH], nodes(lora)[PATH]
     chex.assert_trees_all_equal(left.train, right.train)
     chex.assert_trees_all_equal(left.frozen["scale"], right.frozen["scale"])
-    after = after_step(ours, {PATH: jnp.ones((LAYERS, IN))}, 40, Pruning(fraction=0.0))
+    after = after_step(ours, {PATH: jnp.ones((LAYERS, IN))}, 40, PRILoRAPruning(fraction=0.0))
     chex.assert_trees_all_equal(nodes(after)[PATH].train, left.train)
 
 
@@ -92,7 +95,7 @@ def test_the_least_important_fraction_goes(group, fraction):
 def test_pruning_is_due_every_so_often_and_exact_on_a_ragged_stack(group):
     adapters = attached(sx.PRILoRA(rank=sx.LinearRanks(2, 6)))
     before = nodes(adapters)[PATH]
-    pruning = Pruning(fraction=0.25, every=3, group=group)
+    pruning = PRILoRAPruning(fraction=0.25, every=3, group=group)
     norms = jnp.exp(jax.random.normal(jax.random.key(4), (LAYERS, IN)))
     step = jax.jit(lambda tree, number: after_step(tree, {PATH: norms}, number, pruning))
     for number in (0, 1, 2, 4):
@@ -133,7 +136,7 @@ def test_pruned_entries_grow_again_unless_masked(persistent):
     norms = {PATH: jnp.broadcast_to(input_norms(x)[None], (LAYERS, IN))}
     node = nodes(adapters)[PATH]
     node = dataclasses.replace(node, train={**node.train, "b": jax.random.normal(jax.random.key(6), (LAYERS, 4, OUT))})
-    pruned = nodes(after_step({"layers": {"proj": {"kernel": node}}}, norms, 40, Pruning()))[PATH]
+    pruned = nodes(after_step({"layers": {"proj": {"kernel": node}}}, norms, 40, PRILoRAPruning()))[PATH]
     gone = np.asarray(pruned.train["a"]) == 0
     assert gone.sum() == LAYERS * 4 * IN // 2
     grown = update(pruned, x)
@@ -146,25 +149,12 @@ def test_pruned_entries_grow_again_unless_masked(persistent):
     if persistent:
         np.testing.assert_array_equal(np.asarray(pruned.frozen["mask"]) == 0, gone)
         moved = dataclasses.replace(grown, train={**grown.train, "a": grown.train["a"] + 9.0 * gone})
-        later = nodes(after_step({"layers": {"proj": {"kernel": moved}}}, norms, 80, Pruning()))[PATH]
+        later = nodes(after_step({"layers": {"proj": {"kernel": moved}}}, norms, 80, PRILoRAPruning()))[PATH]
         np.testing.assert_array_equal(later.train["a"] == 0, gone)
 
 
-def test_mistakes_are_told():
-    norms = {PATH: jnp.ones((LAYERS, IN))}
-    with pytest.raises(sx.SboraxError, match="no adapter is PRILoRA"):
-        after_step(attached(sx.LoRA(rank=2)), norms, 1, Pruning())
-    with pytest.raises(sx.SboraxError, match="not inside a composition"):
-        after_step(attached(sx.scale(sx.add(sx.LoRA(rank=2), sx.PRILoRA(rank=2)), 0.5)), norms, 1, Pruning())
-    with pytest.raises(sx.SboraxError, match="no input norms"):
-        after_step(attached(sx.PRILoRA(rank=2)), {}, 1, Pruning())
-    for wrong in ({"fraction": 1.0}, {"beta": -0.1}, {"every": 0}):
-        with pytest.raises(sx.SboraxError):
-            Pruning(**wrong)
-
-
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-def test_norms_of_a_models_own_inputs(scan):
+def a_model(scan=True, remat="none"):
+    """A random LLaMA of two layers with PRILoRA on every projection."""
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -179,16 +169,80 @@ def test_norms_of_a_models_own_inputs(scan):
         bos_token_id=0,
         eos_token_id=(1,),
     )
-    module = Llama(config, jnp.dtype("float32"), scan=scan)
-    tokens = jax.random.randint(jax.random.key(3), (2, 6), 2, 32, jnp.int32)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    module = Llama(config, jnp.dtype("float32"), remat, scan)
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     assert set(variables) == {"params"}
     params = variables["params"]
-    model = LanguageModel(module, params, config, None)
     _, adapters = sx.attach(jax.random.key(1), params, [("proj", sx.PRILoRA(rank=2))])
+    return LanguageModel(module, params, config, None), adapters
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_step_sees_the_norms_of_its_own_forward_pass(remat):
+    """Of all microbatches together, padding left out; and the step itself is the same bits as without."""
+    model, adapters = a_model(remat=remat)
+    parts = take_apart(model.params, adapters)
+    rng = np.random.default_rng(0)
+    shape = (1, 4, 6)
+    batch = {name: rng.integers(2, 32, shape).astype(np.int32) for name in ("tokens", "targets")}
+    batch |= {"segments": np.ones(shape, np.int32), "counts": np.ones(shape, bool)}
+    batch["segments"][:, 1:3, 4:] = 0
+    batch["counts"] &= batch["segments"] > 0
+    plan = sx.plan(model.params, [("proj", sx.PRILoRA(rank=2))])
+    procedure = PRILoRAPruning(beta=0.0)
+    procedure.check(Run(plan, 9, 1), {})
+    ends = []
+    for observe in (True, False):
+        watch = procedure.watch(Run(plan, 9, 1)) if observe else optax.identity()
+        tx = optax.chain(watch, optax.adam(1e-2))
+        step = make_step(model, tx, jax.random.key(1), observe=observe)
+        for accumulate in (1, 2):
+            split_up = {name: array.reshape(accumulate, -1, 6) for name, array in batch.items()}
+            ends.append(step(start(parts, tx), parts.frozen, parts.base, split_up)[0])
+    chex.assert_trees_all_equal(ends[0].train, ends[2].train)
+    want = model.input_norms(
+        model.params, adapters, jnp.asarray(batch["tokens"][0]), segment_ids=jnp.asarray(batch["segments"][0])
+    )
+    for end in ends[:2]:
+        chex.assert_trees_all_close(end.opt[0].norms, want, rtol=1e-5)
+
+
+def test_norms_have_no_gradient_even_where_they_are_zero():
+    slope = jax.grad(lambda x: jnp.sum(input_norms(x)))(jnp.zeros((3, IN)))
+    np.testing.assert_array_equal(slope, 0)
+
+
+def test_mistakes_are_told():
+    for rules, told in (
+        ([("proj", sx.LoRA(rank=2))], "no rule gives PRILoRA"),
+        ([("proj", sx.scale(sx.PRILoRA(rank=2), 0.5))], "not inside a composition"),
+    ):
+        run = Run(sx.plan({"layers": {"proj": {"kernel": WEIGHT}}}, rules), 9, 1)
+        with pytest.raises(sx.SboraxError, match=told):
+            PRILoRAPruning().check(run, {})
+    head = Run(sx.plan({"lm_head": {"kernel": WEIGHT[0]}}, [("head", sx.PRILoRA(rank=2))]), 9, 1)
+    with pytest.raises(sx.SboraxError, match="those of the layers alone"):
+        PRILoRAPruning().check(head, {})
+    norms = {PATH: jnp.ones((LAYERS, IN))}
+    with pytest.raises(sx.SboraxError, match="no adapter is PRILoRA"):
+        after_step(attached(sx.LoRA(rank=2)), norms, 1, PRILoRAPruning())
+    with pytest.raises(sx.SboraxError, match="not inside a composition"):
+        after_step(attached(sx.scale(sx.add(sx.LoRA(rank=2), sx.PRILoRA(rank=2)), 0.5)), norms, 1, PRILoRAPruning())
+    with pytest.raises(sx.SboraxError, match="no input norms"):
+        after_step(attached(sx.PRILoRA(rank=2)), {}, 1, PRILoRAPruning())
+    for wrong in ({"fraction": 1.0}, {"beta": -0.1}, {"every": 0}):
+        with pytest.raises(sx.SboraxError):
+            PRILoRAPruning(**wrong)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_norms_of_a_models_own_inputs(scan):
+    model, adapters = a_model(scan)
+    params = model.params
+    tokens = jax.random.randint(jax.random.key(3), (2, 6), 2, 32, jnp.int32)
     segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
     norms = jax.jit(lambda tokens: model.input_norms(params, adapters, tokens, segment_ids=segments))(tokens)
-    after = after_step(adapters, norms, 1, Pruning(beta=0.0))
+    after = after_step(adapters, norms, 1, PRILoRAPruning(beta=0.0))
     chex.assert_trees_all_equal({path: node.frozen["norm"] for path, node in nodes(after).items()}, norms)
     # By hand: what enters the first layer's attention is the embedding, normed.
     x = np.asarray(params["embed_tokens"]["embedding"], np.float64)[np.asarray(tokens)]

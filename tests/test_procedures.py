@@ -15,7 +15,16 @@ import sborax as sx
 from sborax.config import decode, encode
 from sborax.core import SboraxError, linear
 from sborax.models import load_model
-from sborax.procedures import COLA, AbstractProcedure, Boundary, LoRAPrune, Run, XGBLoRA
+from sborax.procedures import (
+    COLA,
+    AbstractProcedure,
+    AdaLoRABudget,
+    Boundary,
+    LoRAPrune,
+    PRILoRAPruning,
+    Run,
+    XGBLoRA,
+)
 from sborax.quant.nf4 import quantise
 from sborax.train.adapter import LEAVES, load_adapter
 from sborax.train.loop import train
@@ -237,7 +246,9 @@ def test_mistakes_are_told():
             broken()
 
 
-@pytest.mark.parametrize("procedure", [*PROCEDURES, LoRAPrune(protect=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "procedure", [*PROCEDURES, LoRAPrune(protect=0.0), AdaLoRABudget(target=2), PRILoRAPruning(group="matrix")], ids=str
+)
 def test_configs_come_back(procedure):
     assert decode(AbstractProcedure, json.loads(json.dumps(encode(procedure)))) == procedure
 
@@ -253,7 +264,23 @@ RUNS = {
     "COLA": (COLA(every=2), sx.SBoRA(rank=4)),
     "XGBLoRA": (XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
     "LoRAPrune": (LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
+    "AdaLoRABudget": (AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
+    "PRILoRAPruning": (PRILoRAPruning(every=4), sx.PRILoRA(rank=sx.LinearRanks(2, 4))),
+    "PRILoRAPruning, for good": (PRILoRAPruning(every=2), sx.PRILoRA(rank=2, persistent_mask=True, dropout=0.1)),
 }
+
+
+def has_acted(procedure, adapters):
+    """Whether the trained adapters show that their procedure did its work."""
+    found = nodes(adapters).values()
+    if isinstance(procedure, AdaLoRABudget):
+        left = sum(np.count_nonzero(node.train["e"]) for node in found)
+        return left == sum(node.train["e"][..., 0].size for node in found) * procedure.target
+    if isinstance(procedure, PRILoRAPruning):
+        seen = [np.asarray(node.frozen["norm"]).max(axis=-1).min() > 0 for node in found]
+        masks = [np.asarray(node.frozen["mask"]) for node in found if "mask" in node.frozen]
+        return all(seen) and all((mask == 0).mean(axis=(1, 2)).min() >= 0.5 for mask in masks)
+    return True
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -286,6 +313,7 @@ def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
 
     model = load_model(places[0])
     params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
+    assert has_acted(procedure, adapters)
     assert np.isfinite(model.apply(params, adapters, jnp.zeros((1, 4), jnp.int32))).all()
     with pytest.raises(SboraxError, match="steps differs"):
         train(dataclasses.replace(experiment, steps=9), tmp_path / "run", resume=True, echo=lambda _: None)

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int, Key
 from sborax import core
 from sborax.models.config import LlamaConfig
 from sborax.models.llama import Llama
+from sborax.models.memory import run, values_at
 from sborax.paths import STACKED_UNDER
 from sborax.routing import ROUTER, layer_of
+from sborax.tree import nodes
 
 Params = dict[str, Any]
 
@@ -120,6 +122,25 @@ class LanguageModel:
             return params["embed_tokens"]["embedding"].T
         return params["lm_head"]["kernel"]
 
+    def observed(
+        self,
+        params: Params,
+        adapters: Params | None,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], dict[str, Float[Array, "*stack in"]]]:
+        """`hidden`, and ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
+
+        Over all tokens of the batch, padding left out, before an adapter's dropout. Norms have no gradient.
+        """
+        mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+        inputs = (tokens, segment_ids, None, core.Context(tokens={"mask": mask}))
+        (hidden, _), seen = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=["observations"])
+        flat = jax.tree_util.tree_leaves_with_path(seen["observations"])
+        return hidden, {_path(keys): leaf for keys, leaf in flat}
+
     def input_norms(
         self,
         params: Params,
@@ -128,19 +149,26 @@ class LanguageModel:
         *,
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> dict[str, Float[Array, "*stack in"]]:
-        """||X_j|| of every input feature j of every projection over the batch, padding left out, by path of its kernel.
+        """The norms of `observed`, by one forward pass up to the head."""
+        return self.observed(params, adapters, tokens, segment_ids=segment_ids)[1]
 
-        One forward pass up to the head, without dropout.
+    def memory_norms(
+        self,
+        params: Params,
+        adapters: Params,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> dict[str, Params]:
+        """The norms of what each projection remembers for the next layer (`sborax.depth`), by path of its kernel.
+
+        As `input_norms` over all tokens of the batch, padding left out; values of more axes a token as one axis. Empty
+        for adapters that remember nothing.
         """
-        self.check_adapters(adapters)
         mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-        ctx = core.Context(tokens={"mask": mask})
-        variables = {"params": params, "adapters": adapters or {}}
-        _, seen = self.module.apply(
-            variables, tokens, segment_ids, None, ctx, mutable=["observations"], method="hidden"
-        )
-        flat = jax.tree_util.tree_flatten_with_path(seen["observations"])[0]
-        return {_path(keys): leaf for keys, leaf in flat}
+        inputs = (tokens, segment_ids, None, core.Context(tokens={"mask": mask}))
+        seen = self._call("hidden", params, adapters, None, *inputs, mutable=["remembered"])[1].get("remembered", {})
+        return values_at(seen, nodes(adapters))
 
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path where the model has no projection."""
@@ -160,4 +188,6 @@ class LanguageModel:
         self.check_adapters(adapters)
         variables = {"params": params, "adapters": adapters or {}}
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.module.apply(variables, *inputs, rngs=rngs, method=method, **options)
+        if method == "head":
+            return self.module.apply(variables, *inputs, rngs=rngs, method=method)
+        return run(self.module, variables, *inputs, rngs=rngs, method=method, **options)

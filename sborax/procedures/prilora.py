@@ -2,30 +2,48 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sborax.core import AbstractComposite, Adapter, SboraxError
+from sborax.core import AbstractComposite, Adapter, SboraxError, width
 from sborax.methods.prilora import PRILoRA
+from sborax.paths import STACKED_UNDER, Site
+from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.routing import selective
 from sborax.tree import Adapters, nest, nodes, stack_of
 
 Group = Literal["per_rank", "matrix"]
 
 
+class PruningState(NamedTuple):
+    """Running norms of the input features, and 0 where a persistent mask has pruned, by path of the kernel."""
+
+    norms: dict[str, Float[Array, "*stack in"]]
+    kept: dict[str, Float[Array, "*stack in rank"]]
+
+
 @dataclasses.dataclass(frozen=True)
-class Pruning:
-    """When and how much `after_step` prunes.
+class PRILoRAPruning(AbstractProcedure):
+    """Every so many steps, zero the entries of a where |a_ji| x_j is low, x_j a running norm of input feature j.
 
     fraction: of the entries of a in a group; default 0.5. every: steps between two prunings; default 40.
     beta: of the running input norms; default 0.9. group: entries are compared within each column of a ("per_rank",
     default) or all together ("matrix"). The defaults are remembered from the paper, not confirmed.
+
+    Norms are those of a whole step, of the forward pass that is made anyway; padding does not count. Moments of the
+    optimiser are left alone, so pruned entries may grow again, unless `PRILoRA` has a persistent mask.
     Raises SboraxError for a fraction or beta outside [0, 1), every below 1, an unknown group.
     """
+
+    paper = "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation, arXiv:2401.11316"
+    resets = False
+    observes = True
 
     fraction: float = 0.5
     every: int = 40
@@ -38,10 +56,95 @@ class Pruning:
         if self.every < 1 or self.group not in ("per_rank", "matrix"):
             raise SboraxError(f"needs every >= 1 and group 'per_rank' or 'matrix', got {self.every}, {self.group!r}")
 
+    def check(self, run: Run, base: dict[str, Any]) -> None:
+        for site in run.plan.sites:
+            if isinstance(site.method, AbstractComposite) and _inside(site.method):
+                raise SboraxError(f"PRILoRAPruning: {site.path}: {_ALONE}")
+            if selective(site.method):
+                raise SboraxError(f"PRILoRAPruning: {site.path}: input norms are not kept where a router decides")
+        if not _sites(run):
+            raise SboraxError("PRILoRAPruning: no rule gives PRILoRA: there is nothing to prune")
+        outside = [path for path in _sites(run) if STACKED_UNDER not in path.split("/")]
+        if outside:
+            raise SboraxError(
+                f"PRILoRAPruning: {outside[0]}: input norms are those of the layers alone; use LoRA there"
+            )
+
+    def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
+        sites = _sites(run)
+
+        def init(params: PyTree) -> PruningState:
+            norms = {path: jnp.zeros((*site.stack, site.shape[0])) for path, site in sites.items()}
+            return PruningState(
+                norms,
+                {
+                    path: jnp.ones((*site.stack, site.shape[0], width(site.method.rank)))
+                    for path, site in sites.items()
+                    if isinstance(site.method, PRILoRA) and site.method.persistent_mask
+                },
+            )
+
+        def update(
+            updates: PyTree, state: Any, params: PyTree | None = None, *, norms: Any = None, **others: Any
+        ) -> tuple[PyTree, PruningState]:
+            running = {path: ema(old, norms[path], self.beta) for path, old in state.norms.items()}
+            return updates, state._replace(norms=running)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
+        return boundary
+
+    def due(self, step: int, run: Run) -> bool:
+        # At the end, the running norms are laid into the adapters.
+        return step % self.every == 0 or step == run.steps
+
+    def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
+        found = nodes(boundary.adapters)
+
+        def one(state: Any) -> Any:
+            if not isinstance(state, PruningState):
+                return state
+            held = dict(state.kept)
+            for path, norms in state.norms.items():
+                # A copy: the next step takes over the buffers of the optimiser's state.
+                node = _with_norm(found[path], jnp.array(norms, copy=True))
+                if step % self.every == 0:
+                    keep = _keep(node, self)
+                    node = _pruned(node, keep)
+                    held |= {path: held[path] * keep} if path in held else {}
+                found[path] = node
+            return state._replace(kept=held)
+
+        opt = jax.tree.map(one, boundary.opt, is_leaf=_is_state)
+        return dataclasses.replace(boundary, adapters=nest(found), opt=opt)
+
+    def replay(
+        self,
+        key_of: Callable[[int], Key[Array, ""]],
+        done: int,
+        run: Run,
+        boundary: Boundary,
+        kept: Callable[[int], Adapters],
+    ) -> Boundary:
+        found = nodes(boundary.adapters)
+        for state in jax.tree.leaves(boundary.opt, is_leaf=_is_state):
+            for path, held in state.kept.items() if _is_state(state) else ():
+                frozen = found[path].frozen
+                found[path] = dataclasses.replace(found[path], frozen={**frozen, "mask": frozen["mask"] * held})
+        return dataclasses.replace(boundary, adapters=nest(found))
+
+    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
+        return segments[-1]
+
 
 def input_norms(x: Float[Array, "*batch in"], mask: Array | None = None) -> Float[Array, " in"]:
-    """||X_j|| over all tokens of a batch, per input feature j, float32. mask: (*batch), zero at padding."""
-    wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    """||X_j|| over all tokens of a batch, per input feature j, float32, without a gradient.
+
+    mask: (*batch), zero at padding.
+    """
+    # At a norm of zero the gradient would not be a number, even where nothing asks for it.
+    wide = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(-1, x.shape[-1])
     if mask is not None:
         # Not by multiplication: padding may hold what is not finite.
         wide = jnp.where((mask != 0).reshape(-1, 1), wide, 0.0)
@@ -73,7 +176,10 @@ def kept(
 
 
 def after_step(
-    adapters: Adapters, norms: Mapping[str, Float[Array, "*stack in"]], step: Int[Array, ""] | int, pruning: Pruning
+    adapters: Adapters,
+    norms: Mapping[str, Float[Array, "*stack in"]],
+    step: Int[Array, ""] | int,
+    pruning: PRILoRAPruning,
 ) -> Adapters:
     """The adapters after optimiser step number `step` (from 1): running norms updated, a pruned where it is due.
 
@@ -84,7 +190,7 @@ def after_step(
     found = nodes(adapters)
     for path, node in found.items():
         if isinstance(node.method, AbstractComposite) and _inside(node.method):
-            raise SboraxError(f"{path}: pruning needs PRILoRA alone on a whole stack, not inside a composition")
+            raise SboraxError(f"{path}: {_ALONE}")
     own = {path: node for path, node in found.items() if isinstance(node.method, PRILoRA)}
     if not own:
         raise SboraxError("no adapter is PRILoRA: there is nothing to prune")
@@ -102,9 +208,24 @@ def _inside(value: Any) -> bool:
     return isinstance(value, PRILoRA)
 
 
-def _node(node: Adapter, norms: Array, step: Int[Array, ""] | int, pruning: Pruning) -> Adapter:
+def _node(node: Adapter, norms: Array, step: Int[Array, ""] | int, pruning: PRILoRAPruning) -> Adapter:
+    node = _with_norm(node, ema(node.frozen["norm"], norms, pruning.beta))
+    due = (jnp.asarray(step) > 0) & (jnp.asarray(step) % pruning.every == 0)
+    return _pruned(node, jax.lax.cond(due, lambda: _keep(node, pruning), lambda: jnp.ones_like(node.train["a"])))
+
+
+def _with_norm(node: Adapter, norms: Float[Array, "*stack in"]) -> Adapter:
+    return dataclasses.replace(node, frozen={**node.frozen, "norm": norms})
+
+
+def _held(node: Adapter) -> Float[Array, "*stack in rank"]:
+    """What a mask holds back counts as zero, whatever momentum made of it."""
+    return node.train["a"] * node.frozen.get("mask", jnp.ones_like(node.train["a"]))
+
+
+def _keep(node: Adapter, pruning: PRILoRAPruning) -> Float[Array, "*stack in rank"]:
+    """0 where a is to be pruned by the node's own running norms, else 1."""
     stack, rank = stack_of(node), node.method.rank
-    running = ema(node.frozen["norm"], norms, pruning.beta)
     ranks = jnp.asarray(np.reshape(rank, stack) if isinstance(rank, tuple) else np.full(stack, rank), jnp.int32)
 
     def one(a: Array, own_norms: Array, own: Array) -> Array:
@@ -112,11 +233,21 @@ def _node(node: Adapter, norms: Array, step: Int[Array, ""] | int, pruning: Prun
 
     for _ in stack:
         one = jax.vmap(one)
-    # What a mask holds back counts as zero, whatever momentum made of it.
-    a = node.train["a"] * node.frozen.get("mask", jnp.ones_like(node.train["a"]))
-    due = (jnp.asarray(step) > 0) & (jnp.asarray(step) % pruning.every == 0)
-    keep = jax.lax.cond(due, lambda: one(a, running, ranks), lambda: jnp.ones(a.shape, bool)).astype(jnp.float32)
-    frozen = {**node.frozen, "norm": running}
-    if "mask" in frozen:
-        frozen["mask"] = frozen["mask"] * keep
-    return dataclasses.replace(node, train={**node.train, "a": a * keep}, frozen=frozen)
+    return one(_held(node), node.frozen["norm"], ranks).astype(jnp.float32)
+
+
+def _pruned(node: Adapter, keep: Float[Array, "*stack in rank"]) -> Adapter:
+    masks = {"mask": node.frozen["mask"] * keep} if "mask" in node.frozen else {}
+    train = {**node.train, "a": _held(node) * keep}
+    return dataclasses.replace(node, train=train, frozen={**node.frozen, **masks})
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, PruningState)
+
+
+def _sites(run: Run) -> dict[str, Site]:
+    return {site.path: site for site in run.plan.sites if isinstance(site.method, PRILoRA)}
+
+
+_ALONE = "pruning needs PRILoRA alone on a whole stack, not inside a composition"

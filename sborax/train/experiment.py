@@ -89,7 +89,7 @@ class Experiment:
     remat: "none", "full" or names to keep. attention: "xla".
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
-    procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA(...)` or `LoRAPrune(...)`.
+    procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
     hint_batches: microbatches of the run's own data over which methods that start from gradients, such as LoRAGA,
         have them averaged (its authors: 8 of one sample, later 64 of two).
     log: back ends beside `metrics.jsonl`. mesh, eval.tasks: refused where this version lacks them.

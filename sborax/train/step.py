@@ -25,22 +25,32 @@ def prompt_of(segments: Int[Array, "batch length"], counts: Bool[Array, "batch l
     return (segments > 0) & (before == 0)
 
 
-def batch_losses(
-    model: LanguageModel, train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array], key: Key[Array, ""] | None
-) -> dict[str, Float[Array, ""]]:
+def observed_losses(
+    model: LanguageModel,
+    train: PyTree,
+    frozen: PyTree,
+    base: Flat,
+    batch: dict[str, Array],
+    key: Key[Array, ""] | None,
+    observe: bool = False,
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, "*stack in"]]]:
     """What a step minimises the sum of, for one microbatch of arrays (batch, length), summed over tokens that count.
 
     loss: cross-entropy. balance_loss: what routers add, where there are any.
+    Also, to `observe`, the norms of every projection's input features by path, padding left out.
     """
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
     found = nodes(adapters)
     tokens, segments = batch["tokens"], batch["segments"]
     extra: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     if any(isinstance(node.method, AbstractRouter) for node in found.values()):
         ctx = Context(tokens={PROMPT: prompt_of(segments, batch["counts"])})
         hidden, balance = model.routed(params, adapters, tokens, segment_ids=segments, dropout_key=key, ctx=ctx)
         extra["balance_loss"] = balance * jnp.sum(batch["counts"], dtype=jnp.float32)
+    elif observe:
+        hidden, seen = model.observed(params, adapters, tokens, segment_ids=segments, dropout_key=key)
     else:
         hidden = model.hidden(params, adapters, tokens, segment_ids=segments, dropout_key=key)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -53,7 +63,14 @@ def batch_losses(
         )
     else:
         loss = frozen_head_loss(flat, base[path], targets, counts, tied)
-    return {"loss": loss, **extra}
+    return {"loss": loss, **extra}, seen
+
+
+def batch_losses(
+    model: LanguageModel, train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array], key: Key[Array, ""] | None
+) -> dict[str, Float[Array, ""]]:
+    """The losses of `observed_losses` alone."""
+    return observed_losses(model, train, frozen, base, batch, key)[0]
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
@@ -63,13 +80,13 @@ def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
 
 
 def make_step(
-    model: LanguageModel, tx: optax.GradientTransformation, key: Key[Array, ""]
+    model: LanguageModel, tx: optax.GradientTransformation, key: Key[Array, ""], observe: bool = False
 ) -> Callable[[TrainState, PyTree, Flat, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """The compiled step: `step(state, frozen, base, batch) -> (state, numbers)`.
 
     batch: arrays (accumulate, batch, length), one microbatch after the other; the gradient is that of
     sum of losses / number of tokens that count over all of them. Only `state` is donated.
-    key: of dropout; folded with the step's number.
+    key: of dropout; folded with the step's number. observe: whether `tx` is given `norms=` of inputs by path.
     numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path; with routers
         balance_loss, which is minimised too: a mean over microbatches, by their tokens that count.
     """
@@ -80,33 +97,34 @@ def make_step(
         accumulate = batch["tokens"].shape[0]
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
 
-            def one(number: Array | int, part: dict[str, Array]) -> tuple[dict[str, Array], PyTree]:
+            def one(number: Array | int, part: dict[str, Array]) -> tuple[Any, PyTree]:
                 own_key = jax.random.fold_in(step_key, number)
 
-                def objective(train: PyTree) -> tuple[Array, dict[str, Array]]:
-                    losses = batch_losses(model, train, frozen, base, part, own_key)
-                    return jax.tree.reduce(jnp.add, losses), losses
+                def objective(train: PyTree) -> tuple[Array, Any]:
+                    losses, seen = observed_losses(model, train, frozen, base, part, own_key, observe)
+                    return jax.tree.reduce(jnp.add, losses), (losses, seen)
 
-                (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
-                return losses, grads
+                (_, told), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
+                return told, grads
 
             if accumulate == 1:
-                losses, grads = one(0, jax.tree.map(lambda leaf: leaf[0], batch))
+                (losses, seen), grads = one(0, jax.tree.map(lambda leaf: leaf[0], batch))
             else:
 
-                def body(carry: PyTree, part: Any) -> tuple[PyTree, dict[str, Array]]:
-                    losses, grads = one(*part)
-                    return jax.tree.map(jnp.add, carry, grads), losses
+                def body(carry: PyTree, part: Any) -> tuple[PyTree, Any]:
+                    told, grads = one(*part)
+                    return jax.tree.map(jnp.add, carry, grads), told
 
                 zero = jax.tree.map(jnp.zeros_like, state.train)
-                grads, each = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
+                grads, (each, seen) = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
                 losses = jax.tree.map(jnp.sum, each)
+                seen = jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), seen)
             tokens = jnp.sum(batch["counts"], dtype=jnp.int32)
             share = 1 / tokens.astype(jnp.float32)
             grads = jax.tree.map(lambda leaf: leaf * share, grads)
         # optax mixes integers and floats.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base)
+            updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base, norms=seen)
             train = optax.apply_updates(state.train, updates)
             numbers = {
                 **{name: total * share for name, total in losses.items()},

@@ -79,7 +79,8 @@ class Loop:
         """The state at the end or after a signal, and the last loss on held-out data."""
         settings = self.experiment
         # Dropout and initial adapters draw from different streams of one seed.
-        step = make_step(self.model, tx, jax.random.fold_in(jax.random.key(settings.seed_adapter), 1))
+        key = jax.random.fold_in(jax.random.key(settings.seed_adapter), 1)
+        step = make_step(self.model, tx, key, observe=self.turns is not None and self.turns.procedure.observes)
         lr = schedule(settings.optimizer, self.steps)
         loss = make_loss(self.model)
         eval_loss, pending = None, None
