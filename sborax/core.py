@@ -68,18 +68,19 @@ class Context:
     """What a forward pass may hand to an adapter beside `x`. Every field may be absent; absent means deterministic.
 
     key: dropout key of this projection, or None.
-    rows: one entry a sequence, `(batch, ...)`: routing weights, by the path of the projection they are meant for.
+    rows: one entry a sequence, `(batch, ...)`: routing weights; under a path, for the projection there alone.
     tokens: one entry a token, `(batch, seq, ...)`: padding mask, a neighbour's activations.
     """
 
     key: Key[Array, ""] | None = None
     rows: dict[str, Array] = dataclasses.field(default_factory=dict)
-    tokens: dict[str, Array] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def at(self, path: str, name: str) -> "Context":
-        """The context of the projection at `path`: its own row is called `name`, and those of others are left out."""
+        """The context of the projection at `path`: the row of that path is called `name`, others' are left out."""
+        common = {key: leaf for key, leaf in self.rows.items() if "/" not in key}
         own = {name: self.rows[path]} if path in self.rows else {}
-        return dataclasses.replace(self, rows=own) if self.rows else self
+        return dataclasses.replace(self, rows=common | own)
 
     def flatten(self, batch: tuple[int, ...]) -> "Context":
         """The same context for `x` flattened from `(*batch, in)` to `(tokens, in)`."""
@@ -160,6 +161,8 @@ class AbstractMethod(abc.ABC):
     """Leaves may be padded to the largest rank of a stack: zero padding trains to zero."""
     needs: frozenset[str] = frozenset()
     """Fields of `Hint` without which `init` cannot run."""
+    linked: bool = False
+    """Layers read what earlier layers of the same projection have or saw: see `depth.AbstractLinked`."""
 
     @property
     @abc.abstractmethod
@@ -273,6 +276,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(part.needs for part in self.members))
+
+    @property
+    def linked(self) -> bool:
+        return any(part.linked for part in self.members)
 
     def check(self, shape: tuple[int, int]) -> None:
         for part in self.members:

@@ -456,6 +456,14 @@ def test_a_router_is_drawn_alike_in_a_stack_and_in_its_layers(model):
     chex.assert_trees_all_close(single, unstacked(adapters), atol=1e-6)
 
 
+def test_layers_are_chosen_where_they_are_not_stacked(model):
+    rules = [sx.Rule("mlp", sx.MiLoRA(rank=2), layers=(1,)), sx.Rule("q_proj", sx.MiLoRA(rank=2))]
+    sites = sx.plan(unstacked(model.params), rules).sites
+    assert [(site.path, site.shape, site.layer) for site in sites if site.shape[1] < 10] == [
+        ("layers/1/router", (64, 4), 1)
+    ]
+
+
 def test_an_expert_alone_has_no_router(model):
     _, adapters = sx.attach(jax.random.key(1), model.params, [("q_proj|lm_head", sx.MiLoRA(rank=4))])
     assert set(nodes(adapters)) == {"layers/self_attn/q_proj/kernel", "lm_head/kernel"}
