@@ -1,5 +1,6 @@
 """A strict environment: eight CPU devices, no implicit promotion of ranks, and of dtypes in our own code."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -13,11 +14,31 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forget compiled programs now and then: each holds memory maps, of which Linux grants a process 65,530."""
+    yield
+    if next(_tests_run) % 100 == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def strict():
     """Strict dtype promotion, for tests of our own code alone (optax does not survive it)."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def compiled_quickly():
+    """Hardly optimised programs, for tests of what is computed and not of how: they compile in half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _local(variable: str, folder: str) -> Path:
