@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import sborax as sx
-from sborax.core import SboraxError
+from sborax.core import SboraxError, structure
 from sborax.optim import LoRARiteState, lora_rite, scale_by_lora_rite
 from sborax.tree import nodes
 
@@ -195,6 +195,57 @@ def test_padded_ranks_stay_zero_and_change_nothing():
         got = a[:, :rank] @ b[:rank]
         expected = node_alone.train["a"][0] @ node_alone.train["b"][0]
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_ragged_stacks_of_sara():
+    """Padded columns of a, b and of the diagonal between them stay zero, and every layer goes as it would alone."""
+    target = jax.random.normal(jax.random.key(5), (3, 16, 12))
+    ranks = (2, 4, 3)
+    base = {"layers": {"proj": {"kernel": jax.random.normal(jax.random.key(6), (3, 16, 12))}}}
+    _, adapters = sx.attach(jax.random.key(0), base, [("proj", sx.SARA(rank=ranks, alpha=4.0))])
+    (ragged,) = nodes(adapters).values()
+    tx = lora_rite(0.05, escape=True, skip=None, clip=None, weight_decay=0.1)
+
+    def go(node, wanted):
+        train, frozen = sx.split({"proj": node})
+
+        def loss(train):
+            (own,) = nodes(sx.combine(train, frozen)).values()
+            change = jax.vmap(lambda one: one.method.add_to_weight(jnp.zeros((16, 12)), one))(own)
+            return 0.05 * jnp.sum((change - wanted) ** 2)
+
+        @jax.jit
+        def run(train):
+            def step(carry, _):
+                value, grads = jax.value_and_grad(loss)(carry[0])
+                updates, state = tx.update(grads, carry[1], carry[0])
+                return (optax.apply_updates(carry[0], updates), state), value
+
+            (train, _), values = jax.lax.scan(step, (train, tx.init(train)), length=5)
+            return train, values
+
+        train, values = run(train)
+        return nodes(train)["proj"].train, values
+
+    trained, values = go(ragged, target)
+    assert values[-1] < values[0]
+    chex.assert_tree_all_finite(trained)
+    assert float(jnp.abs(trained["lam"] - ragged.train["lam"]).max()) > 1e-3
+    for layer, rank in enumerate(ranks):
+        for name, axis in (("a", 1), ("lam", 0), ("b", 0)):
+            np.testing.assert_array_equal(jnp.take(trained[name][layer], jnp.arange(rank, 4), axis=axis), 0)
+
+        def cut(name, leaf, layer=layer, rank=rank):
+            one = leaf[layer : layer + 1]
+            return one[:, :, :rank] if name == "a" else one[:, :rank]
+
+        alone = {name: cut(name, leaf) for name, leaf in ragged.train.items()}
+        scale = {"scale": ragged.frozen["scale"][layer : layer + 1]}
+        node = sx.Adapter(alone, scale, structure(sx.SARA(rank=rank)))
+        wanted, _ = go(node, target[layer : layer + 1])
+        for name, leaf in wanted.items():
+            got = cut(name, trained[name])
+            np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4 * float(jnp.abs(leaf).max()), err_msg=name)
 
 
 def test_leaves_in_no_pair_get_adam():

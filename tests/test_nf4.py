@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sborax import core
+from sborax.models.gguf import open_gguf
 from sborax.quant import nf4
 from sborax.quant.nf4 import NF4Array, quantise, quantise_numpy
 
@@ -109,6 +110,14 @@ def assert_equal_to_bitsandbytes(route, weight: np.ndarray) -> None:
 @pytest.mark.parametrize("name", MATRICES)
 def test_equals_bitsandbytes(name, route):
     assert_equal_to_bitsandbytes(route, MATRICES[name])
+
+
+@by_route
+@pytest.mark.parametrize("name", ["blk.0.attn_k", "blk.14.attn_output", "blk.29.ffn_down"])
+def test_equals_bitsandbytes_on_a_real_model(name, route, smollm2):
+    weight = open_gguf(smollm2).read(f"{name}.weight").T
+    assert weight.shape[0] in (576, 1536)
+    assert_equal_to_bitsandbytes(route, weight)
 
 
 @pytest.mark.parametrize("name", EXTREME)
