@@ -1,6 +1,7 @@
 """Methods made of methods: sums, multiples, chains, and different methods on different layers of one stack."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,25 @@ def _additive(method: AbstractMethod, verb: str) -> AbstractAdditive:
 
 def _key(key: Key[Array, ""] | None, part: int) -> Key[Array, ""] | None:
     return None if key is None else jax.random.fold_in(key, part)
+
+
+def part_context(method: AbstractComposite, ctx: Context, part: int) -> Context:
+    """The context of one part: its own dropout in a sum, and of what parts remember (by number) its own alone."""
+    key = _key(ctx.key, part) if isinstance(method, Sum) else ctx.key
+    shared = {name: value for name, value in ctx.tokens.items() if not isinstance(value, dict)}
+    return dataclasses.replace(ctx, key=key, tokens=shared | ctx.tokens.get(str(part), {}))
+
+
+def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
+    """The composed `adapter` with other parts, in the order of its `children`."""
+    method = adapter.method
+    if isinstance(method, Scaled):
+        names, fields = ["part"], {"part": parts[0].method}
+    else:
+        names, fields = [str(i) for i in range(len(parts))], {"parts": tuple(part.method for part in parts)}
+    train = {**adapter.train, **{name: part.train for name, part in zip(names, parts, strict=True)}}
+    frozen = {**adapter.frozen, **{name: part.frozen for name, part in zip(names, parts, strict=True)}}
+    return Adapter(train, frozen, dataclasses.replace(method, **fields), adapter.in_axes)  # type: ignore[type-var]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +98,7 @@ class Sum(AbstractAdditive, AbstractComposite):
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         for i, (part, (child, _)) in enumerate(zip(self.parts, self.children(adapter), strict=True)):
-            y = part.add_to(y, x, child, dataclasses.replace(ctx, key=_key(ctx.key, i)))
+            y = part.add_to(y, x, child, part_context(self, ctx, i))
         return y
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
@@ -123,7 +143,9 @@ class Scaled(AbstractAdditive, AbstractComposite):
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         ((child, _),) = self.children(adapter)
-        return y + cast(adapter.frozen["factor"], y) * self.part.add_to(jnp.zeros_like(y), x, child, ctx)
+        return y + cast(adapter.frozen["factor"], y) * self.part.add_to(
+            jnp.zeros_like(y), x, child, part_context(self, ctx, 0)
+        )
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         ((child, _),) = self.children(adapter)
@@ -139,6 +161,8 @@ class Chain(AbstractMethod):
     second: AbstractReparametrisation
 
     def __post_init__(self) -> None:
+        if self.first.linked:
+            raise SboraxError(f"chain: {type(self.first).__name__} links layers, which its second link would not see")
         if self.first.mergeable:
             raise SboraxError(f"chain: {type(self.first).__name__} is no starting point: {self.first.mergeable}")
         missing = sorted(self.second.factors_needed - set(self.first.axes))
@@ -238,10 +262,11 @@ class ByLayer(AbstractComposite):
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        def adapted(child: Adapter):
-            return lambda: child.method.apply(x, weight, child, ctx)
+        def adapted(part: int, child: Adapter):
+            return lambda: child.method.apply(x, weight, child, part_context(self, ctx, part))
 
-        branches = [lambda: matmul(x, weight), *(adapted(child) for child, _ in self.children(adapter))]
+        parts = (adapted(i, child) for i, (child, _) in enumerate(self.children(adapter)))
+        branches = [lambda: matmul(x, weight), *parts]
         return jax.lax.switch(adapter.frozen["branch"], branches)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:

@@ -195,6 +195,11 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             method = rules[i].method
             assert method is not None
             method = resolve(method, settle)
+            if method.linked and stack != 1 and (stack or number is None):
+                raise SboraxError(
+                    f"{path}: {type(method).__name__} links layers, and this is none of a stack (one leading axis) nor "
+                    "below a layer number (layers/3/...); give it to the kernels of layers alone"
+                )
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         whole = len(parts) == 1 and len(parts[0][1]) == count

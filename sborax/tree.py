@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from sborax import depth
 from sborax.compose import add_adapters, add_methods, scale_adapter, scale_method
 from sborax.core import (
     AbstractComposite,
@@ -29,6 +30,7 @@ from sborax.core import (
     leaf_axes,
     structure,
 )
+from sborax.depth import axes_leaves, stack_of
 from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
 from sborax.routing import AbstractRouter
 
@@ -152,15 +154,14 @@ def combine(train: PyTree, frozen: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: Adapter(a.train, b.frozen, a.method, a.in_axes), train, frozen, is_leaf=is_adapter)
 
 
-def stack_of(node: Adapter) -> tuple[int, ...]:
-    """The leading stack axes of an adapter's leaves."""
-    axes = leaf_axes(node.method.axes, {**node.train, **node.frozen})
-    leaves, names = jax.tree.leaves({**node.train, **node.frozen}), _axes_leaves(axes)
-    return next((leaf.shape[: leaf.ndim - len(name)] for leaf, name in zip(leaves, names, strict=True)), ())
+def link(adapters: PyTree) -> PyTree:
+    """The same adapters, with what a layer needs of other layers' weights in its own leaves. For models of your own.
 
-
-def _axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:
-    return jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    `LanguageModel`, `merge` and `save_peft` do it themselves. Differentiable; nothing changes for methods whose
+    layers are not linked (`ResLoRA`'s are), nor when done again.
+    """
+    linked = depth.link(nodes(adapters))
+    return jax.tree_util.tree_map_with_path(lambda path, node: linked[_path(path)], adapters, is_leaf=is_adapter)
 
 
 def merge(params: Params, adapters: PyTree) -> Params:
@@ -173,7 +174,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """
     found = kernels(params)
     new = {}
-    for path, node in nodes(adapters).items():
+    for path, node in nodes(link(adapters)).items():
         if node.method.mergeable:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
         if path not in found:
@@ -264,7 +265,7 @@ def count_node(node: Adapter, layers: tuple[int, ...] | None = None) -> int:
         return sum(count_node(child, layers if own is None else own) for child, own in node.method.children(node))
     rank = node.method.rank
     total = 0
-    names = _axes_leaves(leaf_axes(node.method.axes, node.train))
+    names = axes_leaves(leaf_axes(node.method.axes, node.train))
     for leaf, name in zip(jax.tree.leaves(node.train), names, strict=True):
         stack = leaf.shape[: leaf.ndim - len(name)]
         one, ranked = math.prod(leaf.shape[len(stack) :]), name.count("rank")
@@ -321,6 +322,7 @@ __all__ = [
     "count",
     "dense",
     "labels",
+    "link",
     "merge",
     "nest",
     "nodes",

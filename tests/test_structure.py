@@ -11,6 +11,7 @@ ORDER = [
     "ranks",
     "compose",
     "routing",
+    "depth",
     "paths",
     "tree",
     "experts",

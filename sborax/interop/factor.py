@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sborax.compose import Scaled, Sum
+from sborax.compose import Scaled, Sum, with_parts
 from sborax.core import AbstractComposite, AbstractFactored, AbstractMethod, Adapter, leaf_axes
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -34,23 +34,8 @@ def by_layer(node: Adapter, depth: int | None) -> Iterator[tuple[int | None, Ada
 def _trimmed(node: Adapter, layer: int | None) -> Adapter:
     """One layer's adapter without the columns that only pad it to the stack's largest rank."""
     method = node.method
-    if isinstance(method, Sum):
-        parts = [_trimmed(child, layer) for child, _ in method.children(node)]
-        return Adapter(
-            {str(i): part.train for i, part in enumerate(parts)},
-            {str(i): part.frozen for i, part in enumerate(parts)},
-            _with(method, parts=tuple(part.method for part in parts)),
-            node.in_axes,
-        )
-    if isinstance(method, Scaled):
-        ((child, _),) = method.children(node)
-        part = _trimmed(child, layer)
-        return Adapter(
-            {**node.train, "part": part.train},
-            {**node.frozen, "part": part.frozen},
-            _with(method, part=part.method),
-            node.in_axes,
-        )
+    if isinstance(method, Sum | Scaled):
+        return with_parts(node, [_trimmed(child, layer) for child, _ in method.children(node)])
     if layer is None or not isinstance(method.rank, tuple):
         return node
     own = method.rank[layer]

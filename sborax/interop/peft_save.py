@@ -28,7 +28,7 @@ from sborax.interop.peft_table import PLAIN, TABLE
 from sborax.interop.peft_targets import naming, pattern_for, saved_whole, targeted
 from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
-from sborax.tree import nodes
+from sborax.tree import link, nodes
 
 
 class Exported(NamedTuple):
@@ -83,7 +83,7 @@ def save_peft(
     """
     if as_ not in ("native", "lora"):
         raise SboraxError(f"as_ must be 'native' or 'lora', got {as_!r}")
-    layout, given, found = layout_of(model.params), leaves_of(params), nodes(adapters)
+    layout, given, found = layout_of(model.params), leaves_of(params), nodes(link(adapters))
     if not found:
         raise SboraxError("there is no adapter to save: the tree is empty")
     entries: dict[str, _Entry] = {}

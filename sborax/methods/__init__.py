@@ -21,6 +21,7 @@ from sborax.methods.orthogonal import OrthogonalAdaptation
 from sborax.methods.pissa import PiSSA
 from sborax.methods.prilora import PRILoRA
 from sborax.methods.randlora import RandLoRA
+from sborax.methods.reslora import ResLoRA
 from sborax.methods.sara import SARA
 from sborax.methods.sbora import SBoRA
 from sborax.methods.shira import SHiRA
@@ -48,6 +49,7 @@ __all__ = [
     "PRILoRA",
     "PiSSA",
     "RandLoRA",
+    "ResLoRA",
     "SARA",
     "SBoRA",
     "SHiRA",

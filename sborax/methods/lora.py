@@ -21,6 +21,7 @@ from sborax.core import (
     dropout_leaf,
     hyper,
     live,
+    structure,
     width,
 )
 from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_delta, pair_weight, scaling
@@ -81,3 +82,9 @@ class LoRA(AbstractFactored):
         self, adapter: Adapter, shape: tuple[int, int]
     ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
         return adapter.frozen["scale"] * adapter.train["a"], adapter.train["b"]
+
+
+def lora_of(a: Float[Array, "*stack in rank"], b: Float[Array, "*stack rank out"], like: Adapter) -> Adapter:
+    """The adapter of a LoRA of scale 1, y = x W + (x a) b, with the dropout of `like`, which has the same stack."""
+    frozen = {**like.frozen, "scale": jnp.ones_like(like.frozen["scale"])}
+    return Adapter({"a": a, "b": b}, frozen, structure(LoRA(a.shape[-1])), like.in_axes)

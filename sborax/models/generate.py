@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sborax.core import Context, SboraxError
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.llama import Llama
+from sborax.models.memory import run
 from sborax.routing import PROMPT
+from sborax.tree import link
 
 BUCKET = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -121,9 +123,8 @@ def _generate(
         return jnp.any(token[:, None] == ends[None], axis=-1)
 
     ctx = Context(tokens={PROMPT: segments})
-    (hidden, cache), routing = module.apply(
-        variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden"
-    )
+    variables = {**variables, "adapters": link(variables["adapters"])}
+    (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     # What routers decided on the prompt holds for every token after it.
     decided = {**variables, **routing}
     last = width - 1 - jnp.argmax(segments[:, ::-1], axis=1)
@@ -139,8 +140,8 @@ def _generate(
     def advance(state: Any) -> Any:
         step, done, out, cache, live = state
         token = jax.lax.dynamic_index_in_dim(out, step - 1, axis=1)
-        hidden, own = module.apply(
-            decided, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
+        hidden, own = run(
+            module, decided, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
         )
         slot = width + step - 1
         cache = jax.tree.map(lambda all_, new_: jax.lax.dynamic_update_slice_in_dim(all_, new_, slot, 2), cache, own)

@@ -1,5 +1,6 @@
 """The Flax Linen layers that every model here is made of."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sborax import core
+from sborax.depth import remember
 from sborax.procedures.prilora import input_norms
 from sborax.routing import GATE, PROMPT, ROUTER
 
@@ -16,7 +18,8 @@ class Linear(nn.Module):
     """A projection whose kernel may be adapted, quantised or both.
 
     The kernel lives in collection `params`; its adapter, if any, at the same path in collection `adapters`. Norms of
-    the input features go to collection `observations` in a call that makes it mutable.
+    the input features go to collection `observations` in a call that makes it mutable. Collection `memory` holds, for
+    an adapter that asks for it, what the same projection of the layer before remembers: see `depth`.
     """
 
     features: int
@@ -37,11 +40,24 @@ class Linear(nn.Module):
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
             self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
-        y = core.linear(x, kernel, self.get_variable("adapters", "kernel"), ctx)
+        adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
+        if memory is not None:
+            # Flax merges a dict that is put into a collection into the one that was got from it.
+            ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})
+            self._remember(x, adapter, ctx)
+        y = core.linear(x, kernel, adapter, ctx)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+    def _remember(self, x: Float[Array, "batch seq in"], adapter: core.Adapter, ctx: core.Context) -> None:
+        """Put what the next layer is to find into collection `memory`, and the norms of that where they are wanted."""
+        kept, mask = remember(x, adapter, ctx), ctx.tokens.get("mask")
+        self.put_variable("memory", "kernel", kept)
+        if self.is_mutable_collection("remembered"):
+            flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
+            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: input_norms(leaf, mask), flat))
 
 
 def routed(layer: nn.Module, x: Float[Array, "batch seq d"], ctx: core.Context) -> core.Context:

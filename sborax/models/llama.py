@@ -13,13 +13,14 @@ from sborax.methods.lowrank import HIDDEN
 from sborax.models.attention import attention
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate, routed
+from sborax.models.memory import handed_on
 
 Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
 
-SAVEABLE = ("qkv", "attended", "gate_up", HIDDEN)
+SAVEABLE = ("qkv", "attended", "mixed", "gate_up", HIDDEN)
 """Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
-both halves of the gated unit, and the thin value inside an adapter."""
+the stream of states after attention, both halves of the gated unit, and the thin value inside an adapter."""
 
 
 class Attention(nn.Module):
@@ -91,7 +92,7 @@ class Block(nn.Module):
 
         ctx = routed(self, x, ctx)
         mixed, own = Attention(cfg, self.dtype, name="self_attn")(norm("input_layernorm")(x), rope, segments, past, ctx)
-        x = x + mixed
+        x = checkpoint_name(x + mixed, "mixed")
         x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
         return x, own if self.keep else None
 
@@ -114,19 +115,32 @@ class Unrolled(nn.Module):
             before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
             x, own = self.block(self.config, self.dtype, self.keep, name=str(layer))(x, rope, segments, ctx, before)
             kept.append(own)
+            if self.has_variable("memory", str(layer + 1)):
+                self._hand_on(layer)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+    def _hand_on(self, layer: int) -> None:
+        """What the projections of `layer` remember, to those of the next one that continue their chain."""
+        before, after = (self.get_variable("memory", str(number), {}) for number in (layer, layer + 1))
+        adapters = [self.get_variable("adapters", str(number), {}) for number in (layer, layer + 1)]
+        self.put_variable("memory", str(layer + 1), handed_on(before, after, *adapters))
 
 
 def kept_names(remat: str) -> tuple[str, ...] | None:
-    """What `remat` keeps for the backward pass: "none" recomputes nothing (None), "full" keeps nothing, else names.
+    """What `remat` keeps of a layer for the backward pass: the names in `SAVEABLE` that it lists, separated by commas.
 
+    "none" recomputes nothing (None), "full" everything, "cheap" all but what comes out of matmuls: norms, rotations,
+    softmax and the gated unit.
     Raises SboraxError for a name that is not in `SAVEABLE`.
     """
-    if remat in ("none", "full"):
-        return None if remat == "none" else ()
+    whole = {"none": None, "full": (), "cheap": SAVEABLE}
+    if remat in whole:
+        return whole[remat]
     names = tuple(remat.split(","))
     if not set(names) <= set(SAVEABLE):
-        raise core.SboraxError(f"remat = {remat!r}: use none, full, or a comma-separated list of {', '.join(SAVEABLE)}")
+        raise core.SboraxError(
+            f"remat = {remat!r}: use none, cheap, full, or a comma-separated list of {', '.join(SAVEABLE)}"
+        )
     return names
 
 
@@ -168,7 +182,8 @@ class Llama(nn.Module):
         if self.scan:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "adapters": 0, "observations": 0, "routing": 0},
+                variable_axes={"params": 0, "adapters": 0, "observations": 0, "remembered": 0, "routing": 0},
+                variable_carry="memory",
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,

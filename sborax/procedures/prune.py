@@ -63,7 +63,7 @@ class LoRAPrune(AbstractProcedure):
             parent, block, module = block_of(site.path)
             if module in BLOCKS.get(block, {}):
                 known.setdefault(parent, {})[module] = site
-                if not {"a", "b"} <= set(site.method.axes) or site.method.mergeable:
+                if not {"a", "b"} <= set(site.method.axes) or site.method.mergeable or site.method.linked:
                     raise SboraxError(
                         f"LoRAPrune: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA"
                     )
