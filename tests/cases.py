@@ -55,6 +55,10 @@ METHODS = [
     Case("MoSARA", sx.MoSARA(rank=6, sets=3), lambda i, o: 3 * 6 + o + 6 + 3),
     Case("MoSARA-full", sx.MoSARA(rank=6, sets=3, router="full"), lambda i, o: 3 * 6 + o + 6 * 3),
     Case("MiLoRA", sx.MiLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
+    # On bare kernels every layer is the first of its chain.
+    Case("ResLoRA-block", sx.ResLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
+    Case("ResLoRA-input", sx.ResLoRA(rank=4, shortcut="input"), lambda i, o: 4 * (i + o)),
+    Case("ResLoRA-middle", sx.ResLoRA(rank=4, shortcut="middle", pre_num=2), lambda i, o: 4 * (i + o)),
     Case("AdaLoRA", sx.AdaLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("VeRA", sx.VeRA(rank=6), lambda i, o: 6 + o),
     Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from sborax import methods
 from sborax.core import AbstractFactored, AbstractMethod, SboraxError
+from sborax.depth import AbstractLinked
 from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
 
 
@@ -38,7 +39,8 @@ def _entry(method: type[AbstractMethod], whole: bool) -> str:
     facts = {
         "options": ", ".join(_option(field) for field in _fields(method)),
         "paper": method.paper,
-        "merge": f"no: {method.mergeable}" if method.mergeable else "exact",
+        # What a method declares may depend on its options: here, on their defaults.
+        "merge": f"no: {method().mergeable}" if method().mergeable else "exact",
         "PEFT": peft_equivalent(method),
     }
     if method.rewrites_base:
@@ -76,4 +78,6 @@ def peft_equivalent(method: type[AbstractMethod]) -> str:
         return named
     if issubclass(method, AbstractFactored):
         return f"{named}, written as plain LoRA (exact)" if named else "none; written as plain LoRA (exact)"
-    return "none" if method.mergeable else "none; `sborax merge` writes a dense model"
+    if issubclass(method, AbstractLinked):
+        return "none; written as plain LoRA (exact) where it merges"
+    return "none" if method().mergeable else "none; `sborax merge` writes a dense model"
