@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,17 +12,19 @@ import optax
 import pytest
 import torch
 import transformers
-from tiny_model import write_model
+from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.cli import main
 from sborax.core import SboraxError, linear, structure
 from sborax.methods.masked import Masked
-from sborax.models import load_model, save_hf
+from sborax.models import LlamaConfig, generate, load_model, save_hf
 from sborax.models.slim import slim
 from sborax.paths import Site
 from sborax.procedures import Boundary, LoRAPrune, Run
 from sborax.procedures.importance import BLOCKS, group_scores, lora_change, watch_importance
 from sborax.procedures.prune import masks_of, pruned
+from sborax.train.loop import train
 from sborax.tree import nest, nodes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "loraprune.npz")
@@ -292,6 +295,79 @@ def test_mistakes_are_told(tiny):
         trained(tiny, LoRAPrune(), rules=[("self_attn", sx.LoRA(rank=1))])
     with pytest.raises(SboraxError, match="no pair"):
         trained(tiny, LoRAPrune(), rules=[("mlp", sx.Bone(rank=1)), ("self_attn", sx.LoRA(rank=1))])
-    adapters, *_ = trained(tiny, LoRAPrune(ratio=0.5, warmup=0.0, protect=0.4))
-    with pytest.raises(SboraxError, match="protect=0"):
-        slim(tiny, tiny.params, adapters)
+
+
+def test_layers_of_unequal_size(tiny, tmp_path):
+    """The last layer is spared: the smaller model is unrolled, says so in its config, loads, runs and writes text."""
+    adapters, _, _, tokens, *_ = trained(tiny, LoRAPrune(ratio=0.5, warmup=0.0, cooldown=0.3, every=1, protect=0.4))
+    masked = tiny.apply(tiny.params, adapters, tokens)
+    small = slim(tiny, tiny.params, adapters)
+    assert small.config.layer_sizes == ((2, 1, 24), (4, 2, 48))
+    np.testing.assert_allclose(small.apply(small.params, None, tokens), masked, rtol=0, atol=2e-5)
+    save_hf(tmp_path / "small", small, small.params)
+    back = load_model(str(tmp_path / "small"), "float32")
+    assert back.config == small.config
+    jax.tree.map(np.testing.assert_array_equal, back.params, small.params)
+    # Over a cache of keys and values, which differ in number.
+    prompts = [np.asarray(row)[:length].tolist() for row, length in zip(tokens, (5, 9), strict=True)]
+    ours = generate(back, back.params, None, prompts, 4, eos=())
+    want = generate(tiny, sx.merge(tiny.params, adapters), None, prompts, 4, eos=())
+    assert ours == want
+    # A new adapter trains on it like on any other model.
+    _, fresh = sx.attach(jax.random.key(0), back.params, [("mlp", sx.LoRA(rank=2))])
+    np.testing.assert_array_equal(back.apply(back.params, fresh, tokens), back.apply(back.params, None, tokens))
+    with pytest.raises(ValueError, match="sborax_llama"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    with pytest.raises(SboraxError, match="layers of unequal size cannot be pruned again"):
+        trained(back, LoRAPrune())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layer_sizes": [[2, 1, 24]]}, "1 entries for 2 layers"),
+        ({"layer_sizes": [[2, 1, 24], [3, 2, 48]]}, "must be a multiple"),
+        ({"layer_sizes": [[2, 1, 24], [4, 2]]}, "must list"),
+        ({"model_type": "llama"}, "go together"),
+        ({"layer_sizes": []}, "go together"),
+    ],
+    ids=str,
+)
+def test_sizes_of_layers_that_make_no_sense(tiny, change, told):
+    sizes = ((2, 1, 24), (4, 2, 48))
+    raw = dataclasses.replace(tiny.config, layer_sizes=sizes, model_type="sborax_llama").to_hf()
+    assert LlamaConfig.from_hf(raw).layer_sizes == sizes
+    with pytest.raises(SboraxError, match=told):
+        LlamaConfig.from_hf(raw | change)
+
+
+@pytest.mark.parametrize("protect", [0.0, 0.4])
+def test_a_run_is_written_as_a_smaller_model(protect, tmp_path, capsys):
+    data = sx.Data(
+        str(write_data(tmp_path / "data.jsonl")), template="{instruction}", answer=" {output}", max_length=32
+    )
+    experiment = sx.Experiment(
+        model=str(write_model(tmp_path / "model")),
+        data=data,
+        rules=[("self_attn|mlp", sx.LoRA(rank=2))],
+        optimizer=sx.Optimizer(lr=1e-2),
+        procedure=LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=protect),
+        steps=5,
+        eval=sx.Eval(data=dataclasses.replace(data, limit=7)),
+    )
+    summary = train(experiment, tmp_path / "run", echo=lambda _: None)
+    capsys.readouterr()
+    assert main(["slim", str(tmp_path / "run"), str(tmp_path / "small")]) == 0
+    told = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", told)]
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", told)]
+    assert losses[1] == pytest.approx(summary.eval_loss, abs=1e-4) and losses[2] == pytest.approx(losses[1], abs=2e-4)
+    assert losses[0] != losses[1] and sizes[0] == sizes[1] > sizes[2]
+    perplexities = [float(value) for value in re.findall(r": ([\d.]+) \(loss", told)]
+    np.testing.assert_allclose(perplexities, np.exp(losses), rtol=1e-4)
+    assert ("transformers cannot load it" in told) == (protect > 0)
+    back = load_model(tmp_path / "small")
+    assert sum(leaf.size for leaf in jax.tree.leaves(back.params)) == sizes[2]
+    if not protect:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert main(["slim", str(tmp_path / "model"), str(tmp_path / "other")]) == 2

@@ -1,6 +1,8 @@
 """The commands that load a model."""
 
 import argparse
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ from sborax.data.template import NAMES, prompt_of
 from sborax.interop.peft import save_peft
 from sborax.models import generate as write
 from sborax.models import save_hf
+from sborax.models.slim import slim as cut
 from sborax.train.experiment import load_experiment
+from sborax.train.loop import read_held_out
 from sborax.train.loop import train as fine_tune
+from sborax.train.measure import loss_on
+from sborax.train.state import parameters
 from sborax.tree import merge as merge_tree
 
 
@@ -65,6 +71,35 @@ def merge(run: str, out: str) -> None:
     target = load_run(run)
     save_hf(out, target.model, merge_tree(target.params, target.adapters))
     print(f"{out}: a dense model; transformers and `sborax generate {out}` load it")
+
+
+def slim(run: str, out: str) -> None:
+    """`sborax slim`."""
+    target = load_run(run)
+    experiment, model = target.experiment, target.model
+    assert experiment is not None
+    # Fails first if there is nothing to cut.
+    small = cut(model, target.params, target.adapters)
+    if experiment.eval.data is None:
+        print("the experiment has no eval.data: perplexity is that of the training data")
+        experiment = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, data=experiment.data))
+    batches = read_held_out(experiment, model, print)
+    print("perplexity:")
+    for what, own, params, adapters in (
+        ("before training", model, model.params, None),
+        ("pruned, heads and channels masked", model, target.params, target.adapters),
+        ("pruned, heads and channels cut out", small, small.params, None),
+    ):
+        loss = loss_on(own, params, adapters, batches)
+        print(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
+    save_hf(out, small, small.params)
+    if small.config.layer_sizes:
+        print(
+            f"{out}: a smaller model for `sborax generate {out}`; transformers cannot load it, since its layers keep "
+            "different numbers of heads and channels, which no config.json of its can say; protect=0 prunes all alike"
+        )
+    else:
+        print(f"{out}: a smaller model; transformers and `sborax generate {out}` load it")
 
 
 def export(run: str, out: str, form: Any) -> None:

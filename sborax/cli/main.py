@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("run_dir", metavar="RUN_DIR")
     merge.add_argument("out_dir", metavar="OUT_DIR")
 
+    slim = command("slim", _slim, "write a run of LoRAPrune as a smaller dense model, with its perplexity")
+    slim.add_argument("run_dir", metavar="RUN_DIR")
+    slim.add_argument("out_dir", metavar="OUT_DIR")
+
     export = command("export", _export, "write a run's adapter in PEFT's format")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out_dir", metavar="OUT_DIR")
@@ -150,6 +154,13 @@ def _merge(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import merge
 
     merge(arguments.run_dir, arguments.out_dir)
+    return OK
+
+
+def _slim(arguments: argparse.Namespace) -> int:
+    from sborax.cli.commands import slim
+
+    slim(arguments.run_dir, arguments.out_dir)
     return OK
 
 

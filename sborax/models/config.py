@@ -12,6 +12,8 @@ from sborax.core import SboraxError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 """`model_type` -> the class that transformers builds for it."""
+UNEQUAL = "sborax_llama"
+"""`model_type` of a decoder whose layers differ in size: one that transformers says it does not know."""
 
 INERT = frozenset(
     """
@@ -73,6 +75,7 @@ class LlamaConfig:
     """Shapes and constants of a LLaMA-family decoder; the names are those of Hugging Face's `config.json`.
 
     sliding_window: longest sequence whose attention is plainly causal, in tokens, or None.
+    layer_sizes: (attention heads, key-value heads, intermediate size) of every layer; empty where all are alike.
     eos_token_id: every id that ends a text.
     """
 
@@ -94,8 +97,13 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    layer_sizes: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.layer_sizes and len(self.layer_sizes) != self.num_hidden_layers:
+            raise SboraxError(f"layer_sizes: {len(self.layer_sizes)} entries for {self.num_hidden_layers} layers")
+        for layer in range(len(self.layer_sizes)):
+            self.of_layer(layer)
         if self.num_attention_heads % self.num_key_value_heads:
             raise SboraxError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -109,6 +117,15 @@ class LlamaConfig:
         """The longest sequence the model is defined for here, in tokens."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
+    def of_layer(self, layer: int) -> "LlamaConfig":
+        """The config of a model all of whose layers are like this one."""
+        if not self.layer_sizes:
+            return self
+        heads, kv_heads, width = self.layer_sizes[layer]
+        return dataclasses.replace(
+            self, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=width, layer_sizes=()
+        )
+
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> "LlamaConfig":
         """Read the contents of a `config.json`; `where` names the file in errors.
@@ -116,7 +133,7 @@ class LlamaConfig:
         Raises SboraxError for a missing or ill-typed field and for anything asked for that this model does not do.
         """
         kind = raw.get("model_type")
-        if kind not in ARCHITECTURES:
+        if kind not in ARCHITECTURES and kind != UNEQUAL:
             raise SboraxError(f"{where}: model_type {kind!r} is not supported; known: {', '.join(ARCHITECTURES)}")
         for key, allowed in NEUTRAL.items():
             if key in raw and raw[key] not in allowed:
@@ -148,22 +165,30 @@ class LlamaConfig:
             attention_bias=read.flag("attention_bias"),
             mlp_bias=read.flag("mlp_bias"),
             # A key that Mistral's early files leave out; transformers then takes 4096.
-            sliding_window=read.optional_whole("sliding_window", 4096) if mistral else None,
+            sliding_window=read.optional_whole("sliding_window", 4096 if mistral else None)
+            if kind != "llama"
+            else None,
             model_type=kind,
             bos_token_id=raw.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             pad_token_id=raw.get("pad_token_id"),
+            layer_sizes=_read_sizes(raw, where),
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a `config.json` that `from_hf` and transformers read back."""
+        """The contents of a `config.json` that `from_hf` reads back, and transformers if all layers are alike."""
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rope"}
         raw["eos_token_id"] = (
             list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
         )
-        if self.model_type != "mistral":
+        if self.model_type == "llama":
             del raw["sliding_window"]
-        raw |= {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", "rope_theta": self.rope.theta}
+        raw |= {"hidden_act": "silu", "rope_theta": self.rope.theta}
+        if self.layer_sizes:
+            raw["layer_sizes"] = [list(sizes) for sizes in self.layer_sizes]
+        else:
+            del raw["layer_sizes"]
+            raw["architectures"] = [ARCHITECTURES[self.model_type]]
         if self.rope.kind != "default":
             raw["rope_scaling"] = {"rope_type": self.rope.kind, "factor": self.rope.factor}
         if self.rope.kind == "llama3":
@@ -209,6 +234,19 @@ class _Reader:
         if not isinstance(value, bool):
             raise SboraxError(f"{self.where}: {key} must be true or false, got {value!r}")
         return value
+
+
+def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], ...]:
+    found = raw.get("layer_sizes", [])
+    if (raw["model_type"] == UNEQUAL) != bool(found):
+        raise SboraxError(f"{where}: layer_sizes and model_type {UNEQUAL!r} go together")
+    sound = isinstance(found, list) and all(
+        isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
+        for sizes in found
+    )
+    if not sound:
+        raise SboraxError(f"{where}: layer_sizes must list [heads, key-value heads, intermediate size] of every layer")
+    return tuple((heads, kv_heads, width) for heads, kv_heads, width in found)
 
 
 def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:

@@ -107,16 +107,24 @@ class Unrolled(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Cache | None
-    ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
-        """What the scanned stack returns."""
+        self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Any
+    ) -> tuple[Float[Array, "batch seq d"], Any]:
+        """What the scanned stack returns; a cache of layers of unequal size is a tuple of stacks of one."""
         kept = []
         for layer in range(self.config.num_hidden_layers):
-            before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
-            x, own = self.block(self.config, self.dtype, self.keep, name=str(layer))(x, rope, segments, ctx, before)
+            if self.config.layer_sizes and past is not None:
+                before = jax.tree.map(lambda leaf: leaf[0], past[layer])
+            else:
+                before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
+            x, own = self.block(self.config.of_layer(layer), self.dtype, self.keep, name=str(layer))(
+                x, rope, segments, ctx, before
+            )
             kept.append(own)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
+        if self.config.layer_sizes and self.keep:
+            # Layers of unequal size do not stack: each is a stack of its own.
+            return x, tuple(jax.tree.map(lambda leaf: leaf[None], own) for own in kept)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
     def _hand_on(self, layer: int) -> None:
@@ -165,7 +173,7 @@ def positions_of(
 
 
 class Llama(nn.Module):
-    """The decoder. Its params follow the table in `sborax.models.names`."""
+    """The decoder. Its params follow the table in `sborax.models.names`. Layers of unequal size are never scanned."""
 
     config: LlamaConfig
     dtype: Any = jnp.dtype(jnp.float32)
@@ -178,8 +186,9 @@ class Llama(nn.Module):
         """The parts, under the names of their params."""
         cfg = self.config
         self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
-        block = rematerialised(self.remat, self.scan)
-        if self.scan:
+        scan = self.scan and not cfg.layer_sizes
+        block = rematerialised(self.remat, scan)
+        if scan:
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "adapters": 0, "observations": 0, "remembered": 0, "routing": 0},
@@ -200,8 +209,8 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
         ctx: core.Context = core.Context(),
-        past: tuple[Cache, Int[Array, "batch slots"]] | None = None,
-    ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
+        past: tuple[Any, Int[Array, "batch slots"]] | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], Any]:
         """The normed hidden states, and the keys and values of `tokens` (stacked over layers) if `keep`.
 
         segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.

@@ -72,6 +72,8 @@ class LoRAPrune(AbstractProcedure):
             missing = sorted(BLOCKS[parent.rpartition("/")[2]].keys() - known.get(parent, {}).keys())
             if missing:
                 raise SboraxError(f"LoRAPrune: {parent}/{missing[0]} is not adapted; all seven projections must be")
+        if len({site.shape for path, site in _sites(run).items() if block_of(path)[2] == "k_proj"}) > 1:
+            raise SboraxError("LoRAPrune: layers of unequal size cannot be pruned again; start from the whole model")
         biased = [path for path in base if path.split("/")[-1] == "bias"]
         if not known or biased:
             where = biased[0] if biased else "the rules"

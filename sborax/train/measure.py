@@ -1,0 +1,20 @@
+"""How well a model does on data that it is shown once."""
+
+from collections.abc import Sequence
+
+from sborax.data.batches import Batch
+from sborax.models.language_model import LanguageModel
+from sborax.train.state import flatten
+from sborax.train.step import make_loss
+from sborax.tree import Adapters, Params, split
+
+
+def loss_on(model: LanguageModel, params: Params, adapters: Adapters | None, batches: Sequence[Batch]) -> float:
+    """Cross-entropy in nats per token that counts, over all `batches`; its exponential is the perplexity."""
+    loss, base = make_loss(model), flatten(params)
+    train, frozen = split(adapters or {})
+    total = tokens = 0.0
+    for batch in batches:
+        part, counted = loss({"adapters": train, "base": {}}, frozen, base, batch)
+        total, tokens = total + float(part), tokens + float(counted)
+    return total / max(tokens, 1.0)
