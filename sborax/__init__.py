@@ -36,7 +36,9 @@ from sborax.methods import (
     SHiRA,
     VeRA,
 )
+from sborax.optim import lora_fa, lora_plus, lora_rite
 from sborax.paths import Plan, Rule, plan
+from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.ranks import LinearRanks, ShuffledRanks, SingularMass
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
 from sborax.tree import (
@@ -81,10 +83,12 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AdaLoRA",
+    "AdaLoRABudget",
     "Adapter",
     "Bat",
     "Bone",
     "C3A",
+    "COLA",
     "Context",
     "Data",
     "DeLoRA",
@@ -100,6 +104,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAGA",
+    "LoRAPrune",
     "MiLoRA",
     "MoSARA",
     "OFT",
@@ -107,6 +112,7 @@ __all__ = [
     "Optimizer",
     "OrthogonalAdaptation",
     "PRILoRA",
+    "PRILoRAPruning",
     "PiSSA",
     "Plan",
     "RandLoRA",
@@ -120,6 +126,7 @@ __all__ = [
     "ShuffledRanks",
     "SingularMass",
     "VeRA",
+    "XGBLoRA",
     "add",
     "attach",
     "chain",
@@ -135,6 +142,9 @@ __all__ = [
     "load_experiment",
     "load_model",
     "load_peft",
+    "lora_fa",
+    "lora_plus",
+    "lora_rite",
     "merge",
     "plan",
     "remove_expert",

@@ -2,13 +2,14 @@
 
 import re
 import runpy
+import typing
 from pathlib import Path
 
 import pytest
 from tiny_model import write_model
 
 import sborax as sx
-from sborax import methods
+from sborax import methods, procedures
 from sborax.cli.main import _parser
 from sborax.paths import kernels
 
@@ -20,6 +21,17 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_table_lists_every_method():
     table = README.partition("## Methods")[2].partition("###")[0]
     assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == sorted(methods.__all__)
+
+
+def test_the_table_lists_every_procedure_and_the_text_every_optimiser():
+    section = README.partition("## Procedures and optimisers")[2].partition("## Speed")[0]
+    known = {name for name in procedures.__all__ if isinstance(getattr(procedures, name), type)}
+    concrete = {name for name in known if issubclass(getattr(procedures, name), procedures.AbstractProcedure)}
+    listed = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
+    assert sorted(listed) == sorted(concrete - {"AbstractProcedure"})
+    assert all(getattr(sx, name) is getattr(procedures, name) for name in listed)
+    for name in typing.get_args(typing.get_type_hints(sx.Optimizer)["name"]):
+        assert f"`{name}`" in section
 
 
 def test_every_command_is_shown():
