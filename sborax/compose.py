@@ -1,7 +1,9 @@
 """Methods made of methods: sums, multiples, chains, and different methods on different layers of one stack."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,14 @@ def part_context(method: AbstractComposite, ctx: Context, part: int) -> Context:
     return dataclasses.replace(ctx, key=key, tokens=shared | ctx.tokens.get(str(part), {}))
 
 
+def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
+    """A copy with other fields. Not through the constructor: the hyper-parameters of a node's method are None."""
+    changed = copy.copy(method)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
 def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
     """The composed `adapter` with other parts, in the order of its `children`."""
     method = adapter.method
@@ -57,7 +67,7 @@ def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
         names, fields = [str(i) for i in range(len(parts))], {"parts": tuple(part.method for part in parts)}
     train = {**adapter.train, **{name: part.train for name, part in zip(names, parts, strict=True)}}
     frozen = {**adapter.frozen, **{name: part.frozen for name, part in zip(names, parts, strict=True)}}
-    return Adapter(train, frozen, dataclasses.replace(method, **fields), adapter.in_axes)  # type: ignore[type-var]
+    return Adapter(train, frozen, with_fields(method, **fields), adapter.in_axes)
 
 
 @dataclasses.dataclass(frozen=True)

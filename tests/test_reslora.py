@@ -4,20 +4,26 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sborax_models import TINY, relative, tokens_of
 from test_llama import unrolled
+from tiny_model import write_data, write_model
 
 import sborax as sx
-from sborax.core import Adapter, Context, linear, structure
+from sborax.cli import main
+from sborax.compose import ByLayer
+from sborax.core import Adapter, Context, dense, linear, structure
 from sborax.depth import remember
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate
-from sborax.models.llama import kept_names
-from sborax.procedures.reslora import by_inputs, by_weights
+from sborax.procedures.reslora import by_inputs, by_weights, merge_by_inputs, merge_by_weights
+from sborax.quant.nf4 import quantise
 from sborax.tree import nodes
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reslora.npz")
 SHORTCUT = {"is": "input", "bs": "block", "ms": "middle"}
@@ -187,10 +193,13 @@ METHODS = {
 }
 DEPTH = 4
 by_name = pytest.mark.parametrize("name", METHODS)
+by_shortcut = pytest.mark.parametrize("name", ["block", "input", "middle"])
 
 
 def random_model() -> LanguageModel:
-    config = LlamaConfig(**(TINY | {"head_dim": 8, "num_hidden_layers": DEPTH}))
+    config = LlamaConfig(
+        **(TINY | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": DEPTH})
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.2, leaf.dtype), abstract(config))
     return LanguageModel(Llama(config), params, config, None)
@@ -223,7 +232,7 @@ def flattened(adapters, layers=range(DEPTH)):
     """One node a layer: the layers of a stack taken apart, those of a rule that leaves some out without the others."""
 
     def one(node, i):
-        if isinstance(node.method, sx.ResLoRA):
+        if not isinstance(node.method, ByLayer):
             return jax.tree.map(lambda leaf: leaf[i], node)
         ((child, _),) = node.method.children(node)
         return jax.tree.map(lambda leaf: leaf[i], child)
@@ -282,7 +291,7 @@ def test_scanned_equals_unrolled_equals_the_formula(name, layers, monkeypatch):
     assert relative(LOOP.apply(flat_params, None, IDS), ours) < 1e-5
 
 
-@by_name
+@by_shortcut
 def test_text_over_a_cache_is_that_of_whole_passes(name):
     adapters = adapted(name)
     prompt, new = np.asarray(IDS)[0, :5].tolist(), 6
@@ -293,7 +302,16 @@ def test_text_over_a_cache_is_that_of_whole_passes(name):
         assert likeliest[len(start) - 1 : -1].tolist() == written
 
 
-@by_name
+def over_kernels(function):
+    """The model's params with every kernel of its layers replaced."""
+
+    def one(path, leaf):
+        return function(leaf) if path[0].key == "layers" and path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(one, MODEL.params)
+
+
+@by_shortcut
 def test_gradients_agree_in_every_form(name):
     train, frozen = sx.split(adapted(name))
 
@@ -305,17 +323,237 @@ def test_gradients_agree_in_every_form(name):
 
     plain = gradient(MODEL, MODEL.params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(plain))
-    assert kept_names("full") == ()
-    for remat in ("full", "qkv,adapter_h"):
-        own = dataclasses.replace(MODEL, module=Llama(MODEL.config, remat=remat))
-        for got, want in zip(jax.tree.leaves(gradient(own, MODEL.params)), jax.tree.leaves(plain), strict=True):
-            assert relative(got, want) < 1e-5
+    # Dense kernels of the values that 4-bit ones have, and the same recomputed in the backward pass.
+    packed = over_kernels(quantise)
+    own = dataclasses.replace(MODEL, module=Llama(MODEL.config, remat="adapter_h"))
+    same = gradient(MODEL, over_kernels(lambda leaf: dense(quantise(leaf))))
+    for got, want in ((gradient(own, MODEL.params), plain), (gradient(own, packed), same)):
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert relative(one, other) < 2e-5
 
 
-@by_name
+@by_shortcut
 def test_many_adapters_share_one_base(name):
     members = [moved(adapted(name), seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     together = jax.jit(jax.vmap(lambda own: MODEL.apply(MODEL.params, own, IDS)))(stacked)
     for got, member in zip(together, members, strict=True):
         assert relative(got, logits(MODEL.params, member)) < 1e-5
+
+
+@pytest.mark.parametrize("shortcut", ["block", "input", "middle"])
+def test_no_previous_layers_is_plain_lora(shortcut):
+    trees = [
+        sx.attach(jax.random.key(1), MODEL.params, [(TARGETS, method)])[1]
+        for method in (sx.LoRA(2, alpha=4.0), sx.ResLoRA(2, shortcut, pre_num=0, alpha=4.0))
+    ]
+    for one, other in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(one, other)
+    lora, ours = map(moved, trees)
+    np.testing.assert_array_equal(logits(MODEL.params, ours), logits(MODEL.params, lora))
+    chex.assert_trees_all_equal(sx.merge(MODEL.params, ours), sx.merge(MODEL.params, lora))
+
+
+def carried(adapters):
+    """How many values go from layer to layer."""
+    jaxpr = jax.make_jaxpr(MODEL.apply)(MODEL.params, adapters, IDS).jaxpr
+    (scan,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+    return scan.params["num_carry"]
+
+
+def test_only_values_that_are_read_are_carried():
+    plain = carried(None)
+    assert carried(adapted("lora")) == carried(adapted("block")) == plain
+    assert carried(adapted("middle")) == plain + 3 and carried(adapted("input")) == plain + 2 * 3
+
+
+def test_dropout_is_one_mask_for_a_layer_and_the_next():
+    params = {"layers": {"proj": {"kernel": jnp.ones((2, 8, 6))}}}
+    rules = [("proj", sx.ResLoRA(3, "middle", dropout=0.5))]
+    node = moved(sx.attach(jax.random.key(0), params, rules)[1])["layers"]["proj"]["kernel"]
+    first = jax.tree.map(lambda leaf: leaf[0], node)
+    x, ctx = jax.random.normal(jax.random.key(2), (2, 5, 8)), Context(jax.random.key(3))
+    added = linear(x, jnp.zeros((8, 6)), first, ctx)
+    hidden = remember(x, first, ctx)["hidden"][..., 0, :]
+    np.testing.assert_allclose(added, hidden @ first.train["b"], rtol=1e-5, atol=1e-6)
+    assert relative(hidden, x @ first.train["a"]) > 0.1
+
+
+@pytest.mark.parametrize("build", [lambda m: sx.add(m, sx.LoRA(2)), lambda m: sx.scale(m, 0.5)], ids=["sum", "scaled"])
+@pytest.mark.parametrize("name", ["block-1", "input"])
+def test_sums_and_multiples_link_their_parts(name, build):
+    rules = [("o_proj", build(METHODS[name]))]
+    stacked = moved(sx.attach(jax.random.key(1), MODEL.params, rules)[1])
+    flat = unrolled(MODEL, stacked)
+    ours = logits(MODEL.params, stacked)
+    assert relative(jax.jit(LOOP.apply)(unrolled(MODEL, MODEL.params), flat, IDS), ours) < 1e-5
+    # By hand: the part alone, then whatever the composition does to its delta.
+    node = stacked["layers"]["self_attn"]["o_proj"]["kernel"]
+    ((child, _), *rest) = node.method.children(node)
+    alone = {"layers": {"self_attn": {"o_proj": {"kernel": child}}}}
+    if rest:
+        alone["layers"]["self_attn"]["o_proj"]["kernel"] = Adapter(
+            {"0": child.train, "1": jax.tree.map(jnp.zeros_like, rest[0][0].train)}, node.frozen, node.method
+        )
+        want = logits(MODEL.params, alone)
+        zeroed = jax.tree.map(jnp.zeros_like, rest[0][0].train)
+        without = dataclasses.replace(node, train={**node.train, "1": zeroed})
+        got = logits(MODEL.params, {"layers": {"self_attn": {"o_proj": {"kernel": without}}}})
+    else:
+        halved = dataclasses.replace(child, frozen={**child.frozen, "scale": 0.5 * child.frozen["scale"]})
+        want, got = logits(MODEL.params, {"layers": {"self_attn": {"o_proj": {"kernel": halved}}}}), ours
+    assert relative(got, want) < 1e-5
+
+
+# Merging, exporting, planning.
+
+
+@pytest.mark.parametrize("layers", [None, (0, 1, 3)], ids=["all", "gap"])
+@pytest.mark.parametrize("name", ["block", "block-1"])
+def test_a_merged_block_is_the_adapted_model(name, layers):
+    adapters = adapted(name, layers)
+    ours = logits(MODEL.params, adapters)
+    merged = sx.merge(MODEL.params, adapters)
+    assert relative(logits(merged, None), ours) < 1e-5
+    if layers:
+        for path in ("q_proj", "o_proj"):
+            kernels = (tree["layers"]["self_attn"][path]["kernel"][2] for tree in (merged, MODEL.params))
+            np.testing.assert_array_equal(*kernels)
+    flat = flattened(adapters, layers or range(DEPTH))
+    assert sx.count(flat) == sx.count(adapters)
+    for got, want in zip(
+        jax.tree.leaves(sx.merge(unrolled(MODEL, MODEL.params), flat)),
+        jax.tree.leaves(unrolled(MODEL, merged)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [None, (0, 1, 3)], ids=["all", "gap"])
+@pytest.mark.parametrize("name", ["input", "middle-1"])
+def test_values_merge_approximately_and_the_error_is_told(name, layers):
+    adapters = jax.tree.map(lambda leaf: leaf, adapted(name, layers))
+    with pytest.raises(sx.SboraxError, match="cannot be merged: a layer reads values of earlier ones"):
+        sx.merge(MODEL.params, adapters)
+    norms = jax.jit(MODEL.memory_norms)
+    batches = [norms(MODEL.params, adapters, ids) for ids in (IDS, IDS[:, ::-1])]
+    hidden = jax.jit(lambda params, adapters: MODEL.hidden(params, adapters, IDS))
+    adapted_, base = hidden(MODEL.params, adapters), hidden(MODEL.params, None)
+    for done in (
+        merge_by_inputs(MODEL.params, adapters, batches, hidden),
+        merge_by_weights(MODEL.params, adapters, hidden),
+    ):
+        ours = hidden(done.params, None)
+        size = np.linalg.norm(adapted_)
+        np.testing.assert_allclose(done.error, np.linalg.norm(ours - adapted_) / size, rtol=1e-3)
+        np.testing.assert_allclose(done.moved, np.linalg.norm(base - adapted_) / size, rtol=1e-3)
+        assert 0 < done.error < done.moved and f"{done.error:.3g}" in str(done)
+        assert relative(hidden(MODEL.params, done.adapters), ours) < 1e-4
+    # One node a layer: the same numbers.
+    flat_params, flat = unrolled(MODEL, MODEL.params), flattened(adapters, layers or range(DEPTH))
+    flat_batches = [jax.jit(LOOP.memory_norms)(flat_params, flat, ids) for ids in (IDS, IDS[:, ::-1])]
+    plain = nodes(by_inputs(flat, flat_batches)), nodes(by_weights(flat_params, flat))
+    for mine, stacked in zip(plain, (by_inputs(adapters, batches), by_weights(MODEL.params, adapters)), strict=True):
+        for path, node in nodes(flattened(stacked, layers or range(DEPTH))).items():
+            np.testing.assert_allclose(mine[path].train["a"], node.train["a"], rtol=1e-4, atol=1e-6)
+    with pytest.raises(sx.SboraxError, match="no norms"):
+        by_inputs(adapters, [{}])
+    with pytest.raises(sx.SboraxError, match="at least one batch"):
+        by_inputs(adapters, [])
+
+
+def test_norms_leave_padding_out():
+    adapters = adapted("middle")
+    short = IDS[:, :7]
+    padded = jnp.concatenate([short, IDS[:, 7:]], axis=1)
+    segments = jnp.concatenate([jnp.ones((2, 7), jnp.int32), jnp.zeros((2, 5), jnp.int32)], axis=1)
+    want = MODEL.memory_norms(MODEL.params, adapters, short)
+    got = MODEL.memory_norms(MODEL.params, adapters, padded, segment_ids=segments)
+    assert set(got) == set(nodes(adapters))
+    chex.assert_trees_all_close(got, want, rtol=1e-4)
+    assert MODEL.memory_norms(MODEL.params, adapted("block"), short) == {}
+    # The input's size is that of the projection's own observations.
+    seen = MODEL.memory_norms(MODEL.params, adapted("input"), short)
+    sizes = MODEL.input_norms(MODEL.params, adapted("input"), short)
+    for path, norms in seen.items():
+        np.testing.assert_allclose(norms["input"], sizes[path], rtol=1e-5)
+
+
+def test_blocks_are_exported_as_plain_lora(tmp_path):
+    done = sx.save_peft(tmp_path / "block", MODEL, MODEL.params, adapted("block-1"))
+    assert done.peft_type == "LORA" and not done.errors
+    params, loaded = sx.load_peft(tmp_path / "block", MODEL)
+    assert relative(logits(params, loaded), logits(MODEL.params, adapted("block-1"))) < 1e-5
+    assert all(node.method.rank == 2 * 2 for node in nodes(loaded).values())
+    for form in ("native", "lora"):
+        with pytest.raises(sx.SboraxError, match="a layer reads values of earlier ones"):
+            sx.save_peft(tmp_path / "input", MODEL, MODEL.params, adapted("input"), as_=form)
+    plainly = by_weights(MODEL.params, adapted("input"))
+    sx.save_peft(tmp_path / "input", MODEL, MODEL.params, plainly)
+    params, loaded = sx.load_peft(tmp_path / "input", MODEL)
+    assert relative(logits(params, loaded), logits(MODEL.params, plainly)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (("lm_head", sx.ResLoRA(2)), "lm_head/kernel: ResLoRA links layers, and this is none of a stack"),
+        (sx.Rule("q_proj", sx.ResLoRA(2), stack_axes=0, in_axes=1), "q_proj/kernel: ResLoRA links layers"),
+        (("q_proj", sx.ResLoRA(2, pre_num=-2)), "pre_num >= -1"),
+        (("q_proj", sx.ResLoRA(200)), r"rank must lie in 1\.\.64"),
+    ],
+)
+def test_what_cannot_be_linked_is_refused_at_planning(rule, says):
+    with pytest.raises(sx.SboraxError, match=says) as caught:
+        sx.plan(MODEL.params, [rule])
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_stands_on_linked_factors():
+    with pytest.raises(sx.SboraxError, match="links layers"):
+        sx.chain(sx.ResLoRA(2), sx.DoRA(2))
+
+
+EXPERIMENT = """
+import sborax as sx
+
+def experiment():
+    return sx.Experiment(
+        model={model!r},
+        data=sx.Data(name={data!r}, template="chat", max_length=96),
+        rules=(("self_attn/(q|v)", sx.ResLoRA(rank=2, alpha=4.0, shortcut={shortcut!r})),),
+        optimizer=sx.Optimizer(lr=1e-2, schedule="constant", warmup=0),
+        steps=4,
+        batch_size=2,
+    )
+"""
+
+
+def prints(capsys, *argv) -> str:
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_every_command(shortcut, tmp_path, capsys):
+    model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    file.write_text(EXPERIMENT.format(model=str(model), data=str(data), shortcut=shortcut))
+    trained = 2 * 2 * ((32 + 32) + (32 + 16))
+    assert f"trainable: {trained:,} parameters" in prints(capsys, "plan", file)
+    prints(capsys, "train", file, "--out", run)
+    said = prints(capsys, "generate", run, "--prompt", "1 plus", "--max-new-tokens", 4)
+    out = tmp_path / "out"
+    if shortcut == "block":
+        prints(capsys, "merge", run, out)
+        assert prints(capsys, "generate", out, "--prompt", "1 plus", "--max-new-tokens", 4) == said
+        assert "LORA adapter of 4 modules" in prints(capsys, "export", run, tmp_path / "peft")
+        return
+    assert main(["merge", str(run), str(out)]) == 2
+    assert "cannot be merged: a layer reads values" in capsys.readouterr().err
+    for by in ("inputs", "weights"):
+        assert "merged approximately: relative error of the outputs 0." in prints(
+            capsys, "merge", run, tmp_path / by, "--approximate", by
+        )
+    assert "no: " not in prints(capsys, "methods", "reslora")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from sborax.cli.approximate import approximated
 from sborax.cli.targets import load_run, load_target
 from sborax.core import SboraxError
 from sborax.data.template import NAMES, prompt_of
@@ -66,10 +67,11 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
 
 
-def merge(run: str, out: str) -> None:
-    """`sborax merge`."""
+def merge(run: str, out: str, approximate: str | None = None) -> None:
+    """`sborax merge`; approximate: "inputs" or "weights" for what `procedures.reslora` merges, its error printed."""
     target = load_run(run)
-    save_hf(out, target.model, merge_tree(target.params, target.adapters))
+    merged = approximated(target, approximate) if approximate else merge_tree(target.params, target.adapters)
+    save_hf(out, target.model, merged)
     print(f"{out}: a dense model; transformers and `sborax generate {out}` load it")
 
 

@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "write a run as a dense model in Hugging Face layout")
     merge.add_argument("run_dir", metavar="RUN_DIR")
     merge.add_argument("out_dir", metavar="OUT_DIR")
+    merge.add_argument(
+        "--approximate", choices=("inputs", "weights"),
+        help="merge ResLoRA's input and middle shortcuts, which no weight equals, and print the error on its data",
+    )  # fmt: skip
 
     slim = command("slim", _slim, "write a run of LoRAPrune as a smaller dense model, with its perplexity")
     slim.add_argument("run_dir", metavar="RUN_DIR")
@@ -153,7 +157,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import merge
 
-    merge(arguments.run_dir, arguments.out_dir)
+    merge(arguments.run_dir, arguments.out_dir, arguments.approximate)
     return OK
 
 

@@ -1,17 +1,15 @@
 """Adapters of single layers, and their change of the base as thin factors: exact where it has some, else truncated."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sborax.compose import Scaled, Sum, with_parts
-from sborax.core import AbstractComposite, AbstractFactored, AbstractMethod, Adapter, leaf_axes
+from sborax.compose import Scaled, Sum, with_fields, with_parts
+from sborax.core import AbstractComposite, AbstractFactored, Adapter, leaf_axes
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -47,15 +45,7 @@ def _trimmed(node: Adapter, layer: int | None) -> Adapter:
             for name, leaf in leaves.items()
         }
 
-    return Adapter(cut(node.train), cut(node.frozen), _with(method, rank=own), node.in_axes)
-
-
-def _with(method: AbstractMethod, **fields: Any) -> AbstractMethod:
-    """A copy with other fields. Not through the constructor: the hyper-parameters of a node's method are None."""
-    changed = copy.copy(method)
-    for name, value in fields.items():
-        object.__setattr__(changed, name, value)
-    return changed
+    return Adapter(cut(node.train), cut(node.frozen), with_fields(method, rank=own), node.in_axes)
 
 
 def exact(node: Adapter, shape: tuple[int, int]) -> Pair | None:

@@ -62,7 +62,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
     def mergeable(self) -> str:
         if self.shortcut == "block" or not self.linked:
             return ""
-        return "a layer reads values of the layer before (sborax.procedures.reslora merges approximately)"
+        return "a layer reads values of earlier ones; approximate it: `sborax merge --approximate`, procedures.reslora"
 
     @property
     def axes(self) -> Axes:
