@@ -35,10 +35,12 @@ def attention(
     """
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqkgh,btkh->bkgqt", grouped, key, preferred_element_type=jnp.float32)
-    mask = visible(queries, key.shape[1], query_segments, key_segments)[:, None, None]
+    # Heads before tokens: contracted as they come, XLA would transpose the scores, the largest array here.
+    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkgqh,bkth->bkgqt", grouped, key, preferred_element_type=jnp.float32)
+    mask = visible(queries, key.shape[2], query_segments, key_segments)[:, None, None]
     scores = jnp.where(mask, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bkgqt,btkh->bqkgh", weights, value)
-    return out.reshape(batch, queries, heads, head_dim)
+    out = jnp.einsum("bkgqt,bkth->bkgqh", weights, value)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)

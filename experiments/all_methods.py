@@ -1,0 +1,203 @@
+"""Every method in a run, and the table of it: python -m experiments.all_methods SMALL LARGE DATA
+
+SMALL and LARGE are LLaMAs (directory, hub id or .gguf file), DATA a data set with columns instruction and output. Each
+row is a whole run through what `sborax train` calls, with the same steps and batches: every method on SMALL, the 4-bit
+bases on LARGE, whose widths they can divide. Writes docs/runs.md; `--only LoRA,Bone` runs a few rows and prints them.
+Step times are medians relative to LoRA's on the same model in the same process; temporaries are the compiled step's.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+import sborax as sx
+from sborax.paths import as_rules
+from sborax.train.base import rewritten
+from sborax.train.loop import read_data, set_up, train
+from sborax.train.optimizer import make_optimizer
+from sborax.train.state import start
+from sborax.train.step import make_step
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "runs.md"
+LINEARS = "self_attn|mlp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What all rows on one model share."""
+
+    steps: int
+    batch_size: int
+    length: int
+
+
+SMALL, LARGE = Scene(40, 4, 256), Scene(24, 4, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one row changes in the common experiment."""
+
+    name: str
+    method: Any
+    lr: float = 3e-3
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+ARMS = [
+    Arm("LoRA", sx.LoRA(rank=8, alpha=16.0)),
+    Arm("rsLoRA", sx.LoRA(rank=8, alpha=16.0, rslora=True)),
+    Arm("LoRA, LoRA+ (b 16 times as fast)", sx.LoRA(rank=8, alpha=16.0), 5e-4, optimizer={"b_ratio": 16.0}),
+    Arm("LoRA, LoRA-FA", sx.LoRA(rank=8, alpha=16.0), optimizer={"name": "lora_fa"}),
+    Arm("LoRA, LoRA-RITE", sx.LoRA(rank=8, alpha=16.0), optimizer={"name": "lora_rite"}),
+    Arm("SBoRA-FA", sx.SBoRA(rank=16)),
+    Arm("SBoRA-FB", sx.SBoRA(rank=16, variant="FB")),
+    Arm("Bone", sx.Bone(rank=16), 1e-3),
+    Arm("Bat", sx.Bat(rank=4), 1e-3),
+    Arm("DoRA", sx.DoRA(rank=8, alpha=16.0)),
+    Arm("PiSSA", sx.PiSSA(rank=8)),
+    Arm("OLoRA", sx.OLoRA(rank=8)),
+    Arm("LoRAGA", sx.LoRAGA(rank=8)),
+    Arm("PiSSA, then DoRA", sx.chain(sx.PiSSA(rank=8), sx.DoRA(rank=8))),
+    Arm("SARA", sx.SARA(rank=sx.SingularMass(0.25))),
+    Arm("MoSARA", sx.MoSARA(rank=8, sets=5), 1e-2),
+    Arm("MiLoRA", sx.MiLoRA(rank=8, alpha=16.0, top_k=3)),
+    Arm("ResLoRA, block", sx.ResLoRA(rank=8, alpha=16.0)),
+    Arm("ResLoRA, input", sx.ResLoRA(rank=8, alpha=16.0, shortcut="input")),
+    Arm("ResLoRA, middle", sx.ResLoRA(rank=8, alpha=16.0, shortcut="middle")),
+    Arm("PRILoRA", sx.PRILoRA(rank=sx.LinearRanks(4, 12)), more={"procedure": sx.PRILoRAPruning(every=20)}),
+    Arm("AdaLoRA", sx.AdaLoRA(rank=12, alpha=16.0), 1e-2, more={"procedure": sx.AdaLoRABudget()}),
+    Arm("COLA", sx.LoRA(rank=8, alpha=16.0), more={"procedure": sx.COLA(every=20)}),
+    Arm("XGBLoRA", sx.LoRA(rank=1), more={"procedure": sx.XGBLoRA()}),
+    Arm("LoRAPrune", sx.LoRA(rank=8, alpha=16.0), more={"procedure": sx.LoRAPrune(ratio=0.2)}),
+    Arm("OrthogonalAdaptation", sx.OrthogonalAdaptation(rank=8)),
+    Arm("DeLoRA", sx.DeLoRA(rank=8)),
+    Arm("VeRA", sx.VeRA(rank=32), 1e-2),
+    Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-2),
+    Arm("HiRA", sx.HiRA(rank=8), 1e-2),
+    Arm("LoHa", sx.LoHa(rank=4, alpha=8.0)),
+    Arm("LoKr", sx.LoKr(rank=8, alpha=8.0)),
+    Arm("C3A", sx.C3A(block=4), 1e-2),
+    Arm("SHiRA", sx.SHiRA(rank=8)),
+    Arm("OFT", sx.OFT(block=4)),
+    Arm("HRA", sx.HRA(rank=8)),
+    Arm("IA3", sx.IA3(), 1e-2),
+    Arm("full fine-tuning", None, 1e-3),
+]
+NF4 = {"quant": "nf4"}
+FOUR_BIT = [
+    Arm("LoRA", sx.LoRA(rank=16), 1e-3),
+    Arm("QLoRA (NF4)", sx.LoRA(rank=16), 1e-3, more=NF4),
+    Arm("QSBoRA-FA (NF4)", sx.SBoRA(rank=32), 1e-3, more=NF4),
+    Arm("QBone (NF4)", sx.Bone(rank=32), 1e-3, more=NF4),
+    Arm("QPiSSA (NF4)", sx.PiSSA(rank=16, niter=4), 1e-3, more=NF4),
+]
+
+
+def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
+    """The common experiment with what `arm` changes."""
+    rules = () if arm.method is None else (sx.Rule(LINEARS, arm.method),)
+    return sx.Experiment(
+        model=model,
+        data=sx.Data(data, template="alpaca", max_length=scene.length),
+        rules=rules,
+        train_base=arm.method is None,
+        optimizer=sx.Optimizer(lr=arm.lr, schedule="cosine", **arm.optimizer),
+        steps=scene.steps,
+        batch_size=scene.batch_size,
+        **arm.more,
+    )
+
+
+def temporaries(experiment: sx.Experiment, folder: epath.Path) -> int:
+    """Bytes of temporary memory of the compiled step."""
+    model = sx.load_model(
+        experiment.model,
+        experiment.precision,
+        remat=experiment.remat,
+        quant=experiment.quant,
+        keep=rewritten(as_rules(experiment.rules)),
+    )
+    batches, _ = read_data(experiment, model, lambda _: None)
+    model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
+    tx = make_optimizer(experiment.optimizer, experiment.steps)
+    step = make_step(model, tx, jax.random.key(0))
+    compiled = step.lower(start(parts, tx), parts.frozen, parts.base, batches[0]).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def run(settings: sx.Experiment) -> dict[str, Any]:
+    """One row: a whole run in a directory that is thrown away."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = epath.Path(temporary)
+        summary = train(settings, folder / "run", echo=lambda _: None)
+        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        temp = temporaries(settings, folder / "again")
+    lines = [line for line in lines if "loss" in line]
+    losses = [line["loss"] for line in lines]
+    return {
+        "trained": summary.trainable_parameters,
+        "first": statistics.mean(losses[:10]),
+        "last": statistics.mean(losses[-10:]),
+        "seconds": statistics.median(line["seconds"] for line in lines if not line["compiled"]),
+        "temp": temp,
+    }
+
+
+def table(arms: list[Arm], scene: Scene, model: str, data: str) -> list[str]:
+    """The lines of one table, printed as they come."""
+    lines = [
+        "| method | lr | trained | loss, first 10 steps | last 10 | step over LoRA's | temporaries, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    reference = None
+    for arm in arms:
+        row = run(experiment(arm, scene, model, data))
+        reference = reference or row["seconds"]
+        fell = "" if row["last"] < row["first"] else " (did not fall)"
+        lines.append(
+            f"| {arm.name} | {arm.lr:g} | {row['trained']:,} | {row['first']:.3f} | {row['last']:.3f}{fell} "
+            f"| {row['seconds'] / reference:.2f} | {row['temp'] / 2**20:.1f} |"
+        )
+        print(lines[-1], flush=True)
+        jax.clear_caches()
+    return lines
+
+
+def described(scene: Scene, model: str) -> str:
+    """The heading of a table."""
+    return f"## {Path(model).name}: {scene.steps} steps of {scene.batch_size} samples of at most {scene.length} tokens"
+
+
+def main() -> None:
+    """Run the rows and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("small")
+    parser.add_argument("large")
+    parser.add_argument("data")
+    parser.add_argument("--only", help="comma-separated rows, the first is the reference; prints, writes nothing")
+    args = parser.parse_args()
+    blocks = []
+    for arms, scene, model in ((ARMS, SMALL, args.small), (FOUR_BIT, LARGE, args.large)):
+        chosen = [arm for arm in arms if not args.only or arm.name in args.only.split(",")]
+        blocks += [described(scene, model), "\n".join(table(chosen, scene, model, args.data))]
+    if not args.only:
+        about = (
+            f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on `{args.data}`, in "
+            "float32 on a CPU, all seven linears of every layer adapted. One seed and one learning rate each: this "
+            "shows that each method trains through the same loop and what a step of it costs; it does not rank them."
+        )
+        PAGE.write_text("\n\n".join(["# Every method in a run", about, *blocks]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
