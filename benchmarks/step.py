@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each peer")
     parser.add_argument("--methods", default="LoRA", help="comma-separated methods of ours")
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="cheap")
     parser.add_argument("--unrolled", action="store_true", help="our layers one after the other instead of scanned")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -86,7 +86,8 @@ class Experiment:
     model: a Hugging Face directory, hub id or `.gguf` file. rules: what is adapted and how, first match wins.
     batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
     precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
-    remat: "none", "full" or names to keep. attention: "xla".
+    remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and on a
+        CPU faster), "none", "full", or everything but names to keep. attention: "xla".
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
@@ -106,7 +107,7 @@ class Experiment:
     precision: Literal["float32", "bfloat16"] = "float32"
     quant: Literal["nf4"] | None = None
     mesh: dict[str, int] | None = None
-    remat: str = "none"
+    remat: str = "cheap"
     attention: str = "xla"
     eval: Eval = Eval()
     save: Save = Save()
