@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from jaxtyping import Array, Bool, Int, Key
 from sborax.compose import Sum, add_adapters
 from sborax.core import AbstractFactored, Adapter, SboraxError
 from sborax.tree import Adapters, nest, nodes
+
+DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+"""What `index_block` lets a gather or scatter assume."""
 
 
 class AbstractExpert(AbstractFactored):

@@ -30,4 +30,5 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 $bin/ruff check
 $bin/ruff format --check
 $bin/pyright --pythonpath $bin/python
-$bin/pytest -n 2 "$@"
+# A file stays with one worker, so that what its tests share is made once.
+$bin/pytest -n 2 --dist loadfile "$@"

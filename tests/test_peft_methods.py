@@ -22,7 +22,7 @@ from sborax.interop.peft import load_peft, save_peft
 from sborax.methods.lokr import divisors
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
 
 Tensors = dict[str, np.ndarray]
 

@@ -1,7 +1,7 @@
 """SBoRA: Low-Rank Adaptation with Regional Weight Updates, arXiv:2407.05413."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from sborax.core import (
     hyper,
     width,
 )
-from sborax.experts import AbstractExpert, check_block, index_block
+from sborax.experts import DISTINCT, AbstractExpert, check_block, index_block
 from sborax.methods.lowrank import scaling
 
 
@@ -33,15 +33,12 @@ class SBoRA(AbstractExpert):
 
     FA: y = x W + s x[idx] b, b (rank, out), idx rows of W.    FB: (x W)[idx] += s x a, a (in, rank), idx columns.
 
-    rank: how many rows or columns.
-    alpha: s = alpha / rank; None (default) is s = 2, the alpha = 2 rank of the authors' commands.
-    variant: "FA" (default) or "FB".
-    dropout: rate on x before the gather (authors' scripts 0.05; default 0).
+    rank: how many rows or columns. alpha: s = alpha / rank; None (default) is s = 2, as in the authors' commands.
+    variant: "FA" (default) or "FB". dropout: rate on x before the gather (authors' scripts 0.05; default 0).
     expert, experts, basis_seed: block `expert` of `experts` disjoint ones of one permutation of all rows (columns),
         which depends on basis_seed and their number alone: experts trained apart add without interference (ours).
 
-    Without `expert`, idx is drawn without replacement per kernel as in the authors' code. It is sorted, which only
-    permutes b's rows.
+    Without `expert`, idx is drawn without replacement per kernel as in the authors' code; sorting permutes b's rows.
     The trained factor starts at zero. Identity at init. Exact merge: W[idx, :] += s b, or W[:, idx] += s a.
     Trained parameters: rank out (FA), rank in (FB). The paper writes W (out, in): its columns are our rows.
     """
@@ -69,13 +66,9 @@ class SBoRA(AbstractExpert):
         check_block(self.expert, self.experts, width(self.rank), shape[side])
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        fan_in, fan_out = weight.shape
-        rank = width(self.rank)
-        if self.variant == "FA":
-            choices, trained = fan_in, {"b": jnp.zeros((rank, fan_out))}
-        else:
-            choices, trained = fan_out, {"a": jnp.zeros((fan_in, rank))}
-        idx = index_block(key, choices, rank, self.expert, self.basis_seed)
+        rank, (fan_in, fan_out), rows = width(self.rank), weight.shape, self.variant == "FA"
+        trained = {"b": jnp.zeros((rank, fan_out))} if rows else {"a": jnp.zeros((fan_in, rank))}
+        idx = index_block(key, fan_in if rows else fan_out, rank, self.expert, self.basis_seed)
         scale = jnp.float32(2.0) if self.alpha is None else scaling(self.alpha, self.rank, hint)
         return Fitted(trained, {"idx": idx, "scale": scale, **dropout_leaf(self.dropout)})
 
@@ -89,9 +82,8 @@ class SBoRA(AbstractExpert):
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         idx, scale = adapter.frozen["idx"], adapter.frozen["scale"]
-        if self.variant == "FA":
-            return weight.at[idx, :].add(scale * adapter.train["b"], **DISTINCT)
-        return weight.at[:, idx].add(scale * adapter.train["a"], **DISTINCT)
+        place, factor = (idx, "b") if self.variant == "FA" else ((slice(None), idx), "a")
+        return weight.at[place].add(scale * adapter.train[factor], **DISTINCT)
 
     def factors(
         self, adapter: Adapter, shape: tuple[int, int]
@@ -105,6 +97,3 @@ class SBoRA(AbstractExpert):
         assert isinstance(other.method, SBoRA)
         own, theirs = mine.frozen["idx"], other.frozen["idx"]
         return jnp.logical_or(self.variant != other.method.variant, jnp.any(own[..., :, None] == theirs[..., None, :]))
-
-
-DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
