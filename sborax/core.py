@@ -113,7 +113,7 @@ class Hint:
 
 
 class Fitted(NamedTuple):
-    """What `init` made of one weight. `weight` is a new base weight, or None where the base is untouched."""
+    """What `init` made of one weight. `weight` is what it left of the base, or None where the base is untouched."""
 
     train: Leaves
     frozen: Leaves
@@ -150,7 +150,7 @@ class AbstractMethod(abc.ABC):
     rank: Rank
     """An int or a policy; one int a layer once planned. Methods without a rank say 1."""
     rewrites_base: bool = False
-    """`init` returns a new base weight."""
+    """`init` takes s a0 b0 out of the base weight, and keeps `a0`, `b0` and `scale` as frozen leaves."""
     identity_at_init: bool = True
     """The adapted function equals the base function before training."""
     mergeable: str = ""

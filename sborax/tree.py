@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
 
 from sborax import depth
 from sborax.compose import add_adapters, add_methods, scale_adapter, scale_method
@@ -24,6 +25,7 @@ from sborax.core import (
     Fitted,
     Hint,
     SboraxError,
+    Weight,
     dense,
     is_adapter,
     is_weight,
@@ -100,11 +102,41 @@ def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, s
     with jax.default_matmul_precision("highest"):
         grad = None if hint.grad is None else _matrix(hint.grad, len(stack), in_axes)
         fitted = over_stack(one, stack)(layers, matrix, grad)
-    if fitted.weight is None:
-        return fitted
-    if isinstance(weight, AbstractWeight):
-        return fitted._replace(weight=weight.encode(fitted.weight))
-    return fitted._replace(weight=fitted.weight.astype(weight.dtype).reshape(weight.shape))
+    return fitted.train, fitted.frozen
+
+
+@jax.jit
+def rewrite(weight: Weight, node: Adapter) -> Weight:
+    """The base that an adapter stands on, from the original one: W <- W - s a0 b0, part by part.
+
+    One program makes it for `attach` and for all who load the leaves later, so both have the same bits.
+
+    Raises SboraxError for a method that rewrites the base and keeps no `a0`, `b0`, `scale` to do it again.
+    """
+    stack = stack_of(node)
+
+    def one(layer: Array, own: Any, adapter: Adapter) -> Array:
+        residual = _residual(dense(own).astype(jnp.float32), adapter, layer)
+        # Rounded once at the end, however many parts there are.
+        return residual if isinstance(own, AbstractWeight) else residual.astype(own.dtype)
+
+    layers = jnp.arange(math.prod(stack)).reshape(stack)
+    with jax.default_matmul_precision("highest"):
+        new = over_stack(one, stack)(layers, _matrix(weight, len(stack), node.in_axes), node)
+    return weight.encode(new) if isinstance(weight, AbstractWeight) else new.reshape(weight.shape)
+
+
+def _residual(matrix: Float[Array, "in out"], node: Adapter, layer: Array) -> Float[Array, "in out"]:
+    if not node.method.rewrites_base:
+        return matrix
+    if isinstance(node.method, AbstractComposite):
+        for child, layers in node.method.children(node):
+            new = _residual(matrix, child, layer)
+            matrix = new if layers is None else jnp.where(jnp.isin(layer, np.asarray(layers)), new, matrix)
+        return matrix
+    if not {"a0", "b0", "scale"} <= set(node.frozen):
+        raise SboraxError(f"{type(node.method).__name__} rewrites the base and keeps no a0, b0, scale to do it again")
+    return matrix - jnp.matmul(node.frozen["scale"] * node.frozen["a0"], node.frozen["b0"])
 
 
 def attach(
@@ -129,10 +161,10 @@ def attach(
         own_key = path_key(key, site.path)
         routes = isinstance(site.method, AbstractRouter)
         weight = jnp.zeros((*site.stack, *site.shape)) if routes else found[site.path]
-        fitted = _fit(own_key, weight, hint, site.method, site.stack, site.in_axes)
-        adapters[site.path] = Adapter(fitted.train, fitted.frozen, structure(site.method), site.in_axes)
-        if fitted.weight is not None:
-            rewritten[site.path] = fitted.weight
+        train, frozen = _fit(own_key, weight, hint, site.method, site.stack, site.in_axes)
+        node = adapters[site.path] = Adapter(train, frozen, structure(site.method), site.in_axes)
+        if site.method.rewrites_base:
+            rewritten[site.path] = rewrite(weight, node)
     return _replace(params, rewritten), nest(adapters)
 
 

@@ -32,12 +32,17 @@ def strict():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compiled_quickly():
-    """Hardly optimised programs, for tests of what is computed and not of how: they compile in half the time."""
+    """Hardly optimised programs, for tests of what is computed and not of how: they compile in half the time.
+
+    For a whole module, its fixtures included, and with none compiled before: the two kinds differ in the last bits.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -6,22 +6,20 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.config import decode, encode
-from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, Weight, dense
-from sborax.methods.lowrank import pair_weight
+from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.routing import AbstractRouter
 from sborax.train.state import flatten, put_together
-from sborax.tree import Adapters, Params, nest, nodes, over_stack, stack_of
+from sborax.tree import Adapters, Params, nest, nodes, rewrite
 
 LEAVES = "adapter.safetensors"
 PLAN = "plan.json"
@@ -160,37 +158,3 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
     dtypes = {path: flat.pop(path).dtype for path in saved.trained_base}
     trained = {path: leaf.astype(dtypes[path]) for path, leaf in saved.trained_base.items()}
     return put_together(flat, trained), saved.adapters
-
-
-@jax.jit
-def rewrite(weight: Weight, node: Adapter) -> Weight:
-    """The base weight as `attach` rewrote it, from the original one and the frozen `a0`, `b0`, `scale` of the node.
-
-    Raises SboraxError for a method that rewrites the base and keeps no such leaves.
-    """
-    stack = stack_of(node)
-    matrix = dense(weight).astype(jnp.float32)
-    own = matrix.shape[len(stack) :]
-    matrix = matrix.reshape(*stack, -1, int(np.prod(own[node.in_axes :])))
-    with jax.default_matmul_precision("highest"):
-        residual = _residual(matrix, node, stack)
-    # Rounded once at the end, as in `attach`, however many parts there are.
-    if isinstance(weight, AbstractWeight):
-        return weight.encode(residual)
-    return residual.astype(weight.dtype).reshape(weight.shape)
-
-
-def _residual(matrix: Float[Array, "*stack in out"], node: Adapter, stack: tuple[int, ...]) -> Array:
-    """W - s a0 b0, part by part."""
-    if not node.method.rewrites_base:
-        return matrix
-    if isinstance(node.method, AbstractComposite):
-        for child, layers in node.method.children(node):
-            new = _residual(matrix, child, stack)
-            where = slice(None) if layers is None else np.asarray(layers)
-            matrix = matrix.at[where].set(new[where])
-        return matrix
-    if not {"a0", "b0", "scale"} <= set(node.frozen):
-        raise SboraxError(f"{type(node.method).__name__} rewrote the base and kept no a0, b0, scale to do it again")
-    leaves = {name: node.frozen[name] for name in ("a0", "b0", "scale")}
-    return over_stack(lambda one, own: one - pair_weight(own["a0"], own["b0"], own["scale"]), stack)(matrix, leaves)

@@ -10,9 +10,8 @@ from sborax.core import Adapter, Hint, SboraxError
 from sborax.models.load import is_layer_kernel
 from sborax.paths import Plan, Rule, Site, module_path
 from sborax.quant.nf4 import Unquantised, check, quantise
-from sborax.train.adapter import rewrite
 from sborax.train.state import flatten
-from sborax.tree import Adapters, Params, attach, nest, nodes
+from sborax.tree import Adapters, Params, attach, nest, nodes, rewrite
 
 
 def quantise_base(params: Params, quant: str | None) -> Params:
@@ -100,7 +99,6 @@ def adapt(
     del unadapted
     for site in plan.sites:
         if site.method.rewrites_base:
-            # From the leaves alone, as everyone who loads them will do it.
             flat[site.path] = rewrite(flat[site.path], adapters[site.path])
             flat[site.path] = _quantised(site.path, flat[site.path]) if quant is not None else flat[site.path]
     return nest(flat), nest(adapters)
