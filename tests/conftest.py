@@ -12,6 +12,9 @@ from sborax.fetch import smollm2_gguf
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Hardly optimised programs compile in half the time. In the environment too: subprocesses must compute the same bits.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 _tests_run = itertools.count(1)
@@ -33,17 +36,13 @@ def strict():
 
 
 @pytest.fixture(scope="module")
-def compiled_quickly():
-    """Hardly optimised programs, for tests of what is computed and not of how: they compile in half the time.
-
-    For a whole module, its fixtures included, and with none compiled before: the two kinds differ in the last bits.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
+def compiled_fully():
+    """Programs as users have them, for a module that tests how something is computed, and not only what."""
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _local(variable: str, folder: str) -> Path:

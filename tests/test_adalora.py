@@ -14,8 +14,6 @@ from sborax.procedures import AdaLoRABudget, Boundary, Run
 from sborax.procedures.adalora import orthogonality
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RANK, STEPS, PATH = 6, 12, "layers/proj/kernel"
 LEAVES = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
 

@@ -11,8 +11,6 @@ from sborax.quant.nf4 import NF4Array
 from sborax.train.adapter import LEAVES, PLAN, fingerprint, load_adapter, read_adapter, save_adapter
 from sborax.train.base import adapt, quantise_base
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RULES = {
     "lora": [("mlp", sx.LoRA(rank=3, alpha=6.0, dropout=0.1)), ("attn", sx.SBoRA(rank=4))],
     "bone": [("mlp", sx.Bone(rank=4)), ("attn", sx.Bat(rank=4))],

@@ -22,7 +22,7 @@ from sborax.quant.nf4 import quantise
 from sborax.train.adapter import read_adapter, save_adapter
 from sborax.tree import nodes, over_stack, stack_of
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 PATH = "layers/proj/kernel"
 SETTINGS = [

@@ -11,7 +11,7 @@ import pytest
 import sborax as sx
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 IN, OUT, LAYERS, EXPERTS = 40, 36, 2, 3
 WEIGHT = jax.random.normal(jax.random.key(1), (LAYERS, IN, OUT))

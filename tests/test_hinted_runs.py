@@ -20,8 +20,6 @@ from sborax.train.hints import first_batches
 from sborax.train.loop import START, read_data, train
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RULES = (
     sx.Rule("mlp/up", sx.LoRAGA(rank=4)),
     sx.Rule("self_attn/q", sx.LoRAGA(rank=2), layers=(1,)),

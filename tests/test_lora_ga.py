@@ -15,7 +15,7 @@ import sborax as sx
 from sborax.quant.nf4 import quantise
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lora_ga.npz")
 W, G = GOLDEN["W"].T, GOLDEN["G"].T

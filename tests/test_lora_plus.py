@@ -17,8 +17,6 @@ from sborax.optim import groups, lora_fa, lora_plus, project_lora_fa
 from sborax.train.optimizer import make_optimizer
 from sborax.tree import nest, nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 IN, HIDDEN, OUT = 11, 8, 7
 RANK, ALPHA = 3, 6
 STEPS = 6

@@ -16,8 +16,6 @@ from sborax.core import SboraxError, structure
 from sborax.optim import LoRARiteState, lora_rite, scale_by_lora_rite
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lora_rite.npz")
 RUNS = json.loads(str(GOLDEN["meta"]))["runs"]
 

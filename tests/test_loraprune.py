@@ -27,8 +27,6 @@ from sborax.procedures.prune import masks_of, pruned
 from sborax.train.loop import train
 from sborax.tree import nest, nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 GOLDEN = np.load(Path(__file__).parent / "golden" / "loraprune.npz")
 META = json.loads(str(GOLDEN["meta"]))
 SIZES = {"self_attn": META["heads"], "mlp": META["ffn"]}

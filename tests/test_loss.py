@@ -11,7 +11,7 @@ from sborax.train.loss import frozen_head_loss, trained_head_loss
 
 TOKENS, D, VOCAB, CHUNK = 37, 11, 53, 8
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "compiled_fully")
 
 
 def make(dtype, counted=0.5):

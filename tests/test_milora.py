@@ -26,7 +26,7 @@ from sborax.train.step import make_loss, make_step, prompt_of
 from sborax.tree import nest, nodes
 from tests.tiny_model import write_data, write_model
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 CONFIG = LlamaConfig(
     vocab_size=40,

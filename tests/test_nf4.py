@@ -13,7 +13,7 @@ from sborax.models.gguf import open_gguf
 from sborax.quant import nf4
 from sborax.quant.nf4 import NF4Array, quantise, quantise_numpy
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "compiled_fully")
 
 ROUTES = [quantise, quantise_numpy]
 by_route = pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)

@@ -22,7 +22,7 @@ from sborax.interop.peft import load_peft, save_peft
 from sborax.methods.lokr import divisors
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 Tensors = dict[str, np.ndarray]
 

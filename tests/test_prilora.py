@@ -17,7 +17,7 @@ from sborax.train.state import start, take_apart
 from sborax.train.step import make_step
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 PATH = "layers/proj/kernel"
 IN, OUT, LAYERS = 20, 12, 3

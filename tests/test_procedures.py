@@ -31,8 +31,6 @@ from sborax.train.loop import train
 from sborax.train.turns import restarted
 from sborax.tree import nest, nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 PATH = "layers/p/kernel"
 LAYERS, IN, OUT = 4, 64, 12
 KERNEL = 0.3 * jax.random.normal(jax.random.key(0), (LAYERS, IN, OUT))

@@ -25,8 +25,6 @@ from sborax.train.state import flatten
 from sborax.train.step import make_loss
 from sborax.tree import nodes, split
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 

@@ -23,8 +23,6 @@ from sborax.procedures.reslora import by_inputs, by_weights, merge_by_inputs, me
 from sborax.quant.nf4 import quantise
 from sborax.tree import nodes
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reslora.npz")
 SHORTCUT = {"is": "input", "bs": "block", "ms": "middle"}
 LAYERS = 3

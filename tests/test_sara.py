@@ -15,7 +15,7 @@ from sborax.core import Adapter, structure
 from sborax.methods.mo_sara import mean_gate_weight, mean_gates
 from sborax.tree import over_stack, stack_of
 
-pytestmark = pytest.mark.usefixtures("strict", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("strict")
 
 LAYERS = 3
 THRESHOLD = 0.3

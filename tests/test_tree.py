@@ -12,8 +12,6 @@ from sborax.core import Adapter
 from sborax.paths import module_path
 from sborax.tree import nodes, stack_of
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 KEY = jax.random.key(0)
 
 

@@ -1,0 +1,203 @@
+"""Every measurement that this machine can make: python -m benchmarks [step] [generation] [scaling]
+
+step: one training step of every method, beside PEFT's and qwix's LoRA (where they are installed).
+generation: greedy text beside transformers.
+scaling: the cost of our step against length, rank, adapted modules, and adapters trained at once.
+
+On a CPU the shape is SmolLM2-135M's, 4 x 256 tokens in float32, two threads; on a GPU `python -m benchmarks.gpu`.
+Each number comes from a process of its own, peers in turn; methods are compared with LoRA step by step in one process.
+Appends what it measured to benchmarks/results.jsonl. Goals that are missed are marked.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES, minimum_flops, model_flops
+from benchmarks.worker import run
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+PEERS = ("PEFT", "PEFT, compiled", "qwix")
+METHODS = (
+    "LoRA", "SBoRA-FA", "SBoRA-FB", "Bone", "Bat", "DoRA", "PiSSA", "SARA", "Mo-SARA", "QLoRA", "QSBoRA-FA", "full",
+)  # fmt: skip
+GOALS = {"SBoRA-FA": 1.05, "Bone": 1.05, "DoRA": 1 / 1.12, "Bat": 1 / 1.2}
+"""Speed over our LoRA's that we want at least."""
+FLOPS_GOAL, PEFT_GOAL, GENERATION_GOAL = 1.05, 1.0, 1.0
+
+
+def short(value: float, goal: float | None, at_most: bool = False) -> str:
+    """A cell, marked where it misses its goal."""
+    missed = goal is not None and (value > goal if at_most else value < goal)
+    return f"{value:.3f}" + (f" (goal {goal:.2f})" if missed else "")
+
+
+def show(heading: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table in Markdown."""
+    print(f"\n{heading}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A cell that may be empty."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def attempt(name: str, **task: Any) -> dict[str, Any] | None:
+    """A measurement, or None and a line that says why there is none."""
+    try:
+        return run(**task)
+    except RuntimeError as error:
+        print(f"{name}: not measured ({error})", flush=True)
+        return None
+
+
+def step(case: dict[str, Any], rounds: int, steps: int, only: list[str]) -> dict[str, Any]:
+    """The table of training steps."""
+    shape, tokens = SHAPES[case["shape"]], case["batch"] * case["length"]
+    peers = [name for name in PEERS if name in only]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(rounds):
+        # LoRA stands beside every peer, the two next to each other in time.
+        for name in peers:
+            for own in (name, f"LoRA beside {name}"):
+                what = name if own == name else "measure"
+                told = attempt(own, what=what, case={**case, "method": "LoRA"}, steps=steps)
+                found.setdefault(own, []).extend([told] if told else [])
+    bound = run(what="matmul", case=case)["flops_per_second"]
+    record: dict[str, Any] = {"matmul_gflops": bound / 1e9, "rows": {}}
+    rows = []
+    for name in peers:
+        theirs, own = ([s for part in found[key] for s in part["seconds"]] for key in (name, f"LoRA beside {name}"))
+        if not theirs:
+            continue
+        ratio = statistics.median(theirs) / statistics.median(own)
+        mine, its = (found[key][0] for key in (f"LoRA beside {name}", name))
+        record["rows"][name] = {"lora_over_it": ratio, **{key: its.get(key) for key in its if key != "seconds"}}
+        goal = PEFT_GOAL if name.startswith("PEFT") else None
+        cells = [number(its.get(key)) for key in ("temp_gib", "peak_gib", "compile_seconds")]
+        rows.append([name, short(ratio, goal), *cells, number(mine["peak_gib"]), f"{its['trainable']:,}"])
+    columns = ["peer, LoRA", "our LoRA's speed over it", "temp GiB", "peak GiB", "compile s", "our peak GiB", "trained"]
+    show("Peers", columns, rows)
+    rows = []
+    for name in (name for name in METHODS if name in only):
+        own = {**case, "method": name}
+        told = attempt(name, what="pair", case=own, other={**case, "method": "LoRA"}, steps=rounds * steps)
+        if told is None:
+            continue
+        least = minimum_flops(shape, case["batch"], case["length"], told["trainable"], name == "full")
+        counted = attempt(f"FLOPs of {name}", what="flops", case=own)
+        over = counted["flops"] / least if counted else None
+        seconds = statistics.median(told["seconds"])
+        used = model_flops(shape, case["batch"], case["length"]) / seconds / bound
+        row = {"over_lora": told["speed_over_other"], "flops_over_minimum": over, "tokens_per_second": tokens / seconds}
+        row |= {"mfu_4n_of_matmul": used, **{key: told[key] for key in told if not key.endswith("seconds")}}
+        record["rows"][name] = row | {"compile_seconds": told["compile_seconds"]}
+        rows.append(
+            [
+                name,
+                short(told["speed_over_other"], GOALS.get(name)),
+                "" if over is None else short(over, None if name.startswith(("Q", "Mo", "Bat")) else FLOPS_GOAL, True),
+                number(100 * used, 0),
+                *(number(told[key]) for key in ("temp_gib", "held_gib", "compile_seconds")),
+                f"{told['trainable']:,}",
+            ]
+        )
+    columns = ["method", "speed over our LoRA's", "FLOPs over the least", "% of the matmul bound at 4N"]
+    show("Methods", [*columns, "temp GiB", "held GiB", "compile s", "trained"], rows)
+    return record
+
+
+def generation(shape: str, rounds: int, batch: int = 16, new: int = 64) -> dict[str, Any]:
+    """Whole calls, prefill included, in turn."""
+    task = {"shape": shape, "batch": batch, "new": new, "rounds": 2}
+    told = {name: [run(what=f"{name} generates", **task) for _ in range(rounds)] for name in ("transformers", "sborax")}
+    speed = {
+        name: batch * new / statistics.median(s for part in parts for s in part["seconds"])
+        for name, parts in told.items()
+    }
+    ratio = speed["sborax"] / speed["transformers"]
+    compile_seconds = told["sborax"][0]["compile_seconds"]
+    heading = f"Greedy text, {batch} prompts of 8 to 32 tokens, {new} new tokens each"
+    show(heading, ["sborax over transformers", "compile s"], [[short(ratio, GENERATION_GOAL), number(compile_seconds)]])
+    return {"over_transformers": ratio, "compile_seconds": compile_seconds}
+
+
+def scaling(case: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Step time of LoRA against one thing at a time, relative to the common case; K adapters against K single runs."""
+    arms: list[tuple[str, dict[str, Any], int]] = [
+        *((f"{length} tokens a row, as many in all", {"length": length, "batch": 1024 // length}, 1)
+          for length in (128, 512, 1024)),
+        *((f"rank {rank}", {"rank": rank}, 1) for rank in (4, 64)),
+        *((f"only {modules}", {"modules": modules}, 1) for modules in ("(q|v)_proj", "self_attn", "mlp")),
+        *((f"{members} adapters at once", {}, members) for members in (2, 4)),
+    ]  # fmt: skip
+    rows, record = [], {}
+    for name, change, members in arms:
+        common = run(what="measure", case=case, steps=steps)
+        told = attempt(name, what="measure", case={**case, **change}, steps=steps, members=members)
+        if told is None:
+            continue
+        ratio = statistics.median(told["seconds"]) / statistics.median(common["seconds"]) / members
+        record[name] = {"step_over_common": ratio, "temp_gib": told["temp_gib"]}
+        rows.append([name, f"{ratio:.3f}", number(told["temp_gib"])])
+    show("LoRA's step, time over that of the common case (for K adapters, over K such steps)",
+         ["changed", "time", "temp GiB"], rows)  # fmt: skip
+    return record
+
+
+def main() -> None:
+    """Measure what is asked for and keep the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", default=["step", "generation", "scaling"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each process")
+    parser.add_argument("--only", default=",".join(METHODS) + ";" + ";".join(PEERS), help="rows of step, ; between")
+    parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
+    args = parser.parse_args()
+    unknown = sorted(set(args.tables) - {"step", "generation", "scaling"})
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}")
+    only = [name for part in args.only.split(";") for name in ([part] if part in PEERS else part.split(","))]
+    case = {"method": "LoRA", "shape": args.shape, "rank": 16, "batch": 4, "length": 256, "dtype": "float32"}
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jax", "flax", "torch", "peft", "transformers", "qwix")},
+        "case": case,
+    }
+    print(json.dumps(record))
+    if "step" in args.tables:
+        record["step"] = step(case, args.rounds, args.steps, only)
+    if "generation" in args.tables:
+        record["generation"] = generation(args.shape, args.rounds)
+    if "scaling" in args.tables:
+        record["scaling"] = scaling(case, args.steps)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(rounded(record)) + "\n")
+
+
+def rounded(tree: Any) -> Any:
+    """The record with four digits."""
+    if isinstance(tree, dict):
+        return {key: rounded(value) for key, value in tree.items()}
+    return round(tree, 4) if isinstance(tree, float) else tree
+
+
+def version(package: str) -> str | None:
+    """An installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

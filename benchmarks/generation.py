@@ -1,0 +1,69 @@
+"""Greedy text for a batch of prompts of mixed length, beside transformers: the same weights' shape, the same tokens."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import THREADS
+from benchmarks.shapes import EPS, SHAPES
+
+NEVER: tuple[int, ...] = ()
+"""No token ends a text: every row is as long as the others."""
+
+
+def prompts(vocab: int, batch: int) -> list[list[int]]:
+    """Between 8 and 32 random ids a row."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, vocab, int(length)).tolist() for length in rng.integers(8, 33, batch)]
+
+
+def ours(shape: str, batch: int, new: int, rounds: int) -> dict[str, Any]:
+    """Seconds of whole calls, prefill included, after one that compiles."""
+    import jax
+    import jax.numpy as jnp
+
+    from sborax.models import LanguageModel, Llama, LlamaConfig, generate
+
+    config = LlamaConfig(**SHAPES[shape], rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
+    model = LanguageModel(Llama(config, jnp.dtype("float32")), {}, config, None)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), model.abstract()
+    )
+    rows = prompts(config.vocab_size, batch)
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        texts = generate(model, params, None, rows, new, eos=NEVER)
+        seconds.append(time.perf_counter() - began)
+    assert all(len(text) == new for text in texts)
+    return {"seconds": seconds[1:], "compile_seconds": seconds[0] - min(seconds[1:])}
+
+
+def transformers(shape: str, batch: int, new: int, rounds: int) -> dict[str, Any]:
+    """The same in transformers, eager, with its dynamic cache."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], rms_norm_eps=EPS)).eval()
+    rows = prompts(SHAPES[shape]["vocab_size"], batch)
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            model.generate(
+                tokens,
+                attention_mask=mask,
+                min_new_tokens=new,
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds[1:]}

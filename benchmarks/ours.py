@@ -1,0 +1,204 @@
+"""One training step of sborax on a model of a given shape, measured in this process."""
+
+import dataclasses
+import resource
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sborax as sx
+from benchmarks.shapes import EPS, SHAPES, kernels
+from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.quant.nf4 import quantise
+from sborax.train.experiment import Optimizer
+from sborax.train.optimizer import make_optimizer
+from sborax.train.state import start, take_apart
+from sborax.train.step import make_step
+
+METHODS = {
+    "LoRA": lambda r: sx.LoRA(rank=r),
+    "SBoRA-FA": lambda r: sx.SBoRA(rank=2 * r),
+    "SBoRA-FB": lambda r: sx.SBoRA(rank=2 * r, variant="FB"),
+    "Bone": lambda r: sx.Bone(rank=2 * r),
+    "Bat": lambda r: sx.Bat(rank=2 * r),
+    "DoRA": lambda r: sx.DoRA(rank=r),
+    "PiSSA": lambda r: sx.PiSSA(rank=r, niter=4),
+    "SARA": lambda r: sx.SARA(rank=r),
+    "Mo-SARA": lambda r: sx.MoSARA(rank=r),
+    "QLoRA": lambda r: sx.LoRA(rank=r),
+    "QSBoRA-FA": lambda r: sx.SBoRA(rank=2 * r),
+    "full": lambda r: None,
+}
+"""By rank of LoRA; the others at about the parameters that LoRA trains, where they can."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured. `method` is a name in `METHODS`; those with a Q stand on an NF4 base."""
+
+    method: str = "LoRA"
+    shape: str = "SmolLM2-135M"
+    rank: int = 16
+    modules: str = "self_attn|mlp"
+    batch: int = 4
+    length: int = 256
+    documents: int = 1
+    dtype: str = "float32"
+    remat: str = "cheap"
+    scan: bool = True
+    layers: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The shape, cut to `layers`."""
+        whole = SHAPES[self.shape]
+        return whole if self.layers is None else {**whole, "num_hidden_layers": self.layers}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The arguments of a step."""
+
+    step: Any
+    state: Any
+    parts: Any
+    batch: Any
+
+    def lower(self) -> Any:
+        """The step, traced."""
+        return self.step.lower(self.state, self.parts.frozen, self.parts.base, self.batch)
+
+
+def prepare(case: Case) -> Prepared:
+    """A model of random weights, its adapters, and one batch."""
+    config = LlamaConfig(**case.sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
+    model = LanguageModel(Llama(config, jnp.dtype(case.dtype), case.remat, case.scan), {}, config, None)
+    four_bit = case.method.startswith("Q")
+
+    def random(path: Any, leaf: Any) -> Any:
+        keys = [part.key for part in path]
+        # Drawn where it will stand: a large model never is on the host.
+        key = jax.random.fold_in(jax.random.key(0), sum(map(ord, "".join(keys))))
+        drawn = jax.jit(lambda: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))()
+        return quantise(drawn) if four_bit and keys[0] == "layers" and keys[-1] == "kernel" else drawn
+
+    params = jax.tree_util.tree_map_with_path(random, model.abstract())
+    method = METHODS[case.method](case.rank)
+    rules = [] if method is None else [(case.modules, method)]
+    params, adapters = sx.attach(jax.random.key(0), params, rules) if rules else (params, {})
+    parts = take_apart(params, adapters, train_base=method is None)
+    tx = make_optimizer(Optimizer(), 1000)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (1, case.batch, case.length)).astype(np.int32)
+    segments = 1 + np.arange(case.length, dtype=np.int32) * case.documents // case.length
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=2),
+        "counts": np.ones_like(tokens, bool),
+        "segments": np.broadcast_to(segments, tokens.shape).copy(),
+    }
+    return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, batch)
+
+
+@dataclasses.dataclass
+class Runner:
+    """A compiled step that goes on from its own state."""
+
+    compiled: Any
+    state: Any
+    constants: tuple[Any, ...]
+    compile_seconds: float
+    trainable: int
+
+    @classmethod
+    def of(cls, case: Case, members: int = 1) -> "Runner":
+        """members: how many adapters take the step at once over one base, by `vmap`; 1 is the plain step."""
+        prepared = prepare(case)
+        step, state, frozen = prepared.step, prepared.state, prepared.parts.frozen
+        if members > 1:
+            state, frozen = jax.tree.map(lambda leaf: jnp.stack([leaf] * members), (state, frozen))
+            step = jax.jit(jax.vmap(prepared.step, in_axes=(0, 0, None, None)), donate_argnums=0)
+        constants = (frozen, prepared.parts.base, jax.device_put(prepared.batch))
+        began = time.perf_counter()
+        compiled = step.lower(state, *constants).compile()
+        return cls(compiled, state, constants, time.perf_counter() - began, prepared.parts.count)
+
+    def seconds(self) -> float:
+        """One step, timed."""
+        began = time.perf_counter()
+        self.state, numbers = self.compiled(self.state, *self.constants)
+        jax.block_until_ready(numbers["loss"])
+        taken = time.perf_counter() - began
+        assert np.all(np.isfinite(np.asarray(numbers["loss"])))
+        return taken
+
+    def told(self) -> dict[str, Any]:
+        """What is known without running it. held_gib: arguments, results and temporaries as compiled."""
+        memory = self.compiled.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return {
+            "compile_seconds": self.compile_seconds,
+            "temp_gib": memory.temp_size_in_bytes / 2**30,
+            "held_gib": (held + memory.temp_size_in_bytes) / 2**30,
+            "trainable": self.trainable,
+        }
+
+
+def measure(case: Case, steps: int, members: int = 1) -> dict[str, Any]:
+    """Seconds of every step but the first, what `Runner.told` tells, and the most memory held."""
+    runner = Runner.of(case, members)
+    runner.seconds()
+    return {"seconds": [runner.seconds() for _ in range(steps)], **runner.told(), "peak_gib": peak_gib()}
+
+
+def pair(case: Case, other: Case, steps: int) -> dict[str, Any]:
+    """Steps of `case` and of `other` in turn, so that drift of the machine meets both: the ratio of their speeds."""
+    runners = [Runner.of(one) for one in (case, other)]
+    rounds = [[runner.seconds() for runner in runners] for _ in range(steps + 1)][1:]
+    own, theirs = zip(*rounds, strict=True)
+    return {
+        "seconds": list(own),
+        "other_seconds": list(theirs),
+        "speed_over_other": statistics.median(theirs) / statistics.median(own),
+        **runners[0].told(),
+    }
+
+
+def matmul_flops_per_second(case: Case) -> float:
+    """The bound: the largest projection's matmul alone, in this process, with nothing around it."""
+    fan_in, fan_out = max(kernels(case.sizes), key=lambda shape: shape[0] * shape[1])
+    x, w = (jnp.ones(shape, case.dtype) for shape in ((case.batch * case.length, fan_in), (fan_in, fan_out)))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, w))
+    rounds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready([product(x, w) for _ in range(10)])
+        rounds.append((time.perf_counter() - began) / 10)
+    return 2 * x.shape[0] * fan_in * fan_out / statistics.median(rounds)
+
+
+def unrolled(case: Case, layers: int) -> Any:
+    """The compiled step of a few layers one after the other, cross-entropy in one chunk: a program without loops."""
+    from sborax.train import loss
+
+    loss.frozen_head_loss.__wrapped__.__defaults__ = (case.batch * case.length,)
+    return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
+
+
+def flops(case: Case) -> float:
+    """FLOPs of the compiled step, from programs of one and two layers: XLA counts the body of a loop once."""
+    one, two = (unrolled(case, layers).cost_analysis()["flops"] for layers in (1, 2))
+    return one + (case.sizes["num_hidden_layers"] - 1) * (two - one)
+
+
+def peak_gib() -> float:
+    """The most memory the device has held, or on a CPU this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and jax.default_backend() != "cpu":
+        return stats["peak_bytes_in_use"] / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

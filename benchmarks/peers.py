@@ -1,0 +1,117 @@
+"""The same training step in PEFT on transformers, and with the LoRA of qwix on our Flax model."""
+
+import time
+from typing import Any
+
+from benchmarks.shapes import EPS, SHAPES
+
+THREADS = 2
+
+
+def peft_step(case: dict[str, Any], steps: int, compiled: bool = False) -> dict[str, Any]:
+    """PEFT with SDPA attention and fused-kernel AdamW, eager or through torch.compile."""
+    import torch
+    from peft import LoraConfig, MissConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    dtype = getattr(torch, case["dtype"])
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[case["shape"]], rms_norm_eps=EPS))
+        torch.set_default_dtype(torch.float32)
+    rank, targets = case["rank"], "all-linear"
+    config = {
+        "LoRA": lambda: LoraConfig(r=rank, lora_alpha=rank, target_modules=targets),
+        "DoRA": lambda: LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=True),
+        "Bat": lambda: MissConfig(r=2 * rank, target_modules=targets, init_weights="bat"),
+        "Bone": lambda: MissConfig(r=2 * rank, target_modules=targets),
+    }[case["method"]]()
+    model = get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    tokens = torch.randint(0, SHAPES[case["shape"]]["vocab_size"], (case["batch"], case["length"]), device=device)
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    seconds, compile_seconds = [], None
+    for number in range(steps + 1):
+        began = time.perf_counter()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        compile_seconds = seconds[0] if number == 0 and compiled else compile_seconds
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        from benchmarks.ours import peak_gib
+
+        peak = peak_gib()
+    told = {"seconds": seconds[1:], "peak_gib": peak, "trainable": sum(p.numel() for p in trained)}
+    return told | ({"compile_seconds": compile_seconds} if compiled else {})
+
+
+def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
+    """qwix's LoRA provider around our own Flax model, whose plain projections it intercepts."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    import qwix
+
+    from benchmarks.ours import peak_gib
+    from sborax.models import Llama, LlamaConfig
+
+    sizes = SHAPES[case["shape"]]
+    config = LlamaConfig(**sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
+    plain = Llama(config, jnp.dtype(case["dtype"]), "none", case["scan"])
+    provider = qwix.LoraProvider(module_path=".*(_proj).*", rank=case["rank"], alpha=float(case["rank"]))
+    model = qwix.apply_lora_to_model(plain, provider)
+    tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (case["batch"], case["length"])).astype(np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :8])["params"]
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    is_lora = ["lora" in jax.tree_util.keystr(path) for path, _ in flat]
+    train = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if own]
+    base = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if not own]
+    if not train:
+        raise SystemExit("qwix put no LoRA parameters on this model")
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-4, weight_decay=0.0))
+
+    def loss(train: list[Any], base: list[Any], tokens: Any) -> Any:
+        both = iter(train), iter(base)
+        whole = jax.tree.unflatten(treedef, [next(both[0]) if own else next(both[1]) for own in is_lora])
+        logits = model.apply({"params": whole}, tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    @jax.jit
+    def step(train: Any, opt: Any, base: Any, tokens: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(train, base, tokens)
+        updates, opt = tx.update(grads, opt, train)
+        return optax.apply_updates(train, updates), opt, value
+
+    opt = tx.init(train)
+    began = time.perf_counter()
+    compiled = step.lower(train, opt, base, tokens).compile()
+    compile_seconds = time.perf_counter() - began
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        train, opt, value = compiled(train, opt, base, tokens)
+        jax.block_until_ready(value)
+        seconds.append(time.perf_counter() - began)
+    return {
+        "seconds": seconds[1:],
+        "compile_seconds": compile_seconds,
+        "temp_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
+        "peak_gib": peak_gib(),
+        "trainable": sum(leaf.size for leaf in train),
+    }
