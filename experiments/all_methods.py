@@ -2,8 +2,8 @@
 
 SMALL and LARGE are LLaMAs (directory, hub id or .gguf file), DATA a data set with columns instruction and output. Each
 row is a whole run through what `sborax train` calls, with the same steps and batches: every method on SMALL, the 4-bit
-bases on LARGE, whose widths they can divide. Writes docs/runs.md; `--only LoRA,Bone` runs a few rows and prints them.
-Step times are medians relative to LoRA's on the same model in the same process; temporaries are the compiled step's.
+bases on LARGE, whose widths they can divide. Writes docs/runs.md; `--only "LoRA;Bone"` makes a few of its rows anew.
+Step times are medians over those of LoRA's step, the two in turn in one process; temporaries are the compiled step's.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import datetime
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sborax.train.step import make_step
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "runs.md"
 LINEARS = "self_attn|mlp"
+TIMED = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,17 @@ class Scene:
     steps: int
     batch_size: int
     length: int
+    samples: int | None = None
+
+    def described(self, model: str) -> str:
+        """The heading of a table."""
+        few = "" if self.samples is None else f", {self.samples} of them again and again"
+        rows = f"{self.steps} steps of {self.batch_size} samples of at most {self.length} tokens{few}"
+        return f"## {Path(model).name}: {rows}"
 
 
-SMALL, LARGE = Scene(40, 4, 256), Scene(24, 4, 128)
+# The large model knows this kind of text: only what it has seen before gets easier within so few steps.
+SMALL, LARGE = Scene(40, 4, 256), Scene(24, 4, 128, 48)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +76,7 @@ ARMS = [
     Arm("DoRA", sx.DoRA(rank=8, alpha=16.0)),
     Arm("PiSSA", sx.PiSSA(rank=8)),
     Arm("OLoRA", sx.OLoRA(rank=8)),
-    Arm("LoRAGA", sx.LoRAGA(rank=8)),
+    Arm("LoRAGA", sx.LoRAGA(rank=8), 5e-4),
     Arm("PiSSA, then DoRA", sx.chain(sx.PiSSA(rank=8), sx.DoRA(rank=8))),
     Arm("SARA", sx.SARA(rank=sx.SingularMass(0.25))),
     Arm("MoSARA", sx.MoSARA(rank=8, sets=5), 1e-2),
@@ -80,9 +90,9 @@ ARMS = [
     Arm("XGBLoRA", sx.LoRA(rank=1), more={"procedure": sx.XGBLoRA()}),
     Arm("LoRAPrune", sx.LoRA(rank=8, alpha=16.0), more={"procedure": sx.LoRAPrune(ratio=0.2)}),
     Arm("OrthogonalAdaptation", sx.OrthogonalAdaptation(rank=8)),
-    Arm("DeLoRA", sx.DeLoRA(rank=8)),
+    Arm("DeLoRA", sx.DeLoRA(rank=8), 1e-3),
     Arm("VeRA", sx.VeRA(rank=32), 1e-2),
-    Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-2),
+    Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-3),
     Arm("HiRA", sx.HiRA(rank=8), 1e-2),
     Arm("LoHa", sx.LoHa(rank=4, alpha=8.0)),
     Arm("LoKr", sx.LoKr(rank=8, alpha=8.0)),
@@ -108,7 +118,7 @@ def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
     rules = () if arm.method is None else (sx.Rule(LINEARS, arm.method),)
     return sx.Experiment(
         model=model,
-        data=sx.Data(data, template="alpaca", max_length=scene.length),
+        data=sx.Data(data, template="alpaca", max_length=scene.length, limit=scene.samples),
         rules=rules,
         train_base=arm.method is None,
         optimizer=sx.Optimizer(lr=arm.lr, schedule="cosine", **arm.optimizer),
@@ -118,64 +128,102 @@ def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
     )
 
 
-def temporaries(experiment: sx.Experiment, folder: epath.Path) -> int:
-    """Bytes of temporary memory of the compiled step."""
-    model = sx.load_model(
-        experiment.model,
-        experiment.precision,
-        remat=experiment.remat,
-        quant=experiment.quant,
-        keep=rewritten(as_rules(experiment.rules)),
-    )
-    batches, _ = read_data(experiment, model, lambda _: None)
-    model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
-    tx = make_optimizer(experiment.optimizer, experiment.steps)
-    step = make_step(model, tx, jax.random.key(0))
-    compiled = step.lower(start(parts, tx), parts.frozen, parts.base, batches[0]).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+@dataclasses.dataclass
+class Step:
+    """The compiled step of an experiment, to be run on its first batch again and again."""
+
+    compiled: Any
+    state: Any
+    constants: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, experiment: sx.Experiment, folder: epath.Path) -> "Step":
+        """Set up as a run is, and compiled."""
+        model = sx.load_model(
+            experiment.model,
+            experiment.precision,
+            remat=experiment.remat,
+            quant=experiment.quant,
+            keep=rewritten(as_rules(experiment.rules)),
+        )
+        batches, _ = read_data(experiment, model, lambda _: None)
+        model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
+        tx = make_optimizer(experiment.optimizer, experiment.steps)
+        state, constants = start(parts, tx), (parts.frozen, parts.base, batches[0])
+        return cls(make_step(model, tx, jax.random.key(0)).lower(state, *constants).compile(), state, constants)
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes of temporary memory."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+    def seconds(self) -> float:
+        """One step, timed."""
+        began = time.perf_counter()
+        self.state, numbers = self.compiled(self.state, *self.constants)
+        jax.block_until_ready(numbers["loss"])
+        return time.perf_counter() - began
 
 
-def run(settings: sx.Experiment) -> dict[str, Any]:
-    """One row: a whole run in a directory that is thrown away."""
+def ratio(own: Step, reference: Step) -> float:
+    """Time of a step over that of the reference, the two in turn, so that drift of the machine meets both."""
+    pairs = [(own.seconds(), reference.seconds()) for _ in range(TIMED + 1)][1:]
+    return statistics.median(pair[0] for pair in pairs) / statistics.median(pair[1] for pair in pairs)
+
+
+def run(settings: sx.Experiment, reference: Step | None) -> tuple[dict[str, Any], Step]:
+    """One row: a whole run in a directory that is thrown away, then its step beside the reference's."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
         summary = train(settings, folder / "run", echo=lambda _: None)
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        temp = temporaries(settings, folder / "again")
+        step = Step.of(settings, folder / "again")
     lines = [line for line in lines if "loss" in line]
     losses = [line["loss"] for line in lines]
-    return {
+    row = {
         "trained": summary.trainable_parameters,
         "first": statistics.mean(losses[:10]),
         "last": statistics.mean(losses[-10:]),
-        "seconds": statistics.median(line["seconds"] for line in lines if not line["compiled"]),
-        "temp": temp,
+        "ratio": 1.0 if reference is None else ratio(step, reference),
+        "temp": step.temporaries,
     }
+    return row, step
 
 
-def table(arms: list[Arm], scene: Scene, model: str, data: str) -> list[str]:
-    """The lines of one table, printed as they come."""
-    lines = [
-        "| method | lr | trained | loss, first 10 steps | last 10 | step over LoRA's | temporaries, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    reference = None
+HEAD = [
+    "| method | lr | trained | loss, first 10 steps | last 10 | step over LoRA's | temporaries, MiB |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def table(arms: list[Arm], wanted: list[str], scene: Scene, model: str, data: str, before: dict[str, str]) -> list[str]:
+    """The lines of one table, the wanted rows made anew and printed as they come, the others as they were before."""
+    lines, reference = list(HEAD), None
     for arm in arms:
-        row = run(experiment(arm, scene, model, data))
-        reference = reference or row["seconds"]
+        if arm.name not in wanted:
+            lines += [before[arm.name]] if arm.name in before else []
+            continue
+        settings = experiment(arm, scene, model, data)
+        if reference is None and arm is not arms[0]:
+            with tempfile.TemporaryDirectory() as temporary:
+                reference = Step.of(experiment(arms[0], scene, model, data), epath.Path(temporary))
+        row, step = run(settings, reference)
+        reference = reference or step
         fell = "" if row["last"] < row["first"] else " (did not fall)"
         lines.append(
             f"| {arm.name} | {arm.lr:g} | {row['trained']:,} | {row['first']:.3f} | {row['last']:.3f}{fell} "
-            f"| {row['seconds'] / reference:.2f} | {row['temp'] / 2**20:.1f} |"
+            f"| {row['ratio']:.2f} | {row['temp'] / 2**20:.1f} |"
         )
         print(lines[-1], flush=True)
         jax.clear_caches()
     return lines
 
 
-def described(scene: Scene, model: str) -> str:
-    """The heading of a table."""
-    return f"## {Path(model).name}: {scene.steps} steps of {scene.batch_size} samples of at most {scene.length} tokens"
+def written(heading: str) -> dict[str, str]:
+    """The rows that stand under a heading of the page, by name."""
+    _, _, below = PAGE.read_text().partition(heading + "\n") if PAGE.exists() else ("", "", "")
+    rows = below.partition("\n## ")[0].splitlines()
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
 
 
 def main() -> None:
@@ -184,19 +232,19 @@ def main() -> None:
     parser.add_argument("small")
     parser.add_argument("large")
     parser.add_argument("data")
-    parser.add_argument("--only", help="comma-separated rows, the first is the reference; prints, writes nothing")
+    parser.add_argument("--only", help="rows to make anew, with semicolons between; all by default")
     args = parser.parse_args()
     blocks = []
     for arms, scene, model in ((ARMS, SMALL, args.small), (FOUR_BIT, LARGE, args.large)):
-        chosen = [arm for arm in arms if not args.only or arm.name in args.only.split(",")]
-        blocks += [described(scene, model), "\n".join(table(chosen, scene, model, args.data))]
-    if not args.only:
-        about = (
-            f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on `{args.data}`, in "
-            "float32 on a CPU, all seven linears of every layer adapted. One seed and one learning rate each: this "
-            "shows that each method trains through the same loop and what a step of it costs; it does not rank them."
-        )
-        PAGE.write_text("\n\n".join(["# Every method in a run", about, *blocks]) + "\n")
+        wanted = args.only.split(";") if args.only else [arm.name for arm in arms]
+        heading = scene.described(model)
+        blocks += [heading, "\n".join(table(arms, wanted, scene, model, args.data, written(heading)))]
+    about = (
+        f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on `{args.data}`, in "
+        "float32 on a CPU, all seven linears of every layer adapted. One seed and one learning rate each: this shows "
+        "that each method trains through the same loop and what a step of it costs; it does not rank them."
+    )
+    PAGE.write_text("\n\n".join(["# Every method in a run", about, *blocks]) + "\n")
 
 
 if __name__ == "__main__":

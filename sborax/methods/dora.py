@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from sborax.core import (
@@ -23,7 +24,7 @@ from sborax.core import (
     hyper,
     matmul,
 )
-from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_weight, scaling
+from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ class DoRA(AbstractReparametrisation):
         base, dropped = matmul(x, weight), dropout(x, adapter, ctx)
         low = (cast(adapter.frozen["scale"], x) * (dropped @ cast(train["a"], x))) @ cast(train["b"], x)
         if dropped is x:
-            return ratio * (base + low)
+            # Kept for the gradient of m, else rematerialised layers would multiply by W once more.
+            return ratio * checkpoint_name(base + low, HIDDEN)
         return base + (ratio - 1) * matmul(dropped, weight) + ratio * low
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:

@@ -14,6 +14,7 @@ from sborax.models.attention import attention
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
+from sborax.models.sharding import over_rows
 
 Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
@@ -92,9 +93,9 @@ class Block(nn.Module):
 
         ctx = routed(self, x, ctx)
         mixed, own = Attention(cfg, self.dtype, name="self_attn")(norm("input_layernorm")(x), rope, segments, past, ctx)
-        x = checkpoint_name(x + mixed, "mixed")
+        x = over_rows(checkpoint_name(x + mixed, "mixed"))
         x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
-        return x, own if self.keep else None
+        return over_rows(x), own if self.keep else None
 
 
 class Unrolled(nn.Module):
@@ -233,7 +234,7 @@ class Llama(nn.Module):
             cache, earlier = past
             own = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
             segments = (own, jnp.concatenate([earlier, own], axis=1))
-        x, kept = self.layers(self.embed_tokens(tokens), rope, segments, ctx, cache)
+        x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache)
         return self.norm(x), kept
 
     def head(

@@ -13,6 +13,7 @@ from etils import epath
 from sborax.config import decode, encode, override
 from sborax.core import SboraxError
 from sborax.data.options import Data, at_least
+from sborax.models.sharding import check_mesh
 from sborax.paths import RuleLike, as_rules
 from sborax.procedures import AbstractProcedure
 from sborax.routing import routed_parts
@@ -93,7 +94,9 @@ class Experiment:
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
     hint_batches: microbatches of the run's own data over which methods that start from gradients, such as LoRAGA,
         have them averaged (its authors: 8 of one sample, later 64 of two).
-    log: back ends beside `metrics.jsonl`. mesh, eval.tasks: refused where this version lacks them.
+    mesh: sizes of the axes "data", "fsdp" and "tensor" over which the devices of this process are laid out, such as
+        {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp.
+    log: back ends beside `metrics.jsonl`. eval.tasks: refused where this version lacks them.
     """
 
     model: str
@@ -135,12 +138,14 @@ class Experiment:
             raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
         if self.quant and (self.train_base or self.rules == ()):
             raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")
+        check_mesh(self.mesh or {})
+        if self.mesh is not None and self.procedure is not None:
+            raise SboraxError(f"mesh: {type(self.procedure).__name__} runs on one device; leave mesh at None")
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:
                 _check_prompts("eval.data", self.eval.data)
         absent: dict[str, Any] = {
-            "mesh": self.mesh,
             "eval.tasks": self.eval.tasks,
             "log": self.log,
             "attention": None if self.attention == "xla" else self.attention,

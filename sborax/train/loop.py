@@ -25,6 +25,7 @@ from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_ex
 from sborax.train.hints import gradients, promised
 from sborax.train.optimizer import make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
+from sborax.train.sharding import Layout
 from sborax.train.state import Parts, parameters, start, take_apart
 from sborax.train.steps import Loop
 from sborax.train.turns import Turns
@@ -33,7 +34,7 @@ from sborax.tree import combine, nest, nodes
 ADAPTER = "adapter"
 START = "start"
 """Adapters whose start depended on more than the weights, as they were then."""
-MAY_CHANGE = ("steps", "epochs", "save", "eval", "log")
+MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh")
 """What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
 Echo = Callable[[str], None]
@@ -48,6 +49,7 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     Raises SboraxError for whatever the user can mend, and for a loss that is not finite (the last checkpoint stays).
     """
     began = time.monotonic()
+    layout = Layout.of(experiment.mesh, experiment.batch_size)
     run = claim(epath.Path(out), experiment, resume)
     echo(f"loading {experiment.model} ({experiment.precision})")
     model = load_model(
@@ -69,7 +71,10 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         turns = Turns(experiment.procedure, Run(chosen, steps, kv_heads), key, run)
         parts = turns.begin(parts)
     tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
-    state = start(parts, tx)
+    parts = layout.place(parts, model.config)
+    if layout.mesh is not None:
+        echo(f"mesh: {layout} of {len(jax.devices())} devices")
+    state, shardings = layout.state(start(parts, tx), tx)
     checkpoints = open_checkpoints(run, experiment.save.keep)
     done = 0
     if resume:
@@ -84,9 +89,10 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
     progress = Progress(steps, done, echo)
     loop = Loop(experiment, model, parts, batches, held_out, checkpoints, Metrics(run, done), steps, done, progress)
-    loop.turns = turns
+    loop.turns, loop.layout, loop.shardings = turns, layout, shardings
     try:
-        state, eval_loss = loop.run(state, tx)
+        with layout.context():
+            state, eval_loss = loop.run(state, tx)
     finally:
         progress.close()
         checkpoints.close()
@@ -113,7 +119,7 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         seconds=time.monotonic() - began,
         peak_memory=peak_memory(),
         samples=report,
-        device=f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        device=f"{layout.devices} x {jax.devices()[0].device_kind}",
         versions=versions(),
         git_revision=git_revision(),
     )

@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from sborax.models.sharding import ROWS
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""
@@ -43,6 +46,25 @@ def _backward(vocab_first, chunk, slope, g):
 
 
 frozen_head_loss.defvjp(_forward, _backward)
+
+
+def head_loss(
+    hidden: Float[Array, "tokens d"],
+    table: Float[Array, "_ _"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    vocab_first: bool,
+) -> Float[Array, ""]:
+    """`frozen_head_loss`; on a mesh each group of chips sweeps over the tokens of its own rows."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return frozen_head_loss(hidden, table, targets, counts, vocab_first)
+
+    def own(hidden: Array, table: Array, targets: Array, counts: Array) -> Array:
+        return jnp.expand_dims(frozen_head_loss(hidden, table, targets, counts, vocab_first), 0)
+
+    rows, whole = PartitionSpec(ROWS), PartitionSpec()
+    each = jax.shard_map(own, in_specs=(rows, whole, rows, rows), out_specs=rows, axis_names=set(ROWS), check_vma=False)
+    return jnp.sum(each(hidden, table, targets, counts))
 
 
 def _sweep(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from sborax.core import Context, SboraxError
 from sborax.models.language_model import LanguageModel
 from sborax.routing import PROMPT, AbstractRouter
-from sborax.train.loss import frozen_head_loss, trained_head_loss
+from sborax.train.loss import head_loss, trained_head_loss
 from sborax.train.state import Flat, TrainState, put_together
 from sborax.tree import combine, nodes
 
@@ -62,7 +62,7 @@ def observed_losses(
             lambda own: model.head(params, adapters, own[None], dropout_key=key)[0], flat, targets, counts
         )
     else:
-        loss = frozen_head_loss(flat, base[path], targets, counts, tied)
+        loss = head_loss(flat, base[path], targets, counts, tied)
     return {"loss": loss, **extra}, seen
 
 
@@ -80,13 +80,18 @@ def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
 
 
 def make_step(
-    model: LanguageModel, tx: optax.GradientTransformation, key: Key[Array, ""], observe: bool = False
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    key: Key[Array, ""],
+    observe: bool = False,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, PyTree, Flat, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """The compiled step: `step(state, frozen, base, batch) -> (state, numbers)`.
 
     batch: arrays (accumulate, batch, length), one microbatch after the other; the gradient is that of
     sum of losses / number of tokens that count over all of them. Only `state` is donated.
     key: of dropout; folded with the step's number. observe: whether `tx` is given `norms=` of inputs by path.
+    shardings: on a mesh, where the state lies, now and after the step.
     numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path; with routers
         balance_loss, which is minimised too: a mean over microbatches, by their tokens that count.
     """
@@ -134,7 +139,9 @@ def make_step(
             }
         return TrainState(state.step + 1, train, opt), numbers
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_loss(model: LanguageModel) -> Callable[..., tuple[Float[Array, ""], Array]]:

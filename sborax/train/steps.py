@@ -22,6 +22,7 @@ from sborax.train.checkpoint import Checkpoints
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import schedule
 from sborax.train.report import Metrics, Progress, Speed
+from sborax.train.sharding import Layout
 from sborax.train.state import Parts, TrainState
 from sborax.train.step import check_alive, make_loss, make_step
 from sborax.train.turns import Turns
@@ -74,13 +75,17 @@ class Loop:
     mark: float = 0.0
     """When the last step was looked at."""
     turns: Turns | None = None
+    layout: Layout = Layout()
+    shardings: TrainState | None = None
+    """Where the state lies on a mesh."""
 
     def run(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, float | None]:
         """The state at the end or after a signal, and the last loss on held-out data."""
         settings = self.experiment
         # Dropout and initial adapters draw from different streams of one seed.
         key = jax.random.fold_in(jax.random.key(settings.seed_adapter), 1)
-        step = make_step(self.model, tx, key, observe=self.turns is not None and self.turns.procedure.observes)
+        observe = self.turns is not None and self.turns.procedure.observes
+        step = make_step(self.model, tx, key, observe, self.shardings)
         lr = schedule(settings.optimizer, self.steps)
         loss = make_loss(self.model)
         eval_loss, pending = None, None
@@ -90,7 +95,7 @@ class Loop:
         with _signals() as asked:
             for number in range(self.done, self.steps):
                 batch, programs = self.batches[number], step._cache_size()
-                state, numbers = step(state, self.parts.frozen, self.parts.base, batch)
+                state, numbers = step(state, self.parts.frozen, self.parts.base, self.layout.batch(batch))
                 # Looking at a step only after the next is dispatched keeps the device busy.
                 if pending is not None:
                     self.look(pending, lr)

@@ -1,0 +1,92 @@
+"""Which axis of a mesh each axis of a parameter and of an activation lies on.
+
+A mesh has the axes data, fsdp and tensor. Rows of a batch lie on data and fsdp. Kernels are cut along fsdp, and along
+tensor on the side of their heads or channels: the output of q, k, v, gate and up, the input of o and down.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from sborax.core import AbstractWeight, SboraxError, is_weight
+from sborax.models.config import LlamaConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Mesh axes that the rows of a batch lie on."""
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+def _own(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """The entries of a parameter's own axes, stack axes left out."""
+    module, leaf = path.split("/")[-2:]
+    if leaf == "embedding":
+        # Whole vectors: a look-up of cut ones would have to be put together again.
+        return (_dividing(shape[0], sizes, ("tensor", "fsdp"), ("fsdp",), ("tensor",)), None)
+    if module == "lm_head" and leaf == "kernel":
+        return ("fsdp", _dividing(shape[1], sizes, ("tensor",)))
+    if leaf == "kernel":
+        return ("tensor", "fsdp") if module in ROW_PARALLEL else ("fsdp", "tensor")
+    if leaf == "bias":
+        return (None,) if module in ROW_PARALLEL else ("tensor",)
+    return (None,)
+
+
+def _dividing(vocab: int, sizes: Mapping[str, int], *choices: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The first choice by which a vocabulary, a number as odd as one added token makes it, can be cut; or none."""
+    return next((names for names in choices if vocab % math.prod(sizes[name] for name in names) == 0), None)
+
+
+def base_specs(params: Any, sizes: Mapping[str, int]) -> Any:
+    """The spec of every parameter on a mesh of these sizes, in a tree of the same paths.
+
+    A quantised weight has the one of its kernel; where its blocks could not be cut evenly along the input, the output
+    is cut in its stead. A vocabulary is cut over as many axes as divide it.
+    """
+
+    def one(keys: Any, leaf: Any) -> PartitionSpec:
+        own = _own("/".join(key.key for key in keys), leaf.shape, sizes)
+        if is_weight(leaf) and any(part.shape[-2] % sizes[own[0]] for part in _matrices(leaf)):
+            own = (None, own)
+        return PartitionSpec(*(None,) * (len(leaf.shape) - len(own)), *own)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+
+
+def _matrices(weight: AbstractWeight) -> list[Any]:
+    """The leaves of a quantised weight that have its axes."""
+    return [leaf for leaf in jax.tree.leaves(weight) if len(leaf.shape) == len(weight.shape)]
+
+
+def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
+    """The specs of the leaves of a quantised kernel: matrices are cut as it is, shared scales are on every device."""
+    axes = len(weight.shape)
+    return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else PartitionSpec(), weight)
+
+
+def check_mesh(sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError for an axis that there is not, or of no devices."""
+    for name, size in sizes.items():
+        if name not in AXES:
+            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join(AXES)}")
+        if size < 1:
+            raise SboraxError(f"mesh: {name} must be at least 1, got {size}")
+
+
+def check_heads(config: LlamaConfig, tensor: int) -> None:
+    """Raise SboraxError where heads cannot be dealt out to `tensor` chips."""
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name)
+        if heads % tensor:
+            raise SboraxError(f"mesh: {name} = {heads} is not divisible by tensor = {tensor}")
+
+
+def over_rows(x: Array) -> Array:
+    """`x`, its first axis cut over the rows' mesh axes and the others whole, where there is a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *(None,) * (x.ndim - 1)))

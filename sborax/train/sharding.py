@@ -1,0 +1,137 @@
+"""A run over several devices: its mesh, and where everything that a step reads and writes lies."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from sborax.core import SboraxError, is_weight
+from sborax.models.config import LlamaConfig
+from sborax.models.sharding import AXES, ROWS, base_specs, check_heads, check_mesh, quantised_specs
+from sborax.train.state import Flat, Parts, TrainState, flatten
+from sborax.tree import nest, specs
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of these sizes over the first devices of this process; axes that are not named have size 1.
+
+    Raises SboraxError as `check_mesh` does, and for more devices than there are.
+    """
+    check_mesh(sizes)
+    shape = [sizes.get(name, 1) for name in AXES]
+    needed, devices = math.prod(shape), jax.devices()
+    if needed > len(devices):
+        told = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise SboraxError(f"mesh: {told} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+
+
+def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    """Raise SboraxError naming the axis where a leaf cannot be cut evenly."""
+    for axis, names in enumerate(spec):
+        size = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+        if shape[axis] % size:
+            raise SboraxError(f"{path}: axis {axis} of {shape} is not divisible by mesh axis {names!r} of size {size}")
+
+
+def _shardings(mesh: Mesh, tree: PyTree, found: PyTree) -> PyTree:
+    """`NamedSharding` for every leaf of `tree`, from a tree of specs of the same structure."""
+
+    def one(keys: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding:
+        check_divisible(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree, found)
+
+
+def _flat_specs(leaves: Flat, own: Flat) -> Flat:
+    return {path: quantised_specs(leaf, own[path]) if is_weight(leaf) else own[path] for path, leaf in leaves.items()}
+
+
+def parts_shardings(mesh: Mesh, config: LlamaConfig, parts: Parts) -> Parts:
+    """Where the parts of a model lie: adapter leaves follow the kernel they adapt.
+
+    Raises SboraxError for heads and leaves that cannot be cut evenly.
+    """
+    check_heads(config, mesh.shape["tensor"])
+    base = base_specs(nest({**parts.base, **parts.trained_base}), mesh.shape)
+    flat = flatten(base)
+    return Parts(
+        _shardings(mesh, parts.adapters, specs(parts.adapters, base)),
+        _shardings(mesh, parts.frozen, specs(parts.frozen, base)),
+        _shardings(mesh, parts.base, _flat_specs(parts.base, flat)),
+        _shardings(mesh, parts.trained_base, _flat_specs(parts.trained_base, flat)),
+    )
+
+
+def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+    """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of."""
+    whole, train = NamedSharding(mesh, PartitionSpec()), jax.tree.map(lambda leaf: leaf.sharding, state.train)
+    opt = optax.tree.map_params(
+        tx,
+        # Statistics of another shape than their leaf are small.
+        lambda own, leaf, where: where if own.shape == leaf.shape else whole,
+        state.opt,
+        state.train,
+        train,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, train, opt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a run lies on a mesh; without one everything is on one device."""
+
+    mesh: Mesh | None = None
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int] | None, batch_size: int) -> "Layout":
+        """Raises SboraxError as `make_mesh` does, and for a batch whose rows cannot be dealt out evenly."""
+        if sizes is None:
+            return cls()
+        mesh = make_mesh(sizes)
+        shards = math.prod(mesh.shape[name] for name in ROWS)
+        if batch_size % shards:
+            raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")
+        return cls(mesh)
+
+    def __str__(self) -> str:
+        sizes = {} if self.mesh is None else self.mesh.shape
+        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
+
+    @property
+    def devices(self) -> int:
+        """How many devices take part."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Where steps are traced and run."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def place(self, parts: Parts, config: LlamaConfig) -> Parts:
+        """The parts on their devices."""
+        if self.mesh is None:
+            return parts
+        where = parts_shardings(self.mesh, config, parts)
+        put = (jax.device_put(getattr(parts, f.name), getattr(where, f.name)) for f in dataclasses.fields(parts))
+        return Parts(*put)
+
+    def state(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState | None]:
+        """The state on its devices, and its shardings where there is a mesh."""
+        if self.mesh is None:
+            return state, None
+        where = state_shardings(self.mesh, tx, state)
+        return jax.device_put(state, where), where
+
+    def batch(self, batch: Any) -> Any:
+        """A batch (accumulate, batch, length) on its devices."""
+        if self.mesh is None:
+            return batch
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None, ROWS)))

@@ -1,0 +1,157 @@
+"""One step over several devices: the numbers are those of one device, whatever the mesh."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import write_data, write_model
+
+import sborax as sx
+from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.quant.nf4 import quantise
+from sborax.train.experiment import Optimizer
+from sborax.train.loop import train
+from sborax.train.optimizer import make_optimizer
+from sborax.train.sharding import Layout
+from sborax.train.state import start, take_apart
+from sborax.train.step import make_step
+
+STEPS = 30
+CONFIG = LlamaConfig(
+    vocab_size=128,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=32,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=(2,),
+)
+RULES = [
+    ("q_proj", sx.LoRA(rank=8)),
+    ("k_proj", sx.DoRA(rank=8)),
+    ("v_proj", sx.SBoRA(rank=8, variant="FB")),
+    # Its input is cut under tensor parallelism, and so is that of down_proj.
+    ("o_proj", sx.Bone(rank=8)),
+    ("gate_proj", sx.LoRA(rank=8)),
+    ("up_proj", sx.Bat(rank=16)),
+    ("down_proj", sx.SBoRA(rank=8)),
+]
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "tensor": 4},
+]
+
+
+def curve(sizes):
+    """Losses of 30 steps at lr 1e-3, and the gradients' norms of the first; gate_proj is in 4 bits."""
+    model = LanguageModel(Llama(CONFIG, jnp.dtype("float32"), "cheap"), {}, CONFIG, None)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32)), model.abstract()
+    )
+    gate = params["layers"]["mlp"]["gate_proj"]
+    gate["kernel"] = quantise(gate["kernel"])
+    params, adapters = sx.attach(jax.random.key(0), params, RULES)
+    layout, parts = Layout.of(sizes, 8), take_apart(params, adapters, train_also=["norm"])
+    tx = make_optimizer(Optimizer(lr=1e-3, warmup=0, schedule="constant"), STEPS)
+    parts = layout.place(parts, CONFIG)
+    state, shardings = layout.state(start(parts, tx), tx)
+    step = make_step(model, tx, jax.random.key(1), shardings=shardings)
+    tokens = rng.integers(0, CONFIG.vocab_size, (1, 8, 32)).astype(np.int32)
+    counts = rng.random(tokens.shape) < 0.7
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 2), "counts": counts, "segments": np.ones_like(tokens)}
+    losses = []
+    with layout.context():
+        for number in range(STEPS):
+            state, numbers = step(state, parts.frozen, parts.base, layout.batch(batch))
+            losses.append(numbers["loss"])
+            if number == 0:
+                first = jax.device_get(numbers["grad_norms"])
+    assert step._cache_size() == 1
+    if sizes:
+        lying = jax.tree.map(lambda leaf: leaf.sharding, (state.train, state.opt))
+        chex.assert_trees_all_equal(lying, jax.tree.map(lambda own: own, (shardings.train, shardings.opt)))
+    return np.array(jax.device_get(losses)), first
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return curve(None)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items()))
+def test_every_mesh_trains_as_one_device_does(alone, sizes):
+    losses, first = curve(sizes)
+    assert alone[0][-1] < alone[0][0] - 0.02
+    np.testing.assert_allclose(losses, alone[0], rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(first, alone[1], rtol=1e-5)
+
+
+def test_a_run_on_a_mesh_is_resumed_on_another(tmp_path):
+    model = write_model(tmp_path / "model", num_key_value_heads=2)
+    text = str(write_data(tmp_path / "data.jsonl"))
+    data = sx.Data(text, template="{instruction}", answer=" {output}", max_length=64)
+    settings = {
+        "model": str(model),
+        "data": data,
+        "rules": (("q_proj", sx.LoRA(rank=2, dropout=0.1)), ("down_proj", sx.Bone(rank=4))),
+        "steps": 4,
+        "optimizer": sx.Optimizer(lr=1e-2),
+        "eval": sx.Eval(data),
+    }
+    said = []
+    whole = train(sx.Experiment(**settings), tmp_path / "whole", echo=said.append)
+    assert not any(line.startswith("mesh") for line in said)
+    on_mesh = sx.Experiment(**{**settings, "mesh": {"fsdp": 2, "tensor": 2}})
+    sharded = train(on_mesh, tmp_path / "sharded", echo=said.append)
+    assert "mesh: fsdp 2 x tensor 2 of 8 devices" in said
+    assert sharded.device.startswith("4 x ")
+    for name in ("first_loss", "last_loss", "eval_loss"):
+        assert getattr(sharded, name) == pytest.approx(getattr(whole, name), abs=1e-5)
+    further = {**settings, "steps": 6}
+    resumed = [
+        train(sx.Experiment(**{**further, "mesh": mesh}), tmp_path / name, resume=True, echo=said.append)
+        for mesh, name in ((None, "sharded"), ({"data": 4}, "whole"))
+    ]
+    assert resumed[0].last_loss == pytest.approx(resumed[1].last_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "message"),
+    [
+        ({"fsdp": 16}, 16, "fsdp 16 needs 16 devices, there are 8"),
+        ({"data": 2, "fsdp": 4}, 4, "4 rows are not divisible by data x fsdp = 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be(sizes, batch, message):
+    with pytest.raises(sx.SboraxError, match=message):
+        Layout.of(sizes, batch)
+
+
+def test_procedures_stay_on_one_device():
+    data = sx.Data("text.jsonl", template="{instruction}", answer=" {output}")
+    rules = (("q_proj", sx.LoRA(rank=2)),)
+    with pytest.raises(sx.SboraxError, match="mesh: COLA runs on one device"):
+        sx.Experiment("model", data, rules, steps=4, mesh={"data": 2}, procedure=sx.COLA(every=2))
+
+
+def test_what_cannot_be_cut_is_named():
+    model = LanguageModel(Llama(CONFIG), {}, CONFIG, None)
+    params, adapters = sx.attach(
+        jax.random.key(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), model.abstract()), [("q", sx.C3A(block=64))]
+    )
+    with pytest.raises(sx.SboraxError, match=r"q_proj/kernel/train/w: axis . of .* is not divisible by mesh axis"):
+        Layout.of({"tensor": 8}, 8).place(take_apart(params, adapters), CONFIG)
+    odd = LlamaConfig(**{**vars(CONFIG), "num_key_value_heads": 4})
+    with pytest.raises(sx.SboraxError, match="num_key_value_heads = 4 is not divisible by tensor = 8"):
+        Layout.of({"tensor": 8}, 8).place(take_apart(params, {}), odd)
