@@ -90,7 +90,7 @@ ARMS = [
     Arm("XGBLoRA", sx.LoRA(rank=1), more={"procedure": sx.XGBLoRA()}),
     Arm("LoRAPrune", sx.LoRA(rank=8, alpha=16.0), more={"procedure": sx.LoRAPrune(ratio=0.2)}),
     Arm("OrthogonalAdaptation", sx.OrthogonalAdaptation(rank=8)),
-    Arm("DeLoRA", sx.DeLoRA(rank=8), 1e-3),
+    Arm("DeLoRA", sx.DeLoRA(rank=8, strength=1.0), 1e-3),
     Arm("VeRA", sx.VeRA(rank=32), 1e-2),
     Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-3),
     Arm("HiRA", sx.HiRA(rank=8), 1e-2),

@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from benchmarks.hlo import collective_bytes
 from benchmarks.ours import Case, prepare, unrolled
 from benchmarks.shapes import SHAPES, kernels, minimum_flops
 
@@ -46,3 +49,16 @@ def test_a_second_step_compiles_nothing():
     for _ in range(2):
         state, _ = prepared.step(state, *constants)
     assert prepared.step._cache_size() == 1
+
+
+def test_bytes_between_devices_are_counted_by_the_turns_of_loops():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (jax.sharding.PartitionSpec(*names) for names in (("x",), ()))
+
+    def program(x, w):
+        gathered = jax.lax.all_gather(w, "x", tiled=True)
+        return jax.lax.fori_loop(0, 3, lambda _, y: jax.lax.psum(y @ gathered, "x") / 8, x)
+
+    mapped = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False))
+    text = mapped.lower(jnp.ones((4, 16)), jnp.ones((16, 16))).compile().as_text()
+    assert collective_bytes(text) == {"all-gather": 16 * 16 * 4, "all-reduce": 3 * 4 * 16 * 4}
