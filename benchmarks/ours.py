@@ -5,15 +5,18 @@ import resource
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sborax as sx
+from benchmarks.runner import Runner, in_turn, time_ratio
 from benchmarks.shapes import EPS, SHAPES, kernels
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.quant.nf4 import quantise
+from sborax.train import loss
 from sborax.train.experiment import Optimizer
 from sborax.train.optimizer import make_optimizer
 from sborax.train.state import start, take_apart
@@ -73,10 +76,15 @@ class Prepared:
         return self.step.lower(self.state, self.parts.frozen, self.parts.base, self.batch)
 
 
+def plain_model(sizes: dict[str, Any], dtype: str = "float32", remat: str = "none", scan: bool = True) -> LanguageModel:
+    """A model of a shape, without parameters and tokenizer."""
+    config = LlamaConfig(**sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
+    return LanguageModel(Llama(config, jnp.dtype(dtype), remat, scan), {}, config, None)
+
+
 def prepare(case: Case) -> Prepared:
     """A model of random weights, its adapters, and one batch."""
-    config = LlamaConfig(**case.sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
-    model = LanguageModel(Llama(config, jnp.dtype(case.dtype), case.remat, case.scan), {}, config, None)
+    model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
     four_bit = case.method.startswith("Q")
 
     def random(path: Any, leaf: Any) -> Any:
@@ -93,7 +101,7 @@ def prepare(case: Case) -> Prepared:
     parts = take_apart(params, adapters, train_base=method is None)
     tx = make_optimizer(Optimizer(), 1000)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (1, case.batch, case.length)).astype(np.int32)
+    tokens = rng.integers(0, model.config.vocab_size, (1, case.batch, case.length)).astype(np.int32)
     segments = 1 + np.arange(case.length, dtype=np.int32) * case.documents // case.length
     batch = {
         "tokens": tokens,
@@ -104,67 +112,39 @@ def prepare(case: Case) -> Prepared:
     return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, batch)
 
 
-@dataclasses.dataclass
-class Runner:
-    """A compiled step that goes on from its own state."""
+def runner(case: Case, members: int = 1) -> tuple[Runner, int]:
+    """The compiled step and how many parameters an adapter trains.
 
-    compiled: Any
-    state: Any
-    constants: tuple[Any, ...]
-    compile_seconds: float
-    trainable: int
-
-    @classmethod
-    def of(cls, case: Case, members: int = 1) -> "Runner":
-        """members: how many adapters take the step at once over one base, by `vmap`; 1 is the plain step."""
-        prepared = prepare(case)
-        step, state, frozen = prepared.step, prepared.state, prepared.parts.frozen
-        if members > 1:
-            state, frozen = jax.tree.map(lambda leaf: jnp.stack([leaf] * members), (state, frozen))
-            step = jax.jit(jax.vmap(prepared.step, in_axes=(0, 0, None, None)), donate_argnums=0)
-        constants = (frozen, prepared.parts.base, jax.device_put(prepared.batch))
-        began = time.perf_counter()
-        compiled = step.lower(state, *constants).compile()
-        return cls(compiled, state, constants, time.perf_counter() - began, prepared.parts.count)
-
-    def seconds(self) -> float:
-        """One step, timed."""
-        began = time.perf_counter()
-        self.state, numbers = self.compiled(self.state, *self.constants)
-        jax.block_until_ready(numbers["loss"])
-        taken = time.perf_counter() - began
-        assert np.all(np.isfinite(np.asarray(numbers["loss"])))
-        return taken
-
-    def told(self) -> dict[str, Any]:
-        """What is known without running it. held_gib: arguments, results and temporaries as compiled."""
-        memory = self.compiled.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return {
-            "compile_seconds": self.compile_seconds,
-            "temp_gib": memory.temp_size_in_bytes / 2**30,
-            "held_gib": (held + memory.temp_size_in_bytes) / 2**30,
-            "trainable": self.trainable,
-        }
+    members: how many adapters take the step at once over one base, by `vmap`; 1 is the plain step.
+    """
+    prepared = prepare(case)
+    step, state, frozen = prepared.step, prepared.state, prepared.parts.frozen
+    if members > 1:
+        state, frozen = jax.tree.map(lambda leaf: jnp.stack([leaf] * members), (state, frozen))
+        step = jax.jit(jax.vmap(prepared.step, in_axes=(0, 0, None, None)), donate_argnums=0)
+    made = Runner.of(step, state, frozen, prepared.parts.base, jax.device_put(prepared.batch))
+    return made, prepared.parts.count
 
 
 def measure(case: Case, steps: int, members: int = 1) -> dict[str, Any]:
-    """Seconds of every step but the first, what `Runner.told` tells, and the most memory held."""
-    runner = Runner.of(case, members)
-    runner.seconds()
-    return {"seconds": [runner.seconds() for _ in range(steps)], **runner.told(), "peak_gib": peak_gib()}
+    """Seconds of every step but the first, what is known of the program, and the most memory held."""
+    own, trainable = runner(case, members)
+    own.seconds()
+    seconds = [own.seconds() for _ in range(steps)]
+    return {"seconds": seconds, **own.told(), "trainable": trainable, "peak_gib": peak_gib()}
 
 
 def pair(case: Case, other: Case, steps: int) -> dict[str, Any]:
-    """Steps of `case` and of `other` in turn, so that drift of the machine meets both: the ratio of their speeds."""
-    runners = [Runner.of(one) for one in (case, other)]
-    rounds = [[runner.seconds() for runner in runners] for _ in range(steps + 1)][1:]
-    own, theirs = zip(*rounds, strict=True)
+    """Steps of `case` and of `other` in turn, and the ratio of their speeds."""
+    (own, trainable), (reference, _) = runner(case), runner(other)
+    seconds, theirs = in_turn(own, reference, steps)
+    speed = time_ratio(theirs, seconds)
     return {
-        "seconds": list(own),
-        "other_seconds": list(theirs),
-        "speed_over_other": statistics.median(theirs) / statistics.median(own),
-        **runners[0].told(),
+        "seconds": seconds,
+        "other_seconds": theirs,
+        "speed_over_other": speed,
+        **own.told(),
+        "trainable": trainable,
     }
 
 
@@ -184,10 +164,8 @@ def matmul_flops_per_second(case: Case) -> float:
 
 def unrolled(case: Case, layers: int) -> Any:
     """The compiled step of a few layers one after the other, cross-entropy in one chunk: a program without loops."""
-    from sborax.train import loss
-
-    loss.frozen_head_loss.__wrapped__.__defaults__ = (case.batch * case.length,)
-    return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
+    with mock.patch.object(loss, "CHUNK", case.batch * case.length):
+        return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
 
 
 def flops(case: Case) -> float:

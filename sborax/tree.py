@@ -156,16 +156,18 @@ def attach(
     found = kernels(params)
     adapters, rewritten = {}, {}
     for site in settled.sites:
-        hint = hint_of(hints, site.path) or Hint()
-        hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
-        own_key = path_key(key, site.path)
-        routes = isinstance(site.method, AbstractRouter)
-        weight = jnp.zeros((*site.stack, *site.shape)) if routes else found[site.path]
-        train, frozen = _fit(own_key, weight, hint, site.method, site.stack, site.in_axes)
-        node = adapters[site.path] = Adapter(train, frozen, structure(site.method), site.in_axes)
+        node = adapters[site.path] = fit(key, found.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
-            rewritten[site.path] = rewrite(weight, node)
+            rewritten[site.path] = rewrite(found[site.path], node)
     return _replace(params, rewritten), nest(adapters)
+
+
+def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
+    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight."""
+    hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
+    weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
+    train, frozen = _fit(path_key(key, site.path), weight, hint, site.method, site.stack, site.in_axes)
+    return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 
 def split(adapters: PyTree) -> tuple[PyTree, PyTree]:
