@@ -73,7 +73,9 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
 
     sizes = SHAPES[case["shape"]]
     plain = plain_model(sizes, case["dtype"]).module
-    provider = qwix.LoraProvider(module_path=".*(_proj).*", rank=case["rank"], alpha=float(case["rank"]))
+    rank = case["rank"]
+    # Without disable_jit its parameters leak out of the compiled functions inside the model.
+    provider = qwix.LoraProvider(module_path=".*(_proj).*", rank=rank, alpha=float(rank), disable_jit=True)
     model = qwix.apply_lora_to_model(plain, provider)
     tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (case["batch"], case["length"])).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :8])["params"]
@@ -82,7 +84,7 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
     train = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if own]
     base = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if not own]
     if not train:
-        raise SystemExit("qwix put no LoRA parameters on this model")
+        raise RuntimeError("qwix put no LoRA parameters on this model")
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-4, weight_decay=0.0))
 
     def loss(train: list[Any], base: list[Any], tokens: Any) -> Any:
