@@ -5,7 +5,8 @@ generation: greedy text beside transformers.
 scaling: the cost of our step against length, rank, adapted modules, and adapters trained at once.
 
 On a CPU the shape is SmolLM2-135M's, 4 x 256 tokens in float32, two threads; on a GPU `python -m benchmarks.gpu`.
-Each number comes from a process of its own, peers in turn; methods are compared with LoRA step by step in one process.
+What runs in JAX is compared with LoRA step by step in one process; what runs in torch has a process of its own, and
+LoRA one beside it, in turn.
 Appends what it measured to benchmarks/results.jsonl. Goals that are missed are marked.
 """
 
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runner import time_ratio
 from benchmarks.shapes import SHAPES, minimum_flops, model_flops
 from benchmarks.worker import run
 
@@ -62,28 +64,28 @@ def attempt(name: str, **task: Any) -> dict[str, Any] | None:
 def step(case: dict[str, Any], rounds: int, steps: int, only: list[str]) -> dict[str, Any]:
     """The table of training steps."""
     shape, tokens = SHAPES[case["shape"]], case["batch"] * case["length"]
-    peers = [name for name in PEERS if name in only]
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
-        # LoRA stands beside every peer, the two next to each other in time.
-        for name in peers:
-            for own in (name, f"LoRA beside {name}"):
-                what = name if own == name else "measure"
-                told = attempt(own, what=what, case={**case, "method": "LoRA"}, steps=steps)
-                found.setdefault(own, []).extend([told] if told else [])
+        for name in (name for name in PEERS if name in only):
+            told = attempt(name, what=name, case=case, steps=steps)
+            # One in torch has a process of its own, and LoRA another, next to it in time.
+            if told and "own_seconds" not in told:
+                own = run(what="measure", case=case, steps=steps)
+                told |= {"own_seconds": own["seconds"], "own_peak_gib": own["peak_gib"]}
+            found.setdefault(name, []).extend([told] if told else [])
     bound = run(what="matmul", case=case)["flops_per_second"]
     record: dict[str, Any] = {"matmul_gflops": bound / 1e9, "rows": {}}
     rows = []
-    for name in peers:
-        theirs, own = ([s for part in found[key] for s in part["seconds"]] for key in (name, f"LoRA beside {name}"))
-        if not theirs:
+    for name, all_told in found.items():
+        if not all_told:
             continue
-        ratio = statistics.median(theirs) / statistics.median(own)
-        mine, its = (found[key][0] for key in (f"LoRA beside {name}", name))
-        record["rows"][name] = {"lora_over_it": ratio, **{key: its.get(key) for key in its if key != "seconds"}}
+        theirs, own = ([s for told in all_told for s in told[key]] for key in ("seconds", "own_seconds"))
+        ratio, told = time_ratio(theirs, own), all_told[0]
+        known = {key: told.get(key) for key in ("temp_gib", "peak_gib", "compile_seconds", "own_peak_gib", "trainable")}
+        record["rows"][name] = {"lora_over_it": ratio, **known}
+        cells = [number(value) for key, value in known.items() if key != "trainable"]
         goal = PEFT_GOAL if name.startswith("PEFT") else None
-        cells = [number(its.get(key)) for key in ("temp_gib", "peak_gib", "compile_seconds")]
-        rows.append([name, short(ratio, goal), *cells, number(mine["peak_gib"]), f"{its['trainable']:,}"])
+        rows.append([name, short(ratio, goal), *cells, f"{told['trainable']:,}"])
     columns = ["peer, LoRA", "our LoRA's speed over it", "temp GiB", "peak GiB", "compile s", "our peak GiB", "trained"]
     show("Peers", columns, rows)
     rows = []
@@ -175,14 +177,17 @@ def main() -> None:
         "case": case,
     }
     print(json.dumps(record))
-    if "step" in args.tables:
-        record["step"] = step(case, args.rounds, args.steps, only)
-    if "generation" in args.tables:
-        record["generation"] = generation(args.shape, args.rounds)
-    if "scaling" in args.tables:
-        record["scaling"] = scaling(case, args.steps)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(rounded(record)) + "\n")
+    try:
+        if "step" in args.tables:
+            record["step"] = step(case, args.rounds, args.steps, only)
+        if "generation" in args.tables:
+            record["generation"] = generation(args.shape, args.rounds)
+        if "scaling" in args.tables:
+            record["scaling"] = scaling(case, args.steps)
+    finally:
+        # A table that fails takes nothing from those before it.
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(rounded(record)) + "\n")
 
 
 def rounded(tree: Any) -> Any:

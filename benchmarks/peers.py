@@ -62,14 +62,14 @@ def peft_step(case: dict[str, Any], steps: int, compiled: bool = False) -> dict[
 
 
 def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """qwix's LoRA provider around our own Flax model, whose plain projections it intercepts."""
+    """qwix's LoRA provider around our own Flax model, whose plain projections it intercepts, in turn with our step."""
     import jax
     import numpy as np
     import optax
     import qwix
 
-    from benchmarks.ours import peak_gib, plain_model
-    from benchmarks.runner import Runner
+    from benchmarks.ours import Case, plain_model, runner
+    from benchmarks.runner import Runner, in_turn
 
     sizes = SHAPES[case["shape"]]
     plain = plain_model(sizes, case["dtype"]).module
@@ -100,7 +100,7 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
         updates, opt = tx.update(grads, opt, train)
         return (optax.apply_updates(train, updates), opt), {"loss": value}
 
-    runner = Runner.of(step, (train, tx.init(train)), base, tokens)
-    runner.seconds()
-    seconds = [runner.seconds() for _ in range(steps)]
-    return {"seconds": seconds, **runner.told(), "peak_gib": peak_gib(), "trainable": sum(leaf.size for leaf in train)}
+    theirs, (own, _) = Runner.of(step, (train, tx.init(train)), base, tokens), runner(Case(**case))
+    seconds, own_seconds = in_turn(theirs, own, steps)
+    trainable = sum(leaf.size for leaf in train)
+    return {"seconds": seconds, "own_seconds": own_seconds, **theirs.told(), "trainable": trainable}
