@@ -30,8 +30,8 @@ class Sweep:
 
     grid: values by dotted key, `{"optimizer.lr": (1e-4, 3e-4), "seed_adapter": (0, 1)}`; every combination is a member.
         Text is read as on the command line.
-    at_once: how many members a step computes together, by `vmap`; the rest in turn, by `lax.map`. None (default): one on
-        a CPU, where more take longer, all elsewhere. The larger, the more memory for activations.
+    at_once: how many members a step computes together, by `vmap`, the others in turn, by `lax.map`. None (default): one
+        on a CPU, all elsewhere. The more, the more memory for activations.
     """
 
     experiment: Experiment

@@ -27,52 +27,28 @@ from sborax.train.grid import Member, Sweep
 from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, set_up
 from sborax.train.members import Crew, SweepState, adapters_of, gather, make_sweep_loss, make_sweep_step
 from sborax.train.report import Metrics, Progress, Speed, Summary, git_revision, peak_memory, versions
+from sborax.train.results import SWEEP, Result, Results, check_same, write_results
 from sborax.train.state import Flat, Parts
 from sborax.train.step import check_alive
 from sborax.train.steps import Taken, due, metrics_line, signals
 from sborax.tree import combine, nodes
 
-SWEEP = "sweep.json"
 _ECHO = functools.partial(print, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What became of a member. diverged: the step whose loss was not finite, if one was; losses in nats per token."""
-
-    name: str
-    changes: tuple[str, ...]
-    steps: int
-    diverged: int | None
-    last_loss: float | None
-    eval_loss: float | None
-
-    @property
-    def loss(self) -> float:
-        """What members are compared by: the loss on held-out data, else the last one; infinite once diverged."""
-        known = self.last_loss if self.eval_loss is None else self.eval_loss
-        return math.inf if self.diverged or known is None else known
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """What came out of a sweep. best: the name of the member with the lowest loss. finished: False if stopped."""
-
-    finished: bool
-    seconds: float
-    best: str | None
-    members: tuple[Result, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Begun:
-    """What all members share in a run, and their run directories."""
+    """What all members share: the model without its parameters, and these; fingerprint, size, trained parameters.
+
+    idle: paths of adapters that may get no gradient in a step.
+    """
 
     model: LanguageModel
     base: Flat
-    parts: Sequence[Parts]
     prints: dict[str, str]
     total: int
+    count: int
+    idle: set[str]
 
 
 @dataclasses.dataclass
@@ -91,6 +67,8 @@ class SweepLoop:
     progress: Progress
     diverged: dict[int, int]
     """Step by number of the member."""
+    rates: np.ndarray
+    """Learning rates, (members, steps)."""
     speed: Speed = dataclasses.field(default_factory=Speed)
     mark: float = 0.0
 
@@ -154,7 +132,7 @@ class SweepLoop:
             if taken.step == self.done + 1:
                 self.check_first(member, own["grad_norms"])
             losses.append(own["loss"])
-            lr = float(self.crew.own.lr[place, taken.step - 1])
+            lr = float(self.rates[place, taken.step - 1])
             self.metrics[place].add(metrics_line(taken, epoch, own, lr, tokens, seconds))
         if not losses:
             raise SboraxError(
@@ -165,9 +143,8 @@ class SweepLoop:
 
     def check_first(self, member: Member, grad_norms: dict[str, float]) -> None:
         """Raise SboraxError for an adapter of `member` that got no gradient in its first step."""
-        idle = {path for path, node in nodes(self.begun.parts[0].adapters).items() if selective(node.method)}
         try:
-            check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})
+            check_alive({path: norm for path, norm in grad_norms.items() if path not in self.begun.idle})
         except SboraxError as error:
             raise SboraxError(f"{member.name}: {error}") from None
 
@@ -203,10 +180,11 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     batches, report = read_data(first, model, echo)
     held_out = read_held_out(first, model, echo)
     steps = first.steps or batches.steps(first.epochs or 1.0)
-    begun = begin(members, model, batches, runs, echo)
+    begun, parts = begin(members, model, batches, runs, echo)
+    # What is stacked, rewritten or trained is not kept twice.
     del model
-    at_once = description.at_once or (1 if jax.default_backend() == "cpu" else len(members))
-    crew, state = gather(members, begun.parts, steps, at_once)
+    crew, state = gather(members, parts, steps, description.at_once or together(len(members)))
+    del parts
     checkpoints = open_checkpoints(place, first.save.keep)
     done = 0
     if resume:
@@ -217,7 +195,8 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
     metrics = [Metrics(run, done) for run in runs]
     loop = SweepLoop(
-        members, begun, crew, batches, held_out, checkpoints, metrics, steps, done, progress, diverged
+        members, begun, crew, batches, held_out, checkpoints, metrics, steps, done, progress, diverged,
+        np.asarray(crew.own.lr),
     )  # fmt: skip
     try:
         state = loop.run(state)
@@ -225,14 +204,19 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
         progress.close()
         checkpoints.close()
     results = finish(loop, state, runs, report, began)
-    write(place, members, results)
-    for line in table(results):
+    write_results(place, members, results)
+    for line in results.table():
         echo(line)
     if results.finished:
         echo(f"done: {place}")
     else:
         echo(f"stopped, saved; --resume goes on from there: {place}")
     return results
+
+
+def together(count: int) -> int:
+    """How many of so many members a step computes at once by default."""
+    return 1 if jax.default_backend() == "cpu" else count
 
 
 def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> list[epath.Path]:
@@ -247,21 +231,16 @@ def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> lis
             f"{place}: exists and is not empty; --resume goes on with that sweep, or choose another --out"
         )
     if resume and (place / SWEEP).exists():
-        try:
-            names = [member["name"] for member in json.loads((place / SWEEP).read_text())["members"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise SboraxError(f"{place / SWEEP}: not readable ({error})") from error
-        if names != [member.name for member in members]:
-            raise SboraxError(f"{place}: holds a sweep over {'; '.join(names)}; resume it with the same values")
+        check_same(place, members)
     runs = [claim(place / member.name, member.experiment, resume) for member in members]
     if not (place / SWEEP).exists():
-        write(place, members, None)
+        write_results(place, members)
     return runs
 
 
 def begin(
     members: Sequence[Member], model: LanguageModel, batches: Batches, runs: Sequence[epath.Path], echo: Echo
-) -> Begun:
+) -> tuple[Begun, list[Parts]]:
     """The members' adapters over one base. Members that start alike are fitted once."""
     starts: dict[str, Any] = {}
     parts = []
@@ -271,7 +250,8 @@ def begin(
             starts[like] = set_up(member.experiment, model, batches, run, (lambda _: None) if starts else echo)
         parts.append(starts[like][1])
     bare, one, prints, total, _ = next(iter(starts.values()))
-    return Begun(bare, one.base, parts, prints, total)
+    idle = {path for path, node in nodes(one.adapters).items() if selective(node.method)}
+    return Begun(bare, one.base, prints, total, one.count, idle), parts
 
 
 def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], report: str, began: float) -> Results:
@@ -296,7 +276,7 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
         summary = Summary(
             finished=ended,
             steps=int(own.step),
-            trainable_parameters=begun.parts[number].count,
+            trainable_parameters=begun.count,
             base_parameters=begun.total,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
@@ -312,27 +292,4 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
         summary.write(run)
         at = loop.diverged.get(number)
         results.append(Result(member.name, member.changes, int(own.step), at, summary.last_loss, summary.eval_loss))
-    best = min(results, key=lambda result: result.loss)
-    name = best.name if math.isfinite(best.loss) else None
-    return Results(made == loop.steps, time.monotonic() - began, name, tuple(results))
-
-
-def write(place: epath.Path, members: Sequence[Member], results: Results | None) -> None:
-    """Write `sweep.json`: the members, and what became of them where that is known."""
-    if results is None:
-        content: dict[str, Any] = {"members": [{"name": one.name, "changes": one.changes} for one in members]}
-    else:
-        content = dataclasses.asdict(results)
-    (place / SWEEP).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def table(results: Results) -> list[str]:
-    """One line a member, the best marked."""
-    width = max(len("member"), *(len(result.name) for result in results.members))
-    lines = [f"{'member':{width}}  {'last loss':>9}  {'held-out':>9}"]
-    for result in results.members:
-        cells = ("" if loss is None else f"{loss:.4f}" for loss in (result.last_loss, result.eval_loss))
-        mark = f"  diverged at step {result.diverged:,}" if result.diverged else ""
-        mark = "  best" if result.name == results.best else mark
-        lines.append(f"{result.name:{width}}  " + "  ".join(f"{cell:>9}" for cell in cells) + mark)
-    return lines
+    return Results(made == loop.steps, time.monotonic() - began, tuple(results))
