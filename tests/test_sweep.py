@@ -81,7 +81,8 @@ def swept(places, tmp_path_factory):
     """A sweep of eight, with what happened meanwhile."""
     out, seen = tmp_path_factory.mktemp("sweeps") / "eight", collections.Counter()
     experiment = an_experiment(places, eval=sx.Eval(data=dataclasses.replace(an_experiment(places).data, limit=3)))
-    steps, before = [], {id(array) for array in jax.live_arrays()}
+    steps, before = [], jax.live_arrays()
+    known = {id(array) for array in before}
 
     def load(*args, **kwargs):
         seen["loads"] += 1
@@ -93,13 +94,14 @@ def swept(places, tmp_path_factory):
 
     def look(text):
         if text.startswith("step 4/"):
-            alive = [array for array in jax.live_arrays() if id(array) not in before and not array.is_deleted()]
+            alive = [array for array in jax.live_arrays() if id(array) not in known and not array.is_deleted()]
             seen.update(("alive", array.shape) for array in alive)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_model", load)
         patch.setattr(module, "make_sweep_step", make)
         results = sweep(Sweep(experiment, GRID), out, echo=look)
+    del before
     seen["programs"] = sum(step._cache_size() for step in steps)
     return experiment, out, results, seen
 
@@ -267,6 +269,7 @@ WRONG = [
     (("optimizer.lr=1e-4,1e-4", "optimizer.lr=1,2"), "optimizer.lr: is given twice"),
     (("optimizer.lr=1e-4,0.0001",), "lr=0.0001 and lr=1e-4 are the same run"),
     (("optimizer.lr=1e-4,",), "optimizer.lr: must be a number"),
+    (("optimizer.*.lr=1,2",), r"optimizer.\*.lr: optimizer is no list"),
     (("optimizer.rate=1,2",), "optimizer.rate: unknown key"),
     (("rules.0.method.rank=4,8",), "rules.0.method.rank: members may differ in optimizer.*, seed_adapter, and numbers"),
     (("rules.0.pattern=q,v",), "rules.0.pattern: members may differ in"),
