@@ -92,6 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/NAME OF THE EXPERIMENT)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
 
+    sweep = command("sweep", _sweep, "train several adapters at once over one base")
+    sweep.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
+    sweep.add_argument(
+        "changes", metavar="key=value[,value]", nargs="*", default=[],
+        help="values to train with, such as optimizer.lr=1e-4,3e-4 seed_adapter=0,1: every combination is a member",
+    )  # fmt: skip
+    sweep.add_argument("--out", metavar="DIR", help="where the runs go (default: runs/NAME OF THE EXPERIMENT-sweep)")
+    sweep.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+    sweep.add_argument(
+        "--at-once", type=int, metavar="N", help="members computed together (default: 1 on a CPU, else all)"
+    )
+
     generate = command("generate", _generate, "write text with a model or a run")
     _add_target(generate)
     generate.add_argument("--prompt", required=True, action="append", help="text to go on from; repeat for several")
@@ -145,6 +157,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # A run that is asked to stop saves itself first.
     return OK if train(arguments.experiment, arguments.changes, arguments.out, arguments.resume) else INTERRUPTED
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from sborax.cli.sweep import sweep
+
+    words = arguments.experiment, arguments.changes, arguments.out, arguments.resume, arguments.at_once
+    return OK if sweep(*words) else INTERRUPTED
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from sborax.tree import nodes
 
 
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
+def signals() -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets, instead of ending the process."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -92,7 +92,7 @@ class Loop:
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
-        with _signals() as asked:
+        with signals() as asked:
             for number in range(self.done, self.steps):
                 batch, programs = self.batches[number], step._cache_size()
                 state, numbers = step(state, self.parts.frozen, self.parts.base, self.layout.batch(batch))
@@ -102,8 +102,8 @@ class Loop:
                 now = number + 1
                 pending = Taken(now, numbers, batch, step._cache_size() > programs)
                 last = now == self.steps or asked.is_set()
-                measure = bool(self.held_out) and (last or _due(settings.eval.every, now))
-                save = last or _due(settings.save.every, now)
+                measure = bool(self.held_out) and (last or due(settings.eval.every, now))
+                save = last or due(settings.save.every, now)
                 turn = self.turns is not None and self.turns.due(now)
                 if save or measure or turn or number == self.done:
                     # A checkpoint is only made of a state whose loss is known to be finite.
@@ -146,21 +146,7 @@ class Loop:
         if not taken.compiled:
             self.speed.add(tokens, seconds)
         epoch, _ = self.batches.position(taken.step)
-        self.metrics.add(
-            {
-                "step": taken.step,
-                "epoch": epoch,
-                "loss": loss,
-                **{name: value for name, value in numbers.items() if name == "balance_loss"},
-                "lr": float(lr(taken.step - 1)),
-                "grad_norm": grad_norm,
-                "tokens": tokens,
-                "counted_tokens": int(numbers["tokens"]),
-                "seconds": round(seconds, 4),
-                "compiled": taken.compiled,
-                "grad_norms": numbers["grad_norms"],
-            }
-        )
+        self.metrics.add(metrics_line(taken, epoch, numbers, float(lr(taken.step - 1)), tokens, seconds))
         self.progress.show(taken.step, loss, self.speed.mean() or rate)
 
     def measure(self, train: PyTree, loss: Callable[..., Any], now: int) -> float:
@@ -175,5 +161,25 @@ class Loop:
         return float(value)
 
 
-def _due(every: int | None, step: int) -> bool:
+def metrics_line(
+    taken: Taken, epoch: int, numbers: dict[str, Any], lr: float, tokens: int, seconds: float
+) -> dict[str, Any]:
+    """What `metrics.jsonl` says of one step."""
+    return {
+        "step": taken.step,
+        "epoch": epoch,
+        "loss": numbers["loss"],
+        **{name: value for name, value in numbers.items() if name == "balance_loss"},
+        "lr": lr,
+        "grad_norm": numbers["grad_norm"],
+        "tokens": tokens,
+        "counted_tokens": int(numbers["tokens"]),
+        "seconds": round(seconds, 4),
+        "compiled": taken.compiled,
+        "grad_norms": numbers["grad_norms"],
+    }
+
+
+def due(every: int | None, step: int) -> bool:
+    """Whether something done every so many steps is done after this one."""
     return every is not None and step % every == 0

@@ -1,0 +1,295 @@
+"""Several runs at once over one base: one load, one compiled step, one copy of the weights."""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+
+from sborax.config import encode
+from sborax.core import SboraxError
+from sborax.data.batches import Batch, Batches
+from sborax.models.language_model import LanguageModel
+from sborax.models.load import load_model
+from sborax.paths import as_rules
+from sborax.routing import selective
+from sborax.train.adapter import save_adapter
+from sborax.train.base import rewritten
+from sborax.train.checkpoint import Checkpoints, open_checkpoints
+from sborax.train.grid import Member, Sweep
+from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, set_up
+from sborax.train.members import Crew, SweepState, adapters_of, gather, make_sweep_loss, make_sweep_step
+from sborax.train.report import Metrics, Progress, Speed, Summary, git_revision, peak_memory, versions
+from sborax.train.results import SWEEP, Result, Results, check_same, write_results
+from sborax.train.state import Flat, Parts
+from sborax.train.step import check_alive
+from sborax.train.steps import Taken, due, metrics_line, signals
+from sborax.tree import combine, nodes
+
+_ECHO = functools.partial(print, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What all members share: the model without its parameters, and these; fingerprint, size, trained parameters.
+
+    idle: paths of adapters that may get no gradient in a step.
+    """
+
+    model: LanguageModel
+    base: Flat
+    prints: dict[str, str]
+    total: int
+    count: int
+    idle: set[str]
+
+
+@dataclasses.dataclass
+class SweepLoop:
+    """Steps of all members until the end, a signal, or until every one of them has diverged."""
+
+    members: Sequence[Member]
+    begun: Begun
+    crew: Crew
+    batches: Batches
+    held_out: list[Batch]
+    checkpoints: Checkpoints
+    metrics: Sequence[Metrics]
+    steps: int
+    done: int
+    progress: Progress
+    diverged: dict[int, int]
+    """Step by number of the member."""
+    rates: np.ndarray
+    """Learning rates, (members, steps)."""
+    speed: Speed = dataclasses.field(default_factory=Speed)
+    mark: float = 0.0
+
+    def run(self, state: SweepState) -> SweepState:
+        """The state at the end or after a signal.
+
+        Raises SboraxError for a dead adapter, and once no member is left.
+        """
+        settings = self.members[0].experiment
+        step, loss = make_sweep_step(self.begun.model, self.crew), make_sweep_loss(self.begun.model, self.crew)
+        pending = None
+        self.progress.say("compiling")
+        self.mark = time.monotonic()
+        with signals() as asked:
+            for number in range(self.done, self.steps):
+                batch, programs = self.batches[number], step._cache_size()
+                state, numbers = step(state, self.crew.own, self.crew.shared, self.begun.base, batch)
+                # Looking at a step only after the next is dispatched keeps the device busy.
+                if pending is not None:
+                    self.look(pending)
+                now = number + 1
+                pending = Taken(now, numbers, batch, step._cache_size() > programs)
+                last = now == self.steps or asked.is_set()
+                measure = bool(self.held_out) and (last or due(settings.eval.every, now))
+                save = last or due(settings.save.every, now)
+                if save or measure or number == self.done:
+                    self.look(pending)
+                    pending = None
+                if measure:
+                    self.measure(state.run.train, loss, now)
+                if save:
+                    epoch, row = self.batches.position(now)
+                    self.checkpoints.save(now, state, {"epoch": epoch, "row": row})
+                self.mark = time.monotonic() if save or measure else self.mark
+                if last:
+                    break
+        return state
+
+    def look(self, taken: Taken) -> None:
+        """Wait for a step, check every member's numbers and write them down.
+
+        Raises SboraxError once no member is left, and in the first step for a dead adapter.
+        """
+        numbers = jax.device_get(taken.numbers)
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        tokens = int((taken.batch["segments"] > 0).sum())
+        if not taken.compiled:
+            self.speed.add(tokens, seconds)
+        epoch, _ = self.batches.position(taken.step)
+        losses = []
+        for place, member in enumerate(self.members):
+            own = jax.tree.map(lambda leaf, place=place: float(leaf[place]), numbers)
+            if place in self.diverged:
+                continue
+            if not (math.isfinite(own["loss"]) and math.isfinite(own["grad_norm"])):
+                self.diverged[place] = taken.step
+                told = f"loss {own['loss']}, gradient norm {own['grad_norm']}: not finite, stopped"
+                self.progress.say(f"step {taken.step}: {member.name}: {told}; the others go on")
+                continue
+            if taken.step == self.done + 1:
+                self.check_first(member, own["grad_norms"])
+            losses.append(own["loss"])
+            lr = float(self.rates[place, taken.step - 1])
+            self.metrics[place].add(metrics_line(taken, epoch, own, lr, tokens, seconds))
+        if not losses:
+            raise SboraxError(
+                f"step {taken.step}: no member is left, all {len(self.members)} have a loss that is not finite; "
+                "lower optimizer.lr or look at the data"
+            )
+        self.progress.show(taken.step, min(losses), (self.speed.mean() or tokens / seconds) * len(losses))
+
+    def check_first(self, member: Member, grad_norms: dict[str, float]) -> None:
+        """Raise SboraxError for an adapter of `member` that got no gradient in its first step."""
+        try:
+            check_alive({path: norm for path, norm in grad_norms.items() if path not in self.begun.idle})
+        except SboraxError as error:
+            raise SboraxError(f"{member.name}: {error}") from None
+
+    def measure(self, train: PyTree, loss: Any, now: int) -> None:
+        """The loss per token of every member on held-out data."""
+        totals, tokens = np.zeros(self.crew.count), np.zeros(self.crew.count)
+        for batch in self.held_out:
+            part, counted = loss(train, self.crew.own, self.crew.shared, self.begun.base, batch)
+            totals, tokens = totals + np.asarray(part, np.float64), tokens + np.asarray(counted, np.float64)
+        values = totals / np.maximum(tokens, 1)
+        for place, value in enumerate(values):
+            if place not in self.diverged:
+                self.metrics[place].add({"step": now, "eval_loss": float(value)})
+        best = min((float(value), place) for place, value in enumerate(values) if place not in self.diverged)
+        self.progress.say(f"step {now:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")
+
+
+def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO) -> Results:
+    """Train all members of a sweep at once and write `out`: a run directory for each, checkpoints, `sweep.json`.
+
+    resume: continue from the newest whole checkpoint in `out`. SIGTERM and Ctrl-C save one and end in good order.
+    A member whose loss is not finite is stopped and reported; the others go on.
+    Raises SboraxError for whatever the user can mend, and once no member is left.
+    """
+    began = time.monotonic()
+    members = description.members()
+    place, first = epath.Path(out), members[0].experiment
+    runs = claim_all(place, members, resume)
+    echo(f"{len(members)} members: {', '.join(member.name for member in members)}")
+    echo(f"loading {first.model} ({first.precision})")
+    keep = rewritten(as_rules(first.rules))
+    model = load_model(first.model, first.precision, remat=first.remat, quant=first.quant, keep=keep)
+    batches, report = read_data(first, model, echo)
+    held_out = read_held_out(first, model, echo)
+    steps = first.steps or batches.steps(first.epochs or 1.0)
+    begun, parts = begin(members, model, batches, runs, echo)
+    # What is stacked, rewritten or trained is not kept twice.
+    del model
+    crew, state = gather(members, parts, steps, description.at_once or together(len(members)))
+    del parts
+    checkpoints = open_checkpoints(place, first.save.keep)
+    done = 0
+    if resume:
+        restored = checkpoints.restore(state, echo)
+        state, done = (state, 0) if restored is None else restored
+        echo("no checkpoint yet: starting from step 0" if restored is None else f"resuming after step {done:,}")
+    progress = Progress(steps, done, echo)
+    diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
+    metrics = [Metrics(run, done) for run in runs]
+    loop = SweepLoop(
+        members, begun, crew, batches, held_out, checkpoints, metrics, steps, done, progress, diverged,
+        np.asarray(crew.own.lr),
+    )  # fmt: skip
+    try:
+        state = loop.run(state)
+    finally:
+        progress.close()
+        checkpoints.close()
+    results = finish(loop, state, runs, report, began)
+    write_results(place, members, results)
+    for line in results.table():
+        echo(line)
+    if results.finished:
+        echo(f"done: {place}")
+    else:
+        echo(f"stopped, saved; --resume goes on from there: {place}")
+    return results
+
+
+def together(count: int) -> int:
+    """How many of so many members a step computes at once by default."""
+    return 1 if jax.default_backend() == "cpu" else count
+
+
+def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> list[epath.Path]:
+    """The run directories of the members in `place`, each with its own `config.json`.
+
+    Raises SboraxError if `place` is in use, or by another sweep than the one to resume.
+    """
+    if place.exists() and not place.is_dir():
+        raise SboraxError(f"{place}: is a file; choose another directory")
+    if not resume and place.exists() and any(place.iterdir()):
+        raise SboraxError(
+            f"{place}: exists and is not empty; --resume goes on with that sweep, or choose another --out"
+        )
+    if resume and (place / SWEEP).exists():
+        check_same(place, members)
+    runs = [claim(place / member.name, member.experiment, resume) for member in members]
+    if not (place / SWEEP).exists():
+        write_results(place, members)
+    return runs
+
+
+def begin(
+    members: Sequence[Member], model: LanguageModel, batches: Batches, runs: Sequence[epath.Path], echo: Echo
+) -> tuple[Begun, list[Parts]]:
+    """The members' adapters over one base. Members that start alike are fitted once."""
+    starts: dict[str, Any] = {}
+    parts = []
+    for member, run in zip(members, runs, strict=True):
+        like = json.dumps([encode(member.experiment.rules), member.experiment.seed_adapter])
+        if like not in starts:
+            starts[like] = set_up(member.experiment, model, batches, run, (lambda _: None) if starts else echo)
+        parts.append(starts[like][1])
+    bare, one, prints, total, _ = next(iter(starts.values()))
+    idle = {path for path, node in nodes(one.adapters).items() if selective(node.method)}
+    return Begun(bare, one.base, prints, total, one.count, idle), parts
+
+
+def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], report: str, began: float) -> Results:
+    """Write the adapter and the summary of every member."""
+    begun, results = loop.begun, []
+    made = max(int(step) for step in state.run.step)
+    for number, (member, run) in enumerate(zip(loop.members, runs, strict=True)):
+        own = jax.tree.map(lambda leaf, number=number: leaf[number], state.run)
+        losses = loop.metrics[number].losses()
+        measured = [line["eval_loss"] for line in loop.metrics[number].lines if "eval_loss" in line]
+        ended = int(own.step) == loop.steps
+        experiment = member.experiment
+        if ended:
+            save_adapter(
+                run / ADAPTER,
+                combine(own.train["adapters"], adapters_of(loop.crew, number)),
+                rules=experiment.rules,
+                base=begun.prints,
+                trained_base=own.train["base"],
+                about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
+            )
+        summary = Summary(
+            finished=ended,
+            steps=int(own.step),
+            trainable_parameters=begun.count,
+            base_parameters=begun.total,
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            eval_loss=measured[-1] if measured else None,
+            tokens_per_second=loop.speed.mean(),
+            seconds=time.monotonic() - began,
+            peak_memory=peak_memory(),
+            samples=report,
+            device=f"1 x {jax.devices()[0].device_kind}",
+            versions=versions(),
+            git_revision=git_revision(),
+        )
+        summary.write(run)
+        at = loop.diverged.get(number)
+        results.append(Result(member.name, member.changes, int(own.step), at, summary.last_loss, summary.eval_loss))
+    return Results(made == loop.steps, time.monotonic() - began, tuple(results))
