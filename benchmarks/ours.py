@@ -82,10 +82,8 @@ def plain_model(sizes: dict[str, Any], dtype: str = "float32", remat: str = "non
     return LanguageModel(Llama(config, jnp.dtype(dtype), remat, scan), {}, config, None)
 
 
-def prepare(case: Case) -> Prepared:
-    """A model of random weights, its adapters, and one batch."""
-    model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
-    four_bit = case.method.startswith("Q")
+def random_params(model: LanguageModel, four_bit: bool = False) -> Any:
+    """Parameters of a model, the kernels of its layers in NF4 if asked."""
 
     def random(path: Any, leaf: Any) -> Any:
         keys = [part.key for part in path]
@@ -94,14 +92,12 @@ def prepare(case: Case) -> Prepared:
         drawn = jax.jit(lambda: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))()
         return quantise(drawn) if four_bit and keys[0] == "layers" and keys[-1] == "kernel" else drawn
 
-    params = jax.tree_util.tree_map_with_path(random, model.abstract())
-    method = METHODS[case.method](case.rank)
-    rules = [] if method is None else [(case.modules, method)]
-    params, adapters = sx.attach(jax.random.key(0), params, rules) if rules else (params, {})
-    parts = take_apart(params, adapters, train_base=method is None)
-    tx = make_optimizer(Optimizer(), 1000)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, model.config.vocab_size, (1, case.batch, case.length)).astype(np.int32)
+    return jax.tree_util.tree_map_with_path(random, model.abstract())
+
+
+def random_batch(case: Case) -> dict[str, Any]:
+    """One microbatch in which every token counts, on the device."""
+    tokens = np.random.default_rng(0).integers(0, case.sizes["vocab_size"], (1, case.batch, case.length), np.int32)
     segments = 1 + np.arange(case.length, dtype=np.int32) * case.documents // case.length
     batch = {
         "tokens": tokens,
@@ -109,26 +105,31 @@ def prepare(case: Case) -> Prepared:
         "counts": np.ones_like(tokens, bool),
         "segments": np.broadcast_to(segments, tokens.shape).copy(),
     }
-    return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, batch)
+    return jax.device_put(batch)
 
 
-def runner(case: Case, members: int = 1) -> tuple[Runner, int]:
-    """The compiled step and how many parameters an adapter trains.
+def prepare(case: Case) -> Prepared:
+    """A model of random weights, its adapters, and one batch."""
+    model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
+    params, adapters = random_params(model, case.method.startswith("Q")), {}
+    method = METHODS[case.method](case.rank)
+    if method is not None:
+        params, adapters = sx.attach(jax.random.key(0), params, [(case.modules, method)])
+    parts = take_apart(params, adapters, train_base=method is None)
+    tx = make_optimizer(Optimizer(), 1000)
+    return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, random_batch(case))
 
-    members: how many adapters take the step at once over one base, by `vmap`; 1 is the plain step.
-    """
+
+def runner(case: Case) -> tuple[Runner, int]:
+    """The compiled step and how many parameters an adapter trains."""
     prepared = prepare(case)
-    step, state, frozen = prepared.step, prepared.state, prepared.parts.frozen
-    if members > 1:
-        state, frozen = jax.tree.map(lambda leaf: jnp.stack([leaf] * members), (state, frozen))
-        step = jax.jit(jax.vmap(prepared.step, in_axes=(0, 0, None, None)), donate_argnums=0)
-    made = Runner.of(step, state, frozen, prepared.parts.base, jax.device_put(prepared.batch))
+    made = Runner.of(prepared.step, prepared.state, prepared.parts.frozen, prepared.parts.base, prepared.batch)
     return made, prepared.parts.count
 
 
-def measure(case: Case, steps: int, members: int = 1) -> dict[str, Any]:
+def measure(case: Case, steps: int) -> dict[str, Any]:
     """Seconds of every step but the first, what is known of the program, and the most memory held."""
-    own, trainable = runner(case, members)
+    own, trainable = runner(case)
     own.seconds()
     seconds = [own.seconds() for _ in range(steps)]
     return {"seconds": seconds, **own.told(), "trainable": trainable, "peak_gib": peak_gib()}

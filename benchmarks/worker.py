@@ -49,7 +49,11 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         return {"flops_per_second": ours.matmul_flops_per_second(case)}
     if what == "pair":
         return ours.pair(case, ours.Case(**task["other"]), task["steps"])
-    return ours.measure(case, task["steps"], task.get("members", 1))
+    if what == "sweep":
+        from benchmarks import sweep
+
+        return sweep.measure(case, task["members"], task["steps"])
+    return ours.measure(case, task["steps"])
 
 
 if __name__ == "__main__":
