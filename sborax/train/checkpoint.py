@@ -3,11 +3,14 @@
 The base is never in one. orbax restores arrays whose bytes have flipped without noticing, hence the digests.
 """
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,9 +20,10 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sborax.core import SboraxError
+from sborax.train.disk import writing
 
-# orbax reports every save in a line of its own.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax reports every save, and every failure at length; failures are our own to word.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER = "checkpoints"
 
@@ -50,20 +54,16 @@ class Checkpoints:
         # A copy, since the next step overwrites the buffers that a view would show.
         host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
         notes = {"digests": {name: digest(leaf) for name, leaf in host.items()}, "position": position}
-        try:
+        with writing(self.manager.directory):
             self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes)
-        except OSError as error:
-            raise SboraxError(f"{self.manager.directory}: checkpoint {step} was not written ({error})") from error
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk.
 
         Raises SboraxError if the disk refuses.
         """
-        try:
+        with writing(self.manager.directory):
             self.manager.wait()
-        except OSError as error:
-            raise SboraxError(f"{self.manager.directory}: the last checkpoint was not written ({error})") from error
 
     @property
     def steps(self) -> list[int]:
@@ -78,10 +78,11 @@ class Checkpoints:
         """
         steps = self.steps
         for step in reversed(steps):
-            try:
-                return self._read(step, like), step
-            except _Damaged as damage:
-                echo(f"checkpoint {step} is damaged ({damage}); trying the one before")
+            with _quietly():
+                try:
+                    return self._read(step, like), step
+                except _Damaged as damage:
+                    echo(f"checkpoint {step} is damaged ({damage}); trying the one before")
         if steps:
             raise SboraxError(f"{self.manager.directory}: all {len(steps)} checkpoints are damaged; start the run anew")
         return None
@@ -106,8 +107,22 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written and stop."""
-        self.wait()
-        self.manager.close()
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """orbax reads leaves side by side; where several fail it forgets all errors but one, and Python prints those."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    log.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        log.disabled, sys.unraisablehook = False, hook
 
 
 class _Damaged(Exception):

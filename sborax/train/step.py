@@ -74,7 +74,7 @@ def batch_losses(
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
-    """Gradient norm of every adapter and of every trained base leaf, by path."""
+    """Norm of every adapter's part of a tree, and of every trained base leaf's, by path."""
     adapters = {path: optax.tree.norm(node) for path, node in nodes(grads["adapters"]).items()}
     return adapters | {path: jnp.linalg.norm(leaf.reshape(-1)) for path, leaf in grads["base"].items()}
 
@@ -92,8 +92,9 @@ def make_step(
     sum of losses / number of tokens that count over all of them. Only `state` is donated.
     key: of dropout; folded with the step's number. observe: whether `tx` is given `norms=` of inputs by path.
     shardings: on a mesh, where the state lies, now and after the step.
-    numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path; with routers
-        balance_loss, which is minimised too: a mean over microbatches, by their tokens that count.
+    numbers: loss (nats per token), tokens that count, grad_norm before clipping, update_norm of what the optimiser
+        adds, grad_norms and update_norms by path; with routers balance_loss, which is minimised too: a mean over
+        microbatches, by their tokens that count.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -135,7 +136,9 @@ def make_step(
                 **{name: total * share for name, total in losses.items()},
                 "tokens": tokens,
                 "grad_norm": optax.tree.norm(grads),
+                "update_norm": optax.tree.norm(updates),
                 "grad_norms": norms(grads),
+                "update_norms": norms(updates),
             }
         return TrainState(state.step + 1, train, opt), numbers
 

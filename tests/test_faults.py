@@ -1,0 +1,355 @@
+"""Runs that things go wrong for: full disks, damaged checkpoints, unreadable samples, signals at any moment."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import threading
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
+
+import sborax as sx
+from sborax.cli.targets import load_run
+from sborax.data.samples import load_samples
+from sborax.train import best, checkpoint, loop, report, stop
+from sborax.train.adapter import LEAVES
+from sborax.train.loop import read_held_out, train
+from sborax.train.measure import loss_on
+from tests.tiny_model import tokenizer, write_data, write_model
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """All runs of this module are of one program."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    for name, value in zip(settings, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(settings, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    place = tmp_path_factory.mktemp("places")
+    name = str(write_data(place / "data.jsonl", rows=8))
+    data = sx.Data(name, template="{instruction}", answer=" {output}", max_length=32, buckets=(32,))
+    return sx.Experiment(
+        model=str(write_model(place / "model")),
+        data=data,
+        rules=(("mlp", sx.LoRA(rank=4)),),
+        optimizer=sx.Optimizer(lr=1e-2),
+        steps=STEPS,
+        batch_size=2,
+        save=sx.Save(every=1, best=True),
+        eval=sx.Eval(data=dataclasses.replace(data, limit=2), every=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory):
+    """The same run, undisturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train(experiment, out, echo=quiet), out
+
+
+def quiet(_):
+    """Says nothing."""
+
+
+def same_ends(whole, out):
+    """Adapters, the best ones too, and every loss, bit for bit."""
+    for name in ("adapter", "best"):
+        assert (whole / name / LEAVES).read_bytes() == (out / name / LEAVES).read_bytes(), name
+    losses = [
+        [line["loss"] for line in report.Metrics(epath.Path(run), STEPS).lines if "loss" in line]
+        for run in (whole, out)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+# A full disk
+
+
+class Disk:
+    """Refuses, once it is full, to let any file grow beyond `limit` bytes."""
+
+    def __init__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self, limit=0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, self.before[1]))
+
+    def free(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.fixture
+def disk():
+    own = Disk()
+    yield own
+    own.free()
+
+
+@contextlib.contextmanager
+def just_before(owner, name, act, when=lambda *_: True):
+    """Calls `act` at the beginning of calls of `owner.name` for which `when` is true."""
+    inner = getattr(owner, name)
+
+    def outer(*args, **options):
+        if when(*args):
+            act()
+        return inner(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, outer)
+        yield
+
+
+def at_step(number):
+    return lambda _, line: line.get("step") == number and "loss" in line
+
+
+FULL = {
+    "checkpoint": (
+        checkpoint.Checkpoints,
+        "save",
+        lambda _, step, *rest: step == 3,
+        6000,
+        "checkpoints: not written",
+        2,
+    ),
+    "metrics": (report.Metrics, "add", at_step(3), 0, "metrics.jsonl: not written", 2),
+    "best": (loop, "save_adapter", lambda place, *_: place.name == ".best.new", 0, "best.new/.*: not written", 1),
+    "adapter": (loop, "save_adapter", lambda place, *_: place.name == "adapter", 0, "adapter/.*: not written", STEPS),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_stops_a_run_that_later_goes_on(what, experiment, whole, disk, tmp_path):
+    owner, name, when, limit, problem, kept = FULL[what]
+    with just_before(owner, name, lambda: disk.fill(limit), when), pytest.raises(sx.SboraxError) as caught:
+        train(experiment, tmp_path / "run", echo=quiet)
+    disk.free()
+    assert re.search(problem, str(caught.value)), str(caught.value)
+    assert "(File too large); make room, then --resume" in str(caught.value) and "\n" not in str(caught.value)
+    said = []
+    train(experiment, tmp_path / "run", resume=True, echo=said.append)
+    assert f"resuming after step {kept}" in said
+    same_ends(whole[1], tmp_path / "run")
+
+
+# Damaged checkpoints
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two checkpoints, what they hold, and every file and folder of the second."""
+    place = epath.Path(tmp_path_factory.mktemp("checkpoints"))
+    rng = np.random.default_rng(0)
+    trees = [{"w": jnp.asarray(rng.normal(size=(9, 17)), jnp.float32), "n": jnp.int32(i)} for i in range(2)]
+    checkpoints = checkpoint.open_checkpoints(place, 3)
+    for step, tree in enumerate(trees, start=1):
+        checkpoints.save(step, tree, {"epoch": 0, "row": step})
+    checkpoints.close()
+    return trees, place, sorted(one.relative_to(place) for one in (place / "checkpoints" / "2").rglob("*"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_whatever_happens_to_a_checkpoint_no_wrong_number_is_read(two, data):
+    trees, place, names = two
+    name = data.draw(st.sampled_from([str(name) for name in names]))
+    copy = place.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(place, copy)
+    victim = copy / name
+    kind = data.draw(st.sampled_from(["flip", "truncate", "delete"])) if victim.is_file() else "delete"
+    if victim.is_dir():
+        victim.rmtree()
+    elif kind == "delete":
+        victim.unlink()
+    else:
+        content = bytearray(victim.read_bytes())
+        where = data.draw(st.integers(0, len(content) - 1))
+        content[where] ^= data.draw(st.integers(1, 255))
+        victim.write_bytes(bytes(content if kind == "flip" else content[:where]))
+    said = []
+    checkpoints = checkpoint.open_checkpoints(copy, 3)
+    tree, step = checkpoints.restore(trees[0], said.append)
+    checkpoints.close()
+    # Bytes that nobody reads do not matter.
+    assert said == [] if step == 2 else len(said) == 1 and said[0].startswith("checkpoint 2 is damaged (")
+    chex.assert_trees_all_equal(tree, trees[step - 1])
+
+
+# Samples that cannot be read
+
+
+@pytest.mark.parametrize(
+    "line, template, problem",
+    [
+        (b'{"instruction": "half', "alpaca", "is not JSON"),
+        (b'{"instruction": "a", "output": "\xff"}', "alpaca", "is not UTF-8 text \\(byte 0xff\\)"),
+        (b"7", "alpaca", "is not an object with columns"),
+        (b'{"instruction": ["a"], "output": "b"}', "alpaca", "column 'instruction' holds a list, where text belongs"),
+        (b'{"instruction": "a", "output": {"b": 1}}', "chat", "column 'output' holds a dict, where text belongs"),
+        (b'{"instruction": "a", "output": "\\ud800"}', "alpaca", "surrogates not allowed"),
+        (b'{"messages": [5]}', "chat", 'column "messages" must be a list of'),
+        (b'{"messages": [{"role": "user", "content": [1]}]}', "chat", "the content of a message holds a list"),
+    ],
+)
+def test_an_unreadable_sample_is_named_by_file_and_line(tmp_path, line, template, problem):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"instruction": "a", "output": "b"}\n\n' + line + b"\n")
+    with pytest.raises(sx.SboraxError, match=f"data.jsonl: line 3:? {problem}") as caught:
+        load_samples(sx.Data(str(file), template=template, max_length=400), tokenizer(), 1, 512)
+    assert "\n" not in str(caught.value)
+
+
+# Signals
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_sigterm_in_every_phase_of_a_run(experiment, whole, tmp_path):
+    out, said = tmp_path / "run", []
+
+    def loading(text):
+        if text.startswith(("loading", "compiling")) and text not in said:
+            said.append(text)
+            send(signal.SIGTERM)
+
+    for resume in (False, True):
+        with pytest.raises(stop.Stopped, match="SIGTERM before the first step: nothing is lost, --resume"):
+            train(experiment, out, resume=resume, echo=loading)
+    phases = (
+        (report.Metrics, "add", at_step(1), 2),
+        (checkpoint.Checkpoints, "save", lambda _, step, *rest: step == 3, 4),
+        (checkpoint.Checkpoints, "close", lambda *_: True, STEPS),
+    )
+    for owner, name, when, last in phases:
+        with just_before(owner, name, lambda: send(signal.SIGTERM), when):
+            summary = train(experiment, out, resume=True, echo=quiet)
+        assert summary.steps <= last and summary.finished == (summary.steps == STEPS)
+        assert (out / "adapter").exists() == summary.finished
+    with just_before(loop, "save_adapter", lambda: send(signal.SIGTERM)):
+        assert train(experiment, out, resume=True, echo=quiet).finished
+    same_ends(whole[1], out)
+
+
+def test_sigterm_at_random_moments(experiment, whole, tmp_path):
+    seed = random.SystemRandom().randrange(2**32)
+    delays, out = random.Random(seed), tmp_path / "run"
+    for _ in range(3):
+        timer = threading.Timer(delays.uniform(0, 1.5 * whole[0].seconds), send, (signal.SIGTERM,))
+        with contextlib.suppress(stop.Stopped), stop_after(timer):
+            train(experiment, out, resume=True, echo=quiet)
+    train(experiment, out, resume=True, echo=quiet)
+    same_ends(whole[1], out)
+
+
+@contextlib.contextmanager
+def stop_after(timer):
+    """The timer's signal comes in this block or not at all."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_path):
+    def kill(*_):
+        raise Killed
+
+    before = signal.signal(signal.SIGTERM, kill)
+    try:
+        for numbers, error, step in (
+            ((signal.SIGTERM, signal.SIGTERM), Killed, 2),
+            ((signal.SIGINT, signal.SIGINT), KeyboardInterrupt, 3),
+        ):
+            act = lambda numbers=numbers: send(*numbers)  # noqa: E731
+            with just_before(report.Metrics, "add", act, at_step(step)), pytest.raises(error):
+                train(experiment, tmp_path / "run", resume=True, echo=quiet)
+            assert signal.getsignal(signal.SIGTERM) is kill
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = []
+    train(experiment, tmp_path / "run", resume=True, echo=said.append)
+    assert "resuming after step 2" in said
+    same_ends(whole[1], tmp_path / "run")
+
+
+# The best adapter
+
+
+def test_the_best_adapter_is_the_one_with_the_lowest_held_out_loss(experiment, whole, tmp_path):
+    wild = dataclasses.replace(
+        experiment,
+        optimizer=sx.Optimizer(lr=0.3, warmup=0, schedule="constant"),
+        eval=dataclasses.replace(experiment.eval, every=1),
+    )
+    train(wild, tmp_path / "run", echo=quiet)
+    lines = report.Metrics(epath.Path(tmp_path / "run"), STEPS).lines
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    lowest = min(losses, key=losses.get)
+    assert lowest < STEPS
+    for name, wanted in (("best", losses[lowest]), ("", losses[STEPS])):
+        target = load_run(str(tmp_path / "run" / name))
+        found = loss_on(target.model, target.params, target.adapters, read_held_out(wild, target.model, quiet))
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_best_survives_a_crash_and_other_data_begin_anew(tmp_path):
+    run = epath.Path(tmp_path)
+
+    def write(place, **notes):
+        sx.save_adapter(place, {}, about=notes)
+
+    first = best.best_so_far(run, "data", quiet)
+    assert [first.offer(step, loss, write) for step, loss in enumerate((2.0, 3.0, 1.0, 1.0, float("nan")))] == [
+        True, False, True, False, False
+    ]  # fmt: skip
+    assert best.best_so_far(run, "data", quiet).loss == 1.0
+    assert best.best_so_far(run, "other data", quiet).loss == float("inf")
+    (run / "best").rename(run / ".best.old")
+    assert best.best_so_far(run, "data", quiet).loss == 1.0
+    said = []
+    (run / "best" / "plan.json").write_text("{")
+    assert best.best_so_far(run, "data", said.append).loss == float("inf")
+    assert "not a readable adapter" in said[0] and "sought anew" in said[0]
+
+
+def test_the_best_needs_losses_to_compare(experiment):
+    with pytest.raises(
+        sx.SboraxError, match="save.best: needs held-out losses to compare; set eval.data and eval.every"
+    ):
+        dataclasses.replace(experiment, eval=sx.Eval(data=experiment.data))
