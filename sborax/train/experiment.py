@@ -93,8 +93,8 @@ class Experiment:
     batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
     precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
     remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and on a
-        CPU faster), "none", "full", or everything but names to keep, such as "attended,offload:gate_up", the second in the
-        host's memory. attention: "xla".
+        CPU faster), "none", "full", or everything but names to keep, such as "attended,offload:gate_up" (the
+        second in the host's memory). attention: "xla".
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.

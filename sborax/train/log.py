@@ -39,7 +39,8 @@ class TensorBoard(AbstractLog):
         with writing(self.place):
             self.place.mkdir(parents=True, exist_ok=True)
             writer = importlib.import_module("tensorboardX.event_file_writer").EventsWriter
-            self.writer = writer(str(self.place / "events"))
+            # Files of two processes that begin in the same second would have one name.
+            self.writer = writer(str(self.place / "events"), f".{done}")
             if done:
                 # Steps of a former process after its last checkpoint are made again.
                 start = protocol.SessionLog(status=protocol.SessionLog.START)

@@ -83,7 +83,7 @@ class Loop:
         step = make_step(self.model, tx, key, observe, self.shardings)
         lr = schedule(settings.optimizer, self.steps)
         loss = make_loss(self.model)
-        eval_loss, pending = None, None
+        eval_loss, pending = self.metrics.eval_loss(), None
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
