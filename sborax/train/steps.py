@@ -123,15 +123,15 @@ class Loop:
     def look(self, taken: Taken, lr: Callable[[int], Any]) -> None:
         """Wait for a step, check its numbers and write them down.
 
-        Raises SboraxError for a loss or gradient that is not finite, and in the first step for a dead adapter.
+        Raises SboraxError for a loss, gradient or update that is not finite, and in the first step for a dead adapter.
         """
         numbers = jax.tree.map(float, jax.device_get(taken.numbers))
-        loss, grad_norm = numbers["loss"], numbers["grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        loss, grad_norm, update_norm = (numbers[name] for name in ("loss", "grad_norm", "update_norm"))
+        if not all(map(math.isfinite, (loss, grad_norm, update_norm))):
             kept = f"checkpoint {self.saved} is kept" if self.saved else "there is no checkpoint yet"
             raise SboraxError(
-                f"step {taken.step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped; {kept}; "
-                "lower optimizer.lr or look at the data"
+                f"step {taken.step}: loss {loss}, gradient norm {grad_norm}, update norm {update_norm}: not finite, "
+                f"stopped; {kept}; lower optimizer.lr or look at the data"
             )
         if taken.step == self.done + 1:
             # An expert that no sequence of the first batch chose is not dead.
