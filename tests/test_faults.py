@@ -218,7 +218,7 @@ def test_whatever_happens_to_a_checkpoint_no_wrong_number_is_read(two, data):
         (b"7", "alpaca", "is not an object with columns"),
         (b'{"instruction": ["a"], "output": "b"}', "alpaca", "column 'instruction' holds a list, where text belongs"),
         (b'{"instruction": "a", "output": {"b": 1}}', "chat", "column 'output' holds a dict, where text belongs"),
-        (b'{"instruction": "a", "output": "\\ud800"}', "alpaca", "surrogates not allowed"),
+        (b'{"instruction": "a", "output": "\\ud800"}', "alpaca", "not text \\(surrogates not allowed\\)"),
         (b'{"messages": [5]}', "chat", 'column "messages" must be a list of'),
         (b'{"messages": [{"role": "user", "content": [1]}]}', "chat", "the content of a message holds a list"),
     ],

@@ -94,7 +94,9 @@ def _tokenise(
         try:
             one = render(data.template, data.answer, record, tokenizer)
             "".join(piece.text for piece in one.pieces).encode()
-        except (SboraxError, UnicodeEncodeError) as error:
+        except UnicodeEncodeError as error:
+            raise SboraxError(f"{where(data.name, data.split, number)}: not text ({error.reason})") from None
+        except SboraxError as error:
             raise SboraxError(f"{where(data.name, data.split, number)}: {error}") from None
         rendered.append(one)
     encoded = tokenizer(
