@@ -10,14 +10,12 @@ import signal
 import threading
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
 
 import sborax as sx
 from sborax.cli.targets import load_run
@@ -31,18 +29,7 @@ from tests.tiny_model import tokenizer, write_data, write_model
 STEPS = 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """All runs of this module are of one program."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    for name, value in zip(settings, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(settings, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +310,7 @@ def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_pa
 def test_the_best_adapter_is_the_one_with_the_lowest_held_out_loss(experiment, whole, tmp_path):
     wild = dataclasses.replace(
         experiment,
-        optimizer=sx.Optimizer(lr=0.3, warmup=0, schedule="constant"),
+        optimizer=sx.Optimizer(lr=3.0, warmup=0, schedule="constant"),
         eval=dataclasses.replace(experiment.eval, every=1),
     )
     train(wild, tmp_path / "run", echo=quiet)

@@ -21,6 +21,8 @@ from sborax.train.state import take_apart
 from sborax.train.trace import make_trace
 from tests.tiny_model import write_data, write_model
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 RATE = 0.05
 RULES = (("mlp", sx.LoRA(rank=4)), ("q_proj", sx.SBoRA(rank=4)), ("v_proj", sx.SBoRA(rank=2)))
 
@@ -154,14 +156,11 @@ def test_weights_and_biases_offline(experiment, tmp_path, monkeypatch):
 
 @pytest.fixture
 def other_programs():
-    """`jax.config` and the folder of compiled programs as they were before."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
+    """The folder of compiled programs as it was before."""
+    before = jax.config.jax_compilation_cache_dir
     compilation_cache.reset_cache()
-    jax.clear_caches()
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
 
 

@@ -106,11 +106,15 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def close(self) -> None:
-        """Wait for what is being written and stop."""
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
+        """Wait for what is being written and stop.
+
+        Raises SboraxError if the disk refuses.
+        """
+        with writing(self.manager.directory):
+            try:
+                self.manager.wait()
+            finally:
+                self.manager.close()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Files of a run, each written whole or not at all, and what to say when the disk refuses."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,17 +9,17 @@ from etils import epath
 
 from sborax.core import SboraxError
 
-_REASON = re.compile(r"[^:]+(?= \[os_error_code)")
-"""What tensorstore hands on of the operating system's words."""
+_CODE = re.compile(r"os_error_code='(\d+)'")
+"""What tensorstore hands on of the operating system's answer."""
 
 
 def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
     """One line for a write that failed."""
+    code = _CODE.search(str(error))
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     else:
-        found = _REASON.search(str(error))
-        reason = found[0].strip() if found else str(error).strip().partition("\n")[0]
+        reason = os.strerror(int(code[1])) if code else str(error).strip().partition("\n")[0]
     return SboraxError(f"{place}: not written ({reason}); make room, then --resume goes on from the last checkpoint")
 
 
