@@ -83,8 +83,10 @@ LOGS = {"tensorboard": ("tensorboardX", TensorBoard), "wandb": ("wandb", Weights
 
 
 def check_logs(names: Sequence[str]) -> None:
-    """Raise SboraxError for a log whose package cannot be imported."""
+    """Raise SboraxError for a log that is not known, or whose package cannot be imported."""
     for name in names:
+        if name not in LOGS:
+            raise SboraxError(f"log: there is no {name!r}; there are {', '.join(LOGS)}")
         try:
             importlib.import_module(LOGS[name][0])
         except ImportError as error:
