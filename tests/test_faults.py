@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import chex
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def two(tmp_path_factory):
     for step, tree in enumerate(trees, start=1):
         checkpoints.save(step, tree, {"epoch": 0, "row": step})
     checkpoints.close()
-    return trees, place, sorted(one.relative_to(place) for one in (place / "checkpoints" / "2").rglob("*"))
+    return trees, place, sorted(one.relative_to(place) for one in Path(place / "checkpoints" / "2").rglob("*"))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

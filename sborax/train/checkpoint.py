@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sborax.core import SboraxError
-from sborax.train.disk import writing
+from sborax.train.disk import refusal
 
 # orbax reports every save, and every failure at length; failures are our own to word.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -54,16 +54,14 @@ class Checkpoints:
         # A copy, since the next step overwrites the buffers that a view would show.
         host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
         notes = {"digests": {name: digest(leaf) for name, leaf in host.items()}, "position": position}
-        with writing(self.manager.directory):
-            self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes)
+        self._attempt(lambda: self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes))
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk.
 
         Raises SboraxError if the disk refuses.
         """
-        with writing(self.manager.directory):
-            self.manager.wait()
+        self._attempt(self.manager.wait)
 
     @property
     def steps(self) -> list[int]:
@@ -83,6 +81,7 @@ class Checkpoints:
                     return self._read(step, like), step
                 except _Damaged as damage:
                     echo(f"checkpoint {step} is damaged ({damage}); trying the one before")
+                gc.collect()
         if steps:
             raise SboraxError(f"{self.manager.directory}: all {len(steps)} checkpoints are damaged; start the run anew")
         return None
@@ -110,22 +109,36 @@ class Checkpoints:
 
         Raises SboraxError if the disk refuses.
         """
-        with writing(self.manager.directory):
+        try:
+            self.wait()
+        finally:
+            self._attempt(self.manager.close)
+
+    def _attempt(self, act: Callable[[], Any]) -> None:
+        problem = None
+        with _quietly():
             try:
-                self.manager.wait()
-            finally:
-                self.manager.close()
+                act()
+            # tensorstore, which orbax writes with, raises ValueError for a full disk.
+            except (OSError, ValueError) as error:
+                problem = refusal(self.manager.directory, error)
+            if problem is not None:
+                gc.collect()
+        if problem is not None:
+            raise problem
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """orbax reads leaves side by side; where several fail it forgets all errors but one, and Python prints those."""
+    """orbax treats leaves side by side. Where several fail it forgets all errors but one, which Python would print.
+
+    It does so when the errors are collected, so that whoever meets one collects garbage in this block.
+    """
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     log.disabled, sys.unraisablehook = True, lambda _: None
     try:
         yield
     finally:
-        gc.collect()
         log.disabled, sys.unraisablehook = False, hook
 
 

@@ -25,11 +25,10 @@ def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
 
 @contextmanager
 def writing(place: epath.PathLike) -> Iterator[None]:
-    """Raises SboraxError, with `place` in it, where the disk refuses."""
+    """Raises SboraxError, with `place` in it, for an error of the operating system."""
     try:
         yield
-    # tensorstore, which orbax writes with, raises ValueError for a full disk.
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise refusal(place, error) from error
 
 
