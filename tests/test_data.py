@@ -115,7 +115,7 @@ def test_chat_counts_every_assistant_turn(tmp_path, words):
 @pytest.mark.parametrize(
     "data, problem",
     [
-        ({"template": "{question}"}, "record 0: there is no column 'question'; the columns are q, a"),
+        ({"template": "{question}"}, "line 1: there is no column 'question'; the columns are q, a"),
         ({"template": "alpaca"}, "no column 'instruction'"),
         ({"template": "alpacca"}, "'alpacca' is not one of alpaca, chat, text"),
         ({"template": "{q"}, "not a format string"),

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would say so again when it flushes at exit.
@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     add_changes(train)
     train.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/NAME OF THE EXPERIMENT)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
+    train.add_argument("--profile", action="store_true", help="write an xprof trace of a few steps to RUN_DIR/profile")
+    train.add_argument(
+        "--compile-cache", metavar="DIR", help="keep compiled programs there (default: $JAX_COMPILATION_CACHE_DIR)"
+    )
 
     sweep = command("sweep", _sweep, "train several adapters at once over one base")
     sweep.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
@@ -156,7 +160,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import train
 
     # A run that is asked to stop saves itself first.
-    return OK if train(arguments.experiment, arguments.changes, arguments.out, arguments.resume) else INTERRUPTED
+    return OK if train(arguments) else INTERRUPTED
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

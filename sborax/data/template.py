@@ -72,19 +72,29 @@ def _fill(pattern: str, record: Mapping[str, Any]) -> str:
     for name in names:
         if name not in record:
             raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
+        _check_text(f"column {name!r}", record[name])
     return pattern.format(**{name: "" if record[name] is None else record[name] for name in names})
+
+
+def _check_text(what: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise SboraxError(f"{what} holds a {type(value).__name__}, where text belongs")
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Turns as `{"role", "content"}`, from `messages` or from an instruction with its output."""
     if "messages" in record:
         turns = record["messages"]
-        wrong = not isinstance(turns, Sequence) or not turns or not all("role" in t and "content" in t for t in turns)
-        if wrong:
+        wrong = not isinstance(turns, Sequence) or not turns
+        if wrong or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
             raise SboraxError('column "messages" must be a list of {"role": ..., "content": ...}')
+        for turn in turns:
+            _check_text("the content of a message", turn["content"])
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     for asked, said in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
         if asked in record and said in record:
+            for name in (asked, said):
+                _check_text(f"column {name!r}", record[name])
             more = f"\n{record['input']}" if record.get("input") else ""
             return [
                 {"role": "user", "content": f"{record[asked]}{more}"},

@@ -19,6 +19,7 @@ from sborax.models.sharding import over_rows
 Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
 
+OFFLOAD = "offload:"
 SAVEABLE = ("qkv", "attended", "mixed", "gate_up", HIDDEN)
 """Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
 the stream of states after attention, both halves of the gated unit, and the thin value inside an adapter."""
@@ -138,6 +139,7 @@ class Unrolled(nn.Module):
 def kept_names(remat: str) -> tuple[str, ...] | None:
     """What `remat` keeps of a layer for the backward pass: the names in `SAVEABLE` that it lists, separated by commas.
 
+    A name after "offload:" is kept in the host's memory instead of the device's; on a CPU these are one.
     "none" recomputes nothing (None), "full" everything, "cheap" all but what comes out of matmuls: norms, rotations,
     softmax and the gated unit.
     Raises SboraxError for a name that is not in `SAVEABLE`.
@@ -146,9 +148,10 @@ def kept_names(remat: str) -> tuple[str, ...] | None:
     if remat in whole:
         return whole[remat]
     names = tuple(remat.split(","))
-    if not set(names) <= set(SAVEABLE):
+    if not {name.removeprefix(OFFLOAD) for name in names} <= set(SAVEABLE):
         raise core.SboraxError(
-            f"remat = {remat!r}: use none, cheap, full, or a comma-separated list of {', '.join(SAVEABLE)}"
+            f"remat = {remat!r}: use none, cheap, full, or a comma-separated list of {', '.join(SAVEABLE)}, "
+            f"each with {OFFLOAD} before it or not"
         )
     return names
 
@@ -158,8 +161,19 @@ def rematerialised(remat: str, scan: bool) -> Any:
     names = kept_names(remat)
     if names is None:
         return Block
+    away = [name.removeprefix(OFFLOAD) for name in names if name.startswith(OFFLOAD)]
+    policies = jax.checkpoint_policies
+    if away:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[name for name in names if not name.startswith(OFFLOAD)],
+            names_which_can_be_offloaded=away,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = policies.save_only_these_names(*names)
     # Inside a scan the loop itself keeps XLA from merging the two computations.
-    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=not scan)
+    return nn.remat(Block, policy=policy, prevent_cse=not scan)
 
 
 def positions_of(

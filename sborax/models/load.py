@@ -84,7 +84,8 @@ def load_model(
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
     dtype: of params and activations; norms, softmax and logits are float32 in any case.
-    remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`).
+    remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`),
+        those after "offload:" in the host's memory.
     scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
     quant: "nf4" holds the kernels of the layers in 4 bits; each tensor is quantised as it is read, so that no dense
         model is ever in memory. keep: paths of kernels that stay dense all the same.

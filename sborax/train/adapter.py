@@ -18,6 +18,7 @@ from sborax.config import decode, encode
 from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.routing import AbstractRouter
+from sborax.train.disk import replace, writing
 from sborax.train.state import flatten, put_together
 from sborax.tree import Adapters, Params, nest, nodes, rewrite
 
@@ -55,9 +56,11 @@ def save_adapter(
 
     rules: those it was made by, for the record. base: `fingerprint` of the parameters before `attach`.
     trained_base: trained leaves of the base by path. about: more for `plan.json`, such as the model's name.
+    Raises SboraxError if the disk refuses.
     """
     place = epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
     leaves: dict[str, np.ndarray] = {f"base/{path}": np.asarray(leaf) for path, leaf in (trained_base or {}).items()}
     sites = []
     for path, node in nodes(adapters).items():
@@ -73,8 +76,9 @@ def save_adapter(
         "base": dict(base or {}),
     }
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
-    (place / LEAVES).write_bytes(save_safetensors(contiguous))
-    (place / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    replace(place / LEAVES, save_safetensors(contiguous))
+    # Last: where there is a plan, the leaves are whole.
+    replace(place / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """From an `Experiment` to a run directory."""
 
+import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,14 +22,19 @@ from sborax.paths import Plan, as_rules, plan
 from sborax.procedures import Run
 from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
 from sborax.train.base import adapt, rewritten
+from sborax.train.best import best_so_far
 from sborax.train.checkpoint import open_checkpoints
 from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_experiment
+from sborax.train.figures import figures
 from sborax.train.hints import gradients, promised
+from sborax.train.log import check_logs, open_logs
 from sborax.train.optimizer import make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
 from sborax.train.sharding import Layout
-from sborax.train.state import Parts, parameters, start, take_apart
+from sborax.train.state import Parts, TrainState, parameters, start, take_apart
 from sborax.train.steps import Loop
+from sborax.train.stop import Stop, stopping
+from sborax.train.trace import make_trace
 from sborax.train.turns import Turns
 from sborax.tree import combine, nest, nodes
 
@@ -41,14 +48,25 @@ Echo = Callable[[str], None]
 _ECHO = functools.partial(print, flush=True)
 
 
-def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO) -> Summary:
+def train(
+    experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO, profile: bool = False
+) -> Summary:
     """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
 
     resume: continue from the newest whole checkpoint in `out`; on one machine the bits are those of a run that was
         never interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
+    profile: write an xprof trace of a few steps to `profile/` of the run directory.
     Raises SboraxError for whatever the user can mend, and for a loss that is not finite (the last checkpoint stays).
     """
+    with stopping() as stop:
+        return _train(experiment, out, resume, echo, profile, stop)
+
+
+def _train(
+    experiment: Experiment, out: str | epath.PathLike, resume: bool, echo: Echo, profile: bool, stop: Stop
+) -> Summary:
     began = time.monotonic()
+    check_logs(experiment.log)
     layout = Layout.of(experiment.mesh, experiment.batch_size)
     run = claim(epath.Path(out), experiment, resume)
     echo(f"loading {experiment.model} ({experiment.precision})")
@@ -89,23 +107,33 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
     progress = Progress(steps, done, echo)
     loop = Loop(experiment, model, parts, batches, held_out, checkpoints, Metrics(run, done), steps, done, progress)
-    loop.turns, loop.layout, loop.shardings = turns, layout, shardings
-    try:
-        with layout.context():
-            state, eval_loss = loop.run(state, tx)
-    finally:
-        progress.close()
-        checkpoints.close()
-    finished = int(state.step) == steps
-    if finished:
+    loop.turns, loop.layout, loop.shardings, loop.stop = turns, layout, shardings, stop
+    loop.figures = figures(model.config, parts, layout.devices)
+
+    def write(state: TrainState, parts: Parts, place: epath.Path, **notes: Any) -> None:
         save_adapter(
-            run / ADAPTER,
-            combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, loop.parts),
+            place,
+            combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, parts),
             rules=experiment.rules,
             base=base_prints,
             trained_base=state.train["base"],
-            about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
+            about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant, **notes},
         )
+
+    loop.write = write
+    with contextlib.ExitStack() as ends:
+        ends.callback(checkpoints.close)
+        ends.callback(progress.close)
+        loop.logs = open_logs(experiment, run, done, ends)
+        loop.best = best_so_far(run, encode(experiment)["eval"]["data"], echo) if experiment.save.best else None
+        if profile:
+            loop.trace = make_trace(run, done, steps)
+            ends.callback(loop.trace.close)
+        with layout.context():
+            state, eval_loss = loop.run(state, tx)
+    finished = int(state.step) == steps
+    if finished:
+        write(state, loop.parts, run / ADAPTER)
     losses = loop.metrics.losses()
     summary = Summary(
         finished=finished,

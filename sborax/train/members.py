@@ -16,7 +16,7 @@ from sborax.train.experiment import Optimizer
 from sborax.train.grid import Member
 from sborax.train.optimizer import make_optimizer, schedule
 from sborax.train.state import Flat, Parts, TrainState
-from sborax.train.step import make_loss, make_step
+from sborax.train.step import WATCHED, make_loss, make_step
 
 
 @jax.tree_util.register_dataclass
@@ -154,7 +154,8 @@ def make_sweep_step(
             before, diverged, mine = member
             tx = make_member_optimizer(crew.rules, mine.lr, mine.rule)
             after, numbers = make_step(model, tx, mine.key)(before, crew.join(shared, mine.frozen), base, batch)
-            finite = jnp.isfinite(numbers["loss"]) & jnp.isfinite(numbers["grad_norm"])
+            watched = jnp.stack([numbers[name] for name in WATCHED])
+            finite = jnp.all(jnp.isfinite(watched))
             going = (diverged == 0) & finite
             kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
             return kept, jnp.where((diverged == 0) & ~finite, after.step, diverged), numbers

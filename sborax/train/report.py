@@ -16,8 +16,9 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from sborax.core import AbstractComposite, AbstractMethod, SboraxError
+from sborax.core import AbstractComposite, AbstractMethod
 from sborax.paths import Plan, module_path
+from sborax.train.disk import replace, writing
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -40,16 +41,20 @@ class Metrics:
                     break
                 if line["step"] <= restored:
                     self.lines.append(line)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append one line, on disk at once."""
+        """Append one line, on disk at once.
+
+        Raises SboraxError if the disk refuses.
+        """
         self.lines.append(line)
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise SboraxError(f"{self.path}: not written ({error})") from error
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def eval_loss(self) -> float | None:
+        """The last loss on held-out data; None if there is none."""
+        return next((line["eval_loss"] for line in reversed(self.lines) if "eval_loss" in line), None)
 
     def losses(self) -> list[float]:
         """Every training loss so far."""
@@ -131,8 +136,8 @@ class Summary:
     git_revision: str | None
 
     def write(self, run: epath.Path) -> None:
-        """Write `summary.json`."""
-        (run / SUMMARY).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write `summary.json`. Raises SboraxError if the disk refuses."""
+        replace(run / SUMMARY, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def clock(seconds: float) -> str:

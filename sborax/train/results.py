@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from sborax.core import SboraxError
+from sborax.train.disk import replace
 from sborax.train.grid import Member
 
 SWEEP = "sweep.json"
@@ -64,7 +65,7 @@ def write_results(place: epath.Path, members: Sequence[Member], results: Results
         content: dict[str, Any] = {"members": [{"name": one.name, "changes": one.changes} for one in members]}
     else:
         content = {"best": results.best, **dataclasses.asdict(results)}
-    (place / SWEEP).write_text(json.dumps(content, indent=2) + "\n")
+    replace(place / SWEEP, json.dumps(content, indent=2) + "\n")
 
 
 def check_same(place: epath.Path, members: Sequence[Member]) -> None:

@@ -1,9 +1,9 @@
 """Several runs at once over one base: one load, one compiled step, one copy of the weights."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,14 +23,17 @@ from sborax.routing import selective
 from sborax.train.adapter import save_adapter
 from sborax.train.base import rewritten
 from sborax.train.checkpoint import Checkpoints, open_checkpoints
+from sborax.train.figures import Figures, figures
 from sborax.train.grid import Member, Sweep
+from sborax.train.log import AbstractLog, check_logs, open_logs, scalars
 from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, set_up
 from sborax.train.members import Crew, SweepState, adapters_of, gather, make_sweep_loss, make_sweep_step
 from sborax.train.report import Metrics, Progress, Speed, Summary, git_revision, peak_memory, versions
 from sborax.train.results import SWEEP, Result, Results, check_same, write_results
 from sborax.train.state import Flat, Parts
-from sborax.train.step import check_alive
-from sborax.train.steps import Taken, due, metrics_line, signals
+from sborax.train.step import check_alive, not_finite
+from sborax.train.steps import Taken, due, metrics_line
+from sborax.train.stop import Stop, stopping
 from sborax.tree import combine, nodes
 
 _ECHO = functools.partial(print, flush=True)
@@ -69,6 +72,9 @@ class SweepLoop:
     """Step by number of the member."""
     rates: np.ndarray
     """Learning rates, (members, steps)."""
+    figures: Figures
+    stop: Stop
+    logs: Sequence[Sequence[AbstractLog]] = ()
     speed: Speed = dataclasses.field(default_factory=Speed)
     mark: float = 0.0
 
@@ -82,7 +88,7 @@ class SweepLoop:
         pending = None
         self.progress.say("compiling")
         self.mark = time.monotonic()
-        with signals() as asked:
+        with self.stop.in_good_order() as asked:
             for number in range(self.done, self.steps):
                 batch, programs = self.batches[number], step._cache_size()
                 state, numbers = step(state, self.crew.own, self.crew.shared, self.begun.base, batch)
@@ -124,16 +130,16 @@ class SweepLoop:
             own = jax.tree.map(lambda leaf, place=place: float(leaf[place]), numbers)
             if place in self.diverged:
                 continue
-            if not (math.isfinite(own["loss"]) and math.isfinite(own["grad_norm"])):
+            problem = not_finite(own)
+            if problem is not None:
                 self.diverged[place] = taken.step
-                told = f"loss {own['loss']}, gradient norm {own['grad_norm']}: not finite, stopped"
-                self.progress.say(f"step {taken.step}: {member.name}: {told}; the others go on")
+                self.progress.say(f"step {taken.step}: {member.name}: {problem}; the others go on")
                 continue
             if taken.step == self.done + 1:
                 self.check_first(member, own["grad_norms"])
             losses.append(own["loss"])
             lr = float(self.rates[place, taken.step - 1])
-            self.metrics[place].add(metrics_line(taken, epoch, own, lr, tokens, seconds))
+            self.tell(place, metrics_line(taken, epoch, own, lr, tokens, seconds, self.figures))
         if not losses:
             raise SboraxError(
                 f"step {taken.step}: no member is left, all {len(self.members)} have a loss that is not finite; "
@@ -148,6 +154,12 @@ class SweepLoop:
         except SboraxError as error:
             raise SboraxError(f"{member.name}: {error}") from None
 
+    def tell(self, place: int, line: dict[str, Any]) -> None:
+        """Write numbers of one member down wherever they go."""
+        self.metrics[place].add(line)
+        for log in self.logs[place]:
+            log.add(line["step"], dict(scalars(line)))
+
     def measure(self, train: PyTree, loss: Any, now: int) -> None:
         """The loss per token of every member on held-out data."""
         totals, tokens = np.zeros(self.crew.count), np.zeros(self.crew.count)
@@ -157,7 +169,7 @@ class SweepLoop:
         values = totals / np.maximum(tokens, 1)
         for place, value in enumerate(values):
             if place not in self.diverged:
-                self.metrics[place].add({"step": now, "eval_loss": float(value)})
+                self.tell(place, {"step": now, "eval_loss": float(value)})
         best = min((float(value), place) for place, value in enumerate(values) if place not in self.diverged)
         self.progress.say(f"step {now:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")
 
@@ -169,9 +181,15 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     A member whose loss is not finite is stopped and reported; the others go on.
     Raises SboraxError for whatever the user can mend, and once no member is left.
     """
+    with stopping() as stop:
+        return _sweep(description, epath.Path(out), resume, echo, stop)
+
+
+def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop: Stop) -> Results:
     began = time.monotonic()
     members = description.members()
-    place, first = epath.Path(out), members[0].experiment
+    first = members[0].experiment
+    check_logs(first.log)
     runs = claim_all(place, members, resume)
     echo(f"{len(members)} members: {', '.join(member.name for member in members)}")
     echo(f"loading {first.model} ({first.precision})")
@@ -184,6 +202,7 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     # What is stacked, rewritten or trained is not kept twice.
     del model
     crew, state = gather(members, parts, steps, description.at_once or together(len(members)))
+    told = figures(begun.model.config, parts[0], 1)
     del parts
     checkpoints = open_checkpoints(place, first.save.keep)
     done = 0
@@ -196,13 +215,13 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     metrics = [Metrics(run, done) for run in runs]
     loop = SweepLoop(
         members, begun, crew, batches, held_out, checkpoints, metrics, steps, done, progress, diverged,
-        np.asarray(crew.own.lr),
+        np.asarray(crew.own.lr), told, stop,
     )  # fmt: skip
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(checkpoints.close)
+        ends.callback(progress.close)
+        loop.logs = [open_logs(one.experiment, run, done, ends) for one, run in zip(members, runs, strict=True)]
         state = loop.run(state)
-    finally:
-        progress.close()
-        checkpoints.close()
     results = finish(loop, state, runs, report, began)
     write_results(place, members, results)
     for line in results.table():
