@@ -88,7 +88,9 @@ class Experiment:
     batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
     precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
     remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and on a
-        CPU faster), "none", "full", or everything but names to keep. attention: "xla".
+        CPU faster), "none", "full", or everything but names to keep.
+    attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
+        TPUs, or "auto" for the one that suits the device. Packed samples are kept apart by each.
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
@@ -111,7 +113,7 @@ class Experiment:
     quant: Literal["nf4"] | None = None
     mesh: dict[str, int] | None = None
     remat: str = "cheap"
-    attention: str = "xla"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     eval: Eval = Eval()
     save: Save = Save()
     procedure: AbstractProcedure | None = None
@@ -148,7 +150,6 @@ class Experiment:
         absent: dict[str, Any] = {
             "eval.tasks": self.eval.tasks,
             "log": self.log,
-            "attention": None if self.attention == "xla" else self.attention,
         }
         for name, value in absent.items():
             if value:

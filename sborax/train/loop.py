@@ -34,7 +34,7 @@ from sborax.tree import combine, nest, nodes
 ADAPTER = "adapter"
 START = "start"
 """Adapters whose start depended on more than the weights, as they were then."""
-MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh")
+MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
 Echo = Callable[[str], None]
@@ -58,7 +58,9 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         remat=experiment.remat,
         quant=experiment.quant,
         keep=rewritten(as_rules(experiment.rules)),
+        attention=experiment.attention,
     )
+    echo(f"attention: {model.module.attention}")
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
