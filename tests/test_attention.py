@@ -127,6 +127,22 @@ def test_cudnn_gets_a_mask_of_the_segments(monkeypatch, sizes):
     assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
 
 
+@pytest.mark.parametrize(("remat", "times"), [("cheap", 1), ("full", 2)])
+def test_what_remat_keeps_of_splash_is_not_computed_again(remat, times):
+    """Kernels in the program of a gradient, lowered for a TPU that is not here."""
+    config = LlamaConfig(**TINY, head_dim=8)
+    model = LanguageModel(Llama(config, remat=remat, attention="splash"), {}, config, None)
+    tokens = jax.ShapeDtypeStruct((1, 40), jnp.int32)
+
+    def gradient(params, tokens, segments):
+        return jax.grad(lambda params: jnp.sum(model.hidden(params, None, tokens, segment_ids=segments)))(params)
+
+    traced = jax.jit(gradient).trace(abstract(config), tokens, tokens)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    found = [text.count(f'kernel_name = "splash_mha_{kernel}_segmented') for kernel in ("fwd", "dkv", "dq")]
+    assert found == [times, 1, 1]
+
+
 @pytest.fixture(scope="module")
 def adapted():
     """A tiny model's params and LoRA adapters with random leaves."""

@@ -133,7 +133,7 @@ def splash(
         interpret=interpret,
     )
     ids = None if own is None else splash_attention_kernel.SegmentIds(own, own)
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
     return out.transpose(0, 2, 1, 3)[:, :length]
 
 

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from sborax.core import SboraxError
 from sborax.data.batches import Batch, Batches
+from sborax.data.stream import stream
 from sborax.models.language_model import LanguageModel
 from sborax.routing import selective
 from sborax.train.checkpoint import Checkpoints
@@ -92,9 +93,9 @@ class Loop:
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
-        with _signals() as asked:
-            for number in range(self.done, self.steps):
-                batch, programs = self.batches[number], step._cache_size()
+        with _signals() as asked, stream(self.batches.__getitem__, self.done, self.steps) as batches:
+            for number, batch in enumerate(batches, start=self.done):
+                programs = step._cache_size()
                 state, numbers = step(state, self.parts.frozen, self.parts.base, self.layout.batch(batch))
                 # Looking at a step only after the next is dispatched keeps the device busy.
                 if pending is not None:
