@@ -4,6 +4,7 @@ import csv
 import json
 import threading
 
+import datasets
 import numpy as np
 import pytest
 
@@ -45,7 +46,8 @@ def test_sources_agree(tmp_path):
         writer = csv.DictWriter(file, ["q", "a"])
         writer.writeheader()
         writer.writerows(records)
-    for name in ("x.jsonl", "x.json", "lines.json", "x.csv"):
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.json", "lines.json", "x.csv", "x.parquet"):
         found = read(str(tmp_path / name))
         assert [dict(found[i]) for i in range(len(found))] == records, name
 

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that takes them, by threads in the background."""
+"""Batches made ahead of the step that takes them, by a thread in the background."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +8,15 @@ import grain
 from sborax.core import SboraxError
 from sborax.data.batches import Batch
 
-THREADS = 2
+THREADS = 1
+"""Making a batch is a few copies: one thread is far ahead of any step."""
 AHEAD = 4
 """Batches that wait at most. Each is a few arrays of the size of a batch."""
 
 
 @contextmanager
 def stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Iterator[Batch]]:
-    """The batches of steps `start` to `stop`, in order, whichever thread makes which; `make` must be a pure function.
+    """The batches of steps `start` to `stop`, in order; `make` must be a pure function.
 
     Where a run stands in its data is thus the number of the next step and nothing else.
     Raises a SboraxError of `make` when its batch is asked for.
