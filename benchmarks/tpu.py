@@ -39,10 +39,10 @@ from sborax.train.state import Parts, TrainState, take_apart
 from sborax.train.step import make_step
 
 
-def compiled(shape: str, method: str, mesh: Mesh, rows: int, length: int, remat: str) -> Any:
+def compiled(shape: str, method: str, mesh: Mesh, rows: int, length: int, remat: str, attention: str) -> Any:
     """The step of one method for the devices of `mesh`, from shapes alone."""
     config = LlamaConfig(**SHAPES[shape], rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
-    model = LanguageModel(Llama(config, jnp.dtype("bfloat16"), remat), {}, config, None)
+    model = LanguageModel(Llama(config, jnp.dtype("bfloat16"), remat, attention=attention), {}, config, None)
 
     def made() -> tuple[Any, ...]:
         params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.abstract())
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--methods", default="LoRA,SBoRA-FA,Bone,QLoRA")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--remat", default="full")
+    parser.add_argument("--attention", default="splash", choices=("splash", "xla"))
     args = parser.parse_args()
     chips = topologies.get_topology_desc(args.topology, "tpu").devices
     fsdp = len(chips) // args.tensor
@@ -84,7 +85,7 @@ def main() -> None:
     rows, record = [], {}
     for method in args.methods.split(","):
         began = time.perf_counter()
-        program = compiled(args.shape, method, mesh, fsdp, args.length, args.remat)
+        program = compiled(args.shape, method, mesh, fsdp, args.length, args.remat, args.attention)
         memory, sent = program.memory_analysis(), collective_bytes(program.as_text())
         seconds = time.perf_counter() - began
         held = (memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30)
@@ -92,7 +93,8 @@ def main() -> None:
         rows.append([method, *(number(size) for size in held), told, number(seconds, 0)])
         record[method] = {"argument_gib": held[0], "temp_gib": held[1], "sent_bytes": sent}
         print(rows[-1], flush=True)
-    heading = f"{args.shape} on {args.topology}, fsdp {fsdp} x tensor {args.tensor}, {fsdp} rows of {args.length}"
+    laid = f"fsdp {fsdp} x tensor {args.tensor}, {fsdp} rows of {args.length}"
+    heading = f"{args.shape} on {args.topology}, {laid}, attention by {args.attention}"
     show(heading, ["method", "arguments GiB a chip", "temporaries GiB a chip", "sent GiB a chip", "compile s"], rows)
     about = {"date": datetime.date.today().isoformat(), "tpu": heading, "versions": {"jax": version("jax")}}
     with RESULTS.open("a") as file:

@@ -20,9 +20,7 @@ from etils import epath
 
 import sborax as sx
 from benchmarks.runner import Runner, in_turn, time_ratio
-from sborax.paths import as_rules
-from sborax.train.base import rewritten
-from sborax.train.loop import read_data, set_up, train
+from sborax.train.loop import read_data, read_model, set_up, train
 from sborax.train.optimizer import make_optimizer
 from sborax.train.state import start
 from sborax.train.step import make_step
@@ -130,13 +128,7 @@ def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
 
 def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
     """The compiled step of an experiment, set up as a run is, on its first batch."""
-    model = sx.load_model(
-        experiment.model,
-        experiment.precision,
-        remat=experiment.remat,
-        quant=experiment.quant,
-        keep=rewritten(as_rules(experiment.rules)),
-    )
+    model = read_model(experiment)
     batches, _ = read_data(experiment, model, lambda _: None)
     model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
     tx = make_optimizer(experiment.optimizer, experiment.steps)

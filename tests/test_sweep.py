@@ -19,10 +19,11 @@ import sborax as sx
 from sborax.cli.main import main
 from sborax.models import load_model
 from sborax.train import sweep as module
+from sborax.train import sweep_steps
 from sborax.train.adapter import read_adapter
 from sborax.train.experiment import save_experiment
 from sborax.train.grid import Sweep, read_grid
-from sborax.train.loop import train
+from sborax.train.loop import read_model, train
 from sborax.train.members import Crew, Own, gather, make_sweep_step, rates
 from sborax.train.optimizer import schedule
 from sborax.train.state import take_apart
@@ -92,7 +93,7 @@ def swept(places, tmp_path_factory):
 
     def load(*args, **kwargs):
         seen["loads"] += 1
-        return load_model(*args, **kwargs)
+        return read_model(*args, **kwargs)
 
     def make(*args):
         steps.append(make_sweep_step(*args))
@@ -104,8 +105,8 @@ def swept(places, tmp_path_factory):
             seen.update(("alive", array.shape) for array in alive)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_model", load)
-        patch.setattr(module, "make_sweep_step", make)
+        patch.setattr(module, "read_model", load)
+        patch.setattr(sweep_steps, "make_sweep_step", make)
         results = sweep(Sweep(experiment, GRID), out, echo=look)
     del before
     seen["programs"] = sum(step._cache_size() for step in steps)

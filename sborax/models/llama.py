@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax import core
 from sborax.methods.lowrank import HIDDEN
-from sborax.models.attention import attention
+from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
@@ -20,7 +20,7 @@ Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*
 """Keys (rotated) and values."""
 
 OFFLOAD = "offload:"
-SAVEABLE = ("qkv", "attended", "mixed", "gate_up", HIDDEN)
+SAVEABLE = ("qkv", ATTENDED, "mixed", "gate_up", HIDDEN)
 """Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
 the stream of states after attention, both halves of the gated unit, and the thin value inside an adapter."""
 
@@ -30,6 +30,7 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(
@@ -53,8 +54,7 @@ class Attention(nn.Module):
         own = (key, value)
         if past is not None:
             key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
-        attended = attention(query, key, value, *segments).reshape(*x.shape[:2], -1)
-        attended = checkpoint_name(attended, "attended")
+        attended = attend(self.attention, query, key, value, *segments).reshape(*x.shape[:2], -1)
         return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), own
 
 
@@ -81,6 +81,7 @@ class Block(nn.Module):
     config: LlamaConfig
     dtype: Any
     keep: bool
+    attention: str
 
     @nn.compact
     def __call__(
@@ -93,7 +94,8 @@ class Block(nn.Module):
             return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
 
         ctx = routed(self, x, ctx)
-        mixed, own = Attention(cfg, self.dtype, name="self_attn")(norm("input_layernorm")(x), rope, segments, past, ctx)
+        attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
+        mixed, own = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
         x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
         return over_rows(x), own if self.keep else None
@@ -106,6 +108,7 @@ class Unrolled(nn.Module):
     config: LlamaConfig
     dtype: Any
     keep: bool
+    attention: str
 
     @nn.compact
     def __call__(
@@ -118,9 +121,8 @@ class Unrolled(nn.Module):
                 before = jax.tree.map(lambda leaf: leaf[0], past[layer])
             else:
                 before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
-            x, own = self.block(self.config.of_layer(layer), self.dtype, self.keep, name=str(layer))(
-                x, rope, segments, ctx, before
-            )
+            block = self.block(self.config.of_layer(layer), self.dtype, self.keep, self.attention, name=str(layer))
+            x, own = block(x, rope, segments, ctx, before)
             kept.append(own)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
@@ -196,6 +198,8 @@ class Llama(nn.Module):
     scan: bool = True
     keep: bool = False
     """Whether the hidden states come with every layer's keys and values."""
+    attention: str = "xla"
+    """The back end, see `sborax.models.backends`."""
 
     def setup(self) -> None:
         """The parts, under the names of their params."""
@@ -211,9 +215,9 @@ class Llama(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,
-            )(cfg, self.dtype, self.keep)
+            )(cfg, self.dtype, self.keep, self.attention)
         else:
-            self.layers = Unrolled(block, cfg, self.dtype, self.keep)
+            self.layers = Unrolled(block, cfg, self.dtype, self.keep, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, False, self.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from sborax.core import SboraxError
+from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig
 from sborax.models.gguf import open_gguf
@@ -80,6 +81,7 @@ def load_model(
     scan: bool = True,
     quant: Literal["nf4"] | None = None,
     keep: Callable[[str], bool] = lambda path: False,
+    attention: str = "auto",
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
@@ -89,6 +91,7 @@ def load_model(
     scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
     quant: "nf4" holds the kernels of the layers in 4 bits; each tensor is quantised as it is read, so that no dense
         model is ever in memory. keep: paths of kernels that stay dense all the same.
+    attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for what suits the device.
     Raises SboraxError for whatever is missing, broken, superfluous or unsupported.
     """
     if jnp.dtype(dtype).name not in DTYPES:
@@ -101,7 +104,8 @@ def load_model(
     else:
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
-    module = Llama(config, jnp.dtype(dtype), remat, scan)
+    backend = choose(attention, platform(), dtype, config.head_dim)
+    module = Llama(config, jnp.dtype(dtype), remat, scan, attention=backend)
 
     def quantised(path: str) -> bool:
         return quant is not None and is_layer_kernel(path) and not keep(path)

@@ -94,7 +94,9 @@ class Experiment:
     precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
     remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and on a
         CPU faster), "none", "full", or everything but names to keep, such as "attended,offload:gate_up" (the
-        second in the host's memory). attention: "xla".
+        second in the host's memory).
+    attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
+        TPUs, or "auto" for the one that suits the device. Packed samples are kept apart by each.
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
@@ -117,7 +119,7 @@ class Experiment:
     quant: Literal["nf4"] | None = None
     mesh: dict[str, int] | None = None
     remat: str = "cheap"
-    attention: str = "xla"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     eval: Eval = Eval()
     save: Save = Save()
     procedure: AbstractProcedure | None = None
@@ -155,7 +157,6 @@ class Experiment:
                 _check_prompts("eval.data", self.eval.data)
         absent: dict[str, Any] = {
             "eval.tasks": self.eval.tasks,
-            "attention": None if self.attention == "xla" else self.attention,
         }
         for name, value in absent.items():
             if value:

@@ -41,7 +41,7 @@ from sborax.tree import combine, nest, nodes
 ADAPTER = "adapter"
 START = "start"
 """Adapters whose start depended on more than the weights, as they were then."""
-MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh")
+MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
 Echo = Callable[[str], None]
@@ -70,13 +70,8 @@ def _train(
     layout = Layout.of(experiment.mesh, experiment.batch_size)
     run = claim(epath.Path(out), experiment, resume)
     echo(f"loading {experiment.model} ({experiment.precision})")
-    model = load_model(
-        experiment.model,
-        experiment.precision,
-        remat=experiment.remat,
-        quant=experiment.quant,
-        keep=rewritten(as_rules(experiment.rules)),
-    )
+    model = read_model(experiment)
+    echo(f"attention: {model.module.attention}")
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
@@ -193,6 +188,18 @@ def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[l
     samples, report = load_samples(data, model.tokenizer, end, model.config.context)
     echo(f"{what} {data.name}: {report}")
     return samples, str(report)
+
+
+def read_model(experiment: Experiment) -> LanguageModel:
+    """The base of a run as it is read: quantised, but for kernels that a method takes its start from."""
+    return load_model(
+        experiment.model,
+        experiment.precision,
+        remat=experiment.remat,
+        quant=experiment.quant,
+        keep=rewritten(as_rules(experiment.rules)),
+        attention=experiment.attention,
+    )
 
 
 def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple[Batches, str]:

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from sborax.core import SboraxError
 from sborax.data.batches import Batch, Batches
+from sborax.data.stream import stream
 from sborax.models.language_model import LanguageModel
 from sborax.routing import selective
 from sborax.train.best import BEST, Best
@@ -86,9 +87,10 @@ class Loop:
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
-        with self.stop.in_good_order() as asked:
-            for number in range(self.done, self.steps):
-                batch, programs = self.batches[number], step._cache_size()
+        read = stream(self.batches.__getitem__, self.done, self.steps)
+        with self.stop.in_good_order() as asked, read as batches:
+            for number, batch in enumerate(batches, start=self.done):
+                programs = step._cache_size()
                 if self.trace is not None:
                     self.trace.before(number, state)
                 state, numbers = step(state, self.parts.frozen, self.parts.base, self.layout.batch(batch))
