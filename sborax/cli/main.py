@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import sborax
+from sborax.cli import launcher
 from sborax.core import SboraxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit code is 0, 2 after one line `error: ...` on stderr, or 130 after Ctrl-C."""
+    """Run a command. Exit code: 0, 2 after one line `error: ...` on stderr, 130 after Ctrl-C, 3 if a peer dies."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Into a file or a pipe, too, what a run tells appears when it is told.
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parse(argv)
+        arguments.argv = argv
         code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add_changes(train)
     train.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/NAME OF THE EXPERIMENT)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
+    launcher.add_arguments(train)
 
     generate = command("generate", _generate, "write text with a model or a run")
     _add_target(generate)
@@ -141,6 +144,12 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if launcher.is_several(arguments):
+        if launcher.INSIDE not in os.environ:
+            return launcher.watch(arguments.argv)
+        from sborax.train.hosts import join
+
+        join(arguments.coordinator, arguments.processes, arguments.process, arguments.heartbeat)
     from sborax.cli.commands import train
 
     # A run that is asked to stop saves itself first.

@@ -23,6 +23,7 @@ from sborax.train.base import adapt, rewritten
 from sborax.train.checkpoint import open_checkpoints
 from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_experiment
 from sborax.train.hints import gradients, promised
+from sborax.train.hosts import check_alike, gathered, held, is_first, on_first, several
 from sborax.train.optimizer import make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
 from sborax.train.sharding import Layout
@@ -48,9 +49,19 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         never interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
     Raises SboraxError for whatever the user can mend, and for a loss that is not finite (the last checkpoint stays).
     """
-    began = time.monotonic()
     layout = Layout.of(experiment.mesh, experiment.batch_size)
-    run = claim(epath.Path(out), experiment, resume)
+    run = epath.Path(out)
+    on_first(lambda: claim(run, experiment, resume))
+    with layout.context():
+        return _train(experiment, run, resume, layout, echo if is_first() else _silent)
+
+
+def _silent(text: str) -> None:
+    """What the other processes say."""
+
+
+def _train(experiment: Experiment, run: epath.Path, resume: bool, layout: Layout, echo: Echo) -> Summary:
+    began = time.monotonic()
     echo(f"loading {experiment.model} ({experiment.precision})")
     model = load_model(
         experiment.model,
@@ -58,7 +69,11 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         remat=experiment.remat,
         quant=experiment.quant,
         keep=rewritten(as_rules(experiment.rules)),
+        shardings=None if layout.mesh is None else layout.of_params,
     )
+    if several():
+        own, together = held(model.params)
+        echo(f"weights: {own:,} of {together:,} bytes on this host")
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
@@ -79,6 +94,7 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     done = 0
     if resume:
         restored = checkpoints.restore(state, echo)
+        check_alike("checkpoints", 0 if restored is None else restored[1])
         if restored is None:
             echo("no checkpoint yet: starting from step 0")
         else:
@@ -88,24 +104,28 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     elif checkpoints.steps:
         raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
     progress = Progress(steps, done, echo)
-    loop = Loop(experiment, model, parts, batches, held_out, checkpoints, Metrics(run, done), steps, done, progress)
+    metrics = Metrics(run, done, is_first())
+    loop = Loop(experiment, model, parts, batches, held_out, checkpoints, metrics, steps, done, progress)
     loop.turns, loop.layout, loop.shardings = turns, layout, shardings
     try:
-        with layout.context():
-            state, eval_loss = loop.run(state, tx)
+        state, eval_loss = loop.run(state, tx)
     finally:
         progress.close()
         checkpoints.close()
     finished = int(state.step) == steps
     if finished:
-        save_adapter(
-            run / ADAPTER,
-            combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, loop.parts),
-            rules=experiment.rules,
-            base=base_prints,
-            trained_base=state.train["base"],
-            about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
-        )
+        adapters = combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, loop.parts)
+        adapters, trained_base = gathered((adapters, state.train["base"]))
+        about = {"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant}
+        if is_first():
+            save_adapter(
+                run / ADAPTER,
+                adapters,
+                rules=experiment.rules,
+                base=base_prints,
+                trained_base=trained_base,
+                about=about,
+            )
     losses = loop.metrics.losses()
     summary = Summary(
         finished=finished,
@@ -123,7 +143,8 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         versions=versions(),
         git_revision=git_revision(),
     )
-    summary.write(run)
+    if is_first():
+        summary.write(run)
     if finished:
         echo(f"done: {run}")
     else:
@@ -131,8 +152,8 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     return summary
 
 
-def claim(run: epath.Path, experiment: Experiment, resume: bool) -> epath.Path:
-    """The run directory with `config.json` in it.
+def claim(run: epath.Path, experiment: Experiment, resume: bool) -> None:
+    """Make the run directory, with `config.json` in it.
 
     Raises SboraxError if it is in use, or if its config differs in what a resumed run may not change.
     """
@@ -155,7 +176,6 @@ def claim(run: epath.Path, experiment: Experiment, resume: bool) -> epath.Path:
         save_experiment(experiment, run)
     except OSError as error:
         raise SboraxError(f"{run}: cannot write the run ({error})") from error
-    return run
 
 
 def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[list[Sample], str]:
@@ -194,6 +214,10 @@ def set_up(
     if told and (run / START / PLAN).exists():
         # Made anew they might differ in the last bit, and singular vectors then in all of them.
         begun = nodes(read_adapter(run / START).adapters)
+    if told and not begun and several():
+        raise SboraxError(
+            f"{told[0]}: starts from gradients, which one process computes; begin the run on one, and --resume on all"
+        )
     hint = gradients(model, chosen, batches, experiment.hint_batches, echo) if told and not begun else None
     key = jax.random.key(experiment.seed_adapter)
     params, adapters = adapt(key, model.params, chosen, experiment.quant, hint, begun)

@@ -20,6 +20,7 @@ from sborax.models.language_model import LanguageModel
 from sborax.routing import selective
 from sborax.train.checkpoint import Checkpoints
 from sborax.train.experiment import Experiment
+from sborax.train.hosts import asked_to_stop, pass_on, several
 from sborax.train.optimizer import schedule
 from sborax.train.report import Metrics, Progress, Speed
 from sborax.train.sharding import Layout
@@ -36,6 +37,14 @@ def _signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
+    if several():
+        # JAX itself listens for SIGTERM, and tells every process.
+        former = signal.signal(signal.SIGINT, pass_on)
+        try:
+            yield asked
+        finally:
+            signal.signal(signal.SIGINT, former)
+        return
     former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
@@ -50,7 +59,7 @@ class Taken:
 
     step: int
     numbers: dict[str, Any]
-    batch: Batch
+    tokens: int
     compiled: bool
 
 
@@ -94,14 +103,14 @@ class Loop:
         self.mark = time.monotonic()
         with _signals() as asked:
             for number in range(self.done, self.steps):
-                batch, programs = self.batches[number], step._cache_size()
+                batch, programs = self.batches.part(number, self.layout.rows(settings.batch_size)), step._cache_size()
                 state, numbers = step(state, self.parts.frozen, self.parts.base, self.layout.batch(batch))
                 # Looking at a step only after the next is dispatched keeps the device busy.
                 if pending is not None:
                     self.look(pending, lr)
                 now = number + 1
-                pending = Taken(now, numbers, batch, step._cache_size() > programs)
-                last = now == self.steps or asked.is_set()
+                pending = Taken(now, numbers, self.batches.tokens(number), step._cache_size() > programs)
+                last = asked_to_stop(asked.is_set(), now) or now == self.steps
                 measure = bool(self.held_out) and (last or _due(settings.eval.every, now))
                 save = last or _due(settings.save.every, now)
                 turn = self.turns is not None and self.turns.due(now)
@@ -141,7 +150,7 @@ class Loop:
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
-        tokens = int((taken.batch["segments"] > 0).sum())
+        tokens = taken.tokens
         rate = tokens / seconds
         if not taken.compiled:
             self.speed.add(tokens, seconds)
@@ -167,7 +176,7 @@ class Loop:
         """The loss per token on held-out data."""
         total = tokens = 0.0
         for batch in self.held_out:
-            part, counted = loss(train, self.parts.frozen, self.parts.base, batch)
+            part, counted = loss(train, self.parts.frozen, self.parts.base, self.layout.batch(batch, axis=0))
             total, tokens = total + float(part), tokens + float(counted)
         value = total / np.maximum(tokens, 1)
         self.metrics.add({"step": now, "eval_loss": float(value)})
