@@ -20,7 +20,8 @@ from sborax.cli.launcher import LOST, ended, is_several
 from sborax.cli.main import _parse
 from sborax.train.loop import train
 
-STEPS = 60
+STEPS = 24
+FOREVER = "steps=100000"
 HEARTBEAT = 6
 EXPERIMENT = """
 import sborax as sx
@@ -28,8 +29,8 @@ import sborax as sx
 def experiment():
     data = sx.Data({data!r}, template="{{instruction}}", answer=" {{output}}", max_length=64)
     rules = (("q_proj", sx.LoRA(rank=2, dropout=0.1)), ("down_proj", sx.PiSSA(rank=2)))
-    return sx.Experiment({model!r}, data, rules, sx.Optimizer(lr=1e-2), steps={steps}, save=sx.Save(every=10, keep=9),
-                         mesh={{"fsdp": 2, "tensor": 2}})
+    return sx.Experiment({model!r}, data, rules, sx.Optimizer(lr=1e-2, schedule="constant", warmup=0), steps={steps},
+                         save=sx.Save(every=4), mesh={{"fsdp": 2, "tensor": 2}})
 """
 PROGRAM = """
 import sys
@@ -115,8 +116,8 @@ def test_two_processes_train_die_resume_and_stop(tmp_path):
     held, total = (int(word) for word in told.split(" of "))
     assert 0.5 * total < held < 0.55 * total
 
-    killed = Pair(experiment, tmp_path / "killed", cache)
-    killed.until_step(25)
+    killed = Pair(experiment, tmp_path / "killed", cache, FOREVER)
+    killed.until_step(10)
     killed.processes[1].kill()
     codes, _, err = killed.ended()
     assert codes == [LOST, -signal.SIGKILL]
@@ -124,21 +125,24 @@ def test_two_processes_train_die_resume_and_stop(tmp_path):
     assert "--resume" in err[0] and "Traceback" not in err[0]
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
 
-    stopped = Pair(experiment, tmp_path / "killed", cache, "--resume")
-    stopped.until_step(35)
-    stopped.processes[1].send_signal(signal.SIGTERM)
-    codes, out, err = stopped.ended()
-    assert codes == [130, 130], err
-    assert "resuming after step" in out[0] and "saved; --resume goes on" in out[0]
-    assert not json.loads((tmp_path / "killed/summary.json").read_text())["finished"]
-
     codes, out, err = Pair(experiment, tmp_path / "killed", cache, "--resume", own=True).ended()
     assert codes == [0, 0], err
+    assert "resuming after step" in out[0]
     first, second = (load_file(tmp_path / run / "adapter/adapter.safetensors") for run in ("whole", "killed"))
     assert first.keys() == second.keys()
     for name, leaf in first.items():
         np.testing.assert_array_equal(leaf, second[name], err_msg=name)
     np.testing.assert_array_equal(_losses(tmp_path / "whole"), _losses(tmp_path / "killed"))
+
+    stopped = Pair(experiment, tmp_path / "killed", cache, FOREVER, "--resume")
+    stopped.until_step(STEPS + 2)
+    stopped.processes[1].send_signal(signal.SIGTERM)
+    codes, out, err = stopped.ended()
+    assert codes == [130, 130], err
+    assert "saved; --resume goes on" in out[0]
+    summary = json.loads((tmp_path / "killed/summary.json").read_text())
+    assert not summary["finished"] and summary["steps"] == len(_losses(tmp_path / "killed"))
+    assert (tmp_path / "killed/checkpoints" / str(summary["steps"])).is_dir()
 
     # The same checkpoints on one process and one device, written by two.
     alone = sx.load_experiment(str(experiment), ["mesh=null"])
