@@ -91,6 +91,20 @@ class Pair:
         return [one.returncode for one in self.processes], ["\n".join(lines) for lines in out], [err for _, err in told]
 
 
+@pytest.fixture
+def pair():
+    """Makes pairs, of which none outlives the test."""
+    made = []
+
+    def make(*arguments, **options):
+        made.append(Pair(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for process in (process for one in made for process in one.processes):
+        process.kill()
+
+
 def _lines(run):
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -101,13 +115,13 @@ def _losses(run):
     return np.array([line["loss"] for line in _lines(run) if "loss" in line])
 
 
-def test_two_processes_train_die_resume_and_stop(tmp_path):
+def test_two_processes_train_die_resume_and_stop(tmp_path, pair):
     model = write_model(tmp_path / "model", num_key_value_heads=2)
     data = write_data(tmp_path / "data.jsonl")
     experiment, cache = tmp_path / "experiment.py", tmp_path / "cache"
     experiment.write_text(EXPERIMENT.format(model=str(model), data=str(data), steps=STEPS))
 
-    whole = Pair(experiment, tmp_path / "whole", cache, own=True)
+    whole = pair(experiment, tmp_path / "whole", cache, own=True)
     codes, out, err = whole.ended()
     assert codes == [0, 0], err
     assert "mesh: fsdp 2 x tensor 2 of 4 devices" in out[0] and out[1] == ""
@@ -116,7 +130,7 @@ def test_two_processes_train_die_resume_and_stop(tmp_path):
     held, total = (int(word) for word in told.split(" of "))
     assert 0.5 * total < held < 0.55 * total
 
-    killed = Pair(experiment, tmp_path / "killed", cache, FOREVER)
+    killed = pair(experiment, tmp_path / "killed", cache, FOREVER)
     killed.until_step(10)
     killed.processes[1].kill()
     codes, _, err = killed.ended()
@@ -125,7 +139,7 @@ def test_two_processes_train_die_resume_and_stop(tmp_path):
     assert "--resume" in err[0] and "Traceback" not in err[0]
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
 
-    codes, out, err = Pair(experiment, tmp_path / "killed", cache, "--resume", own=True).ended()
+    codes, out, err = pair(experiment, tmp_path / "killed", cache, "--resume", own=True).ended()
     assert codes == [0, 0], err
     assert "resuming after step" in out[0]
     first, second = (load_file(tmp_path / run / "adapter/adapter.safetensors") for run in ("whole", "killed"))
@@ -134,7 +148,7 @@ def test_two_processes_train_die_resume_and_stop(tmp_path):
         np.testing.assert_array_equal(leaf, second[name], err_msg=name)
     np.testing.assert_array_equal(_losses(tmp_path / "whole"), _losses(tmp_path / "killed"))
 
-    stopped = Pair(experiment, tmp_path / "killed", cache, FOREVER, "--resume")
+    stopped = pair(experiment, tmp_path / "killed", cache, FOREVER, "--resume")
     stopped.until_step(STEPS + 2)
     stopped.processes[1].send_signal(signal.SIGTERM)
     codes, out, err = stopped.ended()
