@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 Leaves = dict[str, Any]
 """Arrays by name; composed methods nest one level per part."""
@@ -60,6 +60,13 @@ def dense(weight: Weight) -> Float[Array, "*stack in out"]:
 def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
     """`x @ weight` in the dtype of `x`."""
     return weight.rmatmul(x) if isinstance(weight, AbstractWeight) else x @ weight.astype(x.dtype)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """The arrays, uncut on every device of a mesh, so that what is computed from them has the bits of one device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.sharding.PartitionSpec())
 
 
 @jax.tree_util.register_dataclass

@@ -31,6 +31,7 @@ from sborax.core import (
     is_weight,
     leaf_axes,
     structure,
+    whole,
 )
 from sborax.depth import axes_leaves, stack_of
 from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
@@ -97,6 +98,8 @@ def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, s
     layers = jnp.broadcast_to(hint.layer, stack) + jnp.arange(math.prod(stack)).reshape(stack)
 
     def one(layer: Array, kernel: Any, grad: Any) -> Fitted:
+        # One layer at a time is gathered, and only for methods that read it.
+        kernel, grad = whole((kernel, grad))
         return method.init(jax.random.fold_in(key, layer), kernel, Hint(layer, grad))
 
     with jax.default_matmul_precision("highest"):
@@ -116,6 +119,7 @@ def rewrite(weight: Weight, node: Adapter) -> Weight:
     stack = stack_of(node)
 
     def one(layer: Array, own: Any, adapter: Adapter) -> Array:
+        own, adapter = whole((own, adapter))
         residual = _residual(dense(own).astype(jnp.float32), adapter, layer)
         # Rounded once at the end, however many parts there are.
         return residual if isinstance(own, AbstractWeight) else residual.astype(own.dtype)

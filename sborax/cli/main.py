@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import sborax
+from sborax.cli import launcher
 from sborax.core import SboraxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit code is 0, 2 after one line `error: ...` on stderr, or 130 after Ctrl-C."""
+    """Run a command. Exit code: 0, 2 after one line `error: ...` on stderr, 130 after Ctrl-C, 3 if a peer dies."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Into a file or a pipe, too, what a run tells appears when it is told.
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parse(argv)
+        arguments.argv = argv
         code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
@@ -96,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--compile-cache", metavar="DIR", help="keep compiled programs there (default: $JAX_COMPILATION_CACHE_DIR)"
     )
 
+    launcher.add_arguments(train)
+
     sweep = command("sweep", _sweep, "train several adapters at once over one base")
     sweep.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
     sweep.add_argument(
@@ -157,6 +161,12 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if launcher.is_several(arguments):
+        if launcher.INSIDE not in os.environ:
+            return launcher.watch(arguments.argv)
+        from sborax.train.hosts import join
+
+        join(arguments.coordinator, arguments.processes, arguments.process, arguments.heartbeat)
     from sborax.cli.commands import train
 
     # A run that is asked to stop saves itself first.

@@ -1,5 +1,6 @@
 """Models from a Hugging Face directory, the hub, or a GGUF file."""
 
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig
 from sborax.models.gguf import open_gguf
-from sborax.models.language_model import LanguageModel, abstract
+from sborax.models.language_model import LanguageModel, Params, abstract
 from sborax.models.llama import Llama, kept_names
 from sborax.models.tokenizer import read_tokenizer
 
@@ -82,6 +83,7 @@ def load_model(
     quant: Literal["nf4"] | None = None,
     keep: Callable[[str], bool] = lambda path: False,
     attention: str = "auto",
+    shardings: Callable[[LlamaConfig, Params], Params] | None = None,
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
@@ -92,6 +94,7 @@ def load_model(
     quant: "nf4" holds the kernels of the layers in 4 bits; each tensor is quantised as it is read, so that no dense
         model is ever in memory. keep: paths of kernels that stay dense all the same.
     attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for what suits the device.
+    shardings: from shapes, for a model that lies on a mesh: a host reads the shards of its own devices alone.
     Raises SboraxError for whatever is missing, broken, superfluous or unsupported.
     """
     if jnp.dtype(dtype).name not in DTYPES:
@@ -110,5 +113,6 @@ def load_model(
     def quantised(path: str) -> bool:
         return quant is not None and is_layer_kernel(path) and not keep(path)
 
-    params = load_params(config, abstract(config, dtype, scan=scan), tensors, quantised)
+    where = None if shardings is None else functools.partial(shardings, config)
+    params = load_params(config, abstract(config, dtype, scan=scan), tensors, quantised, where)
     return LanguageModel(module, params, config, tokenizer)

@@ -19,6 +19,8 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """Mesh axes that the rows of a batch lie on."""
 ROW_PARALLEL = ("o_proj", "down_proj")
+SLICES = "slices"
+"""Of a layout, not an axis: groups of devices with a slow network between them, over which data is dealt first."""
 
 
 def _own(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
@@ -71,8 +73,8 @@ def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
 def check_mesh(sizes: Mapping[str, int]) -> None:
     """Raise SboraxError for an axis that there is not, or of no devices."""
     for name, size in sizes.items():
-        if name not in AXES:
-            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join(AXES)}")
+        if name not in (*AXES, SLICES):
+            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join((*AXES, SLICES))}")
         if size < 1:
             raise SboraxError(f"mesh: {name} must be at least 1, got {size}")
 

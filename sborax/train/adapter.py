@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -15,7 +16,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.config import decode, encode
-from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, whole
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.routing import AbstractRouter
 from sborax.train.disk import replace, writing
@@ -37,10 +38,17 @@ def fingerprint(params: Params) -> dict[str, str]:
     for path, leaf in flatten(params).items():
         if isinstance(leaf, AbstractWeight):
             continue
-        stride = max(1, leaf.size // SAMPLED)
-        values = np.asarray(leaf.reshape(-1)[::stride].astype(jnp.bfloat16))
+        places = np.unravel_index(np.arange(0, leaf.size, max(1, leaf.size // SAMPLED)), leaf.shape)
+        values = np.asarray(_bits(leaf, places)).view(leaf.dtype).astype(jnp.bfloat16)
         prints[path] = hashlib.sha256(f"{leaf.shape} ".encode() + values.tobytes()).hexdigest()[:16]
     return prints
+
+
+@jax.jit
+def _bits(leaf: Array, places: tuple[Array, ...]) -> Array:
+    """The bits of some values. Gathered from shards they are summed, which as a number would lose the sign of zero."""
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    return whole(jax.lax.bitcast_convert_type(leaf, unsigned)[places])
 
 
 def save_adapter(

@@ -10,6 +10,7 @@ from etils import epath
 from sborax.core import SboraxError
 from sborax.train.adapter import read_adapter
 from sborax.train.disk import writing
+from sborax.train.hosts import on_first
 
 BEST = "best"
 
@@ -22,6 +23,8 @@ class Best:
     data: Any
     """What the losses are of: a loss on other data cannot be compared."""
     loss: float = math.inf
+    writes: bool = True
+    """Of several processes one moves files; all of them decide, and `write` may need all."""
 
     def offer(self, step: int, loss: float, write: Callable[..., None]) -> bool:
         """Whether `loss` is the lowest so far; if so `write(directory, **notes)` has written the adapter.
@@ -31,22 +34,24 @@ class Best:
         if not loss < self.loss:
             return False
         new, old = self.place.with_name(f".{BEST}.new"), self.place.with_name(f".{BEST}.old")
-        with writing(self.place):
-            for left in (new, old):
-                if left.exists():
-                    left.rmtree()
+        if self.writes:
+            with writing(self.place):
+                for left in (new, old):
+                    if left.exists():
+                        left.rmtree()
         write(new, step=step, eval_loss=loss, eval_data=self.data)
-        with writing(self.place):
-            if self.place.exists():
-                self.place.rename(old)
-            new.rename(self.place)
-            if old.exists():
-                old.rmtree()
+        if self.writes:
+            with writing(self.place):
+                if self.place.exists():
+                    self.place.rename(old)
+                new.rename(self.place)
+                if old.exists():
+                    old.rmtree()
         self.loss = loss
         return True
 
 
-def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None]) -> Best:
+def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None], writes: bool = True) -> Best:
     """The best of the run directory `run`, which an earlier process may have begun.
 
     data: the held-out data as it stands in `config.json`. A best that cannot be read is said and replaced.
@@ -54,12 +59,12 @@ def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None]) -> Best
     place, old = run / BEST, run / f".{BEST}.old"
     if old.exists() and not place.exists():
         # The process was killed between two moves.
-        old.rename(place)
+        on_first(lambda: old.rename(place))
     if not place.exists():
-        return Best(place, data)
+        return Best(place, data, writes=writes)
     try:
         about = read_adapter(place).about
     except SboraxError as error:
         echo(f"{error}; the best is sought anew")
-        return Best(place, data)
-    return Best(place, data, about["eval_loss"] if about["eval_data"] == data else math.inf)
+        return Best(place, data, writes=writes)
+    return Best(place, data, about["eval_loss"] if about["eval_data"] == data else math.inf, writes)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
@@ -21,6 +22,8 @@ from orbax.checkpoint import v1 as ocp
 
 from sborax.core import SboraxError
 from sborax.train.disk import refusal
+from sborax.train.hosts import gathered, several
+from sborax.train.sharding import put
 
 # orbax reports every save, and every failure at length; failures are our own to word.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -52,8 +55,14 @@ class Checkpoints:
         Raises SboraxError if the disk refuses.
         """
         # A copy, since the next step overwrites the buffers that a view would show.
-        host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
-        notes = {"digests": {name: digest(leaf) for name, leaf in host.items()}, "position": position}
+        if several():
+            host = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), flat(tree))
+            # Digests are of whole leaves, on however many hosts these are read later.
+            digests = {name: digest(gathered(leaf)) for name, leaf in host.items()}
+        else:
+            host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
+            digests = {name: digest(leaf) for name, leaf in host.items()}
+        notes = {"digests": digests, "position": position}
         self._attempt(lambda: self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes))
 
     def wait(self) -> None:
@@ -89,8 +98,10 @@ class Checkpoints:
     def _read(self, step: int, like: PyTree) -> PyTree:
         wanted = flat(like)
         try:
-            notes = self.manager.metadata(step).custom_metadata
-            found = self.manager.load(step)
+            about = self.manager.metadata(step)
+            notes = about.custom_metadata
+            # Whole and on the host, by whichever devices they were written.
+            found = self.manager.load(step, jax.tree.map(_on_host, about.metadata))
         # orbax and tensorstore raise whatever their parsers raise.
         except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise _Damaged(str(error).strip().partition("\n")[0] or type(error).__name__) from error
@@ -101,7 +112,7 @@ class Checkpoints:
             if name not in found or digest(np.asarray(found[name])) != expected:
                 raise _Damaged(f"{name} has changed since it was written")
         _compare(wanted, found, f"{self.manager.directory}: checkpoint {step}")
-        leaves = [jax.device_put(found[name], leaf.sharding) for name, leaf in wanted.items()]
+        leaves = [put(found[name], leaf.sharding) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def close(self) -> None:
@@ -140,6 +151,18 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         log.disabled, sys.unraisablehook = False, hook
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnHost:
+    """What orbax reads as an array of numpy: a shape and a dtype without a sharding."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _on_host(leaf: Any) -> _OnHost:
+    return _OnHost(tuple(leaf.shape), leaf.dtype)
 
 
 class _Damaged(Exception):

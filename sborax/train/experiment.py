@@ -102,8 +102,9 @@ class Experiment:
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
     hint_batches: microbatches of the run's own data over which methods that start from gradients, such as LoRAGA,
         have them averaged (its authors: 8 of one sample, later 64 of two).
-    mesh: sizes of the axes "data", "fsdp" and "tensor" over which the devices of this process are laid out, such as
-        {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp.
+    mesh: sizes of the axes "data", "fsdp" and "tensor" over which devices are laid out, of one process or of all that
+        there are, such as {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp. "slices"
+        is how many groups, with a slow network between them, hold a mesh of the other sizes each.
     log: "tensorboard" and "wandb" beside `metrics.jsonl`. eval.tasks: refused where this version lacks them.
     """
 

@@ -27,12 +27,12 @@ PLAIN_EVERY = 10.0
 
 
 class Metrics:
-    """The lines of `metrics.jsonl`. On resumption, lines after the restored step are taken back."""
+    """The lines of `metrics.jsonl`, which one process `writes`. Lines after a restored step are taken back."""
 
-    def __init__(self, run: epath.Path, restored: int) -> None:
-        self.path = run / METRICS
+    def __init__(self, run: epath.Path, restored: int, writes: bool = True) -> None:
+        self.path, self.writes = run / METRICS, writes
         self.lines: list[dict[str, Any]] = []
-        if restored and self.path.exists():
+        if restored and writes and self.path.exists():
             for text in self.path.read_text().splitlines():
                 # A killed run may leave half a line, which belongs to a step that is done again.
                 try:
@@ -41,7 +41,8 @@ class Metrics:
                     break
                 if line["step"] <= restored:
                     self.lines.append(line)
-        replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        if writes:
+            replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one line, on disk at once.
@@ -49,8 +50,9 @@ class Metrics:
         Raises SboraxError if the disk refuses.
         """
         self.lines.append(line)
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.writes:
+            with writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def eval_loss(self) -> float | None:
         """The last loss on held-out data; None if there is none."""

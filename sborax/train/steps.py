@@ -20,6 +20,7 @@ from sborax.train.best import BEST, Best
 from sborax.train.checkpoint import Checkpoints
 from sborax.train.experiment import Experiment
 from sborax.train.figures import Figures
+from sborax.train.hosts import asked_to_stop
 from sborax.train.log import AbstractLog, scalars
 from sborax.train.optimizer import schedule
 from sborax.train.report import Metrics, Progress, Speed
@@ -38,7 +39,7 @@ class Taken:
 
     step: int
     numbers: dict[str, Any]
-    batch: Batch
+    tokens: int
     compiled: bool
 
 
@@ -87,7 +88,8 @@ class Loop:
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
-        read = stream(self.batches.__getitem__, self.done, self.steps)
+        own = self.layout.rows(settings.batch_size)
+        read = stream(lambda number: self.batches.part(number, own), self.done, self.steps)
         with self.stop.in_good_order() as asked, read as batches:
             for number, batch in enumerate(batches, start=self.done):
                 programs = step._cache_size()
@@ -98,8 +100,8 @@ class Loop:
                 if pending is not None:
                     self.look(pending, lr)
                 now = number + 1
-                pending = Taken(now, numbers, batch, step._cache_size() > programs)
-                last = now == self.steps or asked.is_set()
+                pending = Taken(now, numbers, self.batches.tokens(number), step._cache_size() > programs)
+                last = asked_to_stop(asked.is_set(), now) or now == self.steps
                 measure = bool(self.held_out) and (last or due(settings.eval.every, now))
                 save = last or due(settings.save.every, now)
                 turn = self.turns is not None and self.turns.due(now)
@@ -137,7 +139,7 @@ class Loop:
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
-        tokens = int((taken.batch["segments"] > 0).sum())
+        tokens = taken.tokens
         rate = tokens / seconds
         if not taken.compiled:
             self.speed.add(tokens, seconds)
@@ -149,7 +151,7 @@ class Loop:
         """The loss per token on held-out data."""
         total = tokens = 0.0
         for batch in self.held_out:
-            part, counted = loss(train, self.parts.frozen, self.parts.base, batch)
+            part, counted = loss(train, self.parts.frozen, self.parts.base, self.layout.batch(batch, axis=0))
             total, tokens = total + float(part), tokens + float(counted)
         value = total / np.maximum(tokens, 1)
         self.tell({"step": now, "eval_loss": float(value)})

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from sborax.train.hosts import pass_on, several
+
 
 class Stopped(KeyboardInterrupt):
     """SIGTERM before there was anything to save."""
@@ -38,7 +40,8 @@ class Stop:
     @contextmanager
     def in_good_order(self) -> Iterator[threading.Event]:
         """An event that the next signal sets. It does so after this block as well, up to the end of the run."""
-        self.listen(signal.SIGTERM, signal.SIGINT, act=self._ask)
+        if not several():
+            self.listen(signal.SIGTERM, signal.SIGINT, act=self._ask)
         yield self.asked
 
     def _ask(self) -> None:
@@ -54,9 +57,15 @@ class Stop:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """Signals are the run's business in this block. Ctrl-C is left to Python until the steps begin."""
+    """Signals are the run's business in this block. Ctrl-C is left to Python until the steps begin.
+
+    On several processes JAX itself listens for SIGTERM and tells the others, and Ctrl-C is passed on as one.
+    """
     stop = Stop()
-    stop.listen(signal.SIGTERM, act=stop.refuse)
+    if several():
+        stop.listen(signal.SIGINT, act=pass_on)
+    else:
+        stop.listen(signal.SIGTERM, act=stop.refuse)
     try:
         yield stop
     finally:

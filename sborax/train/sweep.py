@@ -54,13 +54,14 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     echo(f"loading {first.model} ({first.precision})")
     model = read_model(first)
     echo(f"attention: {model.module.attention}")
+    at_once = together(description.at_once, len(members), model.module.attention)
     batches, report = read_data(first, model, echo)
     held_out = read_held_out(first, model, echo)
     steps = first.steps or batches.steps(first.epochs or 1.0)
     begun, parts = begin(members, model, batches, runs, echo)
     # What is stacked, rewritten or trained is not kept twice.
     del model
-    crew, state = gather(members, parts, steps, description.at_once or together(len(members)))
+    crew, state = gather(members, parts, steps, at_once)
     told = figures(begun.model.config, parts[0], 1)
     del parts
     checkpoints = open_checkpoints(place, first.save.keep)
@@ -92,9 +93,18 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     return results
 
 
-def together(count: int) -> int:
-    """How many of so many members a step computes at once by default."""
-    return 1 if jax.default_backend() == "cpu" else count
+def together(asked: int | None, count: int, attention: str) -> int:
+    """How many of so many members a step computes at once: as many as asked, by default all but on a CPU one.
+
+    Raises SboraxError for several where attention is cuDNN's, which cannot be told apart by members.
+    """
+    if attention == "cudnn":
+        if asked is not None and asked > 1:
+            raise SboraxError(
+                "at_once: cuDNN's attention computes one member at a time; set attention=xla or at_once=1"
+            )
+        return 1
+    return asked or (1 if jax.default_backend() == "cpu" else count)
 
 
 def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> list[epath.Path]:
@@ -110,7 +120,9 @@ def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> lis
         )
     if resume and (place / SWEEP).exists():
         check_same(place, members)
-    runs = [claim(place / member.name, member.experiment, resume) for member in members]
+    runs = [place / member.name for member in members]
+    for run, member in zip(runs, members, strict=True):
+        claim(run, member.experiment, resume)
     if not (place / SWEEP).exists():
         write_results(place, members)
     return runs

@@ -83,7 +83,7 @@ class SweepLoop:
                 if pending is not None:
                     self.look(pending)
                 now = number + 1
-                pending = Taken(now, numbers, batch, step._cache_size() > programs)
+                pending = Taken(now, numbers, self.batches.tokens(number), step._cache_size() > programs)
                 last = now == self.steps or asked.is_set()
                 measure = bool(self.held_out) and (last or due(settings.eval.every, now))
                 save = last or due(settings.save.every, now)
@@ -108,7 +108,7 @@ class SweepLoop:
         numbers = jax.device_get(taken.numbers)
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
-        tokens = int((taken.batch["segments"] > 0).sum())
+        tokens = taken.tokens
         if not taken.compiled:
             self.speed.add(tokens, seconds)
         epoch, _ = self.batches.position(taken.step)
