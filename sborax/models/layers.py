@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax import core
 from sborax.depth import remember
+from sborax.models.sharding import used_whole
 from sborax.procedures.prilora import input_norms
 from sborax.routing import GATE, PROMPT, ROUTER
 
@@ -40,7 +41,8 @@ class Linear(nn.Module):
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
             self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
-        adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
+        adapter = used_whole(self.get_variable("adapters", "kernel"), self.path[-1])
+        memory = self.get_variable("memory", "kernel")
         if memory is not None:
             # Flax merges a dict that is put into a collection into the one that was got from it.
             ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})

@@ -12,8 +12,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, SboraxError, is_weight
+from sborax.core import AbstractWeight, Adapter, SboraxError, is_weight
 from sborax.models.config import LlamaConfig
+from sborax.tree import specs
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -90,3 +91,21 @@ def over_rows(x: Array) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *(None,) * (x.ndim - 1)))
+
+
+def used_whole(adapter: Adapter | None, module: str) -> Adapter | None:
+    """`adapter` as the projection `module` uses it on a mesh: put together along fsdp, as its kernel is.
+
+    Left to choose, the compiler rather cuts activations as the leaves lie, and sends these. Along tensor leaves stay cut.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if adapter is None or mesh.empty:
+        return adapter
+    spec = PartitionSpec("tensor", None) if module in ROW_PARALLEL else PartitionSpec(None, "tensor")
+    found = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
+
+    def one(leaf: Array, own: PartitionSpec) -> Array:
+        even = (name if leaf.shape[axis] % mesh.shape[name or "data"] == 0 else None for axis, name in enumerate(own))
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*even))
+
+    return jax.tree.map(one, adapter, found)
