@@ -113,9 +113,7 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("model", "where", "method", "millions"), COUNTS, ids=lambda value: type(value).__name__ if isinstance(value, sx.core.AbstractMethod) else str(value)
-)
+@pytest.mark.parametrize(("model", "where", "method", "millions"), COUNTS)
 def test_trainable_counts_are_the_published_ones(model, where, method, millions):
     count = outline(run(model, ((where, method),)), config_of(model)).parts.count
     assert round(count / 1e6, 1) == millions

@@ -12,13 +12,11 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, Adapter, SboraxError, is_weight
+from sborax.core import ROWS, AbstractWeight, Adapter, SboraxError, is_weight
 from sborax.models.config import LlamaConfig
 from sborax.tree import specs
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-"""Mesh axes that the rows of a batch lie on."""
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
@@ -96,7 +94,7 @@ def over_rows(x: Array) -> Array:
 def used_whole(adapter: Adapter | None, module: str) -> Adapter | None:
     """`adapter` as the projection `module` uses it on a mesh: put together along fsdp, as its kernel is.
 
-    Left to choose, the compiler rather cuts activations as the leaves lie, and sends these. Along tensor leaves stay cut.
+    Left to choose, the compiler may rather cut activations as the leaves lie, and send these. On tensor they stay cut.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if adapter is None or mesh.empty:

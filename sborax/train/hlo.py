@@ -66,7 +66,7 @@ def _result(shape: str, starts: bool) -> int:
 
 
 def _turns(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a loop turns: as annotated, else from 0 to what its counter is compared with, by what is added to it."""
+    """How often a loop turns: as annotated, else from 0 to what its counter is compared with, by its own step."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known.group(1))
