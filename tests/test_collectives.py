@@ -47,8 +47,9 @@ def projection(method, module, quant=False):
 
     def program(x_, kernel, train, frozen, slope):
         def forward(x_, train):
-            node = nodes(sx.combine(train, frozen)).get(f"{module}/kernel")
-            return jax.lax.with_sharding_constraint(linear(x_, kernel, used_whole(node, module)), y)
+            found = nodes(sx.combine(train, frozen)).values()
+            node = next((used_whole(node, module) for node in found), None)
+            return jax.lax.with_sharding_constraint(linear(x_, kernel, node), y)
 
         out, pull = jax.vjp(forward, x_, train)
         return out, *pull(slope)

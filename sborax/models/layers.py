@@ -41,8 +41,9 @@ class Linear(nn.Module):
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
             self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
-        adapter = used_whole(self.get_variable("adapters", "kernel"), self.path[-1])
-        memory = self.get_variable("memory", "kernel")
+        adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
+        if adapter is not None:
+            adapter = used_whole(adapter, self.path[-1])
         if memory is not None:
             # Flax merges a dict that is put into a collection into the one that was got from it.
             ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})

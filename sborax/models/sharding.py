@@ -91,13 +91,13 @@ def over_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *(None,) * (x.ndim - 1)))
 
 
-def used_whole(adapter: Adapter | None, module: str) -> Adapter | None:
+def used_whole(adapter: Adapter, module: str) -> Adapter:
     """`adapter` as the projection `module` uses it on a mesh: put together along fsdp, as its kernel is.
 
     Left to choose, the compiler may rather cut activations as the leaves lie, and send these. On tensor they stay cut.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if adapter is None or mesh.empty:
+    if mesh.empty:
         return adapter
     spec = PartitionSpec("tensor", None) if module in ROW_PARALLEL else PartitionSpec(None, "tensor")
     found = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
