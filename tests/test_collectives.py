@@ -1,18 +1,22 @@
 """What a step sends between devices, read from compiled programs: what the base sends, and what a method declares."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from cases import METHODS
 from jax.sharding import NamedSharding, PartitionSpec
+from test_plan import TINY
 
 import sborax as sx
 from sborax.core import linear
 from sborax.models.sharding import ROWS, quantised_specs, used_whole
 from sborax.quant.nf4 import quantise
 from sborax.routing import AbstractRouted
+from sborax.train.ahead import compiled, on_mesh, outline
 from sborax.train.hlo import collective_bytes
 from sborax.train.sharding import make_mesh
+from sborax.train.step import batch_losses
 from sborax.tree import nodes, specs
 
 SIZES = {"fsdp": 2, "tensor": 4}
