@@ -153,7 +153,8 @@ def dx_alone(one):
     def loss(shift, base, batch):
         def shifted(call, args, kwargs, context):
             out = call(*args, **kwargs)
-            return out + shift if context.module.name == "embed_tokens" else out
+            embeds = (context.module.name, context.method_name) == ("embed_tokens", "__call__")
+            return out + shift if embeds else out
 
         part = jax.tree.map(lambda leaf: leaf[0], batch)
         with nn.intercept_methods(shifted):
