@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
     add_changes(plan)
+    plan.add_argument("--mesh", metavar="AXIS=N,...", help="lay it out over devices, here or not: fsdp=8,tensor=2")
+    plan.add_argument("--topology", metavar="NAME", help="compile the step for a TPU slice, here or not: v5e:16x16")
+    plan.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: the longest of the data)")
 
     methods = command("methods", _methods, "list the methods, or tell all about one")
     methods.add_argument("name", metavar="NAME", nargs="?")
@@ -211,7 +214,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from sborax.cli.plan import show
 
-    print(show(arguments.target, arguments.changes))
+    print(show(arguments.target, arguments.changes, arguments.mesh, arguments.topology, arguments.length))
     return OK
 
 

@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from sborax.core import SboraxError, is_weight
@@ -20,8 +20,8 @@ from sborax.train.state import Flat, Parts, TrainState, flatten
 from sborax.tree import Params, nest, specs
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """The mesh of these sizes over the first devices, of several processes over all; absent axes have size 1.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these sizes over the first of `devices`, by default all that there are; absent axes have size 1.
 
     "slices" multiplies "data": so many slices, or hosts, have a mesh of the other sizes each, and nothing but sums over
     the data axis goes from one to another.
@@ -29,7 +29,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     """
     check_mesh(sizes)
     slices, shape = sizes.get(SLICES, 1), [sizes.get(name, 1) for name in AXES]
-    needed, devices = slices * math.prod(shape), jax.devices()
+    needed, devices = slices * math.prod(shape), jax.devices() if devices is None else devices
     told = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if needed > len(devices):
         raise SboraxError(f"mesh: {told} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
@@ -49,7 +49,24 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return Mesh(laid, AXES, axis_types=types)
 
 
-def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of these sizes without any devices.
+
+    Raises SboraxError as `check_mesh` does.
+    """
+    check_mesh(sizes)
+    shape = (sizes.get("data", 1) * sizes.get(SLICES, 1), *(sizes.get(name, 1) for name in AXES[1:]))
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_rows(batch_size: int, sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError for a batch whose rows cannot be dealt out evenly over a mesh of these sizes."""
+    shards = math.prod(sizes[name] for name in ROWS)
+    if batch_size % shards:
+        raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")
+
+
+def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
     """Raise SboraxError naming the axis where a leaf cannot be cut evenly."""
     for axis, names in enumerate(spec):
         size = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
@@ -57,7 +74,7 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
             raise SboraxError(f"{path}: axis {axis} of {shape} is not divisible by mesh axis {names!r} of size {size}")
 
 
-def _shardings(mesh: Mesh, tree: PyTree, found: PyTree) -> PyTree:
+def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, found: PyTree) -> PyTree:
     """`NamedSharding` for every leaf of `tree`, from a tree of specs of the same structure."""
 
     def one(keys: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding:
@@ -71,7 +88,7 @@ def _flat_specs(leaves: Flat, own: Flat) -> Flat:
     return {path: quantised_specs(leaf, own[path]) if is_weight(leaf) else own[path] for path, leaf in leaves.items()}
 
 
-def parts_shardings(mesh: Mesh, config: LlamaConfig, parts: Parts) -> Parts:
+def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts) -> Parts:
     """Where the parts of a model lie: adapter leaves follow the kernel they adapt.
 
     Raises SboraxError for heads and leaves that cannot be cut evenly.
@@ -87,7 +104,7 @@ def parts_shardings(mesh: Mesh, config: LlamaConfig, parts: Parts) -> Parts:
     )
 
 
-def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+def state_shardings(mesh: Mesh | AbstractMesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
     """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of."""
     whole, train = NamedSharding(mesh, PartitionSpec()), jax.tree.map(lambda leaf: leaf.sharding, state.train)
     opt = optax.tree.map_params(
@@ -131,9 +148,7 @@ class Layout:
                 )
             return cls()
         mesh = make_mesh(sizes)
-        shards = math.prod(mesh.shape[name] for name in ROWS)
-        if batch_size % shards:
-            raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")
+        check_rows(batch_size, mesh.shape)
         return cls(mesh)
 
     def __str__(self) -> str:
@@ -163,8 +178,7 @@ class Layout:
         """The parts on their devices."""
         if self.mesh is None:
             return parts
-        where = parts_shardings(self.mesh, config, parts)
-        return Parts(*(put(getattr(parts, f.name), getattr(where, f.name)) for f in dataclasses.fields(parts)))
+        return put(parts, parts_shardings(self.mesh, config, parts))
 
     def state(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState | None]:
         """The state on its devices, and its shardings where there is a mesh."""
