@@ -15,6 +15,7 @@ import sborax as sx
 from benchmarks.runner import Runner, in_turn, time_ratio
 from benchmarks.shapes import EPS, SHAPES, kernels
 from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.models.backends import choose, platform
 from sborax.quant.nf4 import quantise
 from sborax.train import loss
 from sborax.train.experiment import Optimizer
@@ -76,10 +77,13 @@ class Prepared:
         return self.step.lower(self.state, self.parts.frozen, self.parts.base, self.batch)
 
 
-def plain_model(sizes: dict[str, Any], dtype: str = "float32", remat: str = "none", scan: bool = True) -> LanguageModel:
+def plain_model(
+    sizes: dict[str, Any], dtype: str = "float32", remat: str = "none", scan: bool = True, attention: str = "auto"
+) -> LanguageModel:
     """A model of a shape, without parameters and tokenizer."""
     config = LlamaConfig(**sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
-    return LanguageModel(Llama(config, jnp.dtype(dtype), remat, scan), {}, config, None)
+    backend = choose(attention, platform(), dtype, config.head_dim)
+    return LanguageModel(Llama(config, jnp.dtype(dtype), remat, scan, attention=backend), {}, config, None)
 
 
 def random_params(model: LanguageModel, four_bit: bool = False) -> Any:

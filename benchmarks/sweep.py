@@ -25,7 +25,8 @@ def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
 
     members: an even number; half of them have one learning rate, half another.
     """
-    model = plain_model(case.sizes, case.dtype, case.remat)
+    # cuDNN's attention cannot be mapped over members.
+    model = plain_model(case.sizes, case.dtype, case.remat, attention="xla")
     params, batch = random_params(model, case.method.startswith("Q")), random_batch(case)
     rules = [(case.modules, METHODS[case.method](case.rank))]
     plain = sx.Experiment(model="random", data=sx.Data("random"), rules=rules, steps=STEPS)

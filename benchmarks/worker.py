@@ -40,6 +40,10 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         from benchmarks import generation
 
         return (generation.ours if what.startswith("sborax") else generation.transformers)(**task)
+    if what == "packing":
+        from benchmarks import packing
+
+        return packing.measure(**task)
     from benchmarks import ours
 
     case = ours.Case(**task["case"])

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import sborax as sx
 from sborax.cli.targets import load_run
+from sborax.data.batches import Batches
 from sborax.data.samples import load_samples
 from sborax.train import best, checkpoint, loop, report, steps, stop
 from sborax.train.adapter import LEAVES
@@ -348,3 +349,24 @@ def test_the_best_needs_losses_to_compare(experiment):
         sx.SboraxError, match="save.best: needs held-out losses to compare; set eval.data and eval.every"
     ):
         dataclasses.replace(experiment, eval=sx.Eval(data=experiment.data))
+
+
+# A crash of the thread that makes batches
+
+
+def test_a_crash_while_a_batch_is_made_ends_the_run_and_it_goes_on(experiment, whole, tmp_path, monkeypatch):
+    part = Batches.part
+
+    def crash(batches, step, own):
+        if step == 3:
+            raise RuntimeError("the thread is gone")
+        return part(batches, step, own)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "part", crash)
+        with pytest.raises(RuntimeError, match="the thread is gone"):
+            train(experiment, tmp_path / "run", echo=quiet)
+    said = []
+    train(experiment, tmp_path / "run", resume=True, echo=said.append)
+    assert "resuming after step 3" in said
+    same_ends(whole[1], tmp_path / "run")

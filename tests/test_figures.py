@@ -10,6 +10,7 @@ import jax
 import pytest
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
 
 import sborax as sx
 from sborax.cli import main
@@ -126,13 +127,12 @@ def events(file, event):
 
 
 def test_tensorboard_gets_every_number(experiment, tmp_path):
-    protocol = pytest.importorskip("tensorboardX.proto.event_pb2")
     short = dataclasses.replace(experiment, steps=2, log=("tensorboard",))
     train(short, tmp_path / "run", echo=quiet)
     train(dataclasses.replace(short, steps=3), tmp_path / "run", resume=True, echo=quiet)
     found, restarts = {}, []
     for file in (tmp_path / "run" / "tensorboard").iterdir():
-        for event in events(file, protocol.Event):
+        for event in events(file, Event):
             restarts += [event.step] if event.HasField("session_log") else []
             found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
     assert restarts == [3]
@@ -143,7 +143,6 @@ def test_tensorboard_gets_every_number(experiment, tmp_path):
 
 
 def test_weights_and_biases_offline(experiment, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     short = dataclasses.replace(experiment, steps=2, log=("wandb",))
