@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from sborax.mesh import by_rows
 
 Leaves = dict[str, Any]
 """Arrays by name; composed methods nest one level per part."""
@@ -57,35 +59,9 @@ def dense(weight: Weight) -> Float[Array, "*stack in out"]:
     return weight.dense() if isinstance(weight, AbstractWeight) else weight
 
 
-ROWS = ("data", "fsdp")
-"""Mesh axes that the rows of a batch lie on, and so tokens."""
-
-
-def sharing() -> int:
-    """Devices that share the features of a projection: the size of mesh axis "tensor", 1 without one."""
-    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-
-
-def by_rows(x: Float[Array, "tokens _"]) -> Float[Array, "tokens _"]:
-    """`x` with its tokens cut over `ROWS` where there is such a mesh; whether features are cut is left open.
-
-    Without it the compiler may cut an activation as a weight beside it lies, and send the activation.
-    """
-    if not set(ROWS) <= set(jax.sharding.get_abstract_mesh().axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.P(ROWS, jax.P.UNCONSTRAINED))
-
-
 def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
     """`x @ weight` in the dtype of `x`."""
     return weight.rmatmul(x) if isinstance(weight, AbstractWeight) else x @ weight.astype(x.dtype)
-
-
-def whole(tree: PyTree) -> PyTree:
-    """The arrays, uncut on every device of a mesh, so that what is computed from them has the bits of one device."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, jax.sharding.PartitionSpec())
 
 
 @jax.tree_util.register_dataclass
@@ -403,19 +379,6 @@ def structure(method: AbstractMethod) -> AbstractMethod:
         value = None if field.metadata.get("hyper") else strip(getattr(method, name))
         object.__setattr__(bare, name, value)
     return bare
-
-
-def resolve(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:
-    """The method with every rank policy, parts included, replaced by what `choose` returns."""
-
-    def settle(value: Any) -> Any:
-        if isinstance(value, RankPolicy):
-            return choose(value)
-        if isinstance(value, AbstractMethod):
-            return resolve(value, choose)
-        return tuple(settle(part) for part in value) if isinstance(value, tuple) else value
-
-    return type(method)(**{name: settle(getattr(method, name)) for name in _fields(method)})
 
 
 def leaf_axes(axes: Axes, leaves: Leaves) -> Any:

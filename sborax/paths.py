@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from sborax.compose import ByLayer
-from sborax.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight, resolve
+from sborax.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight
 from sborax.routing import AbstractRouter, Expert, routers
 
 STACKED_UNDER = "layers"
@@ -194,7 +194,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         for i, positions in chosen.items():
             method = rules[i].method
             assert method is not None
-            method = resolve(method, settle)
+            method = _resolved(method, settle)
             if method.linked and stack != 1 and (stack or number is None):
                 raise SboraxError(
                     f"{path}: {type(method).__name__} links layers, and this is none of a stack (one leading axis) nor "
@@ -231,3 +231,16 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
         raise SboraxError(f"{path}: {type(method).__name__} needs hint {missing[0]!r} for this kernel")
     if hint is not None and "grad" in method.needs and tuple(hint.grad.shape) != tuple(whole):
         raise SboraxError(f"{path}: the gradient has shape {tuple(hint.grad.shape)}, the kernel {tuple(whole)}")
+
+
+def _resolved(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:
+    """The method with every rank policy, parts included, replaced by what `choose` returns."""
+
+    def settle(value: Any) -> Any:
+        if isinstance(value, RankPolicy):
+            return choose(value)
+        if isinstance(value, AbstractMethod):
+            return _resolved(value, choose)
+        return tuple(settle(part) for part in value) if isinstance(value, tuple) else value
+
+    return type(method)(**{name: settle(value) for name, value in vars(method).items()})

@@ -31,9 +31,9 @@ from sborax.core import (
     is_weight,
     leaf_axes,
     structure,
-    whole,
 )
 from sborax.depth import axes_leaves, stack_of
+from sborax.mesh import whole
 from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
 from sborax.routing import AbstractRouter
 

@@ -22,8 +22,8 @@ from sborax.core import (
     dropout,
     dropout_leaf,
     hyper,
-    sharing,
 )
+from sborax.mesh import sharing
 from sborax.methods.lowrank import HIDDEN
 
 

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sborax.core import ROWS, AbstractWeight, Adapter, SboraxError, is_weight
+from sborax.core import AbstractWeight, Adapter, SboraxError, is_weight
+from sborax.mesh import ROWS
 from sborax.models.config import LlamaConfig
 from sborax.tree import specs
 

@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from sborax.core import AbstractWeight, SboraxError, whole
+from sborax.core import AbstractWeight, SboraxError
+from sborax.mesh import whole
 
 BLOCK = 64
 """Weights that share one absmax."""

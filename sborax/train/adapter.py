@@ -16,7 +16,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.config import decode, encode
-from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, whole
+from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.mesh import whole
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.routing import AbstractRouter
 from sborax.train.disk import replace, writing
