@@ -148,10 +148,10 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
     """Write the adapter and the summary of every member."""
     begun, results = loop.begun, []
     made = max(int(step) for step in state.run.step)
+    packages, revision = versions(), git_revision()
     for number, (member, run) in enumerate(zip(loop.members, runs, strict=True)):
         own = jax.tree.map(lambda leaf, number=number: leaf[number], state.run)
         losses = loop.metrics[number].losses()
-        measured = [line["eval_loss"] for line in loop.metrics[number].lines if "eval_loss" in line]
         ended = int(own.step) == loop.steps
         experiment = member.experiment
         if ended:
@@ -170,14 +170,14 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
             base_parameters=begun.total,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
-            eval_loss=measured[-1] if measured else None,
+            eval_loss=loop.metrics[number].eval_loss(),
             tokens_per_second=loop.speed.mean(),
             seconds=time.monotonic() - began,
             peak_memory=peak_memory(),
             samples=report,
             device=f"1 x {jax.devices()[0].device_kind}",
-            versions=versions(),
-            git_revision=git_revision(),
+            versions=packages,
+            git_revision=revision,
         )
         summary.write(run)
         at = loop.diverged.get(number)
