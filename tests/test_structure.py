@@ -25,6 +25,7 @@ ORDER = [
     "interop",
     "data",
     "train",
+    "evaluate",
     "fetch",
     "quickstart",
     "cli",
