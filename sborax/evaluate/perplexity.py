@@ -23,18 +23,6 @@ def windows(tokens: Sequence[int], size: int) -> list[Pair]:
     return [Pair(tokens[start : start + 1], tokens[start + 1 : start + size]) for start in starts]
 
 
-def rolling(tokens: Sequence[int], prefix: int, context: int) -> list[Pair]:
-    """Windows in which every token is predicted once, the first from `prefix`, the others from the one before at least.
-
-    The last window is filled up with earlier tokens as its prompt (lm-evaluation-harness' `loglikelihood_rolling`).
-    """
-    listed = [Pair([prefix], list(tokens[:context]))]
-    for start in range(context, len(tokens), context):
-        end = min(start + context, len(tokens))
-        listed.append(Pair(list(tokens[max(0, end - context - 1) : start]), list(tokens[start:end])))
-    return listed if tokens else []
-
-
 def paragraphs(text: str) -> list[str]:
     """The rows that the `datasets` library makes of a WikiText file: lines with their breaks, blank ones empty."""
     return [f"{line}\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]

@@ -135,7 +135,7 @@ class Scorer:
 
     def options(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
         """`continuations` for the options of each question; where they have one prompt, it is read once."""
-        alike = [len(own) > 1 and all(list(pair.prompt) == list(own[0].prompt) for pair in own) for own in questions]
+        alike = [self._alike(own) for own in questions]
         found: list[list[Scored]] = [[] for _ in questions]
         together = [i for i, same in enumerate(alike) if same and not self.routed]
         apart = [i for i in range(len(questions)) if i not in set(together)]
@@ -146,6 +146,12 @@ class Scorer:
             found[i] = scored
         return found
 
+    def _alike(self, options: Sequence[Pair]) -> bool:
+        """Whether options have one prompt, which all of it fits before the longest of them."""
+        prompt, longest = list(options[0].prompt), max(len(pair.continuation) for pair in options)
+        fits = len(prompt) + longest - 1 <= self.model.config.context
+        return fits and len(options) > 1 and all(list(pair.prompt) == prompt for pair in options)
+
     @property
     def routed(self) -> bool:
         """Whether a router weighs adapters by the prompt."""
@@ -153,15 +159,11 @@ class Scorer:
 
     def _together(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
         most = max((len(own) for own in questions), default=1)
-        fitted: list[tuple[list[Pair], int]] = []
-        for own in questions:
-            longest = max(own, key=lambda pair: len(pair.continuation))
-            short, cut = self._fit(longest)
-            fitted.append(([self._fit(Pair(short.prompt, pair.continuation))[0] for pair in own], cut))
-        lengths = [(len(own[0].prompt), max(len(pair.continuation) for pair in own)) for own, _ in fitted]
+        fitted = [[self._fit(pair)[0] for pair in own] for own in questions]
+        lengths = [(len(own[0].prompt), max(len(pair.continuation) for pair in own)) for own in fitted]
         found: list[list[Scored]] = [[] for _ in questions]
         for batch in self._batches(lengths, most):
-            members = [fitted[i][0] for i in batch.members]
+            members = [fitted[i] for i in batch.members]
             prompts = _rows([own[0].prompt for own in members], batch.rows, batch.width)
             lasts = np.array([len(own[0].prompt) for own in members], np.int32)
             targets = np.zeros((batch.rows, most, batch.continuation), np.int32)
@@ -173,13 +175,20 @@ class Scorer:
             done = self._run(shared, prompts, _padded(lasts, batch.rows), targets, counts)
             for row, i in enumerate(batch.members):
                 found[i] = [
-                    Scored(float(done[0][row, place]), bool(done[1][row, place]), len(pair.continuation), fitted[i][1])
-                    for place, pair in enumerate(fitted[i][0])
+                    Scored(float(done[0][row, place]), bool(done[1][row, place]), len(pair.continuation), 0)
+                    for place, pair in enumerate(fitted[i])
                 ]
         return found
 
     def write(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> list[list[int]]:
         """New tokens for each prompt, up to and including the first that ends a text; greedy at temperature 0.
 
@@ -197,8 +206,9 @@ class Scorer:
             with self.layout.context():
                 key = jax.random.fold_in(jax.random.key(seed), number)
                 done = generate(
-                    self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, key=key
-                )
+                    self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, top_k=top_k,
+                    top_p=top_p, key=key,
+                )  # fmt: skip
             for i, new in zip(batch.members, done, strict=False):
                 found[i] = new
         return found
