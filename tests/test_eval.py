@@ -11,6 +11,7 @@ from tiny_model import write_data, write_model
 
 from sborax.cli import main
 from sborax.evaluate.instructions import parse
+from sborax.models import load_model
 
 QUESTIONS = [
     ("Which of these melts in the sun?", ("a stone", "an ice cube", "a glass bottle", "a wooden chair"), 1),
@@ -81,8 +82,6 @@ def test_a_real_model_scores_as_in_transformers(smollm2, home, capsys, tmp_path,
     scores = {one["task"]: one for one in json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]}
     load = {"gguf_file": smollm2.name}
     reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, **load, dtype=torch.float32)
-    from sborax.models import load_model
-
     tokenizer = load_model(smollm2).tokenizer  # transformers' own drops a rule of this one, see test_llama
     right = []
     records = json.loads((home / "ARC-Easy" / "test.json").read_text())
@@ -155,7 +154,7 @@ def test_answers_are_written_and_looked_for(made, capsys, tmp_path):
     ]
     words = ["--tasks", "llm_adapters_arc_easy,llm_adapters_svamp", *data, "--limit", "3", "--out", tmp_path / "out"]
     told = run(capsys, made / "model", *words)
-    assert "note: greedy text, where the paper's script searches with 4 beams" in told
+    assert "the first answer in at most 32 tokens, 4 beams" in told
     items = lines(tmp_path / "out" / "llm_adapters_svamp.jsonl")
     assert items[0]["prompt"].endswith("### Response:\n                ") and len(items) == 3
     assert all(set(item) == {"item", "prompt", "text", "answer", "gold", "right"} for item in items)

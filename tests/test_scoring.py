@@ -148,7 +148,10 @@ def test_a_mesh_changes_nothing(model, questions, alone):
     scorer = Scorer.of(model, params, adapters, mesh={"data": 2, "fsdp": 2, "tensor": 2}, budget=64)
     np.testing.assert_allclose(numbers(scorer.options(questions)), numbers(on_one), rtol=1e-5, atol=1e-4)
     prompts = [[3, 4, 5], [17] * 20, [9]]
-    assert scorer.write(prompts, 3) == Scorer.of(model, params, adapters).write(prompts, 3)
+    for beams in (1, 3):
+        assert scorer.write(prompts, 3, beams=beams) == Scorer.of(model, params, adapters).write(
+            prompts, 3, beams=beams
+        )
 
 
 def test_what_does_not_fit_loses_its_beginning(model):

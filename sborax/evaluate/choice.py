@@ -104,8 +104,8 @@ def _measured(questions: Sequence[Question], scorer: Scorer, metrics: Sequence[s
             }
         )
     known: dict[str, Callable[[], Metric]] = {
-        "acc": lambda: mean([plain == gold for plain, _, gold in chosen]),
-        "acc_norm": lambda: mean([normed == gold for _, normed, gold in chosen]),
+        "acc": lambda: mean([float(plain == gold) for plain, _, gold in chosen]),
+        "acc_norm": lambda: mean([float(normed == gold) for _, normed, gold in chosen]),
         "f1": lambda: of_whole([(plain, gold) for plain, _, gold in chosen], f1),
         "mcc": lambda: of_whole([(plain, gold) for plain, _, gold in chosen], mcc),
     }
@@ -156,7 +156,7 @@ class Mmlu(AbstractTask):
         done = _measured(questions, scorer, ("acc",))
         right: dict[str, list[float]] = defaultdict(list)
         for record, item in zip(units, done.items, strict=True):
-            right[record["subject"]].append(item["chosen"] == item["gold"])
+            right[record["subject"]].append(float(item["chosen"] == item["gold"]))
         items = [{"subject": record["subject"], **item} for record, item in zip(units, done.items, strict=True)]
         remarks = (f"{fewer:,} of {len(units):,} prompts hold fewer than {self.shots} shots, to fit the context",)
         each = {f"acc of {subject}": mean(values) for subject, values in sorted(right.items())}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sborax.core import SboraxError
 from sborax.evaluate.likelihood import alone, shared
 from sborax.evaluate.shapes import Batch, batches
+from sborax.models.beam import beam_search
 from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.sharding import ROWS
@@ -189,8 +190,11 @@ class Scorer:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        beams: int = 1,
     ) -> list[list[int]]:
         """New tokens for each prompt, up to and including the first that ends a text; greedy at temperature 0.
+
+        beams: two or more search, and nothing is drawn.
 
         A prompt too long for the context beside `new_tokens` loses its beginning.
         Raises SboraxError as `generate` does.
@@ -200,24 +204,28 @@ class Scorer:
             raise SboraxError(f"{new_tokens} new tokens leave no room in a context of {self.model.config.context}")
         fitted = [list(prompt)[-room:] for prompt in prompts]
         found: list[list[int]] = [[] for _ in prompts]
-        for number, batch in enumerate(self._batches([(len(p) + new_tokens, 1) for p in fitted], 1)):
+        lengths = [(len(prompt) + new_tokens, 1) for prompt in fitted]
+        for number, batch in enumerate(self._batches(lengths, 1, beams)):
             rows = [fitted[i] for i in batch.members]
             rows += [fitted[batch.members[-1]][:1]] * (batch.rows - len(rows))
+            key = jax.random.fold_in(jax.random.key(seed), number)
             with self.layout.context():
-                key = jax.random.fold_in(jax.random.key(seed), number)
-                done = generate(
-                    self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, top_k=top_k,
-                    top_p=top_p, key=key,
-                )  # fmt: skip
+                if beams > 1:
+                    done = beam_search(self.model, self.params, self.adapters, rows, new_tokens, beams)
+                else:
+                    done = generate(
+                        self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, top_k=top_k,
+                        top_p=top_p, key=key,
+                    )  # fmt: skip
             for i, new in zip(batch.members, done, strict=False):
                 found[i] = new
         return found
 
-    def _batches(self, lengths: Sequence[tuple[int, int]], copies: int) -> Sequence[Batch]:
+    def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[Batch]:
         mesh = self.layout.mesh
         multiple = 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
-        listed = list(batches(lengths, self.model.config.context, self.budget, multiple, copies))
-        return tqdm(listed, unit="batch", leave=False, disable=None)  # pyright: ignore[reportReturnType]
+        listed = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))
+        return tqdm(listed, unit="batch", leave=False, disable=None)
 
     def _fit(self, pair: Pair) -> tuple[Pair, int]:
         prompt, continuation = list(pair.prompt), list(pair.continuation)

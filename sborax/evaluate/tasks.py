@@ -28,9 +28,8 @@ from sborax.evaluate.written import Written
 
 _CLOZE = "option likelihood with lm-evaluation-harness' prompt; acc_norm by length in characters"
 _LABELS = 'likelihood of "the correct answer is ..." after the instruction of LLM-Adapters (arXiv:2304.01933)'
-_COMMONSENSE = "LLM-Adapters (arXiv:2304.01933): the first answer in at most 32 generated tokens"
-_ARITHMETIC = "LLM-Adapters (arXiv:2304.01933): the last number in at most 256 generated tokens, within 1e-3"
-_GREEDY = "greedy text, where the paper's script searches with 4 beams"
+_COMMONSENSE = "LLM-Adapters (arXiv:2304.01933): the first answer in at most 32 tokens, 4 beams"
+_ARITHMETIC = "LLM-Adapters (arXiv:2304.01933): the last number in at most 256 tokens, 4 beams, within 1e-3"
 _WINDOWS = "exp of the mean loss over windows side by side, as LoRAPrune (arXiv:2305.18403)"
 _NO_PASSAGE = "LLM-Adapters' copy has no passage: the question alone is asked"
 _MAWPS = (
@@ -83,16 +82,16 @@ def _labelled(name: str) -> Choice:
 def _commonsense(name: str) -> Written:
     data, extract, full, notes = COMMONSENSE[name]
     return Written(
-        name=f"llm_adapters_{name}", data=data, full=full, notes=(*notes, _GREEDY), about=_COMMONSENSE,
-        template=PROMPT, new_tokens=32, stop=(END,), extract=extract, right=same_word,
+        name=f"llm_adapters_{name}", data=data, full=full, notes=notes, about=_COMMONSENSE,
+        template=PROMPT, new_tokens=32, beams=4, stop=(END,), extract=extract, right=same_word,
     )  # fmt: skip
 
 
 def _arithmetic(name: str) -> Written:
     data, full, notes = _ARITHMETIC_SETS[name]
     return Written(
-        name=f"llm_adapters_{name}", data=data, full=full, notes=(*notes, _GREEDY), about=_ARITHMETIC,
-        template=PROMPT, new_tokens=256, stop=(END,), extract=last_number, right=same_number,
+        name=f"llm_adapters_{name}", data=data, full=full, notes=notes, about=_ARITHMETIC,
+        template=PROMPT, new_tokens=256, beams=4, stop=(END,), extract=last_number, right=same_number,
     )  # fmt: skip
 
 
@@ -112,8 +111,8 @@ TASKS: tuple[AbstractTask, ...] = (
     *map(_commonsense, COMMONSENSE),
     *map(_arithmetic, _ARITHMETIC_SETS),
     Written(
-        name="llm_adapters_aqua", data="AQuA/test.json", full=254, notes=(_GREEDY,), template=PROMPT, new_tokens=256,
-        about="LLM-Adapters (arXiv:2304.01933): the first letter A to E in at most 256 generated tokens",
+        name="llm_adapters_aqua", data="AQuA/test.json", full=254, template=PROMPT, new_tokens=256, beams=4,
+        about="LLM-Adapters (arXiv:2304.01933): the first letter A to E in at most 256 tokens, 4 beams",
         stop=(END,), extract=LETTER, right=same_word,
     ),
     Written(

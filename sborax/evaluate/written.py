@@ -10,10 +10,12 @@ from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean
 
 
-def texts(prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str], scorer: Scorer) -> list[str]:
+def texts(
+    prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str], scorer: Scorer, beams: int = 1
+) -> list[str]:
     """What the model writes after each prompt, special tokens left out, up to the first of the `stop` strings."""
     found = []
-    for new in scorer.write(prompts, new_tokens):
+    for new in scorer.write(prompts, new_tokens, beams=beams):
         text = scorer.model.tokenizer.decode(new, skip_special_tokens=True)
         found.append(text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))])
     return found
@@ -23,11 +25,12 @@ def texts(prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str]
 class Written(AbstractTask):
     """The share of generated answers that are right.
 
-    new_tokens: at most so many. stop: what ends a text.
+    new_tokens: at most so many. beams: 1 for greedy text. stop: what ends a text.
     extract: the answer in a text, "" or None if there is none. right: whether it is the record's.
     """
 
     new_tokens: int
+    beams: int = 1
     stop: tuple[str, ...] = ()
     extract: Callable[[str], Any]
     right: Callable[[Any, Record], bool]
@@ -37,14 +40,15 @@ class Written(AbstractTask):
         prompts = [self._prompt(number, record, scorer) for number, record in enumerate(units)]
         ids = [self._ids(prompt, scorer) for prompt in prompts]
         items = []
-        for prompt, text, record in zip(prompts, texts(ids, self.new_tokens, self.stop, scorer), units, strict=True):
+        written = texts(ids, self.new_tokens, self.stop, scorer, self.beams)
+        for prompt, text, record in zip(prompts, written, units, strict=True):
             answer = self.extract(text)
             right = self.right(answer, record)
             items.append({"prompt": prompt, "text": text, "answer": answer, "gold": record["answer"], "right": right})
         room = scorer.model.config.context - self.new_tokens
         metrics = {
-            "acc": mean([item["right"] for item in items]),
-            "answered": mean([item["answer"] not in ("", None) for item in items]),
+            "acc": mean([float(item["right"]) for item in items]),
+            "answered": mean([float(item["answer"] not in ("", None)) for item in items]),
         }
         return Measured(metrics, items, cut_remark([max(0, len(own) - room) for own in ids]))
 
