@@ -184,7 +184,7 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("SBORAX_DATA", raising=False)
     model = made / "model"
     assert "give --tasks, --harness, or both" in fails(capsys, model)
-    assert "no task arc; there are" in fails(capsys, model, "--tasks", "arc")
+    assert "no task 'arc'" in fails(capsys, model, "--tasks", "arc")
     assert "--data piqa=x: write TASK=PATH" in fails(capsys, model, "--tasks", "arc_easy", "--data", "piqa=x")
     assert "boolq has a prompt of its own" in fails(capsys, model, "--tasks", "boolq", "--template", "chat")
     assert "--mesh data: write AXIS=SIZE" in fails(capsys, model, "--tasks", "boolq", "--mesh", "data")

@@ -229,5 +229,5 @@ def test_names_of_tasks():
     assert len(KNOWN) == len(TASKS)
     names = [task.name for task in chosen("llm_adapters_arithmetic,arc_easy,arc_easy")]
     assert names[-1] == "arc_easy" and len(names) == 8
-    with pytest.raises(SboraxError, match="no task arc; there are boolq, piqa"):
+    with pytest.raises(SboraxError, match="no task 'arc'; `sborax tasks` lists them"):
         chosen("arc")

@@ -172,5 +172,5 @@ def chosen(names: str) -> list[AbstractTask]:
     listed = [one for name in names.split(",") if name for one in GROUPS.get(name.strip(), (name.strip(),))]
     unknown = next((name for name in listed if name not in known), None)
     if unknown is not None or not listed:
-        raise SboraxError(f"no task {unknown or names!r}; there are {', '.join((*known, *GROUPS))}")
+        raise SboraxError(f"there is no task {unknown or names!r}; `sborax tasks` lists them")
     return [known[name] for name in dict.fromkeys(listed)]
