@@ -188,6 +188,8 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
     assert "--data piqa=x: write TASK=PATH" in fails(capsys, model, "--tasks", "arc_easy", "--data", "piqa=x")
     assert "boolq has a prompt of its own" in fails(capsys, model, "--tasks", "boolq", "--template", "chat")
     assert "--mesh data: write AXIS=SIZE" in fails(capsys, model, "--tasks", "boolq", "--mesh", "data")
+    missing = fails(capsys, model, "--tasks", "hellaswag", "--out", tmp_path / "none")
+    assert "hellaswag: not under $SBORAX_DATA; --data TASK=PATH" in missing
     data = write_data(tmp_path / "data.jsonl")
     wrong = ["--tasks", "arc_easy", "--data", f"arc_easy={data}", "--out", tmp_path / "out"]
     assert "arc_easy: record 0: not an instruction of LLM-Adapters'" in fails(capsys, model, *wrong)

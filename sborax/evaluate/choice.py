@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sborax.core import SboraxError
-from sborax.data.source import read
 from sborax.data.template import prompt_of
 from sborax.evaluate.scorer import Pair, Scored, Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, mean, of_whole
+from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, mean, of_whole, records
 
 
 class Question(NamedTuple):
@@ -64,7 +63,7 @@ class Choice(AbstractTask):
 
     def units(self, scorer: Scorer) -> Sequence[Record]:
         """Every record."""
-        return list(read(self.data, self.split)) if self.rows is None else self.rows(self.data, self.split)
+        return records(self.data, self.split) if self.rows is None else self.rows(self.data, self.split)
 
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
         """Accuracy, plain and by length, and what else `metrics` names."""
@@ -143,7 +142,7 @@ class Mmlu(AbstractTask):
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
         """Accuracy as a mean over subjects, and over items."""
         known: dict[str, list[Record]] = defaultdict(list)
-        for shot in read(self.data, self.shots_split):
+        for shot in records(self.data, self.shots_split):
             known[shot["subject"]].append(shot)
         missing = next((one["subject"] for one in units if one["subject"] not in known), None)
         if missing is not None:

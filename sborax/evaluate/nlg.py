@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sborax.core import SboraxError
-from sborax.data.source import read
 from sborax.evaluate.scorer import Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, mean, of_whole
+from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, mean, of_whole, records
 from sborax.evaluate.written import texts
 
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -110,7 +109,7 @@ class Describe(AbstractTask):
     def units(self, scorer: Scorer) -> Sequence[Record]:
         """Every meaning once, with its references."""
         known: dict[str, list[str]] = {}
-        for record in read(self.data, self.split):
+        for record in records(self.data, self.split):
             known.setdefault(str(field(record, "mr")), []).append(str(field(record, "ref")))
         return [{"mr": meaning, "references": own} for meaning, own in known.items()]
 

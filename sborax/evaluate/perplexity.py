@@ -5,9 +5,8 @@ import math
 from collections.abc import Sequence
 
 from sborax.core import SboraxError
-from sborax.data.source import read
 from sborax.evaluate.scorer import Pair, Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, field, mean
+from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, field, mean, records
 
 
 def windows(tokens: Sequence[int], size: int) -> list[Pair]:
@@ -38,7 +37,7 @@ class Perplexity(AbstractTask):
 
     def units(self, scorer: Scorer) -> Sequence[Record]:
         """Every window of the text."""
-        rows = [str(field(record, self.column)) for record in read(self.data, self.split)]
+        rows = [str(field(record, self.column)) for record in records(self.data, self.split)]
         rows = paragraphs(rows[0]) if len(rows) == 1 else rows
         text = self.between.join(rows)
         if self.window > scorer.model.config.context:

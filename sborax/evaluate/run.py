@@ -85,10 +85,13 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
-def texts_of(record: Mapping[str, Any]) -> Iterable[str]:
-    """What a record asks: its columns of text that are long enough to be no coincidence."""
+def texts_of(record: Record) -> Iterable[str]:
+    """What a record asks: its columns of text, or turns of a conversation, long enough to be no coincidence."""
+    turns = record.get("messages") or ()
     skipped = ("output", "answer", "subject", "text")
-    return (normalised(v) for name, v in record.items() if name not in skipped and isinstance(v, str) and len(v) > 40)
+    found = [value for name, value in record.items() if name not in skipped]
+    found += [turn.get("content") for turn in turns if turn.get("role") == "user"]
+    return [normalised(text) for text in found if isinstance(text, str) and len(text) > 40]
 
 
 def overlap(units: Sequence[Record], trained_on: Iterable[Record]) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sborax.core import SboraxError
-from sborax.data.source import read
+from sborax.data.source import find, read
 from sborax.evaluate.scorer import Scorer
 
 Record = Mapping[str, Any]
@@ -58,7 +58,14 @@ class AbstractTask(abc.ABC):
 
     def units(self, scorer: Scorer) -> Sequence[Record]:
         """All that is scored, one by one. Raises SboraxError for data that is missing or unreadable."""
-        return list(read(self.data, self.split))
+        return records(self.data, self.split)
+
+
+def records(data: str, split: str) -> list[Record]:
+    """Every record of a split. Raises SboraxError for data that is missing or unreadable."""
+    if "/" not in data and find(data, split) is None:
+        raise SboraxError(f"{data}: not under $SBORAX_DATA; --data TASK=PATH names a file, a directory or a hub id")
+    return list(read(data, split))
 
 
 def field(record: Record, name: str) -> Any:
