@@ -83,7 +83,7 @@ def test_greedy_text_is_greedy(torch_model, model):
     written = scorer.write(prompts, 4)
     assert all(one.greedy for one in scorer.continuations([Pair(p, w) for p, w in zip(prompts, written, strict=True)]))
     ids = torch.tensor([prompts[0]])
-    reference = torch_model[0].generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    reference = torch_model[0].generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)
     assert written[0] == reference[0, 3:].tolist()
 
 

@@ -68,7 +68,7 @@ class Choice(AbstractTask):
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
         """Accuracy, plain and by length, and what else `metrics` names."""
         questions = [self._question(number, record, scorer) for number, record in enumerate(units)]
-        return _measured(questions, scorer, self.metrics)
+        return _measured(questions, scorer, self.metrics, self.template != "chat")
 
     def _question(self, number: int, record: Record, scorer: Scorer) -> Question:
         try:
@@ -80,13 +80,13 @@ class Choice(AbstractTask):
             raise SboraxError(f"{self.name}: record {number}: {error}") from None
 
 
-def _pairs(question: Question, scorer: Scorer) -> list[Pair]:
+def _pairs(question: Question, scorer: Scorer, special: bool) -> list[Pair]:
     prompts = question.prompts * (len(question.options) if len(question.prompts) == 1 else 1)
-    return [scorer.pair(prompt, option) for prompt, option in zip(prompts, question.options, strict=True)]
+    return [scorer.pair(prompt, option, special) for prompt, option in zip(prompts, question.options, strict=True)]
 
 
-def _measured(questions: Sequence[Question], scorer: Scorer, metrics: Sequence[str]) -> Measured:
-    found = scorer.options([_pairs(question, scorer) for question in questions])
+def _measured(questions: Sequence[Question], scorer: Scorer, metrics: Sequence[str], special: bool = True) -> Measured:
+    found = scorer.options([_pairs(question, scorer, special) for question in questions])
     items, chosen = [], []
     for question, scored in zip(questions, found, strict=True):
         plain, normed = choose(scored, question.names)
@@ -150,14 +150,14 @@ class Mmlu(AbstractTask):
         questions, fewer = [], 0
         for record in units:
             prompt, shots = self._fitting(record, known[record["subject"]], scorer)
-            fewer += shots < self.shots
+            fewer += shots < min(self.shots, len(known[record["subject"]]))
             questions.append(asked(prompt, LETTERS, record["answer"]))
         done = _measured(questions, scorer, ("acc",))
         right: dict[str, list[float]] = defaultdict(list)
         for record, item in zip(units, done.items, strict=True):
             right[record["subject"]].append(float(item["chosen"] == item["gold"]))
         items = [{"subject": record["subject"], **item} for record, item in zip(units, done.items, strict=True)]
-        remarks = (f"{fewer:,} of {len(units):,} prompts hold fewer than {self.shots} shots, to fit the context",)
+        remarks = (f"{fewer:,} of {len(units):,} prompts hold fewer shots, to fit the context",)
         each = {f"acc of {subject}": mean(values) for subject, values in sorted(right.items())}
         metrics = {"acc over subjects": _macro(list(right.values())), "acc": done.metrics["acc"], **each}
         return Measured(metrics, items, done.remarks + (remarks if fewer else ()))

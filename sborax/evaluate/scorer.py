@@ -79,11 +79,11 @@ class Scorer:
         whole = combine(parts.adapters, parts.frozen) if adapters else None
         return Scorer(model, put_together(parts.base, {}), whole, layout, budget)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds to a text."""
-        return self.model.tokenizer.encode(text, verbose=False)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; special: with the tokens that the tokenizer adds to a text, which a chat template has already."""
+        return self.model.tokenizer.encode(text, add_special_tokens=special, verbose=False)
 
-    def pair(self, prompt: str, continuation: str) -> Pair:
+    def pair(self, prompt: str, continuation: str, special: bool = True) -> Pair:
         """A prompt and its continuation as tokens, cut where the harness cuts them.
 
         The text is tokenised whole, and white space at the end of the prompt goes to the continuation. An empty
@@ -92,10 +92,10 @@ class Scorer:
         """
         bare = prompt.rstrip()
         if bare:
-            begin = self.encode(bare)
-            rest = self.encode(prompt + continuation)[len(begin) :]
+            begin = self.encode(bare, special)
+            rest = self.encode(prompt + continuation, special)[len(begin) :]
         else:
-            begin, whole = self.prefix(), self.model.tokenizer.encode(prompt + continuation, add_special_tokens=False)
+            begin, whole = self.prefix(), self.encode(prompt + continuation, False)
             rest = whole[1:] if whole[:1] == begin else whole
         if not rest:
             raise SboraxError(f"{(prompt + continuation)[:40]!r}: its continuation has no token of its own")

@@ -60,5 +60,4 @@ class Written(AbstractTask):
             raise SboraxError(f"{self.name}: record {number}: {error}") from None
 
     def _ids(self, prompt: str, scorer: Scorer) -> list[int]:
-        special = self.template != "chat"
-        return scorer.model.tokenizer.encode(prompt, add_special_tokens=special, verbose=False)
+        return scorer.encode(prompt, special=self.template != "chat")
