@@ -11,6 +11,7 @@ from sborax_models import make
 from tiny_model import tokenizer
 
 import sborax as sx
+from sborax.core import AbstractWeight, is_weight
 from sborax.evaluate import Pair, Scorer
 from sborax.evaluate.shapes import batches, padded
 from sborax.models import load_model
@@ -134,7 +135,9 @@ def test_routed_adapters_are_weighed_by_the_prompt_alone(model, questions):
 
 def test_four_bits_score_as_the_weights_they_stand_for(model, questions, alone):
     quantised = quantise_base(model.params, "nf4")
-    dense = jax.tree.map(sx.core.dense, quantised, is_leaf=sx.core.is_weight)
+    dense = jax.tree.map(
+        lambda leaf: leaf.dense() if isinstance(leaf, AbstractWeight) else leaf, quantised, is_leaf=is_weight
+    )
     found = Scorer.of(model, quantised, budget=512).options(questions)
     np.testing.assert_allclose(
         numbers(found), numbers(Scorer.of(model, dense, budget=512).options(questions)), rtol=1e-4, atol=1e-3
