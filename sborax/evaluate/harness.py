@@ -144,7 +144,10 @@ def run_harness(
     place = None if out is None else epath.Path(out)
     if place is not None and (place / RESULTS).exists():
         raise SboraxError(f"{place / RESULTS}: exists; choose another --out")
-    manager = TaskManager(include_path=include)
+    # Looking through the harness' own thousands of tasks takes seconds.
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include)
     unknown = next((name for name in names if name not in manager.all_tasks), None)
     if unknown is not None:
         raise SboraxError(
