@@ -1,11 +1,13 @@
-"""Every measurement that this machine can make: python -m benchmarks [step] [generation] [scaling]
+"""Every measurement that this machine can make: python -m benchmarks [step] [generation] [scaling] [sweep]
 
 step: one training step of every method, beside PEFT's and qwix's LoRA (where they are installed).
 generation: greedy text beside transformers.
-scaling: the cost of our step against length, rank, adapted modules, and adapters trained at once.
+scaling: the cost of our step against length, rank and adapted modules.
+sweep: the step of 2 and of 6 adapters trained at once over so many single steps.
 
 On a CPU the shape is SmolLM2-135M's, 4 x 256 tokens in float32, two threads; on a GPU `python -m benchmarks.gpu`.
-Each number comes from a process of its own, peers in turn; methods are compared with LoRA step by step in one process.
+What runs in JAX is compared with LoRA step by step in one process; what runs in torch has a process of its own, and
+LoRA one beside it, in turn.
 Appends what it measured to benchmarks/results.jsonl. Goals that are missed are marked.
 """
 
@@ -19,10 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runner import time_ratio
 from benchmarks.shapes import SHAPES, minimum_flops, model_flops
 from benchmarks.worker import run
 
 RESULTS = Path(__file__).parent / "results.jsonl"
+TABLES = ["step", "generation", "scaling", "sweep"]
 PEERS = ("PEFT", "PEFT, compiled", "qwix")
 METHODS = (
     "LoRA", "SBoRA-FA", "SBoRA-FB", "Bone", "Bat", "DoRA", "PiSSA", "SARA", "Mo-SARA", "QLoRA", "QSBoRA-FA", "full",
@@ -62,28 +66,28 @@ def attempt(name: str, **task: Any) -> dict[str, Any] | None:
 def step(case: dict[str, Any], rounds: int, steps: int, only: list[str]) -> dict[str, Any]:
     """The table of training steps."""
     shape, tokens = SHAPES[case["shape"]], case["batch"] * case["length"]
-    peers = [name for name in PEERS if name in only]
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
-        # LoRA stands beside every peer, the two next to each other in time.
-        for name in peers:
-            for own in (name, f"LoRA beside {name}"):
-                what = name if own == name else "measure"
-                told = attempt(own, what=what, case={**case, "method": "LoRA"}, steps=steps)
-                found.setdefault(own, []).extend([told] if told else [])
+        for name in (name for name in PEERS if name in only):
+            told = attempt(name, what=name, case=case, steps=steps)
+            # One in torch has a process of its own, and LoRA another, next to it in time.
+            if told and "own_seconds" not in told:
+                own = run(what="measure", case=case, steps=steps)
+                told |= {"own_seconds": own["seconds"], "own_peak_gib": own["peak_gib"]}
+            found.setdefault(name, []).extend([told] if told else [])
     bound = run(what="matmul", case=case)["flops_per_second"]
     record: dict[str, Any] = {"matmul_gflops": bound / 1e9, "rows": {}}
     rows = []
-    for name in peers:
-        theirs, own = ([s for part in found[key] for s in part["seconds"]] for key in (name, f"LoRA beside {name}"))
-        if not theirs:
+    for name, all_told in found.items():
+        if not all_told:
             continue
-        ratio = statistics.median(theirs) / statistics.median(own)
-        mine, its = (found[key][0] for key in (f"LoRA beside {name}", name))
-        record["rows"][name] = {"lora_over_it": ratio, **{key: its.get(key) for key in its if key != "seconds"}}
+        theirs, own = ([s for told in all_told for s in told[key]] for key in ("seconds", "own_seconds"))
+        ratio, told = time_ratio(theirs, own), all_told[0]
+        known = {key: told.get(key) for key in ("temp_gib", "peak_gib", "compile_seconds", "own_peak_gib", "trainable")}
+        record["rows"][name] = {"lora_over_it": ratio, **known}
+        cells = [number(value) for key, value in known.items() if key != "trainable"]
         goal = PEFT_GOAL if name.startswith("PEFT") else None
-        cells = [number(its.get(key)) for key in ("temp_gib", "peak_gib", "compile_seconds")]
-        rows.append([name, short(ratio, goal), *cells, number(mine["peak_gib"]), f"{its['trainable']:,}"])
+        rows.append([name, short(ratio, goal), *cells, f"{told['trainable']:,}"])
     columns = ["peer, LoRA", "our LoRA's speed over it", "temp GiB", "peak GiB", "compile s", "our peak GiB", "trained"]
     show("Peers", columns, rows)
     rows = []
@@ -125,48 +129,61 @@ def generation(shape: str, rounds: int, batch: int = 16, new: int = 64) -> dict[
         for name, parts in told.items()
     }
     ratio = speed["sborax"] / speed["transformers"]
-    compile_seconds = told["sborax"][0]["compile_seconds"]
     heading = f"Greedy text, {batch} prompts of 8 to 32 tokens, {new} new tokens each"
-    show(heading, ["sborax over transformers", "compile s"], [[short(ratio, GENERATION_GOAL), number(compile_seconds)]])
-    return {"over_transformers": ratio, "compile_seconds": compile_seconds}
+    show(heading, ["sborax over transformers"], [[short(ratio, GENERATION_GOAL)]])
+    return {"over_transformers": ratio}
 
 
 def scaling(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Step time of LoRA against one thing at a time, relative to the common case; K adapters against K single runs."""
-    arms: list[tuple[str, dict[str, Any], int]] = [
-        *((f"{length} tokens a row, as many in all", {"length": length, "batch": 1024 // length}, 1)
+    """Step time of LoRA against one thing at a time, each in turn with the common case."""
+    arms: list[tuple[str, dict[str, Any]]] = [
+        *((f"{length} tokens a row, as many in all", {"length": length, "batch": 1024 // length})
           for length in (128, 512, 1024)),
-        *((f"rank {rank}", {"rank": rank}, 1) for rank in (4, 64)),
-        *((f"only {modules}", {"modules": modules}, 1) for modules in ("(q|v)_proj", "self_attn", "mlp")),
-        *((f"{members} adapters at once", {}, members) for members in (2, 4)),
+        *((f"rank {rank}", {"rank": rank}) for rank in (4, 64)),
+        *((f"only {modules}", {"modules": modules}) for modules in ("(q|v)_proj", "self_attn", "mlp")),
     ]  # fmt: skip
     rows, record = [], {}
-    for name, change, members in arms:
-        common = run(what="measure", case=case, steps=steps)
-        told = attempt(name, what="measure", case={**case, **change}, steps=steps, members=members)
+    for name, change in arms:
+        told = attempt(name, what="pair", case={**case, **change}, other=case, steps=steps)
         if told is None:
             continue
-        ratio = statistics.median(told["seconds"]) / statistics.median(common["seconds"]) / members
-        record[name] = {"step_over_common": ratio, "temp_gib": told["temp_gib"]}
-        rows.append([name, f"{ratio:.3f}", number(told["temp_gib"])])
-    show("LoRA's step, time over that of the common case (for K adapters, over K such steps)",
-         ["changed", "time", "temp GiB"], rows)  # fmt: skip
+        ratio = 1 / told["speed_over_other"]
+        record[name] = {"step_over_common": ratio, "temp_gib": told["temp_gib"], "trainable": told["trainable"]}
+        rows.append([name, f"{ratio:.3f}", number(told["temp_gib"]), f"{told['trainable']:,}"])
+    columns = ["changed", "time", "temp GiB", "trained"]
+    show("LoRA's step, time over that of the common case", columns, rows)
+    return record
+
+
+def sweep(case: dict[str, Any], steps: int) -> dict[str, Any]:
+    """K adapters at once against K single steps."""
+    rows, record = [], {}
+    for members in (2, 6):
+        told = attempt(f"{members} adapters", what="sweep", case=case, members=members, steps=steps)
+        for name in ("lax.map", "vmap") if told else ():
+            own, single = told[name], told["single"]
+            record[f"{members}, {name}"] = {key: own[key] for key in own if key != "seconds"}
+            cells = [number(cell) for cell in (own["temp_gib"], single["temp_gib"], own["compile_seconds"])]
+            rows.append([str(members), name, f"{own['over_single_runs']:.3f}", *cells])
+    columns = ["adapters", "by", "time over so many single steps", "temp GiB", "a single's", "compile s"]
+    show(f"{case['method']} over {case.get('layers', 'all')} layers, several adapters at once", columns, rows)
     return record
 
 
 def main() -> None:
     """Measure what is asked for and keep the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", default=["step", "generation", "scaling"])
+    parser.add_argument("tables", nargs="*", default=TABLES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each process")
-    parser.add_argument("--only", default=",".join(METHODS) + ";" + ";".join(PEERS), help="rows of step, ; between")
+    parser.add_argument("--only", default=";".join(METHODS + PEERS), help="rows of step, with semicolons between")
     parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
     args = parser.parse_args()
-    unknown = sorted(set(args.tables) - {"step", "generation", "scaling"})
+    unknown = sorted(set(args.tables) - set(TABLES))
+    only = args.only.split(";")
+    unknown += sorted(set(only) - {*METHODS, *PEERS})
     if unknown:
-        parser.error(f"no table {unknown[0]!r}")
-    only = [name for part in args.only.split(";") for name in ([part] if part in PEERS else part.split(","))]
+        parser.error(f"{unknown[0]!r} is neither a table nor a row of one")
     case = {"method": "LoRA", "shape": args.shape, "rank": 16, "batch": 4, "length": 256, "dtype": "float32"}
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -175,14 +192,20 @@ def main() -> None:
         "case": case,
     }
     print(json.dumps(record))
-    if "step" in args.tables:
-        record["step"] = step(case, args.rounds, args.steps, only)
-    if "generation" in args.tables:
-        record["generation"] = generation(args.shape, args.rounds)
-    if "scaling" in args.tables:
-        record["scaling"] = scaling(case, args.steps)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(rounded(record)) + "\n")
+    try:
+        if "step" in args.tables:
+            record["step"] = step(case, args.rounds, args.steps, only)
+        if "generation" in args.tables:
+            record["generation"] = generation(args.shape, args.rounds)
+        if "scaling" in args.tables:
+            record["scaling"] = scaling(case, args.rounds * args.steps)
+        if "sweep" in args.tables:
+            # Fewer layers: the ratio does not depend on them, and six times their activations are held.
+            record["sweep"] = sweep({**case, "method": "SBoRA-FA", "layers": 4}, args.rounds * args.steps)
+    finally:
+        # A table that fails takes nothing from those before it.
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(rounded(record)) + "\n")
 
 
 def rounded(tree: Any) -> Any:

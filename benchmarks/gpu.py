@@ -8,6 +8,7 @@ runs beside where torch and peft are installed, eager and compiled. Utilisation 
 import argparse
 import datetime
 import json
+import shutil
 import statistics
 import subprocess
 from typing import Any
@@ -35,6 +36,9 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=989.0, help="dense bfloat16 TFLOP/s of the card")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
+    if shutil.which("nvidia-smi") is None:
+        parser.error("there is no NVIDIA GPU here (nvidia-smi is missing); python -m benchmarks measures on a CPU")
+    # Asked of the driver: JAX in this process would take the memory that is measured.
     cards = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
     rows, speeds, record = [], {}, {}
     for scene, method, own in ARMS:

@@ -5,15 +5,18 @@ import resource
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sborax as sx
+from benchmarks.runner import Runner, in_turn, time_ratio
 from benchmarks.shapes import EPS, SHAPES, kernels
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.quant.nf4 import quantise
+from sborax.train import loss
 from sborax.train.experiment import Optimizer
 from sborax.train.optimizer import make_optimizer
 from sborax.train.state import start, take_apart
@@ -73,11 +76,14 @@ class Prepared:
         return self.step.lower(self.state, self.parts.frozen, self.parts.base, self.batch)
 
 
-def prepare(case: Case) -> Prepared:
-    """A model of random weights, its adapters, and one batch."""
-    config = LlamaConfig(**case.sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
-    model = LanguageModel(Llama(config, jnp.dtype(case.dtype), case.remat, case.scan), {}, config, None)
-    four_bit = case.method.startswith("Q")
+def plain_model(sizes: dict[str, Any], dtype: str = "float32", remat: str = "none", scan: bool = True) -> LanguageModel:
+    """A model of a shape, without parameters and tokenizer."""
+    config = LlamaConfig(**sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
+    return LanguageModel(Llama(config, jnp.dtype(dtype), remat, scan), {}, config, None)
+
+
+def random_params(model: LanguageModel, four_bit: bool = False) -> Any:
+    """Parameters of a model, the kernels of its layers in NF4 if asked."""
 
     def random(path: Any, leaf: Any) -> Any:
         keys = [part.key for part in path]
@@ -86,14 +92,12 @@ def prepare(case: Case) -> Prepared:
         drawn = jax.jit(lambda: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))()
         return quantise(drawn) if four_bit and keys[0] == "layers" and keys[-1] == "kernel" else drawn
 
-    params = jax.tree_util.tree_map_with_path(random, model.abstract())
-    method = METHODS[case.method](case.rank)
-    rules = [] if method is None else [(case.modules, method)]
-    params, adapters = sx.attach(jax.random.key(0), params, rules) if rules else (params, {})
-    parts = take_apart(params, adapters, train_base=method is None)
-    tx = make_optimizer(Optimizer(), 1000)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (1, case.batch, case.length)).astype(np.int32)
+    return jax.tree_util.tree_map_with_path(random, model.abstract())
+
+
+def random_batch(case: Case) -> dict[str, Any]:
+    """One microbatch in which every token counts, on the device."""
+    tokens = np.random.default_rng(0).integers(0, case.sizes["vocab_size"], (1, case.batch, case.length), np.int32)
     segments = 1 + np.arange(case.length, dtype=np.int32) * case.documents // case.length
     batch = {
         "tokens": tokens,
@@ -101,70 +105,47 @@ def prepare(case: Case) -> Prepared:
         "counts": np.ones_like(tokens, bool),
         "segments": np.broadcast_to(segments, tokens.shape).copy(),
     }
-    return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, batch)
+    return jax.device_put(batch)
 
 
-@dataclasses.dataclass
-class Runner:
-    """A compiled step that goes on from its own state."""
-
-    compiled: Any
-    state: Any
-    constants: tuple[Any, ...]
-    compile_seconds: float
-    trainable: int
-
-    @classmethod
-    def of(cls, case: Case, members: int = 1) -> "Runner":
-        """members: how many adapters take the step at once over one base, by `vmap`; 1 is the plain step."""
-        prepared = prepare(case)
-        step, state, frozen = prepared.step, prepared.state, prepared.parts.frozen
-        if members > 1:
-            state, frozen = jax.tree.map(lambda leaf: jnp.stack([leaf] * members), (state, frozen))
-            step = jax.jit(jax.vmap(prepared.step, in_axes=(0, 0, None, None)), donate_argnums=0)
-        constants = (frozen, prepared.parts.base, jax.device_put(prepared.batch))
-        began = time.perf_counter()
-        compiled = step.lower(state, *constants).compile()
-        return cls(compiled, state, constants, time.perf_counter() - began, prepared.parts.count)
-
-    def seconds(self) -> float:
-        """One step, timed."""
-        began = time.perf_counter()
-        self.state, numbers = self.compiled(self.state, *self.constants)
-        jax.block_until_ready(numbers["loss"])
-        taken = time.perf_counter() - began
-        assert np.all(np.isfinite(np.asarray(numbers["loss"])))
-        return taken
-
-    def told(self) -> dict[str, Any]:
-        """What is known without running it. held_gib: arguments, results and temporaries as compiled."""
-        memory = self.compiled.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return {
-            "compile_seconds": self.compile_seconds,
-            "temp_gib": memory.temp_size_in_bytes / 2**30,
-            "held_gib": (held + memory.temp_size_in_bytes) / 2**30,
-            "trainable": self.trainable,
-        }
+def prepare(case: Case) -> Prepared:
+    """A model of random weights, its adapters, and one batch."""
+    model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
+    params, adapters = random_params(model, case.method.startswith("Q")), {}
+    method = METHODS[case.method](case.rank)
+    if method is not None:
+        params, adapters = sx.attach(jax.random.key(0), params, [(case.modules, method)])
+    parts = take_apart(params, adapters, train_base=method is None)
+    tx = make_optimizer(Optimizer(), 1000)
+    return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, random_batch(case))
 
 
-def measure(case: Case, steps: int, members: int = 1) -> dict[str, Any]:
-    """Seconds of every step but the first, what `Runner.told` tells, and the most memory held."""
-    runner = Runner.of(case, members)
-    runner.seconds()
-    return {"seconds": [runner.seconds() for _ in range(steps)], **runner.told(), "peak_gib": peak_gib()}
+def runner(case: Case) -> tuple[Runner, int]:
+    """The compiled step and how many parameters an adapter trains."""
+    prepared = prepare(case)
+    made = Runner.of(prepared.step, prepared.state, prepared.parts.frozen, prepared.parts.base, prepared.batch)
+    return made, prepared.parts.count
+
+
+def measure(case: Case, steps: int) -> dict[str, Any]:
+    """Seconds of every step but the first, what is known of the program, and the most memory held."""
+    own, trainable = runner(case)
+    own.seconds()
+    seconds = [own.seconds() for _ in range(steps)]
+    return {"seconds": seconds, **own.told(), "trainable": trainable, "peak_gib": peak_gib()}
 
 
 def pair(case: Case, other: Case, steps: int) -> dict[str, Any]:
-    """Steps of `case` and of `other` in turn, so that drift of the machine meets both: the ratio of their speeds."""
-    runners = [Runner.of(one) for one in (case, other)]
-    rounds = [[runner.seconds() for runner in runners] for _ in range(steps + 1)][1:]
-    own, theirs = zip(*rounds, strict=True)
+    """Steps of `case` and of `other` in turn, and the ratio of their speeds."""
+    (own, trainable), (reference, _) = runner(case), runner(other)
+    seconds, theirs = in_turn(own, reference, steps)
+    speed = time_ratio(theirs, seconds)
     return {
-        "seconds": list(own),
-        "other_seconds": list(theirs),
-        "speed_over_other": statistics.median(theirs) / statistics.median(own),
-        **runners[0].told(),
+        "seconds": seconds,
+        "other_seconds": theirs,
+        "speed_over_other": speed,
+        **own.told(),
+        "trainable": trainable,
     }
 
 
@@ -184,10 +165,8 @@ def matmul_flops_per_second(case: Case) -> float:
 
 def unrolled(case: Case, layers: int) -> Any:
     """The compiled step of a few layers one after the other, cross-entropy in one chunk: a program without loops."""
-    from sborax.train import loss
-
-    loss.frozen_head_loss.__wrapped__.__defaults__ = (case.batch * case.length,)
-    return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
+    with mock.patch.object(loss, "CHUNK", case.batch * case.length):
+        return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
 
 
 def flops(case: Case) -> float:

@@ -1,5 +1,6 @@
 """The same training step in PEFT on transformers, and with the LoRA of qwix on our Flax model."""
 
+import functools
 import time
 from typing import Any
 
@@ -61,20 +62,20 @@ def peft_step(case: dict[str, Any], steps: int, compiled: bool = False) -> dict[
 
 
 def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """qwix's LoRA provider around our own Flax model, whose plain projections it intercepts."""
+    """qwix's LoRA provider around our own Flax model, whose plain projections it intercepts, in turn with our step."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
     import optax
     import qwix
 
-    from benchmarks.ours import peak_gib
-    from sborax.models import Llama, LlamaConfig
+    from benchmarks.ours import Case, plain_model, runner
+    from benchmarks.runner import Runner, in_turn
 
     sizes = SHAPES[case["shape"]]
-    config = LlamaConfig(**sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
-    plain = Llama(config, jnp.dtype(case["dtype"]), "none", case["scan"])
-    provider = qwix.LoraProvider(module_path=".*(_proj).*", rank=case["rank"], alpha=float(case["rank"]))
+    plain = plain_model(sizes, case["dtype"]).module
+    rank = case["rank"]
+    # Without disable_jit its parameters leak out of the compiled functions inside the model.
+    provider = qwix.LoraProvider(module_path=".*(_proj).*", rank=rank, alpha=float(rank), disable_jit=True)
     model = qwix.apply_lora_to_model(plain, provider)
     tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (case["batch"], case["length"])).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :8])["params"]
@@ -83,7 +84,7 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
     train = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if own]
     base = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if not own]
     if not train:
-        raise SystemExit("qwix put no LoRA parameters on this model")
+        raise RuntimeError("qwix put no LoRA parameters on this model")
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-4, weight_decay=0.0))
 
     def loss(train: list[Any], base: list[Any], tokens: Any) -> Any:
@@ -92,26 +93,14 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
         logits = model.apply({"params": whole}, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    @jax.jit
-    def step(train: Any, opt: Any, base: Any, tokens: Any) -> Any:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, base: Any, tokens: Any) -> Any:
+        train, opt = state
         value, grads = jax.value_and_grad(loss)(train, base, tokens)
         updates, opt = tx.update(grads, opt, train)
-        return optax.apply_updates(train, updates), opt, value
+        return (optax.apply_updates(train, updates), opt), {"loss": value}
 
-    opt = tx.init(train)
-    began = time.perf_counter()
-    compiled = step.lower(train, opt, base, tokens).compile()
-    compile_seconds = time.perf_counter() - began
-    seconds = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        train, opt, value = compiled(train, opt, base, tokens)
-        jax.block_until_ready(value)
-        seconds.append(time.perf_counter() - began)
-    return {
-        "seconds": seconds[1:],
-        "compile_seconds": compile_seconds,
-        "temp_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
-        "peak_gib": peak_gib(),
-        "trainable": sum(leaf.size for leaf in train),
-    }
+    theirs, (own, _) = Runner.of(step, (train, tx.init(train)), base, tokens), runner(Case(**case))
+    seconds, own_seconds = in_turn(theirs, own, steps)
+    trainable = sum(leaf.size for leaf in train)
+    return {"seconds": seconds, "own_seconds": own_seconds, **theirs.told(), "trainable": trainable}

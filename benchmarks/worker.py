@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,14 +13,16 @@ from benchmarks.peers import THREADS
 def run(**task: Any) -> dict[str, Any]:
     """What a new process measures.
 
-    Raises RuntimeError with the last line of what it said if it fails.
+    Raises RuntimeError with the last error it named if it fails.
     """
     env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "JAX_ENABLE_COMPILATION_CACHE": "0"}
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(task)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        raise RuntimeError(said[-1])
+        # JAX adds remarks of its own after the error.
+        named = [line for line in said if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+        raise RuntimeError((named or said)[-1])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -46,7 +49,11 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         return {"flops_per_second": ours.matmul_flops_per_second(case)}
     if what == "pair":
         return ours.pair(case, ours.Case(**task["other"]), task["steps"])
-    return ours.measure(case, task["steps"], task.get("members", 1))
+    if what == "sweep":
+        from benchmarks import sweep
+
+        return sweep.measure(case, task["members"], task["steps"])
+    return ours.measure(case, task["steps"])
 
 
 if __name__ == "__main__":

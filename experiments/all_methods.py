@@ -12,7 +12,6 @@ import datetime
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ import jax
 from etils import epath
 
 import sborax as sx
-from sborax.paths import as_rules
-from sborax.train.base import rewritten
-from sborax.train.loop import read_data, set_up, train
+from benchmarks.runner import Runner, in_turn, time_ratio
+from sborax.train.loop import read_data, read_model, set_up, train
 from sborax.train.optimizer import make_optimizer
 from sborax.train.state import start
 from sborax.train.step import make_step
@@ -128,63 +126,30 @@ def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
     )
 
 
-@dataclasses.dataclass
-class Step:
-    """The compiled step of an experiment, to be run on its first batch again and again."""
-
-    compiled: Any
-    state: Any
-    constants: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, experiment: sx.Experiment, folder: epath.Path) -> "Step":
-        """Set up as a run is, and compiled."""
-        model = sx.load_model(
-            experiment.model,
-            experiment.precision,
-            remat=experiment.remat,
-            quant=experiment.quant,
-            keep=rewritten(as_rules(experiment.rules)),
-        )
-        batches, _ = read_data(experiment, model, lambda _: None)
-        model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
-        tx = make_optimizer(experiment.optimizer, experiment.steps)
-        state, constants = start(parts, tx), (parts.frozen, parts.base, batches[0])
-        return cls(make_step(model, tx, jax.random.key(0)).lower(state, *constants).compile(), state, constants)
-
-    @property
-    def temporaries(self) -> int:
-        """Bytes of temporary memory."""
-        return self.compiled.memory_analysis().temp_size_in_bytes
-
-    def seconds(self) -> float:
-        """One step, timed."""
-        began = time.perf_counter()
-        self.state, numbers = self.compiled(self.state, *self.constants)
-        jax.block_until_ready(numbers["loss"])
-        return time.perf_counter() - began
+def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
+    """The compiled step of an experiment, set up as a run is, on its first batch."""
+    model = read_model(experiment)
+    batches, _ = read_data(experiment, model, lambda _: None)
+    model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
+    tx = make_optimizer(experiment.optimizer, experiment.steps)
+    step = make_step(model, tx, jax.random.key(0))
+    return Runner.of(step, start(parts, tx), parts.frozen, parts.base, batches[0])
 
 
-def ratio(own: Step, reference: Step) -> float:
-    """Time of a step over that of the reference, the two in turn, so that drift of the machine meets both."""
-    pairs = [(own.seconds(), reference.seconds()) for _ in range(TIMED + 1)][1:]
-    return statistics.median(pair[0] for pair in pairs) / statistics.median(pair[1] for pair in pairs)
-
-
-def run(settings: sx.Experiment, reference: Step | None) -> tuple[dict[str, Any], Step]:
+def run(settings: sx.Experiment, reference: Runner | None) -> tuple[dict[str, Any], Runner]:
     """One row: a whole run in a directory that is thrown away, then its step beside the reference's."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
         summary = train(settings, folder / "run", echo=lambda _: None)
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        step = Step.of(settings, folder / "again")
+        step = step_of(settings, folder / "again")
     lines = [line for line in lines if "loss" in line]
     losses = [line["loss"] for line in lines]
     row = {
         "trained": summary.trainable_parameters,
         "first": statistics.mean(losses[:10]),
         "last": statistics.mean(losses[-10:]),
-        "ratio": 1.0 if reference is None else ratio(step, reference),
+        "ratio": 1.0 if reference is None else time_ratio(*in_turn(step, reference, TIMED)),
         "temp": step.temporaries,
     }
     return row, step
@@ -206,7 +171,7 @@ def table(arms: list[Arm], wanted: list[str], scene: Scene, model: str, data: st
         settings = experiment(arm, scene, model, data)
         if reference is None and arm is not arms[0]:
             with tempfile.TemporaryDirectory() as temporary:
-                reference = Step.of(experiment(arms[0], scene, model, data), epath.Path(temporary))
+                reference = step_of(experiment(arms[0], scene, model, data), epath.Path(temporary))
         row, step = run(settings, reference)
         reference = reference or step
         fell = "" if row["last"] < row["first"] else " (did not fall)"

@@ -41,6 +41,7 @@ from sborax.paths import Plan, Rule, plan
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.ranks import LinearRanks, ShuffledRanks, SingularMass
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
+from sborax.train.grid import Sweep
 from sborax.tree import (
     add,
     attach,
@@ -125,6 +126,7 @@ __all__ = [
     "SboraxError",
     "ShuffledRanks",
     "SingularMass",
+    "Sweep",
     "VeRA",
     "XGBLoRA",
     "add",

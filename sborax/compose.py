@@ -199,6 +199,10 @@ class Chain(AbstractMethod):
     def ragged(self) -> bool:
         return self.first.ragged and self.second.ragged
 
+    @property
+    def sends(self) -> str:
+        return self.second.sends
+
     def check(self, shape: tuple[int, int]) -> None:
         self.first.check(shape)
 

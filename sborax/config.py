@@ -53,6 +53,7 @@ def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = Fal
 def override(config: T, changes: Sequence[str]) -> T:
     """`config` with dotted changes: `optimizer.lr=1e-4`, `rules.0.method.rank=8`. All are made before any check.
 
+    `*` stands for every entry of a list: `rules.*.method.alpha=16`.
     Raises SboraxError for a change without `=`, an unknown key (close ones are listed), a value of the wrong type.
     """
     raw = encode(config)
@@ -60,7 +61,8 @@ def override(config: T, changes: Sequence[str]) -> T:
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise SboraxError(f"{change!r}: write key=value, such as optimizer.lr=1e-4")
-        _assign(raw, key, Literal(text))
+        for one in _spelled(raw, key):
+            _assign(raw, one, Literal(text))
     return _decode(type(config), raw, "", False)
 
 
@@ -73,6 +75,21 @@ def _assign(raw: Any, key: str, value: Literal) -> None:
         if isinstance(node, Literal):
             raise SboraxError(f"{key}: {'.'.join(done)} is given as a whole by another change")
     node[_index(node, last, done)] = value
+
+
+def _spelled(raw: Any, key: str) -> list[str]:
+    """The key with every `*` replaced by the numbers of the entries of the list that it stands for."""
+    before, star, after = f".{key}.".partition(".*.")
+    if not star:
+        return [key]
+    node, done = raw, []
+    for part in before.split(".")[1:]:
+        node = node[_index(node, part, done)]
+        done.append(part)
+    if not isinstance(node, list):
+        raise SboraxError(f"{key}: {'.'.join(done) or 'a config'} is no list, so * stands for nothing")
+    keys = (".".join([*done, str(number), *after.split(".")[:-1]]) for number in range(len(node)))
+    return [spelled for one in keys for spelled in _spelled(raw, one)]
 
 
 def _index(node: Any, part: str, done: list[str]) -> Any:

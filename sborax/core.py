@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 Leaves = dict[str, Any]
 """Arrays by name; composed methods nest one level per part."""
@@ -57,9 +57,35 @@ def dense(weight: Weight) -> Float[Array, "*stack in out"]:
     return weight.dense() if isinstance(weight, AbstractWeight) else weight
 
 
+ROWS = ("data", "fsdp")
+"""Mesh axes that the rows of a batch lie on, and so tokens."""
+
+
+def sharing() -> int:
+    """Devices that share the features of a projection: the size of mesh axis "tensor", 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def by_rows(x: Float[Array, "tokens _"]) -> Float[Array, "tokens _"]:
+    """`x` with its tokens cut over `ROWS` where there is such a mesh; whether features are cut is left open.
+
+    Without it the compiler may cut an activation as a weight beside it lies, and send the activation.
+    """
+    if not set(ROWS) <= set(jax.sharding.get_abstract_mesh().axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(ROWS, jax.P.UNCONSTRAINED))
+
+
 def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
     """`x @ weight` in the dtype of `x`."""
     return weight.rmatmul(x) if isinstance(weight, AbstractWeight) else x @ weight.astype(x.dtype)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """The arrays, uncut on every device of a mesh, so that what is computed from them has the bits of one device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.sharding.PartitionSpec())
 
 
 @jax.tree_util.register_dataclass
@@ -161,6 +187,8 @@ class AbstractMethod(abc.ABC):
     """Leaves may be padded to the largest rank of a stack: zero padding trains to zero."""
     needs: frozenset[str] = frozenset()
     """Fields of `Hint` without which `init` cannot run."""
+    sends: str = ""
+    """Empty, or what devices that share a projection send beside `summed`, the leaves and their gradients."""
     linked: bool = False
     """Layers read what earlier layers of the same projection have or saw: see `depth.AbstractLinked`."""
 
@@ -168,6 +196,12 @@ class AbstractMethod(abc.ABC):
     @abc.abstractmethod
     def axes(self) -> Axes:
         """Logical axes of every leaf that a node of this method may have: "in", "out", "rank" or None."""
+
+    @property
+    def summed(self) -> int:
+        """Floats a token that devices which share a projection sum once a step, beside what they sum for the base: the
+        width between two thin factors."""
+        return width(self.rank) if any("rank" in names for names in self.axes.values()) else 0
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, int]) -> None:
@@ -221,7 +255,7 @@ class AbstractAdditive(AbstractMethod):
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        return self.add_to(matmul(x, weight), x, adapter, ctx)
+        return self.add_to(by_rows(matmul(x, weight)), x, adapter, ctx)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         return self.add_to_weight(dense(weight).astype(jnp.float32), adapter)
@@ -274,6 +308,14 @@ class AbstractComposite(AbstractMethod):
         return all(part.ragged for part in self.members)
 
     @property
+    def summed(self) -> int:
+        return sum(part.summed for part in self.members)
+
+    @property
+    def sends(self) -> str:
+        return next((part.sends for part in self.members if part.sends), "")
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(part.needs for part in self.members))
 
@@ -294,7 +336,7 @@ def linear(
     Tokens are flattened first: with more than two axes XLA:CPU copies transposed operands for thin gradients.
     """
     batch = x.shape[:-1]
-    flat = x.reshape(-1, x.shape[-1])
+    flat = by_rows(x.reshape(-1, x.shape[-1]))
     if adapter is None:
         y = matmul(flat, weight)
     else:

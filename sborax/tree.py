@@ -31,6 +31,7 @@ from sborax.core import (
     is_weight,
     leaf_axes,
     structure,
+    whole,
 )
 from sborax.depth import axes_leaves, stack_of
 from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
@@ -97,6 +98,8 @@ def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, s
     layers = jnp.broadcast_to(hint.layer, stack) + jnp.arange(math.prod(stack)).reshape(stack)
 
     def one(layer: Array, kernel: Any, grad: Any) -> Fitted:
+        # One layer at a time is gathered, and only for methods that read it.
+        kernel, grad = whole((kernel, grad))
         return method.init(jax.random.fold_in(key, layer), kernel, Hint(layer, grad))
 
     with jax.default_matmul_precision("highest"):
@@ -116,6 +119,7 @@ def rewrite(weight: Weight, node: Adapter) -> Weight:
     stack = stack_of(node)
 
     def one(layer: Array, own: Any, adapter: Adapter) -> Array:
+        own, adapter = whole((own, adapter))
         residual = _residual(dense(own).astype(jnp.float32), adapter, layer)
         # Rounded once at the end, however many parts there are.
         return residual if isinstance(own, AbstractWeight) else residual.astype(own.dtype)
@@ -156,16 +160,18 @@ def attach(
     found = kernels(params)
     adapters, rewritten = {}, {}
     for site in settled.sites:
-        hint = hint_of(hints, site.path) or Hint()
-        hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
-        own_key = path_key(key, site.path)
-        routes = isinstance(site.method, AbstractRouter)
-        weight = jnp.zeros((*site.stack, *site.shape)) if routes else found[site.path]
-        train, frozen = _fit(own_key, weight, hint, site.method, site.stack, site.in_axes)
-        node = adapters[site.path] = Adapter(train, frozen, structure(site.method), site.in_axes)
+        node = adapters[site.path] = fit(key, found.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
-            rewritten[site.path] = rewrite(weight, node)
+            rewritten[site.path] = rewrite(found[site.path], node)
     return _replace(params, rewritten), nest(adapters)
+
+
+def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
+    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight."""
+    hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
+    weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
+    train, frozen = _fit(path_key(key, site.path), weight, hint, site.method, site.stack, site.in_axes)
+    return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 
 def split(adapters: PyTree) -> tuple[PyTree, PyTree]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.hlo import collective_bytes
 from benchmarks.ours import Case, prepare, unrolled
 from benchmarks.shapes import SHAPES, kernels, minimum_flops
+from sborax.train.hlo import collective_bytes
 
 pytestmark = pytest.mark.usefixtures("compiled_fully")
 

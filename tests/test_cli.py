@@ -244,7 +244,7 @@ BAD_INPUT = {
     "line that is not JSON": (break_line, (), ["data.jsonl", "line 25"]),
     "empty data": (empty, (), ["data.jsonl", "empty"]),
     "all too long": (lengthen, (), ["data.jsonl", "3 are longer", "max_length"]),
-    "missing column": (drop_column, (), ["data.jsonl", "record 0", "question"]),
+    "missing column": (drop_column, (), ["data.jsonl: line 1", "question"]),
     "code that does not parse": (break_code, (), ["small.py", "SyntaxError"]),
     "unknown key": (None, ("optimizer.learning_rate=1",), ["optimizer.learning_rate", "unknown key"]),
     "close key": (None, ("batchsize=1",), ["did you mean batch_size"]),

@@ -93,8 +93,8 @@ def test_changes_are_checked_together():
         ("mesh={'data': 0}", "mesh: data must be at least 1"),
         ("procedure=chain", "procedure: there is no .chain.; did you mean"),
         ("eval.tasks=['boolq']", "eval.tasks: .* is not available"),
-        ("attention=splash", "attention: .* is not available"),
-        ("log=['wandb']", "log: .* is not available"),
+        ("attention=flash", "attention: must be one of 'auto', 'xla', 'cudnn', 'splash'"),
+        ("log=['mlflow']", "log.0: must be one of 'tensorboard', 'wandb'"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(change, words):

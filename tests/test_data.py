@@ -2,15 +2,20 @@
 
 import csv
 import json
+import threading
 
+import datasets
 import numpy as np
 import pytest
 
+from benchmarks.packing import both, useful
 from sborax import Data, SboraxError
 from sborax.data.batches import arrange, in_order, pack, shuffled
 from sborax.data.samples import Sample, load_samples
 from sborax.data.source import read
-from sborax.data.template import prompt_of
+from sborax.data.stream import stream
+from sborax.data.template import prompt_of, render
+from sborax.models.gguf import open_gguf
 from tests.tiny_model import tokenizer
 
 END = 1
@@ -41,7 +46,8 @@ def test_sources_agree(tmp_path):
         writer = csv.DictWriter(file, ["q", "a"])
         writer.writeheader()
         writer.writerows(records)
-    for name in ("x.jsonl", "x.json", "lines.json", "x.csv"):
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.json", "lines.json", "x.csv", "x.parquet"):
         found = read(str(tmp_path / name))
         assert [dict(found[i]) for i in range(len(found))] == records, name
 
@@ -103,6 +109,34 @@ def test_alpaca_with_and_without_input(tmp_path, words):
     assert texts[0].startswith(prompt_of("alpaca", records[0], words))
 
 
+def test_llm_adapters_to_the_letter(words):
+    """Trailing blanks and margins as they stand in the authors' finetune.py and commonsense_evaluate.py."""
+    plain = {"instruction": "Add.", "input": "", "output": "Done", "answer": "Done"}
+    first = "Below is an instruction that describes a task"
+    write_it = "Write a response that appropriately completes the request."
+    margin = " " * 16
+    trained = "".join(piece.text for piece in render("llm_adapters", "", plain, words).pieces)
+    assert trained == (
+        f"{first}. {write_it}  \n\n{margin}### Instruction:\n{margin}Add.\n{margin}\n"
+        f"{margin}### Response:\n{margin}Done"
+    )
+    assert prompt_of("llm_adapters", plain, words) == (
+        f"{first}. {write_it} \n\n{margin}### Instruction:\n{margin}Add.\n\n{margin}### Response:\n{margin}"
+    )
+    given = plain | {"input": "1 and 2"}
+    paired = f"{first}, paired with an input that provides further context. {write_it}"
+    prompt, answer = render("llm_adapters", "", given, words).pieces
+    assert (answer.text, answer.answer, prompt.answer) == ("Done", True, False)
+    assert prompt.text == (
+        f"{paired} \n\n{margin}### Instruction:\n{margin}Add.\n{margin}\n"
+        f"{margin}### Input:\n{margin}1 and 2\n{margin}\n{margin}### Response:\n{margin}"
+    )
+    assert prompt_of("llm_adapters", given, words) == (
+        f"{paired}\n\n{margin}### Instruction:\n{margin}Add.\n\n"
+        f"{margin}### Input:\n{margin}1 and 2\n\n{margin}### Response:\n{margin}"
+    )
+
+
 def test_chat_counts_every_assistant_turn(tmp_path, words):
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "so long")]
     name = write(tmp_path, [{"messages": [{"role": role, "content": text} for role, text in turns]}])
@@ -115,9 +149,9 @@ def test_chat_counts_every_assistant_turn(tmp_path, words):
 @pytest.mark.parametrize(
     "data, problem",
     [
-        ({"template": "{question}"}, "record 0: there is no column 'question'; the columns are q, a"),
+        ({"template": "{question}"}, "line 1: there is no column 'question'; the columns are q, a"),
         ({"template": "alpaca"}, "no column 'instruction'"),
-        ({"template": "alpacca"}, "'alpacca' is not one of alpaca, chat, text"),
+        ({"template": "alpacca"}, "'alpacca' is not one of alpaca, llm_adapters, chat, text"),
         ({"template": "{q"}, "not a format string"),
         ({"template": "chat"}, "a chat needs column 'messages'"),
         ({"max_length": 400}, "more than the model's context of 128"),
@@ -212,3 +246,55 @@ def test_order_is_a_function_of_seed_and_step():
     assert [other.order[i] for i in range(10)] != places[0]
     assert first[0]["tokens"].shape == (2, 2, rows.buckets[0])
     assert first.steps(1.0) == 3 and first.position(3) == (1, 2)
+
+
+def test_batches_made_ahead_are_those_of_their_steps():
+    rows = arrange(some_samples(range(2, 30)), Data("x", max_length=32, packing=True))
+    batches = shuffled(rows, 3, 2, 0)
+    with stream(batches.__getitem__, 5, 45) as found:
+        for step, batch in enumerate(found, start=5):
+            for name, array in batches[step].items():
+                np.testing.assert_array_equal(batch[name], array)
+    assert step == 44
+
+
+def test_a_batch_that_cannot_be_made_stops_its_step_and_no_earlier_one():
+    def make(step):
+        if step == 3:
+            raise SboraxError("sample 7 cannot be read")
+        return {"tokens": np.full(1, step)}
+
+    with stream(make, 0, 9) as found:
+        assert [next(found)["tokens"][0] for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(SboraxError, match="^sample 7 cannot be read$"):
+            next(found)
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+
+ALPACA_LENGTHS = (
+    *(47, 55, 61, 64, 68, 72, 74, 77, 80, 83, 87, 91, 95, 101, 108, 117, 124, 133, 144, 152, 160, 169, 177, 188, 203),
+    *(217, 229, 240, 255, 276, 294, 305, 322, 338, 355, 368, 390, 405, 424, 453, 511),
+)
+"""Quantiles, 1/40 apart, of the lengths of 974 Alpaca samples (LLaMA-Factory's alpaca_en_demo), SmolLM2's tokenizer."""
+
+
+def test_packing_halves_the_rows_of_alpaca():
+    lengths = np.quantile(ALPACA_LENGTHS, np.random.default_rng(0).random(974)).astype(int)
+    rows = both(some_samples(lengths))
+    assert useful(rows["packed"]) > 2 * useful(rows["padded"]) and useful(rows["packed"]) > 0.94 * 512
+
+
+def test_packing_halves_the_rows_of_real_alpaca(data_dir, smollm2):
+    place = data_dir / "alpaca_en_demo"
+    if not place.exists():
+        pytest.skip("alpaca_en_demo is not at hand; set SBORAX_DATA")
+    words = open_gguf(smollm2).tokenizer()
+    samples, report = load_samples(Data(str(place)), words, words.eos_token_id, 2048)
+    assert str(report) == "974 samples of 999 records, 25 too long (dropped)"
+    lengths = [len(sample.tokens) for sample in samples]
+    np.testing.assert_allclose(np.quantile(lengths, np.linspace(0, 1, 41)), ALPACA_LENGTHS, atol=0.5)
+    rows = both(samples)
+    assert useful(rows["packed"]) > 2.4 * useful(rows["padded"])

@@ -168,9 +168,10 @@ def test_remat_changes_nothing(model, adapted, tokens):
 
     text, plain = gradient("none")
     assert "remat" not in text
-    for remat in ("full", "qkv,adapter_h"):
+    for remat in ("full", "qkv,adapter_h", "qkv,offload:gate_up"):
         text, again = gradient(remat)
         assert "remat" in text
+        assert ("<host>" in text) == ("offload" in remat)
         for got, want in zip(again, plain, strict=True):
             assert relative(got, want) < TOLERANCE
 

@@ -270,7 +270,7 @@ def test_an_existing_run_is_not_overwritten(run, places):
 def same_ends(one, other):
     """Adapter, losses and the last checkpoint, bit for bit."""
     assert (one / "adapter" / LEAVES).read_bytes() == (other / "adapter" / LEAVES).read_bytes()
-    timed = ("seconds", "compiled")
+    timed = ("seconds", "compiled", "tokens_per_second", "memory")
     lines = [[{k: v for k, v in line.items() if k not in timed} for line in metrics(out)] for out in (one, other)]
     assert lines[0] == lines[1]
     states = []
@@ -330,7 +330,8 @@ def test_kill_9_at_a_random_step_then_resume_ends_with_the_same_bits(places, tmp
     save_experiment(experiment, epath.Path(tmp_path))
     config, whole, cut = tmp_path / "config.json", tmp_path / "whole", tmp_path / "cut"
     process = child(config, cut, "new")
-    target = random.SystemRandom().randint(4, 30)
+    # Checkpoint 3 is whole once that of step 6 is begun; before, the killed run may have none to resume from.
+    target = random.SystemRandom().randint(7, 30)
     file = cut / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (file.exists() and len(file.read_text().splitlines()) >= target):

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,15 @@ from sborax.train.state import parameters
 from sborax.tree import merge as merge_tree
 
 
-def train(source: str, changes: Sequence[str], out: str | None, resume: bool) -> bool:
+def train(arguments: argparse.Namespace) -> bool:
     """`sborax train`: whether the run came to its end."""
-    experiment = load_experiment(source, changes)
-    return fine_tune(experiment, out or f"runs/{Path(source).stem}", resume=resume).finished
+    experiment = load_experiment(arguments.experiment, arguments.changes)
+    if arguments.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", arguments.compile_cache)
+        # By default JAX keeps no program that took less than a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    out = arguments.out or f"runs/{Path(arguments.experiment).stem}"
+    return fine_tune(experiment, out, resume=arguments.resume, profile=arguments.profile).finished
 
 
 def generate(arguments: argparse.Namespace) -> None:

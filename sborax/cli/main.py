@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import sborax
+from sborax.cli import launcher
 from sborax.core import SboraxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit code is 0, 2 after one line `error: ...` on stderr, or 130 after Ctrl-C."""
+    """Run a command. Exit code: 0, 2 after one line `error: ...` on stderr, 130 after Ctrl-C, 3 if a peer dies."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Into a file or a pipe, too, what a run tells appears when it is told.
@@ -34,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parse(argv)
+        arguments.argv = argv
         code = arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would say so again when it flushes at exit.
@@ -91,6 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     add_changes(train)
     train.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/NAME OF THE EXPERIMENT)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
+    train.add_argument("--profile", action="store_true", help="write an xprof trace of a few steps to RUN_DIR/profile")
+    train.add_argument(
+        "--compile-cache", metavar="DIR", help="keep compiled programs there (default: $JAX_COMPILATION_CACHE_DIR)"
+    )
+
+    launcher.add_arguments(train)
+
+    sweep = command("sweep", _sweep, "train several adapters at once over one base")
+    sweep.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
+    sweep.add_argument(
+        "changes", metavar="key=value[,value]", nargs="*", default=[],
+        help="values to train with, such as optimizer.lr=1e-4,3e-4 seed_adapter=0,1: every combination is a member",
+    )  # fmt: skip
+    sweep.add_argument("--out", metavar="DIR", help="where the runs go (default: runs/NAME OF THE EXPERIMENT-sweep)")
+    sweep.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+    sweep.add_argument(
+        "--at-once", type=int, metavar="N", help="members computed together (default: 1 on a CPU, else all)"
+    )
 
     generate = command("generate", _generate, "write text with a model or a run")
     _add_target(generate)
@@ -140,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
     add_changes(plan)
+    plan.add_argument("--mesh", metavar="AXIS=N,...", help="lay it out over devices, here or not: fsdp=8,tensor=2")
+    plan.add_argument("--topology", metavar="NAME", help="compile the step for a TPU slice, here or not: v5e:16x16")
+    plan.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: the longest of the data)")
 
     methods = command("methods", _methods, "list the methods, or tell all about one")
     methods.add_argument("name", metavar="NAME", nargs="?")
@@ -156,10 +179,23 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if launcher.is_several(arguments):
+        if launcher.INSIDE not in os.environ:
+            return launcher.watch(arguments.argv)
+        from sborax.train.hosts import join
+
+        join(arguments.coordinator, arguments.processes, arguments.process, arguments.heartbeat)
     from sborax.cli.commands import train
 
     # A run that is asked to stop saves itself first.
-    return OK if train(arguments.experiment, arguments.changes, arguments.out, arguments.resume) else INTERRUPTED
+    return OK if train(arguments) else INTERRUPTED
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from sborax.cli.sweep import sweep
+
+    words = arguments.experiment, arguments.changes, arguments.out, arguments.resume, arguments.at_once
+    return OK if sweep(*words) else INTERRUPTED
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -207,7 +243,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from sborax.cli.plan import show
 
-    print(show(arguments.target, arguments.changes))
+    print(show(arguments.target, arguments.changes, arguments.mesh, arguments.topology, arguments.length))
     return OK
 
 

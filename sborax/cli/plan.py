@@ -1,44 +1,100 @@
-"""`sborax plan`: what a run would train and hold, from the headers of files alone."""
+"""`sborax plan`: what a run would train, hold and send, from the headers of files alone."""
 
+import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from sborax.cli.targets import is_experiment
-from sborax.core import Hint, SboraxError
+from sborax.config import override
+from sborax.core import SboraxError
+from sborax.data.options import Data
+from sborax.methods import LoRA
 from sborax.models import LlamaConfig, abstract, load_config
-from sborax.paths import Plan, Site, kernels, module_path, plan
-from sborax.procedures import Run
-from sborax.train.base import adapt
-from sborax.train.experiment import Experiment, load_experiment
-from sborax.train.hints import promised
-from sborax.train.optimizer import make_optimizer
+from sborax.models.sharding import ROWS, check_mesh
+from sborax.paths import kernels, module_path
+from sborax.train.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
+from sborax.train.estimate import temporary_bytes
+from sborax.train.experiment import CONFIG, Experiment, load_experiment
+from sborax.train.hlo import collective_bytes
 from sborax.train.report import name
-from sborax.train.state import parameters, start, take_apart
+from sborax.train.sharding import abstract_mesh, make_mesh
+from sborax.train.state import parameters
 from sborax.tree import count_node, nodes
 
 Rows = list[tuple[str, ...]]
+PROJECTIONS = "self_attn|mlp"
+"""What a model that is planned as a run has adapted, unless rules are given."""
 
 
-def show(target: str, changes: Sequence[str] = ()) -> str:
+def show(
+    target: str,
+    changes: Sequence[str] = (),
+    mesh: str | None = None,
+    topology: str | None = None,
+    length: int | None = None,
+) -> str:
     """What an experiment would train, or what in a model a rule may match. No weights are read.
 
-    Raises SboraxError for a target that is neither, and as planning does.
+    mesh: sizes of axes, "fsdp=8,tensor=2", in place of the experiment's; the devices need not be there. topology: a
+    TPU slice to compile the step for, such as "v5e:16x16". length: tokens of a row. With any of these, or changes, a
+    model is planned as a run that has LoRA on every projection, one row a device that rows are dealt out to.
+    Raises SboraxError for a target that is neither, for what cannot be laid out, and as planning does.
     """
-    if is_experiment(target):
-        return of_experiment(load_experiment(target, changes))
-    if changes:
-        raise SboraxError(f"{changes[0]}: {target} is a model, which has no fields to change; give an experiment")
-    return of_model(target)
-
-
-def of_model(target: str) -> str:
-    """The kernels of a model by the names that rules see."""
+    if topology is not None and not os.environ.get("JAX_PLATFORMS"):
+        # A TPU of this machine is not asked, and may be busy.
+        jax.config.update("jax_platforms", "cpu")
+    sizes, source = None if mesh is None else _sizes(mesh), Path(target)
+    if source.name == CONFIG and _is_model(source):
+        target = str(source.parent)
+    elif is_experiment(target):
+        experiment = load_experiment(target, changes)
+        where = _mesh(experiment.mesh if sizes is None else sizes, topology)
+        return of_experiment(experiment, load_config(experiment.model), where, topology, length)
     config = load_config(target)
+    if not changes and (mesh, topology, length) == (None, None, None):
+        return of_model(target, config)
+    where = _mesh(sizes, topology)
+    rows = 1 if where is None else math.prod(where.shape[axis] for axis in ROWS)
+    whole = Experiment(target, Data(target), ((PROJECTIONS, LoRA()),), steps=1, batch_size=rows, mesh=sizes)
+    return of_experiment(override(whole, changes), config, where, topology, length)
+
+
+def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | AbstractMesh | None:
+    """The mesh over chips of a topology, over this process's devices if they are enough, else over none."""
+    if topology is not None:
+        return pod_mesh(topology, sizes)
+    if sizes is None:
+        return None
+    return make_mesh(sizes) if math.prod(sizes.values()) <= len(jax.devices()) else abstract_mesh(sizes)
+
+
+def _is_model(file: Path) -> bool:
+    """Whether a `config.json` is that of a model, and not of a run."""
+    if not file.is_file():
+        return False
+    raw = json.loads(file.read_text())
+    return isinstance(raw, dict) and "model_type" in raw
+
+
+def _sizes(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal():
+            raise SboraxError(f"--mesh {text}: write sizes of axes, such as fsdp=8,tensor=2")
+        sizes[axis.strip()] = int(size)
+    check_mesh(sizes)
+    return sizes
+
+
+def of_model(target: str, config: LlamaConfig) -> str:
+    """The kernels of a model by the names that rules see."""
     params = abstract(config)
     rows: Rows = [("module", "layers", "in x out", "parameters")]
     for path, weight in kernels(params).items():
@@ -46,67 +102,59 @@ def of_model(target: str) -> str:
     return "\n".join([_about(target, config, params), "", *_table(rows)])
 
 
-def of_experiment(experiment: Experiment) -> str:
-    """The modules matched, their ranks, trainable parameters and bytes."""
-    config = load_config(experiment.model)
+def of_experiment(
+    experiment: Experiment,
+    config: LlamaConfig,
+    mesh: Mesh | AbstractMesh | None = None,
+    topology: str | None = None,
+    length: int | None = None,
+) -> str:
+    """The modules matched, their ranks, trainable parameters, bytes on each device, and bytes that a step sends."""
     params = abstract(config, experiment.precision)
-    settled = plan(params, experiment.rules, hints=promised(params))
-    held = _held(experiment, config, params, settled)
-    found = nodes(held["adapters"])
-    counts = {site.path: count_node(found[site.path]) for site in settled.sites}
-    beside = sum(math.prod(leaf.shape) for leaf in held["beside"].values())
+    whole = outline(experiment, config, length, None if topology is None else "tpu")
+    beside = sum(leaf.size for leaf in whole.parts.trained_base.values())
+    found = nodes(whole.parts.adapters)
+    counts = {site.path: count_node(found[site.path]) for site in whole.plan.sites}
     rows: Rows = [("module", "layers", "in x out", "trainable", "method")]
-    for site in settled.sites:
+    for site in whole.plan.sites:
         layers = str(math.prod(site.stack)) if site.stack else "1"
         size = f"{site.shape[0]} x {site.shape[1]}"
         rows.append((module_path(site.path)[0], layers, size, f"{counts[site.path]:,}", name(site.method)))
     total, base = sum(counts.values()) + beside, parameters(params)
-    lines = [_about(experiment.model, config, params), "", *(_table(rows) if settled.sites else [])]
-    if settled.untouched and not experiment.train_base:
-        lines += [f"left as they are: {', '.join(sorted({module_path(path)[0] for path in settled.untouched}))}"]
+    lines = [_about(experiment.model, config, params), "", *(_table(rows) if whole.plan.sites else [])]
+    if whole.plan.untouched and not experiment.train_base:
+        lines += [f"left as they are: {', '.join(sorted({module_path(path)[0] for path in whole.plan.untouched}))}"]
     if beside:
-        lines += [f"trained in the base itself: {beside:,} parameters in {len(held['beside'])} arrays"]
-    lines += [f"trainable: {total:,} parameters, {total / base:.4%} of the base", "", "bytes on one device:"]
-    return "\n".join([*lines, *_table(_memory(held)), "activations and workspace come on top"])
+        lines += [f"trained in the base itself: {beside:,} parameters in {len(whole.parts.trained_base)} arrays"]
+    lines += [f"trainable: {total:,} parameters, {total / base:.4%} of the base", ""]
+    return "\n".join([*lines, *_bytes(whole if mesh is None else on_mesh(whole, mesh), topology)])
 
 
-def _held(experiment: Experiment, config: LlamaConfig, params: Any, settled: Plan) -> dict[str, Any]:
-    """Every array that a run keeps, as shapes."""
-    run = Run(settled, experiment.steps or 1, config.num_key_value_heads)
-    watch = None if experiment.procedure is None else experiment.procedure.watch(run)
-
-    def zeros(params: Any, site: Site) -> Hint:
-        return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
-
-    def build(params: Any) -> dict[str, Any]:
-        params, adapters = adapt(jax.random.key(experiment.seed_adapter), params, settled, experiment.quant, zeros)
-        parts = take_apart(params, adapters, experiment.train_base, experiment.train_also)
-        state = start(parts, make_optimizer(experiment.optimizer, experiment.steps or 1, watch))
-        return {
-            "base": parts.base,
-            "beside": parts.trained_base,
-            "adapters": parts.adapters,
-            "frozen": parts.frozen,
-            "optimizer": state.opt,
-        }
-
-    return jax.eval_shape(build, params)
-
-
-def _memory(held: dict[str, Any]) -> Rows:
-    trained = _bytes(held["adapters"]) + _bytes(held["beside"])
-    sizes = {
-        "base": _bytes(held["base"]),
-        "trained": trained,
-        "indices, scales": _bytes(held["frozen"]),
-        "gradients": trained,
-        "optimizer": _bytes(held["optimizer"]),
-    }
-    return [(what, f"{size:,}") for what, size in [*sizes.items(), ("together", sum(sizes.values()))]]
+def _bytes(one: Outline, topology: str | None) -> list[str]:
+    """Arguments and temporaries of the step on each device, and what it sends."""
+    on, (accumulate, rows, length) = "one device", one.batch["tokens"].shape
+    if one.mesh is not None:
+        cut = " x ".join(f"{axis} {size}" for axis, size in one.mesh.shape.items() if size > 1) or "not cut"
+        on = f"each of {one.mesh.size} devices ({cut})" if topology is None else f"each chip of {topology} ({cut})"
+    batch = f"a step of {rows} x {length} tokens" + (f", {accumulate} times" if accumulate > 1 else "")
+    held = argument_bytes(one)
+    told: Rows = [(what, f"{size:,}") for what, size in [*held.items(), ("arguments", sum(held.values()))]]
+    lines = [f"bytes on {on}, {batch}:"]
+    if isinstance(one.mesh, AbstractMesh):
+        told += [("temporaries", f"{temporary_bytes(one):,}")]
+        return [*lines, *_table(told), "temporaries by a formula, for want of these devices; arguments exactly"]
+    program = compiled(one)
+    told += [("temporaries", f"{program.memory_analysis().temp_size_in_bytes:,}")]
+    kind = topology or f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    lines += [*_table(told), f"temporaries as compiled for {kind}; arguments exactly"]
+    sent = collective_bytes(program.as_text())
+    if sent:
+        lines += ["", "results of collectives in a step, bytes on each device:", *_table(_rows(sent))]
+    return lines
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+def _rows(sent: dict[str, int]) -> Rows:
+    return [(kind, f"{size:,}") for kind, size in sorted(sent.items())]
 
 
 def _about(source: str, config: LlamaConfig, params: Any) -> str:

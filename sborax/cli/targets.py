@@ -10,8 +10,9 @@ from sborax.core import SboraxError
 from sborax.interop.peft import load_peft
 from sborax.models import LanguageModel, load_model
 from sborax.paths import as_rules
-from sborax.train.adapter import load_adapter
+from sborax.train.adapter import PLAN, load_adapter
 from sborax.train.base import quantise_base, rewritten
+from sborax.train.best import BEST
 from sborax.train.experiment import CONFIG, Experiment, load_experiment
 from sborax.train.loop import ADAPTER
 
@@ -44,28 +45,37 @@ def is_run(target: str) -> bool:
     return isinstance(raw, dict) and {"model", "data"} <= raw.keys()
 
 
+def is_best(target: str) -> bool:
+    """Whether `target` is `best/` of a run."""
+    path = epath.Path(target)
+    return path.name == BEST and (path / PLAN).exists() and is_run(str(path.parent))
+
+
 def load_run(run: str) -> Target:
-    """The base model of a run with what was trained on it.
+    """The base model of a run with what was trained on it, at its end or, for RUN_DIR/best, when it was best.
 
     Raises SboraxError for a directory that is not a run, and for a run that has not ended.
     """
+    adapter = epath.Path(run) / ADAPTER
+    if is_best(run):
+        adapter, run = epath.Path(run), str(epath.Path(run).parent)
     if not is_run(run):
         raise SboraxError(f"{run}: not a run; give the directory that `sborax train` wrote")
     experiment = load_experiment(run)
-    if not (epath.Path(run) / ADAPTER).exists():
+    if not (adapter / PLAN).exists():
         raise SboraxError(
             f"{run}: no {ADAPTER}/ in it, the run has not ended; `sborax train {run} --out {run} --resume`"
         )
     # What a method rewrote is rewritten again from the dense weight, then quantised.
     keep = rewritten(as_rules(experiment.rules))
     model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)
-    params, adapters = load_adapter(epath.Path(run) / ADAPTER, model.params)
+    params, adapters = load_adapter(adapter, model.params)
     return Target(model, quantise_base(params, experiment.quant), adapters, experiment)
 
 
 def load_target(target: str, adapter: str | None = None) -> Target:
     """A run, or a model with or without a PEFT adapter on top. Raises SboraxError for what is neither."""
-    if is_run(target):
+    if is_run(target) or is_best(target):
         if adapter is not None:
             raise SboraxError(f"--adapter {adapter}: {target} is a run and has its own; give its base model instead")
         return load_run(target)

@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import grain
@@ -68,20 +68,20 @@ def arrange(samples: Sequence[Sample], data: Data) -> Rows:
 
 
 def fill(
-    rows: Rows, numbers: Sequence[int], length: int
+    rows: Rows, numbers: Sequence[int | None], length: int
 ) -> tuple[
     Int32[np.ndarray, "batch length"],
     Int32[np.ndarray, "batch length"],
     Bool[np.ndarray, "batch length"],
     Int32[np.ndarray, "batch length"],
 ]:
-    """Tokens, targets, which targets count, and segments, padded on the right."""
+    """Tokens, targets, which targets count, and segments, padded on the right. A row without a number stays empty."""
     shape = (len(numbers), length)
     tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
     counts = np.zeros(shape, bool)
     for place, number in enumerate(numbers):
         start = 0
-        for segment, index in enumerate(rows.rows[number], start=1):
+        for segment, index in enumerate(() if number is None else rows.rows[number], start=1):
             sample = rows.samples[index]
             own = slice(start, start + len(sample.tokens) - 1)
             tokens[place, own], targets[place, own] = sample.tokens[:-1], sample.tokens[1:]
@@ -100,14 +100,26 @@ class Batches:
     order: grain.MapDataset[int]
 
     def __getitem__(self, step: int) -> Batch:
-        size = self.batch_size * self.accumulate
-        numbers = [cast(int, self.order[place]) for place in range(step * size, (step + 1) * size)]
+        return self.part(step, None)
+
+    def part(self, step: int, own: Collection[int] | None) -> Batch:
+        """The batch of `step` in which only these rows of every microbatch are filled, those of one host; None: all."""
+        numbers = self._numbers(step)
         longest = max(self.rows.length(number) for number in numbers)
         length = next(bucket for bucket in self.rows.buckets if bucket >= longest)
         names = ("tokens", "targets", "counts", "segments")
-        arrays = fill(self.rows, numbers, length)
+        mine = [number if own is None or i % self.batch_size in own else None for i, number in enumerate(numbers)]
+        arrays = fill(self.rows, mine, length)
         shape = (self.accumulate, self.batch_size, length)
         return {name: array.reshape(shape) for name, array in zip(names, arrays, strict=True)}
+
+    def tokens(self, step: int) -> int:
+        """Inputs in the batch of `step`, padding left out."""
+        return sum(self.rows.length(number) for number in self._numbers(step))
+
+    def _numbers(self, step: int) -> list[int]:
+        size = self.batch_size * self.accumulate
+        return [cast(int, self.order[place]) for place in range(step * size, (step + 1) * size)]
 
     def steps(self, epochs: int | float) -> int:
         """Steps of so many epochs; a last part of a batch is filled from the next epoch."""

@@ -18,9 +18,10 @@ class Data:
     """A data set and how its samples become tokens.
 
     name: a file or directory, a name under `$SBORAX_DATA`, or a hub id. JSON, JSONL, CSV, parquet, text.
-    template: "alpaca" (columns instruction, output, maybe input), "chat" (messages, or those of alpaca, through the
-        tokenizer's chat template), "text" (column text, loss on all of it), or a prompt of your own such as
-        "Q: {question}\\nA: " with the columns in braces.
+    template: "alpaca" (columns instruction, output, maybe input), "llm_adapters" (the same columns, to the letter what
+        LLM-Adapters train on, arXiv:2304.01933; they also have loss_on="all", max_length=256, overlong="truncate"),
+        "chat" (messages, or those of alpaca, through the tokenizer's chat template), "text" (column text, loss on all
+        of it), or a prompt of your own such as "Q: {question}\\nA: " with the columns in braces.
     answer: what follows a prompt of your own, with the columns in braces.
     split: which split, or which file of a directory.
     max_length: longest sample, in tokens.

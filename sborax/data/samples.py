@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int32
 
 from sborax.core import SboraxError
 from sborax.data.options import Data
-from sborax.data.source import read
+from sborax.data.source import read, where
 from sborax.data.template import Rendered, render
 
 _CHUNK = 1000
@@ -92,9 +92,13 @@ def _tokenise(
     rendered = []
     for number, record in enumerate(records, start=start):
         try:
-            rendered.append(render(data.template, data.answer, record, tokenizer))
+            one = render(data.template, data.answer, record, tokenizer)
+            "".join(piece.text for piece in one.pieces).encode()
+        except UnicodeEncodeError as error:
+            raise SboraxError(f"{where(data.name, data.split, number)}: not text ({error.reason})") from None
         except SboraxError as error:
-            raise SboraxError(f"{data.name}: record {number}: {error}") from None
+            raise SboraxError(f"{where(data.name, data.split, number)}: {error}") from None
+        rendered.append(one)
     encoded = tokenizer(
         ["".join(piece.text for piece in one.pieces) for one in rendered],
         add_special_tokens=rendered[0].special,

@@ -71,6 +71,15 @@ def read(name: str, split: str = "train") -> Records:
     return records
 
 
+def where(name: str, split: str, number: int) -> str:
+    """Where record `number` of a data set stands, for an error: the line of a JSONL file, else its number."""
+    path = find(name, split)
+    if path is None or READERS[path.suffix] != "jsonl":
+        return f"{path or name}: record {number}"
+    lines = [line for line, text in enumerate(_text(path).split("\n"), start=1) if text.strip()]
+    return f"{path}: line {lines[number]}"
+
+
 def _from_hub(name: str, split: str) -> Records:
     try:
         return cast(Records, datasets.load_dataset(name, split=split))
@@ -102,7 +111,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise SboraxError(f"{path}: not UTF-8 text ({error})") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SboraxError(f"{path}: line {line} is not UTF-8 text (byte {error.object[error.start]:#x})") from error
 
 
 def _from_json(path: Path, kind: str) -> Records:

@@ -1,7 +1,8 @@
 """Samples as text: a list of pieces, each either prompt or answer."""
 
 import string
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sborax.core import SboraxError
@@ -15,8 +16,22 @@ ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-"""Stanford Alpaca's prompts, also LLM-Adapters' (arXiv:2304.01933)."""
-NAMES = ("alpaca", "chat", "text")
+"""Stanford Alpaca's prompts."""
+NAMES = ("alpaca", "llm_adapters", "chat", "text")
+
+
+def _indented(prompt: str, after: str, line: Callable[[str], bool] | None) -> str:
+    first, rest = prompt.split("\n\n", 1)
+    margin = " " * 16
+    return f"{first}{after}\n\n{textwrap.indent(rest, margin, line)}{margin}"
+
+
+LLM_ADAPTERS = _indented(ALPACA, "  ", lambda line: True)
+LLM_ADAPTERS_INPUT = _indented(ALPACA_INPUT, " ", lambda line: True)
+"""What LLM-Adapters (arXiv:2304.01933) train on, commonsense and arithmetic alike: the white space of `finetune.py`."""
+LLM_ADAPTERS_ASKED = _indented(ALPACA, " ", None)
+LLM_ADAPTERS_ASKED_INPUT = _indented(ALPACA_INPUT, "", None)
+"""What their models are asked: that of `evaluate.py` and `commonsense_evaluate.py`, which is not quite the same."""
 
 
 class Piece(NamedTuple):
@@ -45,6 +60,9 @@ def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any
     if template == "alpaca":
         prompt = ALPACA_INPUT if record.get("input") else ALPACA
         return Rendered([Piece(_fill(prompt, record), False), Piece(_fill("{output}", record), True)])
+    if template == "llm_adapters":
+        prompt = LLM_ADAPTERS_INPUT if record.get("input") else LLM_ADAPTERS
+        return Rendered([Piece(_fill(prompt, record), False), Piece(_fill("{output}", record), True)])
     if "{" not in template:
         raise SboraxError(f"data.template: {template!r} is not one of {', '.join(NAMES)} and names no {{column}}")
     return Rendered([Piece(_fill(template, record), False), Piece(_fill(answer, record), True)])
@@ -61,6 +79,8 @@ def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
         return _apply(tokenizer, asked, generate=True)
     if template == "alpaca":
         return _fill(ALPACA_INPUT if record.get("input") else ALPACA, record)
+    if template == "llm_adapters":
+        return _fill(LLM_ADAPTERS_ASKED_INPUT if record.get("input") else LLM_ADAPTERS_ASKED, record)
     return _fill("{text}" if template == "text" else template, record)
 
 
@@ -72,19 +92,29 @@ def _fill(pattern: str, record: Mapping[str, Any]) -> str:
     for name in names:
         if name not in record:
             raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
+        _check_text(f"column {name!r}", record[name])
     return pattern.format(**{name: "" if record[name] is None else record[name] for name in names})
+
+
+def _check_text(what: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise SboraxError(f"{what} holds a {type(value).__name__}, where text belongs")
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Turns as `{"role", "content"}`, from `messages` or from an instruction with its output."""
     if "messages" in record:
         turns = record["messages"]
-        wrong = not isinstance(turns, Sequence) or not turns or not all("role" in t and "content" in t for t in turns)
-        if wrong:
+        wrong = not isinstance(turns, Sequence) or not turns
+        if wrong or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
             raise SboraxError('column "messages" must be a list of {"role": ..., "content": ...}')
+        for turn in turns:
+            _check_text("the content of a message", turn["content"])
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     for asked, said in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
         if asked in record and said in record:
+            for name in (asked, said):
+                _check_text(f"column {name!r}", record[name])
             more = f"\n{record['input']}" if record.get("input") else ""
             return [
                 {"role": "user", "content": f"{record[asked]}{more}"},

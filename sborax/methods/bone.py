@@ -22,6 +22,7 @@ from sborax.core import (
     dropout,
     dropout_leaf,
     hyper,
+    sharing,
 )
 from sborax.methods.lowrank import HIDDEN
 
@@ -51,6 +52,10 @@ class Bone(AbstractFactored):
     dropout: float = hyper(0.0)
 
     @property
+    def sends(self) -> str:
+        return "" if self.mini_rank is None else "mini_rank more floats a token, for d is on every device"
+
+    @property
     def axes(self) -> Axes:
         return {"d": ("rank", "out" if self.mini_rank is None else None), "dropout": ()}
 
@@ -67,14 +72,8 @@ class Bone(AbstractFactored):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        x, rank = dropout(x, adapter, ctx), self.rank
-        shards = -(-x.shape[1] // rank)
-        padded = jnp.pad(x, ((0, 0), (0, shards * rank - x.shape[1])))
-        if self.grouping == "strided":
-            pooled = padded.reshape(-1, shards, rank).sum(axis=1)
-        else:
-            pooled = padded.reshape(-1, rank, shards).sum(axis=2)
-        low = checkpoint_name(pooled, HIDDEN) @ cast(adapter.train["d"], x)
+        pooled = checkpoint_name(self._pooled(dropout(x, adapter, ctx)), HIDDEN)
+        low = pooled @ cast(adapter.train["d"], x)
         return y + (low if self.mini_rank is None else jnp.tile(low, (1, y.shape[1] // self.mini_rank)))
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
@@ -86,6 +85,18 @@ class Bone(AbstractFactored):
     ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
         summing = jax.nn.one_hot(_row_of(self.rank, self.grouping, shape[0]), self.rank)
         return summing, self._rows(adapter, shape[1])
+
+    def _pooled(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens rank"]:
+        """S(x)."""
+        fan_in, rank, devices = x.shape[1], self.rank, sharing()
+        if devices > 1 and (self.grouping == "contiguous" or fan_in % (rank * devices)):
+            # Groups that cross from one device's inputs to the next one's: as a sum they would have x gathered.
+            return x @ jax.nn.one_hot(_row_of(rank, self.grouping, fan_in), rank, dtype=x.dtype)
+        shards = -(-fan_in // rank)
+        padded = jnp.pad(x, ((0, 0), (0, shards * rank - fan_in)))
+        if self.grouping == "strided":
+            return padded.reshape(-1, shards, rank).sum(axis=1)
+        return padded.reshape(-1, rank, shards).sum(axis=2)
 
     def _rows(self, adapter: Adapter, fan_out: int) -> Float[Array, "rank out"]:
         d = adapter.train["d"]

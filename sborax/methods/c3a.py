@@ -21,6 +21,7 @@ class C3A(AbstractAdditive):
     """
 
     paper = "Parameter-Efficient Fine-Tuning via Circular Convolution, arXiv:2407.19342"
+    sends = "transforms of x and of the gradient in y, which the compiler does not cut"
     rank = 1
 
     block: int = 256

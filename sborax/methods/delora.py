@@ -42,6 +42,7 @@ class DeLoRA(AbstractFactored):
     """
 
     paper = "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, arXiv:2503.18225"
+    sends = "norms of factors, some rank floats a kernel"
 
     rank: int = 8
     strength: float = hyper(15.0)

@@ -38,6 +38,7 @@ class HRA(AbstractMethod):
     """
 
     paper = "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection, arXiv:2405.17484"
+    sends = "the reflections' gradient once more, rank in floats a kernel"
 
     rank: int = 8
 

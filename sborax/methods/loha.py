@@ -38,6 +38,7 @@ class LoHa(AbstractFactored):
     """
 
     paper = "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, arXiv:2309.14859"
+    sends = "gradients of the products of columns, rank times those of the leaves"
 
     rank: int = 8
     alpha: float | None = hyper(None)

@@ -28,6 +28,7 @@ class LoKr(AbstractAdditive):
     """
 
     paper = "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, arXiv:2309.14859"
+    sends = "x or the gradient in y, whose blocks are not cut as their features are"
 
     rank: int = 8
     alpha: float | None = hyper(None)

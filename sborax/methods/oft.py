@@ -37,6 +37,7 @@ class OFT(AbstractMethod):
     """
 
     paper = "Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv:2306.07280"
+    sends = "the rotations of all blocks, and x, for blocks are cut in another way than tokens"
     rank = 1
 
     block: int = 32

@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import json
-import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from sborax.core import SboraxError
 from sborax.models.config import LlamaConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
-from sborax.quant.nf4 import NF4Array, check, quantise_numpy
+from sborax.models.shards import aligned, read_sharded
+from sborax.quant.nf4 import NF4Array, check, quantise, quantise_numpy
 
 INDEX = "model.safetensors.index.json"
-_ALIGNMENT = 64
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The format's names of dtypes -> numpy's."""
 
@@ -121,15 +120,18 @@ def load_params(
     shapes: dict[str, Any],
     tensors: AbstractTensors,
     quantised: Callable[[str], bool] = lambda path: False,
+    place: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The params shaped like `shapes`, read tensor by tensor: the host holds one stacked tensor beside them.
 
-    quantised: which paths are held in NF4, each tensor quantised as soon as it is read.
+    quantised: which paths are held in NF4, each tensor quantised as soon as it is read. place: the shardings of the
+        params from their shapes; then this host reads, quantises and holds what its devices hold, and nothing else.
     Raises SboraxError for a missing, unused or ill-shaped tensor, and for one that cannot be quantised.
     """
     available, used = tensors.names(), set[str]()
+    where = jax.tree.map(lambda _: None, shapes) if place is None else place(_held(shapes, quantised))
 
-    def fill(keys: Any, want: jax.ShapeDtypeStruct) -> Any:
+    def fill(keys: Any, want: jax.ShapeDtypeStruct, lies: Any) -> Any:
         path = "/".join(key.key for key in keys)
         entry, own = row(path), unlayered(path)[1]
         pattern = tensors.name(entry)
@@ -148,30 +150,49 @@ def load_params(
                     raise SboraxError(f"{tensors.where}: {name} gives {path} shape {found.shape}, config says {one}")
                 yield name, found
 
+        if lies is not None:
+            own_layers = enumerate(read()) if stacked else ((None, one) for one in read())
+            return read_sharded(own_layers, want, lies)
         if quantised(path):
             return _quantised(path, want, read(), stacked)
-        target = _empty(want.shape, want.dtype)
+        target = aligned(want.shape, want.dtype)
         for slot, (_, found) in zip(target if stacked else [target], read(), strict=True):
             slot[...] = found
         return jax.device_put(target)
 
-    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    params = jax.tree_util.tree_map_with_path(fill, shapes, where)
     unused = sorted(available - used - _tied_copy(config, params, tensors, available))
     if unused:
         raise SboraxError(f"{tensors.where}: {len(unused)} tensors the model does not use, such as {unused[0]!r}")
     return params
 
 
-def _quantised(
-    path: str, want: jax.ShapeDtypeStruct, layers: Iterator[tuple[str, np.ndarray]], stacked: bool
-) -> NF4Array:
-    """What `quantise` makes of the dense tensor, which never exists: one layer at a time."""
+def _held(shapes: dict[str, Any], quantised: Callable[[str], bool]) -> dict[str, Any]:
+    """The shapes of what is held: those in 4 bits as `NF4Array`."""
+
+    def one(keys: Any, want: jax.ShapeDtypeStruct) -> Any:
+        path = "/".join(key.key for key in keys)
+        if not quantised(path):
+            return want
+        _check(path, want)
+        return jax.eval_shape(quantise, want)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _check(path: str, want: jax.ShapeDtypeStruct) -> None:
     try:
         check(want.shape, want.dtype)
     except SboraxError as error:
         raise SboraxError(f"quant: {path}: {error}") from None
-    target: Any = None
 
+
+def _quantised(
+    path: str, want: jax.ShapeDtypeStruct, layers: Iterator[tuple[str, np.ndarray]], stacked: bool
+) -> NF4Array:
+    """What `quantise` makes of the dense tensor, which never exists: one layer at a time."""
+    _check(path, want)
+    target: Any = None
     depth = want.shape[:1] if stacked else (1,)
     for number, (name, found) in enumerate(layers):
         try:
@@ -179,18 +200,10 @@ def _quantised(
         except SboraxError as error:
             raise SboraxError(f"quant: {name}: {error}") from None
         if target is None:
-            target = jax.tree.map(lambda leaf: _empty((*depth, *np.shape(leaf)), leaf.dtype), one)
+            target = jax.tree.map(lambda leaf: aligned((*depth, *np.shape(leaf)), leaf.dtype), one)
         for slots, leaf in zip(jax.tree.leaves(target), jax.tree.leaves(one), strict=True):
             slots[number] = leaf
     return jax.device_put(target if stacked else jax.tree.map(lambda leaf: leaf[0], target))
-
-
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array so aligned that a CPU device takes it over as it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _tied_copy(
@@ -200,7 +213,8 @@ def _tied_copy(
     name = tensors.name(row("lm_head/kernel"))
     if not config.tie_word_embeddings or name not in available:
         return set()
-    table = np.asarray(params["embed_tokens"]["embedding"])
-    if not np.array_equal(tensors.read(name).astype(table.dtype), table):
+    dtype = params["embed_tokens"]["embedding"].dtype
+    table = tensors.read(tensors.name(row("embed_tokens/embedding"))).astype(dtype, copy=False)
+    if not np.array_equal(tensors.read(name).astype(dtype, copy=False), table):
         raise SboraxError(f"{tensors.where}: tie_word_embeddings is true but {name} differs from the embedding")
     return {name}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax import core
 from sborax.depth import remember
+from sborax.models.sharding import used_whole
 from sborax.procedures.prilora import input_norms
 from sborax.routing import GATE, PROMPT, ROUTER
 
@@ -41,7 +42,8 @@ class Linear(nn.Module):
         if self.is_mutable_collection("observations") and not self.is_initializing():
             self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
         adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
-        if memory is not None:
+        adapter = None if adapter is None else used_whole(adapter, self.path[-1])
+        if adapter is not None and memory is not None:
             # Flax merges a dict that is put into a collection into the one that was got from it.
             ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})
             self._remember(x, adapter, ctx)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax import core
 from sborax.methods.lowrank import HIDDEN
-from sborax.models.attention import attention
+from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
 from sborax.models.layers import Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
@@ -19,7 +19,8 @@ from sborax.models.sharding import over_rows
 Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
 
-SAVEABLE = ("qkv", "attended", "mixed", "gate_up", HIDDEN)
+OFFLOAD = "offload:"
+SAVEABLE = ("qkv", ATTENDED, "mixed", "gate_up", HIDDEN)
 """Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
 the stream of states after attention, both halves of the gated unit, and the thin value inside an adapter."""
 
@@ -29,6 +30,7 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(
@@ -52,8 +54,7 @@ class Attention(nn.Module):
         own = (key, value)
         if past is not None:
             key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
-        attended = attention(query, key, value, *segments).reshape(*x.shape[:2], -1)
-        attended = checkpoint_name(attended, "attended")
+        attended = attend(self.attention, query, key, value, *segments).reshape(*x.shape[:2], -1)
         return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), own
 
 
@@ -80,6 +81,7 @@ class Block(nn.Module):
     config: LlamaConfig
     dtype: Any
     keep: bool
+    attention: str
 
     @nn.compact
     def __call__(
@@ -92,7 +94,8 @@ class Block(nn.Module):
             return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
 
         ctx = routed(self, x, ctx)
-        mixed, own = Attention(cfg, self.dtype, name="self_attn")(norm("input_layernorm")(x), rope, segments, past, ctx)
+        attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
+        mixed, own = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
         x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
         return over_rows(x), own if self.keep else None
@@ -105,6 +108,7 @@ class Unrolled(nn.Module):
     config: LlamaConfig
     dtype: Any
     keep: bool
+    attention: str
 
     @nn.compact
     def __call__(
@@ -117,9 +121,8 @@ class Unrolled(nn.Module):
                 before = jax.tree.map(lambda leaf: leaf[0], past[layer])
             else:
                 before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
-            x, own = self.block(self.config.of_layer(layer), self.dtype, self.keep, name=str(layer))(
-                x, rope, segments, ctx, before
-            )
+            block = self.block(self.config.of_layer(layer), self.dtype, self.keep, self.attention, name=str(layer))
+            x, own = block(x, rope, segments, ctx, before)
             kept.append(own)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
@@ -138,6 +141,7 @@ class Unrolled(nn.Module):
 def kept_names(remat: str) -> tuple[str, ...] | None:
     """What `remat` keeps of a layer for the backward pass: the names in `SAVEABLE` that it lists, separated by commas.
 
+    A name after "offload:" is kept in the host's memory instead of the device's; on a CPU these are one.
     "none" recomputes nothing (None), "full" everything, "cheap" all but what comes out of matmuls: norms, rotations,
     softmax and the gated unit.
     Raises SboraxError for a name that is not in `SAVEABLE`.
@@ -146,9 +150,10 @@ def kept_names(remat: str) -> tuple[str, ...] | None:
     if remat in whole:
         return whole[remat]
     names = tuple(remat.split(","))
-    if not set(names) <= set(SAVEABLE):
+    if not {name.removeprefix(OFFLOAD) for name in names} <= set(SAVEABLE):
         raise core.SboraxError(
-            f"remat = {remat!r}: use none, cheap, full, or a comma-separated list of {', '.join(SAVEABLE)}"
+            f"remat = {remat!r}: use none, cheap, full, or a comma-separated list of {', '.join(SAVEABLE)}, "
+            f"each with {OFFLOAD} before it or not"
         )
     return names
 
@@ -158,8 +163,19 @@ def rematerialised(remat: str, scan: bool) -> Any:
     names = kept_names(remat)
     if names is None:
         return Block
+    away = [name.removeprefix(OFFLOAD) for name in names if name.startswith(OFFLOAD)]
+    policies = jax.checkpoint_policies
+    if away:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[name for name in names if not name.startswith(OFFLOAD)],
+            names_which_can_be_offloaded=away,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = policies.save_only_these_names(*names)
     # Inside a scan the loop itself keeps XLA from merging the two computations.
-    return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=not scan)
+    return nn.remat(Block, policy=policy, prevent_cse=not scan)
 
 
 def positions_of(
@@ -182,6 +198,8 @@ class Llama(nn.Module):
     scan: bool = True
     keep: bool = False
     """Whether the hidden states come with every layer's keys and values."""
+    attention: str = "xla"
+    """The back end, see `sborax.models.backends`."""
 
     def setup(self) -> None:
         """The parts, under the names of their params."""
@@ -197,9 +215,9 @@ class Llama(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,
-            )(cfg, self.dtype, self.keep)
+            )(cfg, self.dtype, self.keep, self.attention)
         else:
-            self.layers = Unrolled(block, cfg, self.dtype, self.keep)
+            self.layers = Unrolled(block, cfg, self.dtype, self.keep, self.attention)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, False, self.dtype)

@@ -1,5 +1,6 @@
 """Models from a Hugging Face directory, the hub, or a GGUF file."""
 
+import functools
 import json
 import os
 import re
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from sborax.core import SboraxError
+from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig
 from sborax.models.gguf import open_gguf
-from sborax.models.language_model import LanguageModel, abstract
+from sborax.models.language_model import LanguageModel, Params, abstract
 from sborax.models.llama import Llama, kept_names
 from sborax.models.tokenizer import read_tokenizer
 
@@ -80,14 +82,19 @@ def load_model(
     scan: bool = True,
     quant: Literal["nf4"] | None = None,
     keep: Callable[[str], bool] = lambda path: False,
+    attention: str = "auto",
+    shardings: Callable[[LlamaConfig, Params], Params] | None = None,
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
     dtype: of params and activations; norms, softmax and logits are float32 in any case.
-    remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`).
+    remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`),
+        those after "offload:" in the host's memory.
     scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
     quant: "nf4" holds the kernels of the layers in 4 bits; each tensor is quantised as it is read, so that no dense
         model is ever in memory. keep: paths of kernels that stay dense all the same.
+    attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for what suits the device.
+    shardings: from shapes, for a model that lies on a mesh: a host reads the shards of its own devices alone.
     Raises SboraxError for whatever is missing, broken, superfluous or unsupported.
     """
     if jnp.dtype(dtype).name not in DTYPES:
@@ -100,10 +107,12 @@ def load_model(
     else:
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
-    module = Llama(config, jnp.dtype(dtype), remat, scan)
+    backend = choose(attention, platform(), dtype, config.head_dim)
+    module = Llama(config, jnp.dtype(dtype), remat, scan, attention=backend)
 
     def quantised(path: str) -> bool:
         return quant is not None and is_layer_kernel(path) and not keep(path)
 
-    params = load_params(config, abstract(config, dtype, scan=scan), tensors, quantised)
+    where = None if shardings is None else functools.partial(shardings, config)
+    params = load_params(config, abstract(config, dtype, scan=scan), tensors, quantised, where)
     return LanguageModel(module, params, config, tokenizer)

@@ -12,13 +12,14 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, SboraxError, is_weight
+from sborax.core import ROWS, AbstractWeight, Adapter, SboraxError, is_weight
 from sborax.models.config import LlamaConfig
+from sborax.tree import specs
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-"""Mesh axes that the rows of a batch lie on."""
 ROW_PARALLEL = ("o_proj", "down_proj")
+SLICES = "slices"
+"""Of a layout, not an axis: groups of devices with a slow network between them, over which data is dealt first."""
 
 
 def _own(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
@@ -71,8 +72,8 @@ def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
 def check_mesh(sizes: Mapping[str, int]) -> None:
     """Raise SboraxError for an axis that there is not, or of no devices."""
     for name, size in sizes.items():
-        if name not in AXES:
-            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join(AXES)}")
+        if name not in (*AXES, SLICES):
+            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join((*AXES, SLICES))}")
         if size < 1:
             raise SboraxError(f"mesh: {name} must be at least 1, got {size}")
 
@@ -90,3 +91,21 @@ def over_rows(x: Array) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *(None,) * (x.ndim - 1)))
+
+
+def used_whole(adapter: Adapter, module: str) -> Adapter:
+    """`adapter` as the projection `module` uses it on a mesh: put together along fsdp, as its kernel is.
+
+    Left to choose, the compiler may rather cut activations as the leaves lie, and send these. On tensor they stay cut.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return adapter
+    spec = PartitionSpec("tensor", None) if module in ROW_PARALLEL else PartitionSpec(None, "tensor")
+    found = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
+
+    def one(leaf: Array, own: PartitionSpec) -> Array:
+        even = (name if leaf.shape[axis] % mesh.shape[name or "data"] == 0 else None for axis, name in enumerate(own))
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*even))
+
+    return jax.tree.map(one, adapter, found)

@@ -6,6 +6,7 @@ A weight is cut into blocks of 64 along its input axis. Each block keeps 4-bit c
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from sborax.core import AbstractWeight, SboraxError
+from sborax.core import AbstractWeight, SboraxError, whole
 
 BLOCK = 64
 """Weights that share one absmax."""
@@ -34,6 +35,8 @@ LEVELS = np.array(
 MIDPOINTS = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
 # Elements of a host chunk: bounds the float32 copies that `quantise_numpy` holds at once.
 _CHUNK = 1 << 16
+# What bitsandbytes divides by at least; it is subnormal, which numpy does not flush.
+_LEAST = np.float32(1e-38)
 
 
 @functools.cache
@@ -270,17 +273,35 @@ def quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     least = np.finfo(np.float32).tiny
 
     def one(matrix: Float[Array, "in out"]) -> tuple[Array, ...]:
-        codes, absmax = _encode(jnp, matrix, least)
-        offset = _mean(absmax)
-        return codes, *_nest(jnp, absmax, offset, least), offset
+        codes, absmax = _encode(jnp, whole(matrix), least)
+        return codes, *_nested(absmax)
 
-    stack = weight.shape[:-2]
-    if stack:
-        leaves = lax.map(one, weight.reshape(-1, *weight.shape[-2:]))
-        leaves = tuple(leaf.reshape(*stack, *leaf.shape[1:]) for leaf in leaves)
-    else:
-        leaves = one(weight)
-    return NF4Array(*leaves, dtype=jnp.dtype(weight.dtype))
+    return NF4Array(*_each(one, weight), dtype=jnp.dtype(weight.dtype))
+
+
+def _each(one: Callable[[Any], tuple[Array, ...]], matrices: Any) -> tuple[Array, ...]:
+    """`one` of every matrix of a stack, in turn."""
+    stack = matrices.shape[:-2]
+    if not stack:
+        return one(matrices)
+    leaves = lax.map(one, matrices.reshape(-1, *matrices.shape[-2:]))
+    return tuple(leaf.reshape(*stack, *leaf.shape[1:]) for leaf in leaves)
+
+
+def _nested(absmax: Float32[Array, "blocks out"]) -> tuple[Array, ...]:
+    """The leaves `absmax`, `nested` and `offset` of one weight."""
+    offset = _mean(absmax)
+    return *_nest(jnp, absmax, offset, np.finfo(np.float32).tiny), offset
+
+
+@jax.jit
+def _all_nested(absmax: Float32[Array, "*stack blocks out"]) -> tuple[Array, ...]:
+    return _each(lambda one: _nested(whole(one)), absmax)
+
+
+def join(codes: UInt8[Array, "*stack half out"], absmax: Float32[Array, "*stack blocks out"], dtype: Any) -> NF4Array:
+    """The weight whose blocks `encode_blocks` has encoded; on a mesh they may lie anywhere."""
+    return NF4Array(codes, *_all_nested(absmax), dtype=jnp.dtype(dtype))
 
 
 def quantise_numpy(weight: Shaped[np.ndarray, "..."]) -> NF4Array:
@@ -290,21 +311,30 @@ def quantise_numpy(weight: Shaped[np.ndarray, "..."]) -> NF4Array:
     place. Raises SboraxError as `quantise` does, and for weights that are not finite.
     """
     check(weight.shape, weight.dtype)
-    *stack, size, out = weight.shape
-    if stack:
+    if weight.ndim > 2:
         layers = [quantise_numpy(layer) for layer in weight]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-    # What bitsandbytes divides by at least; it is subnormal, which numpy does not flush.
-    least = np.float32(1e-38)
+    codes, absmax = encode_blocks(weight)
+    offset = np.float32(absmax.sum(dtype=np.float64)) / np.float32(absmax.size)
+    return NF4Array(codes, *_nest(np, absmax, offset, _LEAST), np.asarray(offset), dtype=jnp.dtype(weight.dtype))
+
+
+def encode_blocks(
+    weight: Shaped[np.ndarray, "in out"],
+) -> tuple[UInt8[np.ndarray, "half out"], Float32[np.ndarray, "blocks out"]]:
+    """Codes and absmax of a weight on the host, or of a part of one that has whole blocks: no block knows another.
+
+    Raises SboraxError for weights that are not finite.
+    """
+    size, out = weight.shape
     codes, absmax = np.empty((size // 2, out), np.uint8), np.empty((size // BLOCK, out), np.float32)
     width = max(1, _CHUNK // size)
     for start in range(0, out, width):
         part = slice(start, start + width)
         if not np.isfinite(weight[:, part]).all():
             raise SboraxError(f"a weight of shape {weight.shape} holds values that are not finite: mend the checkpoint")
-        codes[:, part], absmax[:, part] = _encode(np, weight[:, part], least)
-    offset = np.float32(absmax.sum(dtype=np.float64)) / np.float32(absmax.size)
-    return NF4Array(codes, *_nest(np, absmax, offset, least), np.asarray(offset), dtype=jnp.dtype(weight.dtype))
+        codes[:, part], absmax[:, part] = _encode(np, weight[:, part], _LEAST)
+    return codes, absmax
 
 
 def logical_axes(weight: NF4Array, in_shards: int = 1) -> NF4Array:

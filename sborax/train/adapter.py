@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -15,9 +16,10 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.config import decode, encode
-from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, whole
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.routing import AbstractRouter
+from sborax.train.disk import replace, writing
 from sborax.train.state import flatten, put_together
 from sborax.tree import Adapters, Params, nest, nodes, rewrite
 
@@ -36,10 +38,17 @@ def fingerprint(params: Params) -> dict[str, str]:
     for path, leaf in flatten(params).items():
         if isinstance(leaf, AbstractWeight):
             continue
-        stride = max(1, leaf.size // SAMPLED)
-        values = np.asarray(leaf.reshape(-1)[::stride].astype(jnp.bfloat16))
+        places = np.unravel_index(np.arange(0, leaf.size, max(1, leaf.size // SAMPLED)), leaf.shape)
+        values = np.asarray(_bits(leaf, places)).view(leaf.dtype).astype(jnp.bfloat16)
         prints[path] = hashlib.sha256(f"{leaf.shape} ".encode() + values.tobytes()).hexdigest()[:16]
     return prints
+
+
+@jax.jit
+def _bits(leaf: Array, places: tuple[Array, ...]) -> Array:
+    """The bits of some values. Gathered from shards they are summed, which as a number would lose the sign of zero."""
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    return whole(jax.lax.bitcast_convert_type(leaf, unsigned)[places])
 
 
 def save_adapter(
@@ -55,9 +64,11 @@ def save_adapter(
 
     rules: those it was made by, for the record. base: `fingerprint` of the parameters before `attach`.
     trained_base: trained leaves of the base by path. about: more for `plan.json`, such as the model's name.
+    Raises SboraxError if the disk refuses.
     """
     place = epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
     leaves: dict[str, np.ndarray] = {f"base/{path}": np.asarray(leaf) for path, leaf in (trained_base or {}).items()}
     sites = []
     for path, node in nodes(adapters).items():
@@ -73,8 +84,9 @@ def save_adapter(
         "base": dict(base or {}),
     }
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
-    (place / LEAVES).write_bytes(save_safetensors(contiguous))
-    (place / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    replace(place / LEAVES, save_safetensors(contiguous))
+    # Last: where there is a plan, the leaves are whole.
+    replace(place / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

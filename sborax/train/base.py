@@ -11,7 +11,7 @@ from sborax.models.load import is_layer_kernel
 from sborax.paths import Plan, Rule, Site, module_path
 from sborax.quant.nf4 import Unquantised, check, quantise
 from sborax.train.state import flatten
-from sborax.tree import Adapters, Params, attach, nest, nodes, rewrite
+from sborax.tree import Adapters, Params, fit, nest, rewrite
 
 
 def quantise_base(params: Params, quant: str | None) -> Params:
@@ -89,13 +89,10 @@ def adapt(
             adapters[site.path] = begun[site.path]
             continue
         # Not every site has a kernel of its own.
-        weights = {path: leaf for path, leaf in flat.items() if path == site.path}
-        if quant is not None:
-            weights = {path: _unquantised(path, leaf) for path, leaf in weights.items()}
-        hints = None
-        if hint is not None and site.method.needs:
-            hints = {site.path.removesuffix("/kernel"): hint(unadapted, site)}
-        adapters |= nodes(attach(key, nest(weights), Plan((site,), ()), hints)[1])
+        weight = flat.get(site.path)
+        weight = weight if quant is None else _unquantised(site.path, weight)
+        told = hint(unadapted, site) if hint is not None and site.method.needs else Hint()
+        adapters[site.path] = fit(key, weight, site, told)
     del unadapted
     for site in plan.sites:
         if site.method.rewrites_base:

@@ -3,23 +3,30 @@
 The base is never in one. orbax restores arrays whose bytes have flipped without noticing, hence the digests.
 """
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sborax.core import SboraxError
+from sborax.train.disk import refusal
+from sborax.train.hosts import gathered, several
+from sborax.train.sharding import put
 
-# orbax reports every save in a line of its own.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax reports every save, and every failure at length; failures are our own to word.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER = "checkpoints"
 
@@ -48,22 +55,22 @@ class Checkpoints:
         Raises SboraxError if the disk refuses.
         """
         # A copy, since the next step overwrites the buffers that a view would show.
-        host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
-        notes = {"digests": {name: digest(leaf) for name, leaf in host.items()}, "position": position}
-        try:
-            self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes)
-        except OSError as error:
-            raise SboraxError(f"{self.manager.directory}: checkpoint {step} was not written ({error})") from error
+        if several():
+            host = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), flat(tree))
+            # Digests are of whole leaves, on however many hosts these are read later.
+            digests = {name: digest(gathered(leaf)) for name, leaf in host.items()}
+        else:
+            host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
+            digests = {name: digest(leaf) for name, leaf in host.items()}
+        notes = {"digests": digests, "position": position}
+        self._attempt(lambda: self.manager.save_async(step, host, force=True, overwrite=True, custom_metadata=notes))
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk.
 
         Raises SboraxError if the disk refuses.
         """
-        try:
-            self.manager.wait()
-        except OSError as error:
-            raise SboraxError(f"{self.manager.directory}: the last checkpoint was not written ({error})") from error
+        self._attempt(self.manager.wait)
 
     @property
     def steps(self) -> list[int]:
@@ -78,10 +85,12 @@ class Checkpoints:
         """
         steps = self.steps
         for step in reversed(steps):
-            try:
-                return self._read(step, like), step
-            except _Damaged as damage:
-                echo(f"checkpoint {step} is damaged ({damage}); trying the one before")
+            with _quietly():
+                try:
+                    return self._read(step, like), step
+                except _Damaged as damage:
+                    echo(f"checkpoint {step} is damaged ({damage}); trying the one before")
+                gc.collect()
         if steps:
             raise SboraxError(f"{self.manager.directory}: all {len(steps)} checkpoints are damaged; start the run anew")
         return None
@@ -89,8 +98,10 @@ class Checkpoints:
     def _read(self, step: int, like: PyTree) -> PyTree:
         wanted = flat(like)
         try:
-            notes = self.manager.metadata(step).custom_metadata
-            found = self.manager.load(step)
+            about = self.manager.metadata(step)
+            notes = about.custom_metadata
+            # Whole and on the host, by whichever devices they were written.
+            found = self.manager.load(step, jax.tree.map(_on_host, about.metadata))
         # orbax and tensorstore raise whatever their parsers raise.
         except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise _Damaged(str(error).strip().partition("\n")[0] or type(error).__name__) from error
@@ -101,13 +112,57 @@ class Checkpoints:
             if name not in found or digest(np.asarray(found[name])) != expected:
                 raise _Damaged(f"{name} has changed since it was written")
         _compare(wanted, found, f"{self.manager.directory}: checkpoint {step}")
-        leaves = [jax.device_put(found[name], leaf.sharding) for name, leaf in wanted.items()]
+        leaves = [put(found[name], leaf.sharding) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def close(self) -> None:
-        """Wait for what is being written and stop."""
-        self.wait()
-        self.manager.close()
+        """Wait for what is being written and stop.
+
+        Raises SboraxError if the disk refuses.
+        """
+        try:
+            self.wait()
+        finally:
+            self._attempt(self.manager.close)
+
+    def _attempt(self, act: Callable[[], Any]) -> None:
+        problem = None
+        with _quietly():
+            try:
+                act()
+            # tensorstore, which orbax writes with, raises ValueError for a full disk.
+            except (OSError, ValueError) as error:
+                problem = refusal(self.manager.directory, error)
+            if problem is not None:
+                gc.collect()
+        if problem is not None:
+            raise problem
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """orbax treats leaves side by side. Where several fail it forgets all errors but one, which Python would print.
+
+    It does so when the errors are collected, so that whoever meets one collects garbage in this block.
+    """
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    log.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        yield
+    finally:
+        log.disabled, sys.unraisablehook = False, hook
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnHost:
+    """What orbax reads as an array of numpy: a shape and a dtype without a sharding."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _on_host(leaf: Any) -> _OnHost:
+    return _OnHost(tuple(leaf.shape), leaf.dtype)
 
 
 class _Damaged(Exception):

@@ -17,6 +17,7 @@ from sborax.models.sharding import check_mesh
 from sborax.paths import RuleLike, as_rules
 from sborax.procedures import AbstractProcedure
 from sborax.routing import routed_parts
+from sborax.train.disk import replace
 
 CONFIG = "config.json"
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
@@ -71,10 +72,14 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """Checkpoints every so many steps and at the end; the newest `keep` stay."""
+    """Checkpoints every so many steps and at the end; the newest `keep` stay.
+
+    best: whenever the held-out loss is the lowest so far, the adapter is written to `best/` of the run directory.
+    """
 
     every: int = 100
     keep: int = 2
+    best: bool = False
 
     def __post_init__(self) -> None:
         at_least(1, every=self.every, keep=self.keep)
@@ -88,15 +93,19 @@ class Experiment:
     batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
     precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
     remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and on a
-        CPU faster), "none", "full", or everything but names to keep. attention: "xla".
+        CPU faster), "none", "full", or everything but names to keep, such as "attended,offload:gate_up" (the
+        second in the host's memory).
+    attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
+        TPUs, or "auto" for the one that suits the device. Packed samples are kept apart by each.
     train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
     seed_data: order of the data. seed_adapter: initial adapters and dropout.
     procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
     hint_batches: microbatches of the run's own data over which methods that start from gradients, such as LoRAGA,
         have them averaged (its authors: 8 of one sample, later 64 of two).
-    mesh: sizes of the axes "data", "fsdp" and "tensor" over which the devices of this process are laid out, such as
-        {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp.
-    log: back ends beside `metrics.jsonl`. eval.tasks: refused where this version lacks them.
+    mesh: sizes of the axes "data", "fsdp" and "tensor" over which devices are laid out, of one process or of all that
+        there are, such as {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp. "slices"
+        is how many groups, with a slow network between them, hold a mesh of the other sizes each.
+    log: "tensorboard" and "wandb" beside `metrics.jsonl`. eval.tasks: refused where this version lacks them.
     """
 
     model: str
@@ -111,14 +120,14 @@ class Experiment:
     quant: Literal["nf4"] | None = None
     mesh: dict[str, int] | None = None
     remat: str = "cheap"
-    attention: str = "xla"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     eval: Eval = Eval()
     save: Save = Save()
     procedure: AbstractProcedure | None = None
     hint_batches: int = 8
     seed_data: int = 0
     seed_adapter: int = 0
-    log: tuple[str, ...] = ()
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     train_base: bool = False
     train_also: Sequence[Also] = ()
 
@@ -138,6 +147,8 @@ class Experiment:
             raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
         if self.quant and (self.train_base or self.rules == ()):
             raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")
+        if self.save.best and (self.eval.data is None or self.eval.every is None):
+            raise SboraxError("save.best: needs held-out losses to compare; set eval.data and eval.every")
         check_mesh(self.mesh or {})
         if self.mesh is not None and self.procedure is not None:
             raise SboraxError(f"mesh: {type(self.procedure).__name__} runs on one device; leave mesh at None")
@@ -147,8 +158,6 @@ class Experiment:
                 _check_prompts("eval.data", self.eval.data)
         absent: dict[str, Any] = {
             "eval.tasks": self.eval.tasks,
-            "log": self.log,
-            "attention": None if self.attention == "xla" else self.attention,
         }
         for name, value in absent.items():
             if value:
@@ -210,5 +219,5 @@ def _from_python(path: Path) -> Experiment:
 
 
 def save_experiment(experiment: Experiment, run: epath.Path) -> None:
-    """Write the resolved `config.json` of a run: enough to repeat it."""
-    (run / CONFIG).write_text(json.dumps(encode(experiment), indent=2) + "\n")
+    """Write the resolved `config.json` of a run: enough to repeat it. Raises SboraxError if the disk refuses."""
+    replace(run / CONFIG, json.dumps(encode(experiment), indent=2) + "\n")

@@ -1,9 +1,11 @@
 """From an `Experiment` to a run directory."""
 
+import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,45 +22,66 @@ from sborax.paths import Plan, as_rules, plan
 from sborax.procedures import Run
 from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
 from sborax.train.base import adapt, rewritten
+from sborax.train.best import best_so_far
 from sborax.train.checkpoint import open_checkpoints
 from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_experiment
+from sborax.train.figures import figures
 from sborax.train.hints import gradients, promised
+from sborax.train.hosts import check_alike, gathered, held, is_first, on_first, several
+from sborax.train.log import check_logs, open_logs
 from sborax.train.optimizer import make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
 from sborax.train.sharding import Layout
-from sborax.train.state import Parts, parameters, start, take_apart
+from sborax.train.state import Parts, TrainState, parameters, start, take_apart
 from sborax.train.steps import Loop
+from sborax.train.stop import Stop, stopping
+from sborax.train.trace import make_trace
 from sborax.train.turns import Turns
 from sborax.tree import combine, nest, nodes
 
 ADAPTER = "adapter"
 START = "start"
 """Adapters whose start depended on more than the weights, as they were then."""
-MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh")
+MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
 Echo = Callable[[str], None]
 _ECHO = functools.partial(print, flush=True)
 
 
-def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO) -> Summary:
+def train(
+    experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO, profile: bool = False
+) -> Summary:
     """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
 
     resume: continue from the newest whole checkpoint in `out`; on one machine the bits are those of a run that was
         never interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
+    profile: write an xprof trace of a few steps to `profile/` of the run directory.
     Raises SboraxError for whatever the user can mend, and for a loss that is not finite (the last checkpoint stays).
     """
+    with stopping() as stop:
+        check_logs(experiment.log)
+        layout = Layout.of(experiment.mesh, experiment.batch_size)
+        run = epath.Path(out)
+        on_first(lambda: claim(run, experiment, resume))
+        with layout.context():
+            return _train(experiment, run, resume, layout, echo if is_first() else _silent, profile, stop)
+
+
+def _silent(text: str) -> None:
+    """What the other processes say."""
+
+
+def _train(
+    experiment: Experiment, run: epath.Path, resume: bool, layout: Layout, echo: Echo, profile: bool, stop: Stop
+) -> Summary:
     began = time.monotonic()
-    layout = Layout.of(experiment.mesh, experiment.batch_size)
-    run = claim(epath.Path(out), experiment, resume)
     echo(f"loading {experiment.model} ({experiment.precision})")
-    model = load_model(
-        experiment.model,
-        experiment.precision,
-        remat=experiment.remat,
-        quant=experiment.quant,
-        keep=rewritten(as_rules(experiment.rules)),
-    )
+    model = read_model(experiment, layout)
+    echo(f"attention: {model.module.attention}")
+    if several():
+        own, together = held(model.params)
+        echo(f"weights: {own:,} of {together:,} bytes on this host")
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
@@ -79,6 +102,7 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     done = 0
     if resume:
         restored = checkpoints.restore(state, echo)
+        check_alike("checkpoints", 0 if restored is None else restored[1])
         if restored is None:
             echo("no checkpoint yet: starting from step 0")
         else:
@@ -88,24 +112,36 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     elif checkpoints.steps:
         raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
     progress = Progress(steps, done, echo)
-    loop = Loop(experiment, model, parts, batches, held_out, checkpoints, Metrics(run, done), steps, done, progress)
-    loop.turns, loop.layout, loop.shardings = turns, layout, shardings
-    try:
-        with layout.context():
-            state, eval_loss = loop.run(state, tx)
-    finally:
-        progress.close()
-        checkpoints.close()
+    metrics = Metrics(run, done, is_first())
+    loop = Loop(experiment, model, parts, batches, held_out, checkpoints, metrics, steps, done, progress)
+    loop.turns, loop.layout, loop.shardings, loop.stop = turns, layout, shardings, stop
+    loop.figures = figures(model.config, parts, layout.devices)
+
+    def write(state: TrainState, parts: Parts, place: epath.Path, **notes: Any) -> None:
+        adapters = combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, parts)
+        # Put together by all processes, written by one.
+        adapters, trained_base = gathered((adapters, state.train["base"]))
+        about = {"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant, **notes}
+        if is_first():
+            save_adapter(
+                place, adapters, rules=experiment.rules, base=base_prints, trained_base=trained_base, about=about
+            )
+
+    loop.write = write
+    with contextlib.ExitStack() as ends:
+        ends.callback(checkpoints.close)
+        ends.callback(progress.close)
+        if is_first():
+            loop.logs = open_logs(experiment, run, done, ends)
+        if experiment.save.best:
+            loop.best = best_so_far(run, encode(experiment)["eval"]["data"], echo, is_first())
+        if profile:
+            loop.trace = make_trace(run, done, steps)
+            ends.callback(loop.trace.close)
+        state, eval_loss = loop.run(state, tx)
     finished = int(state.step) == steps
     if finished:
-        save_adapter(
-            run / ADAPTER,
-            combine(state.train["adapters"], parts.frozen) if turns is None else turns.whole(state, loop.parts),
-            rules=experiment.rules,
-            base=base_prints,
-            trained_base=state.train["base"],
-            about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
-        )
+        write(state, loop.parts, run / ADAPTER)
     losses = loop.metrics.losses()
     summary = Summary(
         finished=finished,
@@ -123,7 +159,8 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
         versions=versions(),
         git_revision=git_revision(),
     )
-    summary.write(run)
+    if is_first():
+        summary.write(run)
     if finished:
         echo(f"done: {run}")
     else:
@@ -131,8 +168,8 @@ def train(experiment: Experiment, out: str | epath.PathLike, resume: bool = Fals
     return summary
 
 
-def claim(run: epath.Path, experiment: Experiment, resume: bool) -> epath.Path:
-    """The run directory with `config.json` in it.
+def claim(run: epath.Path, experiment: Experiment, resume: bool) -> None:
+    """Make the run directory, with `config.json` in it.
 
     Raises SboraxError if it is in use, or if its config differs in what a resumed run may not change.
     """
@@ -155,7 +192,6 @@ def claim(run: epath.Path, experiment: Experiment, resume: bool) -> epath.Path:
         save_experiment(experiment, run)
     except OSError as error:
         raise SboraxError(f"{run}: cannot write the run ({error})") from error
-    return run
 
 
 def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[list[Sample], str]:
@@ -165,6 +201,19 @@ def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[l
     samples, report = load_samples(data, model.tokenizer, end, model.config.context)
     echo(f"{what} {data.name}: {report}")
     return samples, str(report)
+
+
+def read_model(experiment: Experiment, layout: Layout = Layout()) -> LanguageModel:
+    """The base of a run as it is read: quantised, but for kernels that a method takes its start from."""
+    return load_model(
+        experiment.model,
+        experiment.precision,
+        remat=experiment.remat,
+        quant=experiment.quant,
+        keep=rewritten(as_rules(experiment.rules)),
+        attention=experiment.attention,
+        shardings=None if layout.mesh is None else layout.of_params,
+    )
 
 
 def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple[Batches, str]:
@@ -194,6 +243,10 @@ def set_up(
     if told and (run / START / PLAN).exists():
         # Made anew they might differ in the last bit, and singular vectors then in all of them.
         begun = nodes(read_adapter(run / START).adapters)
+    if told and not begun and several():
+        raise SboraxError(
+            f"{told[0]}: starts from gradients, which one process computes; begin the run on one, and --resume on all"
+        )
     hint = gradients(model, chosen, batches, experiment.hint_batches, echo) if told and not begun else None
     key = jax.random.key(experiment.seed_adapter)
     params, adapters = adapt(key, model.params, chosen, experiment.quant, hint, begun)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sborax.models.sharding import ROWS
 
 CHUNK = 256
-"""Tokens whose logits exist at one time."""
+"""Tokens whose logits exist at one time, unless a caller says otherwise."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -26,11 +26,12 @@ def frozen_head_loss(
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
     vocab_first: bool,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Array, ""]:
     """sum_t counts_t (logsumexp_v(z_t) - z_t[target_t]) with z = hidden @ kernel in float32; `table` is constant.
 
-    vocab_first: `table` is (vocab, d), as a tied embedding is, and not (d, vocab).
+    vocab_first: `table` is (vocab, d), as a tied embedding is, and not (d, vocab). chunk: tokens at one time, `CHUNK`
+        by default.
     Loss and gradient in `hidden` are made together, so logits are computed once; only the chunks that hold tokens
     which count are computed at all. `table` gets no gradient: use `trained_head_loss` if it is trained or adapted.
     """
@@ -73,12 +74,12 @@ def _sweep(
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
     vocab_first: bool,
-    chunk: int,
+    chunk: int | None,
     want_slope: bool,
 ) -> tuple[Float[Array, ""], Any]:
     """The loss, and its gradient in `hidden` if wanted."""
     tokens, _ = hidden.shape
-    chunk = min(chunk, tokens)
+    chunk = min(chunk or CHUNK, tokens)
     # Tokens that count first, so that the loop ends at the last of them.
     order = jnp.pad(jnp.argsort(~counts, stable=True), (0, -tokens % chunk), constant_values=tokens)
     hidden_sorted = hidden.at[order].get(mode="fill", fill_value=0)

@@ -37,10 +37,13 @@ def decayed(train: PyTree) -> PyTree:
 
 
 def make_optimizer(
-    optimizer: Optimizer, steps: int, watch: optax.GradientTransformation | None = None
+    optimizer: Optimizer,
+    steps: int,
+    watch: optax.GradientTransformation | None = None,
+    lr: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
-    """Clip by global norm, show the gradients to `watch`, then the named optimiser on its schedule."""
-    lr = schedule(optimizer, steps)
+    """Clip by global norm, show the gradients to `watch`, then the named optimiser on its schedule, or on `lr`."""
+    lr = schedule(optimizer, steps) if lr is None else lr
     first, second = optimizer.betas
     links = [] if optimizer.clip is None else [optax.clip_by_global_norm(optimizer.clip)]
     if optimizer.name == "adamw":

@@ -16,8 +16,9 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from sborax.core import AbstractComposite, AbstractMethod, SboraxError
+from sborax.core import AbstractComposite, AbstractMethod
 from sborax.paths import Plan, module_path
+from sborax.train.disk import replace, writing
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -26,12 +27,12 @@ PLAIN_EVERY = 10.0
 
 
 class Metrics:
-    """The lines of `metrics.jsonl`. On resumption, lines after the restored step are taken back."""
+    """The lines of `metrics.jsonl`, which one process `writes`. Lines after a restored step are taken back."""
 
-    def __init__(self, run: epath.Path, restored: int) -> None:
-        self.path = run / METRICS
+    def __init__(self, run: epath.Path, restored: int, writes: bool = True) -> None:
+        self.path, self.writes = run / METRICS, writes
         self.lines: list[dict[str, Any]] = []
-        if restored and self.path.exists():
+        if restored and writes and self.path.exists():
             for text in self.path.read_text().splitlines():
                 # A killed run may leave half a line, which belongs to a step that is done again.
                 try:
@@ -40,16 +41,22 @@ class Metrics:
                     break
                 if line["step"] <= restored:
                     self.lines.append(line)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if writes:
+            replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append one line, on disk at once."""
+        """Append one line, on disk at once.
+
+        Raises SboraxError if the disk refuses.
+        """
         self.lines.append(line)
-        try:
-            with self.path.open("a") as file:
+        if self.writes:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise SboraxError(f"{self.path}: not written ({error})") from error
+
+    def eval_loss(self) -> float | None:
+        """The last loss on held-out data; None if there is none."""
+        return next((line["eval_loss"] for line in reversed(self.lines) if "eval_loss" in line), None)
 
     def losses(self) -> list[float]:
         """Every training loss so far."""
@@ -131,8 +138,8 @@ class Summary:
     git_revision: str | None
 
     def write(self, run: epath.Path) -> None:
-        """Write `summary.json`."""
-        (run / SUMMARY).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write `summary.json`. Raises SboraxError if the disk refuses."""
+        replace(run / SUMMARY, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def clock(seconds: float) -> str:

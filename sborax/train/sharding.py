@@ -3,36 +3,70 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from sborax.core import SboraxError, is_weight
 from sborax.models.config import LlamaConfig
-from sborax.models.sharding import AXES, ROWS, base_specs, check_heads, check_mesh, quantised_specs
+from sborax.models.sharding import AXES, ROWS, SLICES, base_specs, check_heads, check_mesh, quantised_specs
 from sborax.train.state import Flat, Parts, TrainState, flatten
-from sborax.tree import nest, specs
+from sborax.tree import Params, nest, specs
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """The mesh of these sizes over the first devices of this process; axes that are not named have size 1.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these sizes over the first of `devices`, by default all that there are; absent axes have size 1.
 
-    Raises SboraxError as `check_mesh` does, and for more devices than there are.
+    "slices" multiplies "data": so many slices, or hosts, have a mesh of the other sizes each, and nothing but sums over
+    the data axis goes from one to another.
+    Raises SboraxError as `check_mesh` does, for more devices than there are, and for fewer than all processes have.
     """
     check_mesh(sizes)
-    shape = [sizes.get(name, 1) for name in AXES]
-    needed, devices = math.prod(shape), jax.devices()
+    slices, shape = sizes.get(SLICES, 1), [sizes.get(name, 1) for name in AXES]
+    needed, devices = slices * math.prod(shape), jax.devices() if devices is None else devices
+    told = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if needed > len(devices):
-        told = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise SboraxError(f"mesh: {told} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    if jax.process_count() > 1 and needed < len(devices):
+        raise SboraxError(f"mesh: {told} takes {needed} devices of {len(devices)}; several processes need all of them")
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
+    # Devices of one slice name it; where none do, the network between processes is the slow one.
+    named = all(isinstance(getattr(device, "slice_index", None), int) for device in devices)
+    try:
+        laid = mesh_utils.create_hybrid_device_mesh(
+            shape, [slices, 1, 1], devices[:needed], process_is_granule=not named
+        )
+    except ValueError as error:
+        raise SboraxError(f"mesh: {told} does not fit the slices or hosts that there are ({error})") from error
+    return Mesh(laid, AXES, axis_types=types)
 
 
-def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of these sizes without any devices.
+
+    Raises SboraxError as `check_mesh` does.
+    """
+    check_mesh(sizes)
+    shape = (sizes.get("data", 1) * sizes.get(SLICES, 1), *(sizes.get(name, 1) for name in AXES[1:]))
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_rows(batch_size: int, sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError for a batch whose rows cannot be dealt out evenly over a mesh of these sizes."""
+    shards = math.prod(sizes[name] for name in ROWS)
+    if batch_size % shards:
+        raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")
+
+
+def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
     """Raise SboraxError naming the axis where a leaf cannot be cut evenly."""
     for axis, names in enumerate(spec):
         size = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
@@ -40,7 +74,7 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
             raise SboraxError(f"{path}: axis {axis} of {shape} is not divisible by mesh axis {names!r} of size {size}")
 
 
-def _shardings(mesh: Mesh, tree: PyTree, found: PyTree) -> PyTree:
+def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, found: PyTree) -> PyTree:
     """`NamedSharding` for every leaf of `tree`, from a tree of specs of the same structure."""
 
     def one(keys: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding:
@@ -54,7 +88,7 @@ def _flat_specs(leaves: Flat, own: Flat) -> Flat:
     return {path: quantised_specs(leaf, own[path]) if is_weight(leaf) else own[path] for path, leaf in leaves.items()}
 
 
-def parts_shardings(mesh: Mesh, config: LlamaConfig, parts: Parts) -> Parts:
+def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts) -> Parts:
     """Where the parts of a model lie: adapter leaves follow the kernel they adapt.
 
     Raises SboraxError for heads and leaves that cannot be cut evenly.
@@ -70,7 +104,7 @@ def parts_shardings(mesh: Mesh, config: LlamaConfig, parts: Parts) -> Parts:
     )
 
 
-def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+def state_shardings(mesh: Mesh | AbstractMesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
     """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of."""
     whole, train = NamedSharding(mesh, PartitionSpec()), jax.tree.map(lambda leaf: leaf.sharding, state.train)
     opt = optax.tree.map_params(
@@ -85,6 +119,18 @@ def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainSt
     return TrainState(whole, train, opt)
 
 
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The leaves where they should lie. What every process has of its own, equal in all, is dealt out without talk."""
+
+    def one(leaf: Any, where: Any) -> Any:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        own = np.asarray(leaf)
+        return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a run lies on a mesh; without one everything is on one device."""
@@ -95,11 +141,14 @@ class Layout:
     def of(cls, sizes: Mapping[str, int] | None, batch_size: int) -> "Layout":
         """Raises SboraxError as `make_mesh` does, and for a batch whose rows cannot be dealt out evenly."""
         if sizes is None:
+            if jax.process_count() > 1:
+                raise SboraxError(
+                    f"mesh: {jax.process_count()} processes have {jax.device_count()} devices together; say how the "
+                    f'run lies on them, such as mesh={{"fsdp": {jax.device_count()}}}'
+                )
             return cls()
         mesh = make_mesh(sizes)
-        shards = math.prod(mesh.shape[name] for name in ROWS)
-        if batch_size % shards:
-            raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")
+        check_rows(batch_size, mesh.shape)
         return cls(mesh)
 
     def __str__(self) -> str:
@@ -115,23 +164,39 @@ class Layout:
         """Where steps are traced and run."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
+    def of_params(self, config: LlamaConfig, shapes: Params) -> Params:
+        """Where each parameter of these shapes lies, from the moment that it is read.
+
+        Raises SboraxError for heads and leaves that cannot be cut evenly.
+        """
+        assert self.mesh is not None
+        check_heads(config, self.mesh.shape["tensor"])
+        own = flatten(base_specs(shapes, self.mesh.shape))
+        return _shardings(self.mesh, shapes, nest(_flat_specs(flatten(shapes), own)))
+
     def place(self, parts: Parts, config: LlamaConfig) -> Parts:
         """The parts on their devices."""
         if self.mesh is None:
             return parts
-        where = parts_shardings(self.mesh, config, parts)
-        put = (jax.device_put(getattr(parts, f.name), getattr(where, f.name)) for f in dataclasses.fields(parts))
-        return Parts(*put)
+        return put(parts, parts_shardings(self.mesh, config, parts))
 
     def state(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState | None]:
         """The state on its devices, and its shardings where there is a mesh."""
         if self.mesh is None:
             return state, None
         where = state_shardings(self.mesh, tx, state)
-        return jax.device_put(state, where), where
+        return put(state, where), where
 
-    def batch(self, batch: Any) -> Any:
-        """A batch (accumulate, batch, length) on its devices."""
+    def rows(self, batch_size: int) -> frozenset[int] | None:
+        """The rows of a batch that lie on devices of this process; None for all."""
+        if self.mesh is None:
+            return None
+        own = NamedSharding(self.mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((batch_size,))
+        return frozenset(row for index in own.values() if index for row in range(*index[0].indices(batch_size)))
+
+    def batch(self, batch: Any, axis: int = 1) -> Any:
+        """A batch (accumulate, batch, length) on its devices; axis: that of its rows."""
         if self.mesh is None:
             return batch
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None, ROWS)))
+        where = NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, ROWS))
+        return put(batch, jax.tree.map(lambda _: where, batch))

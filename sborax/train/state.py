@@ -33,14 +33,15 @@ class TrainState:
     opt: Any
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """A model and its adapters, taken apart. `base` has no leaf that is in `trained_base`."""
 
-    adapters: Adapters
-    frozen: Adapters
-    base: Flat
-    trained_base: Flat
+    adapters: Any
+    frozen: Any
+    base: Any
+    trained_base: Any
 
     @property
     def train(self) -> PyTree:

@@ -1,6 +1,7 @@
 """One optimiser step as one compiled function: state and batch in, state and numbers out."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from sborax.tree import combine, nodes
 
 HEAD = "lm_head/kernel"
 TABLE = "embed_tokens/embedding"
+WATCHED = ("loss", "grad_norm", "update_norm")
+"""Numbers of a step that have to be finite."""
 
 
 def prompt_of(segments: Int[Array, "batch length"], counts: Bool[Array, "batch length"]) -> Bool[Array, "batch length"]:
@@ -74,7 +77,7 @@ def batch_losses(
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
-    """Gradient norm of every adapter and of every trained base leaf, by path."""
+    """Norm of every adapter's part of a tree, and of every trained base leaf's, by path."""
     adapters = {path: optax.tree.norm(node) for path, node in nodes(grads["adapters"]).items()}
     return adapters | {path: jnp.linalg.norm(leaf.reshape(-1)) for path, leaf in grads["base"].items()}
 
@@ -92,8 +95,9 @@ def make_step(
     sum of losses / number of tokens that count over all of them. Only `state` is donated.
     key: of dropout; folded with the step's number. observe: whether `tx` is given `norms=` of inputs by path.
     shardings: on a mesh, where the state lies, now and after the step.
-    numbers: loss (nats per token), tokens that count, grad_norm before clipping, grad_norms by path; with routers
-        balance_loss, which is minimised too: a mean over microbatches, by their tokens that count.
+    numbers: loss (nats per token), tokens that count, grad_norm before clipping, update_norm of what the optimiser
+        adds, grad_norms and update_norms by path; with routers balance_loss, which is minimised too: a mean over
+        microbatches, by their tokens that count.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -135,7 +139,9 @@ def make_step(
                 **{name: total * share for name, total in losses.items()},
                 "tokens": tokens,
                 "grad_norm": optax.tree.norm(grads),
+                "update_norm": optax.tree.norm(updates),
                 "grad_norms": norms(grads),
+                "update_norms": norms(updates),
             }
         return TrainState(state.step + 1, train, opt), numbers
 
@@ -154,6 +160,14 @@ def make_loss(model: LanguageModel) -> Callable[..., tuple[Float[Array, ""], Arr
             return total, jnp.sum(batch["counts"], dtype=jnp.int32)
 
     return loss
+
+
+def not_finite(numbers: Mapping[str, float]) -> str | None:
+    """What a step says of its numbers if one that must be finite is not."""
+    if all(math.isfinite(numbers[name]) for name in WATCHED):
+        return None
+    told = (f"{name.replace('_', ' ').replace('grad', 'gradient')} {numbers[name]}" for name in WATCHED)
+    return f"{', '.join(told)}: not finite, stopped"
 
 
 def check_alive(grad_norms: dict[str, float]) -> None:

@@ -1,12 +1,9 @@
 """The steps of a run, one after the other: numbers read, checkpoints made, signals obeyed."""
 
 import dataclasses
-import math
-import signal
-import threading
+import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,32 +13,24 @@ from jaxtyping import PyTree
 
 from sborax.core import SboraxError
 from sborax.data.batches import Batch, Batches
+from sborax.data.stream import stream
 from sborax.models.language_model import LanguageModel
 from sborax.routing import selective
+from sborax.train.best import BEST, Best
 from sborax.train.checkpoint import Checkpoints
 from sborax.train.experiment import Experiment
+from sborax.train.figures import Figures
+from sborax.train.hosts import asked_to_stop
+from sborax.train.log import AbstractLog, scalars
 from sborax.train.optimizer import schedule
 from sborax.train.report import Metrics, Progress, Speed
 from sborax.train.sharding import Layout
 from sborax.train.state import Parts, TrainState
-from sborax.train.step import check_alive, make_loss, make_step
+from sborax.train.step import check_alive, make_loss, make_step, not_finite
+from sborax.train.stop import Stop
+from sborax.train.trace import Trace
 from sborax.train.turns import Turns
 from sborax.tree import nodes
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets, instead of ending the process."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +39,7 @@ class Taken:
 
     step: int
     numbers: dict[str, Any]
-    batch: Batch
+    tokens: int
     compiled: bool
 
 
@@ -78,6 +67,13 @@ class Loop:
     layout: Layout = Layout()
     shardings: TrainState | None = None
     """Where the state lies on a mesh."""
+    stop: Stop = dataclasses.field(default_factory=Stop)
+    figures: Figures | None = None
+    logs: Sequence[AbstractLog] = ()
+    trace: Trace | None = None
+    best: Best | None = None
+    write: Callable[..., None] | None = None
+    """Writes the adapters of a state into a directory: `write(state, parts, directory, **notes)`."""
 
     def run(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, float | None]:
         """The state at the end or after a signal, and the last loss on held-out data."""
@@ -88,22 +84,26 @@ class Loop:
         step = make_step(self.model, tx, key, observe, self.shardings)
         lr = schedule(settings.optimizer, self.steps)
         loss = make_loss(self.model)
-        eval_loss, pending = None, None
+        eval_loss, pending = self.metrics.eval_loss(), None
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
-        with _signals() as asked:
-            for number in range(self.done, self.steps):
-                batch, programs = self.batches[number], step._cache_size()
+        own = self.layout.rows(settings.batch_size)
+        read = stream(lambda number: self.batches.part(number, own), self.done, self.steps)
+        with self.stop.in_good_order() as asked, read as batches:
+            for number, batch in enumerate(batches, start=self.done):
+                programs = step._cache_size()
+                if self.trace is not None:
+                    self.trace.before(number, state)
                 state, numbers = step(state, self.parts.frozen, self.parts.base, self.layout.batch(batch))
                 # Looking at a step only after the next is dispatched keeps the device busy.
                 if pending is not None:
                     self.look(pending, lr)
                 now = number + 1
-                pending = Taken(now, numbers, batch, step._cache_size() > programs)
-                last = now == self.steps or asked.is_set()
-                measure = bool(self.held_out) and (last or _due(settings.eval.every, now))
-                save = last or _due(settings.save.every, now)
+                pending = Taken(now, numbers, self.batches.tokens(number), step._cache_size() > programs)
+                last = asked_to_stop(asked.is_set(), now) or now == self.steps
+                measure = bool(self.held_out) and (last or due(settings.eval.every, now))
+                save = last or due(settings.save.every, now)
                 turn = self.turns is not None and self.turns.due(now)
                 if save or measure or turn or number == self.done:
                     # A checkpoint is only made of a state whose loss is known to be finite.
@@ -113,6 +113,7 @@ class Loop:
                     state, self.parts = self.turns.take(now, state, self.parts, tx)
                 if measure:
                     eval_loss = self.measure(state.train, loss, now)
+                    self.keep(now, eval_loss, state)
                 if save:
                     epoch, row = self.batches.position(now)
                     self.checkpoints.save(now, state, {"epoch": epoch, "row": row})
@@ -125,55 +126,81 @@ class Loop:
     def look(self, taken: Taken, lr: Callable[[int], Any]) -> None:
         """Wait for a step, check its numbers and write them down.
 
-        Raises SboraxError for a loss or gradient that is not finite, and in the first step for a dead adapter.
+        Raises SboraxError for a loss, gradient or update that is not finite, and in the first step for a dead adapter.
         """
         numbers = jax.tree.map(float, jax.device_get(taken.numbers))
-        loss, grad_norm = numbers["loss"], numbers["grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        problem = not_finite(numbers)
+        if problem is not None:
             kept = f"checkpoint {self.saved} is kept" if self.saved else "there is no checkpoint yet"
-            raise SboraxError(
-                f"step {taken.step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped; {kept}; "
-                "lower optimizer.lr or look at the data"
-            )
+            raise SboraxError(f"step {taken.step}: {problem}; {kept}; lower optimizer.lr or look at the data")
         if taken.step == self.done + 1:
             # An expert that no sequence of the first batch chose is not dead.
             idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
-        tokens = int((taken.batch["segments"] > 0).sum())
+        tokens = taken.tokens
         rate = tokens / seconds
         if not taken.compiled:
             self.speed.add(tokens, seconds)
         epoch, _ = self.batches.position(taken.step)
-        self.metrics.add(
-            {
-                "step": taken.step,
-                "epoch": epoch,
-                "loss": loss,
-                **{name: value for name, value in numbers.items() if name == "balance_loss"},
-                "lr": float(lr(taken.step - 1)),
-                "grad_norm": grad_norm,
-                "tokens": tokens,
-                "counted_tokens": int(numbers["tokens"]),
-                "seconds": round(seconds, 4),
-                "compiled": taken.compiled,
-                "grad_norms": numbers["grad_norms"],
-            }
-        )
-        self.progress.show(taken.step, loss, self.speed.mean() or rate)
+        self.tell(metrics_line(taken, epoch, numbers, float(lr(taken.step - 1)), tokens, seconds, self.figures))
+        self.progress.show(taken.step, numbers["loss"], self.speed.mean() or rate)
 
     def measure(self, train: PyTree, loss: Callable[..., Any], now: int) -> float:
         """The loss per token on held-out data."""
         total = tokens = 0.0
         for batch in self.held_out:
-            part, counted = loss(train, self.parts.frozen, self.parts.base, batch)
+            part, counted = loss(train, self.parts.frozen, self.parts.base, self.layout.batch(batch, axis=0))
             total, tokens = total + float(part), tokens + float(counted)
         value = total / np.maximum(tokens, 1)
-        self.metrics.add({"step": now, "eval_loss": float(value)})
+        self.tell({"step": now, "eval_loss": float(value)})
         self.progress.say(f"step {now:,}: held-out loss {value:.4f}")
         return float(value)
 
+    def tell(self, line: dict[str, Any]) -> None:
+        """Write numbers of a step down wherever they go.
 
-def _due(every: int | None, step: int) -> bool:
+        Raises SboraxError if one of these places refuses.
+        """
+        self.metrics.add(line)
+        for log in self.logs:
+            log.add(line["step"], dict(scalars(line)))
+
+    def keep(self, now: int, loss: float, state: TrainState) -> None:
+        """Keep the adapter if its held-out loss is the lowest so far."""
+        if self.best is None or self.write is None:
+            return
+        if self.best.offer(now, loss, functools.partial(self.write, state, self.parts)):
+            self.progress.say(f"step {now:,}: the lowest held-out loss so far, kept in {BEST}/")
+
+
+def metrics_line(
+    taken: Taken,
+    epoch: int,
+    numbers: dict[str, Any],
+    lr: float,
+    tokens: int,
+    seconds: float,
+    figures: Figures | None,
+) -> dict[str, Any]:
+    """What `metrics.jsonl` says of one step."""
+    return {
+        "step": taken.step,
+        "epoch": epoch,
+        "loss": numbers["loss"],
+        **{name: value for name, value in numbers.items() if name == "balance_loss"},
+        "lr": lr,
+        "grad_norm": numbers["grad_norm"],
+        "tokens": tokens,
+        "counted_tokens": int(numbers["tokens"]),
+        "seconds": round(seconds, 4),
+        "compiled": taken.compiled,
+        **({} if figures is None else figures.of(numbers, tokens, seconds)),
+        "grad_norms": numbers["grad_norms"],
+    }
+
+
+def due(every: int | None, step: int) -> bool:
+    """Whether something done every so many steps is done after this one."""
     return every is not None and step % every == 0

@@ -1,0 +1,176 @@
+"""Which program computes attention: XLA's own on any device, cuDNN's on NVIDIA GPUs, splash on TPUs.
+
+All three keep packed samples apart and give padding on either side no influence. What a back end cannot do is an error.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.extend.backend import get_backend
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from sborax.core import SboraxError
+from sborax.models.attention import attention, visible
+from sborax.models.sharding import ROWS
+
+Backend = Literal["xla", "cudnn", "splash"]
+BACKENDS: tuple[Backend, ...] = ("xla", "cudnn", "splash")
+ATTENDED = "attended"
+"""The name under which `remat` keeps what attention gives."""
+_LANES = 128
+"""Splash's tiles are multiples of this many tokens."""
+_TILE = 512
+"""Its largest tile here, in tokens."""
+_AMPERE = 8.0
+"""Compute capability of the first GPUs with cuDNN's flash attention."""
+
+Kernel = Callable[..., Float[Array, "batch seq heads head_dim"]]
+
+
+def platform() -> str:
+    """What the devices of this process are: "cpu", "tpu", "cuda" from Ampere on, or another name of JAX's."""
+    backend = get_backend()
+    if "cuda" in backend.platform_version and float(backend.devices()[0].compute_capability) >= _AMPERE:
+        return "cuda"
+    return backend.platform
+
+
+def obstacle(name: Backend, device: str, dtype: Any, head_dim: int) -> str | None:
+    """Why a back end cannot compute attention there, or None if it can."""
+    narrow = jnp.dtype(dtype).name in ("bfloat16", "float16")
+    if name == "cudnn" and device != "cuda":
+        return f"runs on NVIDIA GPUs from Ampere on, these devices are {device}"
+    if name == "cudnn" and not narrow:
+        return f"computes in bfloat16 or float16, not in {jnp.dtype(dtype).name}"
+    if name == "cudnn" and (head_dim % 8 or head_dim > 128):
+        return f"takes heads of a multiple of 8 up to 128 features, not of {head_dim}"
+    if name == "splash" and device != "tpu":
+        return f"runs on TPUs, these devices are {device}"
+    if name == "splash" and jnp.dtype(dtype).name == "float16":
+        return "computes in bfloat16 or float32, not in float16"
+    return None
+
+
+def choose(name: str, device: str, dtype: Any, head_dim: int) -> Backend:
+    """The back end that `name` means: itself, or with "auto" the fastest that can.
+
+    Raises SboraxError for a name that there is not, and for a named back end that cannot.
+    """
+    if name == "auto":
+        native: dict[str, Backend] = {"cuda": "cudnn", "tpu": "splash"}
+        wanted = native.get(device, "xla")
+        return wanted if obstacle(wanted, device, dtype, head_dim) is None else "xla"
+    for known in BACKENDS:
+        if name == known:
+            why = obstacle(known, device, dtype, head_dim)
+            if why is not None:
+                raise SboraxError(f"attention: {name} {why}; use auto or xla")
+            return known
+    raise SboraxError(f"attention: {name!r} is not one of auto, {', '.join(BACKENDS)}")
+
+
+def attend(
+    backend: str,
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    query_segments: Int[Array, "batch queries"] | None = None,
+    key_segments: Int[Array, "batch keys"] | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """`attention`, by the named back end. Queries that read a cache, whose keys are more than they, are left to XLA."""
+    if backend == "xla" or query.shape[1] != key.shape[1]:
+        return checkpoint_name(attention(query, key, value, query_segments, key_segments), ATTENDED)
+    return _on_each_device(KERNELS[backend])(query, key, value, query_segments)
+
+
+def cudnn(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    segments: Int[Array, "batch seq"] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """cuDNN's flash attention. Segments are a bias (seq, seq) of each row: its packed layout is for Hopper alone."""
+    length = query.shape[1]
+    # Its backward pass takes no odd length with a bias.
+    query, key, value = (_padded(x, 2) for x in (query, key, value))
+    mask = None
+    if segments is not None:
+        own = _padded(segments, 2)
+        mask = visible(own.shape[1], own.shape[1], own, own)[:, None]
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")
+    return checkpoint_name(out[:, :length], ATTENDED)
+
+
+def splash(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    segments: Int[Array, "batch seq"] | None,
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """JAX's splash attention, on rows filled up to whole tiles; tiles above the diagonal are never computed."""
+    length, (heads, head_dim) = query.shape[1], query.shape[2:]
+    scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
+    inputs = (_padded(x, _LANES).transpose(0, 2, 1, 3) for x in (scaled, key, value))
+    own = None if segments is None else _padded(segments, _LANES)
+    tokens = length + -length % _LANES
+    causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((tokens, tokens))] * heads)
+    kernel = splash_attention_kernel.make_splash_mha(
+        causal,
+        block_sizes=_tiles(math.gcd(tokens, _TILE)),
+        head_shards=1,
+        q_seq_shards=1,
+        # What the backward pass needs carries the name too, so that it is not computed again.
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
+    )
+    ids = None if own is None else splash_attention_kernel.SegmentIds(own, own)
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
+    return out.transpose(0, 2, 1, 3)[:, :length]
+
+
+KERNELS: dict[str, Kernel] = {"cudnn": cudnn, "splash": splash}
+
+
+def _tiles(size: int) -> splash_attention_kernel.BlockSizes:
+    return splash_attention_kernel.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+
+
+def _padded(x: Array, multiple: int) -> Array:
+    """`x` (batch, seq, ...) filled up with zeros, which as segments are padding; later keys are seen by no query."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+
+
+def _on_each_device(kernel: Kernel) -> Kernel:
+    """`kernel`; on a mesh every device computes its own rows and heads, which the compiler could not cut by itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel
+    heads, rows = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
+
+    @functools.wraps(kernel)
+    def mapped(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+        own = () if segments is None else (segments,)
+
+        def part(query: Array, key: Array, value: Array, *own: Array) -> Array:
+            return kernel(query, key, value, *(own or (None,)))
+
+        specs = (heads, heads, heads, *(rows for _ in own))
+        return jax.shard_map(part, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, *own)
+
+    return mapped

@@ -1,0 +1,49 @@
+"""Files of a run, each written whole or not at all, and what to say when the disk refuses."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from etils import epath
+
+from sborax.core import SboraxError
+
+_CODE = re.compile(r"os_error_code='(\d+)'")
+"""What tensorstore hands on of the operating system's answer."""
+
+
+def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
+    """One line for a write that failed."""
+    code = _CODE.search(str(error))
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = os.strerror(int(code[1])) if code else str(error).strip().partition("\n")[0]
+    return SboraxError(f"{place}: not written ({reason}); make room, then --resume goes on from the last checkpoint")
+
+
+@contextmanager
+def writing(place: epath.PathLike) -> Iterator[None]:
+    """Raises SboraxError, with `place` in it, for an error of the operating system."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(place, error) from error
+
+
+def replace(path: epath.Path, content: str | bytes) -> None:
+    """Write a file in one move: whoever reads it, after a crash too, finds the old content or the new one.
+
+    Raises SboraxError if the disk refuses; the old content stays.
+    """
+    new = path.with_name(f".{path.name}.new")
+    with writing(path):
+        try:
+            if isinstance(content, str):
+                new.write_text(content)
+            else:
+                new.write_bytes(content)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)

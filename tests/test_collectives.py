@@ -1,0 +1,182 @@
+"""What a step sends between devices, read from compiled programs: what the base sends, and what a method declares."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import METHODS
+from jax.sharding import NamedSharding, PartitionSpec
+from test_plan import TINY
+
+import sborax as sx
+from sborax.core import linear
+from sborax.models.sharding import ROWS, quantised_specs, used_whole
+from sborax.quant.nf4 import quantise
+from sborax.routing import AbstractRouted
+from sborax.train.ahead import compiled, on_mesh, outline
+from sborax.train.hlo import collective_bytes
+from sborax.train.sharding import make_mesh
+from sborax.train.step import batch_losses
+from sborax.tree import nodes, specs
+
+SIZES = {"fsdp": 2, "tensor": 4}
+IN, OUT, ROWS_OF, LENGTH = 256, 384, 16, 12
+TOKENS = ROWS_OF * LENGTH // SIZES["fsdp"]
+"""Those of one device."""
+
+
+def shaped(tree, mesh, where):
+    def one(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree, where)
+
+
+def projection(method, module, quant=False):
+    """Bytes by kind of y, its gradient in x and those of trained leaves, and the adapter's leaves as they lie."""
+    mesh = make_mesh(SIZES)
+    spec = PartitionSpec("tensor", "fsdp") if module == "o_proj" else PartitionSpec("fsdp", "tensor")
+
+    def made():
+        weight = jnp.zeros((IN, OUT))
+        params = {module: {"kernel": quantise(weight) if quant else weight}}
+        return (params, {}) if method is None else sx.attach(jax.random.key(0), params, [(module, method)], HINTS)
+
+    params, adapters = jax.eval_shape(made)
+    kernel = params[module]["kernel"]
+    kernel = shaped(kernel, mesh, quantised_specs(kernel, spec) if quant else spec)
+    train, frozen = (shaped(half, mesh, specs(half, {module: {"kernel": spec}})) for half in sx.split(adapters))
+    inner, outer = ("tensor", None) if module == "o_proj" else (None, "tensor")
+    x, y = (NamedSharding(mesh, PartitionSpec(ROWS, None, axis)) for axis in (inner, outer))
+
+    def program(x_, kernel, train, frozen, slope):
+        def forward(x_, train):
+            found = nodes(sx.combine(train, frozen)).values()
+            node = next((used_whole(node, module) for node in found), None)
+            return jax.lax.with_sharding_constraint(linear(x_, kernel, node), y)
+
+        out, pull = jax.vjp(forward, x_, train)
+        return out, *pull(slope)
+
+    arguments = (
+        jax.ShapeDtypeStruct((ROWS_OF, LENGTH, IN), jnp.float32, sharding=x),
+        kernel,
+        train,
+        frozen,
+        jax.ShapeDtypeStruct((ROWS_OF, LENGTH, OUT), jnp.float32, sharding=y),
+    )
+    results = (y, x, jax.tree.map(lambda leaf: leaf.sharding, train))
+    with jax.set_mesh(mesh):
+        text = jax.jit(program, out_shardings=results).lower(*arguments).compile().as_text()
+    return collective_bytes(text), train, frozen
+
+
+HINTS = {name: sx.Hint(grad=jnp.ones((IN, OUT))) for name in ("q_proj", "o_proj")}
+BASE = {}
+
+
+def base(module, quant):
+    if (module, quant) not in BASE:
+        BASE[module, quant] = projection(None, module, quant)[0]
+    return BASE[module, quant]
+
+
+def leaf_bytes(tree):
+    """Bytes of leaves as a device uses them, and of those among them that lie cut along fsdp."""
+    used = gathered = 0
+    for leaf in jax.tree.leaves(tree):
+        names = [name for entry in leaf.sharding.spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        size = leaf.size * leaf.dtype.itemsize // (SIZES["tensor"] if "tensor" in names else 1)
+        used, gathered = used + size, gathered + size * ("fsdp" in names)
+    return used, gathered
+
+
+def declared(method, train, frozen):
+    """Gradients summed over rows, thin values summed over devices that share a projection, leaves put together."""
+    used, gathered = leaf_bytes(train)
+    # What the base was rewritten by is kept, and not used.
+    read = [{k: v for k, v in node.frozen.items() if k not in ("a0", "b0")} for node in nodes(frozen).values()]
+    return used + 4 * TOKENS * method.summed, gathered + leaf_bytes(read)[1]
+
+
+THIN = [case for case in METHODS if not (case.method.sends or case.method.materialises)]
+SKIPPED = ("rsLoRA", "SBoRA-expert", "PiSSA-fast", "OLoRA", "LoRA-GA", "LoRA-GA-peft", "SARA-svd", "MoSARA-full")
+
+
+def on_its_own(case):
+    """Those that send what another one in the list does are left out, and those that no bare projection has."""
+    bare = not isinstance(case.method, AbstractRouted) and not case.method.linked
+    return bare and case.name not in (*SKIPPED, "PRILoRA", "PRILoRA-mask")
+
+
+@pytest.mark.parametrize("module", ["q_proj", "o_proj"])
+@pytest.mark.parametrize("case", [case for case in THIN if on_its_own(case)], ids=lambda case: case.name)
+def test_a_projection_sends_what_its_method_declares(case, module):
+    sent, train, frozen = projection(case.method, module)
+    summed, gathered = declared(case.method, train, frozen)
+    own = base(module, False)
+    assert sent.get("all-reduce", 0) == own.get("all-reduce", 0) + summed
+    assert sent.get("all-gather", 0) == own.get("all-gather", 0) + gathered
+    assert set(sent) <= {"all-reduce", "all-gather"}
+
+
+@pytest.mark.parametrize("module", ["q_proj", "o_proj"])
+def test_a_quantised_projection_sends_what_its_method_declares(module):
+    method = sx.LoRA(rank=4)
+    sent, train, frozen = projection(method, module, True)
+    summed, gathered = declared(method, train, frozen)
+    own = base(module, True)
+    assert sent.get("all-reduce", 0) == own.get("all-reduce", 0) + summed
+    assert sent.get("all-gather", 0) == own.get("all-gather", 0) + gathered
+    assert {kind: size for kind, size in sent.items() if kind not in ("all-reduce", "all-gather")} == {
+        kind: size for kind, size in own.items() if kind not in ("all-reduce", "all-gather")
+    }
+
+
+RULES = (
+    ("q_proj", sx.LoRA(rank=8)),
+    ("k_proj", sx.SBoRA(rank=8, variant="FB")),
+    ("v_proj", sx.VeRA(rank=8)),
+    ("o_proj", sx.Bone(rank=8)),
+    ("gate_proj", sx.SARA(rank=4)),
+    ("up_proj", sx.SBoRA(rank=8)),
+    ("down_proj", sx.LoRA(rank=8)),
+)
+
+
+def dx_alone(one):
+    """Bytes by kind of the same model without adapters, from its loss and the gradient in the embedded tokens."""
+    rows = NamedSharding(one.mesh, PartitionSpec(ROWS))
+    _, count, length = one.batch["tokens"].shape
+    shift = jax.ShapeDtypeStruct((count, length, TINY.hidden_size), jnp.float32, sharding=rows)
+
+    def loss(shift, base, batch):
+        def shifted(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            embeds = (context.module.name, context.method_name) == ("embed_tokens", "__call__")
+            return out + shift if embeds else out
+
+        part = jax.tree.map(lambda leaf: leaf[0], batch)
+        with nn.intercept_methods(shifted):
+            return batch_losses(one.model, {"adapters": {}, "base": {}}, {}, base, part, None)["loss"]
+
+    program = jax.jit(jax.value_and_grad(loss), out_shardings=(None, rows))
+    with jax.set_mesh(one.mesh):
+        return collective_bytes(program.lower(shift, one.parts.base, one.batch).compile().as_text())
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_a_step_sends_what_its_methods_declare(quant):
+    experiment = sx.Experiment("x", sx.Data("x", max_length=32), RULES, steps=10, batch_size=8, quant=quant)
+    one = on_mesh(outline(experiment, TINY), make_mesh(SIZES))
+    sent, own = collective_bytes(compiled(one).as_text()), dx_alone(one)
+    tokens, layers = 8 * 32 // SIZES["fsdp"], TINY.num_hidden_layers
+    used, gathered = leaf_bytes(one.state.train)
+    thin = 4 * tokens * layers * sum(method.summed for _, method in RULES)
+    # Put together in the forward pass and again in the backward one.
+    again = 2 * (gathered + leaf_bytes(one.parts.frozen)[1])
+    assert sent["all-gather"] == own["all-gather"] + again
+    # Sums of squares for the norms that are reported, and how many tokens count.
+    numbers = sent["all-reduce"] - own["all-reduce"] - used - thin
+    assert 0 <= numbers <= 4 * 4 * len(jax.tree.leaves(one.state.train))
+    assert set(sent) == set(own)

@@ -1,0 +1,72 @@
+"""Temporaries of the compiled step: adapters under a scan may not bring back a copy of what they adapt."""
+
+import dataclasses
+
+import jax
+import pytest
+from test_plan import TINY
+
+import sborax as sx
+from sborax.models.language_model import abstract
+from sborax.train.ahead import compiled, outline
+from sborax.train.state import flatten, parameters, put_together
+from sborax.train.step import batch_losses
+
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
+RULES = (
+    # Several on one kernel, too.
+    ("q_proj", sx.add(sx.LoRA(rank=2), sx.LoRA(rank=2), sx.SBoRA(rank=2))),
+    ("k_proj", sx.DoRA(rank=2)),
+    ("v_proj", sx.Bone(rank=4)),
+    ("o_proj", sx.PiSSA(rank=2)),
+    ("gate_proj", sx.SBoRA(rank=2, variant="FB")),
+    ("up_proj", sx.LoRA(rank=2)),
+    ("down_proj", sx.Bat(rank=4)),
+)
+LAYERS = (2, 18)
+
+
+def outlines(quant):
+    """The same step of a few and of many layers, of so few tokens that weights outweigh activations."""
+    experiment = sx.Experiment("x", sx.Data("x", max_length=8), RULES, steps=10, batch_size=1, quant=quant)
+    return [outline(experiment, dataclasses.replace(TINY, num_hidden_layers=layers)) for layers in LAYERS]
+
+
+def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def growth(programs):
+    few, many = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    return many - few
+
+
+def more(few, many):
+    """Bytes of the dense kernels, and of what is trained, that the larger model has more."""
+    kernels = 4 * (parameters(abstract(many.model.config)) - parameters(abstract(few.model.config)))
+    return kernels, size(many.state.train) - size(few.state.train)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_temporaries_do_not_grow_with_the_base(quant):
+    """Gradients grow with the layers, and what these keep of activations: a quarter of the kernels at most."""
+    few, many = outlines(quant)
+    kernels, trained = more(few, many)
+    assert growth(map(compiled, (few, many))) < 2 * trained + kernels / 4
+
+
+def test_a_copy_of_the_base_would_be_seen():
+    """The same loss by merging, which makes every adapted kernel at once."""
+
+    def program(one):
+        def loss(train, frozen, base, batch):
+            merged = sx.merge(put_together(base, {}), sx.combine(train["adapters"], frozen))
+            part = jax.tree.map(lambda leaf: leaf[0], batch)
+            return batch_losses(one.model, {"adapters": {}, "base": {}}, {}, flatten(merged), part, None)["loss"]
+
+        return jax.jit(jax.grad(loss)).lower(one.state.train, *one.arguments[1:]).compile()
+
+    few, many = outlines(None)
+    kernels, trained = more(few, many)
+    assert growth(map(program, (few, many))) > 2 * trained + kernels
