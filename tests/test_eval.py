@@ -1,53 +1,13 @@
-"""`sborax eval`: what it prints and keeps, and that its numbers are those of transformers."""
+"""`sborax eval`: what it prints and keeps."""
 
 import json
-import math
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from questions import QUESTIONS, instruction
 from tiny_model import write_data, write_model
 
 from sborax.cli import main
-from sborax.evaluate.instructions import parse
-from sborax.models import load_model
-
-QUESTIONS = [
-    ("Which of these melts in the sun?", ("a stone", "an ice cube", "a glass bottle", "a wooden chair"), 1),
-    ("What do plants take in through their roots?", ("water", "light", "music", "wool"), 0),
-    ("Which animal lays eggs?", ("a cow", "a dog", "a cat", "a hen"), 3),
-    ("What pulls a dropped ball to the ground?", ("heat", "gravity", "sound"), 1),
-    ("Which is the largest?", ("a grain of sand", "a mountain", "a house", "a tree", "a leaf"), 1),
-]
-
-
-def instruction(question, options, gold):
-    listed = " ".join(f"Answer{n}: {option}" for n, option in enumerate(options, start=1))
-    form = "/".join(f"answer{n}" for n in range(1, len(options) + 1))
-    text = f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer format: {form}"
-    return {
-        "instruction": text,
-        "input": "",
-        "output": f"the correct answer is answer{gold + 1}",
-        "answer": f"answer{gold + 1}",
-    }
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory, data_dir):
-    """Data in the layout of $SBORAX_DATA: a slice of the real ones where they are at hand, else ours."""
-    place = tmp_path_factory.mktemp("data")
-    (place / "ARC-Easy").mkdir()
-    (place / "wikitext-2").mkdir()
-    real = data_dir / "ARC-Easy" / "test.json"
-    ours = [instruction(*question) for question in QUESTIONS]
-    items = json.loads(real.read_text())[:5] if real.exists() else ours
-    (place / "ARC-Easy" / "test.json").write_text(json.dumps(items))
-    text = data_dir / "wikitext-2" / "test.txt"
-    plain = "\n".join([question for question, _, _ in QUESTIONS] * 20)
-    (place / "wikitext-2" / "test.txt").write_text(text.read_text()[:4000] if text.exists() else plain)
-    return place
 
 
 def run(capsys, *words):
@@ -66,47 +26,8 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def logprobs(reference, prompt, continuation):
-    """ln p of each token of a continuation, from transformers."""
-    ids = torch.tensor([[*prompt, *continuation]])
-    with torch.no_grad():
-        each = torch.log_softmax(reference(ids).logits[0, len(prompt) - 1 : -1].float(), -1)
-    return each.gather(1, ids[0, len(prompt) :, None])[:, 0].double().numpy()
-
-
-def test_a_real_model_scores_as_in_transformers(smollm2, home, capsys, tmp_path, monkeypatch):
-    """Accuracy on ARC-Easy and perplexity on WikiText-2, by transformers' model and tokenizer."""
-    monkeypatch.setenv("SBORAX_DATA", str(home))
-    words = ["--tasks", "arc_easy,wikitext2_128", "--batch-tokens", "512", "--out", tmp_path / "out"]
-    told = run(capsys, smollm2, *words)
-    scores = {one["task"]: one for one in json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]}
-    load = {"gguf_file": smollm2.name}
-    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, **load, dtype=torch.float32)
-    tokenizer = load_model(smollm2).tokenizer  # transformers' own drops a rule of this one, see test_llama
-    right = []
-    records = json.loads((home / "ARC-Easy" / "test.json").read_text())
-    for record, item in zip(records, lines(tmp_path / "out" / "arc_easy.jsonl"), strict=True):
-        question, options = parse(record["instruction"])
-        prompt = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
-        want = [logprobs(reference, prompt, tokenizer(f" {text}")["input_ids"]).sum() for text in options.values()]
-        np.testing.assert_allclose(item["logprobs"], want, atol=2e-3)
-        right.append(list(options)[int(np.argmax(want))] == record["answer"])
-    assert scores["arc_easy"]["metrics"]["acc"] == {
-        "value": np.mean(right), "stderr": pytest.approx(np.std(right, ddof=1) / math.sqrt(5)),
-    }  # fmt: skip
-    rows = (home / "wikitext-2" / "test.txt").read_text().removesuffix("\n").split("\n")
-    ids = tokenizer("\n\n".join(f"{row}\n" if row.strip() else "" for row in rows), verbose=False)["input_ids"]
-    losses = [-logprobs(reference, ids[i : i + 1], ids[i + 1 : i + 128]) for i in range(0, len(ids) - 127, 128)]
-    assert scores["wikitext2_128"]["metrics"]["perplexity"]["value"] == pytest.approx(
-        math.exp(np.concatenate(losses).mean()), rel=1e-4
-    )
-    assert scores["wikitext2_128"]["n"] == len(losses) > 2
-    assert f"arc_easy: acc {np.mean(right):.4f} ± " in told and "(n 5, seed 0)" in told
-    assert "this copy has 5 items, the published set 2,376: not its score" in told
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, home):
+def made(tmp_path_factory):
     """A tiny model, and a run of it that was trained on two of the questions."""
     place = tmp_path_factory.mktemp("eval")
     write_model(place / "model", max_position_embeddings=512)
