@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from sborax.core import SboraxError
-from sborax.data.template import prompt_of
+from sborax.data.template import LLM_ADAPTERS_ASKED, prompt_of
 from sborax.evaluate import TASKS, chosen, metamath, nlg
 from sborax.evaluate.choice import _macro, f1, mcc, mmlu_prompt
 from sborax.evaluate.glue import rows
-from sborax.evaluate.instructions import PROMPT, labels, last_number, parse, same_number
+from sborax.evaluate.instructions import labels, last_number, parse, same_number
 from sborax.evaluate.perplexity import paragraphs, windows
 from sborax.evaluate.run import drawn, overlap
 from sborax.evaluate.task import mean, of_whole
@@ -45,13 +45,13 @@ HELLASWAG = {
 
 
 def test_the_prompt_of_llm_adapters_has_every_blank():
-    assert prompt_of(PROMPT, {"instruction": "Add 1\nand 2."}, None) == (
+    assert prompt_of(LLM_ADAPTERS_ASKED, {"instruction": "Add 1\nand 2."}, None) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n"
         "\n                ### Instruction:\n                Add 1\nand 2.\n\n                ### Response:\n"
         "                "
     )
     for name in ("llm_adapters_boolq", "llm_adapters_gsm8k", "llm_adapters_aqua"):
-        assert KNOWN[name].template == PROMPT
+        assert KNOWN[name].template == LLM_ADAPTERS_ASKED
     assert (KNOWN["llm_adapters_boolq"].new_tokens, KNOWN["llm_adapters_gsm8k"].new_tokens) == (32, 256)
 
 

@@ -13,11 +13,6 @@ from sborax.core import SboraxError
 from sborax.evaluate.choice import Question, asked
 from sborax.evaluate.task import Record, field
 
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
-    "                ### Instruction:\n                {instruction}\n\n                ### Response:\n                "
-)
-"""With their blanks: one after "request.", and those of the source's indentation before every later line."""
 END = "### Response:"
 """Their script takes what stands between the first and the second of these."""
 TOLERANCE = 1e-3

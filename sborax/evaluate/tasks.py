@@ -1,7 +1,7 @@
 """Every task by name, in one list."""
 
 from sborax.core import SboraxError
-from sborax.data.template import ALPACA
+from sborax.data.template import ALPACA, LLM_ADAPTERS_ASKED
 from sborax.evaluate import glue, metamath
 from sborax.evaluate.choice import Choice, Mmlu
 from sborax.evaluate.instructions import (
@@ -12,7 +12,6 @@ from sborax.evaluate.instructions import (
     LETTER,
     OPTION,
     PIQA,
-    PROMPT,
     blank,
     cloze,
     labels,
@@ -83,7 +82,7 @@ def _commonsense(name: str) -> Written:
     data, extract, full, notes = COMMONSENSE[name]
     return Written(
         name=f"llm_adapters_{name}", data=data, full=full, notes=notes, about=_COMMONSENSE,
-        template=PROMPT, new_tokens=32, beams=4, stop=(END,), extract=extract, right=same_word,
+        template=LLM_ADAPTERS_ASKED, new_tokens=32, beams=4, stop=(END,), extract=extract, right=same_word,
     )  # fmt: skip
 
 
@@ -91,7 +90,7 @@ def _arithmetic(name: str) -> Written:
     data, full, notes = _ARITHMETIC_SETS[name]
     return Written(
         name=f"llm_adapters_{name}", data=data, full=full, notes=notes, about=_ARITHMETIC,
-        template=PROMPT, new_tokens=256, beams=4, stop=(END,), extract=last_number, right=same_number,
+        template=LLM_ADAPTERS_ASKED, new_tokens=256, beams=4, stop=(END,), extract=last_number, right=same_number,
     )  # fmt: skip
 
 
@@ -111,7 +110,7 @@ TASKS: tuple[AbstractTask, ...] = (
     *map(_commonsense, COMMONSENSE),
     *map(_arithmetic, _ARITHMETIC_SETS),
     Written(
-        name="llm_adapters_aqua", data="AQuA/test.json", full=254, template=PROMPT, new_tokens=256, beams=4,
+        name="llm_adapters_aqua", data="AQuA/test.json", full=254, template=LLM_ADAPTERS_ASKED, new_tokens=256, beams=4,
         about="LLM-Adapters (arXiv:2304.01933): the first letter A to E in at most 256 tokens, 4 beams",
         stop=(END,), extract=LETTER, right=same_word,
     ),
