@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", default=os.environ.get("SBORAX_DATA"), help="$SBORAX_DATA by default")
     parser.add_argument("--out", type=Path, default=Path("runs/commonsense"))
+    parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--limit", type=int, help="score so many items of each task, drawn with seed 0")
@@ -96,7 +97,7 @@ def main() -> None:
     if given.data is None:
         parser.error("give --data DIR, or set SBORAX_DATA")
     os.environ["SBORAX_DATA"] = given.data
-    tasks = [task for task in chosen(TASKS) if isinstance(task, Choice)]
+    tasks = [task for task in chosen(given.tasks) if isinstance(task, Choice)]
     given.out.mkdir(parents=True)
     samples = given.out / "train.jsonl"
     print(f"{write_training_data(tasks, samples):,} training samples", flush=True)

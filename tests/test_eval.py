@@ -131,22 +131,23 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
 def test_the_example_compares_a_run_with_its_base(made, capsys, tmp_path, monkeypatch):
     asked = [instruction(*question) for question in QUESTIONS]
     yes = {"instruction": "Please answer with true or false, question: is it?\n\nAnswer format: true/false"}
-    for name in ("ARC-Easy", "ARC-Challenge", "openbookqa", "social_i_qa", "boolq"):
+    for name in ("ARC-Easy", "boolq"):
         (tmp_path / name).mkdir()
         for split, some in (("train", slice(0, 3)), ("test", slice(2, 5))):
             records = [{**yes, "answer": "true"}] * 2 if name == "boolq" else asked[some]
             (tmp_path / name / f"{split}.json").write_text(json.dumps(records))
     out = tmp_path / "out"
-    words = [str(made / "model"), "--data", str(tmp_path), "--out", str(out), "--steps", "1"]
+    given = {"--data": tmp_path, "--out": out, "--steps": 1, "--tasks": "arc_easy,boolq"}
+    words = [str(made / "model"), *(str(word) for pair in given.items() for word in pair)]
     monkeypatch.setenv("SBORAX_DATA", "")
     monkeypatch.setattr("sys.argv", ["commonsense.py", *words])
     runpy.run_path(str(EXAMPLES / "commonsense.py"), run_name="__main__")
-    assert "8 training samples" in capsys.readouterr().out
+    assert "2 training samples" in capsys.readouterr().out
     samples = lines(out / "train.jsonl")
     assert samples[0]["prompt"] == "Question: Which of these melts in the sun?\nAnswer:"
     assert samples[0]["option"] == " an ice cube"
     *rows, whole = (out / "table.md").read_text().splitlines()[2:]
-    assert [row.split()[1] for row in rows] == ["arc_easy", "arc_challenge", "openbookqa", "social_i_qa", "boolq"]
+    assert [row.split()[1] for row in rows] == ["arc_easy", "boolq"]
     assert whole.startswith("| mean |")
 
 

@@ -105,7 +105,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _write(self, prompts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-        options = dict(normalize_gen_kwargs(dict(given), NEW_TOKENS))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), NEW_TOKENS))
         stop = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         new, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
         temperature = options.pop("temperature", 1.0)
