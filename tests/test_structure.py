@@ -26,6 +26,7 @@ ORDER = [
     "interop",
     "data",
     "train",
+    "evaluate",
     "fetch",
     "quickstart",
     "cli",

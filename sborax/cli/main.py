@@ -122,6 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of mass")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
+    score = command("eval", _eval, "score a model or a run on tasks")
+    _add_target(score)
+    score.add_argument("--tasks", default="", metavar="A,B", help="names of tasks, as `sborax tasks` lists them")
+    score.add_argument("--harness", default="", metavar="A,B", help="names of tasks of lm-evaluation-harness")
+    score.add_argument("--include", metavar="DIR", help="where tasks of your own for the harness are, as YAML")
+    score.add_argument("--limit", type=int, metavar="N", help="score N items of each task, drawn with the seed")
+    score.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    score.add_argument("--out", metavar="DIR", help="scores.json and a JSONL file a task (default: runs/eval-TARGET)")
+    score.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="a task's data: path or hub id")
+    score.add_argument("--template", help="prompt around instructions: alpaca, chat, or text with {instruction} in it")
+    score.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of a forward pass (default: 4096)")
+    score.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", help="devices, such as data=8")
+
+    command("tasks", _tasks, "list what `sborax eval --tasks` takes")
+
     merge = command("merge", _merge, "write a run as a dense model in Hugging Face layout")
     merge.add_argument("run_dir", metavar="RUN_DIR")
     merge.add_argument("out_dir", metavar="OUT_DIR")
@@ -187,6 +202,20 @@ def _generate(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import generate
 
     generate(arguments)
+    return OK
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from sborax.cli.evaluate import score
+
+    score(arguments)
+    return OK
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from sborax.cli.evaluate import tasks
+
+    print(tasks())
     return OK
 
 

@@ -1,0 +1,93 @@
+"""`sborax eval`: the scores of a model or a run."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sborax.cli.targets import Target, load_target
+from sborax.core import SboraxError
+from sborax.data.source import read
+from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Score the target on tasks, and on those of lm-evaluation-harness with `--harness`.
+
+    Raises SboraxError for a task, an option or data that do not fit.
+    """
+    if not arguments.tasks and not arguments.harness:
+        raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
+    tasks = _tasks(arguments) if arguments.tasks else []
+    target = load_target(arguments.target, arguments.adapter)
+    scorer = Scorer.of(
+        target.model, target.params, target.adapters, mesh=_mesh(arguments.mesh), budget=arguments.batch_tokens
+    )
+    out = arguments.out or f"runs/eval-{Path(arguments.target).name}"
+    about = {"target": arguments.target, "adapter": arguments.adapter}
+    if tasks:
+        evaluate(
+            tasks, scorer, limit=arguments.limit, seed=arguments.seed, out=out, trained_on=_trained_on(target),
+            about=about,
+        )  # fmt: skip
+    if arguments.harness:
+        _harness(arguments, scorer, out)
+    print(f"{out}: scores, and what became of every item")
+
+
+def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:
+    tasks = {task.name: task for task in chosen(arguments.tasks)}
+    for given in arguments.data:
+        name, equals, place = given.partition("=")
+        if not equals or name not in tasks:
+            raise SboraxError(f"--data {given}: write TASK=PATH, with a task that --tasks names")
+        tasks[name] = dataclasses.replace(tasks[name], data=place)
+    if arguments.template is not None:
+        fixed = next((task.name for task in tasks.values() if task.template is None), None)
+        if fixed is not None:
+            raise SboraxError(f"--template: {fixed} has a prompt of its own; name it in another call")
+        tasks = {name: dataclasses.replace(task, template=arguments.template) for name, task in tasks.items()}
+    return list(tasks.values())
+
+
+def _mesh(given: Sequence[str]) -> dict[str, int]:
+    sizes = {}
+    for one in given:
+        name, _, size = one.partition("=")
+        if not size.isdigit():
+            raise SboraxError(f"--mesh {one}: write AXIS=SIZE, such as data=8")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _trained_on(target: Target) -> list[Any] | None:
+    """The records that a run was trained on, None for a model, whose data are not known."""
+    if target.experiment is None:
+        return None
+    data = target.experiment.data
+    try:
+        return list(read(data.name, data.split))[: data.limit]
+    except SboraxError as error:
+        print(f"the run's training data are not at hand, so items are not looked for in them ({error})")
+        return None
+
+
+def _harness(arguments: argparse.Namespace, scorer: Scorer, out: str) -> None:
+    try:
+        from sborax.evaluate.harness import run_harness
+    except ImportError as error:
+        raise SboraxError(f"--harness: {error}; pip install 'sborax[eval]'") from None
+    run_harness(
+        arguments.harness.split(","), scorer, limit=arguments.limit, include=arguments.include, out=out,
+        seed=arguments.seed,
+    )  # fmt: skip
+
+
+def tasks() -> str:
+    """`sborax tasks`: every name that `--tasks` takes, with its protocol."""
+    from sborax.evaluate import GROUPS, TASKS
+
+    width = max(len(name) for name in (*GROUPS, *(task.name for task in TASKS)))
+    lines = [f"{task.name:{width}}  {task.about}" for task in TASKS]
+    return "\n".join([*lines, *(f"{name:{width}}  = {', '.join(members)}" for name, members in GROUPS.items())])

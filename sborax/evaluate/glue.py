@@ -1,0 +1,43 @@
+"""GLUE by the likelihood of labels, with lm-evaluation-harness' prompts."""
+
+import csv
+from collections.abc import Callable, Sequence
+
+from sborax.core import SboraxError
+from sborax.data.source import find, read
+from sborax.evaluate.choice import Question, asked
+from sborax.evaluate.task import Record, field
+
+
+def rows(name: str, split: str) -> Sequence[Record]:
+    """The records of a set; in GLUE's own tab-separated files, where quotation marks are just characters.
+
+    Raises SboraxError as `sborax.data.source.read` does, and for a line with another number of columns.
+    """
+    path = find(name, split)
+    if path is None or path.suffix not in (".tsv", ".txt"):
+        return list(read(name, split))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        head, *lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(head):
+            raise SboraxError(f"{path}: line {number} has {len(line)} columns, not {len(head)}")
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def asking(pattern: str, options: tuple[str, ...], label: str, labels: tuple[str, ...]) -> Callable[[Record], Question]:
+    """A function that asks with the columns in `pattern`; column `label` holds one of `labels`, or its number."""
+
+    def ask(record: Record) -> Question:
+        given = str(field(record, label))
+        numbers = tuple(str(number) for number in range(len(labels)))
+        known = labels if given in labels else numbers
+        if given not in known:
+            raise SboraxError(f"the label {given!r} is none of {', '.join(labels)}")
+        columns = {name: str(value).strip() for name, value in record.items()}
+        try:
+            return asked(pattern.format(**columns), options, known.index(given))
+        except KeyError as error:
+            raise SboraxError(f"there is no column {error}; the columns are {', '.join(record)}") from None
+
+    return ask

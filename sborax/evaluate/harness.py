@@ -1,0 +1,181 @@
+"""lm-evaluation-harness on our models: github.com/EleutherAI/lm-evaluation-harness, `pip install 'sborax[eval]'`."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
+
+from sborax.core import SboraxError
+from sborax.evaluate.scorer import Pair, Scorer
+
+NEW_TOKENS = 256
+"""Generated where a task does not say how many (the harness' Hugging Face models')."""
+RESULTS = "harness.json"
+
+
+class HarnessModel(TemplateLM):
+    """A scorer as the harness' model. Texts become tokens, and are cut, as its Hugging Face models do it."""
+
+    def __init__(self, scorer: Scorer, seed: int = 0) -> None:
+        TemplateLM.__init__(self)
+        self.scorer = scorer
+        self.seed = seed
+        self.tokenizer = scorer.model.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without a prompt."""
+        return self.scorer.prefix()[0]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells cached prompts of this tokenizer from others'."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids; a text that begins with the mark of texts gets no second one."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.scorer.prefix()))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's template prints it."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        # The options of a question come one after the other.
+        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda one: tuple(one[1]))]
+        found = self.scorer.options([[Pair(one[1], one[2]) for one in group] for group in groups])
+        answers = [(one.logprob, one.greedy) for scored in found for one in scored]
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """ln p of each text, over windows of the whole context in which every token is predicted once."""
+        listed = [self._windows(request.args[0]) for request in requests]
+        scored = iter(self.scorer.continuations([pair for pairs in listed for pair in pairs]))
+        return [sum(next(scored).logprob for _ in pairs) for pairs in listed]
+
+    def _windows(self, text: str) -> list[Pair]:
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.scorer.model.config.context,
+            context_len=1,
+        )
+        return [Pair(*make_disjoint_window(window)) for window in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What is written after each prompt, up to the first of its stop strings.
+
+        Raises SboraxError for a way of drawing tokens that is not known here.
+        """
+        found: list[str] = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        for members in groups.values():
+            written = self._write([requests[i].args[0] for i in members], requests[members[0]].args[1])
+            for i, text in zip(members, written, strict=True):
+                found[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return found
+
+    def _write(self, prompts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), NEW_TOKENS))
+        stop = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        new, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
+        temperature = options.pop("temperature", 1.0)
+        top_k, top_p = options.pop("top_k", 0), options.pop("top_p", 1.0)
+        if options:
+            raise SboraxError(
+                f"the task asks for {next(iter(options))} = {next(iter(options.values()))}: not known here"
+            )
+        texts = self.scorer.write(
+            [self.tok_encode(prompt) for prompt in prompts],
+            new,
+            temperature=temperature if sampled else 0.0,
+            top_k=top_k,
+            top_p=top_p,
+            seed=self.seed,
+        )
+        decoded = [self.tokenizer.decode(text, skip_special_tokens=True) for text in texts]
+        return [postprocess_generated_text(text, stop, None) for text in decoded]
+
+
+def run_harness(
+    names: Sequence[str],
+    scorer: Scorer,
+    *,
+    limit: int | None = None,
+    include: str | None = None,
+    out: str | epath.PathLike | None = None,
+    seed: int = 0,
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """The harness' results on its tasks of these names, and on those in the YAML files of directory `include`.
+
+    limit: the first so many items. out: where `harness.json` and a JSONL file of each task's items go.
+    Raises SboraxError for a name that the harness does not know, and results that are there already.
+    """
+    place = None if out is None else epath.Path(out)
+    if place is not None and (place / RESULTS).exists():
+        raise SboraxError(f"{place / RESULTS}: exists; choose another --out")
+    # Looking through the harness' own thousands of tasks takes seconds.
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include)
+    unknown = next((name for name in names if name not in manager.all_tasks), None)
+    if unknown is not None:
+        raise SboraxError(
+            f"--harness {unknown}: lm-evaluation-harness has no such task; --include adds tasks of your own"
+        )
+    done: Any = simple_evaluate(
+        model=HarnessModel(scorer, seed), tasks=list(names), limit=limit, task_manager=manager, random_seed=seed,
+        bootstrap_iters=1000,
+    )  # fmt: skip
+    for name, metrics in done["results"].items():
+        told = [f"{key} {_number(metrics, key)}" for key, value in metrics.items() if _is_score(key, value)]
+        count = done["n-samples"].get(name, {})
+        drawn = f", --limit {limit}: the first ones" if limit is not None else ""
+        echo(f"{name}: {', '.join(told)} (n {count.get('effective')} of {count.get('original')}, seed {seed}{drawn})")
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        for name, items in done["samples"].items():
+            (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(item, default=str)}\n" for item in items))
+        kept = {key: done[key] for key in ("results", "n-samples", "versions", "configs")}
+        (place / RESULTS).write_text(json.dumps({**kept, "limit": limit, "seed": seed}, indent=2, default=str) + "\n")
+    return done
+
+
+def _is_score(key: str, value: Any) -> bool:
+    return isinstance(value, float) and "_stderr" not in key
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> str:
+    metric, comma, kind = key.partition(",")
+    error = metrics.get(f"{metric}_stderr{comma}{kind}")
+    return f"{metrics[key]:.4f} ± {error:.4f}" if isinstance(error, float) else f"{metrics[key]:.4f}"

@@ -1,0 +1,63 @@
+"""Tasks scored by an answer that is looked for in generated text."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sborax.core import SboraxError
+from sborax.data.template import prompt_of
+from sborax.evaluate.scorer import Scorer
+from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean
+
+
+def texts(
+    prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str], scorer: Scorer, beams: int = 1
+) -> list[str]:
+    """What the model writes after each prompt, special tokens left out, up to the first of the `stop` strings."""
+    found = []
+    for new in scorer.write(prompts, new_tokens, beams=beams):
+        text = scorer.model.tokenizer.decode(new, skip_special_tokens=True)
+        found.append(text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))])
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written(AbstractTask):
+    """The share of generated answers that are right.
+
+    new_tokens: at most so many. beams: 1 for greedy text. stop: what ends a text.
+    extract: the answer in a text, "" or None if there is none. right: whether it is the record's.
+    """
+
+    new_tokens: int
+    beams: int = 1
+    stop: tuple[str, ...] = ()
+    extract: Callable[[str], Any]
+    right: Callable[[Any, Record], bool]
+
+    def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
+        """Accuracy, and how many texts hold an answer at all."""
+        prompts = [self._prompt(number, record, scorer) for number, record in enumerate(units)]
+        ids = [self._ids(prompt, scorer) for prompt in prompts]
+        items = []
+        written = texts(ids, self.new_tokens, self.stop, scorer, self.beams)
+        for prompt, text, record in zip(prompts, written, units, strict=True):
+            answer = self.extract(text)
+            right = self.right(answer, record)
+            items.append({"prompt": prompt, "text": text, "answer": answer, "gold": record["answer"], "right": right})
+        room = scorer.model.config.context - self.new_tokens
+        metrics = {
+            "acc": mean([float(item["right"]) for item in items]),
+            "answered": mean([float(item["answer"] not in ("", None)) for item in items]),
+        }
+        return Measured(metrics, items, cut_remark([max(0, len(own) - room) for own in ids]))
+
+    def _prompt(self, number: int, record: Record, scorer: Scorer) -> str:
+        assert self.template is not None
+        try:
+            return prompt_of(self.template, record, scorer.model.tokenizer)
+        except SboraxError as error:
+            raise SboraxError(f"{self.name}: record {number}: {error}") from None
+
+    def _ids(self, prompt: str, scorer: Scorer) -> list[int]:
+        return scorer.encode(prompt, special=self.template != "chat")

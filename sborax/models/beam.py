@@ -1,0 +1,173 @@
+"""Beam search over a cache of keys and values, with the rules of transformers' `generate(num_beams=...)`."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sborax.core import Context, SboraxError
+from sborax.models.generate import BUCKET, _check, _until
+from sborax.models.language_model import LanguageModel, Params
+from sborax.models.llama import Llama
+from sborax.models.memory import run
+from sborax.routing import PROMPT, routed_parts
+from sborax.tree import link, nodes
+
+NEVER = -1e9
+"""What keeps a text from being chosen."""
+
+
+def beam_search(
+    model: LanguageModel,
+    params: Params,
+    adapters: Params | None,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    beams: int,
+    *,
+    eos: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The text of the largest mean ln p of a token that `beams` beams find for each prompt, with its end token.
+
+    The search ends where the best running beam, at its present length, is no better than the worst of `beams` finished
+    ones (transformers' `early_stopping=False`, `length_penalty=1`).
+    eos: ids that end a text; by default the config's.
+    Raises SboraxError as `generate` does, and for fewer than two beams.
+    """
+    _check(model, prompts, max_new_tokens, 0.0, 0, 1.0, "left")
+    if beams < 2:
+        raise SboraxError(f"a search needs 2 beams or more, got {beams}; generate is greedy")
+    model.check_adapters(adapters)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = min(-(-int(lengths.max()) // BUCKET) * BUCKET, model.config.context)
+    tokens, segments = np.zeros((2, len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :], segments[row, width - len(prompt) :] = prompt, 1
+    ends = np.array(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
+    routed = any(routed_parts(node.method) for node in nodes(adapters or {}).values())
+    out = _search(
+        model.module.clone(keep=True, remat="none"),
+        max_new_tokens,
+        beams,
+        routed,
+        {"params": params, "adapters": adapters or {}},
+        jnp.asarray(tokens),
+        jnp.asarray(segments),
+        jnp.asarray(lengths),
+        jnp.asarray(ends),
+    )
+    return [_until(row, set(ends.tolist())) for row in np.asarray(out).tolist()]
+
+
+class Beams(NamedTuple):
+    """Running and finished texts of each row, best first. scores: sum of ln p, of finished texts its mean."""
+
+    tokens: Int[Array, "rows beams new"]
+    scores: Float[Array, "rows beams"]
+    done: Int[Array, "rows beams new"]
+    done_scores: Float[Array, "rows beams"]
+    finished: Bool[Array, "rows beams"]
+    hopeful: Bool[Array, " rows"]
+    """Whether a running text may still become better than the finished ones."""
+    exhausted: Bool[Array, ""]
+    """Whether no text can go on."""
+
+
+def _empty(rows: int, beams: int, new: int) -> Beams:
+    # One beam at first: all would find the same.
+    scores = jnp.full((rows, beams), NEVER).at[:, 0].set(0.0)
+    tokens = jnp.zeros((rows, beams, new), jnp.int32)
+    unfinished = jnp.zeros((rows, beams), bool)
+    return Beams(
+        tokens, scores, tokens, jnp.full((rows, beams), NEVER), unfinished, jnp.ones(rows, bool), jnp.array(False)
+    )
+
+
+def _take(array: Array, index: Int[Array, "rows chosen"]) -> Array:
+    return jnp.take_along_axis(array, jnp.expand_dims(index, tuple(range(2, array.ndim))), axis=1)
+
+
+def _extend(
+    old: Beams, logprobs: Float[Array, "rows beams vocab"], step: Int[Array, ""], ends: Int[Array, " ends"]
+) -> tuple[Beams, Int[Array, "rows beams"]]:
+    """The beams with one more token, the `step`-th, and which beam each running one goes on from."""
+    rows, beams, vocab = logprobs.shape
+    new = old.tokens.shape[2]
+    kept = min(max(2, 1 + ends.shape[0]) * beams, beams * vocab)
+    top, index = jax.lax.top_k((logprobs + old.scores[:, :, None]).reshape(rows, -1), kept)
+    parents, chosen = index // vocab, (index % vocab).astype(jnp.int32)
+    texts = jax.lax.dynamic_update_slice_in_dim(_take(old.tokens, parents), chosen[:, :, None], step, axis=2)
+    length = step + 1
+    ended = jnp.any(chosen[:, :, None] == ends[None, None], axis=-1) | (length >= new)
+    running, places = jax.lax.top_k(top + jnp.where(ended, NEVER, 0.0), beams)
+    # Only the best beams count as finished; the others are there so that enough can run on.
+    counted = ended & (jnp.arange(kept) < beams)[None]
+    mean = top / length.astype(jnp.float32)
+    mean = mean + jnp.where(old.hopeful, 0.0, NEVER)[:, None] + jnp.where(counted, 0.0, NEVER)
+    done_scores, best = jax.lax.top_k(jnp.concatenate([old.done_scores, mean], axis=1), beams)
+    done, finished = (
+        _take(jnp.concatenate(pair, axis=1), best) for pair in ((old.done, texts), (old.finished, counted))
+    )
+    worst = jnp.where(finished, jnp.min(done_scores, axis=1, keepdims=True), NEVER)
+    better = jnp.any(running[:, :1] / length.astype(jnp.float32) > worst, axis=1)
+    after = Beams(
+        _take(texts, places), running, done, done_scores, finished, old.hopeful & better, jnp.all(ended)
+    )  # fmt: skip
+    return after, _take(parents, places)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _search(
+    module: Llama,
+    new: int,
+    beams: int,
+    routed: bool,
+    variables: dict[str, Any],
+    tokens: Int[Array, "batch width"],
+    segments: Int[Array, "batch width"],
+    lengths: Int[Array, " batch"],
+    ends: Int[Array, " ends"],
+) -> Int[Array, "batch new"]:
+    rows, width = tokens.shape
+    variables = {**variables, "adapters": link(variables["adapters"])}
+    # What a router decides belongs to a row, so there each beam reads the prompt.
+    before, after = (beams, 1) if routed else (1, beams)
+    tokens, segments = (jnp.repeat(array, before, axis=0) for array in (tokens, segments))
+    ctx = Context(tokens={PROMPT: segments})
+    (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
+    decided = {**variables, **routing}
+
+    def logprobs(hidden: Float[Array, "flat 1 d"]) -> Float[Array, "rows beams vocab"]:
+        logits = jnp.asarray(module.apply(variables, hidden, method="head"))
+        return jax.nn.log_softmax(logits[:, 0], axis=-1).reshape(rows, beams, -1)
+
+    first, _ = _extend(
+        _empty(rows, beams, new), logprobs(jnp.repeat(hidden[:, -1:], after, axis=0)), jnp.int32(0), ends
+    )
+    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, after, axis=1), cache)
+    cache = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, new - 1), (0, 0), (0, 0))), cache)
+    live = jnp.pad(jnp.repeat(segments, after, axis=0), ((0, 0), (0, new - 1)))
+    starts = jnp.repeat(lengths, beams)
+
+    def unfinished(state: Any) -> Bool[Array, ""]:
+        return jnp.any(state[1].hopeful) & ~state[1].exhausted
+
+    def advance(state: Any) -> Any:
+        step, found, cache, live = state
+        token = jax.lax.dynamic_index_in_dim(found.tokens, step - 1, axis=2).reshape(rows * beams, 1)
+        hidden, own = run(
+            module, decided, token, positions=(starts + step - 1)[:, None], past=(cache, live), method="hidden"
+        )
+        slot = width + step - 1
+        cache = jax.tree.map(lambda all_, new_: jax.lax.dynamic_update_slice_in_dim(all_, new_, slot, 2), cache, own)
+        live = jax.lax.dynamic_update_slice_in_dim(live, jnp.ones_like(token), slot, 1)
+        found, parents = _extend(found, logprobs(hidden), step, ends)
+        flat = (parents + beams * jnp.arange(rows, dtype=parents.dtype)[:, None]).reshape(-1)
+        return step + 1, found, jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=1), cache), live
+
+    found = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), first, cache, live))[1]
+    return found.done[:, 0]

@@ -1,0 +1,160 @@
+"""`sborax eval`: what it prints and keeps."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from questions import QUESTIONS, instruction
+from tiny_model import write_data, write_model
+
+from sborax.cli import main
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(capsys, *words):
+    capsys.readouterr()
+    assert main(["eval", *(str(word) for word in words)]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, *words):
+    capsys.readouterr()
+    assert main(["eval", *(str(word) for word in words)]) == 2
+    return capsys.readouterr().err
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny model, and a run of it that was trained on two of the questions."""
+    place = tmp_path_factory.mktemp("eval")
+    write_model(place / "model", max_position_embeddings=512)
+    (place / "arc.json").write_text(json.dumps([instruction(*question) for question in QUESTIONS]))
+    own = json.loads((place / "arc.json").read_text())[:2]
+    (place / "train.json").write_text(json.dumps(own))
+    (place / "run.py").write_text(
+        "import sborax as sx\n\n\ndef experiment():\n"
+        f"    data = sx.Data({str(place / 'train.json')!r}, max_length=512)\n"
+        f"    rules = (('q_proj', sx.LoRA(rank=2)),)\n"
+        f"    return sx.Experiment({str(place / 'model')!r}, data, rules, steps=1, batch_size=2)\n"
+    )
+    assert main(["train", str(place / "run.py"), "--out", str(place / "run")]) == 0
+    return place
+
+
+def test_a_run_is_scored_and_its_training_data_are_looked_through(made, capsys, tmp_path):
+    data = f"arc_easy_labels={made / 'arc.json'}"
+    words = ["--tasks", "arc_easy_labels", "--data", data, "--batch-tokens", "2048"]
+    told = run(capsys, made / "run", *words, "--out", tmp_path / "all")
+    assert "2 of 5 items are in the data that the run was trained on" in told
+    items = lines(tmp_path / "all" / "arc_easy_labels.jsonl")
+    assert [item["item"] for item in items] == [0, 1, 2, 3, 4]
+    assert items[0]["prompt"].startswith("Below is an instruction") and len(items[4]["logprobs"]) == 5
+    limited = run(capsys, made / "run", *words, "--out", tmp_path / "some", "--limit", "2", "--seed", "1")
+    assert "note: --limit 2: 2 of 5 items, drawn with seed 1" in limited and "(n 2, seed 1)" in limited
+    (score,) = json.loads((tmp_path / "some" / "scores.json").read_text())["scores"]
+    assert (score["n"], score["items"], score["limit"], score["seed"]) == (2, 5, 2, 1)
+    drawn = lines(tmp_path / "some" / "arc_easy_labels.jsonl")
+    for item in drawn:
+        np.testing.assert_allclose(item["logprobs"], items[item["item"]]["logprobs"], rtol=1e-4)
+    other = run(capsys, made / "run", *words, "--out", tmp_path / "chat", "--template", "chat")
+    assert other != told and "<|im_start|>" in lines(tmp_path / "chat" / "arc_easy_labels.jsonl")[0]["prompt"]
+
+
+def test_answers_are_written_and_looked_for(made, capsys, tmp_path):
+    (tmp_path / "sums.json").write_text(
+        json.dumps([{"instruction": f"{n} plus {n}?", "answer": f"{2 * n}.0"} for n in range(3)])
+    )
+    data = [
+        "--data",
+        f"llm_adapters_arc_easy={made / 'arc.json'}",
+        "--data",
+        f"llm_adapters_svamp={tmp_path / 'sums.json'}",
+    ]
+    words = ["--tasks", "llm_adapters_arc_easy,llm_adapters_svamp", *data, "--limit", "3", "--out", tmp_path / "out"]
+    told = run(capsys, made / "model", *words)
+    assert "the first answer in at most 32 tokens, 4 beams" in told
+    items = lines(tmp_path / "out" / "llm_adapters_svamp.jsonl")
+    assert items[0]["prompt"].endswith("### Response:\n                ") and len(items) == 3
+    assert all(set(item) == {"item", "prompt", "text", "answer", "gold", "right"} for item in items)
+
+
+def test_mmlu_and_e2e_run(made, capsys, tmp_path):
+    home = tmp_path / "mmlu"
+    home.mkdir()
+    subjects = ("astronomy", "virology")
+    rows = [
+        {"subject": s, "question": f"{n}?", "choices": list("wxyz"), "answer": n} for s in subjects for n in range(4)
+    ]
+    for split in ("dev", "test"):
+        (home / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "e2e.csv").write_text(
+        'mr,ref\n"name[A], food[B]",A serves B.\n"name[A], food[B]",B at A.\nname[C],C.\n'
+    )
+    data = ["--data", f"mmlu={home}", "--data", f"e2e_nlg={tmp_path / 'e2e.csv'}"]
+    told = run(capsys, made / "model", "--tasks", "mmlu,e2e_nlg", *data, "--out", tmp_path / "out")
+    assert "mmlu: acc over subjects " in told and "e2e_nlg: BLEU " in told and "CIDEr is absent" in told
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+    assert {"acc of astronomy", "acc of virology"} <= scores[0]["metrics"].keys() and scores[1]["n"] == 2
+    assert lines(tmp_path / "out" / "e2e_nlg.jsonl")[0]["references"] == ["A serves B.", "B at A."]
+
+
+def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("SBORAX_DATA", raising=False)
+    model = made / "model"
+    assert "give --tasks, --harness, or both" in fails(capsys, model)
+    assert "no task 'arc'" in fails(capsys, model, "--tasks", "arc")
+    assert "--data piqa=x: write TASK=PATH" in fails(capsys, model, "--tasks", "arc_easy", "--data", "piqa=x")
+    assert "boolq has a prompt of its own" in fails(capsys, model, "--tasks", "boolq", "--template", "chat")
+    assert "--mesh data: write AXIS=SIZE" in fails(capsys, model, "--tasks", "boolq", "--mesh", "data")
+    missing = fails(capsys, model, "--tasks", "hellaswag", "--out", tmp_path / "none")
+    assert "hellaswag: not under $SBORAX_DATA; --data TASK=PATH" in missing
+    data = write_data(tmp_path / "data.jsonl")
+    wrong = ["--tasks", "arc_easy", "--data", f"arc_easy={data}", "--out", tmp_path / "out"]
+    assert "arc_easy: record 0: not an instruction of LLM-Adapters'" in fails(capsys, model, *wrong)
+    assert "--limit 0: at least 1" in fails(capsys, model, *wrong, "--limit", "0")
+    (tmp_path / "out" / "scores.json").write_text("{}")
+    assert "scores.json: exists; choose another --out" in fails(capsys, model, *wrong)
+    text = tmp_path / "text.txt"
+    text.write_text("some words\n" * 300)
+    assert "windows of 1024 tokens, the model's context has 512" in fails(
+        capsys, model, "--tasks", "wikitext2_1024", "--data", f"wikitext2_1024={text}", "--out", tmp_path / "more"
+    )
+
+
+def test_the_example_compares_a_run_with_its_base(made, capsys, tmp_path, monkeypatch):
+    asked = [instruction(*question) for question in QUESTIONS]
+    yes = {"instruction": "Please answer with true or false, question: is it?\n\nAnswer format: true/false"}
+    for name in ("ARC-Easy", "boolq"):
+        (tmp_path / name).mkdir()
+        for split, some in (("train", slice(0, 3)), ("test", slice(2, 5))):
+            records = [{**yes, "answer": "true"}] * 2 if name == "boolq" else asked[some]
+            (tmp_path / name / f"{split}.json").write_text(json.dumps(records))
+    out = tmp_path / "out"
+    given = {"--data": tmp_path, "--out": out, "--steps": 1, "--tasks": "arc_easy,boolq"}
+    words = [str(made / "model"), *(str(word) for pair in given.items() for word in pair)]
+    monkeypatch.setenv("SBORAX_DATA", "")
+    monkeypatch.setattr("sys.argv", ["commonsense.py", *words])
+    runpy.run_path(str(EXAMPLES / "commonsense.py"), run_name="__main__")
+    assert "2 training samples" in capsys.readouterr().out
+    samples = lines(out / "train.jsonl")
+    assert samples[0]["prompt"] == "Question: Which of these melts in the sun?\nAnswer:"
+    assert samples[0]["option"] == " an ice cube"
+    *rows, whole = (out / "table.md").read_text().splitlines()[2:]
+    assert [row.split()[1] for row in rows] == ["arc_easy", "boolq"]
+    assert whole.startswith("| mean |")
+
+
+def test_tasks_are_listed(capsys):
+    assert main(["tasks"]) == 0
+    told = capsys.readouterr().out
+    assert "arc_easy_labels " in told
+    assert any(
+        line.split()[:3] == ["llm_adapters_commonsense", "=", "llm_adapters_boolq,"] for line in told.splitlines()
+    )

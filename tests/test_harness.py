@@ -1,0 +1,159 @@
+"""lm-evaluation-harness gives our models the results of its own Hugging Face models, on the same weights and items."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sborax_models import make
+from tiny_model import tokenizer
+
+import sborax as sx
+from sborax.evaluate import Scorer
+from sborax.models import load_model
+
+# What the harness and its dependencies warn of is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+COMMON = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+TASKS = {
+    "tiny_choice": """
+output_type: multiple_choice
+doc_to_choice: "{{options}}"
+doc_to_target: "{{gold}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "tiny_rolling": """
+output_type: loglikelihood_rolling
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+""",
+    "tiny_written": """
+output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["e", "zz"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A torch model with a tokenizer, and a directory of tasks over items of many lengths."""
+    place = tmp_path_factory.mktemp("harness")
+    make("llama", place / "model", vocab_size=258, eos_token_id=1, bos_token_id=0)
+    tokenizer().save_pretrained(place / "model")
+    rng = np.random.default_rng(0)
+    words = ["apple", "be", "cat", "door", "ending", "fig"]
+
+    def text(count):
+        return " ".join(rng.choice(words, count))
+
+    items = [
+        {
+            "question": text(rng.integers(1, 16)),
+            "options": [text(rng.integers(1, 4)) for _ in range(3)],
+            "gold": int(rng.integers(3)),
+            "text": text(rng.integers(5, 40)),
+            "answer": "x",
+        }
+        for _ in range(6)
+    ]
+    data = place / "items.json"
+    data.write_text(json.dumps(items))
+    (place / "tasks").mkdir()
+    for name, own in TASKS.items():
+        common = COMMON.format(data=data).replace("{{question}}", "" if "rolling" in name else "{{question}}")
+        (place / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{common}{own}")
+    return place
+
+
+@pytest.fixture(scope="module")
+def results(made):
+    """The harness on its own model, and on ours."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from sborax.evaluate.harness import run_harness
+
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=str(made / "model"), dtype="float32", device="cpu", batch_size=4),
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(made / "tasks"), include_defaults=False),
+        bootstrap_iters=100,
+    )
+    model = load_model(made / "model")
+    told = []
+    ours = run_harness(
+        list(TASKS), Scorer.of(model, model.params), include=str(made / "tasks"), out=made / "out", echo=told.append
+    )
+    return theirs, ours, told
+
+
+def test_every_score_is_that_of_the_hugging_face_model(results):
+    theirs, ours, told = results
+    for name in TASKS:
+        kept = [{k: v for k, v in one["results"][name].items() if isinstance(v, float)} for one in (theirs, ours)]
+        assert kept[0].keys() == kept[1].keys() and kept[0]
+        for key, value in kept[0].items():
+            if "stderr" not in key:
+                assert kept[1][key] == pytest.approx(value, rel=1e-4), key
+    assert any(line.startswith("tiny_choice: acc,none ") and "(n 6 of 6, seed 0)" in line for line in told)
+
+
+def test_every_answer_is_that_of_the_hugging_face_model(results):
+    theirs, ours, _ = results
+    for name in TASKS:
+        pairs = list(zip(theirs["samples"][name], ours["samples"][name], strict=True))
+        assert len(pairs) == 6
+        for one, other in pairs:
+            if name == "tiny_written":
+                assert one["resps"] == other["resps"]
+            elif name == "tiny_rolling":
+                np.testing.assert_allclose(other["resps"], one["resps"], rtol=1e-4)
+            else:
+                got, want = ([response[0] for response in sample["resps"]] for sample in (other, one))
+                assert [bool(greedy) for _, greedy in got] == [bool(greedy) for _, greedy in want]
+                np.testing.assert_allclose([v for v, _ in got], [v for v, _ in want], rtol=1e-4)
+    texts = [one["resps"][0][0] for one in ours["samples"]["tiny_written"]]
+    assert len(set(texts)) > 1 and not any("e" in text for text in texts)
+
+
+def test_items_are_saved_and_results_never_overwritten(results, made):
+    from sborax.evaluate.harness import run_harness
+
+    assert len((made / "out" / "tiny_choice.jsonl").read_text().splitlines()) == 6
+    assert set(json.loads((made / "out" / "harness.json").read_text())["results"]) == set(TASKS)
+    model = load_model(made / "model")
+    scorer = Scorer.of(model, model.params)
+    with pytest.raises(sx.SboraxError, match=r"harness\.json: exists"):
+        run_harness(["tiny_choice"], scorer, out=made / "out")
+
+
+def test_an_adapter_is_scored_with_its_model(results, made):
+    from sborax.evaluate.harness import HarnessModel
+
+    model = load_model(made / "model")
+    params, adapters = sx.attach(jax.random.key(0), model.params, [("q_proj|up_proj", sx.LoRA(rank=2))])
+    train, frozen = sx.split(adapters)
+    adapters = sx.combine(jax.tree.map(lambda leaf: leaf + jnp.float32(0.05), train), frozen)
+
+    @dataclasses.dataclass
+    class Request:
+        args: tuple
+
+    asked = [Request(("apple", " be")), Request(("", "cat door"))]
+    plain, adapted, merged = (
+        HarnessModel(Scorer.of(model, *own)).loglikelihood(asked, disable_tqdm=True)
+        for own in ((model.params,), (params, adapters), (sx.merge(params, adapters),))
+    )
+    np.testing.assert_allclose([v for v, _ in adapted], [v for v, _ in merged], rtol=1e-4)
+    assert abs(adapted[0][0] - plain[0][0]) > 1e-3
