@@ -92,7 +92,6 @@ def test_changes_are_checked_together():
         ("mesh={'model': 2}", "mesh: no axis 'model'; there are data, fsdp, tensor"),
         ("mesh={'data': 0}", "mesh: data must be at least 1"),
         ("procedure=chain", "procedure: there is no .chain.; did you mean"),
-        ("eval.tasks=['boolq']", "eval.tasks: .* is not available"),
         ("attention=flash", "attention: must be one of 'auto', 'xla', 'cudnn', 'splash'"),
         ("log=['mlflow']", "log.0: must be one of 'tensorboard', 'wandb'"),
     ],

@@ -151,6 +151,28 @@ def test_the_example_compares_a_run_with_its_base(made, capsys, tmp_path, monkey
     assert whole.startswith("| mean |")
 
 
+def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    words = ["train", str(made / "run.py"), "--out", str(out)]
+    monkeypatch.setenv("SBORAX_DATA", str(tmp_path))
+    for wrong, said in (("arc", "there is no task 'arc'"), ("piqa", "piqa: not under $SBORAX_DATA")):
+        assert main([*words, f"eval.tasks=['{wrong}']"]) == 2
+        assert said in capsys.readouterr().err and not out.exists()
+    (tmp_path / "ARC-Easy").mkdir()
+    (tmp_path / "ARC-Easy" / "test.json").write_text((made / "arc.json").read_text())
+    named = [*words, "eval.tasks=['arc_easy']"]
+    assert main(named) == 0
+    assert "arc_easy: acc " in capsys.readouterr().out
+    scores = (out / "scores" / "scores.json").read_text()
+    assert main([*named, "--resume"]) == 0
+    assert "scores of before" in capsys.readouterr().out
+    # Scores that were cut short are made again.
+    (out / "scores" / "scores.json").unlink()
+    assert main([*named, "--resume"]) == 0
+    again = json.loads((out / "scores" / "scores.json").read_text())["scores"][0]["metrics"]
+    assert again == json.loads(scores)["scores"][0]["metrics"]
+
+
 def test_tasks_are_listed(capsys):
     assert main(["tasks"]) == 0
     told = capsys.readouterr().out

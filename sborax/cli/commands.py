@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from sborax.cli.approximate import approximated
+from sborax.cli.evaluate import check_tasks, score_run
 from sborax.cli.targets import load_run, load_target
 from sborax.core import SboraxError
 from sborax.data.template import NAMES, prompt_of
@@ -32,7 +33,11 @@ def train(arguments: argparse.Namespace) -> bool:
         # By default JAX keeps no program that took less than a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     out = arguments.out or f"runs/{Path(arguments.experiment).stem}"
-    return fine_tune(experiment, out, resume=arguments.resume, profile=arguments.profile).finished
+    check_tasks(experiment)
+    finished = fine_tune(experiment, out, resume=arguments.resume, profile=arguments.profile).finished
+    if finished and experiment.eval.tasks:
+        score_run(out)
+    return finished
 
 
 def generate(arguments: argparse.Namespace) -> None:

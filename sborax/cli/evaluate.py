@@ -2,14 +2,20 @@
 
 import argparse
 import dataclasses
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sborax.cli.targets import Target, load_target
+from sborax.cli.targets import Target, load_run, load_target
 from sborax.core import SboraxError
 from sborax.data.source import read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
+from sborax.evaluate.run import SCORES
+from sborax.evaluate.task import check_there
+from sborax.train.experiment import Experiment
+from sborax.train.hosts import several
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -34,6 +40,37 @@ def score(arguments: argparse.Namespace) -> None:
     if arguments.harness:
         _harness(arguments, scorer, out)
     print(f"{out}: scores, and what became of every item")
+
+
+def check_tasks(experiment: Experiment) -> None:
+    """Raise SboraxError if `eval.tasks` names what cannot be scored once the run has ended."""
+    if not experiment.eval.tasks:
+        return
+    if several():
+        raise SboraxError("eval.tasks: one process scores; leave it empty and use `sborax eval RUN_DIR` afterwards")
+    for task in chosen(",".join(experiment.eval.tasks)):
+        check_there(task.data, task.split)
+
+
+def score_run(run: str) -> None:
+    """Score a run that has ended on the `eval.tasks` of its experiment, into `scores/` of its directory.
+
+    Scores of all of them that are there already are left as they are.
+    Raises SboraxError for a task or data that do not fit.
+    """
+    target, place = load_run(run), Path(run) / "scores"
+    assert target.experiment is not None
+    tasks = chosen(",".join(target.experiment.eval.tasks))
+    if (place / SCORES).exists():
+        told = json.loads((place / SCORES).read_text())
+        if {score["task"] for score in told["scores"]} == {task.name for task in tasks}:
+            print(f"{place}: scores of before")
+            return
+    # What was there was not finished, or is of other tasks: scores are made, never mixed.
+    shutil.rmtree(place, ignore_errors=True)
+    scorer = Scorer.of(target.model, target.params, target.adapters, mesh=target.experiment.mesh)
+    evaluate(tasks, scorer, out=place, trained_on=_trained_on(target), about={"target": run})
+    print(f"{place}: scores, and what became of every item")
 
 
 def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:

@@ -63,9 +63,14 @@ class AbstractTask(abc.ABC):
 
 def records(data: str, split: str) -> list[Record]:
     """Every record of a split. Raises SboraxError for data that is missing or unreadable."""
+    check_there(data, split)
+    return list(read(data, split))
+
+
+def check_there(data: str, split: str) -> None:
+    """Raise SboraxError for data that is not at hand, unless it may be on the hub."""
     if "/" not in data and find(data, split) is None:
         raise SboraxError(f"{data}: not under $SBORAX_DATA; --data TASK=PATH names a file, a directory or a hub id")
-    return list(read(data, split))
 
 
 def field(record: Record, name: str) -> Any:

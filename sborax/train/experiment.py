@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
@@ -60,7 +60,10 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Loss on held-out data (`data`), at the end and every so many steps."""
+    """Loss on held-out data (`data`), at the end and every so many steps; scores on tasks at the end.
+
+    tasks: names as `sborax eval --tasks` takes them. `sborax train` and `sborax sweep` score runs that came to their end.
+    """
 
     data: Data | None = None
     every: int | None = None
@@ -105,7 +108,7 @@ class Experiment:
     mesh: sizes of the axes "data", "fsdp" and "tensor" over which devices are laid out, of one process or of all that
         there are, such as {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp. "slices"
         is how many groups, with a slow network between them, hold a mesh of the other sizes each.
-    log: "tensorboard" and "wandb" beside `metrics.jsonl`. eval.tasks: refused where this version lacks them.
+    log: "tensorboard" and "wandb" beside `metrics.jsonl`.
     """
 
     model: str
@@ -156,12 +159,6 @@ class Experiment:
             _check_prompts("data", self.data)
             if self.eval.data is not None:
                 _check_prompts("eval.data", self.eval.data)
-        absent: dict[str, Any] = {
-            "eval.tasks": self.eval.tasks,
-        }
-        for name, value in absent.items():
-            if value:
-                raise SboraxError(f"{name}: {value!r} is not available in this version; leave it at its default")
 
 
 def _check_prompts(name: str, data: Data) -> None:
