@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from cases import METHODS
 from jax.sharding import NamedSharding, PartitionSpec
-from test_plan import TINY
+from tiny_model import WIDE
 
 import sborax as sx
 from sborax.core import linear
@@ -148,7 +148,7 @@ def dx_alone(one):
     """Bytes by kind of the same model without adapters, from its loss and the gradient in the embedded tokens."""
     rows = NamedSharding(one.mesh, PartitionSpec(ROWS))
     _, count, length = one.batch["tokens"].shape
-    shift = jax.ShapeDtypeStruct((count, length, TINY.hidden_size), jnp.float32, sharding=rows)
+    shift = jax.ShapeDtypeStruct((count, length, WIDE.hidden_size), jnp.float32, sharding=rows)
 
     def loss(shift, base, batch):
         def shifted(call, args, kwargs, context):
@@ -168,9 +168,9 @@ def dx_alone(one):
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_a_step_sends_what_its_methods_declare(quant):
     experiment = sx.Experiment("x", sx.Data("x", max_length=32), RULES, steps=10, batch_size=8, quant=quant)
-    one = on_mesh(outline(experiment, TINY), make_mesh(SIZES))
+    one = on_mesh(outline(experiment, WIDE), make_mesh(SIZES))
     sent, own = collective_bytes(compiled(one).as_text()), dx_alone(one)
-    tokens, layers = 8 * 32 // SIZES["fsdp"], TINY.num_hidden_layers
+    tokens, layers = 8 * 32 // SIZES["fsdp"], WIDE.num_hidden_layers
     used, gathered = leaf_bytes(one.state.train)
     thin = 4 * tokens * layers * sum(method.summed for _, method in RULES)
     # Put together in the forward pass and again in the backward one.

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import write_data, write_model
+from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
 from sborax.models import LanguageModel, Llama, LlamaConfig
@@ -18,20 +18,6 @@ from sborax.train.state import start, take_apart
 from sborax.train.step import make_step
 
 STEPS = 30
-CONFIG = LlamaConfig(
-    vocab_size=128,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=8,
-    head_dim=32,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=(2,),
-)
 RULES = [
     ("q_proj", sx.LoRA(rank=8)),
     ("k_proj", sx.DoRA(rank=8)),
@@ -54,7 +40,7 @@ MESHES = [
 
 def curve(sizes):
     """Losses of 30 steps at lr 1e-3, and the gradients' norms of the first; gate_proj is in 4 bits."""
-    model = LanguageModel(Llama(CONFIG, jnp.dtype("float32"), "cheap"), {}, CONFIG, None)
+    model = LanguageModel(Llama(WIDE, jnp.dtype("float32"), "cheap"), {}, WIDE, None)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32)), model.abstract()
@@ -64,10 +50,10 @@ def curve(sizes):
     params, adapters = sx.attach(jax.random.key(0), params, RULES)
     layout, parts = Layout.of(sizes, 8), take_apart(params, adapters, train_also=["norm"])
     tx = make_optimizer(Optimizer(lr=1e-3, warmup=0, schedule="constant"), STEPS)
-    parts = layout.place(parts, CONFIG)
+    parts = layout.place(parts, WIDE)
     state, shardings = layout.state(start(parts, tx), tx)
     step = make_step(model, tx, jax.random.key(1), shardings=shardings)
-    tokens = rng.integers(0, CONFIG.vocab_size, (1, 8, 32)).astype(np.int32)
+    tokens = rng.integers(0, WIDE.vocab_size, (1, 8, 32)).astype(np.int32)
     counts = rng.random(tokens.shape) < 0.7
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 2), "counts": counts, "segments": np.ones_like(tokens)}
     losses = []
@@ -146,12 +132,12 @@ def test_procedures_stay_on_one_device():
 
 
 def test_what_cannot_be_cut_is_named():
-    model = LanguageModel(Llama(CONFIG), {}, CONFIG, None)
+    model = LanguageModel(Llama(WIDE), {}, WIDE, None)
     params, adapters = sx.attach(
         jax.random.key(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), model.abstract()), [("q", sx.C3A(block=64))]
     )
     with pytest.raises(sx.SboraxError, match=r"q_proj/kernel/train/w: axis . of .* is not divisible by mesh axis"):
-        Layout.of({"tensor": 8}, 8).place(take_apart(params, adapters), CONFIG)
-    odd = LlamaConfig(**{**vars(CONFIG), "num_key_value_heads": 4})
+        Layout.of({"tensor": 8}, 8).place(take_apart(params, adapters), WIDE)
+    odd = LlamaConfig(**{**vars(WIDE), "num_key_value_heads": 4})
     with pytest.raises(sx.SboraxError, match="num_key_value_heads = 4 is not divisible by tensor = 8"):
         Layout.of({"tensor": 8}, 8).place(take_apart(params, {}), odd)

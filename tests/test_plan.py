@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import WIDE
 
 import sborax as sx
 from sborax.cli import main
@@ -68,20 +69,6 @@ PUBLISHED = {
 }
 PARAMETERS = {"LLaMA-2-7B": 6_738_415_616, "LLaMA-3.1-8B": 8_030_261_248, "LLaMA-3.1-70B": 70_553_706_496}
 ALL, FIVE = "self_attn|mlp", "(q|k|v|up|down)_proj"
-TINY = LlamaConfig(
-    vocab_size=128,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=8,
-    head_dim=32,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=(2,),
-)
 
 
 def config_of(model):
@@ -170,11 +157,11 @@ def test_planned_bytes_are_those_of_arrays(quant, sizes):
     experiment = run(
         "x", rules, batch_size=16, quant=quant, optimizer=sx.Optimizer(name="adafactor"), precision="float32"
     )
-    plan = on_mesh(outline(experiment, TINY), abstract_mesh(sizes))
+    plan = on_mesh(outline(experiment, WIDE), abstract_mesh(sizes))
     layout, tx = Layout.of(sizes, 16), plan.tx
-    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract(TINY))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract(WIDE))
     params, adapters = sx.attach(jax.random.key(0), quantise_base(params, quant), rules)
-    parts = layout.place(take_apart(params, adapters), TINY)
+    parts = layout.place(take_apart(params, adapters), WIDE)
     state, _ = layout.state(start(parts, tx), tx)
     batch = layout.batch({name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in plan.batch.items()})
     assert argument_bytes(plan) == {

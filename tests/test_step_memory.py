@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import pytest
-from test_plan import TINY
+from tiny_model import WIDE
 
 import sborax as sx
 from sborax.models.language_model import abstract
@@ -30,7 +30,7 @@ LAYERS = (2, 18)
 def outlines(quant):
     """The same step of a few and of many layers, of so few tokens that weights outweigh activations."""
     experiment = sx.Experiment("x", sx.Data("x", max_length=8), RULES, steps=10, batch_size=1, quant=quant)
-    return [outline(experiment, dataclasses.replace(TINY, num_hidden_layers=layers)) for layers in LAYERS]
+    return [outline(experiment, dataclasses.replace(WIDE, num_hidden_layers=layers)) for layers in LAYERS]
 
 
 def size(tree):

@@ -17,6 +17,22 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+WIDE = LlamaConfig(
+    vocab_size=128,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=32,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=(2,),
+)
+"""Wide enough to be cut into eight along every axis."""
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML's marks."""
