@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -24,10 +25,12 @@ from sborax.data.template import prompt_of
 from sborax.interop.peft import load_peft, save_peft
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate, load_config, load_model, save_hf
 from sborax.models.families import FAMILIES
+from sborax.quant.nf4 import NF4Array
 from sborax.train.ahead import outline
 from sborax.train.figures import model_flops
-from sborax.train.loop import train
-from sborax.train.state import flatten, selected
+from sborax.train.sharding import Layout
+from sborax.train.state import flatten, selected, start, take_apart
+from sborax.train.step import make_step
 from sborax.tree import nodes
 
 TOLERANCE = 1e-5
@@ -57,6 +60,16 @@ def pair(request, tmp_path_factory):
 def test_logits_equal_transformers(pair):
     tokens = tokens_of(pair.ours, 2, WINDOW)
     ours = jax.jit(pair.ours.apply)(pair.ours.params, None, tokens)
+    assert relative(ours, torch_logits(pair.torch, tokens)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("strict")
+def test_logits_on_a_mesh_equal_transformers(pair):
+    layout = Layout.of({"fsdp": 2, "tensor": min(2, pair.ours.config.num_key_value_heads)}, 2)
+    tokens = tokens_of(pair.ours, 2, 9)
+    with layout.context():
+        cut = load_model(pair.path, shardings=layout.of_params)
+        ours = jax.jit(cut.apply)(cut.params, None, layout.batch(tokens, 0))
     assert relative(ours, torch_logits(pair.torch, tokens)) < TOLERANCE
 
 
@@ -232,34 +245,26 @@ def test_lora_and_norms_go_to_peft(tmp_path):
     assert relative(ours, pair_logits(own.torch)) > 1e-2
 
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return str(write_data(tmp_path_factory.mktemp("data") / "data.jsonl"))
 
 
-def test_a_run_in_four_bits_with_norms_on_a_mesh(data, tmp_path):
-    """Qwen3, LoRA on 4 bits beside its norms: the losses are those of one device."""
-    model = write_model(tmp_path / "model", model_type="qwen3", **WIDE)
-    whole = sx.Experiment(
-        model=str(model),
-        data=sx.Data(data, template="chat", max_length=64, buckets=(64,)),
-        rules=ALL,
-        optimizer=sx.Optimizer(lr=1e-2),
-        steps=2,
-        batch_size=4,
-        quant="nf4",
-        train_also=("norm",),
-    )
-    told = []
-    for name, mesh in (("one", None), ("eight", {"data": 2, "fsdp": 2, "tensor": 2})):
-        train(dataclasses.replace(whole, mesh=mesh), tmp_path / name, echo=lambda _: None)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        told.append([json.loads(line)["loss"] for line in lines if "loss" in line])
-    assert len(told[0]) == 2 and told[0][0] != told[0][1]
-    np.testing.assert_allclose(told[1], told[0], rtol=1e-5)
+def test_a_step_in_four_bits_with_norms(tmp_path):
+    """Qwen3: LoRA on 4 bits beside its norms; each gets a gradient and moves."""
+    place = write_model(tmp_path, model_type="qwen3", hidden_size=64, intermediate_size=128, head_dim=32)
+    model = load_model(place, quant="nf4")
+    params, adapters = sx.attach(jax.random.key(0), model.params, ALL)
+    parts = take_apart(params, adapters, False, ("norm",))
+    assert all(isinstance(leaf, NF4Array) for path, leaf in parts.base.items() if path.endswith("_proj/kernel"))
+    tx = optax.sgd(1e-2)
+    row = {"tokens": jnp.arange(16)[None, None], "targets": jnp.arange(1, 17)[None, None]}
+    ones = {"counts": jnp.ones((1, 1, 16), bool), "segments": jnp.ones((1, 1, 16), jnp.int32)}
+    before = start(parts, tx)
+    after, numbers = make_step(model, tx, jax.random.key(0))(before, parts.frozen, parts.base, row | ones)
+    assert len(numbers["grad_norms"]) == 7 + 5
+    assert all(norm > 0 for norm in numbers["grad_norms"].values())
+    assert all((after.train["base"][path] != leaf).any() for path, leaf in parts.trained_base.items())
 
 
 TURNS = (
