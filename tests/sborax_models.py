@@ -19,12 +19,9 @@ TINY = {
 
 def make(kind, directory, shard="5GB", **fields):
     """A random torch model, saved to `directory`; its norms and biases are random too."""
-    config, build = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    }[kind]
     torch.manual_seed(0)
-    model = build(config(**(TINY | {"initializer_range": 0.2} | fields))).eval()
+    config = transformers.AutoConfig.for_model(kind, **(TINY | {"initializer_range": 0.2} | fields))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -152,9 +152,9 @@ def test_options_that_are_refused(original, monkeypatch):
 
 
 def write_gguf(file, reference, **extra):
-    """The tiny torch model as llama.cpp writes it: rows of q and k interleaved, a small BPE tokenizer."""
+    """The tiny torch model as llama.cpp writes it: LLaMA's rows of q and k interleaved, a small BPE tokenizer."""
     config = reference.config
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -163,8 +163,9 @@ def write_gguf(file, reference, **extra):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
+    writer.add_key_length(reference.model.layers[0].self_attn.head_dim)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("gpt-2" if config.model_type == "llama" else "qwen2")
     letters = ["<s>", *"abcdefgh", "Ġ", "ab"]
     writer.add_token_list([*letters, *(f"<{i}>" for i in range(config.vocab_size - len(letters)))])
     writer.add_token_types([3] + [1] * (config.vocab_size - 1))
@@ -174,6 +175,8 @@ def write_gguf(file, reference, **extra):
     for key, value in extra.items():
         writer.add_float32(key.replace("__", "."), value)
     short = {
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
@@ -191,7 +194,7 @@ def write_gguf(file, reference, **extra):
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in reference.state_dict().items():
         array, part = tensor.numpy(), name.split(".")[-2]
-        if part in heads:
+        if part in heads and config.model_type == "llama":
             halves = array.reshape(heads[part], 2, -1, *array.shape[1:])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         for theirs, ours in short.items():

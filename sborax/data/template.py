@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jinja2
+
 from sborax.core import SboraxError
 
 ALPACA = (
@@ -128,7 +130,14 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
 def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
     if not tokenizer.chat_template:
         raise SboraxError("data.template: this model's tokenizer has no chat template; use another template")
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except jinja2.TemplateError as error:
+        reason = str(error).partition("\n")[0]
+        raise SboraxError(
+            f"data.template: the chat template refuses this conversation ({reason}); where it has no system role, put "
+            "that text at the head of the first user turn"
+        ) from None
 
 
 def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
@@ -142,7 +151,8 @@ def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
         after = _apply(tokenizer, messages[: turn + 1], generate=False)
         if not whole.startswith(before) or not whole.startswith(after):
             raise SboraxError(
-                "data.template: this chat template rewrites earlier turns; loss on answers is not defined"
+                "data.template: this chat template rewrites earlier turns; loss on answers is not defined: give "
+                "conversations of one answer"
             )
         # A line break after the end mark belongs to the template, not to the answer.
         end = len(after.rstrip("\n")) if after.endswith("\n") else len(after)

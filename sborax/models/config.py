@@ -9,32 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from sborax.core import SboraxError
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-"""`model_type` -> the class that transformers builds for it."""
-UNEQUAL = "sborax_llama"
-"""`model_type` of a decoder whose layers differ in size: one that transformers says it does not know."""
-
-INERT = frozenset(
-    """
-    architectures auto_map chunk_size_feed_forward dtype id2label initializer_range is_decoder is_llama_config label2id
-    max_sequence_length name_or_path output_attentions output_hidden_states pretraining_tp return_dict tokenizer_class
-    torch_dtype transformers_version transformers.js_config unk_token_id use_cache
-    """.split()
-)
-"""Keys that do not change the function the model computes, nor do those that begin with an underscore."""
-
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0.0, 0, None),
-    "partial_rotary_factor": (1.0, 1, None),
-    "quantization_config": (None,),
-    "rope_interleaved": (False, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "layer_types": (None,),
-}
-"""Keys whose other values ask for something this model does not do."""
+from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +49,9 @@ class Rope:
 class LlamaConfig:
     """Shapes and constants of a LLaMA-family decoder; the names are those of Hugging Face's `config.json`.
 
+    attention_bias: q, k, v and o have biases; see `qkv_bias` for families in which the first three always have.
     sliding_window: longest sequence whose attention is plainly causal, in tokens, or None.
+    model_type: a row of `families.FAMILIES`.
     layer_sizes: (attention heads, key-value heads, intermediate size) of every layer; empty where all are alike.
     eos_token_id: every id that ends a text.
     """
@@ -100,6 +77,7 @@ class LlamaConfig:
     layer_sizes: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        family_of(self.model_type)
         if self.layer_sizes and len(self.layer_sizes) != self.num_hidden_layers:
             raise SboraxError(f"layer_sizes: {len(self.layer_sizes)} entries for {self.num_hidden_layers} layers")
         for layer in range(len(self.layer_sizes)):
@@ -111,6 +89,21 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise SboraxError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def family(self) -> Family:
+        """What sets the model apart from LLaMA."""
+        return family_of(self.model_type)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.attention_bias or self.family.qkv_bias
+
+    @property
+    def embedding_scale(self) -> float | None:
+        """What the embedding's vectors are multiplied by, if by anything."""
+        return math.sqrt(self.hidden_size) if self.family.scaled else None
 
     @property
     def context(self) -> int:
@@ -133,62 +126,56 @@ class LlamaConfig:
         Raises SboraxError for a missing or ill-typed field and for anything asked for that this model does not do.
         """
         kind = raw.get("model_type")
-        if kind not in ARCHITECTURES and kind != UNEQUAL:
-            raise SboraxError(f"{where}: model_type {kind!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-        for key, allowed in NEUTRAL.items():
-            if key in raw and raw[key] not in allowed:
-                raise SboraxError(f"{where}: {key} = {str(raw[key])[:80]} is not supported, only {allowed[0]}")
-        known = INERT | NEUTRAL.keys() | {field.name for field in dataclasses.fields(LlamaConfig)}
-        known |= {"rope_theta", "rope_scaling", "rope_parameters"}
+        family = family_of(kind, where)
+        for key, allowed in family.keys.items():
+            given = raw.get(key, allowed[0])
+            if any(one not in allowed for one in (given if isinstance(given, list) else [given])):
+                raise SboraxError(f"{where}: {key} = {str(given)[:80]} is not supported, only {allowed[0]}")
+        known = {field.name for field in dataclasses.fields(LlamaConfig)} - OWN | family.own
+        known |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
         unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
         if unknown:
             raise SboraxError(f"{where}: unknown field {unknown[0]!r}; remove it if it does not change the model")
-        read = _Reader(raw, where)
+        read = _Reader({**family.defaults, **raw}, where)
         heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
         if read.optional_whole("head_dim") is None and width % heads:
             raise SboraxError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
         length = read.whole("max_position_embeddings")
-        mistral = kind == "mistral"
-        eos = raw.get("eos_token_id")
         return LlamaConfig(
             vocab_size=read.whole("vocab_size"),
             hidden_size=width,
             intermediate_size=read.whole("intermediate_size"),
             num_hidden_layers=read.whole("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=read.optional_whole("num_key_value_heads") or (8 if mistral else heads),
+            num_key_value_heads=read.optional_whole("num_key_value_heads") or heads,
             head_dim=read.optional_whole("head_dim") or width // heads,
             max_position_embeddings=length,
             rms_norm_eps=read.number("rms_norm_eps"),
             rope=_read_rope(raw, where, length),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            attention_bias=read.flag("attention_bias"),
-            mlp_bias=read.flag("mlp_bias"),
-            # A key that Mistral's early files leave out; transformers then takes 4096.
-            sliding_window=read.optional_whole("sliding_window", 4096 if mistral else None)
-            if kind != "llama"
-            else None,
-            model_type=kind,
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_token_id=raw.get("pad_token_id"),
+            attention_bias="attention_bias" in family.own and read.flag("attention_bias"),
+            mlp_bias="mlp_bias" in family.own and read.flag("mlp_bias"),
+            sliding_window=read.optional_whole("sliding_window") if "sliding_window" in family.own else None,
+            model_type=str(kind),
+            bos_token_id=read.raw.get("bos_token_id"),
+            eos_token_id=ends(read.raw),
+            pad_token_id=read.raw.get("pad_token_id"),
             layer_sizes=_read_sizes(raw, where),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `from_hf` reads back, and transformers if all layers are alike."""
-        raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rope"}
+        names = {field.name for field in dataclasses.fields(self)} - OWN - {"rope"} | self.family.own
+        raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
         raw["eos_token_id"] = (
             list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
         )
-        if self.model_type == "llama":
-            del raw["sliding_window"]
-        raw |= {"hidden_act": "silu", "rope_theta": self.rope.theta}
+        raw |= {"hidden_act": self.family.activations[0], "rope_theta": self.rope.theta}
         if self.layer_sizes:
             raw["layer_sizes"] = [list(sizes) for sizes in self.layer_sizes]
         else:
             del raw["layer_sizes"]
-            raw["architectures"] = [ARCHITECTURES[self.model_type]]
+            raw["architectures"] = [self.family.causal_lm]
         if self.rope.kind != "default":
             raw["rope_scaling"] = {"rope_type": self.rope.kind, "factor": self.rope.factor}
         if self.rope.kind == "llama3":
@@ -198,6 +185,12 @@ class LlamaConfig:
                 "original_max_position_embeddings": self.rope.original_length,
             }
         return raw
+
+
+def ends(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every id that ends a text, of a `config.json` or `generation_config.json`."""
+    found = raw.get("eos_token_id")
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +231,8 @@ class _Reader:
 
 def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], ...]:
     found = raw.get("layer_sizes", [])
-    if (raw["model_type"] == UNEQUAL) != bool(found):
-        raise SboraxError(f"{where}: layer_sizes and model_type {UNEQUAL!r} go together")
+    if raw["model_type"].startswith(UNEQUAL) != bool(found):
+        raise SboraxError(f"{where}: layer_sizes and a model_type that begins with {UNEQUAL!r} go together")
     sound = isinstance(found, list) and all(
         isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
         for sizes in found

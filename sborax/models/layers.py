@@ -1,6 +1,8 @@
 """The Flax Linen layers that every model here is made of."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +15,12 @@ from sborax.depth import remember
 from sborax.models.sharding import used_whole
 from sborax.procedures.prilora import input_norms
 from sborax.routing import GATE, PROMPT, ROUTER
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""By transformers' name: what a gated unit applies to its gate."""
 
 
 class Linear(nn.Module):
@@ -90,26 +98,34 @@ def routed(layer: nn.Module, x: Float[Array, "batch seq d"], ctx: core.Context) 
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, the mean in float32. [arXiv:1910.07467]"""
+    """x / sqrt(mean(x^2) + eps) * scale, the mean in float32. [arXiv:1910.07467]
+
+    centred: the factor is 1 + scale, and is multiplied in float32, too.
+    """
 
     eps: float
     dtype: Any = jnp.dtype(jnp.float32)
+    centred: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """`x` normalised over its last axis."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        start = nn.initializers.zeros if self.centred else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), self.dtype)
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.centred:
+            return (jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape) * normed).astype(x.dtype)
         return jnp.broadcast_to(scale.astype(x.dtype), x.shape) * normed.astype(x.dtype)
 
 
 class Embed(nn.Module):
-    """A table of token vectors."""
+    """A table of token vectors, multiplied by `factor` if there is one when they are looked up."""
 
     count: int
     features: int
     dtype: Any = jnp.dtype(jnp.float32)
+    factor: float | None = None
 
     def setup(self) -> None:
         """The table, also read by a tied head."""
@@ -118,7 +134,8 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """The vectors of `tokens`."""
-        return jnp.take(self.embedding, tokens, axis=0)
+        found = jnp.take(self.embedding, tokens, axis=0)
+        return found if self.factor is None else found * jnp.asarray(self.factor, found.dtype)
 
 
 def rotate(

@@ -1,5 +1,6 @@
-"""The LLaMA decoder in Flax Linen: LLaMA 1 to 3.2, SmolLM2, TinyLlama, Mistral."""
+"""The LLaMA decoder in Flax Linen, and the families in `families.FAMILIES` that are nearly it."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from sborax import core
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
-from sborax.models.layers import Embed, Linear, RMSNorm, rotate, routed
+from sborax.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
 
@@ -23,6 +24,11 @@ OFFLOAD = "offload:"
 SAVEABLE = ("qkv", ATTENDED, "mixed", "gate_up", HIDDEN)
 """Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
 the stream of states after attention, both halves of the gated unit, and the thin value inside an adapter."""
+
+
+def norm_of(config: LlamaConfig, dtype: Any, name: str | None = None) -> RMSNorm:
+    """The kind of norm that the model has."""
+    return RMSNorm(config.rms_norm_eps, dtype, config.family.centred, name=name)
 
 
 class Attention(nn.Module):
@@ -45,11 +51,14 @@ class Attention(nn.Module):
         cfg = self.config
 
         def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
-            flat = Linear(heads * cfg.head_dim, cfg.attention_bias, self.dtype, name=name)(x, ctx)
+            flat = Linear(heads * cfg.head_dim, cfg.qkv_bias, self.dtype, name=name)(x, ctx)
             return checkpoint_name(flat, "qkv").reshape(*x.shape[:2], heads, cfg.head_dim)
 
-        query = rotate(project("q_proj", cfg.num_attention_heads), *rope)
-        key = rotate(project("k_proj", cfg.num_key_value_heads), *rope)
+        def turned(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
+            plain = project(f"{name}_proj", heads)
+            return rotate(norm_of(cfg, self.dtype, f"{name}_norm")(plain) if cfg.family.qk_norm else plain, *rope)
+
+        query, key = turned("q", cfg.num_attention_heads), turned("k", cfg.num_key_value_heads)
         value = project("v_proj", cfg.num_key_value_heads)
         own = (key, value)
         if past is not None:
@@ -59,7 +68,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(f(gate(x)) * up(x)), f the family's activation."""
 
     config: LlamaConfig
     dtype: Any
@@ -72,7 +81,8 @@ class MLP(nn.Module):
             checkpoint_name(Linear(cfg.intermediate_size, cfg.mlp_bias, self.dtype, name=name)(x, ctx), "gate_up")
             for name in ("gate_proj", "up_proj")
         )
-        return Linear(cfg.hidden_size, cfg.mlp_bias, self.dtype, name="down_proj")(jax.nn.silu(gate) * up, ctx)
+        activation = ACTIVATIONS[cfg.family.activations[0]]
+        return Linear(cfg.hidden_size, cfg.mlp_bias, self.dtype, name="down_proj")(activation(gate) * up, ctx)
 
 
 class Block(nn.Module):
@@ -88,11 +98,7 @@ class Block(nn.Module):
         self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Cache | None
     ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
         """The layer's output, and its keys and values if they are to be kept."""
-        cfg = self.config
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
-
+        cfg, norm = self.config, functools.partial(norm_of, self.config, self.dtype)
         ctx = routed(self, x, ctx)
         attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
         mixed, own = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
@@ -204,7 +210,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """The parts, under the names of their params."""
         cfg = self.config
-        self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
+        self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype, cfg.embedding_scale)
         scan = self.scan and not cfg.layer_sizes
         block = rematerialised(self.remat, scan)
         if scan:
@@ -218,7 +224,7 @@ class Llama(nn.Module):
             )(cfg, self.dtype, self.keep, self.attention)
         else:
             self.layers = Unrolled(block, cfg, self.dtype, self.keep, self.attention)
-        self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
+        self.norm = norm_of(cfg, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, False, self.dtype)
 

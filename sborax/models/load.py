@@ -1,5 +1,6 @@
 """Models from a Hugging Face directory, the hub, or a GGUF file."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sborax.core import SboraxError
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
-from sborax.models.config import LlamaConfig
+from sborax.models.config import LlamaConfig, ends
 from sborax.models.gguf import open_gguf
 from sborax.models.language_model import LanguageModel, Params, abstract
 from sborax.models.llama import Llama, kept_names
@@ -60,13 +61,21 @@ def read_config(place: Path) -> LlamaConfig:
     file = place / "config.json"
     if not file.exists():
         raise SboraxError(f"{file}: missing; is this a Hugging Face model directory?")
+    config = LlamaConfig.from_hf(_object(file), str(file))
+    # Where the turn of a chat has an end mark of its own, it is often named here alone.
+    generation = place / "generation_config.json"
+    more = ends(_object(generation)) if generation.exists() else ()
+    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *more])))
+
+
+def _object(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text())
     except json.JSONDecodeError as failure:
         raise SboraxError(f"{file}: not JSON ({failure})") from failure
     if not isinstance(raw, dict):
         raise SboraxError(f"{file}: not a JSON object")
-    return LlamaConfig.from_hf(raw, str(file))
+    return raw
 
 
 def load_config(source: str | os.PathLike[str]) -> LlamaConfig:

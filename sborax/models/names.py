@@ -36,6 +36,8 @@ TABLE = (
     _norm("layers/input_layernorm", "model.layers.{layer}.input_layernorm", "blk.{layer}.attn_norm"),
     *_projection("self_attn/q_proj", "attn_q"),
     *_projection("self_attn/k_proj", "attn_k"),
+    _norm("layers/self_attn/q_norm", "model.layers.{layer}.self_attn.q_norm", "blk.{layer}.attn_q_norm"),
+    _norm("layers/self_attn/k_norm", "model.layers.{layer}.self_attn.k_norm", "blk.{layer}.attn_k_norm"),
     *_projection("self_attn/v_proj", "attn_v"),
     *_projection("self_attn/o_proj", "attn_output"),
     _norm("layers/post_attention_layernorm", "model.layers.{layer}.post_attention_layernorm", "blk.{layer}.ffn_norm"),

@@ -10,7 +10,8 @@ import numpy as np
 
 from sborax.core import SboraxError
 from sborax.methods.masked import Masked
-from sborax.models.config import UNEQUAL, LlamaConfig
+from sborax.models.config import LlamaConfig
+from sborax.models.families import UNEQUAL
 from sborax.models.language_model import LanguageModel, Params
 from sborax.paths import STACKED_UNDER
 from sborax.procedures.importance import BLOCKS
@@ -89,6 +90,6 @@ def _config(config: LlamaConfig, kept: Mapping[str, np.ndarray]) -> LlamaConfig:
         for layer in range(config.num_hidden_layers)
     )
     if len(set(sizes)) > 1:
-        return dataclasses.replace(config, layer_sizes=sizes, model_type=UNEQUAL)
+        return dataclasses.replace(config, layer_sizes=sizes, model_type=UNEQUAL + config.model_type)
     heads, kv_heads, width = sizes[0]
     return dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=width)

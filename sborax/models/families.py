@@ -1,0 +1,136 @@
+"""The families of decoders that are LLaMA up to what their row of one table says."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sborax.core import SboraxError
+
+UNEQUAL = "sborax_"
+"""Before the `model_type` of a decoder whose layers differ in size: transformers says that it does not know it."""
+
+OFF = (False, None)
+INERT = frozenset(
+    """
+    architectures auto_map chunk_size_feed_forward dtype id2label initializer_range is_decoder is_llama_config label2id
+    max_sequence_length name_or_path output_attentions output_hidden_states pretraining_tp return_dict tokenizer_class
+    torch_dtype transformers_version transformers.js_config unk_token_id use_cache
+    """.split()
+)
+"""Keys that do not change the function a model of any family computes, nor do those that begin with an underscore."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention_dropout": (0.0, 0, None),
+    "partial_rotary_factor": (1.0, 1, None),
+    "quantization_config": (None,),
+    "rope_interleaved": OFF,
+    "is_encoder_decoder": OFF,
+    "add_cross_attention": OFF,
+    "layer_types": ("full_attention", None),
+}
+"""Keys whose other values ask of any family for something that it does not do here; of a list, every entry's."""
+
+OWN = frozenset({"attention_bias", "mlp_bias", "sliding_window"})
+"""Fields of a config that not every family has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What its models do that LLaMA does not, and how their files say it.
+
+    causal_lm: the class that transformers builds for it.
+    own: which fields in `OWN` its `config.json` has; the others are false.
+    qkv_bias: q, k and v have biases, whatever `attention_bias` says; o has not.
+    qk_norm: heads of q and k go through an RMSNorm each before they are rotated.
+    centred: norms multiply by 1 + weight.
+    scaled: vectors of the embedding are multiplied by sqrt(hidden_size); those of a tied head are not.
+    activations: of the gated unit; what is computed first, then names that mean the same.
+    defaults: what transformers takes for keys that a file leaves out.
+    neutral: keys of `NEUTRAL` for this family alone. inert: those of `INERT`.
+    gguf: llama.cpp's name where such files are read. interleaved: whether they turn neighbouring features together.
+    """
+
+    causal_lm: str
+    own: frozenset[str] = frozenset()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    centred: bool = False
+    scaled: bool = False
+    activations: tuple[str, ...] = ("silu", "swish")
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    inert: frozenset[str] = frozenset()
+    gguf: str | None = None
+    interleaved: bool = False
+
+    @property
+    def keys(self) -> Mapping[str, tuple[Any, ...]]:
+        """Every key of which some values alone are understood, and these."""
+        return {"hidden_act": self.activations, **NEUTRAL, **self.neutral}
+
+
+_QWEN = {"use_sliding_window": OFF, "use_mrope": OFF, "mlp_bias": OFF}
+# A window that `use_sliding_window` switches off.
+_WINDOW = frozenset({"sliding_window", "max_window_layers"})
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        own=frozenset({"attention_bias", "mlp_bias"}),
+        inert=frozenset({"sliding_window"}),
+        gguf="llama",
+        interleaved=True,
+    ),
+    # Its GGUF files are of architecture llama.
+    "mistral": Family(
+        "MistralForCausalLM",
+        own=frozenset({"sliding_window"}),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        neutral={"attention_bias": OFF, "mlp_bias": OFF},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        neutral=_QWEN,
+        # transformers has these biases whatever a file says.
+        inert=_WINDOW | {"attention_bias"},
+        gguf="qwen2",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        own=frozenset({"attention_bias"}),
+        qk_norm=True,
+        defaults={"head_dim": 128},
+        neutral=_QWEN,
+        inert=_WINDOW,
+        gguf="qwen3",
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        own=frozenset({"attention_bias"}),
+        centred=True,
+        scaled=True,
+        # Its first files say gelu and mean the approximation by tanh that it was trained with.
+        activations=("gelu_pytorch_tanh", "gelu"),
+        defaults={
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+        },
+        neutral={"hidden_activation": ("gelu_pytorch_tanh", None), "use_bidirectional_attention": OFF, "mlp_bias": OFF},
+    ),
+}
+"""`model_type` -> its family."""
+
+
+def family_of(model_type: Any, where: str = "config") -> Family:
+    """The row of a `model_type`, also for layers of unequal size; `where` names the file in errors.
+
+    Raises SboraxError for one that is not in the table.
+    """
+    family = FAMILIES.get(str(model_type).removeprefix(UNEQUAL))
+    if family is None:
+        raise SboraxError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
+    return family

@@ -1,0 +1,337 @@
+"""Every family of the table against transformers: logits, text, saved models, adapters, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from sborax_models import TINY, make, relative, tokens_of, torch_logits
+from test_load import write_gguf
+from tiny_model import write_data, write_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch_pair import TOKENS, Pair, reloaded, shaken
+from torch_pair import torch_logits as pair_logits
+
+import sborax as sx
+from sborax.cli import main
+from sborax.data.samples import load_samples
+from sborax.data.template import prompt_of
+from sborax.interop.peft import load_peft, save_peft
+from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate, load_config, load_model, save_hf
+from sborax.models.families import FAMILIES
+from sborax.quant.nf4 import NF4Array
+from sborax.train.ahead import outline
+from sborax.train.figures import model_flops
+from sborax.train.sharding import Layout
+from sborax.train.state import flatten, selected, start, take_apart
+from sborax.train.step import make_step
+from sborax.tree import nodes
+
+TOLERANCE = 1e-5
+"""Of the largest logit, in float32."""
+WINDOW = 48
+ENDS = [1, 2]
+FIELDS = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": WINDOW, "head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 12},
+    "gemma": {"head_dim": 12, "num_key_value_heads": 1},
+}
+ALL = [("self_attn|mlp", sx.LoRA(rank=2, alpha=4.0))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """A random torch model of the family, and ours read from its files."""
+    place = tmp_path_factory.mktemp(request.param)
+    fields = {"num_hidden_layers": 2, "eos_token_id": ENDS, **FIELDS[request.param]}
+    with jax.numpy_dtype_promotion("strict"):
+        return Pair(make(request.param, place, **fields), load_model(place), place)
+
+
+@pytest.mark.usefixtures("strict")
+def test_logits_equal_transformers(pair):
+    tokens = tokens_of(pair.ours, 2, WINDOW)
+    ours = jax.jit(pair.ours.apply)(pair.ours.params, None, tokens)
+    assert relative(ours, torch_logits(pair.torch, tokens)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("strict")
+def test_logits_on_a_mesh_equal_transformers(pair):
+    layout = Layout.of({"fsdp": 2, "tensor": min(2, pair.ours.config.num_key_value_heads)}, 2)
+    tokens = tokens_of(pair.ours, 2, 9)
+    with layout.context():
+        cut = load_model(pair.path, shardings=layout.of_params)
+        ours = jax.jit(cut.apply)(cut.params, None, layout.batch(tokens, 0))
+    assert relative(ours, torch_logits(pair.torch, tokens)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("strict")
+def test_greedy_text_equals_transformers(pair):
+    prompts = np.asarray(tokens_of(pair.ours, 2, 9)).tolist()
+    prompts[1] = prompts[1][:5]
+    for prompt, new in zip(prompts, generate(pair.ours, pair.ours.params, None, prompts, 16), strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        theirs = pair.torch.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        assert new == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_merged_model_loads_in_transformers(pair, tmp_path):
+    """All seven projections of both layers adapted; layers unrolled."""
+    model = load_model(pair.path, scan=False)
+    params, adapters = sx.attach(jax.random.key(0), model.params, ALL)
+    adapters = shaken(adapters)
+    assert len(nodes(adapters)) == 2 * 7
+    save_hf(tmp_path, model, jax.jit(sx.merge)(params, adapters))
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(theirs).__name__ == model.config.family.causal_lm
+    tokens = tokens_of(model, 2, 9)
+    ours = jax.jit(model.apply)(params, adapters, tokens)
+    assert relative(ours, torch_logits(theirs, tokens)) < TOLERANCE
+    assert relative(ours, torch_logits(pair.torch, tokens)) > 1e-2
+    assert load_config(tmp_path) == model.config
+
+
+def test_configs_go_both_ways(pair):
+    config = pair.ours.config
+    assert config.eos_token_id == tuple(ENDS)
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    unequal = dataclasses.replace(config, layer_sizes=((4, 1, 40), (2, 1, 8)), model_type=f"sborax_{config.model_type}")
+    assert LlamaConfig.from_hf(unequal.to_hf()) == unequal and unequal.family is config.family
+
+
+def published(kind, layers, hidden, width, heads, kv_heads, vocab, **fields):
+    """What matters of a published `config.json`, or might."""
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_dropout": 0.0,
+        "torch_dtype": "bfloat16",
+        **fields,
+    }
+
+
+SWITCHED_OFF = {"hidden_act": "silu", "use_sliding_window": False, "max_window_layers": 28}
+GEMMA = {"hidden_act": "gelu", "hidden_activation": None, "attention_bias": False, "head_dim": 256}
+PUBLISHED = {
+    "Mistral-7B": published("mistral", 32, 4096, 14336, 32, 8, 32000, tie_word_embeddings=False),
+    "Qwen2.5-0.5B": published(
+        "qwen2", 24, 896, 4864, 14, 2, 151936, **SWITCHED_OFF, sliding_window=32768, tie_word_embeddings=True
+    ),
+    "Qwen3-0.6B": published(
+        "qwen3", 28, 1024, 3072, 16, 8, 151936, **SWITCHED_OFF, attention_bias=False, tie_word_embeddings=True
+    ),
+    # Tied, although the file does not say so.
+    "Gemma-2B": published("gemma", 18, 2048, 16384, 8, 1, 256000, **GEMMA),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_plans_count_what_transformers_builds(name, tmp_path, capsys):
+    raw = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert main(["plan", str(tmp_path / "config.json"), "--mesh", "fsdp=64", "--length", "512"]) == 0
+    told = capsys.readouterr().out
+    assert f"{theirs.num_parameters():,} parameters" in told and "bytes on each of 64 devices" in told
+    config = load_config(tmp_path)
+    whole = outline(sx.Experiment("x", sx.Data("x"), ALL, steps=1), config)
+    d, wide = config.hidden_size, config.num_attention_heads * config.head_dim
+    of_layer = 2 * d * (wide + config.num_key_value_heads * config.head_dim) + 3 * d * config.intermediate_size
+    assert model_flops(config, whole.parts) == 4 * (config.num_hidden_layers * of_layer + d * config.vocab_size)
+
+
+def test_keys_that_files_leave_out_are_those_of_transformers():
+    bare = {key: value for key, value in PUBLISHED["Gemma-2B"].items() if key not in GEMMA}
+    gemma = LlamaConfig.from_hf(bare)
+    assert (gemma.head_dim, gemma.tie_word_embeddings, gemma.eos_token_id, gemma.bos_token_id) == (256, True, (1,), 2)
+    bare = {key: value for key, value in PUBLISHED["Mistral-7B"].items() if key != "num_key_value_heads"}
+    mistral = LlamaConfig.from_hf(bare)
+    assert (mistral.num_key_value_heads, mistral.sliding_window, mistral.context) == (8, 4096, 4096)
+    assert LlamaConfig.from_hf(PUBLISHED["Qwen3-0.6B"]).head_dim == 128
+    assert LlamaConfig.from_hf(PUBLISHED["Qwen2.5-0.5B"]).context == 8192
+
+
+REFUSED = {
+    "biases": ("Mistral-7B", {"attention_bias": True}, "attention_bias = True is not supported, only False"),
+    "window": ("Qwen2.5-0.5B", {"use_sliding_window": True}, "use_sliding_window = True is not supported, only False"),
+    "layers": ("Qwen3-0.6B", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention.* only full"),
+    "activation": ("Qwen3-0.6B", {"hidden_act": "gelu"}, "hidden_act = gelu is not supported, only silu"),
+    "exact gelu": ("Gemma-2B", {"hidden_activation": "gelu"}, "hidden_activation = gelu .* only gelu_pytorch_tanh"),
+    "both ways": ("Gemma-2B", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    "yarn": ("Qwen3-0.6B", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+    "foreign": ("Qwen2.5-0.5B", {"attn_logit_softcapping": 50.0}, "unknown field 'attn_logit_softcapping'"),
+    **{
+        kind: ("Qwen3-0.6B", {"model_type": kind}, f"{kind!r} is not supported; known: llama, mistral, qwen2")
+        for kind in ("gemma2", "gemma3_text", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_configs_that_are_refused(name):
+    model, change, message = REFUSED[name]
+    with pytest.raises(sx.SboraxError, match=message) as caught:
+        LlamaConfig.from_hf(PUBLISHED[model] | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_that_there_is_not():
+    with pytest.raises(sx.SboraxError, match="model_type 'gemma2' is not supported"):
+        LlamaConfig(**TINY, head_dim=8, model_type="gemma2")
+
+
+def test_a_window_is_a_limit():
+    windowed = LlamaConfig(**TINY, head_dim=8, model_type="mistral", sliding_window=WINDOW)
+    model = LanguageModel(Llama(windowed), {}, windowed, None)
+    with pytest.raises(sx.SboraxError, match=f"49 tokens is longer than the context of {WINDOW}"):
+        jax.eval_shape(lambda params: model.apply(params, None, jnp.zeros((1, 49), jnp.int32)), abstract(windowed))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.gguf and kind != "llama"])
+def test_gguf_equals_the_directory(kind, tmp_path):
+    """llama.cpp turns halves of a head together here, as Hugging Face does."""
+    reference = make(kind, tmp_path, num_hidden_layers=2, **({"head_dim": 12} if kind == "qwen3" else {}))
+    write_gguf(tmp_path / "tiny.gguf", reference)
+    model, expected = load_model(tmp_path / "tiny.gguf"), load_model(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+    assert dataclasses.replace(model.config, bos_token_id=None) == expected.config
+    # NFC makes one letter of a letter and its accent; digits stand alone.
+    assert model.tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
+    pieces = model.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("ab 12")
+    assert [piece for piece, _ in pieces] == ["ab", "Ġ", "1", "2"]
+
+
+def test_gguf_of_another_architecture_is_refused(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", make("gemma", tmp_path, head_dim=12))
+    with pytest.raises(sx.SboraxError, match="architecture 'gemma' is not supported; known: llama, qwen2, qwen3"):
+        load_model(tmp_path / "tiny.gguf")
+
+
+def test_lora_and_norms_go_to_peft(tmp_path):
+    """Qwen3's norms of heads, trained beside an adapter, travel as modules_to_save, there and back."""
+    base = tmp_path / "base"
+    own = Pair(make("qwen3", base, num_hidden_layers=2, head_dim=12), load_model(base), base)
+    params, adapters = sx.attach(jax.random.key(0), own.ours.params, ALL)
+    chosen = selected(list(flatten(params)), False, ("norm",))
+    assert {"layers/self_attn/q_norm/scale", "layers/self_attn/k_norm/scale", "norm/scale"} < set(chosen)
+    scale = params["layers"]["self_attn"]["q_norm"]["scale"]
+    moved = {**params["layers"]["self_attn"], "q_norm": {"scale": scale + jnp.linspace(0, 0.5, 12)[None]}}
+    params = {**params, "layers": {**params["layers"], "self_attn": moved}}
+    save_peft(tmp_path / "peft", own.ours, params, shaken(adapters))
+    theirs = reloaded(own, tmp_path / "peft")
+    ours = jax.jit(own.ours.apply)(*load_peft(tmp_path / "peft", own.ours), TOKENS)
+    assert relative(ours, pair_logits(theirs)) < TOLERANCE
+    assert relative(ours, pair_logits(own.torch)) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_data(tmp_path_factory.mktemp("data") / "data.jsonl"))
+
+
+def test_a_step_in_four_bits_with_norms(tmp_path):
+    """Qwen3: LoRA on 4 bits beside its norms; each gets a gradient and moves."""
+    place = write_model(tmp_path, model_type="qwen3", hidden_size=64, intermediate_size=128, head_dim=32)
+    model = load_model(place, quant="nf4")
+    params, adapters = sx.attach(jax.random.key(0), model.params, ALL)
+    parts = take_apart(params, adapters, False, ("norm",))
+    assert all(isinstance(leaf, NF4Array) for path, leaf in parts.base.items() if path.endswith("_proj/kernel"))
+    tx = optax.sgd(1e-2)
+    row = {"tokens": jnp.arange(16)[None, None], "targets": jnp.arange(1, 17)[None, None]}
+    ones = {"counts": jnp.ones((1, 1, 16), bool), "segments": jnp.ones((1, 1, 16), jnp.int32)}
+    before = start(parts, tx)
+    after, numbers = make_step(model, tx, jax.random.key(0))(before, parts.frozen, parts.base, row | ones)
+    assert len(numbers["grad_norms"]) == 7 + 5
+    assert all(norm > 0 for norm in numbers["grad_norms"].values())
+    assert all((after.train["base"][path] != leaf).any() for path, leaf in parts.trained_base.items())
+
+
+TURNS = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
+    "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MARKS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+
+
+def gemma_like():
+    """A token a byte, a mark at the beginning of every text, and turns that end in a mark of their own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE({letter: number for number, letter in enumerate([*MARKS, *alphabet])}, []))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    bare.add_special_tokens(MARKS)
+    bare.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=TURNS
+    )
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A tiny Gemma whose turns end in a token that `generation_config.json` alone names."""
+    place = tmp_path_factory.mktemp("gemma")
+    shape = TINY | {"vocab_size": 261, "num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": True}
+    config = LlamaConfig(**shape, model_type="gemma", bos_token_id=2, eos_token_id=(1,), pad_token_id=0)
+    params = jax.jit(Llama(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    save_hf(place, LanguageModel(Llama(config), params, config, gemma_like()), params)
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
+    return place
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_every_text_begins_with_one_mark_if_the_family_has_one(gemma, data, template, tmp_path):
+    words = load_model(gemma).tokenizer
+    samples, _ = load_samples(sx.Data(data, template=template, max_length=512), words, words.eos_token_id, 512)
+    for sample in samples:
+        tokens = sample.tokens.tolist()
+        assert tokens[0] == 2 and tokens.count(2) == 1
+        # The end of a text is the end of a turn in a chat.
+        assert tokens[sample.counts.nonzero()[0][-1]] == (4 if template == "chat" else 1)
+    bare = load_model(write_model(tmp_path / "qwen", model_type="qwen2")).tokenizer
+    bare.bos_token = None
+    samples, _ = load_samples(sx.Data(data, template="alpaca", max_length=512), bare, 1, 512)
+    assert all(bare.decode(sample.tokens[:5].tolist()) == "Below" for sample in samples)
+
+
+def test_a_template_without_a_system_role_says_so(gemma):
+    words = load_model(gemma).tokenizer
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
+    with pytest.raises(sx.SboraxError, match="System role not supported.*first user turn") as caught:
+        prompt_of("chat", {"messages": turns}, words)
+    assert "\n" not in str(caught.value)
+
+
+def test_generate_ends_where_a_turn_ends(gemma, capsys):
+    assert load_config(gemma).eos_token_id == (1, 4)
+    assert main(["generate", str(gemma), "--template", "chat", "--prompt", "Hi", "--max-new-tokens", "4"]) == 0
+    assert "<start_of_turn>" not in capsys.readouterr().out
+    model = load_model(gemma)
+    # A table in which the end of a turn follows from whatever was read.
+    table = np.zeros((261, 32), np.float32)
+    table[:, 0], table[4, 0] = 1, 2
+    params = {**model.params, "embed_tokens": {"embedding": jnp.asarray(table)}}
+    assert generate(model, params, None, [[2, 3, 70], [2, 71]], 4) == [[4], [4]]
+    assert math.isclose(model.config.embedding_scale or 0, 32**0.5)
