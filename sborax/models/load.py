@@ -1,7 +1,6 @@
 """Models from a Hugging Face directory, the hub, or a GGUF file."""
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from sborax.core import SboraxError
+from sborax.documents import read_object
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig
@@ -60,13 +60,7 @@ def read_config(place: Path) -> LlamaConfig:
     file = place / "config.json"
     if not file.exists():
         raise SboraxError(f"{file}: missing; is this a Hugging Face model directory?")
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as failure:
-        raise SboraxError(f"{file}: not JSON ({failure})") from failure
-    if not isinstance(raw, dict):
-        raise SboraxError(f"{file}: not a JSON object")
-    return LlamaConfig.from_hf(raw, str(file))
+    return LlamaConfig.from_hf(read_object(file), str(file))
 
 
 def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
@@ -107,6 +101,8 @@ def load_model(
     else:
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
+    if config.num_hidden_layers > len(tensors.names()):
+        raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
     backend = choose(attention, platform(), dtype, config.head_dim)
     module = Llama(config, jnp.dtype(dtype), remat, scan, attention=backend)
 
