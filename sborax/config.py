@@ -21,9 +21,6 @@ import sborax.methods.masked  # noqa: F401
 from sborax.core import SboraxError
 from sborax.documents import DEEPEST
 
-LONGEST = 200
-"""Letters of a wrong value that an error shows."""
-
 T = TypeVar("T")
 
 
@@ -321,4 +318,4 @@ def _unquote(text: Literal) -> Any:
 
 def _wrong(where: str, wanted: str, value: Any) -> SboraxError:
     text = value if isinstance(value, Literal) else json.dumps(value)
-    return SboraxError(f"{where}: must be {wanted}, got {text if len(text) <= LONGEST else text[:LONGEST] + '...'}")
+    return SboraxError(f"{where}: must be {wanted}, got {text}")

@@ -87,6 +87,7 @@ def _text(value: Any) -> bytes:
 
 
 def _value(kind: Any, value: Any) -> bytes:
+    kind = kind if isinstance(kind, int) else UINT32
     if kind == ARRAY and isinstance(value, list):
         inner, items = (*value, None, None)[:2]
         return _number("I", inner) + _number("Q", len(_list(items))) + b"".join(_value(inner, x) for x in _list(items))
@@ -95,4 +96,4 @@ def _value(kind: Any, value: Any) -> bytes:
     if kind in _REAL:
         real = value if isinstance(value, (int, float)) and abs(value) < 1e38 else 1e-5
         return struct.pack(f"<{_REAL[kind]}", real)
-    return _number(_WHOLE.get(kind, "I") if isinstance(kind, int) else "I", value)
+    return _number(_WHOLE.get(kind, "I"), value)

@@ -12,11 +12,11 @@ NUMBERS = (
     10**12, 10**30, 10**400, 0.0, -0.0, 0.5, -1.5, 1e-320, 1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
 TEXTS = (
-    "", " ", "\0", "a\0b", "..", "../outside/model.safetensors", "../../etc/passwd", "/etc/passwd", "~/x", "é", "\ud800",
-    "\U0001d518" * 40, "a" * 10_000, "{0}", "{output.__class__}", "{output:>999999999999}", "{output!z}", "{", "%s%n",
-    "{{ 7 * 7 }}", "line\nerror: another", "\x1b[2J", "(", "[", "(a+)+$", "(.*)*!", r"(?x)(\w|\w)#" + "\n*!",
-    ".*.*.*.*.*.*!", "(?i)q_proj", "(" * 500, r"\1", "a{65536}{65536}", "true", "null", "1e999", "*", "-1", "nf4", "LoRA",
-    "SBoRA", "model.layers.0.self_attn.q_proj", "layers/self_attn/q_proj/kernel", "F8_E4M3", "I64", "BF16",
+    "", " ", "\0", "a\0b", "..", "../outside/model.safetensors", "../../etc/passwd", "/etc/passwd", "~/x", "é",
+    "\ud800", "\U0001d518" * 40, "a" * 10_000, "{0}", "{output.__class__}", "{output:>999999999999}", "{output!z}", "{",
+    "%s%n", "{{ 7 * 7 }}", "line\nerror: another", "\x1b[2J", "(", "[", "(a+)+$", "(.*)*!", r"(?x)(\w|\w)#" + "\n*!",
+    ".*.*.*.*.*.*!", "(?i)q_proj", "(" * 500, r"\1", "a{65536}{65536}", "true", "null", "1e999", "*", "-1", "nf4",
+    "LoRA", "SBoRA", "model.layers.0.self_attn.q_proj", "layers/self_attn/q_proj/kernel", "F8_E4M3", "I64", "BF16",
 )  # fmt: skip
 RAW = {
     "@deep-list@": "[" * 100_000 + "]" * 100_000,
