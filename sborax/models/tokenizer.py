@@ -28,6 +28,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
             raise SboraxError(f"{directory / ABOUT}: {named} = {shown(about[named])}: only tokenizer.json is read here")
     try:
         found = PreTrainedTokenizerFast.from_pretrained(directory)
+        # Some fields are not looked at before they are used.
+        found("a", return_offsets_mapping=True)
     except Exception as failure:  # tokenizers raises bare `Exception`
         raise SboraxError(
             f"{directory / 'tokenizer.json'}: not a readable tokenizer ({shown(str(failure))})"

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -58,6 +60,29 @@ CHAT_PIECES = (
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{% generation %}", "{% set x = namespace(a=1) %}",
     "{{ 'a' | center(1000) }}", "{{ lipsum() }}", "{{ cycler }}", "message['content']", "message.role", "\0", "\ud800",
 )  # fmt: skip
+
+CHAT_BLOCKS = (
+    "{{ messages }}", "{{ messages.__class__.__mro__ }}", "{{ ''.__class__ }}", "{{ 1 / 0 }}", "{{ x.y.z }}",
+    "{{ raise_exception('no') }}", "{{ strftime_now('%Y') }}", "{{ range(10**9) }}", "{{ 9 ** 9 }}",
+    "{{ messages[9] }}",
+    "{% include '/etc/passwd' %}", "{% import 'x' as y %}", "{{ messages.append(1) }}", "{{ messages | tojson }}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{% generation %}a{% endgeneration %}",
+    "{{ self._TemplateReference__context }}",
+    "{% set x = namespace(a=1) %}{% set x.a = 'b' * 9 %}{{ x.a }}", "{{ 'a' | center(1000) }}", "{{ 'a' * 10**11 }}",
+    "{{ '%9999999999d' | format(1) }}", "{{ messages | map(attribute='role') | join }}", "{{ messages | sort }}",
+    "{{ cycler('a').__init__.__globals__ }}", "{{ lipsum.__globals__['os'].system('touch x') }}", "{{ (1, 2) | sum }}",
+    "{{ messages | first | attr('__class__') }}", "{{ dict(a=messages) | items | list }}", "{{ 'a' | int + 'b' }}",
+    "{% for a in range(9) %}{% if a > 3 %}{% break %}{% endif %}{{ loop.index }}{% endfor %}", "{{ 'é\ud800' }}",
+    "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}", "{{ 'a'.format_map(messages[0]) }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{{ 10 ** 5000 }}", "{{ 'x' | replace('x', 'y') | upper | wordcount }}", "{# a #}", "{{ [1, 2][5] }}",
+    "{{ none.a }}", "{{ 1.5 | round }}",
+)  # fmt: skip
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+)
+"""These cost the whole time that a conversation has."""
 
 
 @functools.cache
@@ -268,8 +293,10 @@ def peft(home: Path) -> Prepare:
     """A PEFT adapter directory."""
     seeds = _peft_seeds(home)
     # What is drawn and compiled for a plan is not what is tried here.
-    peft_load.attach = _remembered(peft_load.attach)
-    peft_load.leaf_shapes = functools.lru_cache(4096)(peft_load.leaf_shapes)
+    quick = {
+        "attach": _remembered(peft_load.attach),
+        "leaf_shapes": functools.lru_cache(4096)(peft_load.leaf_shapes),
+    }
     extra = sorted({name for row in TABLE for name in (*row.defaults, *row.reads, *row.known_by)})
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
@@ -281,7 +308,12 @@ def peft(home: Path) -> Prepare:
             if isinstance(given, dict) and random.randrange(8) == 0:
                 given[random.choice(extra)] = hostile(random)
         put(place, adapter_config__json=write(random, given), adapter_model__safetensors=tensors)
-        return lambda: load_peft(place, tiny())
+
+        def read() -> Any:
+            with mock.patch.multiple(peft_load, **quick):
+                return load_peft(place, tiny())
+
+        return read
 
     return prepare
 
@@ -509,6 +541,12 @@ def templates(home: Path) -> Prepare:
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
         text = harm_text(random, CHAT, (*CHAT_PIECES, *TEXTS[:20]))
+        if random.randrange(3):
+            parts = CHAT.split("<")
+            for _ in range(random.choice((1, 1, 2))):
+                block = random.choice(CHAT_BLOCKS if random.randrange(1_000) else ENDLESS)
+                parts.insert(random.randrange(len(parts) + 1), block)
+            text = "<".join(parts)
         made = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<|im_start|>", chat_template=text)
         put(place, data__jsonl=json.dumps(chat).encode())
         data = sx.Data(str(place / "data.jsonl"), "chat", max_length=64)
@@ -544,11 +582,11 @@ def leftovers(home: Path) -> Prepare:
 
         def read() -> Any:
             if which == 0:
-                return check_same(sx.train.sweep.epath.Path(place), members)
+                return check_same(epath.Path(place), members)
             if which == 1:
-                found = Metrics(sx.train.sweep.epath.Path(place), 3)
+                found = Metrics(epath.Path(place), 3)
                 return found.losses(), found.eval_loss()
-            return best_so_far(sx.train.sweep.epath.Path(place), {}, lambda line: None)
+            return best_so_far(epath.Path(place), {}, lambda line: None)
 
         return read
 
