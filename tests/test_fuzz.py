@@ -358,7 +358,7 @@ def test_leaves_that_do_not_go_together(adapter_files, tmp_path):
     leaves = load_file(place / LEAVES)
     name = next(name for name in leaves if name.endswith("/a"))
     save_file(leaves | {name: np.zeros(3, np.float32)}, place / LEAVES)
-    refused(lambda: read_adapter(place), "does not go with the other leaves")
+    refused(lambda: read_adapter(place), "which lacks an axis")
 
 
 def test_errors_are_one_line_whatever_they_quote():

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 
 from sborax.config import decode, encode
 from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.depth import stack_of
 from sborax.documents import read_object, shown
 from sborax.mesh import whole
 from sborax.paths import Rule, RuleLike, as_rules
@@ -134,9 +136,9 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
         where = f"{place / PLAN}: {path}"
         train, frozen = _nested(where, part(f"{path}/train/")), _nested(where, part(f"{path}/frozen/"))
-        for half in (train, frozen):
-            _check_leaves(where, method, method.axes, half, {})
         adapters[path] = Adapter(train, frozen, method, in_axes)
+        for half in (train, frozen):
+            _check_leaves(where, method, method.axes, half, None)
     trained_base = part("base/")
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
@@ -164,19 +166,23 @@ def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     return nest(flat)
 
 
-def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: dict[str, int]) -> None:
-    """Raise SboraxError for leaves that the method has not, or not of these sizes. sizes: of input and output."""
+def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, own: Mapping[str, int] | None) -> None:
+    """Raise SboraxError for a leaf that the method has not, or that cannot be one of a weight of these sizes.
+
+    own: the sizes "in" and "out" of the weight, of which a leaf has as many entries or one a block; None if not known.
+    """
     for name, leaf in leaves.items():
-        own = axes.get(name)
-        if own is None or isinstance(own, dict) != isinstance(leaf, dict):
+        names = axes.get(name)
+        if names is None or isinstance(names, dict) != isinstance(leaf, dict):
             raise SboraxError(f"{where}: {type(method).__name__} has no leaf {shown(name)}")
         if isinstance(leaf, dict):
-            _check_leaves(where, method, own, leaf, sizes)
+            _check_leaves(where, method, names, leaf, own)
             continue
-        shape = leaf.shape[leaf.ndim - len(own) :] if leaf.ndim >= len(own) else (None,) * len(own)
-        for axis, size in zip(own, shape, strict=True):
-            if size is None or (axis in ("in", "out") and sizes.setdefault(axis, size) != size):
-                raise SboraxError(f"{where}: {name} has shape {leaf.shape}, which does not go with the other leaves")
+        if leaf.ndim < len(names):
+            raise SboraxError(f"{where}: {name} has shape {leaf.shape}, which lacks an axis")
+        for axis, size in zip(names, leaf.shape[leaf.ndim - len(names) :], strict=True):
+            if own is not None and axis in own and (size < 1 or own[axis] % size):
+                raise SboraxError(f"{where}: {name} has shape {leaf.shape}, the weight {own['in']} x {own['out']}")
 
 
 def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
@@ -197,6 +203,10 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
             continue
         if path not in flat:
             raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
+        sizes = flat[path].shape[len(stack_of(node)) :]
+        weight = {"in": math.prod(sizes[: node.in_axes]), "out": math.prod(sizes[node.in_axes :])}
+        for half in (node.train, node.frozen):
+            _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
         if node.method.rewrites_base:
             flat[path] = rewrite(flat[path], node)
     for path, leaf in saved.trained_base.items():
