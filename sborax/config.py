@@ -8,7 +8,9 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import sborax.methods  # noqa: F401  (a method is found by name among the classes that exist)
 import sborax.methods.masked  # noqa: F401
 from sborax.core import SboraxError
+from sborax.documents import DEEPEST
 
 T = TypeVar("T")
 
@@ -95,8 +98,8 @@ def _spelled(raw: Any, key: str) -> list[str]:
 def _index(node: Any, part: str, done: list[str]) -> Any:
     where = ".".join(done)
     if isinstance(node, list):
-        if part.isdecimal() and int(part) < len(node):
-            return int(part)
+        if part in (numbers := [str(number) for number in range(len(node))]):
+            return numbers.index(part)
         raise SboraxError(f"{where}.{part}: {where} has {len(node)} entries, numbered from 0")
     if not isinstance(node, dict):
         raise SboraxError(
@@ -151,6 +154,8 @@ def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
         parts = value.get("slice") if isinstance(value, dict) and set(value) == {"slice"} else None
         if not isinstance(parts, list) or len(parts) != 3:
             raise _wrong(where, '{"slice": [start, stop, step]}', value)
+        if any(part is not None and type(part) is not int for part in parts) or parts[2] == 0:
+            raise _wrong(where, '{"slice": [start, stop, step]} of whole numbers, the step not 0', value)
         return slice(*parts)
     if isinstance(kind, type) and (inspect.isabstract(kind) or _family(kind)):
         return _decode_one_of(kind, value, where, structural)
@@ -166,7 +171,9 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
         if value is not None:
             raise _wrong(where, "null", value)
         return None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise _wrong(where, "a finite number", value)
         return float(value)
     if type(value) is not kind:
         raise _wrong(where, {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind], value)
@@ -271,14 +278,36 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
 
 
 def _parse(text: Literal) -> Any:
-    """Python or JSON; what is neither is text."""
+    """Python or JSON; what is neither is text. So is what a config cannot hold, such as a set."""
+    if _depth(text) > DEEPEST:
+        return str(text)
     for read in (ast.literal_eval, json.loads):
         try:
             value = read(str(text))
-        except (ValueError, SyntaxError, TypeError):
+        # Python's parser says all of these of a text that it cannot take.
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if not _storable(value):
             continue
         return list(value) if isinstance(value, tuple) else value
     return str(text)
+
+
+def _depth(text: str) -> int:
+    """Brackets open at once, at most; those in quotes count as well."""
+    steps = (1 if letter in "([{" else -1 for letter in text if letter in "([{)]}")
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _storable(item) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_storable, value))
+    if isinstance(value, int):
+        # Python writes no integer of thousands of digits.
+        return value.bit_length() <= 1024
+    return value is None or isinstance(value, float | str)
 
 
 def _unquote(text: Literal) -> Any:
@@ -288,4 +317,5 @@ def _unquote(text: Literal) -> Any:
 
 
 def _wrong(where: str, wanted: str, value: Any) -> SboraxError:
-    return SboraxError(f"{where}: must be {wanted}, got {value if isinstance(value, Literal) else json.dumps(value)}")
+    text = value if isinstance(value, Literal) else json.dumps(value)
+    return SboraxError(f"{where}: must be {wanted}, got {text}")

@@ -22,9 +22,22 @@ Leaves = dict[str, Any]
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without the stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
 
+LONGEST_MESSAGE = 2000
+"""Letters of an error's line."""
+
 
 class SboraxError(ValueError):
-    """A mistake the user can mend; its message is one line that says what, where and how."""
+    """A mistake the user can mend; its message is one line that says what, where and how.
+
+    What it quotes out of files is written out where it is no printable letter, and cut in the middle where endless.
+    """
+
+    def __init__(self, message: str) -> None:
+        half = LONGEST_MESSAGE // 2
+        whole = len(message) <= LONGEST_MESSAGE
+        text = message if whole else f"{message[:half]} ... {message[-half + 5 :]}"
+        written = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        ValueError.__init__(self, written)
 
 
 class AbstractWeight(abc.ABC):

@@ -6,7 +6,6 @@ Planning reads shapes alone (a `RankPolicy` may ask for weights), so every mista
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxtyping import Array, Key
 
 from sborax.compose import ByLayer
 from sborax.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight
+from sborax.patterns import compiled, search
 from sborax.routing import AbstractRouter, Expert, routers
 
 STACKED_UNDER = "layers"
@@ -40,9 +40,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise SboraxError(f"rule {self.pattern!r} is not a regular expression: {error}") from None
+            compiled(self.pattern)
+        except SboraxError as error:
+            raise SboraxError(f"rule {error}") from None
         if isinstance(self.layers, Sequence):
             object.__setattr__(self, "layers", tuple(self.layers))
 
@@ -167,7 +167,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     sites, untouched = [], []
     for path, weight in found.items():
         name, number = module_path(path)
-        matching = [(i, rule) for i, rule in enumerate(rules) if re.search(rule.pattern, name)]
+        matching = [(i, rule) for i, rule in enumerate(rules) if search(rule.pattern, name)]
         if not matching:
             untouched.append(path)
             continue

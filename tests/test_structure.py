@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "mesh",
     "core",
+    "documents",
+    "patterns",
     "ranks",
     "compose",
     "routing",

@@ -1,8 +1,8 @@
 """`sborax plan`: what a run would train, hold and send, from the headers of files alone."""
 
-import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from sborax.cli.targets import is_experiment
 from sborax.config import override
 from sborax.core import SboraxError
 from sborax.data.options import Data
+from sborax.documents import read_object
 from sborax.methods import LoRA
 from sborax.models import LlamaConfig, abstract, load_config
 from sborax.models.sharding import ROWS, check_mesh
@@ -76,17 +77,14 @@ def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | Abstract
 
 def _is_model(file: Path) -> bool:
     """Whether a `config.json` is that of a model, and not of a run."""
-    if not file.is_file():
-        return False
-    raw = json.loads(file.read_text())
-    return isinstance(raw, dict) and "model_type" in raw
+    return file.is_file() and "model_type" in read_object(file)
 
 
 def _sizes(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if not size.isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", size):
             raise SboraxError(f"--mesh {text}: write sizes of axes, such as fsdp=8,tensor=2")
         sizes[axis.strip()] = int(size)
     check_mesh(sizes)

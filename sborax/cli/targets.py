@@ -1,12 +1,12 @@
 """What a command is pointed at: a model, or a run."""
 
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
 
 from sborax.core import SboraxError
+from sborax.documents import read_object
 from sborax.interop.peft import load_peft
 from sborax.models import LanguageModel, load_model
 from sborax.paths import as_rules
@@ -39,10 +39,9 @@ def is_run(target: str) -> bool:
     if not config.exists():
         return False
     try:
-        raw = json.loads(config.read_text())
-    except ValueError:
+        return {"model", "data"} <= read_object(config).keys()
+    except SboraxError:
         return False
-    return isinstance(raw, dict) and {"model", "data"} <= raw.keys()
 
 
 def is_best(target: str) -> bool:

@@ -123,6 +123,8 @@ def _from_json(path: Path, kind: str) -> Records:
         except json.JSONDecodeError as error:
             if not text.lstrip().startswith("{"):
                 raise SboraxError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise SboraxError(f"{path}: {_why(error)}") from None
         else:
             records = whole if isinstance(whole, list) else [whole]
             bad = next((i for i, record in enumerate(records) if not isinstance(record, dict)), None)
@@ -140,6 +142,13 @@ def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise SboraxError(f"{path}: line {number} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise SboraxError(f"{path}: line {number}: {_why(error)}") from None
         if not isinstance(record, dict):
             raise SboraxError(f"{path}: line {number} is not an object with columns")
         yield record
+
+
+def _why(error: Exception) -> str:
+    """What JSON's own errors do not say."""
+    return "is nested too deeply" if isinstance(error, RecursionError) else f"has a number of too many digits ({error})"

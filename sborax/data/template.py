@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jinja2
 
 from sborax.core import SboraxError
+from sborax.data.clock import within
+from sborax.documents import shown
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -19,6 +21,8 @@ ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 """Stanford Alpaca's prompts."""
+SECONDS = 3.0
+"""Of one conversation in a chat template; a real one takes less than a thousandth."""
 NAMES = ("alpaca", "llm_adapters", "chat", "text")
 
 
@@ -88,14 +92,22 @@ def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
 
 def _fill(pattern: str, record: Mapping[str, Any]) -> str:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+        stretches = list(string.Formatter().parse(pattern))
     except ValueError as error:
         raise SboraxError(f"data.template: {pattern!r} is not a format string ({error})") from None
-    for name in names:
+    text = []
+    for literal, name, form, conversion in stretches:
+        text.append(literal)
+        if name is None:
+            continue
+        # A form could ask for a text of any length.
+        if form or conversion:
+            raise SboraxError(f"data.template: {pattern!r}: nothing but a column's name belongs into braces")
         if name not in record:
             raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
         _check_text(f"column {name!r}", record[name])
-    return pattern.format(**{name: "" if record[name] is None else record[name] for name in names})
+        text.append("" if record[name] is None else str(record[name]))
+    return "".join(text)
 
 
 def _check_text(what: str, value: Any) -> None:
@@ -112,6 +124,8 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
             raise SboraxError('column "messages" must be a list of {"role": ..., "content": ...}')
         for turn in turns:
             _check_text("the content of a message", turn["content"])
+            if not isinstance(turn["role"], str):
+                raise SboraxError(f"the role of a message is text, not {shown(turn['role'])}")
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     for asked, said in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
         if asked in record and said in record:
@@ -131,13 +145,16 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: b
     if not tokenizer.chat_template:
         raise SboraxError("data.template: this model's tokenizer has no chat template; use another template")
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-    except jinja2.TemplateError as error:
-        reason = str(error).partition("\n")[0]
+        with within(SECONDS):
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except jinja2.TemplateError as failure:
+        reason = shown(str(failure).partition("\n")[0])
         raise SboraxError(
             f"data.template: the chat template refuses this conversation ({reason}); where it has no system role, put "
             "that text at the head of the first user turn"
         ) from None
+    except Exception as failure:  # a template is a program, out of whose sandbox any error may come
+        raise SboraxError(f"data.template: the tokenizer's chat template failed ({shown(str(failure))})") from failure
 
 
 def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from sborax.core import SboraxError
+from sborax.patterns import compiled, fullmatch, match
 
 Value = TypeVar("Value")
 
@@ -24,13 +25,15 @@ def _checked(pattern: Any, field: str) -> str:
         or len(re.findall(r"[*+?{]", pattern)) > MOST_QUANTIFIERS + pattern.count("(?")
         or pattern.count("(") > MOST_GROUPS
         or re.search(r"\)\s*[*+{]", pattern)
+        # Flags: one must stand at the start, where PEFT's own pattern around this one is, another allows comments.
+        or re.search(r"\(\?[aiLmsux]", pattern)
     )
     if heavy:
         raise SboraxError(f"{field}: the pattern {pattern[:60]!r} is too complex to be run; list the modules by name")
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as failure:
-        raise SboraxError(f"{field}: {pattern[:60]!r} is not a regular expression ({failure})") from None
+        compiled(pattern)
+    except SboraxError as failure:
+        raise SboraxError(f"{field}: {failure}") from None
     return pattern
 
 
@@ -54,9 +57,9 @@ def _layer_chosen(config: Mapping[str, Any], module: str) -> bool:
         raise SboraxError(f"layers_to_transform: expected layer numbers, got {str(chosen)[:60]}")
     below = config.get("layers_pattern") or []
     below = below if isinstance(below, list) else [below]
-    patterns = [re.compile(rf"(?:^|.*?\.){_checked(one, 'layers_pattern')}\.(\d+)\.") for one in below] or [NUMBERED]
-    match = next((match for pattern in patterns if (match := pattern.match(module))), None)
-    return match is not None and int(match[match.re.groups]) in chosen
+    patterns = [rf"(?:^|.*?\.){_checked(one, 'layers_pattern')}\.(\d+)\." for one in below] or [NUMBERED.pattern]
+    found = next((found for pattern in patterns if (found := match(pattern, module))), None)
+    return found is not None and int(found[found.re.groups]) in chosen
 
 
 def saved_whole(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
@@ -77,7 +80,7 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
 
     def meant(module: str) -> bool:
         if isinstance(excluded, str):
-            if re.fullmatch(_checked(excluded, "exclude_modules"), module):
+            if fullmatch(_checked(excluded, "exclude_modules"), module):
                 return False
         elif _named(module, _texts(config, "exclude_modules")):
             return False
@@ -86,7 +89,7 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
         if wanted == "all-linear":
             return module != HEAD
         if isinstance(wanted, str):
-            return re.fullmatch(_checked(wanted, "target_modules"), module) is not None
+            return fullmatch(_checked(wanted, "target_modules"), module) is not None
         names = _texts(config, "target_modules")
         # A module named in full is adapted whatever its layer.
         return module in names or (_named(module, names) and _layer_chosen(config, module))
@@ -98,7 +101,7 @@ def matched(config: Mapping[str, Any], field: str, module: str) -> bool:
     """Whether a field such as `feedforward_modules`, one pattern or the ends of names, means a module."""
     wanted = config.get(field) or []
     if isinstance(wanted, str):
-        return re.fullmatch(_checked(wanted, field), module) is not None
+        return fullmatch(_checked(wanted, field), module) is not None
     return any(module.endswith(name) for name in _texts(config, field))
 
 
@@ -108,7 +111,7 @@ def value_for(config: Mapping[str, Any], field: str, module: str, default: Any) 
     if not isinstance(patterns, dict):
         raise SboraxError(f"{field}: expected an object, got {str(patterns)[:60]}")
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({_checked(key, field)})$", module):
+        if match(rf"(.*\.)?({_checked(key, field)})$", module):
             return value
     return default
 

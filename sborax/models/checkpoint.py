@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sborax.core import SboraxError
+from sborax.documents import parse, read_object, shown
 from sborax.models.config import LlamaConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
 from sborax.models.shards import aligned, read_sharded
@@ -37,6 +38,10 @@ class AbstractTensors(abc.ABC):
     @abc.abstractmethod
     def name(self, entry: Row) -> str:
         """The pattern by which this kind of file names a tensor."""
+
+    @abc.abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor; reads none of it."""
 
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
@@ -67,6 +72,10 @@ class Safetensors(AbstractTensors):
         """Hugging Face's name."""
         return entry.hf
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the header says, within the bounds of the file."""
+        return self.entries[name].shape
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file, whose pages it is: the reader of safetensors would make a copy."""
         entry = self.entries[name]
@@ -81,7 +90,8 @@ def _entries(file: Path) -> dict[str, Entry]:
             names = shard.keys()
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            # Of a size that `safe_open` has found to be sound.
+            header = parse(stream.read(length), f"{file}: header")
     except (SafetensorError, OSError) as failure:
         raise SboraxError(f"{file}: not a readable safetensors file ({failure}); fetch it again") from failure
     listed = {name: header[name] for name in names}
@@ -97,14 +107,8 @@ def open_safetensors(directory: Path) -> Safetensors:
     Raises SboraxError for a missing, truncated or unlisted shard.
     """
     index = directory / INDEX
-    if index.exists():
-        try:
-            listed = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as failure:
-            raise SboraxError(f"{index}: not an index with a weight_map ({failure!r})") from failure
-        shards = sorted(set(listed.values()))
-    else:
-        listed, shards = None, ["model.safetensors"]
+    listed = _weight_map(index) if index.exists() else None
+    shards = ["model.safetensors"] if listed is None else sorted(set(listed.values()))
     entries: dict[str, Entry] = {}
     for shard in shards:
         if not (directory / shard).exists():
@@ -113,6 +117,18 @@ def open_safetensors(directory: Path) -> Safetensors:
     if listed is not None and (lost := sorted(listed.keys() - entries.keys())):
         raise SboraxError(f"{directory}: tensor {lost[0]!r} is in {INDEX} but in no shard")
     return Safetensors(str(directory), entries)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor, as an index says."""
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise SboraxError(f"{index}: not an index with a weight_map")
+    for shard in listed.values():
+        # A name with a folder in it could lead anywhere.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise SboraxError(f"{index}: {shown(shard)} is not the name of a safetensors file beside it")
+    return listed
 
 
 def load_params(
@@ -131,24 +147,36 @@ def load_params(
     available, used = tensors.names(), set[str]()
     where = jax.tree.map(lambda _: None, shapes) if place is None else place(_held(shapes, quantised))
 
+    def is_stacked(path: str) -> bool:
+        return "{layer}" in tensors.name(row(path)) and unlayered(path)[1] is None
+
+    def named(path: str) -> Iterator[str]:
+        pattern = tensors.name(row(path))
+        for layer in range(config.num_hidden_layers) if is_stacked(path) else [unlayered(path)[1]]:
+            yield pattern.format(layer=layer)
+
+    def fit(keys: Any, want: jax.ShapeDtypeStruct) -> None:
+        path = "/".join(key.key for key in keys)
+        one = want.shape[1:] if is_stacked(path) else want.shape
+        for name in named(path):
+            if name not in available:
+                raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
+            used.add(name)
+            found = tensors.shape(name)[:: -1 if row(path).transposed else 1]
+            if found != one:
+                raise SboraxError(f"{tensors.where}: {name} gives {path} shape {found}, config says {one}")
+
+    # All of it before anything is allocated by what a config says.
+    jax.tree_util.tree_map_with_path(fit, shapes)
+
     def fill(keys: Any, want: jax.ShapeDtypeStruct, lies: Any) -> Any:
         path = "/".join(key.key for key in keys)
-        entry, own = row(path), unlayered(path)[1]
-        pattern = tensors.name(entry)
-        stacked = "{layer}" in pattern and own is None
-        one = want.shape[1:] if stacked else want.shape
+        entry, stacked = row(path), is_stacked(path)
 
         def read() -> Iterator[tuple[str, np.ndarray]]:
-            for layer in range(config.num_hidden_layers) if stacked else [own]:
-                name = pattern.format(layer=layer)
-                if name not in available:
-                    raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
-                used.add(name)
+            for name in named(path):
                 found = tensors.read(name)
-                found = found.T if entry.transposed else found
-                if found.shape != one:
-                    raise SboraxError(f"{tensors.where}: {name} gives {path} shape {found.shape}, config says {one}")
-                yield name, found
+                yield name, found.T if entry.transposed else found
 
         if lies is not None:
             own_layers = enumerate(read()) if stacked else ((None, one) for one in read())

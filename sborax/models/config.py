@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from sborax.core import SboraxError
+from sborax.documents import shown
 from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
 
 
@@ -157,9 +158,9 @@ class LlamaConfig:
             mlp_bias="mlp_bias" in family.own and read.flag("mlp_bias"),
             sliding_window=read.optional_whole("sliding_window") if "sliding_window" in family.own else None,
             model_type=str(kind),
-            bos_token_id=read.raw.get("bos_token_id"),
-            eos_token_id=ends(read.raw),
-            pad_token_id=read.raw.get("pad_token_id"),
+            bos_token_id=next(iter(read.tokens("bos_token_id")), None),
+            eos_token_id=read.tokens("eos_token_id"),
+            pad_token_id=next(iter(read.tokens("pad_token_id")), None),
             layer_sizes=_read_sizes(raw, where),
         )
 
@@ -187,10 +188,12 @@ class LlamaConfig:
         return raw
 
 
-def ends(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Every id that ends a text, of a `config.json` or `generation_config.json`."""
-    found = raw.get("eos_token_id")
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+def ends(raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Every id that ends a text, of a `config.json` or `generation_config.json`; `where` names the file in errors.
+
+    Raises SboraxError for what is no id.
+    """
+    return _Reader(raw, where).tokens("eos_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +210,8 @@ class _Reader:
 
     def whole(self, key: str) -> int:
         value = self._given(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SboraxError(f"{self.where}: {key} must be a positive whole number, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise SboraxError(f"{self.where}: {key} must be a positive whole number below 2**31, got {shown(value)}")
         return value
 
     def optional_whole(self, key: str, default: int | None = None) -> int | None:
@@ -218,15 +221,23 @@ class _Reader:
 
     def number(self, key: str) -> float:
         value = self._given(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-            raise SboraxError(f"{self.where}: {key} must be a positive number, got {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1e-30 < value < 1e30:
+            raise SboraxError(f"{self.where}: {key} must be a positive number, got {shown(value)}")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.raw.get(key, False)
         if not isinstance(value, bool):
-            raise SboraxError(f"{self.where}: {key} must be true or false, got {value!r}")
+            raise SboraxError(f"{self.where}: {key} must be true or false, got {shown(value)}")
         return value
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """None, one id or a list of them."""
+        value = self.raw.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and abs(number) < 2**31 for number in found):
+            raise SboraxError(f"{self.where}: {key} must be the number of a token, got {shown(value)}")
+        return tuple(found)
 
 
 def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], ...]:
@@ -234,7 +245,7 @@ def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int
     if raw["model_type"].startswith(UNEQUAL) != bool(found):
         raise SboraxError(f"{where}: layer_sizes and a model_type that begins with {UNEQUAL!r} go together")
     sound = isinstance(found, list) and all(
-        isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
+        isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int and 0 < size < 2**31 for size in sizes)
         for sizes in found
     )
     if not sound:
@@ -244,7 +255,10 @@ def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int
 
 def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
     """The rotary part, in transformers' form before version 5 (`rope_theta`, `rope_scaling`) or since."""
-    scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise SboraxError(f"{where}: rope scaling must be an object, got {shown(given)}")
+    scaling = dict(given)
     scaling.setdefault("rope_theta", raw.get("rope_theta") or 10_000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
@@ -254,8 +268,8 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     }
-    if kind not in needed:
-        raise SboraxError(f"{where}: rope type {kind!r} is not supported; known: {', '.join(needed)}")
+    if not isinstance(kind, str) or kind not in needed:
+        raise SboraxError(f"{where}: rope type {shown(kind)} is not supported; known: {', '.join(needed)}")
     allowed = {"rope_theta", "original_max_position_embeddings", "partial_rotary_factor", *needed[kind]}
     # A plain rope may carry the fields of a scaling that is switched off.
     unknown = sorted(scaling.keys() - allowed) if kind != "default" else []
@@ -271,9 +285,12 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
     rope = dataclasses.replace(rope, factor=read.number("factor"))
     if kind == "linear":
         return rope
+    low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
+    if not low < high:
+        raise SboraxError(f"{where}: rope scaling: low_freq_factor must be below high_freq_factor")
     return dataclasses.replace(
         rope,
-        low_freq_factor=read.number("low_freq_factor"),
-        high_freq_factor=read.number("high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_length=read.optional_whole("original_max_position_embeddings", length) or length,
     )

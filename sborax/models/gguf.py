@@ -11,9 +11,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from sborax.core import SboraxError
+from sborax.documents import shown
 from sborax.models.checkpoint import AbstractTensors
-from sborax.models.config import LlamaConfig, Rope
+from sborax.models.config import LlamaConfig
 from sborax.models.families import FAMILIES, Family
+from sborax.models.gguf_header import check_header
 from sborax.models.names import Row
 
 KNOWN = frozenset(
@@ -68,6 +70,10 @@ class GGUF(AbstractTensors):
         """llama.cpp's name."""
         return entry.gguf
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the header says; the data are there."""
+        return tuple(int(size) for size in self.tensors[name].shape[::-1])
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32, in Hugging Face's order of rows."""
         tensor = self.tensors[name]
@@ -92,36 +98,42 @@ class GGUF(AbstractTensors):
         fields = {key.removeprefix(prefix) for key in self.reader.fields if key.startswith(prefix)}
         if unknown := sorted(fields - KNOWN):
             raise SboraxError(f"{self.where}: field '{prefix}{unknown[0]}' is not supported")
-        heads, width = self._own("attention.head_count"), self._own("embedding_length")
-        head_dim = self._own("attention.key_length", width // heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if self._own(key, head_dim) != head_dim:
-                raise SboraxError(f"{self.where}: {prefix}{key} differs from the head width {head_dim}; not supported")
+        heads = self._own("attention.head_count")
         scaling = self._own("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
-            raise SboraxError(f"{self.where}: rope scaling {scaling!r} is not supported from GGUF")
-        linear = scaling == "linear"
-        factor = _short(self._own("rope.scaling.factor")) if linear else 1.0
+            raise SboraxError(f"{self.where}: rope scaling {shown(scaling)} is not supported from GGUF")
+        factor = {"factor": _short(self._own("rope.scaling.factor"))} if scaling == "linear" else {}
+        table = self.tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise SboraxError(f"{self.where}: has no matrix 'token_embd.weight'")
         bos, eos, pad = (self.field(f"tokenizer.ggml.{key}_token_id", None) for key in ("bos", "eos", "padding"))
-        return LlamaConfig(
-            vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
-            hidden_size=width,
-            intermediate_size=self._own("feed_forward_length"),
-            num_hidden_layers=self._own("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=self._kv_heads(),
-            head_dim=head_dim,
-            max_position_embeddings=self._own("context_length"),
-            rms_norm_eps=_short(self._own("attention.layer_norm_rms_epsilon")),
-            rope=Rope(_short(self._own("rope.freq_base", 10_000.0)), "linear" if linear else "default", factor),
-            tie_word_embeddings="output.weight" not in self.tensors,
-            attention_bias="blk.0.attn_output.bias" in self.tensors,
-            mlp_bias="blk.0.ffn_up.bias" in self.tensors,
-            model_type=ARCHITECTURES[self.architecture],
-            bos_token_id=bos,
-            eos_token_id=() if eos is None else (eos,),
-            pad_token_id=pad,
-        )
+        biases = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+        raw = {
+            "model_type": ARCHITECTURES[self.architecture],
+            "vocab_size": int(table.shape[1]),
+            "hidden_size": self._own("embedding_length"),
+            "intermediate_size": self._own("feed_forward_length"),
+            "num_hidden_layers": self._own("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._own("attention.head_count_kv", heads),
+            "head_dim": self._own("attention.key_length", None),
+            "max_position_embeddings": self._own("context_length"),
+            "rms_norm_eps": _short(self._own("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _short(self._own("rope.freq_base", 10_000.0)),
+            "rope_scaling": {"rope_type": "linear", **factor} if factor else None,
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+            **{key: True for key, name in biases.items() if name in self.tensors},
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+        }
+        config = LlamaConfig.from_hf(raw, self.where)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self._own(key, config.head_dim) != config.head_dim:
+                raise SboraxError(
+                    f"{self.where}: {prefix}{key} differs from the head width {config.head_dim}; not supported"
+                )
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The byte-level BPE tokenizer in the file, with its chat template.
@@ -129,11 +141,20 @@ class GGUF(AbstractTensors):
         Raises SboraxError for another kind of tokenizer.
         """
         kind, cut = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "gpt-2")
-        if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-            raise SboraxError(f"{self.where}: tokenizer {kind}/{cut} is not supported; use the Hugging Face directory")
-        texts, types = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
-        merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
+        if kind != "gpt2" or not isinstance(cut, str) or cut not in PRE_TOKENIZERS:
+            raise SboraxError(
+                f"{self.where}: tokenizer {shown(kind)}/{shown(cut)} is not supported; use the Hugging Face directory"
+            )
+        texts, merges = self._texts("tokens"), [tuple(merge.split(" ", 1)) for merge in self._texts("merges")]
+        types = self.field("tokenizer.ggml.token_type")
+        if not isinstance(types, list) or len(types) != len(texts):
+            raise SboraxError(f"{self.where}: tokenizer.ggml.token_type does not say a type of every token")
         vocab = {text: number for number, text in enumerate(texts)}
+        lost = next(
+            (merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys()), None
+        )
+        if lost is not None:
+            raise SboraxError(f"{self.where}: the merge {shown(' '.join(lost))} is not of tokens in the vocabulary")
         # Llama 3 takes a whole word that is a token as it is, before any merge.
         made = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama-bpe"))
         if cut in NORMALIZERS:
@@ -144,19 +165,22 @@ class GGUF(AbstractTensors):
             if type_ in (CONTROL, USER_DEFINED):
                 made.add_tokens([AddedToken(text, normalized=False, special=type_ == CONTROL)])
         special = {
-            f"{role}_token": texts[self.field(f"tokenizer.ggml.{key}_token_id")]
+            f"{role}_token": self._token(key, texts)
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
             if self._has(key)
         }
         if self.field("tokenizer.ggml.add_bos_token", False):
-            bos = special["bos_token"]
+            bos = self._token("bos", texts)
             made.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
             )
+        template, length = self.field("tokenizer.chat_template", None), self._own("context_length")
+        if template is not None and not isinstance(template, str):
+            raise SboraxError(f"{self.where}: tokenizer.chat_template is no text")
         return PreTrainedTokenizerFast(
             tokenizer_object=made,
-            chat_template=self.field("tokenizer.chat_template", None),
-            model_max_length=self._own("context_length"),
+            chat_template=template,
+            model_max_length=length,
             clean_up_tokenization_spaces=False,
             **special,
         )
@@ -170,6 +194,18 @@ class GGUF(AbstractTensors):
         """A field of the architecture."""
         return self.field(f"{self.architecture}.{key}", *default)
 
+    def _texts(self, key: str) -> list[str]:
+        found = self.field(f"tokenizer.ggml.{key}")
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise SboraxError(f"{self.where}: tokenizer.ggml.{key} is no list of texts")
+        return found
+
+    def _token(self, role: str, texts: list[str]) -> str:
+        number = self.field(f"tokenizer.ggml.{role}_token_id")
+        if type(number) is not int or not 0 <= number < len(texts):
+            raise SboraxError(f"{self.where}: tokenizer.ggml.{role}_token_id is {shown(number)}, no token's number")
+        return texts[number]
+
     def _has(self, role: str) -> bool:
         return f"tokenizer.ggml.{role}_token_id" in self.reader.fields
 
@@ -177,18 +213,21 @@ class GGUF(AbstractTensors):
         return self._own("attention.head_count_kv", self._own("attention.head_count"))
 
     def field(self, key: str, *default: Any) -> Any:
-        """One metadata value, or the default; SboraxError if there is neither."""
+        """One metadata value, or the default; SboraxError if there is neither, or text that is not UTF-8."""
         found = self.reader.fields.get(key)
         if found is not None:
-            return found.contents()
+            try:
+                return found.contents()
+            except UnicodeDecodeError as failure:
+                raise SboraxError(f"{self.where}: field {key!r} is not UTF-8 text ({failure.reason})") from None
         if default:
             return default[0]
         raise SboraxError(f"{self.where}: field {key!r} is missing")
 
 
-def _short(number: float) -> float:
-    """A float32 as the decimal that was meant: 9.99999975e-06 -> 1e-05."""
-    return float(str(np.float32(number)))
+def _short(number: Any) -> Any:
+    """A float32 as the decimal that was meant: 9.99999975e-06 -> 1e-05; anything else as it is."""
+    return float(str(np.float32(number))) if isinstance(number, float) else number
 
 
 def open_gguf(file: Path) -> GGUF:
@@ -196,12 +235,13 @@ def open_gguf(file: Path) -> GGUF:
 
     Raises SboraxError for a file that is truncated or of another architecture.
     """
+    check_header(file)
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError, struct.error) as failure:
         raise SboraxError(f"{file}: not a readable GGUF file ({failure}); fetch it again") from failure
-    name = reader.fields.get("general.architecture")
-    kind = None if name is None else name.contents()
-    if kind not in ARCHITECTURES:
-        raise SboraxError(f"{file}: architecture {kind!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-    return GGUF(str(file), str(kind), reader, {tensor.name: tensor for tensor in reader.tensors})
+    opened = GGUF(str(file), "", reader, {tensor.name: tensor for tensor in reader.tensors})
+    kind = opened.field("general.architecture")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise SboraxError(f"{file}: architecture {shown(kind)} is not supported; known: {', '.join(ARCHITECTURES)}")
+    return dataclasses.replace(opened, architecture=kind)

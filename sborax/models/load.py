@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from sborax.core import SboraxError
+from sborax.documents import read_object
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig, ends
@@ -61,21 +61,11 @@ def read_config(place: Path) -> LlamaConfig:
     file = place / "config.json"
     if not file.exists():
         raise SboraxError(f"{file}: missing; is this a Hugging Face model directory?")
-    config = LlamaConfig.from_hf(_object(file), str(file))
+    config = LlamaConfig.from_hf(read_object(file), str(file))
     # Where the turn of a chat has an end mark of its own, it is often named here alone.
     generation = place / "generation_config.json"
-    more = ends(_object(generation)) if generation.exists() else ()
+    more = ends(read_object(generation), str(generation)) if generation.exists() else ()
     return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *more])))
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as failure:
-        raise SboraxError(f"{file}: not JSON ({failure})") from failure
-    if not isinstance(raw, dict):
-        raise SboraxError(f"{file}: not a JSON object")
-    return raw
 
 
 def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
@@ -116,6 +106,8 @@ def load_model(
     else:
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
+    if config.num_hidden_layers > len(tensors.names()):
+        raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
     backend = choose(attention, platform(), dtype, config.head_dim)
     module = Llama(config, jnp.dtype(dtype), remat, scan, attention=backend)
 

@@ -133,9 +133,10 @@ def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
 def _write_tokenizer(place: epath.Path, tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        for file in sorted(Path(scratch).iterdir()):
-            text = file.read_text()
+        for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            text, target = file.read_text(), place / file.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if file.name == "tokenizer_config.json":
                 # transformers before version 5 does not know the class by its new name.
                 text = json.dumps(json.loads(text) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n"
-            (place / file.name).write_text(text)
+            target.write_text(text)

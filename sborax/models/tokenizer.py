@@ -1,22 +1,43 @@
 """Tokenizers, as the fast ones of transformers."""
 
+import re
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from sborax.core import SboraxError
+from sborax.documents import read_object, shown
+
+ABOUT = "tokenizer_config.json"
+ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "__slow_tokenizer", "tokenizer_object")
+"""Keys of `tokenizer_config.json` by which transformers would read another file than `tokenizer.json`."""
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a model directory with its chat template, or None if the directory has no tokenizer.
 
-    Raises SboraxError for a broken one and for one that is not in `tokenizer.json`.
+    Raises SboraxError for a broken one, for one that is not in `tokenizer.json`, and for one that points elsewhere.
     """
     if not (directory / "tokenizer.json").exists():
         if (directory / "tokenizer.model").exists():
             raise SboraxError(f"{directory}: only tokenizer.model; convert it to tokenizer.json with transformers")
         return None
+    if (directory / ABOUT).exists():
+        about = read_object(directory / ABOUT)
+        if named := next((key for key in ELSEWHERE if about.get(key)), None):
+            raise SboraxError(f"{directory / ABOUT}: {named} = {shown(about[named])}: only tokenizer.json is read here")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+        found = PreTrainedTokenizerFast.from_pretrained(directory)
+        # Some fields are not looked at before they are used.
+        found("a", return_offsets_mapping=True)
     except Exception as failure:  # tokenizers raises bare `Exception`
-        raise SboraxError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({failure})") from failure
+        raise SboraxError(
+            f"{directory / 'tokenizer.json'}: not a readable tokenizer ({shown(str(failure))})"
+        ) from failure
+    given = found.chat_template
+    templates = given if isinstance(given, dict) else {} if given is None else {"default": given}
+    for name, text in templates.items():
+        # Saving a tokenizer makes a file of each name.
+        if not isinstance(text, str) or not re.fullmatch(r"[\w-]+", str(name)):
+            raise SboraxError(f"{directory}: {shown(name)} is no chat template, or has no plain name")
+    return found

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.config import decode, encode
-from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.depth import stack_of
+from sborax.documents import read_object, shown
 from sborax.mesh import whole
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.routing import AbstractRouter
@@ -111,12 +114,16 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         if not (place / name).exists():
             raise SboraxError(f"{place / name}: missing; is this the adapter/ of a run?")
     try:
-        plan = json.loads((place / PLAN).read_text())
         leaves = load_safetensors((place / LEAVES).read_bytes())
-    except (ValueError, SafetensorError) as error:
+    # KeyError: a dtype that numpy has not.
+    except (ValueError, KeyError, SafetensorError) as error:
         raise SboraxError(f"{place}: not a readable adapter ({error})") from error
-    if not isinstance(plan, dict) or plan.get("format") != 1:
+    plan = read_object(place / PLAN)
+    if plan.get("format") != 1:
         raise SboraxError(f"{place / PLAN}: not format 1, which this version reads")
+    for name, kind in (("sites", list), ("trained_base", list), ("rules", list), ("base", dict)):
+        if not isinstance(plan.get(name), kind):
+            raise SboraxError(f"{place / PLAN}: {name} is missing, or of another kind")
     used, adapters = set[str](), {}
 
     def part(prefix: str) -> dict[str, Array]:
@@ -125,24 +132,57 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         return {name.removeprefix(prefix): jnp.asarray(leaves[name]) for name in names}
 
     for site in plan["sites"]:
-        path = site["path"]
+        path, in_axes = _site(site, f"{place / PLAN}: sites")
         method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
-        train, frozen = nest(part(f"{path}/train/")), nest(part(f"{path}/frozen/"))
-        _check_leaves(path, method, train | frozen if not isinstance(method, AbstractComposite) else {})
-        adapters[path] = Adapter(train, frozen, method, site["in_axes"])
+        where = f"{place / PLAN}: {path}"
+        train, frozen = _nested(where, part(f"{path}/train/")), _nested(where, part(f"{path}/frozen/"))
+        adapters[path] = Adapter(train, frozen, method, in_axes)
+        for half in (train, frozen):
+            _check_leaves(where, method, method.axes, half, None)
     trained_base = part("base/")
-    if sorted(trained_base) != plan["trained_base"] or used != set(leaves):
+    if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
     rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
     known = ("format", "rules", "sites", "trained_base", "base")
     about = {name: value for name, value in plan.items() if name not in known}
-    return Saved(nest(adapters), rules, plan["base"], trained_base, about)
+    return Saved(_nested(str(place / PLAN), adapters), rules, plan["base"], trained_base, about)
 
 
-def _check_leaves(path: str, method: AbstractMethod, leaves: Mapping[str, Any]) -> None:
-    unknown = sorted(set(leaves) - set(method.axes))
-    if unknown:
-        raise SboraxError(f"{path}: {type(method).__name__} has no leaf {unknown[0]!r}")
+def _site(site: Any, where: str) -> tuple[str, int]:
+    """Path and number of input axes of an entry of `sites`."""
+    if not isinstance(site, dict) or not {"path", "method", "in_axes"} <= site.keys():
+        raise SboraxError(f"{where}: expected a path, a method and in_axes, got {shown(site)}")
+    path, in_axes = site["path"], site["in_axes"]
+    if not isinstance(path, str) or type(in_axes) is not int or not 1 <= in_axes < 10:
+        raise SboraxError(f"{where}: {shown(path)} with in_axes {shown(in_axes)} is no place of an adapter")
+    return path, in_axes
+
+
+def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`nest`, where no path may go on below another."""
+    above = {path[:at] for path in flat for at, letter in enumerate(path) if letter == "/"}
+    if clash := above & flat.keys():
+        raise SboraxError(f"{where}: {shown(min(clash))} is given, and something below it")
+    return nest(flat)
+
+
+def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, own: Mapping[str, int] | None) -> None:
+    """Raise SboraxError for a leaf that the method has not, or that cannot be one of a weight of these sizes.
+
+    own: the sizes "in" and "out" of the weight, of which a leaf has as many entries or one a block; None if not known.
+    """
+    for name, leaf in leaves.items():
+        names = axes.get(name)
+        if names is None or isinstance(names, dict) != isinstance(leaf, dict):
+            raise SboraxError(f"{where}: {type(method).__name__} has no leaf {shown(name)}")
+        if isinstance(leaf, dict):
+            _check_leaves(where, method, names, leaf, own)
+            continue
+        if leaf.ndim < len(names):
+            raise SboraxError(f"{where}: {name} has shape {leaf.shape}, which lacks an axis")
+        for axis, size in zip(names, leaf.shape[leaf.ndim - len(names) :], strict=True):
+            if own is not None and axis in own and (size < 1 or own[axis] % size):
+                raise SboraxError(f"{where}: {name} has shape {leaf.shape}, the weight {own['in']} x {own['out']}")
 
 
 def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
@@ -163,6 +203,10 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
             continue
         if path not in flat:
             raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
+        sizes = flat[path].shape[len(stack_of(node)) :]
+        weight = {"in": math.prod(sizes[: node.in_axes]), "out": math.prod(sizes[node.in_axes :])}
+        for half in (node.train, node.frozen):
+            _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
         if node.method.rewrites_base:
             flat[path] = rewrite(flat[path], node)
     for path, leaf in saved.trained_base.items():

@@ -1,6 +1,5 @@
 """The base of a run: adapted by the rules, in 4 bits where it is quantised."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from jaxtyping import Array, Key
 from sborax.core import Adapter, Hint, SboraxError
 from sborax.models.load import is_layer_kernel
 from sborax.paths import Plan, Rule, Site, module_path
+from sborax.patterns import search
 from sborax.quant.nf4 import Unquantised, check, quantise
 from sborax.train.state import flatten
 from sborax.tree import Adapters, Params, fit, nest, rewrite
@@ -55,7 +55,7 @@ def rewritten(rules: Iterable[Rule]) -> Callable[[str], bool]:
 
     def one(path: str) -> bool:
         for rule in listed:
-            if re.search(rule.pattern, module_path(path)[0]):
+            if search(rule.pattern, module_path(path)[0]):
                 if rule.method is not None and rule.method.rewrites_base:
                     return True
                 if rule.layers is None:

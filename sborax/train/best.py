@@ -67,4 +67,5 @@ def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None], writes:
     except SboraxError as error:
         echo(f"{error}; the best is sought anew")
         return Best(place, data, writes=writes)
-    return Best(place, data, about["eval_loss"] if about["eval_data"] == data else math.inf, writes)
+    loss, comparable = about.get("eval_loss"), about.get("eval_data") == data
+    return Best(place, data, float(loss) if comparable and isinstance(loss, (int, float)) else math.inf, writes)

@@ -13,6 +13,7 @@ from etils import epath
 from sborax.config import decode, encode, override
 from sborax.core import SboraxError
 from sborax.data.options import Data, at_least
+from sborax.documents import read_object
 from sborax.models.sharding import check_mesh
 from sborax.paths import RuleLike, as_rules
 from sborax.procedures import AbstractProcedure
@@ -186,9 +187,9 @@ def load_experiment(source: str, overrides: Sequence[str] = ()) -> Experiment:
     if path.suffix == ".py":
         return override(_from_python(Path(path)), overrides)
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise SboraxError(f"{path}: not JSON ({error}); an experiment is a .py or .json file") from None
+        raw = read_object(path)
+    except SboraxError as error:
+        raise SboraxError(f"{error}; an experiment is a .py or .json file") from None
     try:
         return override(decode(Experiment, raw), overrides)
     except SboraxError as error:

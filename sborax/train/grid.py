@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from sborax.paths import as_rules
 from sborax.train.experiment import Experiment
 
 MAY_VARY = "optimizer.*, seed_adapter, and numbers of a method that are no shapes, such as alpha"
+
+MOST = 512
+"""Members of a sweep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Sweep:
                 raise SboraxError(f"{key}: give its values as a list, got {values!r}")
         if not any(len(values) > 1 for values in self.grid.values()):
             raise SboraxError("nothing to sweep over: give a key several values, such as optimizer.lr=1e-4,3e-4")
+        if (count := math.prod(map(len, self.grid.values()))) > MOST:
+            raise SboraxError(f"{count:,} members are more than the {MOST} of a sweep; leave out some values")
         for key, values in self.grid.items():
             twice = [value for number, value in enumerate(values) if value in values[:number]]
             if twice or not values:

@@ -12,6 +12,7 @@ from etils import epath
 
 from sborax.config import encode
 from sborax.core import SboraxError
+from sborax.documents import read_object
 from sborax.train.disk import replace, writing
 from sborax.train.experiment import Experiment
 
@@ -64,7 +65,7 @@ class WeightsAndBiases(AbstractLog):
     def __init__(self, run: epath.Path, config: Mapping[str, Any], done: int) -> None:
         wandb = importlib.import_module("wandb")
         self.note = run / "wandb.json"
-        known = json.loads(self.note.read_text())["id"] if done and self.note.exists() else None
+        known = read_object(self.note).get("id") if done and self.note.exists() else None
         try:
             self.run = wandb.init(dir=str(run), name=run.name, id=known, resume="allow", config=dict(config))
         except wandb.Error as error:

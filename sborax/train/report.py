@@ -16,7 +16,8 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from sborax.core import AbstractComposite, AbstractMethod
+from sborax.core import AbstractComposite, AbstractMethod, SboraxError
+from sborax.documents import parse
 from sborax.paths import Plan, module_path
 from sborax.train.disk import replace, writing
 
@@ -36,10 +37,13 @@ class Metrics:
             for text in self.path.read_text().splitlines():
                 # A killed run may leave half a line, which belongs to a step that is done again.
                 try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
+                    line = parse(text, str(self.path))
+                except SboraxError:
                     break
-                if line["step"] <= restored:
+                step = line.get("step") if isinstance(line, dict) else None
+                if not isinstance(step, int):
+                    break
+                if step <= restored:
                     self.lines.append(line)
         if writes:
             replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from sborax.core import SboraxError
+from sborax.documents import read_object
 from sborax.train.disk import replace
 from sborax.train.grid import Member
 
@@ -71,7 +72,7 @@ def write_results(place: epath.Path, members: Sequence[Member], results: Results
 def check_same(place: epath.Path, members: Sequence[Member]) -> None:
     """Raise SboraxError if `place` holds a sweep with other members."""
     try:
-        names = [member["name"] for member in json.loads((place / SWEEP).read_text())["members"]]
+        names = [str(member["name"]) for member in read_object(place / SWEEP)["members"]]
     except (ValueError, KeyError, TypeError) as error:
         raise SboraxError(f"{place / SWEEP}: not readable ({error}); mend it, or start the sweep anew") from error
     if names != [member.name for member in members]:

@@ -1,0 +1,1 @@
+"""Hostile files for everything that sborax reads; `scripts/fuzz.py` is the way in."""
