@@ -63,7 +63,7 @@ class Optimizer:
 class Eval:
     """Loss on held-out data (`data`), at the end and every so many steps; scores on tasks at the end.
 
-    tasks: names as `sborax eval --tasks` takes them. `sborax train` and `sborax sweep` score runs that came to their end.
+    tasks: names as `sborax eval --tasks` takes them; `sborax train` and `sborax sweep` score runs that have ended.
     """
 
     data: Data | None = None
