@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from sborax.core import SboraxError
 
 ALPACA = (
@@ -17,6 +19,8 @@ ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 """Stanford Alpaca's prompts."""
+ANSWER = "Yes, indeed."
+"""What an assistant might say, to see what a chat template puts after it."""
 NAMES = ("alpaca", "llm_adapters", "chat", "text")
 
 
@@ -128,7 +132,22 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
 def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
     if not tokenizer.chat_template:
         raise SboraxError("data.template: this model's tokenizer has no chat template; use another template")
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except TemplateError as error:
+        raise SboraxError(f"the tokenizer's chat template refuses this conversation ({error})") from None
+
+
+def chat_ends(tokenizer: Any) -> list[int]:
+    """The tokens that end a turn: the tokenizer's own, and the mark that its chat template puts after an answer.
+
+    Raises SboraxError if there is no chat template.
+    """
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": ANSWER}]
+    after = _apply(tokenizer, turns, generate=False).rpartition(ANSWER)[2]
+    mark = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*own, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in own)]
 
 
 def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:

@@ -11,7 +11,7 @@ from etils import epath
 from safetensors.numpy import save
 
 from sborax.core import AbstractWeight, Adapter, SboraxError
-from sborax.interop.card import card
+from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Pair, by_layer, exact, truncated
 from sborax.interop.peft_layout import (
     CONFIG,
@@ -43,7 +43,12 @@ class Exported(NamedTuple):
         wrote = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
         if not self.errors:
             return f"{wrote}, exact"
-        return f"{wrote}; truncated, relative error at most {max(self.errors.values()):.3g}"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"{wrote}; {len(self.errors)} modules truncated, relative Frobenius error {mean:.3g} on average, "
+            f"{self.errors[worst]:.3g} at most ({worst})"
+        )
 
 
 class _Entry(NamedTuple):
@@ -75,14 +80,17 @@ def save_peft(
 
     as_: "native", or "lora" to write plain LoRA whatever the method: exact where there are thin factors, else the
         truncated SVD of (merged - base), whose relative error is in the result and on the card.
-    rank: rank of that SVD; None (default) for the method's own.
+    rank: rank of that SVD; None (default) for the method's own. What is exact stays as it is.
     base: name of the base model for the config and the card (a hub id or a path).
     facts: further lines for the card, such as data and metrics.
 
-    Raises SboraxError for adapters that no single PEFT adapter can hold.
+    Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """
     if as_ not in ("native", "lora"):
         raise SboraxError(f"as_ must be 'native' or 'lora', got {as_!r}")
+    if rank is not None and (as_ == "native" or rank < 1):
+        raise SboraxError(f"rank={rank}: must be 1 or more, and goes with as_='lora', which may truncate")
+    check_card(epath.Path(directory))
     layout, given, found = layout_of(model.params), leaves_of(params), nodes(link(adapters))
     if not found:
         raise SboraxError("there is no adapter to save: the tree is empty")
@@ -114,7 +122,7 @@ def save_peft(
     (out / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     methods = sorted({entry.method for entry in entries.values()})
-    (out / "README.md").write_text(card(methods, config, errors, base, facts or {}))
+    write_card(out, adapter_card(methods, config, errors, base, facts or {}))
     return done
 
 

@@ -1,5 +1,6 @@
 """Tokenizers, as the fast ones of transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -20,3 +21,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as failure:  # tokenizers raises bare `Exception`
         raise SboraxError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({failure})") from failure
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the `stop` strings, which is left out."""
+    return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]
