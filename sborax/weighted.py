@@ -74,8 +74,8 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
         if one.dtype != other.dtype or one.tobytes() != other.tobytes():
             apart = np.abs(one.astype(np.float32) - other.astype(np.float32)).max()
             raise SboraxError(
-                f"{path}: the merged weight is not that of this base and these adapters: {one.dtype} and {other.dtype}, "
-                f"{apart:.3g} apart at most; merged from something else, or changed since"
+                f"{path}: the merged weight is not that of this base and these adapters ({one.dtype} and "
+                f"{other.dtype}, {apart:.3g} apart at most); it was merged from others, or changed since"
             )
     return params
 

@@ -45,7 +45,9 @@ def chat(arguments: argparse.Namespace, turns: TextIO) -> None:
     """`sborax generate --chat`: every line of `turns` is answered, in the light of all before, until they end."""
     target, tokenizer = _load(arguments)
     if not tokenizer.chat_template:
-        raise SboraxError(f"{arguments.target}: its tokenizer has no chat template; use --prompt and --template instead")
+        raise SboraxError(
+            f"{arguments.target}: its tokenizer has no chat template; use --prompt and --template instead"
+        )
     ends, key = _ends(target, tokenizer), jax.random.key(arguments.seed)
     first = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     said: list[dict[str, str]] = []

@@ -41,7 +41,9 @@ def facts(run: str) -> dict[str, str]:
     summary = adapter.parent / SUMMARY
     if is_best(run):
         about = read_adapter(adapter).about
-        told["Metrics"] = f"held-out loss {about['eval_loss']:.4f}, the lowest of the run, after step {about['step']:,}."
+        told["Metrics"] = (
+            f"held-out loss {about['eval_loss']:.4f}, the lowest of the run, after step {about['step']:,}."
+        )
     elif summary.exists():
         told["Metrics"] = _metrics(json.loads(summary.read_text()))
     return told

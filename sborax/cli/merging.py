@@ -29,7 +29,7 @@ def merge(target: str, out: str, approximate: str | None = None, added: Sequence
     if not terms:
         own = load_run(target)
         merged: Any = approximated(own, approximate) if approximate else merge_tree(own.params, own.adapters)
-        made = f"{target} merged into its base" + (f", approximately (--approximate {approximate})" if approximate else "")
+        made = f"{target} merged into its base{', approximately, by its ' + approximate if approximate else ''}"
     elif approximate:
         raise SboraxError("--approximate merges one run; leave --add out")
     else:

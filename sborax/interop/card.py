@@ -78,7 +78,7 @@ def model_card(made: str, methods: Sequence[str], base: str | None, facts: Mappi
 def check_card(directory: epath.PathLike) -> None:
     """Raise SboraxError if the directory has a README.md that is no card of ours, which would be lost."""
     file = epath.Path(directory) / README
-    if file.exists() and f"\n- {TAG}\n" not in f"{file.read_text().partition('\n---\n')[0]}\n":
+    if file.exists() and f"- {TAG}" not in file.read_text().partition("\n---\n")[0].splitlines():
         raise SboraxError(f"{file}: is there already and was not written by sborax; choose another directory")
 
 
