@@ -15,6 +15,7 @@ ORDER = [
     "depth",
     "paths",
     "tree",
+    "weighted",
     "experts",
     "methods",
     "quant",

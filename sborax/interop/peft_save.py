@@ -16,11 +16,12 @@ from sborax.interop.factor import Pair, by_layer, exact, truncated
 from sborax.interop.peft_layout import (
     CONFIG,
     TENSORS,
+    TYING,
     Layout,
     layout_of,
     leaves_of,
-    refuse_tied_embedding,
     same,
+    tied_copies,
     wide,
 )
 from sborax.interop.peft_row import PREFIX, ROOT, Row, shared_shapes
@@ -114,6 +115,12 @@ def save_peft(
         slot = layout.slots[name]
         leaf = wide(given[slot.path] if slot.layer is None else given[slot.path][slot.layer])
         tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
+    for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
+        if TYING not in row.reads:
+            raise SboraxError(
+                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
+            )
+        config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
     _check_keys(config, row, layout, entries, set(tensors))
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     done = Exported(row.peft_type, len(entries), sum(t.size for t in tensors.values()), errors)
@@ -242,7 +249,6 @@ def _trained_base(
     for module in sorted(modules):
         if module in entries:
             raise SboraxError(f"{module}: both its base and an adapter were trained, which PEFT cannot store; merge")
-        refuse_tied_embedding(layout, module)
     return [name for name in layout.slots if name.rpartition(".")[0] in modules]
 
 
@@ -291,6 +297,7 @@ def _check_keys(
     implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)}
     kept = set(saved_whole(config, layout.modules))
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in kept}
+    implied |= {PREFIX + copy for copy in tied_copies(layout, kept)}
     if implied != written:
         raise SboraxError(
             f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"
