@@ -13,10 +13,12 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from test_cli import fails, prints
-from tiny_model import CONTEXT, write_model
+from tiny_model import CONTEXT, tokenizer, write_model
 from torch_pair import shaken
 
 import sborax as sx
+from sborax.cli import main
+from sborax.data.template import chat_ends
 from sborax.interop.card import write_card
 from sborax.models.load import load_model
 from sborax.train.adapter import fingerprint, save_adapter
@@ -202,7 +204,7 @@ def talk(capsys, monkeypatch, lines, *argv):
     """What a conversation prints: on stdout, and on stderr."""
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert sx.cli.main([str(word) for word in ("generate", *argv, "--chat")]) == 0
+    assert main([str(word) for word in ("generate", *argv, "--chat")]) == 0
     return capsys.readouterr()
 
 
@@ -236,3 +238,34 @@ def test_what_chat_does_not_go_with(made, capsys, tmp_path):
     assert "leave --prompt" in fails(capsys, "generate", made / "model", "--chat", "--prompt", "x")
     assert "give --chat" in fails(capsys, "generate", made / "model", "--prompt", "x", "--system", "y")
     assert "--prompt or --chat" in fails(capsys, "generate", made / "model")
+
+
+def test_a_turn_ends_where_the_template_says():
+    """At the tokenizer's end of text, and at the mark of the template where that is another one."""
+    own = tokenizer()
+    assert chat_ends(own) == [1]
+    own.eos_token = "<|im_start|>"
+    assert chat_ends(own) == [0, 1]
+    own.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(sx.SboraxError, match=r"refuses this conversation \(no system here\)"):
+        chat_ends(own)
+
+
+def test_added_tokens_stay_tokens(capsys, tmp_path):
+    """Plain and special ones, here, in the merged model, and there in transformers; so does the chat template."""
+    model = write_model(tmp_path / "model", vocab_size=264)
+    own = transformers.AutoTokenizer.from_pretrained(model)
+    own.add_tokens(["<tool>"])
+    own.add_special_tokens({"additional_special_tokens": ["<|mark|>"]})
+    own.save_pretrained(model)
+    prints(capsys, "merge", write_run(tmp_path, "one", model), tmp_path / "merged")
+    text, talk = "a<tool>b<|mark|>", [{"role": "user", "content": "x<tool>"}]
+    for other in (
+        load_model(model).tokenizer,
+        load_model(tmp_path / "merged").tokenizer,
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "merged"),
+    ):
+        ids = other(text)["input_ids"]
+        assert ids == own(text)["input_ids"] and len(ids) == 4 and {258, 259} < set(ids)
+        assert other.decode(ids, skip_special_tokens=True) == "a<tool>b"
+        assert other.apply_chat_template(talk, tokenize=False) == own.apply_chat_template(talk, tokenize=False)

@@ -60,8 +60,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, kept).items()}
         if tied and config.get(TYING) is not True:
             raise SboraxError(
-                f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in the "
-                "file; merge the adapter in PEFT and load the model that it saves"
+                f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in "
+                "PEFT; merge the adapter there and load the model that it saves"
             )
         fits = {module: _fit(row, config, module) for module in modules}
         wanted = _expected(row, fits, layout)

@@ -1,0 +1,51 @@
+"""docs/peft.md says what the code does: its table is that of the declared attributes, its commands are commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import sborax as sx
+from sborax import methods
+from sborax.cli.main import _parse
+from sborax.core import AbstractFactored
+from sborax.depth import AbstractLinked
+from sborax.interop.peft_table import PLAIN, TABLE
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "peft.md").read_text()
+
+
+def row(name: str) -> str:
+    """What the classes and PEFT's table say of a method."""
+    method = getattr(methods, name)
+    rows = [one for one in TABLE if one.method is method]
+    thin = issubclass(method, AbstractFactored | AbstractLinked)
+    kinds = " or ".join(dict.fromkeys(one.peft_type for one in rows))
+    out = kinds if any(one.write for one in rows) else "LORA" if thin else "-"
+    fields = (
+        {pattern for one in rows for pattern in one.patterns.values()} if out != "LORA" else PLAIN.patterns.values()
+    )
+    fields = sorted(fields) + ["layers_to_transform"] * (out == "LORA" or any(one.layered for one in rows))
+    as_lora = "no" if method().mergeable else "exact" if thin or method is PLAIN.method else "truncated"
+    shown = ", ".join(f"`{field}`" for field in fields) if out != "-" else ""
+    return f"| `{name}` | {kinds or '-'} | {out} | {shown or '-'} | {as_lora} |"
+
+
+def test_the_table_is_that_of_the_code():
+    head = ["| method | in | out (native) | exceptions | `--as lora` |", "|---|---|---|---|---|"]
+    found = re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)
+    assert found == [*head, *(row(name) for name in methods.__all__)]
+
+
+def test_its_commands_are_commands():
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL))
+    commands = re.findall(r"(?:^|\| )(sborax [^#\n]*)", blocks, re.MULTILINE)
+    assert len(commands) == 8
+    for command in commands:
+        _parse(shlex.split(command)[1:])
+
+
+def test_its_names_are_names():
+    for name in re.findall(r"sx\.(\w+)", PAGE):
+        assert name in sx.__all__
+    for option in re.findall(r"`(--\w+)", PAGE):
+        assert option in {"--as", "--rank", "--stop", "--temperature", "--top", "--add"}, option
