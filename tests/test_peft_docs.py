@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sborax as sx
 from sborax import methods
-from sborax.cli.main import _parse
+from sborax.cli.main import _parse, _parser
 from sborax.core import AbstractFactored
 from sborax.depth import AbstractLinked
 from sborax.interop.peft_table import PLAIN, TABLE
@@ -47,5 +47,6 @@ def test_its_commands_are_commands():
 def test_its_names_are_names():
     for name in re.findall(r"sx\.(\w+)", PAGE):
         assert name in sx.__all__
-    for option in re.findall(r"`(--\w+)", PAGE):
-        assert option in {"--as", "--rank", "--stop", "--temperature", "--top", "--add"}, option
+    commands = next(action.choices for action in _parser()._actions if action.dest == "command")
+    options = {option for one in commands.values() for action in one._actions for option in action.option_strings}
+    assert set(re.findall(r"`(--[\w-]+)", PAGE)) < options

@@ -16,7 +16,8 @@ from torch_pair import build, shake, shaken, with_peft
 import sborax as sx
 from sborax.interop.peft import load_peft
 from sborax.quant.nf4 import quantise
-from sborax.tree import nest
+from sborax.train.state import flatten
+from sborax.tree import nest, nodes
 
 SHAPES = {"layers/q/kernel": (2, 16, 24), "layers/up/kernel": (2, 16, 16), "norm/scale": (16,)}
 
@@ -165,8 +166,8 @@ def test_the_way_back_has_the_bits_of_the_base(name, dtype, seed):
     if name not in ("LoRA", "SBoRA"):
         return
     back = sx.merge(merged, sx.scale(adapters, -1.0))
-    for path, node in sx.tree.nodes(adapters).items():
-        own, again, after = (sx.weighted._flat(tree)[path] for tree in (params, back, merged))
+    for path, node in nodes(adapters).items():
+        own, again, after = (flatten(tree)[path] for tree in (params, back, merged))
         own, again, after = (np.asarray(leaf, np.float32) for leaf in (own, again, after))
         digits = float(jnp.finfo(dtype).eps)
         assert (np.abs(again - own) <= digits * (np.abs(own) + 2 * np.abs(after))).all()
