@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.core import AbstractAdditive, Adapter, SboraxError, dense, is_weight
+from sborax.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError, is_weight
 from sborax.tree import Adapters, Params, link, merge, nest, nodes
 
 
@@ -70,7 +70,7 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
     again, given = _flat(merge(params, adapters)), _flat(merged)
     _check_same_model(again, given)
     for path, leaf in again.items():
-        one, other = np.asarray(dense(leaf)), np.asarray(dense(given[path]))
+        one, other = np.asarray(_array(leaf)), np.asarray(_array(given[path]))
         if one.dtype != other.dtype or one.tobytes() != other.tobytes():
             apart = np.abs(one.astype(np.float32) - other.astype(np.float32)).max()
             raise SboraxError(
@@ -94,8 +94,12 @@ def _check_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
             raise SboraxError(f"{path}: {shapes}; adapters of another model do not fit this one")
 
 
+def _array(leaf: Any) -> Float[Array, "..."]:
+    return leaf.dense() if isinstance(leaf, AbstractWeight) else leaf
+
+
 def _wide(leaf: Any) -> Float[Array, "..."]:
-    return dense(leaf).astype(jnp.float32)
+    return _array(leaf).astype(jnp.float32)
 
 
 def _change(path: str, own: Any, base: Any, node: Adapter | None) -> Float[Array, "..."]:
@@ -110,6 +114,6 @@ def _change(path: str, own: Any, base: Any, node: Adapter | None) -> Float[Array
 
 def _moved(leaf: Any, change: Float[Array, "..."]) -> Array:
     """A leaf moved by a float32 change. Quantised ones come back dense."""
-    own = dense(leaf)
+    own = _array(leaf)
     # Adding zero would turn a negative zero.
     return jnp.where(change == 0, own, (own.astype(jnp.float32) + change).astype(own.dtype))

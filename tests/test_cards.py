@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from etils import epath
 from huggingface_hub import ModelCard
 from test_cli import fails, prints
 from tiny_model import CONTEXT, tokenizer, write_model
@@ -42,7 +44,7 @@ def write_run(folder: Path, name: str, model: Path, **fields) -> Path:
     base = load_model(model, experiment.precision).params
     params, adapters = sx.attach(jax.random.key(1), base, experiment.rules)
     run.mkdir()
-    save_experiment(experiment, run)
+    save_experiment(experiment, epath.Path(run))
     trained = {"norm/scale": params["norm"]["scale"] + 0.25} if experiment.train_also else {}
     save_adapter(run / "adapter", shaken(adapters), rules=RULES[name], base=fingerprint(base), trained_base=trained)
     (run / SUMMARY).write_text(json.dumps({"trainable_parameters": 1234, "last_loss": 2.5, "eval_loss": 2.25}))
@@ -186,13 +188,15 @@ def test_adapters_merged_with_weights(made, capsys, tmp_path):
 
 
 def test_merges_that_are_refused(made, capsys, tmp_path):
-    other = write_model(tmp_path / "other", num_hidden_layers=3)
-    run = write_run(tmp_path, "one", other)
+    run = shutil.copytree(made / "one", tmp_path / "one")
+    plan = json.loads((run / "adapter" / "plan.json").read_text())
+    plan["base"]["layers/mlp/up_proj/kernel"] = "0" * 16
+    (run / "adapter" / "plan.json").write_text(json.dumps(plan))
     for words, says in [
         (["--add", made / "two"], "give a run or a PEFT adapter and its weight"),
         (["--add", f"{made / 'two'}=nan"], "give a run or a PEFT adapter and its weight"),
         (["--add", f"{made / 'model'}=1"], "neither a run nor a PEFT adapter"),
-        (["--add", f"{run}=1"], "was trained on another base model"),
+        (["--add", f"{run}=1"], "(layers/mlp/up_proj/kernel differs)"),
         (["--add", f"{made / 'two'}=1", "--approximate", "weights"], "leave --add out"),
     ]:
         assert says in fails(capsys, "merge", made / "model", tmp_path / "out", *words)

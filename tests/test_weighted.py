@@ -70,7 +70,7 @@ def test_weights_mean_what_they_mean_in_peft(tmp_path):
         model.set_adapter(kind)
         return model.merge_and_unload().model.layers
 
-    exact, thin = [merged("cat"), merged("svd", svd_rank=32)], merged("linear")
+    exact, thin = [merged("cat"), merged("svd", svd_rank=8)], merged("linear")
     for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
         group, name = module.split(".")
         for layer in range(2):
@@ -153,17 +153,17 @@ def test_what_cannot_be_merged_is_named():
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(name=st.sampled_from(sorted(RULES)), dtype=st.sampled_from(["float32", "bfloat16"]), seed=st.integers(0, 9))
-def test_the_way_back_has_the_bits_of_the_base(name, dtype, seed):
+@given(case=st.sampled_from([("LoRA", "float32"), ("SBoRA", "bfloat16"), ("DoRA", "float32")]), seed=st.integers(0, 9))
+def test_the_way_back_has_the_bits_of_the_base(case, seed):
     """From the base exactly, and anything else is refused; without it, additive methods come back up to rounding."""
-    start = base(dtype)
-    params, adapters = tuned(start, RULES[name], seed)
+    name, dtype = case
+    params, adapters = tuned(base(dtype), RULES[name], seed)
     merged = sx.merge(params, adapters)
     chex.assert_trees_all_equal(sx.unmerge(merged, adapters, params), params)
     later = {**merged, "norm": {"scale": merged["norm"]["scale"].at[3].multiply(1.5)}}
     with pytest.raises(sx.SboraxError, match="norm/scale: the merged weight is not that of this base"):
         sx.unmerge(later, adapters, params)
-    if name not in ("LoRA", "SBoRA"):
+    if name == "DoRA":
         return
     back = sx.merge(merged, sx.scale(adapters, -1.0))
     for path, node in nodes(adapters).items():

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -41,8 +41,8 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
 
 
-def chat(arguments: argparse.Namespace, turns: TextIO) -> None:
-    """`sborax generate --chat`: every line of `turns` is answered, in the light of all before, until they end."""
+def chat(arguments: argparse.Namespace) -> None:
+    """`sborax generate --chat`: every line of standard input is answered, in the light of all before."""
     target, tokenizer = _load(arguments)
     if not tokenizer.chat_template:
         raise SboraxError(
@@ -51,7 +51,7 @@ def chat(arguments: argparse.Namespace, turns: TextIO) -> None:
     ends, key = _ends(target, tokenizer), jax.random.key(arguments.seed)
     first = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     said: list[dict[str, str]] = []
-    for number, line in enumerate(_lines(turns)):
+    for number, line in enumerate(_lines()):
         said.append({"role": "user", "content": line})
         ids, dropped = _fitted(first, said, arguments.max_new_tokens, target, tokenizer)
         if dropped:
@@ -64,12 +64,12 @@ def chat(arguments: argparse.Namespace, turns: TextIO) -> None:
         said.append({"role": "assistant", "content": answer})
 
 
-def _lines(turns: TextIO) -> Iterator[str]:
-    """What is typed or piped in, empty lines left out."""
+def _lines() -> Iterator[str]:
+    """What is typed or piped in up to its end, empty lines left out."""
     while True:
-        if turns.isatty():
+        if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = turns.readline()
+        line = sys.stdin.readline()
         if not line:
             return
         if line.strip():

@@ -219,7 +219,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from sborax.cli.chat import chat, generate
 
     if arguments.chat:
-        chat(arguments, sys.stdin)
+        chat(arguments)
     else:
         generate(arguments)
     return OK

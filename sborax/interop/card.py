@@ -78,7 +78,10 @@ def model_card(made: str, methods: Sequence[str], base: str | None, facts: Mappi
 def check_card(directory: epath.PathLike) -> None:
     """Raise SboraxError if the directory has a README.md that is no card of ours, which would be lost."""
     file = epath.Path(directory) / README
-    if file.exists() and f"- {TAG}" not in file.read_text().partition("\n---\n")[0].splitlines():
+    if not file.exists():
+        return
+    front = file.read_text().partition("\n---\n")[0].splitlines()
+    if front[:1] != ["---"] or f"- {TAG}" not in front:
         raise SboraxError(f"{file}: is there already and was not written by sborax; choose another directory")
 
 
@@ -97,7 +100,7 @@ def _front(library: str, base: str | None, relation: str, methods: Sequence[str]
         base_model=base if on_hub else None,
         pipeline_tag="text-generation",
         tags=tags,
-        **({"base_model_relation": relation} if on_hub else {}),
+        base_model_relation=relation if on_hub else None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
