@@ -4,11 +4,19 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import IN, METHODS, OUT
+from torch_pair import shaken
+
 import sborax as sx
 from sborax import methods
 from sborax.cli.main import _parse, _parser
 from sborax.core import AbstractFactored
 from sborax.depth import AbstractLinked
+from sborax.interop.factor import exact
 from sborax.interop.peft_table import PLAIN, TABLE
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "peft.md").read_text()
@@ -34,6 +42,26 @@ def test_the_table_is_that_of_the_code():
     head = ["| method | in | out (native) | exceptions | `--as lora` |", "|---|---|---|---|---|"]
     found = re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)
     assert found == [*head, *(row(name) for name in methods.__all__)]
+
+
+FACTORED = [case for case in METHODS if isinstance(case.method, AbstractFactored)]
+
+
+@pytest.mark.parametrize("case", FACTORED, ids=lambda case: case.name)
+def test_exact_is_exact(case):
+    """Where the table says so: the factors that are written multiply to the whole change of the original base."""
+    weight, grad = np.random.default_rng(0).standard_normal((2, IN, OUT)).astype(np.float32) / 8
+    hints = {"proj/kernel": sx.Hint(grad=jnp.asarray(grad))} if case.method.needs else None
+    params = {"proj": {"kernel": jnp.asarray(weight)}}
+    own, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], hints=hints)
+    adapters = shaken(adapters)
+    pair = exact(adapters["proj"]["kernel"], (IN, OUT))
+    assert pair is not None
+    change = np.asarray(sx.merge(own, adapters)["proj"]["kernel"]) - weight
+    assert np.abs(change).max() > 1e-3
+    np.testing.assert_allclose(
+        np.float64(pair[0]) @ np.float64(pair[1]), change, rtol=0, atol=2e-6 * max(1, np.abs(change).max())
+    )
 
 
 def test_its_commands_are_commands():
