@@ -56,6 +56,7 @@ from sborax.tree import (
     trainable,
     value_and_grad,
 )
+from sborax.weighted import Weighted, merge_weighted, unmerge
 
 if TYPE_CHECKING:
     from sborax.interop.peft import load_peft, save_peft
@@ -128,6 +129,7 @@ __all__ = [
     "SingularMass",
     "Sweep",
     "VeRA",
+    "Weighted",
     "XGBLoRA",
     "add",
     "attach",
@@ -148,6 +150,7 @@ __all__ = [
     "lora_plus",
     "lora_rite",
     "merge",
+    "merge_weighted",
     "plan",
     "remove_expert",
     "save_adapter",
@@ -157,5 +160,6 @@ __all__ = [
     "specs",
     "split",
     "trainable",
+    "unmerge",
     "value_and_grad",
 ]

@@ -9,7 +9,8 @@ import transformers
 
 import sborax as sx
 from sborax.models import generate, load_model
-from sborax.models.generate import Choice, _generate, choose
+from sborax.models.generate import Choice, _generate, choose, narrowed
+from sborax.models.tokenizer import until
 
 pytestmark = pytest.mark.usefixtures("strict")
 TEXTS = ("Once upon a time", "The little dog went to the park because he wanted to", "One day, Lily saw a big red")
@@ -98,6 +99,39 @@ def test_tokens_are_drawn_as_transformers_would(top_k, top_p):
     got = np.stack([np.bincount(drawn[:, row], minlength=9) / len(keys) for row in range(2)])
     assert ((got > 0) == (want > 0)).all()
     np.testing.assert_allclose(got, want, atol=0.03)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.3), (0, 0.95), (40, 0.8), (7, 0.05)])
+def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p):
+    """Every logit after temperature, top-k and top-p, as transformers' processors have it."""
+    logits = np.random.default_rng(1).standard_normal((6, 200)).astype(np.float32) * 3
+    want = transformers.TemperatureLogitsWarper(0.7)(torch.zeros(6, 1), torch.tensor(logits))
+    if top_k:
+        want = transformers.TopKLogitsWarper(top_k)(torch.zeros(6, 1), want)
+    if top_p < 1:
+        want = transformers.TopPLogitsWarper(top_p)(torch.zeros(6, 1), want)
+    got = narrowed(jnp.asarray(logits), Choice(False, top_k, top_p), jnp.float32(0.7))
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+    assert top_p < 1 or top_k or np.isfinite(got).all()
+
+
+def test_stop_strings_end_each_row(stories260k, model, prompts, greedy):
+    """Rows of one batch end at different stop strings, where transformers ends each; one that has none goes on."""
+    stop = [", and", "ball"]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(stories260k)
+    texts = [model.tokenizer.decode(new, skip_special_tokens=True) for new in greedy]
+    lengths = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+            stop_strings=stop, tokenizer=model.tokenizer,
+        )  # fmt: skip
+        ended = model.tokenizer.decode(theirs[0, len(prompt) :], skip_special_tokens=True)
+        assert until(text, stop) == until(ended, stop)
+        lengths.append((len(until(text, stop)), len(text)))
+    assert len({cut for cut, _ in lengths}) == 3 and any(cut < whole for cut, whole in lengths), lengths
+    assert until("a, b. c", ["c", ", ", "."]) == "a" and until("abc", []) == "abc"
 
 
 def test_prompts_of_similar_length_share_a_compilation(model, prompts, greedy):

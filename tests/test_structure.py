@@ -17,6 +17,7 @@ ORDER = [
     "depth",
     "paths",
     "tree",
+    "weighted",
     "experts",
     "methods",
     "quant",

@@ -116,7 +116,12 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "write text with a model or a run")
     _add_target(generate)
-    generate.add_argument("--prompt", required=True, action="append", help="text to go on from; repeat for several")
+    generate.add_argument("--prompt", action="append", help="text to go on from; repeat for several")
+    generate.add_argument("--chat", action="store_true", help="answer every line of standard input, as a conversation")
+    generate.add_argument("--system", metavar="TEXT", help="what a conversation begins with")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end each text before TEXT; repeat for several"
+    )
     generate.add_argument("--template", help="wrap the prompt: chat, alpaca, or text with {instruction} in it")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
@@ -139,9 +144,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command("tasks", _tasks, "list what `sborax eval --tasks` takes")
 
-    merge = command("merge", _merge, "write a run as a dense model in Hugging Face layout")
-    merge.add_argument("run_dir", metavar="RUN_DIR")
+    merge = command("merge", _merge, "write a run, or several adapters with weights, as a dense model")
+    merge.add_argument("target", metavar="RUN_DIR", help="a run (its weight is 1), or with --add a model without any")
     merge.add_argument("out_dir", metavar="OUT_DIR")
+    merge.add_argument(
+        "--add", action="append", default=[], metavar="NAME=WEIGHT",
+        help="also add a run's or a PEFT adapter's change of the base, so many times; repeat for several",
+    )  # fmt: skip
     merge.add_argument(
         "--approximate", choices=("inputs", "weights"),
         help="merge ResLoRA's input and middle shortcuts, which no weight equals, and print the error on its data",
@@ -156,8 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out_dir", metavar="OUT_DIR")
     export.add_argument(
         "--as", dest="form", choices=("native", "lora"), default="native",
-        help="native (default): as PEFT's own kind where PEFT has the method; lora: as plain LoRA, where that is exact",
+        help="native (default): as PEFT's own kind where PEFT has the method; lora: as plain LoRA, which is exact "
+        "where the change has thin factors, and else truncated, with the error printed",
     )  # fmt: skip
+    export.add_argument("--rank", type=int, metavar="R", help="of what --as lora truncates (default: the method's own)")
 
     plan = command("plan", _plan, "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
@@ -201,9 +212,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from sborax.cli.commands import generate
+    if not arguments.chat and not arguments.prompt:
+        raise SboraxError("the following arguments are required: --prompt or --chat; see sborax generate --help")
+    if arguments.chat and (arguments.prompt or arguments.template):
+        raise SboraxError("--chat reads its turns from standard input; leave --prompt and --template out")
+    if arguments.system is not None and not arguments.chat:
+        raise SboraxError("--system begins a conversation; give --chat")
+    from sborax.cli.chat import chat, generate
 
-    generate(arguments)
+    if arguments.chat:
+        chat(arguments)
+    else:
+        generate(arguments)
     return OK
 
 
@@ -222,9 +242,9 @@ def _tasks(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from sborax.cli.commands import merge
+    from sborax.cli.merging import merge
 
-    merge(arguments.run_dir, arguments.out_dir, arguments.approximate)
+    merge(arguments.target, arguments.out_dir, arguments.approximate, arguments.add)
     return OK
 
 
@@ -238,7 +258,7 @@ def _slim(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import export
 
-    export(arguments.run_dir, arguments.out_dir, arguments.form)
+    export(arguments.run_dir, arguments.out_dir, arguments.form, arguments.rank)
     return OK
 
 

@@ -50,8 +50,8 @@ def is_best(target: str) -> bool:
     return path.name == BEST and (path / PLAN).exists() and is_run(str(path.parent))
 
 
-def load_run(run: str) -> Target:
-    """The base model of a run with what was trained on it, at its end or, for RUN_DIR/best, when it was best.
+def find_run(run: str) -> tuple[Experiment, epath.Path]:
+    """The experiment of a run, and where what it trained is.
 
     Raises SboraxError for a directory that is not a run, and for a run that has not ended.
     """
@@ -65,6 +65,15 @@ def load_run(run: str) -> Target:
         raise SboraxError(
             f"{run}: no {ADAPTER}/ in it, the run has not ended; `sborax train {run} --out {run} --resume`"
         )
+    return experiment, adapter
+
+
+def load_run(run: str) -> Target:
+    """The base model of a run with what was trained on it, at its end or, for RUN_DIR/best, when it was best.
+
+    Raises SboraxError as `find_run` does.
+    """
+    experiment, adapter = find_run(run)
     # What a method rewrote is rewritten again from the dense weight, then quantised.
     keep = rewritten(as_rules(experiment.rules))
     model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)

@@ -21,6 +21,8 @@ ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 """Stanford Alpaca's prompts."""
+ANSWER = "Yes, indeed."
+"""What an assistant might say, to see what a chat template puts after it."""
 SECONDS = 3.0
 """Of one conversation in a chat template; a real one takes less than a thousandth."""
 NAMES = ("alpaca", "llm_adapters", "chat", "text")
@@ -155,6 +157,18 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: b
         ) from None
     except Exception as failure:  # a template is a program, out of whose sandbox any error may come
         raise SboraxError(f"data.template: the tokenizer's chat template failed ({shown(str(failure))})") from failure
+
+
+def chat_ends(tokenizer: Any) -> list[int]:
+    """The tokens that end a turn: the tokenizer's own, and the mark that its chat template puts after an answer.
+
+    Raises SboraxError if there is no chat template.
+    """
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": ANSWER}]
+    after = _apply(tokenizer, turns, generate=False).rpartition(ANSWER)[2]
+    mark = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*own, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in own)]
 
 
 def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:

@@ -8,6 +8,7 @@ from sborax.core import SboraxError
 from sborax.data.template import prompt_of
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean
+from sborax.models.tokenizer import until
 
 
 def texts(
@@ -17,7 +18,7 @@ def texts(
     found = []
     for new in scorer.write(prompts, new_tokens, beams=beams):
         text = scorer.model.tokenizer.decode(new, skip_special_tokens=True)
-        found.append(text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))])
+        found.append(until(text, stop))
     return found
 
 

@@ -1,23 +1,31 @@
-"""The model card that goes beside an exported adapter."""
+"""The model cards that go beside what is exported: README.md, with the front matter that the hub reads."""
 
-import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from etils import epath
+from huggingface_hub import ModelCardData
+
+from sborax.core import SboraxError
+
+README = "README.md"
+TAG = "sborax"
+"""A tag of every card of ours, by which one is known."""
 SIZES = {"r": "rank", "init_r": "rank", "oft_block_size": "block size", "block_size": "block size"}
 """The config fields that say how large an adapter is."""
 
 
-def card(
+def adapter_card(
     methods: Sequence[str],
     config: Mapping[str, Any],
     errors: Mapping[str, float],
     base: str | None,
     facts: Mapping[str, str],
 ) -> str:
-    """A README.md: what was trained, how exact the export is, and how to load it in PEFT and in sborax."""
+    """The card of an adapter: what was trained, how exact the export is, and how to load it in PEFT and in sborax."""
     name = base or "path/to/the/base/model"
-    front = ["library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else []), "tags: [sborax, adapter]"]
     size = next((f", {word} {config[field]}" for field, word in SIZES.items() if config.get(field)), "")
     size += ", with exceptions in `rank_pattern`" if config.get("rank_pattern") else ""
     lines = [
@@ -29,38 +37,77 @@ def card(
         _exactness(errors),
         *(f"{key}: {value}" for key, value in facts.items()),
     ]
-    return "\n".join(
-        [
-            "---",
-            *front,
-            "---",
-            "",
-            "# Adapter trained with sborax",
-            "",
-            *(f"- {line}" for line in lines),
-            "",
-            "With PEFT:",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
-            'model = PeftModel.from_pretrained(model, "path/to/this/directory")',
-            "```",
-            "",
-            "With sborax:",
-            "",
-            "```python",
-            "import sborax as sx",
-            "",
-            f"model = sx.load_model({name!r})",
-            'params, adapters = sx.load_peft("path/to/this/directory", model)',
-            "logits = model.apply(params, adapters, tokens)",
-            "```",
-            "",
-        ]
+    in_peft = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+        'model = PeftModel.from_pretrained(model, "path/to/this/directory")',
+    ]
+    in_sborax = [
+        "import sborax as sx",
+        "",
+        f"model = sx.load_model({name!r})",
+        'params, adapters = sx.load_peft("path/to/this/directory", model)',
+        "logits = model.apply(params, adapters, tokens)",
+    ]
+    front = _front("peft", base, "adapter", [str(config["peft_type"]).lower(), *methods])
+    loads = {"With PEFT:": in_peft, "With sborax:": in_sborax}
+    return _page(front, "Adapter trained with sborax", lines, loads) + _errors(errors)
+
+
+def model_card(made: str, methods: Sequence[str], base: str | None, facts: Mapping[str, str], hf: bool = True) -> str:
+    """The card of a dense model: how it was `made`, from what, and how to load it; hf: transformers can, too."""
+    lines = [f"Base model: {base or 'not recorded'}.", made, *(f"{key}: {value}" for key, value in facts.items())]
+    in_transformers = [
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+    ]
+    in_sborax = [
+        "import sborax as sx",
+        "",
+        'model = sx.load_model("path/to/this/directory")',
+        "logits = model.apply(model.params, None, tokens)",
+    ]
+    front = _front("transformers" if hf else "sborax", base, "finetune", methods)
+    loads = {**({"With transformers:": in_transformers} if hf else {}), "With sborax:": in_sborax}
+    return _page(front, "Model fine-tuned with sborax", lines, loads)
+
+
+def check_card(directory: epath.PathLike) -> None:
+    """Raise SboraxError if the directory has a README.md that is no card of ours, which would be lost."""
+    file = epath.Path(directory) / README
+    if not file.exists():
+        return
+    front = file.read_text().partition("\n---\n")[0].splitlines()
+    if front[:1] != ["---"] or f"- {TAG}" not in front:
+        raise SboraxError(f"{file}: is there already and was not written by sborax; choose another directory")
+
+
+def write_card(directory: epath.PathLike, text: str) -> None:
+    """Write a card as the directory's README.md. Raises SboraxError as `check_card` does."""
+    check_card(directory)
+    (epath.Path(directory) / README).write_text(text)
+
+
+def _front(library: str, base: str | None, relation: str, methods: Sequence[str]) -> str:
+    on_hub = base is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).exists()
+    tags = [TAG, *dict.fromkeys(method.lower() for method in methods)]
+    data = ModelCardData(
+        library_name=library,
+        # The hub refuses what is no id of its own; the text names the base in any case.
+        base_model=base if on_hub else None,
+        pipeline_tag="text-generation",
+        tags=tags,
+        base_model_relation=relation if on_hub else None,
     )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _page(front: str, title: str, lines: Sequence[str], loads: Mapping[str, Sequence[str]]) -> str:
+    blocks = [line for title, code in loads.items() for line in (title, "", "```python", *code, "```", "")]
+    return "\n".join([front, "", f"# {title}", "", *(f"- {line}" for line in lines), "", *blocks])
 
 
 def _exactness(errors: Mapping[str, float]) -> str:
@@ -71,3 +118,10 @@ def _exactness(errors: Mapping[str, float]) -> str:
         f"Truncated: {len(errors)} modules keep the leading singular components of their change; relative Frobenius "
         f"error {mean:.3g} on average, {max(errors.values()):.3g} at most."
     )
+
+
+def _errors(errors: Mapping[str, float]) -> str:
+    if not errors:
+        return ""
+    rows = [f"| {module} | {error:.3g} |" for module, error in errors.items()]
+    return "\n".join(["", "| truncated module | relative Frobenius error |", "|---|---|", *rows, ""])

@@ -1,14 +1,18 @@
 """Where Hugging Face keeps what our parameter tree holds."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, SboraxError, is_weight
+from sborax.core import AbstractWeight, is_weight
 from sborax.models.names import hf_module, row, unlayered
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+TYING = "ensure_weight_tying"
+"""The config field by which PEFT's LoRA keeps a head tied to an embedding that is stored whole."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -93,9 +97,7 @@ def wide(weight: Any) -> Array:
     return (weight.dense() if isinstance(weight, AbstractWeight) else weight).astype("float32")
 
 
-def refuse_tied_embedding(layout: Layout, module: str) -> None:
-    """Raise SboraxError if storing `module` whole would untie the head in PEFT."""
-    if module == "model.embed_tokens" and layout.tied:
-        raise SboraxError(
-            "model.embed_tokens: the head is tied to it, and PEFT would store it apart from the head; merge instead"
-        )
+def tied_copies(layout: Layout, whole: Iterable[str]) -> dict[str, str]:
+    """What PEFT stores beside the embedding if that is among the modules stored `whole` and the head is tied to it: a
+    copy for the head, by the name of its tensor, and the name of the one it copies."""
+    return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if layout.tied and EMBEDDING in set(whole) else {}

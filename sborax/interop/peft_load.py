@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from sborax.compose import ByLayer
 from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
-from sborax.interop.peft_layout import CONFIG, TENSORS, Layout, layout_of, leaves_of, refuse_tied_embedding
+from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, Layout, layout_of, leaves_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import row_for
-from sborax.interop.peft_targets import HEAD, saved_whole, targeted, value_for
+from sborax.interop.peft_targets import saved_whole, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
 from sborax.paths import Plan, Site
@@ -57,11 +57,16 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         row = row_for(config)
         modules = _targets(config, layout)
         kept = saved_whole(config, layout.modules)
-        for module in kept:
-            refuse_tied_embedding(layout, module)
+        tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, kept).items()}
+        if tied and config.get(TYING) is not True:
+            raise SboraxError(
+                f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in "
+                "PEFT; merge the adapter there and load the model that it saves"
+            )
         fits = {module: _fit(row, config, module) for module in modules}
         wanted = _expected(row, fits, layout)
-        copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)}
+        copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys()
+        heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
         whole = _whole(layout, kept, modules, names)
         _compare({**wanted, **{PREFIX + stored: shape for stored, (_, shape) in whole.items()}}, names, headers, row)
@@ -69,6 +74,9 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         def read(name: str) -> np.ndarray:
             return np.asarray(file.get_tensor(names[name]), np.float32)
 
+        for copy, stored in heads.items():
+            if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
+                raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
         params = _replaced(model.params, layout, {slot: read(PREFIX + stored) for stored, (slot, _) in whole.items()})
         params, adapters = attach(jax.random.key(0), params, _plan(fits, layout))
         filled = {}

@@ -11,16 +11,17 @@ from etils import epath
 from safetensors.numpy import save
 
 from sborax.core import AbstractWeight, Adapter, SboraxError
-from sborax.interop.card import card
+from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Pair, by_layer, exact, truncated
 from sborax.interop.peft_layout import (
     CONFIG,
     TENSORS,
+    TYING,
     Layout,
     layout_of,
     leaves_of,
-    refuse_tied_embedding,
     same,
+    tied_copies,
     wide,
 )
 from sborax.interop.peft_row import PREFIX, ROOT, Row, shared_shapes
@@ -43,7 +44,12 @@ class Exported(NamedTuple):
         wrote = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
         if not self.errors:
             return f"{wrote}, exact"
-        return f"{wrote}; truncated, relative error at most {max(self.errors.values()):.3g}"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"{wrote}; {len(self.errors)} modules truncated, relative Frobenius error {mean:.3g} on average, "
+            f"{self.errors[worst]:.3g} at most ({worst})"
+        )
 
 
 class _Entry(NamedTuple):
@@ -75,14 +81,17 @@ def save_peft(
 
     as_: "native", or "lora" to write plain LoRA whatever the method: exact where there are thin factors, else the
         truncated SVD of (merged - base), whose relative error is in the result and on the card.
-    rank: rank of that SVD; None (default) for the method's own.
+    rank: rank of that SVD; None (default) for the method's own. What is exact stays as it is.
     base: name of the base model for the config and the card (a hub id or a path).
     facts: further lines for the card, such as data and metrics.
 
-    Raises SboraxError for adapters that no single PEFT adapter can hold.
+    Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """
     if as_ not in ("native", "lora"):
         raise SboraxError(f"as_ must be 'native' or 'lora', got {as_!r}")
+    if rank is not None and (as_ == "native" or rank < 1):
+        raise SboraxError(f"rank={rank}: must be 1 or more, and goes with as_='lora', which may truncate")
+    check_card(epath.Path(directory))
     layout, given, found = layout_of(model.params), leaves_of(params), nodes(link(adapters))
     if not found:
         raise SboraxError("there is no adapter to save: the tree is empty")
@@ -106,6 +115,12 @@ def save_peft(
         slot = layout.slots[name]
         leaf = wide(given[slot.path] if slot.layer is None else given[slot.path][slot.layer])
         tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
+    for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
+        if TYING not in row.reads:
+            raise SboraxError(
+                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
+            )
+        config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
     _check_keys(config, row, layout, entries, set(tensors))
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     done = Exported(row.peft_type, len(entries), sum(t.size for t in tensors.values()), errors)
@@ -114,7 +129,7 @@ def save_peft(
     (out / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     methods = sorted({entry.method for entry in entries.values()})
-    (out / "README.md").write_text(card(methods, config, errors, base, facts or {}))
+    write_card(out, adapter_card(methods, config, errors, base, facts or {}))
     return done
 
 
@@ -234,7 +249,6 @@ def _trained_base(
     for module in sorted(modules):
         if module in entries:
             raise SboraxError(f"{module}: both its base and an adapter were trained, which PEFT cannot store; merge")
-        refuse_tied_embedding(layout, module)
     return [name for name in layout.slots if name.rpartition(".")[0] in modules]
 
 
@@ -283,6 +297,7 @@ def _check_keys(
     implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)}
     kept = set(saved_whole(config, layout.modules))
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in kept}
+    implied |= {PREFIX + copy for copy in tied_copies(layout, kept)}
     if implied != written:
         raise SboraxError(
             f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sborax.core import AbstractMethod, Adapter, SboraxError
+from sborax.interop.peft_layout import TYING
 from sborax.interop.peft_others import OTHERS
 from sborax.interop.peft_row import Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
 from sborax.methods import Bat, Bone, DoRA, LoRA, OLoRA, PiSSA
@@ -59,6 +60,7 @@ def _shards(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], di
 
 PAIR = (Tensor("lora_A.weight", "a", (1, 0)), Tensor("lora_B.weight", "b", (1, 0)))
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
@@ -69,21 +71,21 @@ SHARED, MINI = _shards(mini=False), _shards(mini=True)
 TABLE = (
     Row(
         LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
-        PAIR, _read_lora, _lora_fields, LORA_PATTERNS, any_rank=True,
+        PAIR, _read_lora, _lora_fields, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
     ),
     Row(
         DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
         (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
-        _read_with_alpha(DoRA), _lora_fields, LORA_PATTERNS, any_rank=True,
+        _read_with_alpha(DoRA), _lora_fields, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
     ),
     # PEFT takes these two from the base again on loading. We write them as LoRA, which needs no such step.
     Row(
         PiSSA, "LORA", {"use_dora": (False,), "init_lora_weights": ("pissa",)}, LORA_FIELDS,
-        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS,
+        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS, reads=LORA_READS,
     ),
     Row(
         OLoRA, "LORA", {"use_dora": (False,), "init_lora_weights": ("olora",)}, LORA_FIELDS,
-        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS,
+        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS, reads=LORA_READS,
     ),
     Row(Bone, "MISS", {"init_weights": (True, False)}, MISS_FIELDS, BLOCK, *SHARED),
     Row(Bone, "MISS", {"init_weights": ("mini",)}, MISS_FIELDS, BLOCK, *MINI),

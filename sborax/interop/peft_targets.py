@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from sborax.core import SboraxError
+from sborax.interop.peft_layout import HEAD
 from sborax.patterns import compiled, fullmatch, match
 
 Value = TypeVar("Value")
 
-HEAD = "lm_head"
 NUMBERED = re.compile(r".*?\.[^.]*\.(\d+)\.")
 MOST_QUANTIFIERS = 4
 MOST_GROUPS = 4

@@ -84,6 +84,13 @@ def choose(
     """The next token of each row."""
     if choice.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, narrowed(logits, choice, temperature), axis=-1).astype(jnp.int32)
+
+
+def narrowed(
+    logits: Float[Array, "batch vocab"], choice: Choice, temperature: Float[Array, ""]
+) -> Float[Array, "batch vocab"]:
+    """Logits divided by the temperature, -inf for tokens that are not to be drawn."""
     logits = logits / temperature
     if choice.top_k:
         logits = _keep(logits, logits >= jax.lax.top_k(logits, choice.top_k)[0][:, -1:])
@@ -93,7 +100,7 @@ def choose(
         inside = jnp.cumsum(likely, axis=-1) - likely < choice.top_p
         least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = _keep(logits, logits >= least)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    return logits
 
 
 def _keep(logits: Float[Array, "batch vocab"], kept: Bool[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:

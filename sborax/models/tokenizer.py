@@ -1,6 +1,7 @@
 """Tokenizers, as the fast ones of transformers."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -41,3 +42,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
         if not isinstance(text, str) or not re.fullmatch(r"[\w-]+", str(name)):
             raise SboraxError(f"{directory}: {shown(name)} is no chat template, or has no plain name")
     return found
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the `stop` strings, which is left out."""
+    return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]

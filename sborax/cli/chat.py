@@ -1,0 +1,124 @@
+"""`sborax generate`: texts after prompts, and a conversation over standard input."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sborax.cli.targets import Target, load_target
+from sborax.core import SboraxError
+from sborax.data.template import NAMES, chat_ends, prompt_of
+from sborax.models import generate as write
+from sborax.models.tokenizer import until
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`sborax generate --prompt`."""
+    target, tokenizer = _load(arguments)
+    prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
+    # A text that goes on from its prompt ends where the model's config says, an answer where the template ends a turn.
+    ends = _ends(target, tokenizer) if arguments.template == "chat" else None
+    written = _write(target, prompts, arguments.max_new_tokens, ends, jax.random.key(arguments.seed), arguments)
+    for prompt, new in zip(prompts, written, strict=True):
+        given = [] if arguments.template else prompt
+        begin = len(tokenizer.decode(given, skip_special_tokens=True))
+        whole = tokenizer.decode([*given, *new], skip_special_tokens=True)
+        print(whole[:begin] + until(whole[begin:], arguments.stop))
+
+
+def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt, through a template if one is given.
+
+    Raises SboraxError for a template that does not fit the tokenizer.
+    """
+    if template is None:
+        return tokenizer(prompt)["input_ids"]
+    if template not in NAMES and "{instruction}" not in template:
+        raise SboraxError(f"--template {template!r}: is not one of {', '.join(NAMES)} and has no {{instruction}} in it")
+    text = prompt_of(template, {"instruction": prompt, "input": "", "output": "", "text": prompt}, tokenizer)
+    return tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """`sborax generate --chat`: every line of standard input is answered, in the light of all before."""
+    target, tokenizer = _load(arguments)
+    if not tokenizer.chat_template:
+        raise SboraxError(
+            f"{arguments.target}: its tokenizer has no chat template; use --prompt and --template instead"
+        )
+    ends, key = _ends(target, tokenizer), jax.random.key(arguments.seed)
+    first = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    said: list[dict[str, str]] = []
+    for number, line in enumerate(_lines()):
+        said.append({"role": "user", "content": line})
+        ids, dropped = _fitted(first, said, arguments.max_new_tokens, target, tokenizer)
+        if dropped:
+            print(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
+        said = said[dropped:]
+        room = min(arguments.max_new_tokens, target.model.config.context - len(ids))
+        (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), arguments)
+        answer = until(tokenizer.decode(new, skip_special_tokens=True), arguments.stop)
+        print(answer, flush=True)
+        said.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    """What is typed or piped in up to its end, empty lines left out."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _fitted(
+    first: list[dict[str, str]], said: list[dict[str, str]], new: int, target: Target, tokenizer: Any
+) -> tuple[list[int], int]:
+    """The conversation as tokens, and how many of its earliest turns were dropped so that an answer fits.
+
+    Raises SboraxError if the last turn alone is too long.
+    """
+    context, dropped = target.model.config.context, 0
+    while True:
+        text = prompt_of("chat", {"messages": [*first, *said[dropped:]]}, tokenizer)
+        # The template has the tokens that begin a text.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        alone = dropped == len(said) - 1
+        if len(ids) + new <= context or (alone and len(ids) < context):
+            return ids, dropped
+        if alone:
+            raise SboraxError(f"a turn of {len(ids)} tokens does not fit the context of {context}")
+        dropped += 2
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Target, Any]:
+    target = load_target(arguments.target, arguments.adapter)
+    if target.model.tokenizer is None:
+        raise SboraxError(f"{arguments.target}: has no tokenizer.json, so text cannot become tokens")
+    return target, target.model.tokenizer
+
+
+def _ends(target: Target, tokenizer: Any) -> list[int]:
+    return sorted({*target.model.config.eos_token_id, *chat_ends(tokenizer)})
+
+
+def _write(
+    target: Target, prompts: list[list[int]], new: int, ends: list[int] | None, key: Any, arguments: argparse.Namespace
+) -> list[list[int]]:
+    return write(
+        target.model,
+        target.params,
+        target.adapters,
+        prompts,
+        new,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        key=key,
+        eos=ends,
+    )

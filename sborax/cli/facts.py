@@ -1,0 +1,74 @@
+"""What a model card tells of a run: method, data, training and metrics, read from the run's own files."""
+
+import json
+from typing import Any
+
+from sborax.cli.targets import find_run, is_best
+from sborax.core import AbstractComposite, AbstractMethod
+from sborax.data.options import Data
+from sborax.paths import as_rules
+from sborax.train.adapter import read_adapter
+from sborax.train.experiment import Experiment
+from sborax.train.report import SUMMARY, name
+
+
+def methods(experiment: Experiment) -> list[str]:
+    """The names of the methods of a run's rules, those inside sums and chains as well."""
+    found: list[str] = []
+    for rule in as_rules(experiment.rules):
+        found += _names(rule.method) if rule.method is not None else []
+    return list(dict.fromkeys(found))
+
+
+def _names(method: AbstractMethod) -> list[str]:
+    if isinstance(method, AbstractComposite):
+        return [name for part in method.members for name in _names(part)]
+    return [type(method).__name__]
+
+
+def facts(run: str) -> dict[str, str]:
+    """Lines for a card by their titles. Raises SboraxError as `find_run` does."""
+    experiment, adapter = find_run(run)
+    told = {"Data": _data(experiment.data)}
+    if experiment.eval.data is not None:
+        told["Held-out data"] = _data(experiment.eval.data)
+    rules = "; ".join(
+        f"`{rule.pattern}`: {'left alone' if rule.method is None else name(rule.method)}"
+        for rule in as_rules(experiment.rules)
+    )
+    told["Rules"] = rules or "none, the base itself was trained"
+    told["Training"] = _training(experiment)
+    summary = adapter.parent / SUMMARY
+    if is_best(run):
+        about = read_adapter(adapter).about
+        told["Metrics"] = (
+            f"held-out loss {about['eval_loss']:.4f}, the lowest of the run, after step {about['step']:,}."
+        )
+    elif summary.exists():
+        told["Metrics"] = _metrics(json.loads(summary.read_text()))
+    return told
+
+
+def _data(data: Data) -> str:
+    limit = f", the first {data.limit:,} samples" if data.limit is not None else ""
+    return f"`{data.name}`, split {data.split}{limit}, template {data.template!r}, loss on {data.loss_on}."
+
+
+def _training(experiment: Experiment) -> str:
+    optimizer = experiment.optimizer
+    long = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
+    rows = experiment.batch_size * experiment.accumulate
+    also = f", {', '.join(experiment.train_also)} trained beside the adapters" if experiment.train_also else ""
+    quant = f" on a base in {experiment.quant}" if experiment.quant else ""
+    return (
+        f"{long} of {rows} rows, {optimizer.name} at {optimizer.lr:g} ({optimizer.schedule}), {experiment.precision}"
+        f"{quant}{also}, seeds {experiment.seed_data} and {experiment.seed_adapter}."
+    )
+
+
+def _metrics(summary: dict[str, Any]) -> str:
+    told = [f"{summary['trainable_parameters']:,} trained parameters"]
+    for field, what in (("last_loss", "training loss of the last step"), ("eval_loss", "held-out loss at the end")):
+        if summary.get(field) is not None:
+            told.append(f"{what} {summary[field]:.4f}")
+    return f"{', '.join(told)}."
