@@ -45,7 +45,7 @@ def fill(app: Any, page: str, source: list[str]) -> None:
     """Put what is generated into a page, and the tree of pages into the first."""
     text = METHODS.sub(lambda _: "\n".join(map(of_method, methods.__all__)), source[0])
     text = API.sub(lambda found: "\n".join(map(of_name, found[1].split())), text)
-    source[0] = text + contents(text) if page == app.config.root_doc else text
+    source[0] = text + contents(app, text) if page == app.config.root_doc else text
 
 
 def of_method(name: str) -> str:
@@ -59,10 +59,11 @@ def of_name(name: str) -> str:
     return "\n".join([f"### {name}", "", "```{eval-rst}", f".. {kind}:: sborax.{name}", "```", ""])
 
 
-def contents(first: str) -> str:
+def contents(app: Any, first: str) -> str:
     """The pages in the order in which the first one links to them, then whatever else there is."""
-    linked = dict.fromkeys(re.findall(r"\]\((\w+)\.md\)", first))
-    return "\n".join(["", "```{toctree}", ":hidden:", ":glob:", "", *linked, "*", "```", ""])
+    linked = re.findall(r"\]\((\w+)\.md\)", first)
+    others = sorted(app.env.found_docs - {app.config.root_doc})
+    return "\n".join(["", "```{toctree}", ":hidden:", "", *dict.fromkeys([*linked, *others]), "```", ""])
 
 
 def verbatim(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:

@@ -90,7 +90,9 @@ def _try(block: Block, names: dict[str, Any], model: str, untried: bool) -> None
     elif block.language == "yaml":
         yaml.safe_load(block.code)
     else:
-        raise AssertionError(f"nobody knows how to try a block of {block.language!r}; docs/ has python, bash, json, yaml")
+        raise AssertionError(
+            f"nobody knows how to try a block of {block.language!r}; docs/ has python, bash, json, yaml"
+        )
 
 
 def _run(code: str, names: dict[str, Any]) -> None:

@@ -27,10 +27,12 @@ PAGES = sorted(DOCS.glob("*.md"))
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = """
 import dataclasses, runpy
+import sborax as sx
 
 def experiment():
     whole = runpy.run_path({path!r})["experiment"]()
-    return dataclasses.replace(whole, steps=2, batch_size=2)
+    data, held_out = (dataclasses.replace(data, max_length=1024) for data in (whole.data, whole.eval.data))
+    return dataclasses.replace(whole, data=data, eval=sx.Eval(held_out), steps=2, batch_size=2)
 """
 # A vocabulary of bytes makes long prompts; SBoRA's rank of 64 asks for as many rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 1024}
@@ -52,7 +54,10 @@ def workshop(compiled_once, tmp_path_factory):
         (place / name).mkdir(parents=True)
         (place / name / "config.json").write_text(json.dumps(PUBLISHED["LLaMA-2-7B"]))
     rows = [instruction(*question) for question in QUESTIONS]
-    yes_no = [{"instruction": row["instruction"], "input": "", "output": "true", "answer": "true"} for row in rows]
+    asked = (
+        "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"
+    )
+    yes_no = [{"instruction": asked, "input": "", "output": "the correct answer is true", "answer": "true"}] * 4
     for name in ("ARC-Easy/test.json", "commonsense_170k/train.json", "commonsense_170k/validation.json"):
         write_json(place / "data" / name, rows)
     for name in ("boolq/train.json", "boolq/test.json"):
@@ -169,7 +174,9 @@ def test_every_page_is_in_the_tree_and_nothing_is_fetched(site):
     for page in PAGES:
         assert page.stem == "index" or f'href="{page.stem}.html"' in first, page
     for page in site.glob("*.html"):
-        loaded = re.findall(r"<(?:script|link|img|iframe|object)\b[^>]*?(?:src|href|data)=\"([^\"]+)\"", page.read_text())
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe|object)\b[^>]*?(?:src|href|data)=\"([^\"]+)\"", page.read_text()
+        )
         assert loaded and not [address for address in loaded if re.match(r"(https?:)?//", address)], page
 
 
