@@ -61,7 +61,7 @@ def commands(code: str) -> Iterator[str]:
 
 
 def try_page(page: Path, model: str) -> int:
-    """Try every block, in the current directory; how many ran. Raises what a block raises, AssertionError for others."""
+    """Try every block, in the current directory; how many ran. Raises what they raise, and AssertionError."""
     names: dict[str, Any] = {"__name__": page.stem, "MODEL": model}
     said, ran = "", 0
     for block in blocks(page):
@@ -90,9 +90,7 @@ def _try(block: Block, names: dict[str, Any], model: str, untried: bool) -> None
     elif block.language == "yaml":
         yaml.safe_load(block.code)
     else:
-        raise AssertionError(
-            f"nobody knows how to try a block of {block.language!r}; docs/ has python, bash, json, yaml"
-        )
+        raise AssertionError(f"nobody knows how to try {block.language!r}; use python, bash, json, yaml or text")
 
 
 def _run(code: str, names: dict[str, Any]) -> None:
