@@ -3,8 +3,8 @@
 A page is tried from top to bottom, in a directory and a namespace of its own. Python runs; a block whose first line is
 `# NAME.py` is written there, too. Lines of bash run as far as they name programs that are known here: `sborax` in this
 process, a few tools as they are; of others, arguments and files are checked. A block that begins with `# not run in the
-tests: REASON` is read all the same: its commands by the real parser, its imports. What stands in a block of text was
-printed by what ran last.
+tests: REASON` is read all the same: its commands by the real parser, and what it imports of ours. What stands in a block
+of text was printed by what ran last.
 """
 
 import ast
@@ -32,6 +32,7 @@ from sborax.cli.main import _parse
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOT_RUN = re.compile(r"# not run in the tests: \w+")
+MARK = "# not run"
 FETCHED = '"$(python -m sborax.fetch)"'
 TOOLS = ("cat", "cp", "ls", "tail")
 LAUNCHERS = ("mpirun", "sbatch", "srun")
@@ -66,6 +67,7 @@ def try_page(page: Path, model: str) -> int:
     said, ran = "", 0
     for block in blocks(page):
         untried = NOT_RUN.match(block.code) is not None
+        assert untried == (MARK in block.code), f"{page.name}:{block.line}: say `# not run in the tests: REASON` first"
         try:
             if block.language == "text":
                 _check_printed(block.code, said)
@@ -101,7 +103,7 @@ def _run(code: str, names: dict[str, Any]) -> None:
 
 def _import(code: str, names: dict[str, Any]) -> None:
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sborax"):
             for alias in node.names:
                 getattr(importlib.import_module(node.module or ""), alias.name)
 

@@ -64,8 +64,6 @@ def workshop(compiled_once, tmp_path_factory):
         write_json(place / "data" / name, yes_no)
     (place / "data" / "wikitext-2").mkdir()
     (place / "data" / "wikitext-2" / "test.txt").write_text((ROOT / "LICENSE").read_text()[:4000])
-    solved = [{"query": f"{n} + {n}?", "response": f"The answer is: {2 * n}"} for n in range(16)]
-    write_json(place / "meta-math" / "MetaMathQA" / "train.json", solved)
     write_data(place / "conversations.jsonl")
     shutil.copy(ROOT / "LICENSE", place)
     (place / "experiments").mkdir()
@@ -110,6 +108,7 @@ def test_blocks_that_are_wrong_fail(tmp_path, monkeypatch):
         ("json", "{"),
         ("ruby", "puts 1"),
         ("text", "nobody printed this"),
+        ("bash", "# not run, since it is slow\nls"),
     ):
         page = tmp_path / "page.md"
         page.write_text(f"# Page\n\n```{fence}\n{code}\n```\n")
@@ -183,7 +182,7 @@ def test_every_page_is_in_the_tree_and_nothing_is_fetched(site):
 def test_kinds_of_adapters_are_those_of_the_table():
     table = (DOCS / "from_peft.md").read_text().partition("## Other kinds")[2].partition("\n## ")[0]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`(\w+)`", " ".join(first))) == sorted({row.peft_type for row in TABLE} | {"BONE"})
+    assert sorted(re.findall(r"`([A-Z0-9]+)`", " ".join(first))) == sorted({row.peft_type for row in TABLE} | {"BONE"})
 
 
 @pytest.mark.usefixtures("strict")
