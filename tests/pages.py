@@ -3,8 +3,8 @@
 A page is tried from top to bottom, in a directory and a namespace of its own. Python runs; a block whose first line is
 `# NAME.py` is written there, too. Lines of bash run as far as they name programs that are known here: `sborax` in this
 process, a few tools as they are; of others, arguments and files are checked. A block that begins with `# not run in the
-tests: REASON` is read all the same: its commands by the real parser, and what it imports of ours. What stands in a block
-of text was printed by what ran last.
+tests: REASON` is read all the same: its commands by the real parser, and what it imports of ours. What is in a block of
+text was printed by what ran last.
 """
 
 import ast
