@@ -1,26 +1,194 @@
-"""The documentation's code does what the documentation says."""
+"""The documentation is true: its code runs, its site is built without a warning, its links lead somewhere."""
 
+import html
+import json
 import re
+import runpy
+import shutil
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from pages import DOCS, ROOT, blocks, build_site, commands, try_command, try_page
+from questions import QUESTIONS, instruction
+from test_plan import PUBLISHED
+from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax import methods
+from sborax.cli import main
+from sborax.cli.methods import describe
+from sborax.interop.peft_table import TABLE
 from sborax.tree import over_stack
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TINY = """
+import dataclasses, runpy
+import sborax as sx
+
+def experiment():
+    whole = runpy.run_path({path!r})["experiment"]()
+    data, held_out = (dataclasses.replace(data, max_length=1024) for data in (whole.data, whole.eval.data))
+    return dataclasses.replace(whole, data=data, eval=sx.Eval(held_out), steps=2, batch_size=2)
+"""
+# A vocabulary of bytes makes long prompts; SBoRA's rank of 64 asks for as many rows.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 1024}
+SEVEN = ("yahma/llama-7b-hf", "meta-llama/Llama-2-7b-hf")
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+def write_json(file: Path, rows: list[dict[str, str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows))
+
+
+@pytest.fixture(scope="module")
+def workshop(compiled_once, tmp_path_factory):
+    """A directory in which the names on the pages mean small things: models, data, experiments, a run."""
+    place = tmp_path_factory.mktemp("workshop")
+    write_model(place / REAL, **SIZES)
+    (place / "model").symlink_to(place / REAL)
+    for name in SEVEN:
+        (place / name).mkdir(parents=True)
+        (place / name / "config.json").write_text(json.dumps(PUBLISHED["LLaMA-2-7B"]))
+    rows = [instruction(*question) for question in QUESTIONS]
+    asked = (
+        "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"
+    )
+    yes_no = [{"instruction": asked, "input": "", "output": "the correct answer is true", "answer": "true"}] * 4
+    for name in ("ARC-Easy/test.json", "commonsense_170k/train.json", "commonsense_170k/validation.json"):
+        write_json(place / "data" / name, rows)
+    for name in ("boolq/train.json", "boolq/test.json"):
+        write_json(place / "data" / name, yes_no)
+    (place / "data" / "wikitext-2").mkdir()
+    (place / "data" / "wikitext-2" / "test.txt").write_text((ROOT / "LICENSE").read_text()[:4000])
+    write_data(place / "conversations.jsonl")
+    shutil.copy(ROOT / "LICENSE", place)
+    (place / "experiments").mkdir()
+    (place / "experiments" / "sbora_smollm2.py").write_text(
+        TINY.format(path=str(ROOT / "experiments" / "sbora_smollm2.py"))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("SBORAX_DATA", str(place / "data"))
+        assert main(["train", "experiments/sbora_smollm2.py", "--out", "runs/one"]) == 0
+    shutil.copytree(place / "runs" / "one", place / "runs" / "quickstart")
+    return place
+
+
+# What peft, torch and the harness warn of is theirs to mend.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of(page, workshop, tmp_path, monkeypatch):
+    if not blocks(page):
+        return
+    place = tmp_path / "here"
+    shutil.copytree(workshop, place, symlinks=True)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("SBORAX_DATA", str(place / "data"))
+    ran = try_page(page, "model")
+    told = page.read_text()
+    assert ran or "not run in the tests" in told
+
+
+def test_blocks_that_are_wrong_fail(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for fence, code in (
+        ("python", "1 / 0"),
+        ("python", "# not run in the tests: slow\nfrom sborax import nothing"),
+        ("bash", "sborax train x.py --unknown"),
+        ("bash", "# not run in the tests: slow\nsborax train x.py --unknown"),
+        ("bash", "sborax plan missing.py"),
+        ("bash", "unheard-of --of"),
+        ("bash", "bash scripts/missing.sh"),
+        ("bash", "pip install 'sborax[missing]'"),
+        ("bash", "python -m benchmarks --missing"),
+        ("json", "{"),
+        ("ruby", "puts 1"),
+        ("text", "nobody printed this"),
+        ("bash", "# not run, since it is slow\nls"),
+    ):
+        page = tmp_path / "page.md"
+        page.write_text(f"# Page\n\n```{fence}\n{code}\n```\n")
+        with pytest.raises((AssertionError, ZeroDivisionError, AttributeError, ValueError)):
+            try_page(page, "model")
+
+
+def test_commands_of_readme_and_contributing_are_ones(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for block in blocks(ROOT / name):
+            if block.language == "bash":
+                for line in commands(block.code):
+                    try_command(line, run=False)
+
+
+def test_the_quickstart_can_be_followed():
+    """scripts/follow_quickstart.sh takes a line for a command."""
+    code = "".join(block.code for block in blocks(DOCS / "quickstart.md"))
+    assert {block.language for block in blocks(DOCS / "quickstart.md")} == {"bash"}
+    assert len(list(commands(code))) == len(code.splitlines())
+    words = " ".join(commands(code))
+    assert all(f"sborax {verb} " in words for verb in ("train", "generate", "eval", "merge", "export"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    place = tmp_path_factory.mktemp("site")
+    build_site(place)
+    return place / "html"
+
+
+def text_of(page: Path) -> str:
+    """What a reader sees, blanks joined."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
+
+
+def test_the_site_has_every_method_to_the_letter(site):
+    shown, source = text_of(site / "methods.html"), (site / "methods.html").read_text()
+    for name in methods.__all__:
+        assert f'id="{name.lower()}"' in source, name
+        assert " ".join(describe(name).partition("\n")[2].split()) in shown, name
+
+
+def test_the_site_has_every_public_name(site):
+    source = (site / "api.html").read_text()
+    for name in set(sx.__all__) - set(methods.__all__):
+        assert f'id="sborax.{name}"' in source, name
+
+
+def test_a_name_without_a_page_is_an_error(monkeypatch, tmp_path):
+    conf = runpy.run_path(str(DOCS / "conf.py"))
+    app = type("App", (), {"srcdir": str(tmp_path)})()
+    (tmp_path / "api.md").write_text((DOCS / "api.md").read_text().replace(" attach ", " "))
+    (tmp_path / "methods.md").write_text((DOCS / "methods.md").read_text())
+    with pytest.raises(conf["ExtensionError"], match="not on exactly one page of docs/: attach"):
+        conf["check"](app)
+
+
+def test_every_page_is_in_the_tree_and_nothing_is_fetched(site):
+    first = (site / "index.html").read_text()
+    for page in PAGES:
+        assert page.stem == "index" or f'href="{page.stem}.html"' in first, page
+    for page in site.glob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe|object)\b[^>]*?(?:src|href|data)=\"([^\"]+)\"", page.read_text()
+        )
+        assert loaded and not [address for address in loaded if re.match(r"(https?:)?//", address)], page
+
+
+def test_kinds_of_adapters_are_those_of_the_table():
+    table = (DOCS / "from_peft.md").read_text().partition("## Other kinds")[2].partition("\n## ")[0]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([A-Z0-9]+)`", " ".join(first))) == sorted({row.peft_type for row in TABLE} | {"BONE"})
 
 
 @pytest.mark.usefixtures("strict")
 def test_the_worked_example_is_a_method():
-    (code,) = blocks("adding_a_method.md")
+    (block,) = blocks(DOCS / "adding_a_method.md")
+    code = block.code
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     space = {"__name__": "worked_example"}
     exec(code, space)

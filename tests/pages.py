@@ -1,0 +1,175 @@
+"""The code on a page of docs/: how it is found, and how each kind of block is tried.
+
+A page is tried from top to bottom, in a directory and a namespace of its own. Python runs; a block whose first line is
+`# NAME.py` is written there, too. Lines of bash run as far as they name programs that are known here: `sborax` in this
+process, a few tools as they are; of others, arguments and files are checked. A block that begins with `# not run in the
+tests: REASON` is read all the same: its commands by the real parser, and what it imports of ours. What is in a block of
+text was printed by what ran last.
+"""
+
+import ast
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from markdown_it import MarkdownIt
+
+from sborax.cli import main
+from sborax.cli.main import _parse
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+NOT_RUN = re.compile(r"# not run in the tests: \w+")
+MARK = "# not run"
+FETCHED = '"$(python -m sborax.fetch)"'
+TOOLS = ("cat", "cp", "ls", "tail")
+LAUNCHERS = ("mpirun", "sbatch", "srun")
+PLACEHOLDERS = {"N": "1", "I": "0", "HOST:PORT": "localhost:1"}
+"""What stands for a value of the reader's own, and a value that the parser takes."""
+
+
+class Block(NamedTuple):
+    """One fenced block: the line it begins at, what it is said to be, and its text."""
+
+    line: int
+    language: str
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page."""
+    fences = (token for token in MarkdownIt("commonmark").parse(page.read_text()) if token.type == "fence")
+    return [Block((token.map or [0])[0] + 1, token.info.strip(), token.content) for token in fences]
+
+
+def commands(code: str) -> Iterator[str]:
+    """The commands of a bash block; comments and blank lines are left out."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if shlex.split(line, comments=True):
+            yield line
+
+
+def try_page(page: Path, model: str) -> int:
+    """Try every block, in the current directory; how many ran. Raises what they raise, and AssertionError."""
+    names: dict[str, Any] = {"__name__": page.stem, "MODEL": model}
+    said, ran = "", 0
+    for block in blocks(page):
+        untried = NOT_RUN.match(block.code) is not None
+        assert untried == (MARK in block.code), f"{page.name}:{block.line}: say `# not run in the tests: REASON` first"
+        try:
+            if block.language == "text":
+                _check_printed(block.code, said)
+                continue
+            with contextlib.redirect_stdout(io.StringIO()) as told:
+                _try(block, names, model, untried)
+        except BaseException as error:
+            error.add_note(f"in the block at {page.name}:{block.line}")
+            raise
+        said, ran = told.getvalue(), ran + (not untried)
+    return ran
+
+
+def _try(block: Block, names: dict[str, Any], model: str, untried: bool) -> None:
+    if block.language == "python":
+        (_import if untried else _run)(block.code, names)
+    elif block.language == "bash":
+        for line in commands(block.code):
+            try_command(line.replace(FETCHED, model), run=not untried)
+    elif block.language == "json":
+        json.loads(block.code)
+    elif block.language == "yaml":
+        yaml.safe_load(block.code)
+    else:
+        raise AssertionError(f"nobody knows how to try {block.language!r}; use python, bash, json, yaml or text")
+
+
+def _run(code: str, names: dict[str, Any]) -> None:
+    if named := re.match(r"# (\w+\.py)\n", code):
+        Path(named[1]).write_text(code)
+    exec(compile(code, names["__name__"], "exec"), names)
+
+
+def _import(code: str, names: dict[str, Any]) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sborax"):
+            for alias in node.names:
+                getattr(importlib.import_module(node.module or ""), alias.name)
+
+
+def _check_printed(code: str, said: str) -> None:
+    words = " ".join(said.split())
+    for line in code.splitlines():
+        assert " ".join(line.split()) in words, f"{line!r} was not printed, but:\n{said}"
+
+
+def try_command(line: str, run: bool) -> None:
+    """One line of bash. Raises AssertionError for one that fails, or that nobody knows how to try."""
+    words = shlex.split(line, comments=True)
+    words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
+    words = words[:-1] if words[-1] == "&" else words
+    program, *arguments = words
+    if program == "sborax":
+        _sborax(arguments, run)
+    elif program in ("bash", "source"):
+        assert arguments[0] == ".venv/bin/activate" or (ROOT / arguments[0]).is_file(), line
+    elif program == "python":
+        _python(arguments)
+    elif program == "pip":
+        _pip(arguments)
+    elif program in TOOLS and run:
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+    elif program in LAUNCHERS:
+        assert "sborax" in arguments or any((ROOT / word).is_file() for word in arguments), line
+    else:
+        assert program == "export" or program in TOOLS, f"nobody knows how to try {line!r}"
+
+
+def _sborax(arguments: list[str], run: bool) -> None:
+    parsed = _parse([PLACEHOLDERS.get(word, word) for word in arguments])
+    if run:
+        assert parsed.command != "quickstart", "it takes minutes"
+        with contextlib.redirect_stderr(io.StringIO()) as complaint:
+            code = main(arguments)
+        assert code == 0, complaint.getvalue()
+
+
+def _python(arguments: list[str]) -> None:
+    """Whether a program has the options that it is given."""
+    module = arguments[0] == "-m"
+    program, *rest = arguments[1:] if module else arguments
+    options = [word for word in rest if word.startswith("--")]
+    source = ROOT / (f"{program.replace('.', '/')}/__main__.py" if module else program)
+    source = source if source.is_file() else ROOT / f"{program.replace('.', '/')}.py"
+    assert source.is_file(), f"there is no {program}"
+    told = f"{source.read_text()}"
+    for option in options:
+        assert f'"{option}"' in told, f"{program} has no option {option}"
+
+
+def _pip(arguments: list[str]) -> None:
+    """Whether the extras exist that are to be installed."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extras in re.findall(r"\[([\w,]+)\]", " ".join(word for word in arguments if "jax[" not in word)):
+        assert set(extras.split(",")) <= set(known), extras
+
+
+def build_site(place: Path) -> None:
+    """The site, in `place`. Raises AssertionError with the first warning or error."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", f"{place}/trees", DOCS, place / "html"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
