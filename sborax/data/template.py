@@ -146,7 +146,7 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: b
         with within(SECONDS):
             return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
     except Exception as failure:  # a template is a program, out of whose sandbox any error may come
-        raise SboraxError(f"data.template: the tokenizer's chat template failed ({shown(str(failure))})") from failure
+        raise SboraxError(f"data.template: the tokenizer's chat template failed ({failure})") from failure
 
 
 def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
