@@ -114,7 +114,19 @@ def put(place: Path, **files: bytes) -> None:
         (place / name.replace("__", ".")).write_bytes(content)
 
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "C64": 64, "F4": 4}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "C64": 64,
+    "F4": 4,
+}
 
 
 def _rebuilt(random: Random, header: dict[str, Any]) -> bytes:
