@@ -33,11 +33,10 @@ class SboraxError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        half = LONGEST_MESSAGE // 2
-        whole = len(message) <= LONGEST_MESSAGE
-        text = message if whole else f"{message[:half]} ... {message[-half + 5 :]}"
-        written = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        ValueError.__init__(self, written)
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        half = LONGEST_MESSAGE // 2 - 5
+        whole = len(text) <= LONGEST_MESSAGE
+        ValueError.__init__(self, text if whole else f"{text[:half]} ... {text[-half:]}")
 
 
 class AbstractWeight(abc.ABC):

@@ -85,7 +85,7 @@ def changed(file, **fields):
     "shard", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "", "..", "a\0.safetensors", 3, None, ["a"]]
 )
 def test_a_shard_lies_beside_its_index(model, shard):
-    (model.parent / "outside.safetensors").write_bytes((model / "model-00001-of-00003.safetensors").read_bytes())
+    (model.parent / "outside.safetensors").write_bytes(min(model.glob("*.safetensors")).read_bytes())
     index = model / "model.safetensors.index.json"
     listed = json.loads(index.read_text())["weight_map"]
     changed(index, weight_map={**listed, "x": shard})
@@ -109,7 +109,7 @@ def test_shards_may_be_links(model):
         ({"hidden_size": 10**30}, "below 2"),
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
         ({"rope_scaling": [1]}, "must be an object"),
-        ({"rope_scaling": {"rope_type": []}}, "rope type .* is not supported"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope type .* is not supported"),
         ({"rms_norm_eps": 1e999}, "must be a positive number"),
         ({"rms_norm_eps": 10**400}, "must be a positive number"),
         ({"eos_token_id": [{}]}, "the number of a token"),
@@ -161,7 +161,7 @@ def test_a_gguf_array_of_more_values_than_the_file_has_bytes(tmp_path):
     [
         ({"counts": [2**63, 21]}, "ends within its header"),
         ({"counts": [11, 2**63]}, "unknown type|ends within"),
-        ({"fields": field("a", 9, [9, [[9, [[4, [1]]]]]])}, "arrays of arrays"),
+        ({"fields": field("a", 9, [9, [[4, [1]]]]), "counts": [11, 22]}, "arrays of arrays"),
         ({"fields": field("llama.attention.head_count", 4, 0)}, "num_attention_heads must be a positive whole number"),
         ({"fields": field("llama.embedding_length", 8, "wide")}, "hidden_size must be a positive whole number"),
         ({"fields": field("llama.rope.freq_base", 8, "far")}, "rope_theta must be a positive number"),
@@ -216,7 +216,7 @@ def test_patterns_of_an_adapter_end(pattern, where):
 
 
 def test_a_rule_that_never_ends_is_refused():
-    rule = sx.Rule(r"(\w|\w)*!", sx.LoRA(rank=1))
+    rule = sx.Rule(r"(\w|\w)*[!?]", sx.LoRA(rank=1))
     params = {"layers": {"self_attn": {"a_long_name_of_a_projection": {"kernel": np.ones((1, 4, 4))}}}}
     refused(lambda: sx.plan(params, [rule]), "takes too long")
 
@@ -235,7 +235,7 @@ EXPERIMENT = sx.Experiment("m", sx.Data("d"), (("mlp", sx.LoRA(rank=1)),), steps
 )  # fmt: skip
 def test_overrides_are_read_and_never_run(word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: override(EXPERIMENT, [word]), "")
+    refused(lambda: override(EXPERIMENT, [word]), ".")
     assert not list(tmp_path.iterdir())
 
 

@@ -156,7 +156,7 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: b
             "that text at the head of the first user turn"
         ) from None
     except Exception as failure:  # a template is a program, out of whose sandbox any error may come
-        raise SboraxError(f"data.template: the tokenizer's chat template failed ({shown(str(failure))})") from failure
+        raise SboraxError(f"data.template: the tokenizer's chat template failed ({failure})") from failure
 
 
 def chat_ends(tokenizer: Any) -> list[int]:

@@ -32,9 +32,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
         # Some fields are not looked at before they are used.
         found("a", return_offsets_mapping=True)
     except Exception as failure:  # tokenizers raises bare `Exception`
-        raise SboraxError(
-            f"{directory / 'tokenizer.json'}: not a readable tokenizer ({shown(str(failure))})"
-        ) from failure
+        raise SboraxError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({failure})") from failure
     given = found.chat_template
     templates = given if isinstance(given, dict) else {} if given is None else {"default": given}
     for name, text in templates.items():

@@ -68,8 +68,8 @@ CHAT_BLOCKS = (
     "{% include '/etc/passwd' %}", "{% import 'x' as y %}", "{{ messages.append(1) }}", "{{ messages | tojson }}",
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{% generation %}a{% endgeneration %}",
     "{{ self._TemplateReference__context }}",
-    "{% set x = namespace(a=1) %}{% set x.a = 'b' * 9 %}{{ x.a }}", "{{ 'a' | center(1000) }}", "{{ 'a' * 10**11 }}",
-    "{{ '%9999999999d' | format(1) }}", "{{ messages | map(attribute='role') | join }}", "{{ messages | sort }}",
+    "{% set x = namespace(a=1) %}{% set x.a = 'b' * 9 %}{{ x.a }}", "{{ 'a' | center(1000) }}",
+    "{{ messages | map(attribute='role') | join }}", "{{ messages | sort }}",
     "{{ cycler('a').__init__.__globals__ }}", "{{ lipsum.__globals__['os'].system('touch x') }}", "{{ (1, 2) | sum }}",
     "{{ messages | first | attr('__class__') }}", "{{ dict(a=messages) | items | list }}", "{{ 'a' | int + 'b' }}",
     "{% for a in range(9) %}{% if a > 3 %}{% break %}{% endif %}{{ loop.index }}{% endfor %}", "{{ 'é\ud800' }}",
@@ -114,7 +114,19 @@ def put(place: Path, **files: bytes) -> None:
         (place / name.replace("__", ".")).write_bytes(content)
 
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "C64": 64, "F4": 4}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "C64": 64,
+    "F4": 4,
+}
 
 
 def _rebuilt(random: Random, header: dict[str, Any]) -> bytes:
