@@ -15,28 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from sborax.errors import SboraxError
 from sborax.mesh import by_rows
 
 Leaves = dict[str, Any]
 """Arrays by name; composed methods nest one level per part."""
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without the stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
-
-LONGEST_MESSAGE = 2000
-"""Letters of an error's line."""
-
-
-class SboraxError(ValueError):
-    """A mistake the user can mend; its message is one line that says what, where and how.
-
-    What it quotes out of files is written out where it is no printable letter, and cut in the middle where endless.
-    """
-
-    def __init__(self, message: str) -> None:
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        half = LONGEST_MESSAGE // 2 - 5
-        whole = len(text) <= LONGEST_MESSAGE
-        ValueError.__init__(self, text if whole else f"{text[:half]} ... {text[-half:]}")
 
 
 class AbstractWeight(abc.ABC):
