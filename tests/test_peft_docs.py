@@ -1,7 +1,6 @@
-"""docs/peft.md says what the code does: its table is that of the declared attributes, its commands are commands."""
+"""docs/peft.md says what the code does: its table is that of the declared attributes."""
 
 import re
-import shlex
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from torch_pair import shaken
 
 import sborax as sx
 from sborax import methods
-from sborax.cli.main import _parse, _parser
+from sborax.cli.main import _parser
 from sborax.core import AbstractFactored
 from sborax.depth import AbstractLinked
 from sborax.interop.factor import exact
@@ -62,14 +61,6 @@ def test_exact_is_exact(case):
     np.testing.assert_allclose(
         np.float64(pair[0]) @ np.float64(pair[1]), change, rtol=0, atol=2e-6 * max(1, np.abs(change).max())
     )
-
-
-def test_its_commands_are_commands():
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL))
-    commands = re.findall(r"(?:^|\| )(sborax [^#\n]*)", blocks, re.MULTILINE)
-    assert len(commands) == 8
-    for command in commands:
-        _parse(shlex.split(command)[1:])
 
 
 def test_its_names_are_names():
