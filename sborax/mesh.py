@@ -1,10 +1,26 @@
 """What code that knows nothing of layouts may say of a mesh: which devices share features, which hold which tokens."""
 
+from collections.abc import Mapping
+
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from sborax.errors import SboraxError
+
+AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """Mesh axes that the rows of a batch lie on, and so tokens."""
+SLICES = "slices"
+"""Of a layout, not an axis: groups of devices with a slow network between them, over which data is dealt first."""
+
+
+def check_mesh(sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError for an axis that there is not, or of no devices."""
+    for name, size in sizes.items():
+        if name not in (*AXES, SLICES):
+            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join((*AXES, SLICES))}")
+        if size < 1:
+            raise SboraxError(f"mesh: {name} must be at least 1, got {size}")
 
 
 def sharing() -> int:

@@ -10,7 +10,8 @@ from tiny_model import WIDE
 
 import sborax as sx
 from sborax.core import linear
-from sborax.models.sharding import ROWS, quantised_specs, used_whole
+from sborax.mesh import ROWS
+from sborax.models.sharding import quantised_specs, used_whole
 from sborax.quant.nf4 import quantise
 from sborax.routing import AbstractRouted
 from sborax.train.ahead import compiled, on_mesh, outline

@@ -1,6 +1,8 @@
 """The house keeps its order: imports flow one way, and Flax stays in one room."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,11 @@ def test_files_stay_small():
     assert {name: lines for name, lines in long.items() if lines > 400} == {}
     methods = {name: lines for name, lines in long.items() if name.startswith("methods/") and lines > 130}
     assert methods == {}
+
+
+def test_importing_the_package_imports_none_of_the_slow_ones():
+    """And no transformers before the command line has silenced it."""
+    slow = {"flax", "transformers", "orbax", "datasets", "grain", "torch"}
+    code = f"import sys, sborax, sborax.cli.main; print(sorted({slow} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,9 +15,9 @@ from sborax.config import override
 from sborax.core import SboraxError
 from sborax.data.options import Data
 from sborax.documents import read_object
+from sborax.mesh import ROWS, check_mesh
 from sborax.methods import LoRA
 from sborax.models import LlamaConfig, abstract, load_config
-from sborax.models.sharding import ROWS, check_mesh
 from sborax.paths import kernels, module_path
 from sborax.train.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
 from sborax.train.estimate import temporary_bytes

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from sborax.core import SboraxError
 from sborax.evaluate.likelihood import alone, shared
 from sborax.evaluate.shapes import Batch, batches
+from sborax.mesh import ROWS
 from sborax.models.beam import beam_search
 from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.sharding import ROWS
 from sborax.routing import routed_parts
 from sborax.train.sharding import Layout, make_mesh
 from sborax.train.state import put_together, take_apart

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sborax.core import SboraxError
+from sborax.mesh import ROWS
 from sborax.models.attention import attention, visible
-from sborax.models.sharding import ROWS
 
 Backend = Literal["xla", "cudnn", "splash"]
 BACKENDS: tuple[Backend, ...] = ("xla", "cudnn", "splash")

@@ -17,10 +17,7 @@ from sborax.mesh import ROWS
 from sborax.models.config import LlamaConfig
 from sborax.tree import specs
 
-AXES = ("data", "fsdp", "tensor")
 ROW_PARALLEL = ("o_proj", "down_proj")
-SLICES = "slices"
-"""Of a layout, not an axis: groups of devices with a slow network between them, over which data is dealt first."""
 
 
 def _own(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
@@ -68,15 +65,6 @@ def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
     """The specs of the leaves of a quantised kernel: matrices are cut as it is, shared scales are on every device."""
     axes = len(weight.shape)
     return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else PartitionSpec(), weight)
-
-
-def check_mesh(sizes: Mapping[str, int]) -> None:
-    """Raise SboraxError for an axis that there is not, or of no devices."""
-    for name, size in sizes.items():
-        if name not in (*AXES, SLICES):
-            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join((*AXES, SLICES))}")
-        if size < 1:
-            raise SboraxError(f"mesh: {name} must be at least 1, got {size}")
 
 
 def check_heads(config: LlamaConfig, tensor: int) -> None:

@@ -18,10 +18,10 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sborax.core import Hint, SboraxError
+from sborax.mesh import ROWS
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose
 from sborax.models.language_model import abstract
-from sborax.models.sharding import ROWS
 from sborax.paths import Plan, Site, kernels, plan
 from sborax.procedures import Run
 from sborax.train.base import adapt

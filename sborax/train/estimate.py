@@ -3,9 +3,9 @@
 import math
 
 from sborax.core import is_weight, width
+from sborax.mesh import ROWS
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.llama import kept_names
-from sborax.models.sharding import ROWS
 from sborax.train.ahead import Outline, device_bytes
 from sborax.train.loss import CHUNK
 

@@ -14,7 +14,7 @@ from sborax.config import decode, encode, override
 from sborax.core import SboraxError
 from sborax.data.options import Data, at_least
 from sborax.documents import read_object
-from sborax.models.sharding import check_mesh
+from sborax.mesh import check_mesh
 from sborax.paths import RuleLike, as_rules
 from sborax.procedures import AbstractProcedure
 from sborax.routing import routed_parts

@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import PyTree
 
 from sborax.core import SboraxError, is_weight
+from sborax.mesh import AXES, ROWS, SLICES, check_mesh
 from sborax.models.config import LlamaConfig
-from sborax.models.sharding import AXES, ROWS, SLICES, base_specs, check_heads, check_mesh, quantised_specs
+from sborax.models.sharding import base_specs, check_heads, quantised_specs
 from sborax.train.state import Flat, Parts, TrainState, flatten
 from sborax.tree import Params, nest, specs
 
