@@ -133,14 +133,13 @@ class GGUF(AbstractTensors):
             raise SboraxError(
                 f"{self.where}: tokenizer {shown(kind)}/{shown(cut)} is not supported; use the Hugging Face directory"
             )
-        texts, merges = self._texts("tokens"), [tuple(merge.split(" ", 1)) for merge in self._texts("merges")]
+        texts = self._texts("tokens")
+        merges = [(one, other) for one, _, other in (merge.partition(" ") for merge in self._texts("merges"))]
         types = self.field("tokenizer.ggml.token_type")
         if not isinstance(types, list) or len(types) != len(texts):
             raise SboraxError(f"{self.where}: tokenizer.ggml.token_type does not say a type of every token")
         vocab = {text: number for number, text in enumerate(texts)}
-        lost = next(
-            (merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys()), None
-        )
+        lost = next((merge for merge in merges if not {*merge, "".join(merge)} <= vocab.keys()), None)
         if lost is not None:
             raise SboraxError(f"{self.where}: the merge {shown(' '.join(lost))} is not of tokens in the vocabulary")
         # Llama 3 takes a whole word that is a token as it is, before any merge.
