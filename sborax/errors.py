@@ -1,17 +1,9 @@
 """The one error of this package."""
 
-LONGEST_MESSAGE = 2000
-"""Letters of an error's line."""
-
 
 class SboraxError(ValueError):
-    """A mistake the user can mend; its message is one line that says what, where and how.
-
-    What it quotes out of files is written out where it is no printable letter, and cut in the middle where endless.
-    """
+    """A mistake the user can mend; its message is one line that says what, where and how, of 2,000 letters at most."""
 
     def __init__(self, message: str) -> None:
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        half = LONGEST_MESSAGE // 2 - 5
-        whole = len(text) <= LONGEST_MESSAGE
-        ValueError.__init__(self, text if whole else f"{text[:half]} ... {text[-half:]}")
+        text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+        ValueError.__init__(self, text if len(text) <= 2_000 else f"{text[:995]} ... {text[-995:]}")
