@@ -31,7 +31,7 @@ from scripts.fuzzing.gguf_file import describe, pack
 from scripts.fuzzing.readers import READERS, tiny, tokenizer
 from scripts.fuzzing.runner import cases, furnish
 
-CASES = 200
+CASES = 60
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "execfile"}

@@ -149,14 +149,15 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: b
     try:
         with within(SECONDS):
             return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-    except jinja2.TemplateError as failure:
-        reason = shown(str(failure).partition("\n")[0])
-        raise SboraxError(
-            f"data.template: the chat template refuses this conversation ({reason}); where it has no system role, put "
-            "that text at the head of the first user turn"
-        ) from None
     except Exception as failure:  # a template is a program, out of whose sandbox any error may come
-        raise SboraxError(f"data.template: the tokenizer's chat template failed ({failure})") from failure
+        reason = str(failure).partition("\n")[0]
+        # What a template raises itself; jinja's own errors are of classes below.
+        if type(failure) is jinja2.TemplateError:
+            raise SboraxError(
+                f"data.template: the chat template refuses this conversation ({reason}); where it has no system role, "
+                "put that text at the head of the first user turn"
+            ) from None
+        raise SboraxError(f"data.template: the tokenizer's chat template failed ({reason})") from failure
 
 
 def chat_ends(tokenizer: Any) -> list[int]:

@@ -40,10 +40,9 @@ class Metrics:
                     line = parse(text, str(self.path))
                 except SboraxError:
                     break
-                step = line.get("step") if isinstance(line, dict) else None
-                if not isinstance(step, int):
+                if not _sound(line):
                     break
-                if step <= restored:
+                if line["step"] <= restored:
                     self.lines.append(line)
         if writes:
             replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -65,6 +64,13 @@ class Metrics:
     def losses(self) -> list[float]:
         """Every training loss so far."""
         return [line["loss"] for line in self.lines if "loss" in line]
+
+
+def _sound(line: Any) -> bool:
+    """Whether a line says a step, and numbers where it says losses."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    return all(type(line.get(name, 0.0)) in (int, float) for name in ("loss", "eval_loss"))
 
 
 class Progress:
