@@ -59,11 +59,11 @@ class Metrics:
 
     def eval_loss(self) -> float | None:
         """The last loss on held-out data; None if there is none."""
-        return next((line["eval_loss"] for line in reversed(self.lines) if "eval_loss" in line), None)
+        return next((float(line["eval_loss"]) for line in reversed(self.lines) if "eval_loss" in line), None)
 
     def losses(self) -> list[float]:
         """Every training loss so far."""
-        return [line["loss"] for line in self.lines if "loss" in line]
+        return [float(line["loss"]) for line in self.lines if "loss" in line]
 
 
 def _sound(line: Any) -> bool:
