@@ -34,9 +34,7 @@ def kaiming_uniform(key: Key[Array, ""], fan_in: int, rank: Rank, hint: Hint) ->
 
 def pair_delta(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens out"]:
     """s (dropout(x) a) b, the scale applied where the array is thin."""
-    # XLA:CPU is slow at a's gradient, x' dh, and quick at (dh' x)', which it turns into the first without a barrier.
-    turned = jax.lax.optimization_barrier(cast(adapter.train["a"], x).T)
-    hidden = dropout(x, adapter, ctx) @ turned.T
+    hidden = dropout(x, adapter, ctx) @ cast(adapter.train["a"], x)
     hidden = checkpoint_name(cast(adapter.frozen["scale"], x) * hidden, HIDDEN)
     return hidden @ cast(adapter.train["b"], x)
 
