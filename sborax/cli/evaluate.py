@@ -2,15 +2,15 @@
 
 import argparse
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sborax.cli.targets import Target, load_run, load_target
+from sborax.cli.targets import Target, find_run, load_run, load_target
 from sborax.core import SboraxError
 from sborax.data.source import read
+from sborax.documents import read_object
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import SCORES
 from sborax.evaluate.task import check_there
@@ -58,17 +58,17 @@ def score_run(run: str) -> None:
     Scores of all of them that are there already are left as they are.
     Raises SboraxError for a task or data that do not fit.
     """
-    target, place = load_run(run), Path(run) / "scores"
-    assert target.experiment is not None
-    tasks = chosen(",".join(target.experiment.eval.tasks))
+    experiment, place = find_run(run)[0], Path(run) / "scores"
+    tasks = chosen(",".join(experiment.eval.tasks))
     if (place / SCORES).exists():
-        told = json.loads((place / SCORES).read_text())
+        told = read_object(place / SCORES)
         if {score["task"] for score in told["scores"]} == {task.name for task in tasks}:
             print(f"{place}: scores of before")
             return
     # What was there was not finished, or is of other tasks: scores are made, never mixed.
     shutil.rmtree(place, ignore_errors=True)
-    scorer = Scorer.of(target.model, target.params, target.adapters, mesh=target.experiment.mesh)
+    target = load_run(run)
+    scorer = Scorer.of(target.model, target.params, target.adapters, mesh=experiment.mesh)
     evaluate(tasks, scorer, out=place, trained_on=_trained_on(target), about={"target": run})
     print(f"{place}: scores, and what became of every item")
 

@@ -1,11 +1,11 @@
 """What a model card tells of a run: method, data, training and metrics, read from the run's own files."""
 
-import json
 from typing import Any
 
 from sborax.cli.targets import find_run, is_best
 from sborax.core import AbstractComposite, AbstractMethod
 from sborax.data.options import Data
+from sborax.documents import read_object
 from sborax.paths import as_rules
 from sborax.train.adapter import read_adapter
 from sborax.train.experiment import Experiment
@@ -45,7 +45,7 @@ def facts(run: str) -> dict[str, str]:
             f"held-out loss {about['eval_loss']:.4f}, the lowest of the run, after step {about['step']:,}."
         )
     elif summary.exists():
-        told["Metrics"] = _metrics(json.loads(summary.read_text()))
+        told["Metrics"] = _metrics(read_object(summary))
     return told
 
 

@@ -1,7 +1,7 @@
 """`sborax merge`: a run, or several adapters with a weight each, as a dense model with its card."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -35,7 +35,8 @@ def merge(target: str, out: str, approximate: str | None = None, added: Sequence
     else:
         own = load_target(target)
         parts = [] if own.experiment is None else [Weighted(1.0, own.adapters, own.params)]
-        parts += [_part(own, target, name, weight) for name, weight in terms]
+        prints = fingerprint(own.model.params)
+        parts += [_part(own, prints, target, name, weight) for name, weight in terms]
         merged = merge_weighted(own.model.params, parts)
         terms = ([] if own.experiment is None else [(target, 1.0)]) + terms
         made = "the base plus " + " plus ".join(f"{weight:g} times the change by {name}" for name, weight in terms)
@@ -65,18 +66,18 @@ def _term(word: str) -> tuple[str, float]:
     return name, weight
 
 
-def _part(onto: Target, target: str, name: str, weight: float) -> Weighted:
-    """What is added; its base must be that of `onto`."""
+def _part(onto: Target, prints: Mapping[str, str], target: str, name: str, weight: float) -> Weighted:
+    """What is added; its base must be that of `onto`, which has these fingerprints."""
     if (epath.Path(name) / CONFIG).exists():
         params, adapters = load_peft(name, onto.model)
         return Weighted(weight, adapters, params)
     if not (is_run(name) or is_best(name)):
         raise SboraxError(f"--add {name}: neither a run nor a PEFT adapter directory")
     experiment, adapter = find_run(name)
-    model, own = onto.model, fingerprint(onto.model.params)
+    model = onto.model
     for path, print_ in read_adapter(adapter).base.items():
         # Quantised leaves have no fingerprint.
-        if own.get(path, print_) != print_:
+        if prints.get(path, print_) != print_:
             raise SboraxError(f"--add {name}: was trained on another base model than {target} has ({path} differs)")
     quantised = experiment.quant or (onto.experiment is not None and onto.experiment.quant)
     if not quantised and experiment.precision == model.module.dtype.name:

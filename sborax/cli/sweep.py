@@ -12,13 +12,14 @@ from sborax.train.sweep import sweep as train_all
 def sweep(source: str, words: Sequence[str], out: str | None, resume: bool, at_once: int | None) -> bool:
     """Whether the sweep came to its end."""
     changes, grid = read_grid(words)
-    description = Sweep(load_experiment(source, changes), grid, at_once)
-    for member in description.members():
-        check_tasks(member.experiment)
+    experiment = load_experiment(source, changes)
+    description = Sweep(experiment, grid, at_once)
+    # The tasks cannot vary among members.
+    check_tasks(experiment)
     place = Path(out or f"runs/{Path(source).stem}-sweep")
     results = train_all(description, place, resume=resume)
-    for member, result in zip(description.members(), results.members, strict=True):
-        if results.finished and not result.diverged and member.experiment.eval.tasks:
-            print(f"{member.name}:")
-            score_run(str(place / member.name))
+    for result in results.members if results.finished and experiment.eval.tasks else ():
+        if not result.diverged:
+            print(f"{result.name}:")
+            score_run(str(place / result.name))
     return results.finished
