@@ -19,7 +19,7 @@ import numpy as np
 import sborax as sx
 from sborax.cli.targets import load_run
 from sborax.data.source import read
-from sborax.evaluate import Score, Scorer, chosen, evaluate
+from sborax.evaluate import Scorer, chosen, evaluate
 from sborax.evaluate.choice import Choice
 from sborax.models import load_model
 from sborax.train.loop import train
@@ -61,25 +61,39 @@ def experiment(model: str, data: Path, steps: int, lr: float) -> sx.Experiment:
     )
 
 
+def right(scores: Path, task: str) -> dict[int, bool]:
+    """Whether each item that was scored has its right option chosen."""
+    items = map(json.loads, (scores / f"{task}.jsonl").read_text().splitlines())
+    return {item["item"]: item["chosen"] == item["gold"] for item in items}
+
+
 def in_errors(difference: float, error: float) -> str:
-    """A difference in standard errors, where there is one: not if every answer was right, or every one wrong."""
+    """A difference in standard errors, where there is one: not if all items changed alike."""
     return f"{difference / error:+.1f}" if error else "-"
 
 
-def table(base: Sequence[Score], trained: Sequence[Score]) -> str:
-    """Both accuracies of each task, and their difference in its own standard errors; then the mean over tasks."""
+def table(base: Path, trained: Path, tasks: Sequence[Choice]) -> str:
+    """Both accuracies of each task, and their difference with its standard error; then the means over tasks.
+
+    Base and run answer the same items, so the error of the difference is that of the mean of each item's own.
+    """
     lines = ["| task | n | base | trained | difference | in standard errors |", "|---|---|---|---|---|---|"]
-    differences, errors = [], []
-    for before, after in zip(base, trained, strict=True):
-        old, new = before.metrics["acc"], after.metrics["acc"]
-        differences.append(new.value - old.value)
-        errors.append(math.hypot(old.stderr or 0.0, new.stderr or 0.0))
-        cells = (f"{one.value:.3f} ± {one.stderr:.3f}" for one in (old, new))
-        told = f"{differences[-1]:+.3f} | {in_errors(differences[-1], errors[-1])}"
-        lines.append(f"| {before.task.name} | {before.n:,} | {' | '.join(cells)} | {told} |")
-    mean, error = float(np.mean(differences)), math.sqrt(sum(e**2 for e in errors)) / len(errors)
-    lines.append(f"| mean | | | | {mean:+.3f} ± {error:.3f} | {in_errors(mean, error)} |")
+    means = []
+    for task in tasks:
+        before, after = right(base, task.name), right(trained, task.name)
+        pairs = np.array([(before[item], after[item]) for item in before], float)
+        gained = pairs[:, 1] - pairs[:, 0]
+        means.append((*pairs.mean(0), gained.mean(), gained.std(ddof=1) / math.sqrt(len(gained))))
+        lines.append(f"| {task.name} | {len(gained):,} | {told(*means[-1])} |")
+    old, new, difference, _ = np.mean(means, axis=0)
+    error = math.hypot(*(one[-1] for one in means)) / len(means)
+    lines.append(f"| mean | | {told(old, new, difference, error)} |")
     return "\n".join(lines)
+
+
+def told(old: float, new: float, difference: float, error: float) -> str:
+    """The numbers of a row."""
+    return f"{old:.3f} | {new:.3f} | {difference:+.3f} ± {error:.3f} | {in_errors(difference, error)}"
 
 
 def main() -> None:
@@ -106,10 +120,10 @@ def main() -> None:
     target = load_run(str(run))
     scorer = Scorer.of(target.model, target.params, target.adapters)
     known = list(read(str(samples)))
-    trained = evaluate(tasks, scorer, limit=given.limit, out=given.out / "trained", trained_on=known)
+    evaluate(tasks, scorer, limit=given.limit, out=given.out / "trained", trained_on=known)
     base = load_model(given.model)
-    before = evaluate(tasks, Scorer.of(base, base.params), limit=given.limit, out=given.out / "base")
-    text = table(before, trained)
+    evaluate(tasks, Scorer.of(base, base.params), limit=given.limit, out=given.out / "base")
+    text = table(given.out / "base", given.out / "trained", tasks)
     (given.out / "table.md").write_text(f"{text}\n")
     print(text)
 

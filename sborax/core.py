@@ -352,8 +352,8 @@ def live(rank: Rank, hint: Hint) -> tuple[Float[Array, ""], Float[Array, " r"]]:
 
 def check_rank(rank: Rank, limit: int, of: str) -> None:
     """Raise SboraxError unless 1 <= rank <= limit, the size of what `of` names."""
-    least = min(rank) if isinstance(rank, tuple) else width(rank)
-    if least < 1 or width(rank) > limit:
+    ranks = rank if isinstance(rank, tuple) else (width(rank),)
+    if not ranks or min(ranks) < 1 or max(ranks) > limit:
         raise SboraxError(f"rank must lie in 1..{limit} ({of}), got {rank}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 import sborax as sx
@@ -27,6 +28,7 @@ from sborax.models.checkpoint import open_safetensors
 from sborax.models.gguf import open_gguf
 from sborax.models.tokenizer import read_tokenizer
 from sborax.train.adapter import LEAVES, PLAN, read_adapter, save_adapter
+from sborax.train.report import METRICS, Metrics
 from scripts.fuzzing.gguf_file import describe, pack
 from scripts.fuzzing.readers import READERS, tiny, tokenizer
 from scripts.fuzzing.runner import cases, furnish
@@ -359,6 +361,18 @@ def test_leaves_that_do_not_go_together(adapter_files, tmp_path):
     name = next(name for name in leaves if name.endswith("/a"))
     save_file(leaves | {name: np.zeros(3, np.float32)}, place / LEAVES)
     refused(lambda: read_adapter(place), "which lacks an axis")
+
+
+def test_a_rank_of_no_layer():
+    rule = ("q_proj", sx.LoRA(rank=()))
+    refused(lambda: sx.attach(jax.random.key(0), tiny().params, [rule]), r"rank must lie in 1\.\.")
+
+
+@pytest.mark.parametrize("loss", ["9" * 400, "-" + "9" * 400, '"3"', "[]"])
+def test_metrics_end_before_a_loss_that_is_no_number(tmp_path, loss):
+    """A run that is resumed writes that step anew."""
+    (tmp_path / METRICS).write_text(f'{{"step": 1, "loss": 2}}\n{{"step": 2, "loss": {loss}}}\n')
+    assert Metrics(epath.Path(tmp_path), 2).losses() == [2.0]
 
 
 def test_errors_are_one_line_whatever_they_quote():

@@ -4,6 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+BLOCK = 256
+"""Queries whose scores are one array, at least: below it, what keys after them would cost is little."""
+BLOCKS = 8
+"""Blocks at most: twice as many would save 3 % of the scores."""
+
 
 def visible(
     queries: int,
@@ -31,8 +36,29 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """softmax(q k' / sqrt(head_dim) + mask) v, each key head serving heads / kv_heads query heads.
 
-    Padding rows see padding alone, so that no row is empty. Scores and softmax are float32.
+    Padding rows see padding alone, so that no row is empty. Scores and softmax are float32. Many queries are taken in
+    blocks, and the keys after a block are left out of its products: no query of it sees them.
     """
+    queries = query.shape[1]
+    size = max(BLOCK, -(-queries // BLOCKS))
+    earlier = key.shape[1] - queries
+    done = []
+    for start in range(0, queries, size):
+        own, seen = slice(start, start + size), slice(0, min(start + size, queries) + earlier)
+        segments = (None, None)
+        if query_segments is not None and key_segments is not None:
+            segments = (query_segments[:, own], key_segments[:, seen])
+        done.append(_block(query[:, own], key[:, seen], value[:, seen], *segments))
+    return jnp.concatenate(done, axis=1)
+
+
+def _block(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    query_segments: Int[Array, "batch queries"] | None,
+    key_segments: Int[Array, "batch keys"] | None,
+) -> Float[Array, "batch queries heads head_dim"]:
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     # Heads before tokens: contracted as they come, XLA would transpose the scores, the largest array here.

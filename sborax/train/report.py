@@ -70,7 +70,8 @@ def _sound(line: Any) -> bool:
     """Whether a line says a step, and numbers where it says losses."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    return all(type(line.get(name, 0.0)) in (int, float) for name in ("loss", "eval_loss"))
+    losses = [line.get(name, 0.0) for name in ("loss", "eval_loss")]
+    return all(type(loss) is float or (type(loss) is int and abs(loss) <= sys.float_info.max) for loss in losses)
 
 
 class Progress:
