@@ -12,6 +12,7 @@ from questions import QUESTIONS, instruction
 from sborax.cli import main
 from sborax.evaluate.instructions import parse
 from sborax.models import load_model, save_hf
+from scripts import check_scores
 
 pytestmark = pytest.mark.usefixtures("compiled_fully")
 
@@ -65,12 +66,18 @@ def test_arc_and_wikitext_score_as_in_transformers(smollm2, home, capsys, tmp_pa
     assert scores["arc_easy"]["metrics"]["acc"] == {
         "value": np.mean(right), "stderr": pytest.approx(np.std(right, ddof=1) / math.sqrt(5)),
     }  # fmt: skip
-    rows = (home / "wikitext-2" / "test.txt").read_text().removesuffix("\n").split("\n")
+    text = home / "wikitext-2" / "test.txt"
+    rows = text.read_text().removesuffix("\n").split("\n")
     ids = tokenizer("\n\n".join(f"{row}\n" if row.strip() else "" for row in rows), verbose=False)["input_ids"]
     losses = [-logprobs(reference, ids[i : i + 1], ids[i + 1 : i + 128]) for i in range(0, len(ids) - 127, 128)]
     assert scores["wikitext2_128"]["metrics"]["perplexity"]["value"] == pytest.approx(
         math.exp(np.concatenate(losses).mean()), rel=1e-4
     )
     assert scores["wikitext2_128"]["n"] == len(losses) > 2
+    monkeypatch.setattr("sys.argv", ["check_scores.py", str(target), str(tmp_path / "out"), "--text", str(text)])
+    assert check_scores.main() == 0
+    compared = capsys.readouterr().out
+    assert f"arc_easy: acc {np.mean(right):.6f} here, {np.mean(right):.6f} by transformers, n 5;" in compared
+    assert f"by transformers, n {len(losses)};" in compared
     assert f"arc_easy: acc {np.mean(right):.4f} ± " in told and "(n 5, seed 0)" in told
     assert "this copy has 5 items, the published set 2,376: not its score" in told
