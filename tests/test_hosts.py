@@ -75,7 +75,7 @@ class Pair:
 
     def until_step(self, step):
         """Wait until the metrics have come so far."""
-        ends = time.monotonic() + 120
+        ends = time.monotonic() + 600
         while time.monotonic() < ends:
             assert all(one.poll() is None for one in self.processes), self.ended()
             if _lines(self.out) and _lines(self.out)[-1]["step"] >= step:
@@ -85,7 +85,7 @@ class Pair:
 
     def ended(self):
         """Exit codes and what was printed."""
-        told = [one.communicate(timeout=120) for one in self.processes]
+        told = [one.communicate(timeout=600) for one in self.processes]
         # Gloo, the network between CPUs, writes to standard output itself.
         out = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in told]
         return [one.returncode for one in self.processes], ["\n".join(lines) for lines in out], [err for _, err in told]

@@ -30,7 +30,7 @@ from sborax.train.hints import gradients, promised
 from sborax.train.hosts import check_alike, gathered, held, is_first, on_first, several
 from sborax.train.log import check_logs, open_logs
 from sborax.train.optimizer import make_optimizer
-from sborax.train.report import Metrics, Progress, Summary, describe, git_revision, peak_memory, versions
+from sborax.train.report import Metrics, Progress, Summary, describe
 from sborax.train.sharding import Layout
 from sborax.train.state import Parts, TrainState, parameters, start, take_apart
 from sborax.train.steps import Loop
@@ -138,26 +138,13 @@ def _train(
         if profile:
             loop.trace = make_trace(run, done, steps)
             ends.callback(loop.trace.close)
-        state, eval_loss = loop.run(state, tx)
+        state = loop.run(state, tx)
     finished = int(state.step) == steps
     if finished:
         write(state, loop.parts, run / ADAPTER)
-    losses = loop.metrics.losses()
-    summary = Summary(
-        finished=finished,
-        steps=int(state.step),
-        trainable_parameters=parts.count,
-        base_parameters=total,
-        first_loss=losses[0] if losses else None,
-        last_loss=losses[-1] if losses else None,
-        eval_loss=eval_loss,
-        tokens_per_second=loop.speed.mean(),
-        seconds=time.monotonic() - began,
-        peak_memory=peak_memory(),
-        samples=report,
-        device=f"{layout.devices} x {jax.devices()[0].device_kind}",
-        versions=versions(),
-        git_revision=git_revision(),
+    done = int(state.step)
+    summary = Summary.of(
+        metrics, loop.speed, began, finished, done, parts.count, total, samples=report, devices=layout.devices
     )
     if is_first():
         summary.write(run)

@@ -1,6 +1,7 @@
 """What a run tells: lines and a progress bar while it runs, `metrics.jsonl` and `summary.json` for later."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
@@ -148,6 +149,30 @@ class Summary:
     versions: dict[str, str]
     git_revision: str | None
 
+    @classmethod
+    def of(
+        cls, metrics: Metrics, speed: Speed, began: float, finished: bool, steps: int, trained: int, total: int,
+        samples: str, devices: int,
+    ) -> "Summary":  # fmt: skip
+        """Of a run that ends now. began: by `time.monotonic`; trained, total: parameters, these of the base."""
+        losses = metrics.losses()
+        return cls(
+            finished=finished,
+            steps=steps,
+            trainable_parameters=trained,
+            base_parameters=total,
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            eval_loss=metrics.eval_loss(),
+            tokens_per_second=speed.mean(),
+            seconds=time.monotonic() - began,
+            peak_memory=peak_memory(),
+            samples=samples,
+            device=f"{devices} x {jax.devices()[0].device_kind}",
+            versions=versions(),
+            git_revision=git_revision(),
+        )
+
     def write(self, run: epath.Path) -> None:
         """Write `summary.json`. Raises SboraxError if the disk refuses."""
         replace(run / SUMMARY, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -185,6 +210,7 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide the numbers."""
     packages = ("sborax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -197,6 +223,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_revision() -> str | None:
     """The commit of the checkout that this package runs from, if it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -75,8 +75,8 @@ class Loop:
     write: Callable[..., None] | None = None
     """Writes the adapters of a state into a directory: `write(state, parts, directory, **notes)`."""
 
-    def run(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, float | None]:
-        """The state at the end or after a signal, and the last loss on held-out data."""
+    def run(self, state: TrainState, tx: optax.GradientTransformation) -> TrainState:
+        """The state at the end or after a signal."""
         settings = self.experiment
         # Dropout and initial adapters draw from different streams of one seed.
         key = jax.random.fold_in(jax.random.key(settings.seed_adapter), 1)
@@ -84,7 +84,7 @@ class Loop:
         step = make_step(self.model, tx, key, observe, self.shardings)
         lr = schedule(settings.optimizer, self.steps)
         loss = make_loss(self.model)
-        eval_loss, pending = self.metrics.eval_loss(), None
+        pending = None
         self.saved = self.done or None
         self.progress.say("compiling")
         self.mark = time.monotonic()
@@ -112,8 +112,7 @@ class Loop:
                 if self.turns is not None and turn:
                     state, self.parts = self.turns.take(now, state, self.parts, tx)
                 if measure:
-                    eval_loss = self.measure(state.train, loss, now)
-                    self.keep(now, eval_loss, state)
+                    self.keep(now, self.measure(state.train, loss, now), state)
                 if save:
                     epoch, row = self.batches.position(now)
                     self.checkpoints.save(now, state, {"epoch": epoch, "row": row})
@@ -121,7 +120,7 @@ class Loop:
                 self.mark = time.monotonic() if save or measure or turn else self.mark
                 if last:
                     break
-        return state, eval_loss
+        return state
 
     def look(self, taken: Taken, lr: Callable[[int], Any]) -> None:
         """Wait for a step, check its numbers and write them down.

@@ -23,7 +23,7 @@ from sborax.train.grid import Member, Sweep
 from sborax.train.log import check_logs, open_logs
 from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, read_model, set_up
 from sborax.train.members import SweepState, adapters_of, gather
-from sborax.train.report import Metrics, Progress, Summary, git_revision, peak_memory, versions
+from sborax.train.report import Metrics, Progress, Summary
 from sborax.train.results import SWEEP, Result, Results, check_same, write_results
 from sborax.train.state import Parts
 from sborax.train.stop import Stop, stopping
@@ -148,10 +148,8 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
     """Write the adapter and the summary of every member."""
     begun, results = loop.begun, []
     made = max(int(step) for step in state.run.step)
-    packages, revision = versions(), git_revision()
     for number, (member, run) in enumerate(zip(loop.members, runs, strict=True)):
         own = jax.tree.map(lambda leaf, number=number: leaf[number], state.run)
-        losses = loop.metrics[number].losses()
         ended = int(own.step) == loop.steps
         experiment = member.experiment
         if ended:
@@ -163,21 +161,8 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
                 trained_base=own.train["base"],
                 about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
             )
-        summary = Summary(
-            finished=ended,
-            steps=int(own.step),
-            trainable_parameters=begun.count,
-            base_parameters=begun.total,
-            first_loss=losses[0] if losses else None,
-            last_loss=losses[-1] if losses else None,
-            eval_loss=loop.metrics[number].eval_loss(),
-            tokens_per_second=loop.speed.mean(),
-            seconds=time.monotonic() - began,
-            peak_memory=peak_memory(),
-            samples=report,
-            device=f"1 x {jax.devices()[0].device_kind}",
-            versions=packages,
-            git_revision=revision,
+        summary = Summary.of(
+            loop.metrics[number], loop.speed, began, ended, int(own.step), begun.count, begun.total, report, devices=1
         )
         summary.write(run)
         at = loop.diverged.get(number)
