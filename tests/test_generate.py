@@ -8,8 +8,10 @@ import torch
 import transformers
 
 import sborax as sx
+from sborax.cli.chat import Shown
+from sborax.evaluate.scorer import Scorer
 from sborax.models import generate, load_model
-from sborax.models.generate import Choice, _generate, choose, narrowed
+from sborax.models.generate import STRIDE, Choice, _go_on, choose, narrowed
 from sborax.models.tokenizer import until
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -134,10 +136,59 @@ def test_stop_strings_end_each_row(stories260k, model, prompts, greedy):
     assert until("a, b. c", ["c", ", ", "."]) == "a" and until("abc", []) == "abc"
 
 
+def test_texts_are_looked_at_while_they_are_written(model, prompts, greedy):
+    """The look says which are finished; all end once each is, at the stride after the last or at its end token."""
+    seen = []
+
+    def look(at):
+        def finished(texts):
+            seen.append([len(text) for text in texts])
+            return [len(text) >= enough for text, enough in zip(texts, at, strict=True)]
+
+        return finished
+
+    cut = generate(model, model.params, None, prompts, NEW, finished=look((1, 2 * STRIDE + 1, STRIDE)))
+    assert cut == [row[: 3 * STRIDE] for row in greedy] and seen == [[n * STRIDE] * 3 for n in (1, 2, 3)]
+    assert generate(model, model.params, None, prompts, NEW, finished=look((NEW + 1,) * 3)) == greedy
+    end = greedy[0][4]
+    ended = generate(model, model.params, None, prompts, NEW, eos=[end])
+    assert generate(model, model.params, None, prompts[:1], NEW, eos=[end], finished=look((NEW,))) == ended[:1]
+    seen.clear()
+    odd = STRIDE + 3
+    assert generate(model, model.params, None, prompts, odd, finished=look((odd,) * 3)) == [row[:odd] for row in greedy]
+    assert seen == [[STRIDE] * 3, [odd] * 3]
+
+
+def test_stop_strings_end_what_a_scorer_writes(model, prompts, greedy):
+    stop = ["a", "e"]
+    texts = model.tokenizer.batch_decode(greedy, skip_special_tokens=True)
+    assert all(any(mark in text[:20] for mark in stop) for text in texts)
+    written = Scorer.of(model, model.params).write(prompts, NEW, stop=stop)
+    for new, whole, text in zip(written, greedy, texts, strict=True):
+        assert new == whole[: len(new)] and len(new) < NEW
+        assert until(model.tokenizer.decode(new, skip_special_tokens=True), stop) == until(text, stop)
+
+
+@pytest.mark.parametrize("stop", [(), (", and", "ball"), ("a little girl named",), ("\n",)])
+def test_an_answer_is_shown_as_it_grows(model, greedy, stop, capsys):
+    """No letter is printed that is not in the answer, none is left out, and most are there before the end."""
+    for tokens in greedy:
+        answer = until(model.tokenizer.decode(tokens, skip_special_tokens=True), stop)
+        shown = Shown(model.tokenizer, stop)
+        for size in range(1, len(tokens) + 1):
+            whole = model.tokenizer.decode(tokens[:size], skip_special_tokens=True)
+            assert shown([tokens[:size]]) == [any(mark in whole for mark in stop)]
+        printed = capsys.readouterr().out
+        assert len(printed) == shown.length and printed + answer[shown.length :] == answer
+        assert (
+            len(answer) - len(printed) <= max(map(len, stop), default=0) + max(map(len, answer.split()), default=0) + 1
+        )
+
+
 def test_prompts_of_similar_length_share_a_compilation(model, prompts, greedy):
-    before = _generate._cache_size()
+    before = _go_on._cache_size()
     other = generate(model, model.params, None, [prompt[:-1] for prompt in prompts], NEW)
-    assert other != greedy and _generate._cache_size() == before
+    assert other != greedy and _go_on._cache_size() == before
 
 
 ERRORS = {

@@ -154,6 +154,8 @@ def test_a_mesh_changes_nothing(model, questions, alone):
     whole = Scorer.of(model, params, adapters)
     for beams in (1, 3):
         assert scorer.write(prompts, 3, beams=beams) == whole.write(prompts, 3, beams=beams)
+    never = ["no text has this"]
+    assert scorer.write(prompts, 20, stop=never) == whole.write(prompts, 20, stop=never) == whole.write(prompts, 20)
 
 
 def test_what_does_not_fit_loses_its_beginning(model):

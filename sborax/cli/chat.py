@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from sborax.cli.targets import Target, load_target
 from sborax.core import SboraxError
 from sborax.data.template import NAMES, chat_ends, prompt_of
 from sborax.models import generate as write
-from sborax.models.tokenizer import until
+from sborax.models.tokenizer import finished, until
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -20,7 +20,8 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
     # A text that goes on from its prompt ends where the model's config says, an answer where the template ends a turn.
     ends = _ends(target, tokenizer) if arguments.template == "chat" else None
-    written = _write(target, prompts, arguments.max_new_tokens, ends, jax.random.key(arguments.seed), arguments)
+    key, stopped = jax.random.key(arguments.seed), finished(tokenizer, arguments.stop)
+    written = _write(target, prompts, arguments.max_new_tokens, ends, key, stopped, arguments)
     for prompt, new in zip(prompts, written, strict=True):
         given = [] if arguments.template else prompt
         begin = len(tokenizer.decode(given, skip_special_tokens=True))
@@ -58,10 +59,28 @@ def chat(arguments: argparse.Namespace) -> None:
             print(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
         said = said[dropped:]
         room = min(arguments.max_new_tokens, target.model.config.context - len(ids))
-        (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), arguments)
+        shown = Shown(tokenizer, arguments.stop)
+        (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), shown, arguments)
         answer = until(tokenizer.decode(new, skip_special_tokens=True), arguments.stop)
-        print(answer, flush=True)
+        print(answer[shown.length :], flush=True)
         said.append({"role": "assistant", "content": answer})
+
+
+class Shown:
+    """Prints an answer while it is written, as far as nothing that follows can change it. length: printed so far."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.length, self._tokenizer, self._stop = 0, tokenizer, stop
+
+    def __call__(self, texts: list[list[int]]) -> list[bool]:
+        """Whether the answer, the only text, holds a stop string."""
+        text = self._tokenizer.decode(texts[0], skip_special_tokens=True)
+        # The last word may be half of one, and the end of the text the beginning of a stop string.
+        certain = max(0, len(text) - max(map(len, self._stop), default=0))
+        length = max(self.length, until(text, self._stop).rfind(" ", 0, certain))
+        print(text[self.length : length], end="", flush=True)
+        self.length = length
+        return [any(mark in text for mark in self._stop)]
 
 
 def _lines() -> Iterator[str]:
@@ -108,7 +127,13 @@ def _ends(target: Target, tokenizer: Any) -> list[int]:
 
 
 def _write(
-    target: Target, prompts: list[list[int]], new: int, ends: list[int] | None, key: Any, arguments: argparse.Namespace
+    target: Target,
+    prompts: list[list[int]],
+    new: int,
+    ends: list[int] | None,
+    key: Any,
+    stopped: Callable[[list[list[int]]], Sequence[bool]] | None,
+    arguments: argparse.Namespace,
 ) -> list[list[int]]:
     return write(
         target.model,
@@ -121,4 +146,5 @@ def _write(
         top_p=arguments.top_p,
         key=key,
         eos=ends,
+        finished=stopped,
     )

@@ -121,6 +121,7 @@ class HarnessModel(TemplateLM):
             top_k=top_k,
             top_p=top_p,
             seed=self.seed,
+            stop=stop,
         )
         decoded = [self.tokenizer.decode(text, skip_special_tokens=True) for text in texts]
         return [postprocess_generated_text(text, stop, None) for text in decoded]

@@ -18,6 +18,7 @@ from sborax.mesh import ROWS
 from sborax.models.beam import beam_search
 from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, Params
+from sborax.models.tokenizer import finished
 from sborax.routing import routed_parts
 from sborax.train.sharding import Layout, make_mesh
 from sborax.train.state import put_together, take_apart
@@ -191,10 +192,12 @@ class Scorer:
         top_p: float = 1.0,
         seed: int = 0,
         beams: int = 1,
+        stop: Sequence[str] = (),
     ) -> list[list[int]]:
         """New tokens for each prompt, up to and including the first that ends a text; greedy at temperature 0.
 
         beams: two or more search, and nothing is drawn.
+        stop: strings after which a text needs no more; it may go on nevertheless, so cut it (`tokenizer.until`).
 
         A prompt too long for the context beside `new_tokens` loses its beginning.
         Raises SboraxError as `generate` does.
@@ -207,7 +210,8 @@ class Scorer:
         lengths = [(len(prompt) + new_tokens, 1) for prompt in fitted]
         for number, batch in enumerate(self._batches(lengths, 1, beams)):
             rows = [fitted[i] for i in batch.members]
-            rows += [fitted[batch.members[-1]][:1]] * (batch.rows - len(rows))
+            # Rows of padding are copies, which end no later than what they are copies of.
+            rows += rows[-1:] * (batch.rows - len(rows))
             key = jax.random.fold_in(jax.random.key(seed), number)
             with self.layout.context():
                 if beams > 1:
@@ -215,7 +219,7 @@ class Scorer:
                 else:
                     done = generate(
                         self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, top_k=top_k,
-                        top_p=top_p, key=key,
+                        top_p=top_p, key=key, finished=finished(self.model.tokenizer, stop),
                     )  # fmt: skip
             for i, new in zip(batch.members, done, strict=False):
                 found[i] = new

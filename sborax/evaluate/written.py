@@ -16,7 +16,7 @@ def texts(
 ) -> list[str]:
     """What the model writes after each prompt, special tokens left out, up to the first of the `stop` strings."""
     found = []
-    for new in scorer.write(prompts, new_tokens, beams=beams):
+    for new in scorer.write(prompts, new_tokens, beams=beams, stop=stop):
         text = scorer.model.tokenizer.decode(new, skip_special_tokens=True)
         found.append(until(text, stop))
     return found

@@ -1,7 +1,7 @@
 """Text from a model: one prefill, then one token at a time over a cache of keys and values."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from sborax.tree import link
 
 BUCKET = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+STRIDE = 8
+"""So many tokens are written between two looks at the texts, where someone looks."""
 
 
 def generate(
@@ -33,6 +35,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     eos: Sequence[int] | None = None,
     padding: str = "left",
+    finished: Callable[[list[list[int]]], Sequence[bool]] | None = None,
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and including the first end token.
 
@@ -40,6 +43,8 @@ def generate(
     top_k, top_p: sample among the k likeliest (0: all), then among the likeliest that together reach p.
     eos: ids that end a text; by default the config's.
     padding: "left" or "right", the side on which shorter prompts are filled up; the result does not depend on it.
+    finished: is given the tokens of every text after each STRIDE of them and says which texts need no more; all end
+    once each is at an end, so that a finished one may go on while others do.
     Raises SboraxError for an empty prompt, an id outside the vocabulary, and text beyond the model's context.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, padding)
@@ -55,19 +60,20 @@ def generate(
     ends = np.array(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
     choice = Choice(temperature == 0, min(top_k, model.config.vocab_size), top_p)
     model.check_adapters(adapters)
-    out = _generate(
-        model.module.clone(keep=True, remat="none"),
-        max_new_tokens,
-        choice,
-        {"params": params, "adapters": adapters or {}},
-        jnp.asarray(tokens),
-        jnp.asarray(segments),
-        jnp.asarray(lengths),
-        jnp.asarray(ends),
-        jnp.float32(temperature),
-        jax.random.key(0) if key is None else key,
-    )
-    return [_until(row, set(ends.tolist())) for row in np.asarray(out).tolist()]
+    module, variables = model.module.clone(keep=True, remat="none"), {"params": params, "adapters": adapters or {}}
+    rule = Rule(jnp.asarray(ends), jnp.float32(temperature), jax.random.key(0) if key is None else key)
+    inputs = [jnp.asarray(array) for array in (tokens, segments, lengths)]
+    texts, routing = _begin(module, max_new_tokens, choice, variables, rule, *inputs)
+    stride = max_new_tokens if finished is None else STRIDE
+    for until in range(stride, max_new_tokens + stride, stride):
+        until = min(until, max_new_tokens)
+        texts = _go_on(module, choice, variables, rule, routing, texts, jnp.int32(until))
+        rows = [_until(row, set(ends.tolist())) for row in np.asarray(texts.out)[:, :until].tolist()]
+        if finished is not None:
+            texts = texts._replace(done=texts.done | np.array(finished(rows), bool))
+            if texts.done.all():
+                break
+    return rows
 
 
 class Choice(NamedTuple):
@@ -76,6 +82,27 @@ class Choice(NamedTuple):
     greedy: bool
     top_k: int
     top_p: float
+
+
+class Rule(NamedTuple):
+    """What ends a text, and the rest of how its tokens are drawn."""
+
+    ends: Int[Array, " ends"]
+    temperature: Float[Array, ""]
+    key: Key[Array, ""]
+
+
+class Texts(NamedTuple):
+    """What is written so far, `step` tokens of each text, and the keys and values of all tokens before."""
+
+    step: Int[Array, ""]
+    done: Bool[Array, " batch"]
+    out: Int[Array, "batch new"]
+    lengths: Int[Array, " batch"]
+    """Tokens of the prompts."""
+    cache: Any
+    live: Int[Array, "batch width"]
+    """1 where the cache holds a token."""
 
 
 def choose(
@@ -108,44 +135,48 @@ def _keep(logits: Float[Array, "batch vocab"], kept: Bool[Array, "batch vocab"])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
+def _begin(
     module: Llama,
     new: int,
     choice: Choice,
     variables: dict[str, Any],
+    rule: Rule,
     tokens: Int[Array, "batch width"],
     segments: Int[Array, "batch width"],
     lengths: Int[Array, " batch"],
-    ends: Int[Array, " ends"],
-    temperature: Float[Array, ""],
-    key: Key[Array, ""],
-) -> Int[Array, "batch new"]:
-    width = tokens.shape[1]
-
-    def pick(hidden: Float[Array, "batch 1 d"], step: Int[Array, ""] | int) -> Int[Array, " batch"]:
-        logits = jnp.asarray(module.apply(variables, hidden, method="head"))
-        return choose(logits[:, 0], choice, temperature, jax.random.fold_in(key, step))
-
-    def ended(token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-        return jnp.any(token[:, None] == ends[None], axis=-1)
-
-    ctx = Context(tokens={PROMPT: segments})
+) -> tuple[Texts, dict[str, Any]]:
+    """The first token of each text, and what routers decided on its prompt, which holds for every token after it."""
     variables = {**variables, "adapters": link(variables["adapters"])}
+    ctx = Context(tokens={PROMPT: segments})
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
-    # What routers decided on the prompt holds for every token after it.
-    decided = {**variables, **routing}
-    last = width - 1 - jnp.argmax(segments[:, ::-1], axis=1)
-    first = pick(jnp.take_along_axis(hidden, last[:, None, None], axis=1), 0)
+    last = tokens.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    first = _pick(module, choice, variables, rule, hidden, jnp.int32(0))
     cache = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, new - 1), (0, 0), (0, 0))), cache)
     live = jnp.pad(segments, ((0, 0), (0, new - 1)))
     out = jnp.zeros((tokens.shape[0], new), jnp.int32).at[:, 0].set(first)
+    return Texts(jnp.int32(1), _ended(first, rule), out, lengths, cache, live), routing
 
-    def unfinished(state: Any) -> Bool[Array, ""]:
-        step, done = state[0], state[1]
-        return (step < new) & ~jnp.all(done)
 
-    def advance(state: Any) -> Any:
-        step, done, out, cache, live = state
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _go_on(
+    module: Llama,
+    choice: Choice,
+    variables: dict[str, Any],
+    rule: Rule,
+    routing: dict[str, Any],
+    texts: Texts,
+    until: Int[Array, ""],
+) -> Texts:
+    """The texts with `until` tokens each, or fewer where all have ended."""
+    width = texts.live.shape[1] - texts.out.shape[1] + 1
+    decided = {**variables, **routing, "adapters": link(variables["adapters"])}
+
+    def unfinished(texts: Texts) -> Bool[Array, ""]:
+        return (texts.step < until) & ~jnp.all(texts.done)
+
+    def advance(texts: Texts) -> Texts:
+        step, done, out, lengths, cache, live = texts
         token = jax.lax.dynamic_index_in_dim(out, step - 1, axis=1)
         hidden, own = run(
             module, decided, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
@@ -153,11 +184,27 @@ def _generate(
         slot = width + step - 1
         cache = jax.tree.map(lambda all_, new_: jax.lax.dynamic_update_slice_in_dim(all_, new_, slot, 2), cache, own)
         live = jax.lax.dynamic_update_slice_in_dim(live, jnp.ones_like(token), slot, 1)
-        following = pick(hidden, step)
+        following = _pick(module, choice, decided, rule, hidden, step)
         out = jax.lax.dynamic_update_slice_in_dim(out, following[:, None], step, 1)
-        return step + 1, done | ended(following), out, cache, live
+        return Texts(step + 1, done | _ended(following, rule), out, lengths, cache, live)
 
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), ended(first), out, cache, live))[2]
+    return jax.lax.while_loop(unfinished, advance, texts)
+
+
+def _pick(
+    module: Llama,
+    choice: Choice,
+    variables: dict[str, Any],
+    rule: Rule,
+    hidden: Float[Array, "batch 1 d"],
+    step: Int[Array, ""],
+) -> Int[Array, " batch"]:
+    logits = jnp.asarray(module.apply(variables, hidden, method="head"))
+    return choose(logits[:, 0], choice, rule.temperature, jax.random.fold_in(rule.key, step))
+
+
+def _ended(token: Int[Array, " batch"], rule: Rule) -> Bool[Array, " batch"]:
+    return jnp.any(token[:, None] == rule.ends[None], axis=-1)
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

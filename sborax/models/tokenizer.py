@@ -1,7 +1,7 @@
 """Tokenizers, as the fast ones of transformers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -45,3 +45,13 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
 def until(text: str, stop: Sequence[str]) -> str:
     """A text up to the first of the `stop` strings, which is left out."""
     return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]
+
+
+def finished(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> Callable[[list[list[int]]], list[bool]] | None:
+    """Which texts, given as their tokens, hold one of the `stop` strings; None if there are no such strings."""
+
+    def holds(texts: list[list[int]]) -> list[bool]:
+        decoded = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        return [any(mark in text for mark in stop) for text in decoded]
+
+    return holds if stop else None
