@@ -1,6 +1,7 @@
 """`sborax eval`: what it prints and keeps."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -164,6 +165,17 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, t
     assert main(named) == 0
     assert "arc_easy: acc " in capsys.readouterr().out
     scores = (out / "scores" / "scores.json").read_text()
+    # The card of an export tells them.
+    assert main(["export", str(out), str(tmp_path / "peft")]) == 0
+    acc, count = json.loads(scores)["scores"][0]["metrics"]["acc"], json.loads(scores)["scores"][0]["n"]
+    line = f"- Score on arc_easy: acc {acc['value']:.4f} ± {acc['stderr']:.4f}, n {count}, seed 0; this copy has "
+    assert line in (tmp_path / "peft" / "README.md").read_text()
+    for broken in ('{"scores": 3}', '{"scores": [{"task": "arc_easy"}]}'):
+        (out / "scores" / "scores.json").write_text(broken)
+        capsys.readouterr()
+        assert main(["export", str(out), str(tmp_path / "peft")]) == 2
+        assert re.fullmatch(r"error: .*of sborax; delete it\n", capsys.readouterr().err)
+    (out / "scores" / "scores.json").write_text(scores)
     assert main([*named, "--resume"]) == 0
     assert "scores of before" in capsys.readouterr().out
     # Scores that were cut short are made again.

@@ -58,10 +58,11 @@ def slim(run: str, out: str) -> None:
     ):
         loss = loss_on(own, params, adapters, batches)
         print(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
-    save_hf(out, small, small.params)
     made = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
     alike = not small.config.layer_sizes
-    write_card(out, model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=alike))
+    card = model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=alike)
+    save_hf(out, small, small.params)
+    write_card(out, card)
     if small.config.layer_sizes:
         print(
             f"{out}: a smaller model for `sborax generate {out}`; transformers cannot load it, since its layers keep "

@@ -10,12 +10,14 @@ from typing import Any
 from sborax.cli.targets import Target, find_run, load_run, load_target
 from sborax.core import SboraxError
 from sborax.data.source import read
-from sborax.documents import read_object
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
-from sborax.evaluate.run import SCORES
+from sborax.evaluate.run import read_scores
 from sborax.evaluate.task import check_there
 from sborax.train.experiment import Experiment
 from sborax.train.hosts import several
+
+OF_RUN = "scores"
+"""Where a run's directory has the scores of its last adapter."""
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -53,18 +55,16 @@ def check_tasks(experiment: Experiment) -> None:
 
 
 def score_run(run: str) -> None:
-    """Score a run that has ended on the `eval.tasks` of its experiment, into `scores/` of its directory.
+    """Score a run that has ended on the `eval.tasks` of its experiment, into `OF_RUN` of its directory.
 
     Scores of all of them that are there already are left as they are.
     Raises SboraxError for a task or data that do not fit.
     """
-    experiment, place = find_run(run)[0], Path(run) / "scores"
+    experiment, place = find_run(run)[0], Path(run) / OF_RUN
     tasks = chosen(",".join(experiment.eval.tasks))
-    if (place / SCORES).exists():
-        told = read_object(place / SCORES)
-        if {score["task"] for score in told["scores"]} == {task.name for task in tasks}:
-            print(f"{place}: scores of before")
-            return
+    if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
+        print(f"{place}: scores of before")
+        return
     # What was there was not finished, or is of other tasks: scores are made, never mixed.
     shutil.rmtree(place, ignore_errors=True)
     target = load_run(run)

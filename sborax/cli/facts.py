@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from sborax.cli.evaluate import OF_RUN
 from sborax.cli.targets import find_run, is_best
 from sborax.core import AbstractComposite, AbstractMethod
 from sborax.data.options import Data
 from sborax.documents import read_object
+from sborax.evaluate.run import in_words, read_scores
 from sborax.paths import as_rules
 from sborax.train.adapter import read_adapter
 from sborax.train.experiment import Experiment
@@ -46,6 +48,8 @@ def facts(run: str) -> dict[str, str]:
         )
     elif summary.exists():
         told["Metrics"] = _metrics(read_object(summary))
+    if not is_best(run):
+        told |= {f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / OF_RUN)}
     return told
 
 

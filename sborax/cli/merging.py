@@ -40,9 +40,10 @@ def merge(target: str, out: str, approximate: str | None = None, added: Sequence
         merged = merge_weighted(own.model.params, parts)
         terms = ([] if own.experiment is None else [(target, 1.0)]) + terms
         made = "the base plus " + " plus ".join(f"{weight:g} times the change by {name}" for name, weight in terms)
-    save_hf(out, own.model, merged)
     runs = [name for name in (target, *dict(terms)) if is_run(name) or is_best(name)]
-    write_card(out, _card(target if own.experiment is None else own.experiment.model, made, list(dict.fromkeys(runs))))
+    card = _card(target if own.experiment is None else own.experiment.model, made, list(dict.fromkeys(runs)))
+    save_hf(out, own.model, merged)
+    write_card(out, card)
     print(f"{out}: a dense model, {made}; transformers and `sborax generate {out}` load it")
 
 

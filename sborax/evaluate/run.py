@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from sborax.core import SboraxError
+from sborax.documents import read_object, shown
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Metric, Record
 from sborax.train.report import versions
@@ -138,6 +139,35 @@ def evaluate(
             whole = {**(about or {}), "versions": versions(), "scores": [one.record() for one in scores]}
             (place / SCORES).write_text(json.dumps(whole, indent=2) + "\n")
     return scores
+
+
+def read_scores(place: epath.PathLike) -> list[dict[str, Any]]:
+    """The scores that `evaluate` left in a directory, as `Score.record` has them; none if there are none.
+
+    Raises SboraxError for a file that it did not write.
+    """
+    file = epath.Path(place) / SCORES
+    if not file.exists():
+        return []
+    found = read_object(file).get("scores")
+    alike = isinstance(found, list) and all(isinstance(one, dict) and isinstance(one.get("task"), str) for one in found)
+    if not alike:
+        raise SboraxError(f"{file}: holds no scores of sborax; delete it")
+    return found
+
+
+def in_words(score: Mapping[str, Any]) -> str:
+    """A score of `read_scores` in words: its first metric with its error, how many items, and its notes.
+
+    Raises SboraxError for a record that `evaluate` did not write.
+    """
+    try:
+        metric, found = next(iter(score["metrics"].items()))
+        number = _number(Metric(float(found["value"]), None if found["stderr"] is None else float(found["stderr"])))
+        notes = "".join(f"; {note}" for note in score["notes"])
+        return f"{metric} {number}, n {int(score['n']):,}, seed {int(score['seed'])}{notes}"
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, OverflowError):
+        raise SboraxError(f"{SCORES}: {shown(score)} is no score of sborax; delete it") from None
 
 
 def _claim(place: epath.Path, tasks: Sequence[AbstractTask]) -> epath.Path:
