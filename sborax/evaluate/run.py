@@ -150,10 +150,10 @@ def read_scores(place: epath.PathLike) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     found = read_object(file).get("scores")
-    alike = isinstance(found, list) and all(isinstance(one, dict) and isinstance(one.get("task"), str) for one in found)
-    if not alike:
+    each = found if isinstance(found, list) else [None]
+    if not all(isinstance(one, dict) and isinstance(one.get("task"), str) for one in each):
         raise SboraxError(f"{file}: holds no scores of sborax; delete it")
-    return found
+    return each
 
 
 def in_words(score: Mapping[str, Any]) -> str:
