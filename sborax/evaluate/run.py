@@ -150,10 +150,11 @@ def read_scores(place: epath.PathLike) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     found = read_object(file).get("scores")
-    each = found if isinstance(found, list) else [None]
-    if not all(isinstance(one, dict) and isinstance(one.get("task"), str) for one in each):
+    listed = found if isinstance(found, list) else [None]
+    scores = [one for one in listed if isinstance(one, dict) and isinstance(one.get("task"), str)]
+    if len(scores) < len(listed):
         raise SboraxError(f"{file}: holds no scores of sborax; delete it")
-    return each
+    return scores
 
 
 def in_words(score: Mapping[str, Any]) -> str:
