@@ -2,8 +2,10 @@
 
 python scripts/check_scores.py MODEL SCORES --text $SBORAX_DATA/wikitext-2/test.txt
 
-MODEL is a directory that transformers reads, or a GGUF file. Every task of SCORES whose items are options or windows is
-compared; the exit code is 1 if a log-likelihood differs by more than --tolerance.
+MODEL is a directory that transformers reads, or a GGUF file. Of a GGUF file's tokenizer transformers (5.23) leaves out
+the rules before the merges, such as SmolLM2's, which parts digits: save sborax' own and give it as --tokenizer. Every
+task of SCORES whose items are options or windows is compared; the exit code is 1 if a log-likelihood differs by more
+than --tolerance.
 """
 
 import argparse
@@ -20,11 +22,12 @@ import transformers
 
 
 class Reference:
-    """transformers' model and tokenizer."""
+    """transformers' model and tokenizer; `tokenizer`: a directory of another one."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, tokenizer: Path | None) -> None:
         place, file = (model.parent, {"gguf_file": model.name}) if model.suffix == ".gguf" else (model, {})
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **file)
+        where = (place, file) if tokenizer is None else (tokenizer, {})
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(where[0], **where[1])
         self.model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file)
         self.model.eval()
 
@@ -38,8 +41,9 @@ class Reference:
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         with torch.no_grad():
-            each = torch.log_softmax(self.model(ids, attention_mask=mask).logits[:, :-1].float(), -1)
-        own = each.gather(2, ids[:, 1:, None])[:, :, 0].double()
+            # In float32 torch's log_softmax over 49,152 tokens is 1.6e-5 too high for each (docs/LOG.md).
+            each = torch.log_softmax(self.model(ids, attention_mask=mask).logits[:, :-1].double(), -1)
+        own = each.gather(2, ids[:, 1:, None])[:, :, 0]
         whole = enumerate(zip(rows, starts, strict=True))
         return [float(own[i, start - 1 : len(row) - 1].sum()) for i, (row, start) in whole]
 
@@ -65,9 +69,10 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("scores", type=Path)
     parser.add_argument("--text", type=Path, help="what windows were cut from")
+    parser.add_argument("--tokenizer", type=Path, help="directory of one to use instead of the model's")
     parser.add_argument("--tolerance", type=float, default=0.01, help="of a log-likelihood, in nats (default: 0.01)")
     words = parser.parse_args()
-    reference, worst = Reference(words.model), 0.0
+    reference, worst = Reference(words.model, words.tokenizer), 0.0
     for score in json.loads((words.scores / "scores.json").read_text())["scores"]:
         name = score["task"]
         items = [json.loads(line) for line in (words.scores / f"{name}.jsonl").read_text().splitlines()]
