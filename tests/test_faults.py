@@ -291,7 +291,11 @@ def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_pa
     def kill(*_):
         raise Killed
 
-    before = signal.signal(signal.SIGTERM, kill)
+    # A process that was begun in the background ignores Ctrl-C.
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGTERM, kill), (signal.SIGINT, signal.default_int_handler))
+    }
     try:
         for numbers, error, step in (
             ((signal.SIGTERM, signal.SIGTERM), Killed, 2),
@@ -302,7 +306,8 @@ def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_pa
                 train(experiment, tmp_path / "run", resume=True, echo=quiet)
             assert signal.getsignal(signal.SIGTERM) is kill
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     said = []
     train(experiment, tmp_path / "run", resume=True, echo=said.append)
     assert "resuming after step 2" in said
