@@ -26,8 +26,8 @@ class Reference:
 
     def __init__(self, model: Path, tokenizer: Path | None) -> None:
         place, file = (model.parent, {"gguf_file": model.name}) if model.suffix == ".gguf" else (model, {})
-        where = (place, file) if tokenizer is None else (tokenizer, {})
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(where[0], **where[1])
+        source, options = (place, file) if tokenizer is None else (tokenizer, {})
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file)
         self.model.eval()
 

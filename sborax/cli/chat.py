@@ -77,10 +77,11 @@ class Shown:
         text = self._tokenizer.decode(texts[0], skip_special_tokens=True)
         # The last word may be half of one, and the end of the text the beginning of a stop string.
         certain = max(0, len(text) - max(map(len, self._stop), default=0))
-        length = max(self.length, until(text, self._stop).rfind(" ", 0, certain))
+        answer = until(text, self._stop)
+        length = max(self.length, answer.rfind(" ", 0, certain))
         print(text[self.length : length], end="", flush=True)
         self.length = length
-        return [any(mark in text for mark in self._stop)]
+        return [answer != text]
 
 
 def _lines() -> Iterator[str]:

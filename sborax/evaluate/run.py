@@ -149,10 +149,10 @@ def read_scores(place: epath.PathLike) -> list[dict[str, Any]]:
     file = epath.Path(place) / SCORES
     if not file.exists():
         return []
-    found = read_object(file).get("scores")
-    listed = found if isinstance(found, list) else [None]
-    scores = [one for one in listed if isinstance(one, dict) and isinstance(one.get("task"), str)]
-    if len(scores) < len(listed):
+    scores = read_object(file).get("scores")
+    if not isinstance(scores, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("task"), str) for one in scores
+    ):
         raise SboraxError(f"{file}: holds no scores of sborax; delete it")
     return scores
 

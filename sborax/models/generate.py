@@ -64,11 +64,12 @@ def generate(
     rule = Rule(jnp.asarray(ends), jnp.float32(temperature), jax.random.key(0) if key is None else key)
     inputs = [jnp.asarray(array) for array in (tokens, segments, lengths)]
     texts, routing = _begin(module, max_new_tokens, choice, variables, rule, *inputs)
+    endings = set(ends.tolist())
     stride = max_new_tokens if finished is None else STRIDE
     for until in range(stride, max_new_tokens + stride, stride):
         until = min(until, max_new_tokens)
         texts = _go_on(module, choice, variables, rule, routing, texts, jnp.int32(until))
-        rows = [_until(row, set(ends.tolist())) for row in np.asarray(texts.out)[:, :until].tolist()]
+        rows = [_until(row, endings) for row in np.asarray(texts.out)[:, :until].tolist()]
         if finished is not None:
             texts = texts._replace(done=texts.done | np.array(finished(rows), bool))
             if texts.done.all():

@@ -52,6 +52,6 @@ def finished(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> Callabl
 
     def holds(texts: list[list[int]]) -> list[bool]:
         decoded = tokenizer.batch_decode(texts, skip_special_tokens=True)
-        return [any(mark in text for mark in stop) for text in decoded]
+        return [until(text, stop) != text for text in decoded]
 
     return holds if stop else None
