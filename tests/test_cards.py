@@ -240,6 +240,8 @@ def test_a_long_conversation_forgets_its_beginning(made, capsys, monkeypatch):
 
 def test_what_chat_does_not_go_with(made, capsys, tmp_path):
     assert "leave --prompt" in fails(capsys, "generate", made / "model", "--chat", "--prompt", "x")
+    for words in (["--chat"], ["--prompt", "x"]):
+        assert "--stop '': every text holds" in fails(capsys, "generate", made / "model", *words, "--stop", "")
     assert "give --chat" in fails(capsys, "generate", made / "model", "--prompt", "x", "--system", "y")
     assert "--prompt or --chat" in fails(capsys, "generate", made / "model")
 

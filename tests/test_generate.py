@@ -12,7 +12,7 @@ from sborax.cli.chat import Shown
 from sborax.evaluate.scorer import Scorer
 from sborax.models import generate, load_model
 from sborax.models.generate import STRIDE, Choice, _go_on, choose, narrowed
-from sborax.models.tokenizer import until
+from sborax.models.tokenizer import finished, until
 
 pytestmark = pytest.mark.usefixtures("strict")
 TEXTS = ("Once upon a time", "The little dog went to the park because he wanted to", "One day, Lily saw a big red")
@@ -133,7 +133,8 @@ def test_stop_strings_end_each_row(stories260k, model, prompts, greedy):
         assert until(text, stop) == until(ended, stop)
         lengths.append((len(until(text, stop)), len(text)))
     assert len({cut for cut, _ in lengths}) == 3 and any(cut < whole for cut, whole in lengths), lengths
-    assert until("a, b. c", ["c", ", ", "."]) == "a" and until("abc", []) == "abc"
+    assert until("a, b. c", ["c", ", ", "."]) == "a" and until("abc", []) == until("abc", [""]) == "abc"
+    assert finished(model.tokenizer, [""])(prompts) == [False] * 3
 
 
 def test_texts_are_looked_at_while_they_are_written(model, prompts, greedy):

@@ -218,6 +218,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise SboraxError("--chat reads its turns from standard input; leave --prompt and --template out")
     if arguments.system is not None and not arguments.chat:
         raise SboraxError("--system begins a conversation; give --chat")
+    if "" in arguments.stop:
+        raise SboraxError("--stop '': every text holds the empty string; give what ends a text, or leave it out")
     from sborax.cli.chat import chat, generate
 
     if arguments.chat:

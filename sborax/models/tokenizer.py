@@ -43,8 +43,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
 
 
 def until(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of the `stop` strings, which is left out."""
-    return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]
+    """A text up to the first of the `stop` strings, which is left out. An empty one, as the harness has it, is none."""
+    return text[: min((text.index(mark) for mark in stop if mark and mark in text), default=len(text))]
 
 
 def finished(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> Callable[[list[list[int]]], list[bool]] | None:
