@@ -36,7 +36,7 @@ from sborax.methods import (
     SHiRA,
     VeRA,
 )
-from sborax.optim import lora_fa, lora_plus, lora_rite
+from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.paths import Plan, Rule, plan
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.ranks import LinearRanks, ShuffledRanks, SingularMass
@@ -159,6 +159,7 @@ __all__ = [
     "scale",
     "specs",
     "split",
+    "split_lora_fa",
     "trainable",
     "unmerge",
     "value_and_grad",

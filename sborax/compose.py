@@ -61,7 +61,7 @@ def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
 def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
     """The composed `adapter` with other parts, in the order of its `children`."""
     method = adapter.method
-    if isinstance(method, Scaled):
+    if "part" in {field.name for field in dataclasses.fields(method)}:  # type: ignore[arg-type]
         names, fields = ["part"], {"part": parts[0].method}
     else:
         names, fields = [str(i) for i in range(len(parts))], {"parts": tuple(part.method for part in parts)}
@@ -202,6 +202,10 @@ class Chain(AbstractMethod):
     @property
     def sends(self) -> str:
         return self.second.sends
+
+    @property
+    def group_b(self) -> frozenset[str]:
+        return self.first.group_b | self.second.group_b
 
     def check(self, shape: tuple[int, int]) -> None:
         self.first.check(shape)

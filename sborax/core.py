@@ -162,6 +162,8 @@ class AbstractMethod(abc.ABC):
     """Fields of `Hint` without which `init` cannot run."""
     sends: str = ""
     """Empty, or what devices that share a projection send beside `summed`, the leaves and their gradients."""
+    group_b: frozenset[str] = frozenset()
+    """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies; PEFT's, where PEFT has the method."""
     linked: bool = False
     """Layers read what earlier layers of the same projection have or saw: see `depth.AbstractLinked`."""
 

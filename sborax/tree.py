@@ -24,6 +24,7 @@ from sborax.core import (
     Adapter,
     Fitted,
     Hint,
+    Leaves,
     SboraxError,
     Weight,
     dense,
@@ -188,8 +189,18 @@ def split(adapters: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def combine(train: PyTree, frozen: PyTree) -> PyTree:
-    """The inverse of `split`."""
-    return jax.tree.map(lambda a, b: Adapter(a.train, b.frozen, a.method, a.in_axes), train, frozen, is_leaf=is_adapter)
+    """The inverse of `split`, also where the frozen half holds some of the leaves that a method trains."""
+
+    def joined(half: Adapter, rest: Adapter) -> Adapter:
+        return Adapter(_union(rest.train, half.train), rest.frozen, half.method, half.in_axes)
+
+    return jax.tree.map(joined, train, frozen, is_leaf=is_adapter)
+
+
+def _union(held: Leaves, trained: Leaves) -> Leaves:
+    """The leaves of both, nested alike; no leaf is in both."""
+    shared = {name: _union(held[name], trained[name]) for name in held.keys() & trained.keys()}
+    return {**held, **trained, **shared}
 
 
 def link(adapters: PyTree) -> PyTree:

@@ -112,6 +112,42 @@ def test_groups_in_stacks_and_composites():
     assert node.train == {"a": "a", "b": "b", "m": "b"}
 
 
+TARGETS = {"target_modules": ["first", "second"]}
+PEERS = [
+    (peft.AdaLoraConfig(init_r=3, total_step=10, **TARGETS), sx.AdaLoRA(rank=3)),
+    (peft.IA3Config(feedforward_modules=[], **TARGETS), sx.IA3()),
+    (peft.LoKrConfig(r=2, **TARGETS), sx.LoKr(rank=2)),
+    (peft.LoHaConfig(r=2, **TARGETS), sx.LoHa(rank=2)),
+    (peft.HiraConfig(r=3, **TARGETS), sx.HiRA(rank=3)),
+    (peft.DeloraConfig(r=3, **TARGETS), sx.DeLoRA(rank=3)),
+    (peft.VeraConfig(r=3, **TARGETS), sx.VeRA(rank=3)),
+    (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
+    (peft.MissConfig(r=4, **TARGETS), sx.Bone(rank=4)),
+    (peft.HRAConfig(r=2, **TARGETS), sx.HRA(rank=2)),
+]
+
+
+@pytest.mark.parametrize(("config", "method"), PEERS, ids=lambda item: type(item).__name__)
+def test_groups_are_as_large_as_those_of_peft(config, method):
+    """For every method, as many parameters learn faster here as there."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), config)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    theirs = {"a": 0, "b": 0}
+    for group in optimizer.param_groups:
+        theirs["b" if group["lr"] > 1e-3 else "a"] += sum(parameter.numel() for parameter in group["params"])
+    params = {"first": {"kernel": jnp.ones((IN, HIDDEN))}, "second": {"kernel": jnp.ones((HIDDEN, OUT))}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("first|second", method)])
+    train, _ = sx.split(adapters)
+    ours = {"a": 0, "b": 0}
+    for leaf, group in zip(jax.tree.leaves(train), jax.tree.leaves(groups(train)), strict=True):
+        ours[group] += leaf.size
+    assert ours == theirs
+    if not ours["b"]:
+        with pytest.raises(SboraxError, match="b_ratio: no trained leaf"):
+            make_optimizer(sx.Optimizer(b_ratio=16.0), 10).init(train)
+
+
 def torch_loss(model, x, y):
     return ((model(x) - y) ** 2).mean()
 
@@ -264,3 +300,64 @@ def test_by_name_in_an_experiment(settings):
     assert values[-1] < 0.95 * values[0]
     with pytest.raises(SboraxError, match="b_ratio"):
         sx.Optimizer(b_ratio=0.5)
+
+
+def adapted_stack(method=None):
+    """A stack of two kernels with an adapter whose b is not zero, and a target to learn."""
+    params = {"layers": {"p": {"kernel": jax.random.normal(jax.random.key(0), (2, IN, OUT))}}}
+    _, adapters = sx.attach(jax.random.key(1), params, [("p", method or sx.LoRA(rank=3, alpha=6.0))])
+    (node,) = nodes(adapters).values()
+    train = jax.tree.map(lambda leaf: leaf + 0.3, node.train)
+    return params, {"layers": {"p": {"kernel": sx.Adapter(train, node.frozen, node.method)}}}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sx.LoRA(rank=3, alpha=6.0), sx.DoRA(rank=3), sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=2)), sx.AdaLoRA(rank=3)],
+    ids=str,
+)
+def test_split_of_lora_fa_holds_a_alone(method):
+    _, adapters = adapted_stack(method)
+    train, frozen = sx.split_lora_fa(adapters)
+    paths = [jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
+    assert paths and not [path for path in paths if path.endswith("a")]
+    chex.assert_trees_all_equal(sx.combine(train, frozen), adapters)
+    chex.assert_trees_all_equal_structs(sx.combine(train, frozen), adapters)
+    assert sx.count(train) == sx.count(adapters) - 2 * IN * 3
+
+
+def test_lora_fa_clips_by_the_gradient_of_b_alone(monkeypatch):
+    """Beside PEFT, which freezes A: torch's clipping sees B alone."""
+    monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
+    model = torch_model()
+    tree, scales = our_tree(model, dora=False)
+    optimizer = create_lorafa_optimizer(model, r=RANK, lora_alpha=ALPHA, lr=1e-2, weight_decay=0.0)
+    adapters = sx.combine(tree["adapters"], scales)
+    train, frozen = sx.split_lora_fa(adapters)
+    tx = make_optimizer(sx.Optimizer(name="lora_fa", lr=1e-2, clip=0.1, schedule="constant", warmup=0), 10)
+    state = tx.init(train)
+    for x, y in batches():
+        optimizer.zero_grad()
+        torch_loss(model, x, y).backward()
+        named = {our_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, named=named: jnp.asarray(
+                named["adapters/" + jax.tree_util.keystr(path, simple=True, separator="/")].numpy().T
+            ),
+            train,
+        )
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
+        optimizer.step()
+        updates, state = tx.update(grads, state, train, frozen=frozen)
+        train = optax.apply_updates(train, updates)
+    compare(model, {"adapters": sx.combine(train, frozen), "base": {}}, 5e-6)
+
+
+def test_lora_fa_refuses_adapters_without_a_pair():
+    _, adapters = adapted_stack(sx.Bone(rank=3))
+    with pytest.raises(SboraxError, match="no adapter has a pair"):
+        sx.split_lora_fa(adapters)
+    train, frozen = sx.split(adapters)
+    tx = lora_fa(1e-3)
+    with pytest.raises(SboraxError, match="no adapter has a pair"):
+        tx.update(train, tx.init(train), train, frozen=frozen)

@@ -42,6 +42,7 @@ class AdaLoRA(AbstractFactored):
     """
 
     paper = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv:2303.10512"
+    group_b = frozenset({"b"})
     ragged = True
 
     rank: Rank = 12

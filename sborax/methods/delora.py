@@ -42,6 +42,7 @@ class DeLoRA(AbstractFactored):
     """
 
     paper = "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, arXiv:2503.18225"
+    group_b = frozenset({"b", "strength"})
     sends = "norms of factors, some rank floats a kernel"
 
     rank: int = 8

@@ -43,6 +43,7 @@ class DoRA(AbstractReparametrisation):
     """
 
     paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353"
+    group_b = frozenset({"b", "m"})
     sends = "partial products of a and W, rank (out + rank) floats a kernel, for the norms of columns"
     factors_needed = frozenset({"a", "b", "scale"})
 

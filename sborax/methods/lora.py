@@ -42,6 +42,7 @@ class LoRA(AbstractFactored):
     """
 
     paper = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685"
+    group_b = frozenset({"b"})
     ragged = True
 
     rank: Rank = 8

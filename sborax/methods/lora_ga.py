@@ -45,6 +45,7 @@ class LoRAGA(AbstractFactored):
     """
 
     paper = "LoRA-GA: Low-Rank Adaptation with Gradient Approximation, arXiv:2407.05000"
+    group_b = frozenset({"b"})
     rewrites_base = True
     needs = frozenset({"grad"})
 

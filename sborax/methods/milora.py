@@ -52,6 +52,7 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
     """
 
     paper = "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning, arXiv:2410.18035"
+    group_b = frozenset({"b"})
     mergeable = "a router weighs it anew for every prompt"
     ragged = True
 

@@ -36,6 +36,7 @@ class OLoRA(AbstractFactored):
     """
 
     paper = "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv:2406.01775"
+    group_b = frozenset({"b"})
     rewrites_base = True
 
     rank: int = 16

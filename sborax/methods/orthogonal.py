@@ -31,6 +31,7 @@ class OrthogonalAdaptation(AbstractExpert):
     """
 
     paper = "Orthogonal Adaptation for Modular Customization of Diffusion Models, arXiv:2312.02432"
+    group_b = frozenset({"b"})
 
     rank: int = 16
     alpha: float | None = hyper(None)

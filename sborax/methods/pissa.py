@@ -46,6 +46,7 @@ class PiSSA(AbstractFactored):
     """
 
     paper = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs, arXiv:2404.02948"
+    group_b = frozenset({"b"})
     rewrites_base = True
 
     rank: int = 16

@@ -47,6 +47,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
     """
 
     paper = "ResLoRA: Identity Residual Mapping in Low-Rank Adaption, arXiv:2402.18039"
+    group_b = frozenset({"b"})
 
     rank: int = 4
     shortcut: Literal["block", "input", "middle"] = "block"

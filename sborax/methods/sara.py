@@ -46,6 +46,7 @@ class SARA(AbstractFactored):
     """
 
     paper = "SARA: Singular-Value Based Adaptive Low-Rank Adaption, arXiv:2408.03290"
+    group_b = frozenset({"b"})
     ragged = True
 
     rank: Rank = SingularMass(0.02)

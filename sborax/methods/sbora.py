@@ -44,6 +44,7 @@ class SBoRA(AbstractExpert):
     """
 
     paper = "SBoRA: Low-Rank Adaptation with Regional Weight Updates, arXiv:2407.05413"
+    group_b = frozenset({"b"})
 
     rank: Rank = 64
     alpha: float | None = hyper(None)

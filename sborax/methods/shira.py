@@ -33,6 +33,7 @@ class SHiRA(AbstractAdditive):
     """
 
     paper = "SHiRA: Rapid Switching and Multi-Adapter Fusion via Sparse High Rank Adapters, arXiv:2406.13175"
+    group_b = frozenset({"values"})
     materialises = "entries at random places have no product of thin factors"
 
     rank: int = 32

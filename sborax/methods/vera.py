@@ -40,6 +40,7 @@ class VeRA(AbstractFactored):
     """
 
     paper = "VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454"
+    group_b = frozenset({"d", "m"})
 
     rank: int = 256
     d_initial: float = hyper(0.1)

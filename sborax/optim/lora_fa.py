@@ -1,5 +1,6 @@
 """LoRA-FA: a frozen, b trained along the projected gradient, arXiv:2308.03303; the projection as in PEFT."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,10 +8,44 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from sborax.core import SboraxError
-from sborax.optim.pairs import Pair, over_pairs, pairs, replace_pairs, sides
+from sborax.core import Leaves, SboraxError, is_adapter
+from sborax.optim.pairs import agree, over_pairs, sides
+from sborax.tree import split
 
 RIDGE = 1e-8
+
+
+def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
+    """`split` for LoRA-FA: a of every pair a, b is in the frozen half, so that it has no gradient.
+
+    `combine` puts the halves together again, and `lora_fa` reads a from `frozen=`:
+
+        train, frozen = split_lora_fa(adapters)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), lora_fa(1e-3))  # clips by the gradient of b alone
+
+    Raises SboraxError if no adapter has such a pair. arXiv:2308.03303
+    """
+    train, frozen = split(adapters)
+    flags = jax.tree.map(lambda side: side == "a", sides(train))
+    if not any(jax.tree.leaves(flags)):
+        raise SboraxError("lora_fa: no adapter has a pair of trained factors a, b; use another optimizer")
+
+    def half(node: Any, flag: Any, held: bool) -> Any:
+        return dataclasses.replace(node, train=_chosen(node.train, flag.train, held))
+
+    fixed = jax.tree.map(lambda node, flag: half(node, flag, True), train, flags, is_leaf=is_adapter)
+    moving = jax.tree.map(lambda node, flag: half(node, flag, False), train, flags, is_leaf=is_adapter)
+    frozen = jax.tree.map(lambda a, b: dataclasses.replace(b, train=a.train), fixed, frozen, is_leaf=is_adapter)
+    return moving, frozen
+
+
+def _chosen(leaves: Leaves, flags: Leaves, value: bool) -> Leaves:
+    """The leaves whose flag is `value`, nested as before."""
+    return {
+        name: _chosen(leaf, flags[name], value) if isinstance(leaf, dict) else leaf
+        for name, leaf in leaves.items()
+        if isinstance(leaf, dict) or flags[name] == value
+    }
 
 
 def lora_fa(
@@ -25,8 +60,11 @@ def lora_fa(
     Moments are corrected for bias, eps is not, and decay acts after the step: b <- (b + u)(1 - lr weight_decay).
     Leaves that are in no pair get the same AdamW without the projection. Defaults: PEFT's.
 
-    `update` needs `params`, and `frozen=` the frozen halves of the adapters, for their scales s.
-    Raises SboraxError without them. arXiv:2308.03303
+    Split adapters with `split_lora_fa`, so that a costs no gradient and does not count in clipping. With `split`, a is
+    in the trained half and its updates are zero.
+
+    `update` needs `params`, and `frozen=` the frozen halves of the adapters, for a and the scales s.
+    Raises SboraxError without them, and if there is no pair a, b. arXiv:2308.03303
     """
     trained = optax.chain(_scale_by_adam(b1, b2, eps), _descend_then_decay(learning_rate, weight_decay))
 
@@ -49,25 +87,41 @@ def project_lora_fa() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, optax.EmptyState]:
         if params is None or frozen is None:
             raise SboraxError("lora_fa: update needs params and frozen=, the frozen halves of the adapters")
-        scales, known = _scales(frozen), pairs(params)
-        new: dict[str, Pair] = {}
-        for path, (_, grad) in pairs(updates).items():
-            a = known[path][0]
-            own = path.replace("/train", "/frozen") + "/scale"
-            scale = next((leaf for name, leaf in scales.items() if f"/{own}".endswith(f"/{name}")), None)
+        grads, constant = _by_path(updates), _by_path(frozen)
+        trained = _by_path(params)
+        new: dict[str, Array] = {}
+        for path, grad in grads.items():
+            if not path.endswith("/b"):
+                continue
+            beside = path.removesuffix("b") + "a"
+            a = trained[beside] if beside in trained else _at(constant, beside)
+            if a is None or not agree(a, grad):
+                continue
+            scale = _at(constant, path.removesuffix("/b").replace("/train", "/frozen") + "/scale")
             if scale is None:
-                raise SboraxError(f"lora_fa: {path}: frozen= has no scale for this pair")
-            new[path] = (jnp.zeros_like(a), over_pairs(_project, a.ndim - 2)(grad, a, scale))
-        return replace_pairs(updates, new), state
+                raise SboraxError(f"lora_fa: {path.removesuffix('/b')}: frozen= has no scale for this pair")
+            new[path] = over_pairs(_project, a.ndim - 2)(grad, a, scale)
+            if beside in grads:
+                new[beside] = jnp.zeros_like(a)
+        if not new:
+            raise SboraxError("lora_fa: no adapter has a pair of factors a, b; use another optimizer")
+
+        def replaced(path: tuple, leaf: Array) -> Array:
+            return new.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+        return jax.tree_util.tree_map_with_path(replaced, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _scales(frozen: PyTree) -> dict[str, Array]:
-    """Every leaf named `scale` by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(frozen)
-    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
-    return {path: leaf for path, leaf in named if path.endswith("/scale")}
+def _by_path(tree: PyTree) -> dict[str, Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _at(leaves: dict[str, Array], path: str) -> Array | None:
+    """The leaf whose path is the end of `path`: the frozen half may be a branch of what `path` starts from."""
+    return next((leaf for name, leaf in leaves.items() if f"/{path}".endswith(f"/{name}")), None)
 
 
 def _project(

@@ -23,10 +23,11 @@ def pairs(tree: PyTree) -> dict[str, Pair]:
         head, last = _parent(path)
         if last in ("a", "b"):
             found.setdefault(head, {})[last] = leaf
-    return {head: (both["a"], both["b"]) for head, both in found.items() if len(both) == 2 and _agree(**both)}
+    return {head: (both["a"], both["b"]) for head, both in found.items() if len(both) == 2 and agree(**both)}
 
 
-def _agree(a: Array, b: Array) -> bool:
+def agree(a: Array, b: Array) -> bool:
+    """Whether the rank and the stack axes of both are the same."""
     return a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
 
 

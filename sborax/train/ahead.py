@@ -27,7 +27,7 @@ from sborax.procedures import Run
 from sborax.train.base import adapt
 from sborax.train.experiment import Experiment
 from sborax.train.hints import promised
-from sborax.train.optimizer import make_optimizer
+from sborax.train.optimizer import halves, make_optimizer
 from sborax.train.sharding import check_rows, make_mesh, parts_shardings, state_shardings
 from sborax.train.state import Parts, TrainState, start, take_apart
 from sborax.train.step import make_step
@@ -82,7 +82,10 @@ def outline(
     def build(params: Any) -> tuple[Parts, TrainState]:
         key = jax.random.key(experiment.seed_adapter)
         own = take_apart(
-            *adapt(key, params, settled, experiment.quant, zeros), experiment.train_base, experiment.train_also
+            *adapt(key, params, settled, experiment.quant, zeros),
+            experiment.train_base,
+            experiment.train_also,
+            halves(experiment.optimizer),
         )
         return own, start(own, tx)
 

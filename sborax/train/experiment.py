@@ -156,6 +156,11 @@ class Experiment:
         check_mesh(self.mesh or {})
         if self.mesh is not None and self.procedure is not None:
             raise SboraxError(f"mesh: {type(self.procedure).__name__} runs on one device; leave mesh at None")
+        if self.optimizer.name == "lora_fa" and self.procedure is not None and not self.procedure.resets:
+            raise SboraxError(
+                f"optimizer: lora_fa holds a fixed, and {type(self.procedure).__name__} reads its gradient or changes it; "
+                "use another optimizer"
+            )
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:

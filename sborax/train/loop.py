@@ -29,7 +29,7 @@ from sborax.train.figures import figures
 from sborax.train.hints import gradients, promised
 from sborax.train.hosts import check_alike, gathered, held, is_first, on_first, several
 from sborax.train.log import check_logs, open_logs
-from sborax.train.optimizer import make_optimizer
+from sborax.train.optimizer import halves, make_optimizer
 from sborax.train.report import Metrics, Progress, Summary, describe
 from sborax.train.sharding import Layout
 from sborax.train.state import Parts, TrainState, parameters, start, take_apart
@@ -91,7 +91,7 @@ def _train(
     if experiment.procedure is not None:
         # The third stream of one seed, after initial adapters and dropout.
         key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
-        turns = Turns(experiment.procedure, Run(chosen, steps, kv_heads), key, run)
+        turns = Turns(experiment.procedure, Run(chosen, steps, kv_heads), key, run, halves(experiment.optimizer))
         parts = turns.begin(parts)
     tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
     parts = layout.place(parts, model.config)
@@ -240,7 +240,7 @@ def set_up(
     if hint is not None:
         save_adapter(run / START, nest({path: nodes(adapters)[path] for path in told}))
     model.check_adapters(adapters)
-    parts = take_apart(params, adapters, experiment.train_base, experiment.train_also)
+    parts = take_apart(params, adapters, experiment.train_base, experiment.train_also, halves(experiment.optimizer))
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
     # The step holds what it needs; a second reference would keep a rewritten or trained base alive.
     return dataclasses.replace(model, params={}), parts, prints, total, chosen

@@ -4,8 +4,10 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from sborax.optim import lora_fa, lora_plus, lora_rite
+from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.train.experiment import Optimizer
+from sborax.train.state import Halves
+from sborax.tree import split
 
 
 def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
@@ -34,6 +36,11 @@ def decayed(train: PyTree) -> PyTree:
         return not (name.startswith("base/") and name.endswith(("/scale", "/bias")))
 
     return jax.tree_util.tree_map_with_path(one, train)
+
+
+def halves(optimizer: Optimizer) -> Halves:
+    """How adapters are split for this optimiser: `lora_fa` holds a fixed."""
+    return split_lora_fa if optimizer.name == "lora_fa" else split
 
 
 def make_optimizer(

@@ -1,7 +1,7 @@
 """What a run trains, holds and reads: the split of a model and its adapters into arguments of the step."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,9 +79,20 @@ def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> l
     return [path for path in paths if path in chosen]
 
 
-def take_apart(params: Params, adapters: Adapters, train_base: bool = False, train_also: Sequence[str] = ()) -> Parts:
+Halves = Callable[[Adapters], tuple[PyTree, PyTree]]
+"""Takes adapters apart into what is trained and what is not, as `split` does."""
+
+
+def take_apart(
+    params: Params,
+    adapters: Adapters,
+    train_base: bool = False,
+    train_also: Sequence[str] = (),
+    halves: Halves = split,
+) -> Parts:
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
+    halves: the split of the adapters; some optimisers hold leaves fixed that a method trains.
     Raises SboraxError as `selected` does, and for a trained leaf that is quantised.
     """
     flat = flatten(params)
@@ -89,7 +100,7 @@ def take_apart(params: Params, adapters: Adapters, train_base: bool = False, tra
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
-    train, frozen = split(adapters)
+    train, frozen = halves(adapters)
     # A leaf that is float32 already is copied: the step donates its buffer.
     masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
     return Parts(train, frozen, {path: leaf for path, leaf in flat.items() if path not in chosen}, masters)

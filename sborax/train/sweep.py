@@ -23,6 +23,7 @@ from sborax.train.grid import Member, Sweep
 from sborax.train.log import check_logs, open_logs
 from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, read_model, set_up
 from sborax.train.members import SweepState, adapters_of, gather
+from sborax.train.optimizer import halves
 from sborax.train.report import Metrics, Progress, Summary
 from sborax.train.results import SWEEP, Result, Results, check_same, write_results
 from sborax.train.state import Parts
@@ -135,7 +136,8 @@ def begin(
     starts: dict[str, Any] = {}
     parts = []
     for member, run in zip(members, runs, strict=True):
-        like = json.dumps([encode(member.experiment.rules), member.experiment.seed_adapter])
+        split_by = halves(member.experiment.optimizer).__name__
+        like = json.dumps([encode(member.experiment.rules), member.experiment.seed_adapter, split_by])
         if like not in starts:
             starts[like] = set_up(member.experiment, model, batches, run, (lambda _: None) if starts else echo)
         parts.append(starts[like][1])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Key, PyTree
 
 from sborax.procedures import AbstractProcedure, Boundary, Run
 from sborax.train.adapter import read_adapter, save_adapter
-from sborax.train.state import Parts, TrainState
+from sborax.train.state import Halves, Parts, TrainState
 from sborax.tree import Adapters, combine, split
 
 SEGMENTS = "segments"
@@ -17,12 +17,13 @@ SEGMENTS = "segments"
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What `procedure` does to a run. place: the run directory. key: of everything it draws."""
+    """What `procedure` does to a run. place: the run directory. key: of everything it draws. halves: splits adapters."""
 
     procedure: AbstractProcedure
     run: Run
     key: Key[Array, ""]
     place: epath.Path
+    halves: Halves = split
 
     def watch(self) -> optax.GradientTransformationExtraArgs:
         """What stands between clipping and the optimiser."""
@@ -40,7 +41,7 @@ class Turns:
         self.procedure.check(self.run, parts.base)
         whole = combine(parts.adapters, parts.frozen)
         boundary = self.procedure.start(self._key(0), self.run, Boundary(whole, parts.base))
-        train, frozen = split(boundary.adapters)
+        train, frozen = self.halves(boundary.adapters)
         return dataclasses.replace(parts, adapters=train, frozen=frozen, base=boundary.base)
 
     def take(
@@ -52,7 +53,7 @@ class Turns:
             save_adapter(self._segment(step), whole)
         before = Boundary(whole, parts.base, state.opt)
         boundary = self.procedure.apply(self._key(step), step, self.run, before)
-        adapters, frozen = split(boundary.adapters)
+        adapters, frozen = self.halves(boundary.adapters)
         train = {**state.train, "adapters": adapters}
         opt = restarted(tx, boundary.opt, train) if self.procedure.resets else boundary.opt
         return TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
@@ -64,7 +65,7 @@ class Turns:
         """
         begun = Boundary(combine(parts.adapters, parts.frozen), parts.base, state.opt)
         boundary = self.procedure.replay(self._key, done, self.run, begun, self._kept)
-        return dataclasses.replace(parts, frozen=split(boundary.adapters)[1], base=boundary.base)
+        return dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
 
     def whole(self, state: TrainState, parts: Parts) -> Adapters:
         """All that was trained, as adapters of the base that the run began with."""
