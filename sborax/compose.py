@@ -138,6 +138,11 @@ class Scaled(AbstractAdditive, AbstractComposite):
     def identity_at_init(self) -> bool:
         return self.part.identity_at_init and not self.part.rewrites_base
 
+    def check(self, shape: tuple[int, int]) -> None:
+        if self.factor == 0.0:
+            raise SboraxError("scale: a method times 0 never trains; give another factor")
+        self.part.check(shape)
+
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
         return Fitted(

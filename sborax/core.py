@@ -130,12 +130,13 @@ class RankPolicy(abc.ABC):
 Rank = int | RankPolicy | tuple[int, ...]
 
 
-def hyper(default: Any = dataclasses.MISSING) -> Any:
+def hyper(default: Any = dataclasses.MISSING, above: float | None = None) -> Any:
     """A field that `init` turns into an array leaf, so that it may differ inside one compiled program.
 
     It is left out of a node's static structure: two values of it share a treedef, a compilation and a sweep.
+    above: a bound that planning holds a value against; a method never trains with, say, a scale of zero.
     """
-    return dataclasses.field(default=default, metadata={"hyper": True})
+    return dataclasses.field(default=default, metadata={"hyper": True, "above": above})
 
 
 class AbstractMethod(abc.ABC):

@@ -223,6 +223,7 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
     if isinstance(method.rank, tuple) and not method.ragged:
         raise SboraxError(f"{path}: {type(method).__name__} takes one rank for all layers of a stack")
     try:
+        _check_bounds(method)
         method.check(shape)
     except SboraxError as error:
         raise SboraxError(f"{path} {shape}: {error}") from None
@@ -231,6 +232,20 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
         raise SboraxError(f"{path}: {type(method).__name__} needs hint {missing[0]!r} for this kernel")
     if hint is not None and "grad" in method.needs and tuple(hint.grad.shape) != tuple(whole):
         raise SboraxError(f"{path}: the gradient has shape {tuple(hint.grad.shape)}, the kernel {tuple(whole)}")
+
+
+def _check_bounds(value: Any) -> None:
+    """Raise SboraxError for a hyper-parameter, of a method or of its parts, that is not above its bound."""
+    if isinstance(value, tuple):
+        for part in value:
+            _check_bounds(part)
+    if not isinstance(value, AbstractMethod):
+        return
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        chosen, bound = getattr(value, field.name), field.metadata.get("above")
+        if bound is not None and chosen is not None and not chosen > bound:
+            raise SboraxError(f"{type(value).__name__}: {field.name} must be above {bound:g}, got {chosen:g}")
+        _check_bounds(chosen)
 
 
 def _resolved(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:

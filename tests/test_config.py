@@ -94,12 +94,28 @@ def test_changes_are_checked_together():
         ("procedure=chain", "procedure: there is no .chain.; did you mean"),
         ("attention=flash", "attention: must be one of 'auto', 'xla', 'cudnn', 'splash'"),
         ("log=['mlflow']", "log.0: must be one of 'tensorboard', 'wandb'"),
+        ("optimizer.eps=0", "eps must be above 0"),
+        ("optimizer.clip=0", "clip must be above 0"),
+        ("data.max_length=2", "max_length must be at least 3, got 2: attention over a single token"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(change, words):
     with pytest.raises(sx.SboraxError, match=words) as caught:
         override(EXPERIMENT, [change])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lion", "adafactor"])
+def test_an_eps_without_a_use_is_an_error(name):
+    with pytest.raises(sx.SboraxError, match=f"{name} takes no eps"):
+        sx.Optimizer(name=name, eps=1e-6)
+
+
+@pytest.mark.parametrize("procedure", [sx.AdaLoRABudget(target=2), sx.PRILoRAPruning(), sx.LoRAPrune()])
+def test_lora_fa_is_refused_beside_procedures_that_read_a(procedure):
+    rules = [("q_proj", sx.LoRA(rank=4))]
+    with pytest.raises(sx.SboraxError, match="lora_fa holds a fixed"):
+        sx.Experiment("m", sx.Data("d"), rules, sx.Optimizer(name="lora_fa"), steps=9, procedure=procedure)
 
 
 def test_nothing_to_train_is_an_error():

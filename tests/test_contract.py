@@ -1,5 +1,6 @@
 """The contract that every method keeps, on bare kernels: one row of `cases.METHODS` is one method."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -327,6 +328,38 @@ def test_config_round_trip(case: Case):
     written = json.loads(json.dumps(config.encode(case.method)))
     assert config.decode(AbstractMethod, written) == case.method
     assert hash(structure(case.method)) == hash(fitted(case.method)[1].method)
+
+
+@by_case
+def test_every_counted_parameter_has_a_gradient(case: Case):
+    """On sides that divide little: rows without inputs, or gates without a choice, would be counted and never train."""
+    kernel = jnp.asarray(normal(5, 10, 12))
+    params = {"proj": {"kernel": kernel}}
+    grad = {"proj": sx.Hint(grad=kernel)} if case.method.needs else None
+    try:
+        sx.plan(params, [("proj", case.method)], hints=grad)
+    except sx.SboraxError as error:
+        assert "\n" not in str(error)
+        return
+    params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], grad)
+    train, frozen = sx.split(trained(adapters["proj"]["kernel"]))
+    gradient = jax.grad(loss_of)(train, frozen, params["proj"]["kernel"], jnp.asarray(normal(6, 33, 10)))
+    live = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert live == sx.count(adapters) == case.count(10, 12)
+
+
+@by_case
+def test_hyper_parameters_have_bounds_that_planning_keeps(case: Case):
+    """A scale of zero would train nothing, and the first step would blame the model for it."""
+    params = {"layers": {"proj": {"kernel": base()}}}
+    for field in dataclasses.fields(case.method):
+        bound = field.metadata.get("above")
+        if bound is not None:
+            wrong = dataclasses.replace(case.method, **{field.name: bound})
+            with pytest.raises(sx.SboraxError, match=f"{field.name} must be above 0, got 0"):
+                sx.plan(params, [("proj", wrong)], hints=hints(case.method, True))
+            with pytest.raises(sx.SboraxError, match=f"{field.name} must be above 0, got 0"):
+                sx.plan(params, [sx.Rule("proj", wrong, layers=(0,))], hints=hints(case.method, True))
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])

@@ -456,3 +456,27 @@ def test_a_checkpoint_of_another_experiment_is_refused(saved, tmp_path):
     with pytest.raises(sx.SboraxError, match="lacks more"):
         checkpoints.restore({**trees[0], "more": jnp.ones(2)}, quiet)
     checkpoints.close()
+
+
+@pytest.mark.parametrize("procedure", [None, sx.COLA(every=2)], ids=["alone", "COLA"])
+def test_lora_fa_trains_b_alone(places, tmp_path, model, procedure):
+    """a is neither counted, nor in a checkpoint, nor moved; a resumed run ends in the same bits."""
+    optimizer = sx.Optimizer(name="lora_fa", lr=1e-2)
+    experiment = an_experiment(
+        places, rules=[("mlp", sx.LoRA(rank=4))], optimizer=optimizer, steps=4, procedure=procedure
+    )
+    said = []
+    train(experiment, tmp_path / "run", echo=said.append)
+    outs = 2 * (48 + 48 + 32)
+    assert any(line.startswith(f"trainable: {4 * outs:,} parameters") for line in said)
+    _, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
+    if procedure is None:
+        _, begun = sx.attach(jax.random.key(0), model.params, experiment.rules)
+        for path, node in nodes(adapters).items():
+            chex.assert_trees_all_equal(node.train["a"], nodes(begun)[path].train["a"])
+            assert jnp.any(node.train["b"] != 0)
+    kept = (tmp_path / "run" / "adapter" / LEAVES).read_bytes()
+    for half in ("checkpoints/4", "adapter"):
+        subprocess.run(["rm", "-r", str(tmp_path / "run" / half)], check=True)
+    train(experiment, tmp_path / "run", resume=True, echo=quiet)
+    assert (tmp_path / "run" / "adapter" / LEAVES).read_bytes() == kept

@@ -13,6 +13,13 @@ def at_least(least: int | float, **values: int | float | None) -> None:
             raise SboraxError(f"{name} must be at least {least}, got {value}")
 
 
+def above(bound: int | float, **values: int | float | None) -> None:
+    """Raise SboraxError for a value that is not above `bound`."""
+    for name, value in values.items():
+        if value is not None and not value > bound:
+            raise SboraxError(f"{name} must be above {bound}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """A data set and how its samples become tokens.
@@ -24,7 +31,7 @@ class Data:
         of it), or a prompt of your own such as "Q: {question}\\nA: " with the columns in braces.
     answer: what follows a prompt of your own, with the columns in braces.
     split: which split, or which file of a directory.
-    max_length: longest sample, in tokens.
+    max_length: longest sample, in tokens, at least 3.
     overlong: longer samples are dropped, truncated, or split into windows; each is counted and printed.
     loss_on: the tokens that count: the answer's, or all.
     packing: several samples in one row, kept apart by segments.
@@ -44,7 +51,10 @@ class Data:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        at_least(2, max_length=self.max_length)
+        if self.max_length < 3:
+            raise SboraxError(
+                f"max_length must be at least 3, got {self.max_length}: attention over a single token trains no q_proj"
+            )
         at_least(1, limit=self.limit)
         if any(bucket < 1 for bucket in self.buckets):
             raise SboraxError(f"buckets must be positive, got {list(self.buckets)}")

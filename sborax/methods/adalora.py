@@ -46,7 +46,7 @@ class AdaLoRA(AbstractFactored):
     ragged = True
 
     rank: Rank = 12
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     dropout: float = hyper(0.0)
 
     @property

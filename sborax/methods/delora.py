@@ -46,7 +46,7 @@ class DeLoRA(AbstractFactored):
     sends = "norms of factors, some rank floats a kernel"
 
     rank: int = 8
-    strength: float = hyper(15.0)
+    strength: float = hyper(15.0, above=0.0)
     dropout: float = hyper(0.0)
 
     @property

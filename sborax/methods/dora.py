@@ -48,7 +48,7 @@ class DoRA(AbstractReparametrisation):
     factors_needed = frozenset({"a", "b", "scale"})
 
     rank: int = 16
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     dropout: float = hyper(0.0)
 
     @property

@@ -41,7 +41,7 @@ class LoHa(AbstractFactored):
     sends = "gradients of the products of columns, rank times those of the leaves"
 
     rank: int = 8
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
 
     @property
     def axes(self) -> Axes:

@@ -31,7 +31,7 @@ class LoKr(AbstractAdditive):
     sends = "x or the gradient in y, whose blocks are not cut as their features are"
 
     rank: int = 8
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     factor: int = -1
     both: bool = False
 

@@ -46,7 +46,7 @@ class LoRA(AbstractFactored):
     ragged = True
 
     rank: Rank = 8
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     rslora: bool = hyper(False)
     dropout: float = hyper(0.0)
     init_a: Literal["kaiming", "gaussian"] = hyper("kaiming")

@@ -50,11 +50,11 @@ class LoRAGA(AbstractFactored):
     needs = frozenset({"grad"})
 
     rank: int = 8
-    alpha: float | None = hyper(16.0)
+    alpha: float | None = hyper(16.0, above=0.0)
     rslora: bool = hyper(True)
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = hyper("ArB2r")
     scale: Literal["stable", "unit", "gd", "weightS"] = hyper("stable")
-    gamma: float = hyper(16.0)
+    gamma: float = hyper(16.0, above=0.0)
     formula: Literal["authors", "peft"] = hyper("authors")
     norm_clip: bool = hyper(False)
     niter: int | None = hyper(None)

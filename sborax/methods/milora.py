@@ -61,7 +61,7 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
     pooler: Pooler = "attention"
     balance: float = hyper(1e-2)
     renormalise: bool = False
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     dropout: float = hyper(0.0)
 
     @property

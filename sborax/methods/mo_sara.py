@@ -34,7 +34,7 @@ class MoSARA(AbstractAdditive):
     W = a diag(S) b + ...: a (in, k) and b (k, out) are the leading singular vectors, frozen. lam (n, k), v (out).
 
     rank: `SingularMass(threshold)`, an int or another policy; default threshold 0.5.
-    sets: n; default 5.
+    sets: n, at least 2; default 5.
     router: "rank1" (default), w1 (k, 1), w2 (1, n); "full", one w1 (k, n).
     gamma: default 1.
 
@@ -50,7 +50,7 @@ class MoSARA(AbstractAdditive):
     rank: Rank = SingularMass(0.5)
     sets: int = 5
     router: Literal["rank1", "full"] = "rank1"
-    gamma: float = hyper(1.0)
+    gamma: float = hyper(1.0, above=0.0)
 
     @property
     def axes(self) -> Axes:
@@ -59,8 +59,12 @@ class MoSARA(AbstractAdditive):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.sets < 1 or self.router not in ("rank1", "full"):
-            raise SboraxError(f"needs sets >= 1 and router 'rank1' or 'full', got {self.sets} and {self.router!r}")
+        if self.router not in ("rank1", "full"):
+            raise SboraxError(f"router must be 'rank1' or 'full', got {self.router!r}")
+        if self.sets < 2:
+            raise SboraxError(
+                f"sets must be at least 2, got {self.sets}: the gate of one set is always 1 and never trains"
+            )
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         own, mask = live(self.rank, hint)

@@ -34,7 +34,7 @@ class OrthogonalAdaptation(AbstractExpert):
     group_b = frozenset({"b"})
 
     rank: int = 16
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     side: Literal["in", "out"] = "in"
     expert: int = hyper(0)
     experts: int = hyper(1)

@@ -50,7 +50,7 @@ class PiSSA(AbstractFactored):
     rewrites_base = True
 
     rank: int = 16
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     dropout: float = hyper(0.0)
     niter: int | None = hyper(None)
 

@@ -44,7 +44,7 @@ class PRILoRA(AbstractFactored):
     ragged = True
 
     rank: Rank = LinearRanks(4, 12)
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     scale_mode: Literal["alpha_over_rank", "constant"] = hyper("alpha_over_rank")
     persistent_mask: bool = hyper(False)
     dropout: float = hyper(0.0)

@@ -45,7 +45,7 @@ class RandLoRA(AbstractAdditive):
     materialises = "a full-rank sum of scaled bases has no thin form: they have min(in, out) squared entries together"
 
     rank: int = 32
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     projection_seed: int = hyper(0)
     dropout: float = hyper(0.0)
 

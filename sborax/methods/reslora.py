@@ -52,7 +52,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
     rank: int = 4
     shortcut: Literal["block", "input", "middle"] = "block"
     pre_num: int = -1
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     dropout: float = hyper(0.0)
 
     @property

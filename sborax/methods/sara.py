@@ -52,8 +52,8 @@ class SARA(AbstractFactored):
     rank: Rank = SingularMass(0.02)
     factor_init: Literal["lora", "svd"] = hyper("lora")
     lam_init: Literal["sigma", "ones", "normal"] | None = hyper(None)
-    gamma: float = hyper(1.0)
-    alpha: float | None = hyper(None)
+    gamma: float = hyper(1.0, above=0.0)
+    alpha: float | None = hyper(None, above=0.0)
     rslora: bool = hyper(False)
     dropout: float = hyper(0.0)
 

@@ -47,7 +47,7 @@ class SBoRA(AbstractExpert):
     group_b = frozenset({"b"})
 
     rank: Rank = 64
-    alpha: float | None = hyper(None)
+    alpha: float | None = hyper(None, above=0.0)
     variant: Literal["FA", "FB"] = "FA"
     dropout: float = hyper(0.0)
     expert: int | None = hyper(None)

@@ -43,7 +43,7 @@ class VeRA(AbstractFactored):
     group_b = frozenset({"d", "m"})
 
     rank: int = 256
-    d_initial: float = hyper(0.1)
+    d_initial: float = hyper(0.1, above=0.0)
     projection_seed: int = hyper(0)
     dropout: float = hyper(0.0)
 

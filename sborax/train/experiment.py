@@ -12,7 +12,7 @@ from etils import epath
 
 from sborax.config import decode, encode, override
 from sborax.core import SboraxError
-from sborax.data.options import Data, at_least
+from sborax.data.options import Data, above, at_least
 from sborax.documents import read_object
 from sborax.mesh import check_mesh
 from sborax.paths import RuleLike, as_rules
@@ -35,8 +35,8 @@ class Optimizer:
     schedule: after the warm-up: "constant", or "linear" or "cosine" down to `final` times the peak.
     warmup: number of steps if 1 or more, else the fraction of all steps.
     eps: None for 1e-8, with lora_rite and lora_fa 1e-6.
-    decay: decoupled weight decay (norm scales and biases excepted). clip: largest global gradient norm, or None; with
-        lora_rite that of the unmagnified gradients.
+    decay: decoupled weight decay (norm scales and biases excepted).
+    clip: largest global gradient norm, above 0, or None; with lora_rite that of the unmagnified gradients.
     """
 
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "lora_rite", "lora_fa"] = "adamw"
@@ -51,12 +51,15 @@ class Optimizer:
     b_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        at_least(0, lr=self.lr, warmup=self.warmup, final=self.final, decay=self.decay, clip=self.clip)
+        at_least(0, lr=self.lr, warmup=self.warmup, final=self.final, decay=self.decay)
+        above(0, eps=self.eps, clip=self.clip)
         at_least(1, b_ratio=self.b_ratio)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise SboraxError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.decay and self.name in ("adam", "sgd", "adafactor"):
             raise SboraxError(f"{self.name} takes no decay here; use adamw or lion, or set decay=0")
+        if self.eps is not None and self.name in ("sgd", "lion", "adafactor"):
+            raise SboraxError(f"{self.name} takes no eps; set eps to None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +160,8 @@ class Experiment:
         if self.mesh is not None and self.procedure is not None:
             raise SboraxError(f"mesh: {type(self.procedure).__name__} runs on one device; leave mesh at None")
         if self.optimizer.name == "lora_fa" and self.procedure is not None and not self.procedure.resets:
-            raise SboraxError(
-                f"optimizer: lora_fa holds a fixed, and {type(self.procedure).__name__} reads its gradient or changes it; "
-                "use another optimizer"
-            )
+            name = type(self.procedure).__name__
+            raise SboraxError(f"optimizer: lora_fa holds a fixed, and {name} needs its gradient; use another optimizer")
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:

@@ -176,6 +176,6 @@ def check_alive(grad_norms: dict[str, float]) -> None:
     if dead:
         more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
         raise SboraxError(
-            f"{dead[0]}{more}: no gradient at all in the first step, the model never consumed it; "
-            "adapt modules that the model reads, with a method whose start is not a stationary point"
+            f"{dead[0]}{more}: no gradient at all in the first step: the model never consumed it, or a row is a single "
+            "token; adapt modules that the model reads, with a method whose start is not a stationary point"
         )

@@ -17,7 +17,7 @@ SEGMENTS = "segments"
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What `procedure` does to a run. place: the run directory. key: of everything it draws. halves: splits adapters."""
+    """What `procedure` does to a run. place: the run directory. key: of everything it draws. halves: the split."""
 
     procedure: AbstractProcedure
     run: Run
