@@ -271,3 +271,9 @@ def test_mistakes_are_told():
     params = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 5))}
     with pytest.raises(SboraxError, match="needs params"):
         scale_by_lora_rite().update(params, scale_by_lora_rite().init(params))
+
+
+def test_a_tree_without_a_pair_is_refused():
+    _, adapters = sx.attach(jax.random.key(0), {"p": {"kernel": jnp.ones((8, 6))}}, [("p", sx.Bone(rank=4))])
+    with pytest.raises(SboraxError, match="lora_rite: no adapter has a pair"):
+        lora_rite(1e-3).init(sx.split(adapters)[0])

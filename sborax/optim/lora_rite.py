@@ -67,7 +67,7 @@ def scale_by_lora_rite(
     cap: largest RMS of the applied M, or None.
 
     `update` needs `params`. Stacks are mapped over; padded ranks stay zero. Leaves of 32 bits or more.
-    Raises SboraxError for a rank above either side, and without `params`.
+    Raises SboraxError for a rank above either side, for a tree without a pair, and without `params`.
     """
     pair = _pairs_alone(b1, b2, eps, clip, skip, escape, cap)
     others = optax.scale_by_adam(b1, b2) if rest is None else rest
@@ -130,6 +130,8 @@ def _pairs_alone(
 ) -> optax.GradientTransformation:
     def init(params: PyTree) -> LoRARiteState:
         known = pairs(params)
+        if not known:
+            raise SboraxError("lora_rite: no adapter has a pair of trained factors a, b; use another optimizer")
         for path, (a, b) in known.items():
             if a.shape[-1] > min(a.shape[-2], b.shape[-1]):
                 raise SboraxError(
