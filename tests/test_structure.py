@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "errors",
     "mesh",
+    "weight",
     "core",
     "documents",
     "patterns",
