@@ -212,6 +212,10 @@ class Chain(AbstractMethod):
     def group_b(self) -> frozenset[str]:
         return self.first.group_b | self.second.group_b
 
+    @property
+    def adapts_bias(self) -> bool:
+        return self.second.adapts_bias
+
     def check(self, shape: tuple[int, int]) -> None:
         self.first.check(shape)
 
@@ -230,6 +234,9 @@ class Chain(AbstractMethod):
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         return self.second.merge(weight, adapter)
+
+    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+        return self.second.merge_bias(bias, adapter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +307,13 @@ class ByLayer(AbstractComposite):
             lambda: dense(weight).astype(jnp.float32),
             *(merged(child) for child, _ in self.children(adapter)),
         ]
+        return jax.lax.switch(adapter.frozen["branch"], branches)
+
+    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+        def merged(child: Adapter):
+            return lambda: child.method.merge_bias(bias, child)
+
+        branches = [lambda: bias.astype(jnp.float32), *(merged(child) for child, _ in self.children(adapter))]
         return jax.lax.switch(adapter.frozen["branch"], branches)
 
 

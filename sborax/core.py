@@ -17,48 +17,14 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from sborax.errors import SboraxError
 from sborax.mesh import by_rows
+from sborax.weight import AbstractWeight as AbstractWeight
+from sborax.weight import Weight, dense, matmul
+from sborax.weight import is_weight as is_weight
 
 Leaves = dict[str, Any]
 """Arrays by name; composed methods nest one level per part."""
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without the stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
-
-
-class AbstractWeight(abc.ABC):
-    """A base weight that is not a plain array, such as a quantised one. Every method sees it through this."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-    @abc.abstractmethod
-    def dense(self) -> Float[Array, "*stack in out"]:
-        """The weight as a plain array of its logical dtype."""
-
-    @abc.abstractmethod
-    def rmatmul(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens out"]:
-        """`x @ self` without keeping the dense weight for the backward pass."""
-
-    @abc.abstractmethod
-    def encode(self, dense: Float[Array, "*stack in out"]) -> "AbstractWeight":
-        """A weight of this kind that holds `dense`, for methods that rewrite the base."""
-
-
-Weight = Array | AbstractWeight
-
-
-def is_weight(node: Any) -> bool:
-    """Whether `node` is one base weight (for `is_leaf`)."""
-    return isinstance(node, AbstractWeight)
-
-
-def dense(weight: Weight) -> Float[Array, "*stack in out"]:
-    """The weight as a plain array."""
-    return weight.dense() if isinstance(weight, AbstractWeight) else weight
-
-
-def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
-    """`x @ weight` in the dtype of `x`."""
-    return weight.rmatmul(x) if isinstance(weight, AbstractWeight) else x @ weight.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +69,7 @@ class Context:
 class Hint:
     """What `init` may know beyond the weight. `method.needs` names the fields that must be given.
 
-    layer: number of this layer in its stack.
+    layer: position of this weight in its stack, flattened; 0 where none is stacked. Ranks of a tuple go by it.
     grad: gradient of the loss in the un-adapted weight, of its shape; on the host it costs the device nothing yet.
     """
 
@@ -120,11 +86,11 @@ class Fitted(NamedTuple):
 
 
 class RankPolicy(abc.ABC):
-    """Chooses ranks on the host, at planning, for all layers of one kernel. Subclasses are frozen dataclasses."""
+    """Chooses ranks on the host, at planning, for all weights of one kernel. Subclasses are frozen dataclasses."""
 
     @abc.abstractmethod
     def ranks(self, weights: Sequence[Callable[[], np.ndarray]], layers: Sequence[int], depth: int) -> tuple[int, ...]:
-        """One rank per layer. `weights` are read only when called; `layers` number them among `depth`."""
+        """One rank per weight. `weights` are read only when called; `layers` has the layer of each, among `depth`."""
 
 
 Rank = int | RankPolicy | tuple[int, ...]
@@ -167,6 +133,8 @@ class AbstractMethod(abc.ABC):
     """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies; PEFT's, where PEFT has the method."""
     linked: bool = False
     """Layers read what earlier layers of the same projection have or saw: see `depth.AbstractLinked`."""
+    adapts_bias: bool = False
+    """A bias of the projection changes too, as `merge_bias` says. Otherwise it is added as it is."""
 
     @property
     @abc.abstractmethod
@@ -197,6 +165,10 @@ class AbstractMethod(abc.ABC):
     def merge(self, weight: Weight, adapter: "Adapter") -> Float[Array, "in out"]:
         """The float32 weight whose plain projection is the adapted one."""
 
+    def merge_bias(self, bias: Float[Array, " out"], adapter: "Adapter") -> Float[Array, " out"]:
+        """The float32 bias that goes with the weight of `merge`. Methods that declare `adapts_bias` say which."""
+        return bias.astype(jnp.float32)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +188,10 @@ def is_adapter(node: Any) -> bool:
 
 
 class AbstractAdditive(AbstractMethod):
-    """y = x W + delta(x), with a delta that never looks at W: the methods that can be added and scaled."""
+    """y = x W + delta(x), with a delta that never looks at W: the methods that can be added and scaled.
+
+    A bias is no part of delta, so these leave it as it is.
+    """
 
     @abc.abstractmethod
     def add_to(
@@ -299,15 +274,25 @@ class AbstractComposite(AbstractMethod):
     def linked(self) -> bool:
         return any(part.linked for part in self.members)
 
+    @property
+    def adapts_bias(self) -> bool:
+        return any(part.adapts_bias for part in self.members)
+
     def check(self, shape: tuple[int, int]) -> None:
         for part in self.members:
             part.check(shape)
 
 
 def linear(
-    x: Float[Array, "*batch in"], weight: Weight, adapter: Adapter | None = None, ctx: Context = Context()
+    x: Float[Array, "*batch in"],
+    weight: Weight,
+    adapter: Adapter | None = None,
+    ctx: Context = Context(),
+    bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """Project `x`, adapted or not. The only place where an adapter meets a model.
+
+    A bias is given here and not added to the result, because some methods adapt it, too (IA3 scales it).
 
     Tokens are flattened first: with more than two axes XLA:CPU copies transposed operands for thin gradients.
     """
@@ -317,7 +302,12 @@ def linear(
         y = matmul(flat, weight)
     else:
         y = adapter.method.apply(flat, weight, adapter, ctx.flatten(batch))
-    return y.reshape(*batch, y.shape[-1])
+    y = y.reshape(*batch, y.shape[-1])
+    if bias is None:
+        return y
+    if adapter is not None and adapter.method.adapts_bias:
+        bias = adapter.method.merge_bias(bias, adapter)
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
 def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens in"]:
@@ -347,7 +337,7 @@ def width(rank: Rank) -> int:
 
 
 def live(rank: Rank, hint: Hint) -> tuple[Float[Array, ""], Float[Array, " r"]]:
-    """The rank of this layer, and a 0/1 mask of its columns among the padded ones."""
+    """The rank of this weight, and a 0/1 mask of its columns among the padded ones."""
     columns = jnp.arange(width(rank))
     own = jnp.asarray(rank)[hint.layer] if isinstance(rank, tuple) else jnp.asarray(rank)
     return own.astype(jnp.float32), (columns < own).astype(jnp.float32)

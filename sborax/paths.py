@@ -4,12 +4,14 @@ Planning reads shapes alone (a `RankPolicy` may ask for weights), so every mista
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -27,8 +29,10 @@ class Rule:
     """Adapt every kernel whose module path matches `pattern` (`re.search`, first match wins).
 
     method: the method, or None to leave what matches as it is.
-    layers: which layers (a slice, or numbers; negative from the end); None for all.
-    stack_axes: leading axes that stack layers; None: one below `layers/`, else none.
+    layers: which layers (a slice, or numbers; negative from the end); None for all. Layers are counted by the number
+        in a path (`layers/3/...`), where there is none by the first stack axis. What else is stacked, such as the
+        experts of a layer, goes with its layer.
+    stack_axes: leading axes that stack weights; None: one below `layers/`, else none.
     in_axes: how many of a kernel's own axes belong to the input; required for kernels of more than two.
     """
 
@@ -71,7 +75,12 @@ class Site:
     shape: tuple[int, int]
     in_axes: int
     layer: int
-    """Number of the (first) layer."""
+    """Number of the layer in the path; 0 for a path without one."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of every weight in the stack, which is flattened."""
+        return _layers(self.path, self.stack, self.layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +98,34 @@ def module_path(path: str) -> tuple[str, int | None]:
     return "/".join(part for part in parts if not part.isdecimal()), numbers[0] if numbers else None
 
 
-def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
-    """A key that depends on the module's path alone, so that adding a target never reshuffles another."""
+def stacks_layers(path: str, stack: Sequence[int]) -> bool:
+    """Whether the first stack axis of a kernel counts layers: not if its path has their number, `layers/3/experts`."""
+    parts = path.split("/")
+    below = STACKED_UNDER in parts and not parts[parts.index(STACKED_UNDER) + 1].isdecimal()
+    return bool(stack) and (below or module_path(path)[1] is None)
+
+
+def _layers(path: str, stack: Sequence[int], number: int) -> tuple[int, ...]:
+    count = math.prod(stack)
+    counted = stacks_layers(path, stack)
+    return tuple(position * stack[0] // count if counted else number for position in range(count))
+
+
+def weight_keys(key: Key[Array, ""], path: str, stack: Sequence[int]) -> Key[Array, "*stack"]:
+    """One key for each weight of a kernel's stack.
+
+    They depend on the kernel's path alone, so that adding a target never reshuffles another: on its names, then on its
+    numbers, then on the position in the stack. So a stack equals its layers.
+    """
     digest = hashlib.sha1(module_path(path)[0].encode()).digest()
-    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+    key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+    numbers = [int(part) for part in path.split("/") if part.isdecimal()]
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    if stack:
+        folded = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(math.prod(stack)))
+        return folded.reshape(tuple(stack))
+    return key if numbers else jax.random.fold_in(key, 0)
 
 
 def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
@@ -101,14 +134,20 @@ def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
     return found.get(path.removesuffix("/kernel"), found.get(module_path(path)[0]))
 
 
+def leaves_by_path(params: Any) -> dict[str, Any]:
+    """Every leaf by its full path, in tree order; a weight that is no plain array is one leaf."""
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
 def kernels(params: Any) -> dict[str, Any]:
     """Every leaf named `kernel` by its full path, in tree order."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name == "kernel" or name.endswith("/kernel"):
-            found[name] = leaf
-    return found
+    return {path: leaf for path, leaf in leaves_by_path(params).items() if path.rpartition("/")[2] == "kernel"}
+
+
+def bias_path(kernel: str) -> str:
+    """Where the bias of the projection with this kernel lies, if it has one."""
+    return f"{kernel.removesuffix('kernel')}bias"
 
 
 def as_rules(rules: Iterable[RuleLike]) -> tuple[Rule, ...]:
@@ -135,19 +174,20 @@ def _axes(path: str, ndim: int, rule: Rule) -> tuple[int, int]:
 
 
 def _ranks(
-    site: str, weight: Any, layers: Sequence[int], stack: int, depth: int
+    site: str, weight: Any, layers: Sequence[int], stack: Sequence[int], shape: tuple[int, int], depth: int
 ) -> Callable[[RankPolicy], int | tuple[int, ...]]:
-    def read(index: int) -> Callable[[], np.ndarray]:
+    def read(position: int) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:
             if isinstance(weight, jax.ShapeDtypeStruct):
                 raise SboraxError(f"{site}: this rank policy reads the weights; plan on a loaded model")
-            one = jax.tree.map(lambda leaf: leaf[index], weight) if stack else weight
-            return np.asarray(dense(one), np.float32)
+            place = tuple(int(index) for index in np.unravel_index(position, stack)) if stack else ()
+            one = jax.tree.map(lambda leaf: leaf[place], weight) if stack else weight
+            return np.asarray(dense(one), np.float32).reshape(shape)
 
         return load
 
     def choose(policy: RankPolicy) -> int | tuple[int, ...]:
-        ranks = policy.ranks([read(index) for index in range(len(layers))], layers, depth)
+        ranks = policy.ranks([read(position) for position in range(len(layers))], layers, depth)
         return ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
 
     return choose
@@ -171,12 +211,10 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         if not matching:
             untouched.append(path)
             continue
-        stack, in_axes = _axes(path, len(weight.shape), matching[0][1])
-        if stack > 1 and any(rule.layers is not None for _, rule in matching):
-            raise SboraxError(f"{path}: `layers=` needs at most one stack axis, not {stack}")
-        count = math.prod(weight.shape[:stack])
-        depth = count if stack else flat_depth
-        layers = range(count) if stack else (number or 0,)
+        axes, in_axes = _axes(path, len(weight.shape), matching[0][1])
+        stack, own = tuple(weight.shape[:axes]), weight.shape[axes:]
+        layers = _layers(path, stack, number or 0)
+        depth = stack[0] if stacks_layers(path, stack) else flat_depth
         owner: dict[int, list[int]] = {}
         for position, layer in enumerate(layers):
             first = next((i for i, rule in matching if rule.covers(layer, depth)), None)
@@ -187,24 +225,23 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         if not chosen:
             untouched.append(path)
             continue
-        own = weight.shape[stack:]
         shape = (math.prod(own[:in_axes]), math.prod(own[in_axes:]))
-        settle = _ranks(name, weight, layers, stack, depth)
+        settle = _ranks(name, weight, layers, stack, shape, depth)
         parts = []
         for i, positions in chosen.items():
             method = rules[i].method
             assert method is not None
             method = _resolved(method, settle)
-            if method.linked and stack != 1 and (stack or number is None):
+            if method.linked and not (stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None):
                 raise SboraxError(
                     f"{path}: {type(method).__name__} links layers, and this is none of a stack (one leading axis) nor "
                     "below a layer number (layers/3/...); give it to the kernels of layers alone"
                 )
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
-        whole = len(parts) == 1 and len(parts[0][1]) == count
+        whole = len(parts) == 1 and len(parts[0][1]) == len(layers)
         method = parts[0][0] if whole else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
-        sites.append(Site(path, method, tuple(weight.shape[:stack]), shape, in_axes, number or 0))
+        sites.append(Site(path, method, stack, shape, in_axes, number or 0))
     unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
     if unused:
         raise SboraxError(

@@ -1,4 +1,4 @@
-"""Rank policies: one rank per layer, chosen on the host while a run is planned. Any method with a rank takes one."""
+"""Rank policies: one rank per weight, chosen on the host while a run is planned. Any method with a rank takes one."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ class LinearRanks(RankPolicy):
 class ShuffledRanks(RankPolicy):
     """The ranks of `policy` dealt to the layers of the same kernel at random: the control for an adaptive rank.
 
-    Raises SboraxError for a kernel that is not stacked over layers: with one rank there is nothing to shuffle.
+    Raises SboraxError for a kernel that is not stacked over layers: with one layer there is nothing to shuffle.
     """
 
     policy: RankPolicy
@@ -72,6 +72,6 @@ class ShuffledRanks(RankPolicy):
     def ranks(self, weights: Sequence[Reader], layers: Sequence[int], depth: int) -> tuple[int, ...]:
         """The rank of every layer."""
         own = self.policy.ranks(weights, layers, depth)
-        if len(own) < 2:
-            raise SboraxError("ShuffledRanks needs a kernel stacked over layers: there is one rank to shuffle")
+        if len(set(layers)) < 2:
+            raise SboraxError("ShuffledRanks needs a kernel stacked over layers: there is one layer's rank to shuffle")
         return tuple(own[i] for i in np.random.default_rng(self.seed).permutation(len(own)))

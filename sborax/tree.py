@@ -4,7 +4,6 @@
 the parameters and never inside them, so a base checkpoint loads unchanged and the optimiser never sees the base.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +34,7 @@ from sborax.core import (
 )
 from sborax.depth import axes_leaves, stack_of
 from sborax.mesh import whole
-from sborax.paths import Plan, RuleLike, Site, hint_of, kernels, path_key, plan
+from sborax.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, leaves_by_path, plan, weight_keys
 from sborax.routing import AbstractRouter
 
 Params = PyTree
@@ -94,18 +93,20 @@ def _matrix(weight: Any, stack: int, in_axes: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
-def _fit(key: Key[Array, ""], weight: Any, hint: Hint, method: AbstractMethod, stack: tuple[int, ...], in_axes: int):
+def _fit(
+    keys: Key[Array, "*stack"], weight: Any, grad: Any, method: AbstractMethod, stack: tuple[int, ...], in_axes: int
+):
     matrix = _matrix(weight, len(stack), in_axes)
-    layers = jnp.broadcast_to(hint.layer, stack) + jnp.arange(math.prod(stack)).reshape(stack)
+    positions = jnp.arange(math.prod(stack)).reshape(stack)
 
-    def one(layer: Array, kernel: Any, grad: Any) -> Fitted:
+    def one(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
         kernel, grad = whole((kernel, grad))
-        return method.init(jax.random.fold_in(key, layer), kernel, Hint(layer, grad))
+        return method.init(key, kernel, Hint(position, grad))
 
     with jax.default_matmul_precision("highest"):
-        grad = None if hint.grad is None else _matrix(hint.grad, len(stack), in_axes)
-        fitted = over_stack(one, stack)(layers, matrix, grad)
+        grad = None if grad is None else _matrix(grad, len(stack), in_axes)
+        fitted = over_stack(one, stack)(keys, positions, matrix, grad)
     return fitted.train, fitted.frozen
 
 
@@ -119,25 +120,25 @@ def rewrite(weight: Weight, node: Adapter) -> Weight:
     """
     stack = stack_of(node)
 
-    def one(layer: Array, own: Any, adapter: Adapter) -> Array:
+    def one(position: Array, own: Any, adapter: Adapter) -> Array:
         own, adapter = whole((own, adapter))
-        residual = _residual(dense(own).astype(jnp.float32), adapter, layer)
+        residual = _residual(dense(own).astype(jnp.float32), adapter, position)
         # Rounded once at the end, however many parts there are.
         return residual if isinstance(own, AbstractWeight) else residual.astype(own.dtype)
 
-    layers = jnp.arange(math.prod(stack)).reshape(stack)
+    positions = jnp.arange(math.prod(stack)).reshape(stack)
     with jax.default_matmul_precision("highest"):
-        new = over_stack(one, stack)(layers, _matrix(weight, len(stack), node.in_axes), node)
+        new = over_stack(one, stack)(positions, _matrix(weight, len(stack), node.in_axes), node)
     return weight.encode(new) if isinstance(weight, AbstractWeight) else new.reshape(weight.shape)
 
 
-def _residual(matrix: Float[Array, "in out"], node: Adapter, layer: Array) -> Float[Array, "in out"]:
+def _residual(matrix: Float[Array, "in out"], node: Adapter, position: Array) -> Float[Array, "in out"]:
     if not node.method.rewrites_base:
         return matrix
     if isinstance(node.method, AbstractComposite):
-        for child, layers in node.method.children(node):
-            new = _residual(matrix, child, layer)
-            matrix = new if layers is None else jnp.where(jnp.isin(layer, np.asarray(layers)), new, matrix)
+        for child, positions in node.method.children(node):
+            new = _residual(matrix, child, position)
+            matrix = new if positions is None else jnp.where(jnp.isin(position, np.asarray(positions)), new, matrix)
         return matrix
     if not {"a0", "b0", "scale"} <= set(node.frozen):
         raise SboraxError(f"{type(node.method).__name__} rewrites the base and keeps no a0, b0, scale to do it again")
@@ -153,7 +154,8 @@ def attach(
     """Fit an adapter to every kernel that a rule covers: `(params, adapters)`.
 
     The base comes back untouched (the same arrays) unless a method declares `rewrites_base`. Keys are folded from
-    the module path and the layer number: adding a target reshuffles no other, and a stack equals its layers.
+    the module path, its numbers and the position in a stack: adding a target reshuffles no other, and a stack equals
+    its layers.
 
     Raises SboraxError as `plan` does.
     """
@@ -169,9 +171,9 @@ def attach(
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
     """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight."""
-    hint = dataclasses.replace(hint, layer=jnp.asarray(site.layer))
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
-    train, frozen = _fit(path_key(key, site.path), weight, hint, site.method, site.stack, site.in_axes)
+    keys = weight_keys(key, site.path, site.stack)
+    train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes)
     return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 
@@ -217,11 +219,12 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """Parameters whose plain model is the adapted one: W' = method.merge(W, adapter), computed in float32.
 
     Pure and differentiable, over any parameter tree with the same paths; kernels that no adapter touches are the
-    same arrays. Quantised kernels come back dense.
+    same arrays. Quantised kernels come back dense. A method that adapts the bias changes the leaf `bias` beside its
+    kernel.
 
     Raises SboraxError for a method without a merged form, and for an adapter whose kernel is not in `params`.
     """
-    found = kernels(params)
+    found = leaves_by_path(params)
     new = {}
     for path, node in nodes(link(adapters)).items():
         if node.method.mergeable:
@@ -233,7 +236,26 @@ def merge(params: Params, adapters: PyTree) -> Params:
         with jax.default_matmul_precision("highest"):
             merged = over_stack(lambda w, n: n.method.merge(w, n), stack)(matrix, node)
         new[path] = merged.astype(weight.dtype).reshape(weight.shape)
+        beside = bias_path(path)
+        if node.method.adapts_bias and beside in found:
+            new[beside] = merge_bias(beside, found[beside], weight, node).astype(found[beside].dtype)
     return _replace(params, new)
+
+
+def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapter) -> Float[Array, "..."]:
+    """The float32 bias at `path` that goes with the merged `weight` of `node`, in its shape.
+
+    Raises SboraxError for a bias that has not one entry an output.
+    """
+    stack = stack_of(node)
+    expected = weight.shape[: len(stack)] + weight.shape[len(stack) + node.in_axes :]
+    if tuple(bias.shape) != tuple(expected):
+        raise SboraxError(
+            f"{path}: {type(node.method).__name__} adapts the bias, which has shape {tuple(bias.shape)} here and not "
+            f"that of the outputs, {tuple(expected)}"
+        )
+    merged = over_stack(lambda b, n: n.method.merge_bias(b, n), stack)(bias.reshape(*stack, -1), node)
+    return merged.reshape(bias.shape)
 
 
 def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
@@ -309,7 +331,7 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
 
 
 def count_node(node: Adapter, layers: tuple[int, ...] | None = None) -> int:
-    """Trained parameters of one adapter on the given layers of its stack, padding left out."""
+    """Trained parameters of one adapter at the given positions of its stack, padding left out."""
     if isinstance(node.method, AbstractComposite):
         return sum(count_node(child, layers if own is None else own) for child, own in node.method.children(node))
     rank = node.method.rank

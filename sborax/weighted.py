@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError, is_weight
-from sborax.tree import Adapters, Params, link, merge, nest, nodes
+from sborax.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError
+from sborax.paths import bias_path, leaves_by_path
+from sborax.tree import Adapters, Params, link, merge, merge_bias, nest, nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,11 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
     """
     if not parts:
         raise SboraxError("there is nothing to merge: give one or more adapters")
-    flat = _flat(params)
+    flat = leaves_by_path(params)
     sums: dict[str, Float[Array, "..."]] = {}
     for part in parts:
         own, base = (params if tree is None else tree for tree in (part.params, part.base))
-        own, base, found = _flat(own), _flat(base), nodes(link(part.adapters))
+        own, base, found = leaves_by_path(own), leaves_by_path(base), nodes(link(part.adapters))
         for tree in (own, base):
             _check_same_model(flat, tree)
         for path, node in found.items():
@@ -51,9 +51,10 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
                 raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
             if path not in flat:
                 raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
-        for path, leaf in own.items():
-            if path in found or leaf is not base[path]:
-                change = jnp.float32(part.weight) * _change(path, leaf, base[path], found.get(path))
+        for path in own:
+            change = _change(path, own, base, found)
+            if change is not None:
+                change = jnp.float32(part.weight) * change
                 sums[path] = sums[path] + change if path in sums else change
     return nest({path: leaf if path not in sums else _moved(leaf, sums[path]) for path, leaf in flat.items()})
 
@@ -67,7 +68,7 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
 
     Raises SboraxError where they differ, with the largest difference.
     """
-    again, given = _flat(merge(params, adapters)), _flat(merged)
+    again, given = leaves_by_path(merge(params, adapters)), leaves_by_path(merged)
     _check_same_model(again, given)
     for path, leaf in again.items():
         one, other = np.asarray(_array(leaf)), np.asarray(_array(given[path]))
@@ -78,11 +79,6 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
                 f"{other.dtype}, {apart:.3g} apart at most); it was merged from others, or changed since"
             )
     return params
-
-
-def _flat(tree: Params) -> dict[str, Any]:
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def _check_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
@@ -102,14 +98,31 @@ def _wide(leaf: Any) -> Float[Array, "..."]:
     return _array(leaf).astype(jnp.float32)
 
 
-def _change(path: str, own: Any, base: Any, node: Adapter | None) -> Float[Array, "..."]:
-    """What one part makes of a base leaf, less that leaf, in float32."""
-    moved = jnp.zeros(base.shape) if own is base else _wide(own) - _wide(base)
-    if node is None:
-        return moved
-    # A delta that never looks at W is not rounded to its digits.
-    start = jnp.zeros(own.shape) if isinstance(node.method, AbstractAdditive) else _wide(own)
-    return moved + (_flat(merge(nest({path: start}), nest({path: node})))[path] - start)
+def _change(
+    path: str, own: Mapping[str, Any], base: Mapping[str, Any], found: Mapping[str, Adapter]
+) -> Float[Array, "..."] | None:
+    """What one part makes of the base leaf at `path`, less that leaf, in float32; None for nothing.
+
+    own: what its adapters, `found`, stand on. base: what it was trained on. All by path.
+    """
+    leaf = own[path]
+    moved = None if leaf is base[path] else _wide(leaf) - _wide(base[path])
+    added = _added(path, own, found)
+    return added if moved is None else moved if added is None else moved + added
+
+
+def _added(path: str, own: Mapping[str, Any], found: Mapping[str, Adapter]) -> Float[Array, "..."] | None:
+    """What the adapters add to the leaf at `path` that they stand on; None for nothing."""
+    if path in found:
+        node = found[path]
+        # A delta that never looks at W is not rounded to its digits.
+        start = jnp.zeros(own[path].shape) if isinstance(node.method, AbstractAdditive) else _wide(own[path])
+        return leaves_by_path(merge(nest({path: start}), nest({path: node})))[path] - start
+    kernel = next((kernel for kernel in found if bias_path(kernel) == path), None)
+    if kernel is None or not found[kernel].method.adapts_bias:
+        return None
+    start = _wide(own[path])
+    return merge_bias(path, start, own[kernel], found[kernel]) - start
 
 
 def _moved(leaf: Any, change: Float[Array, "..."]) -> Array:

@@ -41,6 +41,10 @@ def build(directory: Path, **changes: Any) -> Pair:
         **{"tie_word_embeddings": False, **changes},
     )
     model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        # They start as zeros, which nothing can scale.
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
     return Pair(model, load_model(directory), directory)
 

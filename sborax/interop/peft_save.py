@@ -29,6 +29,7 @@ from sborax.interop.peft_table import PLAIN, TABLE
 from sborax.interop.peft_targets import naming, pattern_for, saved_whole, targeted
 from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
+from sborax.paths import bias_path
 from sborax.tree import link, nodes
 
 
@@ -158,6 +159,10 @@ def _entry(
         raise SboraxError(f"{module}: PEFT has no {name}, nor a merged form of it to truncate: {node.method.mergeable}")
     if form == "native":
         raise SboraxError(f"{module}: PEFT has no {name} and it has no thin factors; use as_='lora' to truncate it")
+    if node.method.adapts_bias and bias_path(path) in layout.leaves:
+        raise SboraxError(
+            f"{module}: {name} adapts the bias, too, which plain LoRA cannot; write it natively, or merge"
+        )
     if node.method.rewrites_base and given[path] is layout.leaves[path]:
         raise SboraxError(f"{path}: {name} rewrote this kernel; model.params must be the base as it was before")
     rank = rank or node.method.rank  # type: ignore[assignment]

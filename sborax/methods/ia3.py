@@ -23,13 +23,13 @@ from sborax.core import (
 
 @dataclasses.dataclass(frozen=True)
 class IA3(AbstractMethod):
-    """y = (x W) * m, or y = (x * m) W: one trained factor an output or an input feature.
+    """y = (x W + bias) * m, or y = (x * m) W + bias: one trained factor an output or an input feature.
 
     side: "out" (default), the paper's keys and values; "in", its feed-forward activations: there, use it on the
         projection back to the residual stream (PEFT's `feedforward_modules`).
 
-    m = 1 at init: identity. Exact merge: W[:, j] m[j], or m[i] W[i, :]. A bias added after the projection is not
-    rescaled. Trained parameters: out, or in.
+    m = 1 at init: identity. Exact merge: W[:, j] m[j] and bias[j] m[j], or m[i] W[i, :]. Trained parameters: out, or
+    in.
     """
 
     paper = (
@@ -42,6 +42,10 @@ class IA3(AbstractMethod):
     @property
     def axes(self) -> Axes:
         return {self._leaf: (self.side,)}
+
+    @property
+    def adapts_bias(self) -> bool:
+        return self.side == "out"
 
     def check(self, shape: tuple[int, int]) -> None:
         if self.side not in ("out", "in"):
@@ -59,6 +63,10 @@ class IA3(AbstractMethod):
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         m = adapter.train[self._leaf]
         return dense(weight).astype(jnp.float32) * (m[:, None] if self.side == "in" else m[None, :])
+
+    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+        wide = bias.astype(jnp.float32)
+        return wide * adapter.train[self._leaf] if self.adapts_bias else wide
 
     @property
     def _leaf(self) -> str:

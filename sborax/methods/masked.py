@@ -20,7 +20,7 @@ from sborax.core import (
 
 @dataclasses.dataclass(frozen=True)
 class Masked(AbstractComposite):
-    """y = mask * part(x): outputs whose mask is 0 are zero, base included. All are 1 at init.
+    """y = mask * part(x): outputs whose mask is 0 are zero, base and bias included. All are 1 at init.
 
     part: the method whose outputs are masked. Exact merge: columns of zeros.
     """
@@ -40,6 +40,10 @@ class Masked(AbstractComposite):
     @property
     def identity_at_init(self) -> bool:
         return self.part.identity_at_init
+
+    @property
+    def adapts_bias(self) -> bool:
+        return True
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
@@ -61,3 +65,7 @@ class Masked(AbstractComposite):
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         ((child, _),) = self.children(adapter)
         return self.part.merge(weight, child) * adapter.frozen["mask"][None, :]
+
+    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+        ((child, _),) = self.children(adapter)
+        return self.part.merge_bias(bias, child) * adapter.frozen["mask"]

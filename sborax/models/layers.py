@@ -55,11 +55,8 @@ class Linear(nn.Module):
             # Flax merges a dict that is put into a collection into the one that was got from it.
             ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})
             self._remember(x, adapter, ctx)
-        y = core.linear(x, kernel, adapter, ctx)
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
-        return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
+        return core.linear(x, kernel, adapter, ctx, bias)
 
     def _remember(self, x: Float[Array, "batch seq in"], adapter: core.Adapter, ctx: core.Context) -> None:
         """Put what the next layer is to find into collection `memory`, and the norms of that where they are wanted."""

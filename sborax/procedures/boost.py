@@ -95,8 +95,7 @@ class XGBLoRA(AbstractProcedure):
         sites = {site.path: site for site in run.plan.sites}
 
         def one(path: str, node: Adapter) -> Adapter:
-            stack = sites[path].stack
-            own = sites[path].layer + jnp.arange(math.prod(stack)).reshape(stack)
+            own = jnp.asarray(sites[path].layers).reshape(sites[path].stack)
             return _only(drawn[own], node)
 
         return nest({path: one(path, node) for path, node in nodes(adapters).items()})
@@ -104,7 +103,7 @@ class XGBLoRA(AbstractProcedure):
 
 def depth(run: Run) -> int:
     """How many layers there are up to the last adapted one."""
-    return max(site.layer + math.prod(site.stack) for site in run.plan.sites)
+    return 1 + max(max(site.layers) for site in run.plan.sites)
 
 
 def _only(drawn: Bool[Array, "*stack"], node: Adapter) -> Adapter:

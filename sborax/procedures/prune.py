@@ -145,9 +145,9 @@ class LoRAPrune(AbstractProcedure):
     def _spared(self, parent: str, run: Run) -> Array:
         """Which layers of a block are never pruned, `(*stack, 1)`."""
         sites = _sites(run)
-        depth = max(site.layer + math.prod(site.stack) for site in sites.values())
+        depth = 1 + max(max(site.layers) for site in sites.values())
         own = next(site for path, site in sites.items() if block_of(path)[0] == parent)
-        number = own.layer + jnp.arange(math.prod(own.stack)).reshape(*own.stack, 1)
+        number = jnp.asarray(own.layers).reshape(*own.stack, 1)
         return (number < int(self.protect * depth)) | ((number == depth - 1) & (self.protect > 0))
 
 
