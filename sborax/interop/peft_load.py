@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from sborax.compose import ByLayer
 from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, Layout, layout_of, leaves_of, tied_copies
-from sborax.interop.peft_row import PREFIX, Fit, Row, leaf_shapes, shared_shapes
+from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import row_for
 from sborax.interop.peft_targets import saved_whole, targeted, value_for
 from sborax.models.language_model import LanguageModel
@@ -28,6 +28,9 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 WHOLE = ("I32", "I64")
 OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
 """Kinds that PEFT has renamed: the new name, and how the tensors' names change."""
+
+UNHEEDED = ("HIRA",)
+"""Kinds whose ranks PEFT takes from `r` alone, whatever `rank_pattern` says. Earlier exports of ours followed it."""
 
 
 def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[Any, Any]:
@@ -54,6 +57,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         names = dict(zip(headers, headers, strict=True))
         if str(config.get("peft_type")) in OLD_NAMES:
             config, names = _modern(config, headers)
+        if config.get("peft_type") in UNHEEDED and not _ragged(headers):
+            config = {**config, "rank_pattern": {}}
         row = row_for(config)
         modules = _targets(config, layout)
         kept = saved_whole(config, layout.modules)
@@ -65,6 +70,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             )
         fits = {module: _fit(row, config, module) for module in modules}
         wanted = _expected(row, fits, layout)
+        # An allocator may leave nothing of a module: its tensors are there and empty, and it has no adapter.
+        adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
         copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys()
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
@@ -78,10 +85,10 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
         params = _replaced(model.params, layout, {slot: read(PREFIX + stored) for stored, (slot, _) in whole.items()})
-        params, adapters = attach(jax.random.key(0), params, _plan(fits, layout))
+        params, adapters = attach(jax.random.key(0), params, _plan(adapted, layout))
         filled = {}
         for path, node in nodes(adapters).items():
-            filled[path] = _filled(node, path, row, fits, layout, read)
+            filled[path] = _filled(node, path, row, adapted, layout, read)
     return params, nest(filled)
 
 
@@ -120,6 +127,14 @@ def _modern(config: dict[str, Any], headers: Mapping[str, Any]) -> tuple[dict[st
     return config, {name.replace(old, new): name for name in headers}
 
 
+def _ragged(headers: Mapping[str, Any]) -> bool:
+    """Whether tensors of one kind of name have several ranks."""
+    thin: dict[str, set[int]] = {}
+    for name, header in headers.items():
+        thin.setdefault(name.rpartition(".")[2], set()).add(min(header.get_shape(), default=0))
+    return any(len(sizes) > 1 for sizes in thin.values())
+
+
 def _targets(config: Mapping[str, Any], layout: Layout) -> list[str]:
     modules = targeted(config, [*layout.linear, *([HEAD] if layout.tied else [])])
     if layout.tied and HEAD in modules:
@@ -132,7 +147,8 @@ def _targets(config: Mapping[str, Any], layout: Layout) -> list[str]:
 def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
     fields = {name: config.get(name, default) for name, default in row.defaults.items()}
     for name, pattern in row.patterns.items():
-        fields[name] = value_for(config, pattern, module, fields[name])
+        fields[name] = value_for(config, pattern, module, fields[name], row.pattern_form)
+    check_types(fields, row.defaults)
     if row.by_module is not None:
         fields |= row.by_module(config, module)
     return row.read(fields)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sborax.core import Adapter, SboraxError
 from sborax.interop.peft_row import Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
-from sborax.interop.peft_targets import matched
+from sborax.interop.peft_targets import matched, value_for
 from sborax.methods import C3A, HRA, IA3, OFT, AdaLoRA, DeLoRA, HiRA, LoHa, LoKr, RandLoRA, SHiRA, VeRA
 
 NO_BIAS: dict[str, Any] = {}
@@ -84,24 +84,53 @@ def _kept(config: Fields, module: str) -> dict[str, Any]:
     pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict):
         raise SboraxError(f"rank_pattern: expected an object, got {str(pattern)[:60]}")
-    own = pattern.get(f"{module}.lora_E")
-    if own is None:
-        return {"kept": config.get("init_r", 12)}
-    if not isinstance(own, list) or not all(isinstance(flag, bool) for flag in own):
-        raise SboraxError(f"rank_pattern: expected a list of booleans for {module}, got {str(own)[:60]}")
-    return {"kept": sum(own)}
+    first, flags = config.get("init_r", 12), pattern.get(f"{module}.lora_E")
+    if flags is None:
+        return {"kept": first}
+    if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+        raise SboraxError(f"rank_pattern: expected a list of booleans for {module}, got {str(flags)[:60]}")
+    if len(flags) != first:
+        raise SboraxError(f"rank_pattern: {len(flags)} flags for {module}, but init_r is {first}")
+    return {"kept": sum(flags)}
 
 
 def _read_adalora(fields: Fields) -> Fit:
-    scale = number_field(fields, "lora_alpha") / (rank_field(fields, "init_r") + 1e-5)
-    method = AdaLoRA(rank=rank_field(fields, "kept"), dropout=number_field(fields, "lora_dropout"))
-    return Fit(method, {"scale": scale})
+    first, kept = rank_field(fields, "init_r"), fields["kept"]
+    alpha = number_field(fields, "lora_alpha")
+    # Without a positive alpha PEFT scales by the rank itself.
+    scale = (alpha if alpha > 0 else kept) / (first + 1e-5)
+    return Fit(AdaLoRA(rank=kept, dropout=number_field(fields, "lora_dropout")), {"scale": scale})
 
 
 def _write_adalora(node: Adapter) -> dict[str, Any]:
-    rank = node.train["e"].shape[-1]
-    alpha = float(str(np.float32(float(node.frozen["scale"]) * (rank + 1e-5))))
-    return {"init_r": rank, "lora_alpha": alpha, "lora_dropout": dropout_of(node)}
+    return {"kept": node.train["e"].shape[-1], "scale": node.frozen["scale"], "lora_dropout": dropout_of(node)}
+
+
+def _list_kept(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """The largest rank as the one that all began with, and which ranks of it a module has kept."""
+    first = max(fields["kept"] for fields in modules.values())
+    alphas = {
+        module: float(str(np.float32(float(fields["scale"]) * (first + 1e-5)))) for module, fields in modules.items()
+    }
+    (one, common), *others = alphas.items()
+    for other, alpha in others:
+        if alpha != common:
+            raise SboraxError(
+                f"lora_alpha is {common:g} for {one} and {alpha:g} for {other}: ADALORA has one for all; use as_='lora'"
+            )
+    if common <= 0:
+        raise SboraxError(f"lora_alpha is {common:g}, for which PEFT's ADALORA takes the rank; use as_='lora'")
+    flags = {
+        f"{module}.lora_E": [rank < fields["kept"] for rank in range(first)]
+        for module, fields in modules.items()
+        if fields["kept"] < first
+    }
+    return {"init_r": first, "lora_alpha": common, **({"rank_pattern": flags} if flags else {})}
+
+
+def _followed(config: Fields, module: str) -> dict[str, Any]:
+    """HiRA's rank where the tensors follow a `rank_pattern`, which PEFT does not; the reader drops it otherwise."""
+    return {"r": value_for(config, "rank_pattern", module, config.get("r", 32))}
 
 
 def _read_randlora(fields: Fields) -> Fit:
@@ -136,8 +165,11 @@ OTHERS = (
         AdaLoRA, "ADALORA", {"init_lora_weights": (True, False)},
         {"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0},
         (Tensor("lora_A", "a", TURNED), Tensor("lora_B", "b", TURNED), Tensor("lora_E", "e", (0, None))),
-        _read_adalora, _write_adalora, by_module=_kept, reads=frozenset({"rank_pattern"}),
-        inert=frozenset("r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step".split()),
+        _read_adalora, _write_adalora, any_rank=True,
+        by_module=_kept, in_config=_list_kept, reads=frozenset({"rank_pattern"}),
+        inert=frozenset(
+            "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step alpha_pattern use_rslora".split()
+        ),
         constants={"bias": "none", "total_step": 1},
     ),
     Row(
@@ -172,7 +204,7 @@ OTHERS = (
         (Tensor("hira_A", "a", TURNED), Tensor("hira_B", "b", TURNED)),
         _ranked(HiRA, "hira_dropout"),
         lambda node: {"r": node.train["a"].shape[-1], "hira_dropout": dropout_of(node)},
-        {"r": "rank_pattern"}, constants=NO_BIAS,
+        by_module=_followed, reads=frozenset({"rank_pattern"}), constants=NO_BIAS,
     ),
     Row(
         DeLoRA, "DELORA", START, {"r": 8, "module_dropout": 0.0},
@@ -226,5 +258,6 @@ OTHERS = (
         {"block_size": 256}, (Tensor("c3a_kernel", "w", (1, 0, 2)),),
         lambda fields: Fit(C3A(block=rank_field(fields, "block_size")), {}),
         lambda node: {"block_size": node.train["w"].shape[-1]}, {"block_size": "block_size_pattern"},
+        pattern_form=r".*\.{}$",
     ),
 )  # fmt: skip

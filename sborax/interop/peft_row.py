@@ -77,7 +77,8 @@ class Row:
 
     known_by: config fields, and the values by which a file of this row is known; the first one is written.
     defaults: the other fields that the row reads, with the values PEFT gives them when they are absent.
-    patterns: fields that may differ by module, and where the config keeps the exceptions.
+    patterns: fields that may differ by module, and where the config keeps the exceptions. PEFT ignores any other pattern.
+    pattern_form: how a key of a pattern stands for a module, as a regular expression around the key.
     write: the fields of one module from its adapter, or None for a setting that PEFT lacks; None: read only.
     any_rank: PEFT accepts ranks beyond the size of the matrix, which our planning refuses.
     by_module: further fields of one module that the config (first) says in its own way (module second), or None.
@@ -95,6 +96,7 @@ class Row:
     read: Callable[[Fields], Fit]
     write: Callable[[Adapter], dict[str, Any] | None] | None = None
     patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    pattern_form: str = r"(.*\.)?({})$"
     any_rank: bool = False
     by_module: Callable[[Fields, str], dict[str, Any]] | None = None
     in_config: Callable[[Mapping[str, Fields]], dict[str, Any]] | None = None
@@ -116,6 +118,20 @@ def number_field(fields: Fields, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         raise SboraxError(f"{name} must be a finite number, got {str(value)[:40]}")
     return float(value)
+
+
+def check_types(fields: Fields, defaults: Mapping[str, Any]) -> None:
+    """Raise SboraxError for a field that is not of the type of its default: a switch, a number or, for None, a text."""
+    for name, default in defaults.items():
+        value = fields[name]
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise SboraxError(f"{name} must be true or false, got {str(value)[:40]!r}")
+        elif default is None:
+            if not isinstance(value, str | None):
+                raise SboraxError(f"{name} must be a text, got {str(value)[:40]!r}")
+        else:
+            number_field(fields, name)
 
 
 def dropout_of(node: Adapter) -> float:

@@ -53,7 +53,7 @@ def _layer_chosen(config: Mapping[str, Any], module: str) -> bool:
     if chosen is None or chosen == []:
         return True
     chosen = chosen if isinstance(chosen, list) else [chosen]
-    if not all(isinstance(number, int) for number in chosen):
+    if not all(type(number) is int for number in chosen):
         raise SboraxError(f"layers_to_transform: expected layer numbers, got {str(chosen)[:60]}")
     below = config.get("layers_pattern") or []
     below = below if isinstance(below, list) else [below]
@@ -105,15 +105,18 @@ def matched(config: Mapping[str, Any], field: str, module: str) -> bool:
     return any(module.endswith(name) for name in _texts(config, field))
 
 
-def value_for(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """What a `rank_pattern` or `alpha_pattern` says of one module; the first key that matches wins."""
+def value_for(config: Mapping[str, Any], field: str, module: str, default: Any, form: str = r"(.*\.)?({})$") -> Any:
+    """What a `rank_pattern` or `alpha_pattern` says of one module: the first key that matches wins, then its full name.
+
+    form: the regular expression into which a key is put.
+    """
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise SboraxError(f"{field}: expected an object, got {str(patterns)[:60]}")
     for key, value in patterns.items():
-        if match(rf"(.*\.)?({_checked(key, field)})$", module):
+        if match(form.replace("{}", _checked(key, field)), module):
             return value
-    return default
+    return patterns.get(module, default)
 
 
 def naming(wanted: Sequence[str], linear: Sequence[str], layered: bool = True) -> dict[str, Any]:
