@@ -154,8 +154,6 @@ class Experiment:
         if self.save.best and (self.eval.data is None or self.eval.every is None):
             raise SboraxError("save.best: needs held-out losses to compare; set eval.data and eval.every")
         check_mesh(self.mesh or {})
-        if self.mesh is not None and self.procedure is not None:
-            raise SboraxError(f"mesh: {type(self.procedure).__name__} runs on one device; leave mesh at None")
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:
