@@ -51,7 +51,7 @@ def curve(sizes):
     layout, parts = Layout.of(sizes, 8), take_apart(params, adapters, train_also=["norm"])
     tx = make_optimizer(Optimizer(lr=1e-3, warmup=0, schedule="constant"), STEPS)
     parts = layout.place(parts, WIDE)
-    state, shardings = layout.state(start(parts, tx), tx)
+    state, shardings = layout.state(start(parts, tx))
     step = make_step(model, tx, jax.random.key(1), shardings=shardings)
     tokens = rng.integers(0, WIDE.vocab_size, (1, 8, 32)).astype(np.int32)
     counts = rng.random(tokens.shape) < 0.7
@@ -122,13 +122,6 @@ def test_a_run_on_a_mesh_is_resumed_on_another(tmp_path):
 def test_a_mesh_that_cannot_be(sizes, batch, message):
     with pytest.raises(sx.SboraxError, match=message):
         Layout.of(sizes, batch)
-
-
-def test_procedures_stay_on_one_device():
-    data = sx.Data("text.jsonl", template="{instruction}", answer=" {output}")
-    rules = (("q_proj", sx.LoRA(rank=2)),)
-    with pytest.raises(sx.SboraxError, match="mesh: COLA runs on one device"):
-        sx.Experiment("model", data, rules, steps=4, mesh={"data": 2}, procedure=sx.COLA(every=2))
 
 
 def test_what_cannot_be_cut_is_named():

@@ -162,7 +162,7 @@ def test_planned_bytes_are_those_of_arrays(quant, sizes):
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract(WIDE))
     params, adapters = sx.attach(jax.random.key(0), quantise_base(params, quant), rules)
     parts = layout.place(take_apart(params, adapters), WIDE)
-    state, _ = layout.state(start(parts, tx), tx)
+    state, _ = layout.state(start(parts, tx))
     batch = layout.batch({name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in plan.batch.items()})
     assert argument_bytes(plan) == {
         "base": lying(parts.base),

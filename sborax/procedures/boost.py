@@ -35,6 +35,7 @@ class XGBLoRA(AbstractProcedure):
 
     paper = "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs, arXiv:2410.19694"
     resets = True
+    folds = True
 
     every: int = 8
     layers: int | None = None

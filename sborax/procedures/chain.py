@@ -27,6 +27,7 @@ class COLA(AbstractProcedure):
 
     paper = "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning, arXiv:2401.04151"
     resets = True
+    folds = True
 
     every: int
     requantise: bool = False

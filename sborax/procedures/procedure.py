@@ -39,6 +39,8 @@ class AbstractProcedure(abc.ABC):
     """Title and arXiv id."""
     resets: bool
     """`apply` makes the adapters anew: the optimiser starts again, and what was trained so far is kept beside."""
+    folds: bool = False
+    """`apply` changes the adapted kernels of the base, which no two runs can then share."""
     observes: bool = False
     """`watch` is given `norms=`, those of every projection's input features over the step's tokens, by path."""
 

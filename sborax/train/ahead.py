@@ -109,7 +109,7 @@ def on_mesh(one: Outline, mesh: Mesh | AbstractMesh) -> Outline:
     check_rows(one.batch["tokens"].shape[1], mesh.shape)
     parts = _placed(one.parts, parts_shardings(mesh, one.model.config, one.parts))
     state = dataclasses.replace(one.state, train=parts.train)
-    shardings = state_shardings(mesh, one.tx, state)
+    shardings = state_shardings(mesh, state)
     rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
     batch = _placed(one.batch, dict.fromkeys(one.batch, rows))
     return dataclasses.replace(

@@ -157,8 +157,6 @@ class Experiment:
         if self.save.best and (self.eval.data is None or self.eval.every is None):
             raise SboraxError("save.best: needs held-out losses to compare; set eval.data and eval.every")
         check_mesh(self.mesh or {})
-        if self.mesh is not None and self.procedure is not None:
-            raise SboraxError(f"mesh: {type(self.procedure).__name__} runs on one device; leave mesh at None")
         if self.optimizer.name == "lora_fa" and self.procedure is not None and not self.procedure.resets:
             name = type(self.procedure).__name__
             raise SboraxError(f"optimizer: lora_fa holds a fixed, and {name} needs its gradient; use another optimizer")

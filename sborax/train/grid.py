@@ -146,7 +146,6 @@ def _check(members: Sequence[Member]) -> None:
                 raise SboraxError(f"{member.name} and {other.name} are the same run; leave one out")
     for wrong, why in (
         (first.mesh is not None, "mesh: a sweep runs on one device; leave mesh at None"),
-        (first.procedure is not None, f"procedure: {type(first.procedure).__name__} acts on one run; run it alone"),
         (first.save.best, "save.best: a sweep keeps the last adapter of each member; set save.best=false"),
     ):
         if wrong:

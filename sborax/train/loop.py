@@ -36,7 +36,7 @@ from sborax.train.state import Parts, TrainState, parameters, start, take_apart
 from sborax.train.steps import Loop
 from sborax.train.stop import Stop, stopping
 from sborax.train.trace import make_trace
-from sborax.train.turns import Turns
+from sborax.train.turns import turns_of
 from sborax.tree import combine, nest, nodes
 
 ADAPTER = "adapter"
@@ -87,17 +87,13 @@ def _train(
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
     kv_heads = model.config.num_key_value_heads
     model, parts, base_prints, total, chosen = set_up(experiment, model, batches, run, echo)
-    turns = None
-    if experiment.procedure is not None:
-        # The third stream of one seed, after initial adapters and dropout.
-        key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
-        turns = Turns(experiment.procedure, Run(chosen, steps, kv_heads), key, run, halves(experiment.optimizer))
-        parts = turns.begin(parts)
+    turns = turns_of(experiment, Run(chosen, steps, kv_heads), run, layout)
+    parts = parts if turns is None else turns.begin(parts)
     tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
     parts = layout.place(parts, model.config)
     if layout.mesh is not None:
         echo(f"mesh: {layout} of {len(jax.devices())} devices")
-    state, shardings = layout.state(start(parts, tx), tx)
+    state, shardings = layout.state(start(parts, tx))
     checkpoints = open_checkpoints(run, experiment.save.keep)
     done = 0
     if resume:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -17,8 +16,8 @@ from sborax.core import SboraxError, is_weight
 from sborax.mesh import AXES, ROWS, SLICES, check_mesh
 from sborax.models.config import LlamaConfig
 from sborax.models.sharding import base_specs, check_heads, quantised_specs
-from sborax.train.state import Flat, Parts, TrainState, flatten
-from sborax.tree import Params, nest, specs
+from sborax.train.state import Flat, Parts, TrainState, flatten, take_apart
+from sborax.tree import Adapters, Params, combine, nest, specs
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -105,19 +104,20 @@ def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts
     )
 
 
-def state_shardings(mesh: Mesh | AbstractMesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
-    """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of."""
-    whole, train = NamedSharding(mesh, PartitionSpec()), jax.tree.map(lambda leaf: leaf.sharding, state.train)
-    opt = optax.tree.map_params(
-        tx,
-        # Statistics of another shape than their leaf are small.
-        lambda own, leaf, where: where if own.shape == leaf.shape else whole,
-        state.opt,
-        state.train,
-        train,
-        transform_non_params=lambda _: whole,
-    )
-    return TrainState(whole, train, opt)
+def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
+    """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of.
+
+    A statistic is of the leaf in whose path its own path ends; those of another shape than their leaf are small.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    trained = dict(jax.tree_util.tree_leaves_with_path(state.train))
+
+    def beside(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        ends = (trained.get(keys[begin:]) for begin in range(len(keys)))
+        return next((own.sharding for own in ends if own is not None and own.shape == leaf.shape), whole)
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, state.train)
+    return TrainState(whole, where, jax.tree_util.tree_map_with_path(beside, state.opt))
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -181,12 +181,28 @@ class Layout:
             return parts
         return put(parts, parts_shardings(self.mesh, config, parts))
 
-    def state(self, state: TrainState, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState | None]:
+    def model(self, params: Params, adapters: Adapters | None, config: LlamaConfig) -> tuple[Params, Adapters | None]:
+        """A model and its adapters on their devices.
+
+        Raises SboraxError as `parts_shardings` does.
+        """
+        if self.mesh is None:
+            return params, adapters
+        parts = self.place(take_apart(params, adapters or {}), config)
+        return nest(parts.base), combine(parts.adapters, parts.frozen) if adapters else None
+
+    def state(self, state: TrainState) -> tuple[TrainState, TrainState | None]:
         """The state on its devices, and its shardings where there is a mesh."""
         if self.mesh is None:
             return state, None
-        where = state_shardings(self.mesh, tx, state)
+        where = state_shardings(self.mesh, state)
         return put(state, where), where
+
+    def beside(self, tree: PyTree, other: PyTree) -> PyTree:
+        """The leaves of `tree` where those of `other`, of the same structure, lie."""
+        if self.mesh is None:
+            return tree
+        return put(tree, jax.tree.map(lambda leaf: leaf.sharding, other))
 
     def rows(self, batch_size: int) -> frozenset[int] | None:
         """The rows of a batch that lie on devices of this process; None for all."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -15,6 +14,7 @@ from sborax.config import encode
 from sborax.core import SboraxError
 from sborax.data.batches import Batches
 from sborax.models.language_model import LanguageModel
+from sborax.procedures import Run
 from sborax.routing import selective
 from sborax.train.adapter import save_adapter
 from sborax.train.checkpoint import open_checkpoints
@@ -22,13 +22,14 @@ from sborax.train.figures import figures
 from sborax.train.grid import Member, Sweep
 from sborax.train.log import check_logs, open_logs
 from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, read_model, set_up
-from sborax.train.members import SweepState, adapters_of, gather
+from sborax.train.members import Crew, SweepState, gather, member_of, with_member
 from sborax.train.optimizer import halves
 from sborax.train.report import Metrics, Progress, Summary
 from sborax.train.results import SWEEP, Result, Results, check_same, write_results
 from sborax.train.state import Parts
 from sborax.train.stop import Stop, stopping
 from sborax.train.sweep_steps import Begun, SweepLoop
+from sborax.train.turns import turns_of
 from sborax.tree import combine, nodes
 
 _ECHO = functools.partial(print, flush=True)
@@ -59,10 +60,10 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     batches, report = read_data(first, model, echo)
     held_out = read_held_out(first, model, echo)
     steps = first.steps or batches.steps(first.epochs or 1.0)
-    begun, parts = begin(members, model, batches, runs, echo)
+    begun, parts = begin(members, model, batches, runs, steps, echo)
     # What is stacked, rewritten or trained is not kept twice.
     del model
-    crew, state = gather(members, parts, steps, at_once)
+    crew, state = gather(members, parts, steps, at_once, begun.turns[0] if begun.turns else None)
     told = figures(begun.model.config, parts[0], 1)
     del parts
     checkpoints = open_checkpoints(place, first.save.keep)
@@ -70,6 +71,7 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     if resume:
         restored = checkpoints.restore(state, echo)
         state, done = (state, 0) if restored is None else restored
+        crew, state = resumed(begun, crew, state) if restored is not None else (crew, state)
         echo("no checkpoint yet: starting from step 0" if restored is None else f"resuming after step {done:,}")
     progress = Progress(steps, done, echo)
     diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
@@ -130,20 +132,43 @@ def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> lis
 
 
 def begin(
-    members: Sequence[Member], model: LanguageModel, batches: Batches, runs: Sequence[epath.Path], echo: Echo
+    members: Sequence[Member],
+    model: LanguageModel,
+    batches: Batches,
+    runs: Sequence[epath.Path],
+    steps: int,
+    echo: Echo,
 ) -> tuple[Begun, list[Parts]]:
     """The members' adapters over one base. Members that start alike are fitted once."""
     starts: dict[str, Any] = {}
-    parts = []
+    parts, turns = [], []
     for member, run in zip(members, runs, strict=True):
-        split_by = halves(member.experiment.optimizer).__name__
-        like = json.dumps([encode(member.experiment.rules), member.experiment.seed_adapter, split_by])
-        if like not in starts:
-            starts[like] = set_up(member.experiment, model, batches, run, (lambda _: None) if starts else echo)
-        parts.append(starts[like][1])
+        experiment = member.experiment
+        split_by = halves(experiment.optimizer).__name__
+        like = json.dumps([encode(experiment.rules), experiment.seed_adapter, split_by])
+        fitted = like not in starts
+        if fitted:
+            starts[like] = set_up(experiment, model, batches, run, (lambda _: None) if starts else echo)
+        bare, own, prints, total, chosen = starts[like]
+        turn = turns_of(experiment, Run(chosen, steps, model.config.num_key_value_heads), run)
+        if turn is not None:
+            turns.append(turn)
+            own = turn.begin(own) if fitted else own
+            starts[like] = bare, own, prints, total, chosen
+        parts.append(own)
     bare, one, prints, total, _ = next(iter(starts.values()))
     idle = {path for path, node in nodes(one.adapters).items() if selective(node.method)}
-    return Begun(bare, one.base, prints, total, one.count, idle), parts
+    apart = turns[0].folded if turns else ()
+    base = {path: leaf for path, leaf in one.base.items() if path not in apart}
+    return Begun(bare, base, prints, total, one.count, idle, tuple(turns)), parts
+
+
+def resumed(begun: Begun, crew: Crew, state: SweepState) -> tuple[Crew, SweepState]:
+    """The crew with what the procedure had made of every member's constant parts."""
+    for number, turns in enumerate(begun.turns):
+        single, parts = member_of(crew, state, begun.base, number)
+        crew, state = with_member(crew, state, number, single, turns.resume(int(single.step), single, parts))
+    return crew, state
 
 
 def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], report: str, began: float) -> Results:
@@ -151,13 +176,13 @@ def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], repor
     begun, results = loop.begun, []
     made = max(int(step) for step in state.run.step)
     for number, (member, run) in enumerate(zip(loop.members, runs, strict=True)):
-        own = jax.tree.map(lambda leaf, number=number: leaf[number], state.run)
+        own, parts = member_of(loop.crew, state, begun.base, number)
         ended = int(own.step) == loop.steps
         experiment = member.experiment
         if ended:
             save_adapter(
                 run / ADAPTER,
-                combine(own.train["adapters"], adapters_of(loop.crew, number)),
+                begun.turns[number].whole(own, parts) if begun.turns else combine(own.train["adapters"], parts.frozen),
                 rules=experiment.rules,
                 base=begun.prints,
                 trained_base=own.train["base"],

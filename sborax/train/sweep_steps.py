@@ -17,18 +17,20 @@ from sborax.train.checkpoint import Checkpoints
 from sborax.train.figures import Figures
 from sborax.train.grid import Member
 from sborax.train.log import AbstractLog, scalars
-from sborax.train.members import Crew, SweepState, make_sweep_loss, make_sweep_step
+from sborax.train.members import Crew, SweepState, make_sweep_loss, make_sweep_step, member_of, with_member
 from sborax.train.report import Metrics, Progress, Speed
 from sborax.train.state import Flat
 from sborax.train.step import check_alive, not_finite
 from sborax.train.steps import Taken, due, metrics_line
 from sborax.train.stop import Stop
+from sborax.train.turns import Turns
 
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
     """What all members share: the model without its parameters, and these; fingerprint, size, trained parameters.
 
+    base: without the kernels that a procedure changes member by member. turns: a procedure at work in each member.
     idle: paths of adapters that may get no gradient in a step.
     """
 
@@ -38,6 +40,7 @@ class Begun:
     total: int
     count: int
     idle: set[str]
+    turns: tuple[Turns, ...] = ()
 
 
 @dataclasses.dataclass
@@ -87,17 +90,29 @@ class SweepLoop:
                 last = now == self.steps or asked.is_set()
                 measure = bool(self.held_out) and (last or due(settings.eval.every, now))
                 save = last or due(settings.save.every, now)
-                if save or measure or number == self.done:
+                turn = bool(self.begun.turns) and self.begun.turns[0].due(now)
+                if save or measure or turn or number == self.done:
                     self.look(pending)
                     pending = None
+                if turn:
+                    state = self.take(now, state)
                 if measure:
                     self.measure(state.run.train, loss, now)
                 if save:
                     epoch, row = self.batches.position(now)
                     self.checkpoints.save(now, state, {"epoch": epoch, "row": row})
-                self.mark = time.monotonic() if save or measure else self.mark
+                self.mark = time.monotonic() if save or measure or turn else self.mark
                 if last:
                     break
+        return state
+
+    def take(self, now: int, state: SweepState) -> SweepState:
+        """The state after what the procedure does to every member that goes on, one after the other."""
+        for number, turns in enumerate(self.begun.turns):
+            if number not in self.diverged:
+                single, parts = member_of(self.crew, state, self.begun.base, number)
+                single, parts = turns.take(now, single, parts, self.crew.tx(number))
+                self.crew, state = with_member(self.crew, state, number, single, parts)
         return state
 
     def look(self, taken: Taken) -> None:

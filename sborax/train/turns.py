@@ -9,25 +9,47 @@ from jaxtyping import Array, Key, PyTree
 
 from sborax.procedures import AbstractProcedure, Boundary, Run
 from sborax.train.adapter import read_adapter, save_adapter
+from sborax.train.experiment import Experiment
+from sborax.train.hosts import gathered, on_first
+from sborax.train.optimizer import halves
+from sborax.train.sharding import Layout
 from sborax.train.state import Halves, Parts, TrainState
 from sborax.tree import Adapters, combine, split
 
 SEGMENTS = "segments"
 
 
+def turns_of(experiment: Experiment, run: Run, place: epath.Path, layout: Layout = Layout()) -> "Turns | None":
+    """The experiment's procedure in a run in the directory `place`; None if it has none."""
+    if experiment.procedure is None:
+        return None
+    # The third stream of one seed, after initial adapters and dropout.
+    key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
+    return Turns(experiment.procedure, run, key, place, halves(experiment.optimizer), layout)
+
+
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What `procedure` does to a run. place: the run directory. key: of everything it draws. halves: the split."""
+    """What `procedure` does to a run. place: the run directory. key: of everything it draws. halves: the split.
+
+    What an act makes lies on the mesh of `layout` where it lay before, so that the compiled step stays the same.
+    """
 
     procedure: AbstractProcedure
     run: Run
     key: Key[Array, ""]
     place: epath.Path
     halves: Halves = split
+    layout: Layout = Layout()
 
     def watch(self) -> optax.GradientTransformationExtraArgs:
         """What stands between clipping and the optimiser."""
         return self.procedure.watch(self.run)
+
+    @property
+    def folded(self) -> list[str]:
+        """Paths of the kernels that the procedure changes."""
+        return [site.path for site in self.run.plan.sites] if self.procedure.folds else []
 
     def due(self, step: int) -> bool:
         """Whether the procedure acts after `step` steps."""
@@ -50,13 +72,15 @@ class Turns:
         """The run after what is due after `step` steps."""
         whole = combine(state.train["adapters"], parts.frozen)
         if self.procedure.resets:
-            save_adapter(self._segment(step), whole)
+            segment = gathered(whole)
+            on_first(lambda: save_adapter(self._segment(step), segment))
         before = Boundary(whole, parts.base, state.opt)
         boundary = self.procedure.apply(self._key(step), step, self.run, before)
         adapters, frozen = self.halves(boundary.adapters)
         train = {**state.train, "adapters": adapters}
         opt = restarted(tx, boundary.opt, train) if self.procedure.resets else boundary.opt
-        return TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
+        made = TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
+        return self.layout.beside(made, (state, parts))
 
     def resume(self, done: int, state: TrainState, parts: Parts) -> Parts:
         """The constant parts of a run as they were after `done` steps, from those at its beginning.
@@ -64,13 +88,18 @@ class Turns:
         Raises SboraxError for a missing or damaged segment.
         """
         begun = Boundary(combine(parts.adapters, parts.frozen), parts.base, state.opt)
-        boundary = self.procedure.replay(self._key, done, self.run, begun, self._kept)
-        return dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
+
+        def kept(step: int) -> Adapters:
+            return self.layout.beside(self._kept(step), begun.adapters)
+
+        boundary = self.procedure.replay(self._key, done, self.run, begun, kept)
+        made = dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
+        return self.layout.beside(made, parts)
 
     def whole(self, state: TrainState, parts: Parts) -> Adapters:
         """All that was trained, as adapters of the base that the run began with."""
         steps = [step for step in range(1, int(state.step) + 1) if self.procedure.resets and self.due(step)]
-        last = combine(state.train["adapters"], parts.frozen)
+        last = gathered(combine(state.train["adapters"], parts.frozen))
         return self.procedure.whole([*(self._kept(step) for step in steps), last], self.run)
 
     def _key(self, step: int) -> Key[Array, ""]:

@@ -1,0 +1,73 @@
+"""Sweeps with a procedure between their steps: every member is its own single run."""
+
+import collections
+
+import pytest
+
+import sborax as sx
+from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
+from sborax.train import sweep as module
+from sborax.train import sweep_steps
+from sborax.train.adapter import LEAVES
+from sborax.train.grid import Sweep
+from sborax.train.loop import read_model, train
+from sborax.train.members import make_sweep_step
+from sborax.train.sweep import sweep
+from tests.test_sweep import an_experiment, quiet, same_run
+from tests.tiny_model import write_data, write_model
+
+GRID = {"optimizer.lr": (1e-3, 1e-2), "seed_adapter": (0, 1)}
+RUNS = {
+    "COLA": (COLA(every=2), sx.SBoRA(rank=4)),
+    "COLA in 4 bits": (COLA(every=3, requantise=True), sx.LoRA(rank=2)),
+    "XGBLoRA": (XGBLoRA(every=2, layers=1, penalty=0.01), sx.LoRA(rank=1, dropout=0.1)),
+    "LoRAPrune": (LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
+    "AdaLoRABudget": (AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
+    "PRILoRAPruning": (PRILoRAPruning(every=2), sx.PRILoRA(rank=sx.LinearRanks(2, 4), persistent_mask=True)),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A tiny model whose kernels can be held in 4 bits, and a tiny data set."""
+    place = tmp_path_factory.mktemp("places")
+    model = write_model(place / "model", hidden_size=64, intermediate_size=64, head_dim=16)
+    return str(model), str(write_data(place / "data.jsonl"))
+
+
+def with_procedure(name, places, **changes):
+    procedure, method = RUNS[name]
+    settings = {
+        "rules": [("self_attn|mlp", method)],
+        "procedure": procedure,
+        "quant": "nf4" if "4 bits" in name else None,
+        # With a small eps Adam turns rounding of tiny gradients into steps.
+        "optimizer": sx.Optimizer(lr=1e-2, eps=1e-4, decay=0.01),
+        "steps": 5,
+    }
+    return an_experiment(places, **(settings | changes))
+
+
+@pytest.mark.parametrize("at_once", [1, 4], ids=["in turn", "together"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_member_is_its_own_single_run(name, at_once, places, tmp_path, monkeypatch):
+    seen, steps = collections.Counter(), []
+
+    def load(*args, **kwargs):
+        seen["loads"] += 1
+        return read_model(*args, **kwargs)
+
+    def make(*args):
+        steps.append(make_sweep_step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(module, "read_model", load)
+    monkeypatch.setattr(sweep_steps, "make_sweep_step", make)
+    description = Sweep(with_procedure(name, places), GRID, at_once)
+    assert sweep(description, tmp_path / "four", echo=quiet).finished
+    assert seen["loads"] == 1 and [step._cache_size() for step in steps] == [1]
+    member = description.members()[3]
+    train(member.experiment, tmp_path / "alone", echo=quiet)
+    same_run(tmp_path / "alone", tmp_path / "four" / member.name, atol=1e-6)
+    kept = [(tmp_path / "four" / one.name / "adapter" / LEAVES).read_bytes() for one in description.members()]
+    assert len(set(kept)) == 4
