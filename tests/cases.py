@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import sborax as sx
 from sborax.core import AbstractMethod
+from sborax.procedures import AbstractProcedure
 
 IN, OUT, TOKENS, LAYERS = 128, 96, 7, 3
 """7 divides no product of the other sizes: the size of a value tells whether it is a weight."""
@@ -79,3 +80,16 @@ METHODS = [
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),
 ]
+
+PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
+    "COLA": (sx.COLA(every=2), sx.SBoRA(rank=4)),
+    "XGBLoRA": (sx.XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
+    "LoRAPrune": (sx.LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
+    "AdaLoRABudget": (sx.AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
+    "PRILoRAPruning": (sx.PRILoRAPruning(every=4), sx.PRILoRA(rank=sx.LinearRanks(2, 4))),
+    "PRILoRAPruning-mask": (
+        sx.PRILoRAPruning(every=2),
+        sx.PRILoRA(rank=2, persistent_mask=True, dropout=0.1),
+    ),
+}
+"""One row a procedure: runs of seven steps in which it acts, with the method of every projection."""

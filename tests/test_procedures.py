@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import PROCEDURES
 from tiny_model import write_data, write_model
 
 import sborax as sx
@@ -37,8 +38,8 @@ KERNEL = 0.3 * jax.random.normal(jax.random.key(0), (LAYERS, IN, OUT))
 INPUT = jax.random.normal(jax.random.key(1), (LAYERS, 20, IN))
 TARGET = jax.random.normal(jax.random.key(2), (LAYERS, 20, OUT))
 TX = optax.adam(optax.linear_schedule(2e-2, 1e-3, 12))
-PROCEDURES = [COLA(every=3), XGBLoRA(every=3, layers=2), XGBLoRA(every=2)]
-by_procedure = pytest.mark.parametrize("procedure", PROCEDURES, ids=str)
+SEGMENTED = [COLA(every=3), XGBLoRA(every=3, layers=2), XGBLoRA(every=2)]
+by_procedure = pytest.mark.parametrize("procedure", SEGMENTED, ids=str)
 
 
 def outputs(base, adapters):
@@ -247,7 +248,7 @@ def test_mistakes_are_told():
 
 
 @pytest.mark.parametrize(
-    "procedure", [*PROCEDURES, LoRAPrune(protect=0.0), AdaLoRABudget(target=2), PRILoRAPruning(group="matrix")], ids=str
+    "procedure", [*SEGMENTED, LoRAPrune(protect=0.0), AdaLoRABudget(target=2), PRILoRAPruning(group="matrix")], ids=str
 )
 def test_configs_come_back(procedure):
     assert decode(AbstractProcedure, json.loads(json.dumps(encode(procedure)))) == procedure
@@ -258,16 +259,6 @@ def places(tmp_path_factory):
     """A tiny model and a tiny data set."""
     place = tmp_path_factory.mktemp("places")
     return str(write_model(place / "model")), str(write_data(place / "data.jsonl"))
-
-
-RUNS = {
-    "COLA": (COLA(every=2), sx.SBoRA(rank=4)),
-    "XGBLoRA": (XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
-    "LoRAPrune": (LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
-    "AdaLoRABudget": (AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
-    "PRILoRAPruning": (PRILoRAPruning(every=4), sx.PRILoRA(rank=sx.LinearRanks(2, 4))),
-    "PRILoRAPruning, for good": (PRILoRAPruning(every=2), sx.PRILoRA(rank=2, persistent_mask=True, dropout=0.1)),
-}
 
 
 def has_acted(procedure, adapters):
@@ -283,9 +274,9 @@ def has_acted(procedure, adapters):
     return True
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", PROCEDURES)
 def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
-    procedure, method = RUNS[name]
+    procedure, method = PROCEDURES[name]
     experiment = sx.Experiment(
         model=places[0],
         data=sx.Data(places[1], template="{instruction}", answer=" {output}", max_length=32, buckets=(32,)),

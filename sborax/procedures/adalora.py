@@ -129,6 +129,9 @@ class AdaLoRABudget(AbstractProcedure):
     ) -> Boundary:
         return boundary
 
+    def settle(self, boundary: Boundary) -> Boundary:
+        return boundary
+
     def whole(self, segments: list[Adapters], run: Run) -> Adapters:
         return segments[-1]
 

@@ -85,6 +85,9 @@ class XGBLoRA(AbstractProcedure):
     ) -> Boundary:
         return replay_segments(self, key_of, done, run, boundary, kept)
 
+    def settle(self, boundary: Boundary) -> Boundary:
+        return boundary
+
     def whole(self, segments: list[Adapters], run: Run) -> Adapters:
         # The last booster was never merged: the model that was trained has it at full size.
         return one_adapter(segments, [self.rate] * (len(segments) - 1) + [1.0], run)

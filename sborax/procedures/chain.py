@@ -62,5 +62,8 @@ class COLA(AbstractProcedure):
     ) -> Boundary:
         return replay_segments(self, key_of, done, run, boundary, kept)
 
+    def settle(self, boundary: Boundary) -> Boundary:
+        return boundary
+
     def whole(self, segments: list[Adapters], run: Run) -> Adapters:
         return one_adapter(segments, [1.0] * len(segments), run)

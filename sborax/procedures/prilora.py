@@ -96,8 +96,7 @@ class PRILoRAPruning(AbstractProcedure):
         return boundary
 
     def due(self, step: int, run: Run) -> bool:
-        # At the end, the running norms are laid into the adapters.
-        return step % self.every == 0 or step == run.steps
+        return step % self.every == 0
 
     def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
         found = nodes(boundary.adapters)
@@ -107,17 +106,14 @@ class PRILoRAPruning(AbstractProcedure):
                 return state
             held = dict(state.kept)
             for path, norms in state.norms.items():
-                # A copy: the next step takes over the buffers of the optimiser's state.
-                node = _with_norm(found[path], jnp.array(norms, copy=True))
-                if step % self.every == 0:
-                    keep = _keep(node, self)
-                    node = _pruned(node, keep)
-                    held |= {path: held[path] * keep} if path in held else {}
-                found[path] = node
+                node = _with_norm(found[path], norms)
+                keep = _keep(node, self)
+                found[path] = _pruned(node, keep)
+                held |= {path: held[path] * keep} if path in held else {}
             return state._replace(kept=held)
 
         opt = jax.tree.map(one, boundary.opt, is_leaf=_is_state)
-        return dataclasses.replace(boundary, adapters=nest(found), opt=opt)
+        return self.settle(dataclasses.replace(boundary, adapters=nest(found), opt=opt))
 
     def replay(
         self,
@@ -127,11 +123,19 @@ class PRILoRAPruning(AbstractProcedure):
         boundary: Boundary,
         kept: Callable[[int], Adapters],
     ) -> Boundary:
+        return self.settle(boundary)
+
+    def settle(self, boundary: Boundary) -> Boundary:
         found = nodes(boundary.adapters)
-        for state in jax.tree.leaves(boundary.opt, is_leaf=_is_state):
-            for path, held in state.kept.items() if _is_state(state) else ():
-                frozen = found[path].frozen
-                found[path] = dataclasses.replace(found[path], frozen={**frozen, "mask": frozen["mask"] * held})
+        for state in filter(_is_state, jax.tree.leaves(boundary.opt, is_leaf=_is_state)):
+            for path, norms in state.norms.items():
+                node = found[path]
+                # Zeros stay zeros: a mask that has been settled before does not change.
+                mask = {"mask": node.frozen["mask"] * state.kept[path]} if path in state.kept else {}
+                # A copy: the next step takes over the buffers of the optimiser's state.
+                found[path] = _with_norm(
+                    dataclasses.replace(node, frozen={**node.frozen, **mask}), jnp.array(norms, copy=True)
+                )
         return dataclasses.replace(boundary, adapters=nest(found))
 
     def whole(self, segments: list[Adapters], run: Run) -> Adapters:

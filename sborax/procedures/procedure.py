@@ -83,6 +83,13 @@ class AbstractProcedure(abc.ABC):
         """
 
     @abc.abstractmethod
+    def settle(self, boundary: Boundary) -> Boundary:
+        """The same with the frozen leaves that follow from the state of the optimiser.
+
+        Adapters are written after it, so that a file never depends on when `apply` was last called.
+        """
+
+    @abc.abstractmethod
     def whole(self, segments: list[Adapters], run: Run) -> Adapters:
         """One tree of adapters for the base that the run began with.
 

@@ -133,6 +133,9 @@ class LoRAPrune(AbstractProcedure):
         boundary: Boundary,
         kept: Callable[[int], Adapters],
     ) -> Boundary:
+        return self.settle(boundary)
+
+    def settle(self, boundary: Boundary) -> Boundary:
         return with_masks(boundary)
 
     def whole(self, segments: list[Adapters], run: Run) -> Adapters:

@@ -103,6 +103,13 @@ def _train(
             echo("no checkpoint yet: starting from step 0")
         else:
             state, done = restored
+            if done > steps:
+                raise SboraxError(f"{run}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
+            ended = finished(run, steps)
+            if done == steps and ended is not None:
+                checkpoints.close()
+                echo(f"already finished after step {done:,}: {run}")
+                return ended
             parts = parts if turns is None else turns.resume(done, state, parts)
             echo(f"resuming after step {done:,}")
     elif checkpoints.steps:
@@ -135,20 +142,26 @@ def _train(
             loop.trace = make_trace(run, done, steps)
             ends.callback(loop.trace.close)
         state = loop.run(state, tx)
-    finished = int(state.step) == steps
-    if finished:
-        write(state, loop.parts, run / ADAPTER)
     done = int(state.step)
+    if done == steps:
+        write(state, loop.parts, run / ADAPTER)
     summary = Summary.of(
-        metrics, loop.speed, began, finished, done, parts.count, total, samples=report, devices=layout.devices
+        metrics, loop.speed, began, done == steps, done, parts.count, total, samples=report, devices=layout.devices
     )
     if is_first():
         summary.write(run)
-    if finished:
+    if done == steps:
         echo(f"done: {run}")
     else:
         echo(f"stopped after step {summary.steps:,}, saved; --resume goes on from there")
     return summary
+
+
+def finished(run: epath.Path, steps: int) -> Summary | None:
+    """The summary of a run that has made its `steps` and written its adapter; None if something is left to write."""
+    summary = Summary.read(run)
+    whole = summary is not None and summary.finished and summary.steps == steps and (run / ADAPTER / PLAN).exists()
+    return summary if whole else None
 
 
 def claim(run: epath.Path, experiment: Experiment, resume: bool) -> None:

@@ -18,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from sborax.core import AbstractComposite, AbstractMethod, SboraxError
-from sborax.documents import parse
+from sborax.documents import parse, read_object
 from sborax.paths import Plan, module_path
 from sborax.train.disk import replace, writing
 
@@ -172,6 +172,18 @@ class Summary:
             versions=versions(),
             git_revision=git_revision(),
         )
+
+    @classmethod
+    def read(cls, run: epath.Path) -> "Summary | None":
+        """What `write` wrote; None if nothing is there, or something else."""
+        if not (run / SUMMARY).exists():
+            return None
+        try:
+            content = read_object(run / SUMMARY)
+        except SboraxError:
+            return None
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**content) if content.keys() == names else None
 
     def write(self, run: epath.Path) -> None:
         """Write `summary.json`. Raises SboraxError if the disk refuses."""

@@ -99,8 +99,9 @@ class Turns:
     def whole(self, state: TrainState, parts: Parts) -> Adapters:
         """All that was trained, as adapters of the base that the run began with."""
         steps = [step for step in range(1, int(state.step) + 1) if self.procedure.resets and self.due(step)]
-        last = gathered(combine(state.train["adapters"], parts.frozen))
-        return self.procedure.whole([*(self._kept(step) for step in steps), last], self.run)
+        last = Boundary(combine(state.train["adapters"], parts.frozen), parts.base, state.opt)
+        segments = [*(self._kept(step) for step in steps), gathered(self.procedure.settle(last).adapters)]
+        return self.procedure.whole(segments, self.run)
 
     def _key(self, step: int) -> Key[Array, ""]:
         return jax.random.fold_in(self.key, step)
