@@ -56,14 +56,20 @@ def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = Fal
 def override(config: T, changes: Sequence[str]) -> T:
     """`config` with dotted changes: `optimizer.lr=1e-4`, `rules.0.method.rank=8`. All are made before any check.
 
-    `*` stands for every entry of a list: `rules.*.method.alpha=16`.
+    `*` stands for every entry of a list: `rules.*.method.alpha=16`. A mapping may be written `mesh=fsdp=4,tensor=2`.
     Raises SboraxError for a change without `=`, an unknown key (close ones are listed), a value of the wrong type.
     """
     raw = encode(config)
+    mappings = [name for name, kind in typing.get_type_hints(type(config)).items() if _is_mapping(kind)]
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise SboraxError(f"{change!r}: write key=value, such as optimizer.lr=1e-4")
+        name, _, entry = key.partition(".")
+        if entry and name in mappings and not isinstance(raw[name], Literal):
+            # A mapping has the keys that it is given, and may be null before.
+            raw[name] = {**(raw[name] or {}), entry: Literal(text)}
+            continue
         for one in _spelled(raw, key):
             _assign(raw, one, Literal(text))
     return _decode(type(config), raw, "", False)
@@ -129,8 +135,23 @@ def _concrete(kind: type) -> dict[str, type]:
     return found
 
 
+def entries(text: str) -> dict[str, Literal] | None:
+    """`fsdp=4,tensor=2` as a mapping, None for text of another form."""
+    pairs = [[side.strip() for side in part.split("=", 1)] for part in text.split(",")]
+    if not all(len(pair) == 2 and pair[0].isidentifier() for pair in pairs):
+        return None
+    return {name: Literal(value) for name, value in pairs}
+
+
+def _is_mapping(kind: Any) -> bool:
+    return dict in (typing.get_origin(one) for one in (kind, *typing.get_args(kind)))
+
+
 def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
     origin = typing.get_origin(kind)
+    if isinstance(value, Literal) and _is_mapping(kind):
+        named = entries(value)
+        value = value if named is None else named
     if origin in (typing.Union, types.UnionType):
         return _decode_union(typing.get_args(kind), value, where, structural)
     if origin is typing.Literal:

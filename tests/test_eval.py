@@ -113,7 +113,7 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
     assert "no task 'arc'" in fails(capsys, model, "--tasks", "arc")
     assert "--data piqa=x: write TASK=PATH" in fails(capsys, model, "--tasks", "arc_easy", "--data", "piqa=x")
     assert "boolq has a prompt of its own" in fails(capsys, model, "--tasks", "boolq", "--template", "chat")
-    assert "--mesh data: write AXIS=SIZE" in fails(capsys, model, "--tasks", "boolq", "--mesh", "data")
+    assert "--mesh data: write sizes of axes" in fails(capsys, model, "--tasks", "boolq", "--mesh", "data")
     missing = fails(capsys, model, "--tasks", "hellaswag", "--out", tmp_path / "none")
     assert "hellaswag: not under $SBORAX_DATA; --data TASK=PATH" in missing
     data = write_data(tmp_path / "data.jsonl")

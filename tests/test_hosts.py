@@ -169,6 +169,44 @@ def test_two_processes_train_die_resume_and_stop(tmp_path, pair):
     np.testing.assert_allclose(_losses(tmp_path / "alone"), _losses(tmp_path / "whole"), rtol=0, atol=1e-5)
 
 
+BETWEEN_STEPS = """
+import sborax as sx
+
+def experiment():
+    data = sx.Data({data!r}, template="{{instruction}}", answer=" {{output}}", max_length=64)
+    optimizer = sx.Optimizer(lr=1e-3, eps=1e-4, schedule="constant", warmup=0)
+    return sx.Experiment({model!r}, data, [("self_attn|mlp", sx.{method})], optimizer, steps=10,
+                         save=sx.Save(every=7), mesh={{"fsdp": 2, "tensor": 2}}, procedure=sx.{procedure})
+"""
+
+
+@pytest.mark.parametrize(
+    ("procedure", "method"),
+    [
+        ("COLA(every=3)", "SBoRA(rank=2)"),
+        ("LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0)", "LoRA(rank=2)"),
+    ],
+    ids=["COLA", "LoRAPrune"],
+)
+def test_a_procedure_acts_alike_on_two_processes(procedure, method, tmp_path, pair):
+    model = write_model(tmp_path / "model", num_key_value_heads=2)
+    data = write_data(tmp_path / "data.jsonl")
+    experiment, cache = tmp_path / "experiment.py", tmp_path / "cache"
+    experiment.write_text(BETWEEN_STEPS.format(model=str(model), data=str(data), procedure=procedure, method=method))
+    codes, _, err = pair(experiment, tmp_path / "whole", cache, own=True).ended()
+    assert codes == [0, 0], err
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "10")
+    shutil.rmtree(tmp_path / "cut" / "adapter")
+    codes, out, err = pair(experiment, tmp_path / "cut", cache, "--resume", own=True).ended()
+    assert codes == [0, 0], err
+    assert "resuming after step 7" in out[0]
+    first, second = ((tmp_path / run / "adapter/adapter.safetensors").read_bytes() for run in ("whole", "cut"))
+    assert first == second
+    train(sx.load_experiment(str(experiment), ["mesh=null"]), tmp_path / "alone", echo=lambda text: None)
+    np.testing.assert_allclose(_losses(tmp_path / "alone"), _losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+
+
 SILENT = """E1 coordination_service.cc:1549] Use error polling to propagate the following error to all tasks:
 The following tasks are unhealthy (stopped sending heartbeats):
 {}

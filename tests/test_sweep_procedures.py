@@ -1,6 +1,8 @@
 """Sweeps with a procedure between their steps: every member is its own single run."""
 
 import collections
+import os
+import signal
 
 import pytest
 
@@ -13,7 +15,7 @@ from sborax.train.grid import Sweep
 from sborax.train.loop import read_model, train
 from sborax.train.members import make_sweep_step
 from sborax.train.sweep import sweep
-from tests.test_sweep import an_experiment, quiet, same_run
+from tests.test_sweep import an_experiment, metrics, quiet, same_run
 from tests.tiny_model import write_data, write_model
 
 GRID = {"optimizer.lr": (1e-3, 1e-2), "seed_adapter": (0, 1)}
@@ -48,9 +50,12 @@ def with_procedure(name, places, **changes):
     return an_experiment(places, **(settings | changes))
 
 
-@pytest.mark.parametrize("at_once", [1, 4], ids=["in turn", "together"])
+# One after the other, by lax.map, or together, by vmap.
+AT_ONCE = dict(zip(RUNS, (1, 4, 1, 4, 1, 4), strict=True))
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_member_is_its_own_single_run(name, at_once, places, tmp_path, monkeypatch):
+def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
     seen, steps = collections.Counter(), []
 
     def load(*args, **kwargs):
@@ -63,7 +68,7 @@ def test_a_member_is_its_own_single_run(name, at_once, places, tmp_path, monkeyp
 
     monkeypatch.setattr(module, "read_model", load)
     monkeypatch.setattr(sweep_steps, "make_sweep_step", make)
-    description = Sweep(with_procedure(name, places), GRID, at_once)
+    description = Sweep(with_procedure(name, places), GRID, AT_ONCE[name])
     assert sweep(description, tmp_path / "four", echo=quiet).finished
     assert seen["loads"] == 1 and [step._cache_size() for step in steps] == [1]
     member = description.members()[3]
@@ -71,3 +76,22 @@ def test_a_member_is_its_own_single_run(name, at_once, places, tmp_path, monkeyp
     same_run(tmp_path / "alone", tmp_path / "four" / member.name, atol=1e-6)
     kept = [(tmp_path / "four" / one.name / "adapter" / LEAVES).read_bytes() for one in description.members()]
     assert len(set(kept)) == 4
+
+
+@pytest.mark.parametrize("name", ["COLA", "LoRAPrune", "PRILoRAPruning"])
+def test_a_sweep_that_was_stopped_resumes_to_the_same_bits(name, places, tmp_path):
+    # A member that diverges is left alone by the procedure, and by the resumed one.
+    description = Sweep(with_procedure(name, places, save=sx.Save(every=100)), {"optimizer.lr": (1e-2, 1e17)})
+    sweep(description, tmp_path / "whole", echo=quiet)
+
+    def stop(text):
+        if text.startswith("step 1/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cut = sweep(description, tmp_path / "cut", echo=stop)
+    assert not cut.finished and cut.members[0].steps < 5
+    resumed = sweep(description, tmp_path / "cut", resume=True, echo=quiet)
+    assert resumed.finished and [one.diverged for one in resumed.members] == [None, 2]
+    good = description.members()[0].name
+    kept = [(tmp_path / place / good / "adapter" / LEAVES).read_bytes() for place in ("whole", "cut")]
+    assert kept[0] == kept[1] and len(metrics(tmp_path / "cut" / good)) == 5

@@ -1,17 +1,20 @@
 """`sborax generate`: texts after prompts, and a conversation over standard input."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from sborax.cli.layout import read_mesh
 from sborax.cli.targets import Target, load_target
 from sborax.core import SboraxError
 from sborax.data.template import NAMES, chat_ends, prompt_of
 from sborax.models import generate as write
 from sborax.models.tokenizer import finished, until
+from sborax.train.sharding import Layout, make_mesh
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -117,10 +120,17 @@ def _fitted(
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Target, Any]:
+    layout = _layout(arguments)
     target = load_target(arguments.target, arguments.adapter)
     if target.model.tokenizer is None:
         raise SboraxError(f"{arguments.target}: has no tokenizer.json, so text cannot become tokens")
-    return target, target.model.tokenizer
+    params, adapters = layout.model(target.params, target.adapters, target.model.config)
+    return dataclasses.replace(target, params=params, adapters=adapters), target.model.tokenizer
+
+
+def _layout(arguments: argparse.Namespace) -> Layout:
+    sizes = read_mesh([] if arguments.mesh is None else [arguments.mesh])
+    return Layout(make_mesh(sizes) if sizes else None)
 
 
 def _ends(target: Target, tokenizer: Any) -> list[int]:
@@ -136,16 +146,17 @@ def _write(
     stopped: Callable[[list[list[int]]], Sequence[bool]] | None,
     arguments: argparse.Namespace,
 ) -> list[list[int]]:
-    return write(
-        target.model,
-        target.params,
-        target.adapters,
-        prompts,
-        new,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        key=key,
-        eos=ends,
-        finished=stopped,
-    )
+    with _layout(arguments).context():
+        return write(
+            target.model,
+            target.params,
+            target.adapters,
+            prompts,
+            new,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            key=key,
+            eos=ends,
+            finished=stopped,
+        )

@@ -10,6 +10,7 @@ import jax
 
 from sborax.cli.evaluate import check_tasks, score_run
 from sborax.cli.facts import facts, methods
+from sborax.cli.layout import with_mesh
 from sborax.cli.targets import load_run
 from sborax.core import SboraxError
 from sborax.interop.card import check_card, model_card, write_card
@@ -25,7 +26,7 @@ from sborax.train.state import parameters
 
 def train(arguments: argparse.Namespace) -> bool:
     """`sborax train`: whether the run came to its end."""
-    experiment = load_experiment(arguments.experiment, arguments.changes)
+    experiment = load_experiment(arguments.experiment, with_mesh(arguments.changes, arguments.mesh))
     if arguments.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", arguments.compile_cache)
         # By default JAX keeps no program that took less than a second.

@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sborax.cli.layout import read_mesh
 from sborax.cli.targets import Target, find_run, load_run, load_target
 from sborax.core import SboraxError
 from sborax.data.source import read
@@ -28,10 +28,9 @@ def score(arguments: argparse.Namespace) -> None:
     if not arguments.tasks and not arguments.harness:
         raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
     tasks = _tasks(arguments) if arguments.tasks else []
+    sizes = read_mesh(arguments.mesh)
     target = load_target(arguments.target, arguments.adapter)
-    scorer = Scorer.of(
-        target.model, target.params, target.adapters, mesh=_mesh(arguments.mesh), budget=arguments.batch_tokens
-    )
+    scorer = Scorer.of(target.model, target.params, target.adapters, mesh=sizes, budget=arguments.batch_tokens)
     out = arguments.out or f"runs/eval-{Path(arguments.target).name}"
     about = {"target": arguments.target, "adapter": arguments.adapter}
     if tasks:
@@ -86,16 +85,6 @@ def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:
             raise SboraxError(f"--template: {fixed} has a prompt of its own; name it in another call")
         tasks = {name: dataclasses.replace(task, template=arguments.template) for name, task in tasks.items()}
     return list(tasks.values())
-
-
-def _mesh(given: Sequence[str]) -> dict[str, int]:
-    sizes = {}
-    for one in given:
-        name, _, size = one.partition("=")
-        if not size.isdigit():
-            raise SboraxError(f"--mesh {one}: write AXIS=SIZE, such as data=8")
-        sizes[name] = int(size)
-    return sizes
 
 
 def _trained_on(target: Target) -> list[Any] | None:

@@ -90,9 +90,13 @@ def _parser() -> argparse.ArgumentParser:
             "changes", metavar="key=value", nargs="*", default=[], help="change a field, such as optimizer.lr=1e-4"
         )
 
+    def add_mesh(own: argparse.ArgumentParser, says: str = "lay it out over devices, such as fsdp=8,tensor=2") -> None:
+        own.add_argument("--mesh", metavar="AXIS=N,...", help=says)
+
     train = command("train", _train, "fine-tune a model as an experiment says")
     train.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
     add_changes(train)
+    add_mesh(train)
     train.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/NAME OF THE EXPERIMENT)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
     train.add_argument("--profile", action="store_true", help="write an xprof trace of a few steps to RUN_DIR/profile")
@@ -108,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         "changes", metavar="key=value[,value]", nargs="*", default=[],
         help="values to train with, such as optimizer.lr=1e-4,3e-4 seed_adapter=0,1: every combination is a member",
     )  # fmt: skip
+    # Refused in one line, as `mesh=` is.
+    add_mesh(sweep, argparse.SUPPRESS)
     sweep.add_argument("--out", metavar="DIR", help="where the runs go (default: runs/NAME OF THE EXPERIMENT-sweep)")
     sweep.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
     sweep.add_argument(
@@ -127,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P of mass")
+    add_mesh(generate)
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
     score = command("eval", _eval, "score a model or a run on tasks")
@@ -140,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="a task's data: path or hub id")
     score.add_argument("--template", help="prompt around instructions: alpaca, chat, or text with {instruction} in it")
     score.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of a forward pass (default: 4096)")
-    score.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", help="devices, such as data=8")
+    score.add_argument(
+        "--mesh", nargs="+", default=[], metavar="AXIS=N,...", help="lay it out over devices, such as fsdp=8,tensor=2"
+    )
 
     command("tasks", _tasks, "list what `sborax eval --tasks` takes")
 
@@ -173,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
     add_changes(plan)
-    plan.add_argument("--mesh", metavar="AXIS=N,...", help="lay it out over devices, here or not: fsdp=8,tensor=2")
+    add_mesh(plan, "lay it out over devices, here or not: fsdp=8,tensor=2")
     plan.add_argument("--topology", metavar="NAME", help="compile the step for a TPU slice, here or not: v5e:16x16")
     plan.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: the longest of the data)")
 
@@ -205,9 +214,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    from sborax.cli.layout import with_mesh
     from sborax.cli.sweep import sweep
 
-    words = arguments.experiment, arguments.changes, arguments.out, arguments.resume, arguments.at_once
+    changes = with_mesh(arguments.changes, arguments.mesh)
+    words = arguments.experiment, changes, arguments.out, arguments.resume, arguments.at_once
     return OK if sweep(*words) else INTERRUPTED
 
 

@@ -1,8 +1,8 @@
 """`sborax plan`: what a run would train, hold and send, from the headers of files alone."""
 
+import dataclasses
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from sborax.cli.layout import with_mesh
 from sborax.cli.targets import is_experiment
 from sborax.config import override
-from sborax.core import SboraxError
 from sborax.data.options import Data
 from sborax.documents import read_object
-from sborax.mesh import ROWS, check_mesh
+from sborax.mesh import ROWS
 from sborax.methods import LoRA
 from sborax.models import LlamaConfig, abstract, load_config
 from sborax.paths import kernels, module_path
@@ -50,20 +50,21 @@ def show(
     if topology is not None and not os.environ.get("JAX_PLATFORMS"):
         # A TPU of this machine is not asked, and may be busy.
         jax.config.update("jax_platforms", "cpu")
-    sizes, source = None if mesh is None else _sizes(mesh), Path(target)
+    changes, source = with_mesh(changes, mesh), Path(target)
     if source.name == CONFIG and _is_model(source):
         target = str(source.parent)
     elif is_experiment(target):
         experiment = load_experiment(target, changes)
-        where = _mesh(experiment.mesh if sizes is None else sizes, topology)
+        where = _mesh(experiment.mesh, topology)
         return of_experiment(experiment, load_config(experiment.model), where, topology, length)
     config = load_config(target)
-    if not changes and (mesh, topology, length) == (None, None, None):
+    if not changes and topology is None and length is None:
         return of_model(target, config)
-    where = _mesh(sizes, topology)
+    whole = Experiment(target, Data(target), ((PROJECTIONS, LoRA()),), steps=1)
+    where = _mesh(override(whole, changes).mesh, topology)
     rows = 1 if where is None else math.prod(where.shape[axis] for axis in ROWS)
-    whole = Experiment(target, Data(target), ((PROJECTIONS, LoRA()),), steps=1, batch_size=rows, mesh=sizes)
-    return of_experiment(override(whole, changes), config, where, topology, length)
+    experiment = override(dataclasses.replace(whole, batch_size=rows), changes)
+    return of_experiment(experiment, config, where, topology, length)
 
 
 def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | AbstractMesh | None:
@@ -78,17 +79,6 @@ def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | Abstract
 def _is_model(file: Path) -> bool:
     """Whether a `config.json` is that of a model, and not of a run."""
     return file.is_file() and "model_type" in read_object(file)
-
-
-def _sizes(text: str) -> dict[str, int]:
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not re.fullmatch("[0-9]{1,9}", size):
-            raise SboraxError(f"--mesh {text}: write sizes of axes, such as fsdp=8,tensor=2")
-        sizes[axis.strip()] = int(size)
-    check_mesh(sizes)
-    return sizes
 
 
 def of_model(target: str, config: LlamaConfig) -> str:

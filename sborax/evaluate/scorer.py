@@ -21,8 +21,7 @@ from sborax.models.language_model import LanguageModel, Params
 from sborax.models.tokenizer import finished
 from sborax.routing import routed_parts
 from sborax.train.sharding import Layout, make_mesh
-from sborax.train.state import put_together, take_apart
-from sborax.tree import Adapters, combine, nodes
+from sborax.tree import Adapters, nodes
 
 BUDGET = 4096
 """Tokens of one forward pass."""
@@ -73,12 +72,9 @@ class Scorer:
         if budget < 1:
             raise SboraxError(f"a forward pass of {budget} tokens is none; give 1 or more")
         model.check_adapters(adapters)
-        if not mesh:
-            return Scorer(model, params, adapters, Layout(), budget)
-        layout = Layout(make_mesh(mesh))
-        parts = layout.place(take_apart(params, adapters or {}), model.config)
-        whole = combine(parts.adapters, parts.frozen) if adapters else None
-        return Scorer(model, put_together(parts.base, {}), whole, layout, budget)
+        layout = Layout(make_mesh(mesh) if mesh else None)
+        params, adapters = layout.model(params, adapters, model.config)
+        return Scorer(model, params, adapters, layout, budget)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special: with the tokens that the tokenizer adds to a text, which a chat template has already."""

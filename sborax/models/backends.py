@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.extend.backend import get_backend
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sborax.core import SboraxError
-from sborax.mesh import ROWS
+from sborax.mesh import ROWS, dividing
 from sborax.models.attention import attention, visible
 
 Backend = Literal["xla", "cudnn", "splash"]
@@ -159,9 +159,10 @@ def _padded(x: Array, multiple: int) -> Array:
 
 def _on_each_device(kernel: Kernel) -> Kernel:
     """`kernel`; on a mesh every device computes its own rows and heads, which the compiler could not cut by itself."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not free:
         return kernel
-    heads, rows = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
 
     @functools.wraps(kernel)
     def mapped(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
@@ -170,7 +171,10 @@ def _on_each_device(kernel: Kernel) -> Kernel:
         def part(query: Array, key: Array, value: Array, *own: Array) -> Array:
             return kernel(query, key, value, *(own or (None,)))
 
-        specs = (heads, heads, heads, *(rows for _ in own))
-        return jax.shard_map(part, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, *own)
+        rows = dividing(query.shape[0], ROWS)
+        heads = PartitionSpec(rows, None, dividing(math.gcd(query.shape[2], key.shape[2]), ("tensor",)), None)
+        specs = (heads, heads, heads, *(PartitionSpec(rows, None) for _ in own))
+        each = jax.shard_map(part, in_specs=specs, out_specs=heads, axis_names=free, check_vma=False)
+        return each(query, key, value, *own)
 
     return mapped

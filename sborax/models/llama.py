@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sborax import core
+from sborax.mesh import check_axis_types
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
@@ -241,8 +242,9 @@ class Llama(nn.Module):
         segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
         positions: rotary positions, in tokens; by default counted from the start of each segment.
         past: keys and values of earlier tokens, and their segments.
-        Raises SboraxError for more tokens than the model's context.
+        Raises SboraxError for more tokens than the model's context, and inside a mesh of Explicit axes.
         """
+        check_axis_types()
         cfg = self.config
         if tokens.shape[1] > cfg.context:
             raise core.SboraxError(

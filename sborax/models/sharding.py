@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from sborax.core import AbstractWeight, Adapter, SboraxError, is_weight
-from sborax.mesh import ROWS
+from sborax.mesh import ROWS, compiled_axes, cut
 from sborax.models.config import LlamaConfig
 from sborax.tree import specs
 
@@ -76,10 +76,8 @@ def check_heads(config: LlamaConfig, tensor: int) -> None:
 
 
 def over_rows(x: Array) -> Array:
-    """`x`, its first axis cut over the rows' mesh axes and the others whole, where there is a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *(None,) * (x.ndim - 1)))
+    """`x`, its first axis cut over the rows' mesh axes and the others whole, where there is such a mesh."""
+    return cut(x, ROWS, *(None,) * (x.ndim - 1))
 
 
 def used_whole(adapter: Adapter, module: str) -> Adapter:
@@ -87,14 +85,8 @@ def used_whole(adapter: Adapter, module: str) -> Adapter:
 
     Left to choose, the compiler may rather cut activations as the leaves lie, and send these. On tensor they stay cut.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not compiled_axes():
         return adapter
     spec = PartitionSpec("tensor", None) if module in ROW_PARALLEL else PartitionSpec(None, "tensor")
     found = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
-
-    def one(leaf: Array, own: PartitionSpec) -> Array:
-        even = (name if leaf.shape[axis] % mesh.shape[name or "data"] == 0 else None for axis, name in enumerate(own))
-        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*even))
-
-    return jax.tree.map(one, adapter, found)
+    return jax.tree.map(lambda leaf, own: cut(leaf, *own), adapter, found)

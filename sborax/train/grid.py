@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sborax.config import encode, override
+from sborax.config import encode, entries, override
 from sborax.core import SboraxError, structure
 from sborax.data.options import at_least
 from sborax.paths import as_rules
@@ -81,7 +81,8 @@ def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...
     for word in words:
         key, equals, text = word.partition("=")
         values = tuple(_values(text))
-        if not equals or len(values) == 1:
+        # A mesh of several axes is one value.
+        if not equals or len(values) == 1 or entries(text) is not None:
             changes.append(word)
         elif key in grid:
             raise SboraxError(f"{key}: is given twice; put all its values into one, {key}={text},...")

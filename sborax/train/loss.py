@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sborax.mesh import ROWS
+from sborax.mesh import ROWS, dividing
 
 CHUNK = 256
 """Tokens whose logits exist at one time, unless a caller says otherwise."""
@@ -57,14 +57,15 @@ def head_loss(
     vocab_first: bool,
 ) -> Float[Array, ""]:
     """`frozen_head_loss`; on a mesh each group of chips sweeps over the tokens of its own rows."""
-    if jax.sharding.get_abstract_mesh().empty:
+    axes = dividing(hidden.shape[0], ROWS)
+    if not axes:
         return frozen_head_loss(hidden, table, targets, counts, vocab_first)
 
     def own(hidden: Array, table: Array, targets: Array, counts: Array) -> Array:
         return jnp.expand_dims(frozen_head_loss(hidden, table, targets, counts, vocab_first), 0)
 
-    rows, whole = PartitionSpec(ROWS), PartitionSpec()
-    each = jax.shard_map(own, in_specs=(rows, whole, rows, rows), out_specs=rows, axis_names=set(ROWS), check_vma=False)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    each = jax.shard_map(own, in_specs=(rows, whole, rows, rows), out_specs=rows, axis_names=set(axes), check_vma=False)
     return jnp.sum(each(hidden, table, targets, counts))
 
 
