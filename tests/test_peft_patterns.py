@@ -112,14 +112,14 @@ def test_ranks_of_an_earlier_export(pair, tmp_path):
     np.testing.assert_array_equal(node.train["a"][1, :, :2], tensors[f"{second}.hira_A"].T)
 
 
-@pytest.mark.parametrize("key", ["q_proj", "model.layers.0.self_attn.q_proj", "^model.layers.0.self_attn.q_proj", "q|k"])
+@pytest.mark.parametrize(
+    "key", ["q_proj", "model.layers.0.self_attn.q_proj", "^model.layers.0.self_attn.q_proj", "q|k"]
+)
 def test_blocks_by_the_keys_that_peft_matches(key, pair, tmp_path):
     """C3A reads its keys in a way of its own."""
     theirs = with_peft(pair, peft.C3AConfig(block_size=8, target_modules=["q_proj"], block_size_pattern={key: 16}))
     theirs.save_pretrained(tmp_path)
-    np.testing.assert_allclose(
-        logits(pair.ours, *load_peft(tmp_path, pair.ours)), torch_logits(theirs), **CLOSE
-    )
+    np.testing.assert_allclose(logits(pair.ours, *load_peft(tmp_path, pair.ours)), torch_logits(theirs), **CLOSE)
 
 
 def adalora(pair, directory, kept, **fields):
