@@ -76,6 +76,25 @@ def test_both_ways(kind, pair, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_head_that_gave_up_its_start(init, pair, tmp_path):
+    """PEFT's file has the head's residual, which is not to be taken for a base; another model's is refused."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": init}
+    theirs = with_peft(pair, peft.LoraConfig(**config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in stored
+    params, adapters = load_peft(tmp_path / "theirs", pair.ours)
+    np.testing.assert_allclose(logits(pair.ours, params, adapters), torch_logits(theirs), **CLOSE)
+    save_peft(tmp_path / "ours", pair.ours, params, adapters)
+    np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), torch_logits(theirs), **CLOSE)
+
+    stored["base_model.model.lm_head.base_layer.weight"] *= 1.5
+    save_file(stored, tmp_path / "theirs" / "adapter_model.safetensors")
+    with pytest.raises(sx.SboraxError, match=r"lm_head\.base_layer\.weight is not what .* another model"):
+        load_peft(tmp_path / "theirs", pair.ours)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_converted_by_peft(init, pair, tmp_path):
     """PEFT's own conversion to LoRA of rank 2r loads, and so does its adapter on the residual base it saved."""
     torch.manual_seed(1)

@@ -101,7 +101,7 @@ def test_minimal_directory(good, model):
 WRONG = {
     "peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported; known: "),
     "no type": ({"peft_type": None}, "is not supported"),
-    "bias": ({"bias": "all"}, "option bias=all"),
+    "bias": ({"bias": "some"}, "option bias=some"),
     "lora_bias": ({"lora_bias": True}, "option lora_bias"),
     "unknown": ({"some_new_switch": 3}, "option some_new_switch=3"),
     "kasa": ({"kasa_config": {"beta": 1}}, "option kasa_config"),

@@ -59,7 +59,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             config, names = _modern(config, headers)
         if config.get("peft_type") in UNHEEDED and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
-        row = row_for(config)
+        row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
         modules = _targets(config, layout)
         kept = saved_whole(config, layout.modules)
         tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, kept).items()}
@@ -84,8 +84,11 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         for copy, stored in heads.items():
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
-        params = _replaced(model.params, layout, {slot: read(PREFIX + stored) for stored, (slot, _) in whole.items()})
-        params, adapters = attach(jax.random.key(0), params, _plan(adapted, layout))
+        new = {slot: read(PREFIX + stored) for stored, (slot, _) in whole.items()}
+        residual = new.pop(f"{HEAD}.weight", None) if row.method.rewrites_base and HEAD in modules else None
+        params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
+        if residual is not None:
+            _check_residual(residual, leaves_of(params)[layout.slots[f"{HEAD}.weight"].path])
         filled = {}
         for path, node in nodes(adapters).items():
             filled[path] = _filled(node, path, row, adapted, layout, read)
@@ -206,6 +209,14 @@ def _compare(
             raise SboraxError(f"{name} has shape {tuple(header.get_shape())}, config and model say {shape}")
         if header.get_dtype() not in ((*FLOATS, *WHOLE) if name.endswith(places) else FLOATS):
             raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
+
+
+def _check_residual(stored: np.ndarray, left: Any) -> None:
+    """Raise SboraxError unless what the file has of the head is what is left of the model's, to half precision."""
+    if np.abs(stored.T - np.asarray(left)).max() > 1e-2 * np.abs(stored).max():
+        raise SboraxError(
+            f"{HEAD}.base_layer.weight is not what the factors' start leaves of this model's head; it was another model"
+        )
 
 
 def _replaced(params: Any, layout: Layout, new: Mapping[str, np.ndarray]) -> Any:

@@ -15,6 +15,8 @@ NO_BIAS: dict[str, Any] = {}
 """PEFT's config of this kind has no field `bias`."""
 START = {"init_weights": (True, False)}
 TURNED = (1, 0)
+LYCORIS = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d"})
+"""Dropout that our methods lack, which acts in training alone, and what concerns convolutions alone."""
 SERIES_SINCE = "0.18.0"
 """The version of PEFT that changed the series of OFT's rotations."""
 
@@ -45,7 +47,7 @@ def _write_lokr(node: Adapter) -> dict[str, Any]:
 
 def _read_oft(fields: Fields) -> Fit:
     if fields["r"] or not fields["oft_block_size"]:
-        raise SboraxError("OFT by r, the number of blocks, is not supported; give oft_block_size")
+        raise SboraxError(f"r={fields['r']}: OFT by the number of blocks is not supported; give oft_block_size")
     terms = None
     if fields["use_cayley_neumann"]:
         version = re.match(r"(\d+)\.(\d+)", str(fields["peft_version"]))
@@ -54,6 +56,10 @@ def _read_oft(fields: Fields) -> Fit:
                 f"OFT's series was another one before PEFT {SERIES_SINCE}; save the adapter with a newer PEFT"
             )
         terms = rank_field(fields, "num_cayley_neumann_terms")
+        if terms < 3:
+            raise SboraxError(f"num_cayley_neumann_terms={terms}: shorter series than 3 are not supported")
+        # PEFT's loop makes the same series of 3 as of 4.
+        terms = max(terms, 4)
     return Fit(OFT(block=rank_field(fields, "oft_block_size"), terms=terms, share=bool(fields["block_share"])), {})
 
 
@@ -134,6 +140,7 @@ def _followed(config: Fields, module: str) -> dict[str, Any]:
 
 
 def _read_randlora(fields: Fields) -> Fit:
+    _check_projected(fields)
     rank = rank_field(fields)
     method = RandLoRA(rank=rank, dropout=number_field(fields, "randlora_dropout"))
     return Fit(method, {"scale": number_field(fields, "randlora_alpha") / rank})
@@ -145,6 +152,7 @@ def _write_randlora(node: Adapter) -> dict[str, Any]:
 
 
 def _read_vera(fields: Fields) -> Fit:
+    _check_projected(fields)
     return Fit(VeRA(rank=rank_field(fields), dropout=number_field(fields, "vera_dropout")), {"scale": 1.0})
 
 
@@ -156,9 +164,14 @@ def _rank_and(dropout: str) -> Callable[[Adapter], dict[str, Any]]:
     return lambda node: {"r": node.method.rank, dropout: dropout_of(node)}
 
 
-PROJECTED = {"bias": "none", "save_projection": True}
-SEEDED = frozenset({"projection_prng_key", "save_projection"})
-"""PEFT can draw projections again from a seed, which is torch's own affair; a file must hold them."""
+SEEDED = frozenset({"projection_prng_key"})
+
+
+def _check_projected(fields: Fields) -> None:
+    """PEFT can draw projections again from a seed, which is torch's own affair; a file must hold them."""
+    if not fields["save_projection"]:
+        raise SboraxError("save_projection=False: the file must hold the projections; save it again with True")
+
 
 OTHERS = (
     Row(
@@ -188,7 +201,7 @@ OTHERS = (
         ),
         lambda fields: Fit(LoHa(rank=rank_field(fields)), _scale(fields)),
         lambda node: {"r": node.train["a1"].shape[-1], "alpha": _alpha(node, node.train["a1"].shape[-1])},
-        {"r": "rank_pattern", "alpha": "alpha_pattern"}, constants=NO_BIAS,
+        {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True, inert=LYCORIS, constants=NO_BIAS,
     ),
     Row(
         LoKr, "LOKR", {"init_weights": (True, False, "lycoris")},
@@ -197,7 +210,8 @@ OTHERS = (
             Tensor("lokr_w1", "c", TURNED), Tensor("lokr_w1_b", "c_a", TURNED), Tensor("lokr_w1_a", "c_b", TURNED),
             Tensor("lokr_w2", "w", TURNED), Tensor("lokr_w2_b", "a", TURNED), Tensor("lokr_w2_a", "b", TURNED),
         ),
-        _read_lokr, _write_lokr, {"r": "rank_pattern", "alpha": "alpha_pattern"}, constants=NO_BIAS,
+        _read_lokr, _write_lokr, {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True,
+        inert=LYCORIS | {"rank_dropout_scale"}, constants=NO_BIAS,
     ),
     Row(
         HiRA, "HIRA", {"init_weights": (True, False, "gaussian")}, {"r": 32, "hira_dropout": 0.0},
@@ -221,11 +235,12 @@ OTHERS = (
             "oft_block_size": 32, "r": 0, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
             "block_share": False, "peft_version": None,
         },
-        (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft, inert=frozenset({"eps"}),
+        (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft, inert=frozenset({"eps", "module_dropout"}),
     ),
     Row(
         HRA, "HRA", START, {"r": 8}, (Tensor("hra_u", "u", (0, 1)),),
         lambda fields: Fit(HRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
+        any_rank=True,
     ),
     Row(
         SHiRA, "SHIRA", START, {"r": 32},
@@ -234,15 +249,16 @@ OTHERS = (
         inert=frozenset({"mask_type", "random_seed"}), constants=NO_BIAS, layered=False,
     ),
     Row(
-        VeRA, "VERA", START, {"r": 256, "vera_dropout": 0.0},
+        VeRA, "VERA", START, {"r": 256, "vera_dropout": 0.0, "save_projection": True},
         (
             Tensor("vera_lambda_d", "d", (0,), times="scale"), Tensor("vera_lambda_b", "m", (0,)),
             Tensor("vera_A", "a", TURNED, shared=True), Tensor("vera_B", "b", TURNED, shared=True),
         ),
-        _read_vera, _rank_and("vera_dropout"), inert=SEEDED | {"d_initial"}, constants=PROJECTED,
+        _read_vera, _rank_and("vera_dropout"), any_rank=True, inert=SEEDED | {"d_initial"},
     ),
     Row(
-        RandLoRA, "RANDLORA", START, {"r": 32, "randlora_alpha": 640, "randlora_dropout": 0.0},
+        RandLoRA, "RANDLORA", START,
+        {"r": 32, "randlora_alpha": 640, "randlora_dropout": 0.0, "save_projection": True},
         (
             Tensor("randlora_lambda", "l", (0, 1)),
             Tensor("randlora_gamma", "g_in", (0, 1)), Tensor("randlora_gamma", "g_out", (0, 1)),
@@ -251,7 +267,7 @@ OTHERS = (
             Tensor("randlora_B", "p_in", (2, 0, 1), shared=True, repeated=True),
             Tensor("randlora_B", "p_out", (2, 0, 1), shared=True, repeated=True),
         ),
-        _read_randlora, _write_randlora, inert=SEEDED | {"sparse", "very_sparse"}, constants=PROJECTED,
+        _read_randlora, _write_randlora, any_rank=True, inert=SEEDED | {"sparse", "very_sparse"},
     ),
     Row(
         C3A, "C3A", {"init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")},

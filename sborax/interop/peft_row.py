@@ -77,7 +77,7 @@ class Row:
 
     known_by: config fields, and the values by which a file of this row is known; the first one is written.
     defaults: the other fields that the row reads, with the values PEFT gives them when they are absent.
-    patterns: fields that may differ by module, and where the config keeps the exceptions. PEFT ignores other patterns.
+    patterns: fields that may differ by module, and where the config keeps the exceptions; only those that PEFT heeds.
     pattern_form: how a key of a pattern stands for a module, as a regular expression around the key.
     write: the fields of one module from its adapter, or None for a setting that PEFT lacks; None: read only.
     any_rank: PEFT accepts ranks beyond the size of the matrix, which our planning refuses.

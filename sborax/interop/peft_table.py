@@ -5,6 +5,7 @@ that PEFT knows, add its row to `TABLE`. Key names and shapes follow peft 0.21.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,9 +114,12 @@ INERT = frozenset(
 NEUTRAL = {"bias": "none"}
 """Fields whose neutral value is not empty. Any field that no one here knows must be empty: None, False, 0, [] or {}."""
 
+BIASES = r"all|\w+_only"
+"""Values of `bias` under which PEFT stores biases, where a model has some."""
 
-def row_for(config: Mapping[str, Any]) -> Row:
-    """The row of the file that `config` describes.
+
+def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
+    """The row of the file that `config` describes, for a model that has biases or none.
 
     Raises SboraxError for a kind or an option that no row reads.
     """
@@ -138,6 +142,8 @@ def row_for(config: Mapping[str, Any]) -> Row:
         )
     read = INERT | row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | row.inert
     for name, value in config.items():
+        if name == "bias" and not biased and re.fullmatch(BIASES, str(value)):
+            continue
         if name not in read and value and value != NEUTRAL.get(name):
             raise SboraxError(f"option {name[:60]}={str(value)[:60]} is not supported")
     return row

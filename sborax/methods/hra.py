@@ -52,9 +52,9 @@ class HRA(AbstractMethod):
             raise SboraxError(f"rank must be even, got {self.rank}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        half = self.rank // 2
+        half = -(-self.rank // 2)
         u = jax.random.uniform(key, (weight.shape[0], half), jnp.float32, -1.0, 1.0) / half**0.5
-        return Fitted({"u": jnp.repeat(u, 2, axis=1)}, {})
+        return Fitted({"u": jnp.repeat(u, 2, axis=1)[:, : self.rank]}, {})
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context

@@ -1,0 +1,320 @@
+"""PEFT's tuners, their options and the model families, as a matrix of cells with the outcome that each must have."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import peft
+
+TWO = ["q_proj", "down_proj"]
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "deep": ("llama", {"num_hidden_layers": 4}),
+    "biased": ("llama", {"attention_bias": True}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "nf4": ("llama", {"hidden_size": 64, "intermediate_size": 128}),
+}
+"""transformers' kind of model, and its fields beside `test_peft_matrix.SIZES`."""
+BIASED, TIED = {"biased", "qwen2"}, {"tied", "gemma"}
+
+LORA = {"r": 4, "lora_alpha": 6}
+TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
+    "LoRA": (peft.LoraConfig, LORA),
+    "rsLoRA": (peft.LoraConfig, {**LORA, "use_rslora": True}),
+    "DoRA": (peft.LoraConfig, {**LORA, "use_dora": True}),
+    "PiSSA": (peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}),
+    "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
+    "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
+    "IA3": (peft.IA3Config, {"feedforward_modules": []}),
+    "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
+    "LoKr": (peft.LoKrConfig, {"r": 2, "alpha": 3}),
+    "HiRA": (peft.HiraConfig, {"r": 4}),
+    "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}),
+    "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "HRA": (peft.HRAConfig, {"r": 4}),
+    "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 0}),
+    "VeRA": (peft.VeraConfig, {"r": 6, "d_initial": 1.0}),
+    "RandLoRA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 16}),
+    "C3A": (peft.C3AConfig, {"block_size": 8}),
+    "MiSS": (peft.MissConfig, {"r": 5}),
+    "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
+    "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
+}
+LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One way of configuring a tuner.
+
+    refused, unsaved: a part of the error on loading, and on writing back; None where it must be equal.
+    in_families: further outcomes on loading, by family.
+    everywhere: in every family, and not only where the spread puts it.
+    prepare: what happens to PEFT's model before it is saved.
+    """
+
+    tuner: str
+    name: str
+    fields: Mapping[str, Any]
+    refused: str | None = None
+    unsaved: str | None = None
+    in_families: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    everywhere: bool = False
+    prepare: Callable[[Any], None] | None = None
+
+    @property
+    def config(self) -> peft.PeftConfig:
+        kind, fields = TUNERS[self.tuner]
+        return kind(**{"target_modules": TWO, **fields, **self.fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    family: str
+    option: Option
+
+    @property
+    def refused(self) -> str | None:
+        return self.option.in_families.get(self.family, self.option.refused)
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.option.tuner}-{self.option.name}"
+
+
+def anywhere(families: set[str], message: str) -> dict[str, str]:
+    return dict.fromkeys(families, message)
+
+
+TIED_HEAD = anywhere(TIED, "lm_head, which is tied to the embedding here")
+TIED_TABLE = anywhere(TIED, "the embedding, to which the head is tied here")
+COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "two": ({}, {}),
+    "all": ({"target_modules": "all-linear"}, {}),
+    "expression": ({"target_modules": r".*\.(q|k|v)_proj"}, {}),
+    "layer": ({"layers_to_transform": [1]}, {}),
+    "layers of a pattern": ({"layers_to_transform": 0, "layers_pattern": "layers"}, {}),
+    "excluded": ({"exclude_modules": ["layers.0.mlp.down_proj"]}, {}),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, TIED_HEAD),
+    "norms": ({"modules_to_save": ["layernorm", "model.norm"]}, {}),
+    "embedding": ({"modules_to_save": ["embed_tokens"]}, TIED_TABLE),
+}
+"""What every tuner whose config has the fields can do: the fields, and the outcome in families where it is refused."""
+LAYERS = {f"model.layers.{i}.self_attn.q_proj": 2 + i for i in range(2)}
+
+
+def kept(*flags: str) -> Callable[[Any], None]:
+    """Ranks that AdaLoRA's allocator leaves to q_proj, and to down_proj, of layers 0 and 1."""
+
+    def prepare(model: Any) -> None:
+        names = [
+            f"model.layers.{i}.{name}.lora_E.default" for name in ("self_attn.q_proj", "mlp.down_proj") for i in (0, 1)
+        ]
+        model.peft_config["default"].rank_pattern = {
+            name: [flag == "1" for flag in row] for name, row in zip(names, flags, strict=True)
+        }
+
+    return prepare
+
+
+ALLOCATED = kept("0111", "1010", "1111", "0100")
+
+
+def of_loras() -> Iterator[Option]:
+    """What plain LoRA and its relatives share."""
+    for tuner in LORAS:
+        yield Option(tuner, "ranks", {"rank_pattern": {"q_proj": 2}})
+        yield Option(tuner, "alphas", {"alpha_pattern": {"down_proj": 5}})
+        yield Option(
+            tuner, "ragged", {"rank_pattern": LAYERS, "alpha_pattern": {r"^model.layers.1.mlp.down_proj": 2.5}}
+        )
+        yield Option(
+            tuner,
+            "patterns in a layer",
+            {"rank_pattern": {"q_proj": 3}, "alpha_pattern": LAYERS, "layers_to_transform": [1]},
+        )
+        yield Option(
+            tuner,
+            "tied embedding",
+            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+            everywhere=tuner == "LoRA",
+        )
+        yield Option(tuner, "dropout", {"lora_dropout": 0.25})
+        yield Option(tuner, "all biases", {"bias": "all"}, in_families=anywhere(BIASED, "option bias=all"))
+
+
+SINGLE: dict[str, dict[str, dict[str, Any]]] = {
+    "LoRA": {
+        "wide": {"r": 40},
+        "alpha 0.5": {"lora_alpha": 0.5},
+        "alpha 7 of 3": {"r": 3, "lora_alpha": 7},
+        "negative alpha": {"lora_alpha": -3},
+        "gaussian": {"init_lora_weights": "gaussian"},
+        "orthogonal": {"init_lora_weights": "orthogonal"},
+        "eva": {"init_lora_weights": "eva", "rank_pattern": LAYERS, "alpha_pattern": {k: 6 for k in LAYERS}},
+        "saved k_proj": {"modules_to_save": ["k_proj"]},
+        "biases of the adapted": {"bias": "lora_only"},
+        "layers at both ends": {"layers_to_transform": [0, -1]},
+    },
+    "rsLoRA": {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "r 3": {"r": 3}},
+    "DoRA": {"r 1": {"r": 1}, "alpha 0.5": {"lora_alpha": 0.5}},
+    "PiSSA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
+    "OLoRA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
+    "AdaLoRA": {
+        "wide": {"init_r": 40},
+        "alpha 2.5": {"lora_alpha": 2.5},
+        "alpha 0": {"lora_alpha": 0},
+        "ignored alphas": {"alpha_pattern": {"q_proj": 40}},
+        "ignored rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+    },
+    "IA3": {
+        "feedforward": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "expression of feedforward": {"feedforward_modules": r".*\.layers\.1\.mlp\.\w+"},
+        "both sides": {"target_modules": ["q_proj", "k_proj"], "feedforward_modules": ["q_proj"]},
+    },
+    "LoHa": {
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": {"layers.1.mlp.down_proj": 2.5}},
+        "patterns in a layer": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": LAYERS, "layers_to_transform": [1]},
+        "wide": {"r": 40},
+        "alpha 0.5": {"alpha": 0.5},
+        "dropout": {"rank_dropout": 0.5, "module_dropout": 0.5},
+        "convolutions": {"use_effective_conv2d": True},
+    },
+    "LoKr": {
+        **{f"factor {factor}": {"decompose_factor": factor} for factor in (2, 3, 7, 16, 64)},
+        "both": {"r": 1, "decompose_both": True},
+        "whole": {"r": 6, "decompose_factor": 4},
+        "lycoris": {"init_weights": "lycoris"},
+        "ranks": {"rank_pattern": {"q_proj": 1}, "decompose_factor": 2},
+        "alphas": {"alpha_pattern": {"layers.1.mlp.down_proj": 7}},
+        "patterns in a layer": {"rank_pattern": {"q_proj": 1}, "alpha_pattern": LAYERS, "layers_to_transform": [1]},
+        "wide": {"r": 40},
+        "dropout": {"rank_dropout": 0.5, "module_dropout": 0.5, "rank_dropout_scale": True},
+        "convolutions": {"use_effective_conv2d": True},
+    },
+    "HiRA": {
+        "ignored ranks": {"rank_pattern": {"q_proj": 2}},
+        "gaussian": {"init_weights": "gaussian"},
+        "dropout": {"hira_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "DeLoRA": {
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "strengths": {"lambda_pattern": {"q_proj": 7}},
+        "patterns in a layer": {"rank_pattern": {"q_proj": 2}, "lambda_pattern": LAYERS, "layers_to_transform": [1]},
+        "dropout": {"module_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "OFT": {
+        "block 2": {"oft_block_size": 2},
+        "block 16": {"oft_block_size": 16},
+        "shared": {"block_share": True},
+        "exact": {"use_cayley_neumann": False},
+        "exact and shared": {"use_cayley_neumann": False, "block_share": True},
+        **{f"{terms} terms": {"num_cayley_neumann_terms": terms} for terms in (3, 4, 6)},
+        "dropout": {"module_dropout": 0.5},
+    },
+    "HRA": {"r 1": {"r": 1}, "r 5": {"r": 5}, "wide": {"r": 40}},
+    "SHiRA": {"r 1": {"r": 1}, "seed 3": {"random_seed": 3}, "random start": {"init_weights": False}},
+    "VeRA": {
+        "wide": {"r": 40},
+        "d 0.1": {"d_initial": 0.1},
+        "another seed": {"projection_prng_key": 7},
+        "dropout": {"vera_dropout": 0.25},
+    },
+    "RandLoRA": {
+        "sparse": {"sparse": True},
+        "very sparse": {"very_sparse": True},
+        "r 5": {"r": 5},
+        "wide": {"r": 40},
+        "strong": {"randlora_alpha": 160},
+        "dropout": {"randlora_dropout": 0.25},
+    },
+    "C3A": {
+        "block 1": {"block_size": 1},
+        "block 16": {"block_size": 16},
+        "gaussian": {"init_weights": "gaussian"},
+        "blocks": {"block_size_pattern": {"q_proj": 16}},
+        "blocks of a layer": {"block_size_pattern": {"model.layers.1.self_attn.q_proj": 4}},
+        "blocks by the end of a name": {"block_size_pattern": {"proj": 16}},
+    },
+    "MiSS": {
+        "r 32": {"r": 32},
+        "r 1": {"r": 1},
+        "random start": {"init_weights": False},
+        "dropout": {"miss_dropout": 0.25},
+    },
+    "Bat": {"r 4": {"r": 4}, "r 16": {"r": 16}},
+    "Mini": {"r 8 of 4": {"r": 8, "mini_r": 4}, "r 5 of 16": {"r": 5, "mini_r": 16}},
+}
+"""Options of one tuner, which are equal unless `UNEQUAL` says otherwise."""
+
+
+def of_one_tuner() -> Iterator[Option]:
+    for tuner, options in SINGLE.items():
+        for name, fields in options.items():
+            outcome = UNEQUAL.get((tuner, name), {})
+            yield Option(tuner, name, fields, **outcome)
+
+
+UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("HiRA", "wide"): {"refused": "rank must lie in"},
+    ("DeLoRA", "wide"): {"refused": "rank must lie in"},
+    ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
+}
+
+
+def refused() -> Iterator[Option]:
+    """What is refused by the name of its field, or of a tensor."""
+    by_field: list[tuple[str, dict[str, Any], str]] = [
+        ("LoRA", {"lora_bias": True}, "lora_bias"),
+        ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
+        ("OFT", {"oft_block_size": 0, "r": 4}, "r=4: OFT by the number of blocks"),
+        ("OFT", {"oft_block_size": 12}, "block must"),
+        ("OFT", {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2"),
+        ("OFT", {"coft": True}, "coft"),
+        ("HRA", {"apply_GS": True}, "apply_GS"),
+        ("VeRA", {"save_projection": False}, "save_projection=False"),
+        ("RandLoRA", {"save_projection": False}, "save_projection=False"),
+    ]
+    for tuner, fields, message in by_field:
+        yield Option(tuner, " ".join(fields), fields, refused=message)
+
+
+def options() -> Iterator[Option]:
+    for (tuner, (kind, _)), (name, (fields, in_families)) in itertools.product(TUNERS.items(), COMMON.items()):
+        if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
+            yield Option(tuner, name, fields, in_families=in_families, everywhere=tuner == "IA3" and name == "all")
+    yield from of_loras()
+    yield from of_one_tuner()
+    yield Option("AdaLoRA", "allocated", {}, prepare=ALLOCATED)
+    yield Option("AdaLoRA", "layers without a rank", {}, prepare=kept("0000", "1010", "1111", "0000"))
+    yield Option("AdaLoRA", "a kernel without a rank", {}, prepare=kept("0000", "0000", "1101", "1110"))
+    zero = {"lora_alpha": 0}
+    yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
+    yield from refused()
+
+
+OPTIONS = list(options())
+SPREAD = 7
+"""Every option meets plain Llama, and another family this many options apart."""
+
+
+def cells() -> Iterator[Cell]:
+    for (shift, family), (number, option) in itertools.product(enumerate(FAMILIES), enumerate(OPTIONS)):
+        if family == "llama" or option.everywhere or (number + shift) % SPREAD == 0:
+            yield Cell(family, option)
+
+
+CELLS = list(cells())

@@ -1,0 +1,123 @@
+"""Every cell of `peft_matrix` is PEFT's function here and again in PEFT, or is refused in one line.
+
+`pytest -m nightly tests/test_peft_matrix.py` runs all of them; an ordinary run takes a spread tenth.
+"""
+
+import copy
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from peft_matrix import CELLS, FAMILIES
+from torch_pair import Pair, logits, torch_logits
+
+import sborax as sx
+from sborax.core import AbstractWeight
+from sborax.interop.peft import load_peft, save_peft
+from sborax.interop.peft_layout import layout_of
+from sborax.models.load import load_model
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+
+
+def built(family, directory) -> Pair:
+    """A random torch model, its norms and biases too, and the same here; for NF4 torch has what the codes stand for."""
+    kind, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    if kind == "gemma":
+        fields = {"tie_word_embeddings": True, **fields}
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **fields})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    moved(model, 0.2, lambda name, parameter: parameter.ndim == 1)
+    model.save_pretrained(directory)
+    ours = load_model(directory, quant="nf4" if family == "nf4" else None)
+    layout = layout_of(ours.params)
+    for name, (path, layer, _) in layout.slots.items():
+        if isinstance(layout.leaves[path], AbstractWeight):
+            dense = np.asarray(layout.kernel(path, layer).dense(), np.float32).T
+            model.get_parameter(name).data = torch.from_numpy(dense.copy())
+    return Pair(model, ours, directory)
+
+
+def moved(model, size, chosen) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if chosen(name, parameter):
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    """The models of a family, made once."""
+    pairs = {}
+
+    def get(family) -> Pair:
+        if family not in pairs:
+            pairs[family] = built(family, tmp_path_factory.mktemp(family))
+        return pairs[family]
+
+    return get
+
+
+def saved_by_peft(pair, option, directory) -> None:
+    """PEFT's adapter, every trained tensor moved from its start."""
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(copy.deepcopy(pair.torch), option.config)
+    moved(theirs, 0.1, lambda name, parameter: parameter.requires_grad)
+    if option.prepare is not None:
+        option.prepare(theirs)
+    theirs.save_pretrained(directory)
+
+
+def in_peft(pair, directory) -> np.ndarray:
+    return torch_logits(peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), directory).eval())
+
+
+def refusal(message, run) -> None:
+    with pytest.raises(sx.SboraxError) as caught:
+        run()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def outcome_as_declared(cell, pair_of, directory) -> None:
+    """Logits agree to 1e-4, or to 1e-5 of the largest where that is more: an adapter may make them large."""
+    pair, option = pair_of(cell.family), cell.option
+    with warnings.catch_warnings():
+        # PEFT's advice and deprecations; each kind has its own.
+        warnings.simplefilter("ignore")
+        saved_by_peft(pair, option, directory / "theirs")
+        if cell.refused is not None:
+            return refusal(cell.refused, lambda: load_peft(directory / "theirs", pair.ours))
+        expected = in_peft(pair, directory / "theirs")
+        close = {"rtol": 0, "atol": max(1e-4, 1e-5 * float(np.abs(expected).max()))}
+        assert np.abs(expected - torch_logits(pair.torch)).max() > 100 * close["atol"]
+        params, adapters = load_peft(directory / "theirs", pair.ours)
+        np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **close)
+        if option.unsaved is not None:
+            return refusal(option.unsaved, lambda: save_peft(directory / "ours", pair.ours, params, adapters))
+        save_peft(directory / "ours", pair.ours, params, adapters)
+        np.testing.assert_allclose(in_peft(pair, directory / "ours"), expected, **close)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_every_cell(cell, pair_of, tmp_path):
+    outcome_as_declared(cell, pair_of, tmp_path)
+
+
+@pytest.mark.parametrize("cell", CELLS[::10], ids=str)
+def test_a_tenth(cell, pair_of, tmp_path):
+    outcome_as_declared(cell, pair_of, tmp_path)
