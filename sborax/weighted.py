@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sborax.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError, is_weight
-from sborax.tree import Adapters, Params, link, merge, nest, nodes
+from sborax.tree import Adapters, Params, check_base, link, merge, merged_node, nest, nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
     "svd" of full rank. ("linear" weighs the factors instead, which is something else.) For the others, DoRA say,
     it is the change that the whole adapter made. Entries that no part changes keep their bits.
 
-    Raises SboraxError for a tree of another model, and for a method without a merged form.
+    Raises SboraxError for a tree of another model, for a method without a merged form, and for a part whose method
+    rewrites the base and whose `params` are not what it left.
     """
     if not parts:
         raise SboraxError("there is nothing to merge: give one or more adapters")
@@ -51,9 +52,10 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
                 raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
             if path not in flat:
                 raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
+            check_base(path, own[path], node)
         for path, leaf in own.items():
             if path in found or leaf is not base[path]:
-                change = jnp.float32(part.weight) * _change(path, leaf, base[path], found.get(path))
+                change = jnp.float32(part.weight) * _change(leaf, base[path], found.get(path))
                 sums[path] = sums[path] + change if path in sums else change
     return nest({path: leaf if path not in sums else _moved(leaf, sums[path]) for path, leaf in flat.items()})
 
@@ -63,7 +65,7 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
 
     Adding the delta rounds, so several bases have the same merged weight, and none can be told from that weight alone:
     the way back that is exact begins at the base. (`merge(merged, scale(adapters, -1.0))` needs no base; it is off by
-    the rounding of the sum, and right where the adapter changes nothing.)
+    the rounding of the sum, and right where the adapter changes nothing. For methods that leave the base as it is.)
 
     Raises SboraxError where they differ, with the largest difference.
     """
@@ -102,14 +104,14 @@ def _wide(leaf: Any) -> Float[Array, "..."]:
     return _array(leaf).astype(jnp.float32)
 
 
-def _change(path: str, own: Any, base: Any, node: Adapter | None) -> Float[Array, "..."]:
+def _change(own: Any, base: Any, node: Adapter | None) -> Float[Array, "..."]:
     """What one part makes of a base leaf, less that leaf, in float32."""
     moved = jnp.zeros(base.shape) if own is base else _wide(own) - _wide(base)
     if node is None:
         return moved
     # A delta that never looks at W is not rounded to its digits.
     start = jnp.zeros(own.shape) if isinstance(node.method, AbstractAdditive) else _wide(own)
-    return moved + (_flat(merge(nest({path: start}), nest({path: node})))[path] - start)
+    return moved + (merged_node(start, node) - start)
 
 
 def _moved(leaf: Any, change: Float[Array, "..."]) -> Array:
