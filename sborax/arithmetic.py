@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from sborax.compose import ByLayer, Scaled, Sum, with_parts
 from sborax.core import AbstractAdditive, AbstractMethod, Adapter, SboraxError, structure
@@ -69,11 +70,11 @@ def side_by_side(nodes: Sequence[Adapter]) -> Adapter:
     )
 
 
-def scale_adapter(node: Adapter, factor: float, stack: tuple[int, ...]) -> Adapter:
+def scale_adapter(node: Adapter, factor: float | Array, stack: tuple[int, ...]) -> Adapter:
     """One adapter whose delta is `factor` times that of `node`. Raises SboraxError unless its methods are additive."""
     if isinstance(node.method, ByLayer):
         return with_parts(node, [scale_adapter(child, factor, stack) for child, _ in by_layer(node)])
-    scaled = Scaled(_additive(node.method, "scale"), factor)
+    scaled = Scaled(_additive(node.method, "scale"), factor)  # type: ignore[arg-type]
     frozen = {"part": node.frozen, **scaled.factors_of(stack)}
     return Adapter({"part": node.train}, frozen, structure(scaled), node.in_axes)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Key, PyTree
 
 from sborax import depth
@@ -180,7 +181,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
 
 def check_base(path: str, weight: Weight, node: Adapter) -> None:
     """Raise SboraxError if `weight` is not what a method that rewrites the base left. Traced values tell nothing."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((weight, node)))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((weight, node)))
     if node.method.rewrites_base and not traced and bool(astray(weight, node)):
         raise SboraxError(
             f"{path}: {type(node.method).__name__} took its start out of the base, and these parameters still have it; "

@@ -1,4 +1,4 @@
-"""What composed methods promise beyond the contract: chains that lose nothing, sums and multiples of what was trained."""
+"""What composed methods promise beyond the contract: chains that lose nothing, sums and multiples that are such."""
 
 import chex
 import jax

@@ -96,9 +96,8 @@ def one_adapter(segments: Sequence[Adapters], rates: Sequence[float], run: Run) 
 
 def _joined(site: Site, parts: Sequence[Adapter], rates: Sequence[float]) -> Adapter:
     lists = []
-    for (part, layers), rate in (
-        (own, rate) for node, rate in zip(parts, rates, strict=True) for own in by_layer(node)
-    ):
+    rated = zip(parts, rates, strict=True)
+    for part, layers, rate in ((*own, rate) for node, rate in rated for own in by_layer(node)):
         method = part.method
         assert isinstance(method, AbstractFactored)
         factors = over_pairs(functools.partial(method.factors, shape=site.shape), len(site.stack))(part)
