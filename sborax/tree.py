@@ -183,8 +183,11 @@ def check_base(path: str, weight: Weight, node: Adapter) -> None:
     """Raise SboraxError if `weight` is not what a method that rewrites the base left. Traced values tell nothing."""
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((weight, node)))
     if node.method.rewrites_base and not traced and bool(astray(weight, node)):
+        method = node.method
+        while isinstance(method, AbstractComposite):
+            method = next(part for part in method.members if part.rewrites_base)
         raise SboraxError(
-            f"{path}: {type(node.method).__name__} took its start out of the base, and these parameters still have it; "
+            f"{path}: {type(method).__name__} took its start out of the base, and these parameters still have it; "
             "give those that came with the adapters"
         )
 
