@@ -75,7 +75,7 @@ def scale_adapter(node: Adapter, factor: float | Array, stack: tuple[int, ...]) 
     if isinstance(node.method, ByLayer):
         return with_parts(node, [scale_adapter(child, factor, stack) for child, _ in by_layer(node)])
     scaled = Scaled(_additive(node.method, "scale"), factor)  # type: ignore[arg-type]
-    frozen = {"part": node.frozen, **scaled.factors_of(stack)}
+    frozen = {"part": node.frozen, **scaled.multipliers(stack)}
     return Adapter({"part": node.train}, frozen, structure(scaled), node.in_axes)
 
 

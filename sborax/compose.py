@@ -57,7 +57,7 @@ def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
 def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
     """The composed `adapter` with other parts, in the order of its `children`."""
     method = adapter.method
-    if isinstance(method, Scaled):
+    if hasattr(method, "part"):
         names, fields = ["part"], {"part": parts[0].method}
     else:
         names, fields = [str(i) for i in range(len(parts))], {"parts": tuple(part.method for part in parts)}
@@ -154,9 +154,9 @@ class Scaled(AbstractAdditive, AbstractComposite):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
-        return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.factors_of(())}, fitted.weight)
+        return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.multipliers(())}, fitted.weight)
 
-    def factors_of(self, stack: tuple[int, ...]) -> Leaves:
+    def multipliers(self, stack: tuple[int, ...]) -> Leaves:
         """The frozen leaves beside those of the part."""
         factor = jnp.full(stack, self.factor, jnp.float32)
         return {"factor": factor, **({"rest": 1.0 - factor} if self.part.rewrites_base else {})}

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import sborax as sx
+from sborax.core import is_weight
+from sborax.methods.masked import Masked
 from sborax.quant.nf4 import quantise
+from sborax.train.state import take_apart
 from sborax.tree import nodes
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -229,3 +232,34 @@ def test_a_column_that_nearly_cancels_is_applied_as_it_merges(left):
     if left >= 1e-2:
         lengths = np.linalg.norm(merged[:, :, 3], axis=1)
         np.testing.assert_allclose(lengths, node.train["m"][:, 3], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Masked(sx.DoRA(rank=2)), Masked(sx.chain(sx.PiSSA(rank=2), sx.DoRA())), sx.chain(sx.OLoRA(rank=2), sx.DoRA())],
+    ids=["masked", "masked chain", "chain"],
+)
+def test_rebase_reaches_the_parts_of_a_composed_method(method):
+    params, adapters = tuned([sx.Rule("proj", method, layers=(0, 2)), sx.Rule("proj", sx.DoRA(rank=2))])
+    held = jax.tree.map(quantise, params)
+    again = sx.rebase(held, adapters)
+    chex.assert_trees_all_equal_structs(again, adapters)
+    chex.assert_trees_all_equal(sx.split(again)[0], sx.split(adapters)[0])
+    (weight,) = jax.tree.leaves(held, is_leaf=is_weight)
+
+    def gap(tree):
+        (node,) = nodes(tree).values()
+        got = jax.jit(jax.vmap(lambda w, n: sx.linear(jnp.eye(IN), w, n)))(weight, node)
+        return np.abs(got - kernel(sx.merge(held, tree))).max()
+
+    assert gap(again) < 2e-5 < 1e-3 < gap(adapters)
+    chex.assert_trees_all_equal(sx.rebase(params, again), sx.rebase(params, adapters))
+    chex.assert_trees_all_equal(sx.rebase(params, adapters), adapters)
+
+
+def test_a_weight_that_is_trained_itself_cannot_have_what_follows_from_it():
+    rules = [sx.Rule("proj", sx.LoRA(rank=2), layers=(0,)), sx.Rule("proj", sx.DoRA(rank=2))]
+    params, adapters = sx.attach(KEY, base(), rules)
+    with pytest.raises(sx.SboraxError, match="layers/proj/kernel: ByLayer keeps what follows from this weight"):
+        take_apart(params, adapters, train_base=True)
+    take_apart(*sx.attach(KEY, base(), [("proj", sx.PiSSA(rank=2))]), train_base=True)

@@ -27,7 +27,7 @@ from sborax.core import (
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
 SMALLEST = 1e-2
-"""Length of a column beside that of the base weight's, below which it is cut off: its square is known to 1e-7."""
+"""Least length of a column, beside that of the base weight: squares are known to some 1e-7 of the base's."""
 
 
 @dataclasses.dataclass(frozen=True)
