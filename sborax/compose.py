@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,14 +29,10 @@ from sborax.core import (
     dense,
     hyper,
     matmul,
-    structure,
 )
 
-
-def _additive(method: AbstractMethod, verb: str) -> AbstractAdditive:
-    if not isinstance(method, AbstractAdditive):
-        raise SboraxError(f"{verb} needs additive methods; {type(method).__name__} rewrites the weight as a whole")
-    return method
+TAKEN = frozenset({"a0", "b0", "scale"})
+"""Frozen leaves of a method that rewrites the base: what it took is s a0 b0."""
 
 
 def _key(key: Key[Array, ""] | None, part: int) -> Key[Array, ""] | None:
@@ -61,13 +57,23 @@ def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
 def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
     """The composed `adapter` with other parts, in the order of its `children`."""
     method = adapter.method
-    if "part" in {field.name for field in dataclasses.fields(method)}:  # type: ignore[arg-type]
+    if hasattr(method, "part"):
         names, fields = ["part"], {"part": parts[0].method}
     else:
         names, fields = [str(i) for i in range(len(parts))], {"parts": tuple(part.method for part in parts)}
     train = {**adapter.train, **{name: part.train for name, part in zip(names, parts, strict=True)}}
     frozen = {**adapter.frozen, **{name: part.frozen for name, part in zip(names, parts, strict=True)}}
     return Adapter(train, frozen, with_fields(method, **fields), adapter.in_axes)
+
+
+def taken(adapter: Adapter) -> list[tuple[Float[Array, "in r"], Float[Array, "r out"]]]:
+    """What the parts of an additive adapter took out of the base, as pairs (s a0, b0)."""
+    method = adapter.method
+    if not method.rewrites_base:
+        return []
+    if isinstance(method, AbstractComposite):
+        return [pair for child, _ in method.children(adapter) for pair in taken(child)]
+    return [(adapter.frozen["scale"] * adapter.frozen["a0"], adapter.frozen["b0"])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +125,11 @@ class Sum(AbstractAdditive, AbstractComposite):
 
 @dataclasses.dataclass(frozen=True)
 class Scaled(AbstractAdditive, AbstractComposite):
-    """y = x W + factor * delta(x): factor 1 is the part itself, factor 0 the base."""
+    """y = x W + factor * delta(x): factor 1 is the part itself, factor 0 the base.
+
+    delta is the change since before the part took anything out of the base, so that what it took is put back:
+    y = x W + factor * term(x) + rest * s (x a0) b0, rest = 1 - factor. Nodes without `rest` put nothing back.
+    """
 
     paper = "composition"
     rank = 1
@@ -132,11 +142,15 @@ class Scaled(AbstractAdditive, AbstractComposite):
 
     @property
     def axes(self) -> Axes:
-        return {"part": self.part.axes, "factor": ()}
+        return {"part": self.part.axes, "factor": (), "rest": ()}
 
     @property
     def identity_at_init(self) -> bool:
-        return self.part.identity_at_init and not self.part.rewrites_base
+        return self.part.identity_at_init
+
+    @property
+    def summed(self) -> int:
+        return self.part.summed * (2 if self.part.rewrites_base else 1)
 
     def check(self, shape: tuple[int, int]) -> None:
         if self.factor == 0.0:
@@ -145,9 +159,12 @@ class Scaled(AbstractAdditive, AbstractComposite):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
-        return Fitted(
-            {"part": fitted.train}, {"part": fitted.frozen, "factor": jnp.float32(self.factor)}, fitted.weight
-        )
+        return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.multipliers(())}, fitted.weight)
+
+    def multipliers(self, stack: tuple[int, ...]) -> Leaves:
+        """The frozen leaves beside those of the part."""
+        factor = jnp.full(stack, self.factor, jnp.float32)
+        return {"factor": factor, **({"rest": 1.0 - factor} if self.part.rewrites_base else {})}
 
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
         return [
@@ -158,13 +175,23 @@ class Scaled(AbstractAdditive, AbstractComposite):
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         ((child, _),) = self.children(adapter)
-        return y + cast(adapter.frozen["factor"], y) * self.part.add_to(
+        y = y + cast(adapter.frozen["factor"], y) * self.part.add_to(
             jnp.zeros_like(y), x, child, part_context(self, ctx, 0)
         )
+        for a, b in self._put_back(adapter):
+            y = y + (x @ cast(a, x)) @ cast(b, x)
+        return y
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         ((child, _),) = self.children(adapter)
-        return weight + adapter.frozen["factor"] * self.part.add_to_weight(jnp.zeros_like(weight), child)
+        weight = weight + adapter.frozen["factor"] * self.part.add_to_weight(jnp.zeros_like(weight), child)
+        for a, b in self._put_back(adapter):
+            weight = weight + jnp.matmul(a, b, precision="highest")
+        return weight
+
+    def _put_back(self, adapter: Adapter) -> list[tuple[Array, Array]]:
+        ((child, _),) = self.children(adapter)
+        return [(adapter.frozen["rest"] * a, b) for a, b in taken(child)] if "rest" in adapter.frozen else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +207,7 @@ class Chain(AbstractMethod):
             raise SboraxError(f"chain: {type(self.first).__name__} links layers, which its second link would not see")
         if self.first.mergeable:
             raise SboraxError(f"chain: {type(self.first).__name__} is no starting point: {self.first.mergeable}")
-        missing = sorted(self.second.factors_needed - set(self.first.axes))
+        missing = sorted((self.second.factors_trained | self.second.factors_frozen) - set(self.first.axes))
         if missing:
             raise SboraxError(f"chain: {type(self.first).__name__} has no leaf {missing[0]!r} to stand on")
 
@@ -195,6 +222,10 @@ class Chain(AbstractMethod):
     @property
     def rewrites_base(self) -> bool:
         return self.first.rewrites_base
+
+    @property
+    def base_leaves(self) -> Mapping[str, Callable[[Weight, Leaves], Array]]:  # type: ignore[override]
+        return {**self.first.base_leaves, **self.second.base_leaves}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -218,6 +249,35 @@ class Chain(AbstractMethod):
 
     def check(self, shape: tuple[int, int]) -> None:
         self.first.check(shape)
+        self._check_fields()
+        self._check_leaves(shape)
+
+    def _check_fields(self) -> None:
+        """The first link makes the factors, so a field of the second must be left out, or agree."""
+        first, second = type(self.first).__name__, type(self.second).__name__
+        for field in dataclasses.fields(self.second):  # type: ignore[arg-type]
+            value, of_first = getattr(self.second, field.name), getattr(self.first, field.name, None)
+            if value not in (field.default, of_first):
+                raise SboraxError(
+                    f"chain: {second}'s {field.name}={value} would not be used, since {first} makes the factors; "
+                    f"say it to {first} and leave it out of {second}"
+                )
+
+    def _check_leaves(self, shape: tuple[int, int]) -> None:
+        """The second link must know what every leaf of the first means."""
+
+        def make(key: Key[Array, ""], weight: Array) -> tuple[Leaves, Leaves]:
+            return self.first.init(key, weight, Hint(grad=weight))[:2]
+
+        weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+        train, frozen = jax.eval_shape(make, jax.random.key(0), weight)
+        kept = self.second.factors_frozen | {"dropout", *(TAKEN if self.first.rewrites_base else ())}
+        stray = sorted((set(train) ^ self.second.factors_trained) | (set(frozen) - kept))
+        if stray:
+            first, second = type(self.first).__name__, type(self.second).__name__
+            if stray[0] in self.second.factors_trained:
+                raise SboraxError(f"chain: {second} trains {stray[0]!r}, which {first} keeps frozen")
+            raise SboraxError(f"chain: {second} would ignore {stray[0]!r}, with which {first} computes or trains")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.first.init(key, weight, hint)
@@ -271,10 +331,8 @@ class ByLayer(AbstractComposite):
         branch = jnp.asarray(branches).at[hint.layer].get(mode="fill", fill_value=0)
         train: Leaves = {}
         frozen: Leaves = {"branch": branch}
-        base, held = None, weight
-        if self.rewrites_base and isinstance(weight, AbstractWeight):
-            # The whole stack is quantised again: layers of the other parts will stand on that.
-            held = weight.encode(weight.dense())
+        # Other layers stand on the weight as it is held, a rewritten one starts from what it is now.
+        base, held = None, weight.stored() if isinstance(weight, AbstractWeight) else weight
         for i, part in enumerate(self.parts):
             fitted = part.init(key, weight if part.rewrites_base else held, hint)
             train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
@@ -325,33 +383,3 @@ def chain(first: AbstractMethod, second: AbstractMethod) -> Chain:
     if not isinstance(second, AbstractReparametrisation):
         raise SboraxError(f"chain: {type(second).__name__} cannot stand on another method's factors")
     return Chain(first, second)
-
-
-def add_methods(*methods: AbstractMethod) -> Sum:
-    """One method that keeps every given one on the same kernel. Raises SboraxError unless all are additive."""
-    return Sum(tuple(_additive(method, "add") for method in methods))
-
-
-def scale_method(method: AbstractMethod, factor: float) -> Scaled:
-    """One method whose delta is `factor` times that of `method`. Raises SboraxError unless it is additive."""
-    return Scaled(_additive(method, "scale"), factor)
-
-
-def add_adapters(*nodes: Adapter) -> Adapter:
-    """One adapter whose delta is the sum of those of `nodes`."""
-    return Adapter(
-        train={str(i): node.train for i, node in enumerate(nodes)},
-        frozen={str(i): node.frozen for i, node in enumerate(nodes)},
-        method=Sum(tuple(_additive(node.method, "add") for node in nodes)),
-        in_axes=nodes[0].in_axes,
-    )
-
-
-def scale_adapter(node: Adapter, factor: float, stack: tuple[int, ...]) -> Adapter:
-    """One adapter whose delta is `factor` times that of `node`."""
-    return Adapter(
-        train={"part": node.train},
-        frozen={"part": node.frozen, "factor": jnp.full(stack, factor, jnp.float32)},
-        method=structure(Scaled(_additive(node.method, "scale"), factor)),
-        in_axes=node.in_axes,
-    )

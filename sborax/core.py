@@ -116,7 +116,9 @@ class AbstractMethod(abc.ABC):
     rank: Rank
     """An int or a policy; one int a layer once planned. Methods without a rank say 1."""
     rewrites_base: bool = False
-    """`init` takes s a0 b0 out of the base weight, and keeps `a0`, `b0` and `scale` as frozen leaves."""
+    """`init` takes s a0 b0 out of the base weight, and keeps frozen leaves `a0`, `b0`, `scale`; see `rebase.LEFT`."""
+    base_leaves: Mapping[str, Callable[[Weight, Leaves], Array]] = {}
+    """Frozen leaves that follow from the base weight, each from (base, frozen leaves): made anew on another base."""
     identity_at_init: bool = True
     """The adapted function equals the base function before training."""
     mergeable: str = ""
@@ -223,7 +225,9 @@ class AbstractFactored(AbstractAdditive):
 class AbstractReparametrisation(AbstractMethod):
     """A method that can stand on the factors of another one: the second link of `chain`."""
 
-    factors_needed: frozenset[str]
+    factors_trained: frozenset[str]
+    factors_frozen: frozenset[str]
+    """What the first link must train and keep, and nothing beside but `dropout` and what it took out of the base."""
 
     @abc.abstractmethod
     def refit(self, weight: Weight, fitted: Fitted) -> Fitted:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from sborax.compose import Sum, add_adapters
+from sborax.arithmetic import side_by_side
+from sborax.compose import Sum
 from sborax.core import AbstractFactored, Adapter, SboraxError
 from sborax.tree import Adapters, nest, nodes
 
@@ -100,4 +101,4 @@ def remove_expert(combined: Adapters, expert: Adapters) -> Adapters:
 
 
 def _together(parts: list[Adapter]) -> Adapter:
-    return parts[0] if len(parts) == 1 else add_adapters(*parts)
+    return parts[0] if len(parts) == 1 else side_by_side(parts)

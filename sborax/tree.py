@@ -6,20 +6,19 @@ the parameters and never inside them, so a base checkpoint loads unchanged and t
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from sborax import depth
-from sborax.compose import add_adapters, add_methods, scale_adapter, scale_method
+from sborax.arithmetic import add_adapters, add_methods, scale_adapter, scale_method
 from sborax.core import (
     AbstractComposite,
     AbstractMethod,
-    AbstractWeight,
     Adapter,
     Fitted,
     Hint,
@@ -35,6 +34,8 @@ from sborax.core import (
 from sborax.depth import axes_leaves, stack_of
 from sborax.mesh import whole
 from sborax.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, leaves_by_path, plan, weight_keys
+from sborax.rebase import as_matrix, astray, over_stack, rewrite
+from sborax.rebase import rebase as rebase_node
 from sborax.routing import AbstractRouter
 
 Params = PyTree
@@ -67,36 +68,11 @@ def _replace(params: Params, new: Mapping[str, Any]) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_path(path), leaf), params, is_leaf=is_weight)
 
 
-def _fold_stack(tree: PyTree, stack: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[stack:]), tree)
-
-
-def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
-    """`function` of one layer, run for every layer of a stack in turn, so that workspace is that of one layer."""
-    if not stack:
-        return function
-
-    def mapped(*args: Any) -> Any:
-        flat = _fold_stack(args, len(stack))
-        out = jax.lax.map(lambda one: function(*one), flat)
-        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
-
-    return mapped
-
-
-def _matrix(weight: Any, stack: int, in_axes: int) -> Any:
-    """A kernel as `(*stack, in, out)`."""
-    if isinstance(weight, AbstractWeight):
-        return weight
-    own = weight.shape[stack:]
-    return weight.reshape(*weight.shape[:stack], math.prod(own[:in_axes]), math.prod(own[in_axes:]))
-
-
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
 def _fit(
     keys: Key[Array, "*stack"], weight: Any, grad: Any, method: AbstractMethod, stack: tuple[int, ...], in_axes: int
 ):
-    matrix = _matrix(weight, len(stack), in_axes)
+    matrix = as_matrix(weight, len(stack), in_axes)
     positions = jnp.arange(math.prod(stack)).reshape(stack)
 
     def one(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
@@ -105,44 +81,9 @@ def _fit(
         return method.init(key, kernel, Hint(position, grad))
 
     with jax.default_matmul_precision("highest"):
-        grad = None if grad is None else _matrix(grad, len(stack), in_axes)
+        grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
         fitted = over_stack(one, stack)(keys, positions, matrix, grad)
     return fitted.train, fitted.frozen
-
-
-@jax.jit
-def rewrite(weight: Weight, node: Adapter) -> Weight:
-    """The base that an adapter stands on, from the original one: W <- W - s a0 b0, part by part.
-
-    One program makes it for `attach` and for all who load the leaves later, so both have the same bits.
-
-    Raises SboraxError for a method that rewrites the base and keeps no `a0`, `b0`, `scale` to do it again.
-    """
-    stack = stack_of(node)
-
-    def one(position: Array, own: Any, adapter: Adapter) -> Array:
-        own, adapter = whole((own, adapter))
-        residual = _residual(dense(own).astype(jnp.float32), adapter, position)
-        # Rounded once at the end, however many parts there are.
-        return residual if isinstance(own, AbstractWeight) else residual.astype(own.dtype)
-
-    positions = jnp.arange(math.prod(stack)).reshape(stack)
-    with jax.default_matmul_precision("highest"):
-        new = over_stack(one, stack)(positions, _matrix(weight, len(stack), node.in_axes), node)
-    return weight.encode(new) if isinstance(weight, AbstractWeight) else new.reshape(weight.shape)
-
-
-def _residual(matrix: Float[Array, "in out"], node: Adapter, position: Array) -> Float[Array, "in out"]:
-    if not node.method.rewrites_base:
-        return matrix
-    if isinstance(node.method, AbstractComposite):
-        for child, positions in node.method.children(node):
-            new = _residual(matrix, child, position)
-            matrix = new if positions is None else jnp.where(jnp.isin(position, np.asarray(positions)), new, matrix)
-        return matrix
-    if not {"a0", "b0", "scale"} <= set(node.frozen):
-        raise SboraxError(f"{type(node.method).__name__} rewrites the base and keeps no a0, b0, scale to do it again")
-    return matrix - jnp.matmul(node.frozen["scale"] * node.frozen["a0"], node.frozen["b0"])
 
 
 def attach(
@@ -166,7 +107,22 @@ def attach(
         node = adapters[site.path] = fit(key, found.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
             rewritten[site.path] = rewrite(found[site.path], node)
-    return _replace(params, rewritten), nest(adapters)
+    params = _replace(params, rewritten)
+    return params, rebase(params, nest(adapters))
+
+
+def rebase(params: Params, adapters: PyTree) -> PyTree:
+    """The same adapters on another base: their frozen leaves that follow from it are taken from `params`.
+
+    `attach`, `load_adapter` and `load_peft` do it themselves; it is for who then rounds or quantises `params`. On the
+    same base every bit stays. What a method trains, and what it took out of its first base, is never touched.
+    """
+    found = kernels(params)
+
+    def one(path: str, node: Adapter) -> Adapter:
+        return rebase_node(found[path], node) if path in found else node
+
+    return nest({path: one(path, node) for path, node in nodes(adapters).items()})
 
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
@@ -222,24 +178,46 @@ def merge(params: Params, adapters: PyTree) -> Params:
     same arrays. Quantised kernels come back dense. A method that adapts the bias changes the leaf `bias` beside its
     kernel.
 
-    Raises SboraxError for a method without a merged form, and for an adapter whose kernel is not in `params`.
+    Raises SboraxError for a method without a merged form, for an adapter whose kernel is not in `params`, and, unless
+    traced, for a method that rewrites the base and stands on one that was not rewritten.
     """
     found = leaves_by_path(params)
+    linked = nodes(link(adapters))
     new = {}
-    for path, node in nodes(link(adapters)).items():
+    for path, node in linked.items():
         if node.method.mergeable:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
         if path not in found:
             raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
-        weight, stack = found[path], stack_of(node)
-        matrix = _matrix(weight, len(stack), node.in_axes)
-        with jax.default_matmul_precision("highest"):
-            merged = over_stack(lambda w, n: n.method.merge(w, n), stack)(matrix, node)
-        new[path] = merged.astype(weight.dtype).reshape(weight.shape)
+        weight = found[path]
+        check_base(path, weight, node)
+        new[path] = merged_node(weight, node)
         beside = bias_path(path)
         if node.method.adapts_bias and beside in found:
             new[beside] = merge_bias(beside, found[beside], weight, node).astype(found[beside].dtype)
     return _replace(params, new)
+
+
+def check_base(path: str, weight: Weight, node: Adapter) -> None:
+    """Raise SboraxError if `weight` is not what a method that rewrites the base left. Traced values tell nothing."""
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((weight, node)))
+    if node.method.rewrites_base and not traced and bool(astray(weight, node)):
+        method = node.method
+        while isinstance(method, AbstractComposite):
+            method = next(part for part in method.members if part.rewrites_base)
+        raise SboraxError(
+            f"{path}: {type(method).__name__} took its start out of the base, and these parameters still have it; "
+            "give those that came with the adapters"
+        )
+
+
+def merged_node(weight: Weight, node: Adapter) -> Array:
+    """One kernel whose plain projection is the adapted one, in the dtype of `weight`."""
+    stack = stack_of(node)
+    matrix = as_matrix(weight, len(stack), node.in_axes)
+    with jax.default_matmul_precision("highest"):
+        merged = over_stack(lambda w, n: n.method.merge(w, n), stack)(matrix, node)
+    return merged.astype(weight.dtype).reshape(weight.shape)
 
 
 def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapter) -> Float[Array, "..."]:
@@ -356,7 +334,8 @@ def count(adapters: PyTree) -> int:
 def add(*items: Any) -> Any:
     """The sum of methods (one method), or of adapter trees (one tree, with what each has where only some have it).
 
-    Delta of the result = sum of the deltas. Raises SboraxError unless every method involved is additive.
+    Delta of the result = sum of the deltas. A tree that rewrote its base stands on that; so does the sum.
+    Raises SboraxError unless every method involved is additive, and if several trees rewrote the base of one kernel.
     """
     if all(isinstance(item, AbstractMethod) for item in items):
         return add_methods(*items)
@@ -364,14 +343,23 @@ def add(*items: Any) -> Any:
     for item in items:
         for path, node in nodes(item).items():
             by_path.setdefault(path, []).append(node)
-    for path, found in by_path.items():
-        if len(found) > 1 and isinstance(found[0].method, AbstractRouter):
-            raise SboraxError(f"{path}: each tree has its own router, and a layer has one; add the methods instead")
-    return nest({path: add_adapters(*found) if len(found) > 1 else found[0] for path, found in by_path.items()})
+    return nest({path: _summed(path, found) if len(found) > 1 else found[0] for path, found in by_path.items()})
+
+
+def _summed(path: str, found: Sequence[Adapter]) -> Adapter:
+    if isinstance(found[0].method, AbstractRouter):
+        raise SboraxError(f"{path}: each tree has its own router, and a layer has one; add the methods instead")
+    try:
+        return add_adapters(found, stack_of(found[0]))
+    except SboraxError as error:
+        raise SboraxError(f"{path}: {error}") from None
 
 
 def scale(item: Any, factor: float) -> Any:
-    """A method, or a tree of adapters, with its delta multiplied by `factor` (0: the base)."""
+    """A method, or a tree of adapters, with its delta multiplied by `factor` (0: the base as it was before `attach`).
+
+    Raises SboraxError unless every method involved is additive.
+    """
     if isinstance(item, AbstractMethod):
         return scale_method(item, factor)
 

@@ -24,6 +24,10 @@ class AbstractWeight(abc.ABC):
     def encode(self, dense: Float[Array, "*stack in out"]) -> "AbstractWeight":
         """A weight of this kind that holds `dense`, for methods that rewrite the base."""
 
+    @abc.abstractmethod
+    def stored(self) -> "AbstractWeight":
+        """The weight as it is held where no method rewrites it."""
+
 
 Weight = Array | AbstractWeight
 

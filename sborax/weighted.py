@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sborax.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError
 from sborax.paths import bias_path, leaves_by_path
-from sborax.tree import Adapters, Params, link, merge, merge_bias, nest, nodes
+from sborax.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nest, nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
     "svd" of full rank. ("linear" weighs the factors instead, which is something else.) For the others, DoRA say,
     it is the change that the whole adapter made. Entries that no part changes keep their bits.
 
-    Raises SboraxError for a tree of another model, and for a method without a merged form.
+    Raises SboraxError for a tree of another model, for a method without a merged form, and for a part whose method
+    rewrites the base and whose `params` are not what it left.
     """
     if not parts:
         raise SboraxError("there is nothing to merge: give one or more adapters")
@@ -51,6 +52,7 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
                 raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
             if path not in flat:
                 raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
+            check_base(path, own[path], node)
         for path in own:
             change = _change(path, own, base, found)
             if change is not None:
@@ -64,7 +66,7 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
 
     Adding the delta rounds, so several bases have the same merged weight, and none can be told from that weight alone:
     the way back that is exact begins at the base. (`merge(merged, scale(adapters, -1.0))` needs no base; it is off by
-    the rounding of the sum, and right where the adapter changes nothing.)
+    the rounding of the sum, and right where the adapter changes nothing. For methods that leave the base as it is.)
 
     Raises SboraxError where they differ, with the largest difference.
     """
@@ -117,7 +119,7 @@ def _added(path: str, own: Mapping[str, Any], found: Mapping[str, Adapter]) -> F
         node = found[path]
         # A delta that never looks at W is not rounded to its digits.
         start = jnp.zeros(own[path].shape) if isinstance(node.method, AbstractAdditive) else _wide(own[path])
-        return leaves_by_path(merge(nest({path: start}), nest({path: node})))[path] - start
+        return merged_node(start, node) - start
     kernel = next((kernel for kernel in found if bias_path(kernel) == path), None)
     if kernel is None or not found[kernel].method.adapts_bias:
         return None

@@ -1,15 +1,20 @@
 """Adapter directories: every leaf and every bit comes back, rewritten base included."""
 
+import json
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import sborax as sx
 from sborax.quant.nf4 import NF4Array
 from sborax.train.adapter import LEAVES, PLAN, fingerprint, load_adapter, read_adapter, save_adapter
 from sborax.train.base import adapt, quantise_base
+from sborax.tree import split
 
 RULES = {
     "lora": [("mlp", sx.LoRA(rank=3, alpha=6.0, dropout=0.1)), ("attn", sx.SBoRA(rank=4))],
@@ -93,14 +98,17 @@ def test_a_quantised_base_is_what_the_adapters_stand_on(tmp_path):
     # PiSSA took its part from the dense weight: what is left is the quantised residual of the dense one.
     residual, dense = sx.attach(jax.random.key(1), before, rules)
     chex.assert_trees_all_equal(params["layers"]["mlp"], quantise_base(residual, "nf4")["layers"]["mlp"])
-    chex.assert_trees_all_equal(adapters["layers"]["mlp"], dense["layers"]["mlp"])
+    chex.assert_trees_all_equal(split(adapters)[0]["layers"]["mlp"], split(dense)[0]["layers"]["mlp"])
+    taken, wanted = (tree["layers"]["mlp"]["kernel"].frozen for tree in (adapters, dense))
+    chex.assert_trees_all_equal(*({name: tree[name] for name in ("a0", "b0", "scale")} for tree in (taken, wanted)))
     # DoRA's norms are those of the quantised weight.
     _, other = sx.attach(jax.random.key(1), quantise_base(before, "nf4"), rules[1:])
     chex.assert_trees_all_equal(adapters["layers"]["attn"], other["layers"]["attn"])
     save_adapter(tmp_path, adapters, base=fingerprint(before))
     restored, same = load_adapter(tmp_path, base(jnp.float32))
-    chex.assert_trees_all_equal(same, adapters)
-    chex.assert_trees_all_equal(quantise_base(restored, "nf4"), params)
+    restored = quantise_base(restored, "nf4")
+    chex.assert_trees_all_equal(restored, params)
+    chex.assert_trees_all_equal(sx.rebase(restored, same), adapters)
 
 
 def test_a_kernel_that_cannot_be_quantised_is_named():
@@ -115,3 +123,52 @@ def test_the_fingerprint_sees_a_changed_weight():
     changed = {path for path, print_ in fingerprint(before).items() if fingerprint(after)[path] != print_}
     assert changed == {"norm/scale"}
     np.testing.assert_equal(fingerprint(before), fingerprint(base(jnp.float32)))
+
+
+def written(tmp_path):
+    """The leaves by name and the plan of a saved adapter, and how to write them back."""
+    before = base(jnp.float32)
+    _, adapters = sx.attach(jax.random.key(1), before, [("mlp", sx.PiSSA(rank=3)), ("attn", sx.SBoRA(rank=4))])
+    save_adapter(tmp_path, adapters, base=fingerprint(before), trained_base={"norm/scale": before["norm"]["scale"]})
+    return load_file(tmp_path / LEAVES), json.loads((tmp_path / PLAN).read_text())
+
+
+def test_any_flipped_bit_is_found_and_its_leaf_named(tmp_path):
+    leaves, _ = written(tmp_path)
+    for name, leaf in leaves.items():
+        damaged = np.array(leaf)
+        damaged.reshape(-1).view(np.uint8)[-1] ^= 1
+        save_file({**leaves, name: damaged}, tmp_path / LEAVES)
+        with pytest.raises(sx.SboraxError, match=re.escape(f"adapter.safetensors: '{name}' is damaged")) as caught:
+            read_adapter(tmp_path)
+        assert "\n" not in str(caught.value)
+    save_file(leaves, tmp_path / LEAVES)
+    read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("digests", [True, False])
+def test_leaves_that_are_not_finite_are_named(tmp_path, value, digests):
+    before = base(jnp.float32)
+    _, adapters = sx.attach(jax.random.key(1), before, RULES["lora"])
+    node = adapters["layers"]["attn"]["kernel"]
+    node.train["b"] = node.train["b"].at[0, 1, 2].set(value)
+    save_adapter(tmp_path, adapters, base=fingerprint(before))
+    if not digests:
+        plan = json.loads((tmp_path / PLAN).read_text())
+        (tmp_path / PLAN).write_text(json.dumps({name: one for name, one in plan.items() if name != "digests"}))
+    with pytest.raises(sx.SboraxError, match="'layers/attn/kernel/train/b' is not finite"):
+        read_adapter(tmp_path)
+
+
+def test_files_without_digests_are_read_and_digests_of_other_leaves_are_not(tmp_path):
+    leaves, plan = written(tmp_path)
+    digests = plan.pop("digests")
+    assert digests.keys() == leaves.keys()
+    (tmp_path / PLAN).write_text(json.dumps(plan))
+    saved = read_adapter(tmp_path)
+    assert "digests" not in saved.about
+    for wrong in ({}, [], {**digests, "more": "0"}, 3):
+        (tmp_path / PLAN).write_text(json.dumps({**plan, "digests": wrong}))
+        with pytest.raises(sx.SboraxError, match="digests are not those of the leaves"):
+            read_adapter(tmp_path)

@@ -69,10 +69,10 @@ class Trail:
     seams: list
 
 
-def go(procedure, steps=12, rank=2, kernel=KERNEL):
+def go(procedure, steps=12, rank=2, kernel=KERNEL, rules=None):
     """A run with or without a procedure."""
     params = nest({PATH: kernel})
-    plan = sx.plan(params, [("p", sx.LoRA(rank=rank, alpha=3.0))])
+    plan = sx.plan(params, rules or [("p", sx.LoRA(rank=rank, alpha=3.0))])
     run = Run(plan, steps, 1)
     _, adapters = sx.attach(jax.random.key(3), params, plan)
     boundary = Boundary(adapters, {PATH: kernel})
@@ -208,6 +208,38 @@ def test_a_quantised_base_is_refused_unless_asked_for():
     assert 0 < np.abs(after - before).mean() < size
 
 
+BY_LAYER = [sx.Rule("p", sx.LoRA(rank=2), layers=(0,)), sx.Rule("p", sx.SBoRA(rank=3), layers=(2, 3))]
+
+
+def test_a_chain_on_rules_for_some_layers_leaves_the_others_alone():
+    procedure, quantised = COLA(every=3), COLA(every=3, requantise=True)
+    trail = go(procedure, rules=BY_LAYER)
+    for before, after in trail.seams:
+        np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
+    whole = whole_of(procedure, trail)
+    np.testing.assert_allclose(
+        outputs({PATH: KERNEL}, whole), outputs(trail.boundary.base, trail.boundary.adapters), rtol=0, atol=2e-5
+    )
+    merged = sx.merge(nest({PATH: KERNEL}), whole)
+    for base in (trail.boundary.base[PATH], kernel_of(merged)):
+        same = [np.array_equal(own, old) for own, old in zip(base, KERNEL, strict=True)]
+        assert same == [False, True, False, False]
+    held = quantise(jax.random.normal(jax.random.key(4), (LAYERS, 64, OUT)))
+    base = {PATH: held}
+    run = Run(sx.plan(nest(base), BY_LAYER), 4, 1)
+    quantised.check(run, base)
+    (node,) = nodes(sx.attach(jax.random.key(3), nest(base), run.plan)[1]).values()
+    moved = sx.Adapter(jax.tree.map(lambda leaf: leaf + 0.5, node.train), node.frozen, node.method)
+    after = quantised.apply(jax.random.key(1), 3, run, Boundary(nest({PATH: moved}), base)).base[PATH]
+    same = [np.array_equal(own, old) for own, old in zip(after.absmax, held.absmax, strict=True)]
+    assert same == [False, True, False, False]
+
+
+def kernel_of(params):
+    (leaf,) = jax.tree.leaves(params)
+    return leaf
+
+
 def test_penalty_is_the_gradient_of_the_norms():
     tree = {"adapters": {"x": {"a": jnp.ones((3, 2)), "b": jnp.full((2, 4), 2.0)}}, "base": {"norm/scale": jnp.ones(3)}}
     run = Run(sx.Plan((), ()), 1, 1)
@@ -236,6 +268,13 @@ def test_mistakes_are_told():
     run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.SBoRA(rank=2))]), 4, 1)
     COLA(every=1).check(run, {PATH: KERNEL})
     with pytest.raises(SboraxError, match="no pair a, b"):
+        XGBLoRA().check(run, {PATH: KERNEL})
+    run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.LoRA(rank=2))]), 4, 1)
+    run = Run(sx.plan(nest({PATH: KERNEL}), [sx.Rule("p", sx.DoRA(rank=2), layers=(1,))]), 4, 1)
+    with pytest.raises(SboraxError, match="DoRA is no plain product"):
+        COLA(every=1).check(run, {PATH: KERNEL})
+    run = Run(sx.plan(nest({PATH: KERNEL}), [sx.Rule("p", sx.LoRA(rank=2), layers=(1,))]), 4, 1)
+    with pytest.raises(SboraxError, match="draws the layers itself; leave layers= out of LoRA's rule"):
         XGBLoRA().check(run, {PATH: KERNEL})
     run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.LoRA(rank=2))]), 4, 1)
     with pytest.raises(SboraxError, match="only 4 layers"):

@@ -10,7 +10,6 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax import procedures
-from sborax.core import SboraxError
 from sborax.procedures import AbstractProcedure
 from sborax.train.loop import train
 

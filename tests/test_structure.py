@@ -17,9 +17,11 @@ ORDER = [
     "patterns",
     "ranks",
     "compose",
+    "arithmetic",
     "routing",
     "depth",
     "paths",
+    "rebase",
     "tree",
     "weighted",
     "experts",
@@ -74,7 +76,7 @@ def test_imports_flow_one_way(path: Path):
 
 def test_no_method_is_named_in_shared_code():
     names = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__", "lowrank"}
-    for shared in ("core", "compose", "paths", "tree"):
+    for shared in ("core", "compose", "arithmetic", "paths", "rebase", "tree"):
         for name in imported(PACKAGE / f"{shared}.py"):
             assert not (name.startswith("sborax.methods") or name.split(".")[-1] in names)
 

@@ -15,6 +15,7 @@ from sborax.train.base import quantise_base, rewritten
 from sborax.train.best import BEST
 from sborax.train.experiment import CONFIG, Experiment, load_experiment
 from sborax.train.loop import ADAPTER
+from sborax.tree import rebase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ def load_run(run: str) -> Target:
     keep = rewritten(as_rules(experiment.rules))
     model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)
     params, adapters = load_adapter(adapter, model.params)
-    return Target(model, quantise_base(params, experiment.quant), adapters, experiment)
+    params = quantise_base(params, experiment.quant)
+    return Target(model, params, rebase(params, adapters), experiment)
 
 
 def load_target(target: str, adapter: str | None = None) -> Target:

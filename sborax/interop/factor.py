@@ -59,22 +59,23 @@ def exact(node: Adapter, shape: tuple[int, int]) -> Pair | None:
         return _joined(pairs) if len(pairs) == len(method.parts) else None
     if isinstance(method, Scaled):
         ((child, _),) = method.children(node)
-        return _scaled(child, float(node.frozen["factor"]), shape)
+        factor = float(node.frozen["factor"])
+        return _scaled(child, factor, 1.0 - factor - float(node.frozen.get("rest", 0.0)), shape)
     return None
 
 
-def _scaled(child: Adapter, factor: float, shape: tuple[int, int]) -> Pair | None:
+def _scaled(child: Adapter, factor: float, missing: float, shape: tuple[int, int]) -> Pair | None:
+    """missing: how much of what the base gave up is in neither the base nor the scaled change."""
     pair = exact(child, shape)
     if pair is None:
         return None
     scaled = (np.float32(factor) * pair[0], pair[1])
-    if not child.method.rewrites_base:
+    if not child.method.rewrites_base or missing == 0.0:
         return scaled
-    # What the base gave up at init is not scaled: it is gone from the base whatever the factor.
     offset = exact(dataclasses.replace(child, train=jax.tree.map(jnp.zeros_like, child.train)), shape)
     assert offset is not None
     alive = offset[0].any(axis=0) & offset[1].any(axis=1)
-    return _joined([scaled, (np.float32(1.0 - factor) * offset[0][:, alive], offset[1][alive])])
+    return _joined([scaled, (np.float32(missing) * offset[0][:, alive], offset[1][alive])])
 
 
 def _joined(pairs: list[Pair]) -> Pair:

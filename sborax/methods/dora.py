@@ -26,6 +26,9 @@ from sborax.core import (
 )
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
+SMALLEST = 1e-2
+"""Least length of a column, beside that of the base weight: squares are known to some 1e-7 of the base's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DoRA(AbstractReparametrisation):
@@ -38,6 +41,7 @@ class DoRA(AbstractReparametrisation):
     alpha: s = alpha / rank; None (default) is s = 1.
     dropout: rate on x in the low-rank branch and in the rescaling of the base, not in the base term itself, as PEFT.
 
+    A column that shrinks below 1 % of |w_j| counts as that long, since float32 does not tell it from zero here.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0, m = ||W||. Identity at init. Exact merge. Bias is not rescaled.
     Trained parameters: rank (in + out) + out.
     """
@@ -45,7 +49,9 @@ class DoRA(AbstractReparametrisation):
     paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353"
     group_b = frozenset({"b", "m"})
     sends = "partial products of a and W, rank (out + rank) floats a kernel, for the norms of columns"
-    factors_needed = frozenset({"a", "b", "scale"})
+    factors_trained = frozenset({"a", "b"})
+    factors_frozen = frozenset({"scale"})
+    base_leaves = {"w2": lambda weight, _: _squares(weight)}
 
     rank: int = 16
     alpha: float | None = hyper(None, above=0.0)
@@ -65,8 +71,7 @@ class DoRA(AbstractReparametrisation):
         return self.refit(weight, Fitted(train, frozen))
 
     def refit(self, weight: Weight, fitted: Fitted) -> Fitted:
-        w2 = jnp.sum(jnp.square(dense(weight).astype(jnp.float32)), axis=0)
-        frozen = {**fitted.frozen, "w2": w2}
+        frozen = {**fitted.frozen, "w2": _squares(weight)}
         return fitted._replace(train={**fitted.train, "m": _norm(weight, fitted.train, frozen)}, frozen=frozen)
 
     def apply(
@@ -84,7 +89,18 @@ class DoRA(AbstractReparametrisation):
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         train = adapter.train
         moved = dense(weight).astype(jnp.float32) + pair_weight(train["a"], train["b"], adapter.frozen["scale"])
-        return moved * (train["m"] / jnp.linalg.norm(moved, axis=0))[None, :]
+        norm = _root(jnp.sum(jnp.square(moved), axis=0), _squares(weight))
+        return moved * (train["m"] / norm)[None, :]
+
+
+def _squares(weight: Weight) -> Float[Array, " out"]:
+    """|w_j|^2 of every column, float32."""
+    return jnp.sum(jnp.square(dense(weight).astype(jnp.float32)), axis=0)
+
+
+def _root(n2: Float[Array, " out"], w2: Float[Array, " out"]) -> Float[Array, " out"]:
+    """The square root of n2, bounded below: that of a column which cancels to nothing is rounding, or below zero."""
+    return jnp.sqrt(jnp.maximum(n2, jnp.maximum(SMALLEST**2 * w2, jnp.finfo(jnp.float32).tiny)))
 
 
 def _norm(weight: Weight, train: Leaves, frozen: Leaves) -> Float[Array, " out"]:
@@ -93,5 +109,4 @@ def _norm(weight: Weight, train: Leaves, frozen: Leaves) -> Float[Array, " out"]
         sa, b = frozen["scale"] * train["a"], train["b"]
         cross = jnp.sum(matmul(sa.T, weight) * b, axis=0)
         square = jnp.sum(((sa.T @ sa) @ b) * b, axis=0)
-        # Rounding may leave a column that cancels to nothing just below zero.
-        return jnp.sqrt(jnp.maximum(frozen["w2"] + 2.0 * cross + square, jnp.finfo(jnp.float32).tiny))
+        return _root(frozen["w2"] + 2.0 * cross + square, frozen["w2"])

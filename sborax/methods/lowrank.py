@@ -76,4 +76,4 @@ def principal(
 
 
 PAIR_AXES = {"a": ("in", "rank"), "b": ("rank", "out"), "scale": (), "dropout": ()}
-OFFSET_AXES = {**PAIR_AXES, "a0": ("in", "rank"), "b0": ("rank", "out")}
+OFFSET_AXES = {**PAIR_AXES, "a0": ("in", "rank"), "b0": ("rank", "out"), "left": ()}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Key
 
+from sborax.compose import ByLayer
 from sborax.core import Adapter, SboraxError
 from sborax.optim.pairs import sides
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
@@ -52,6 +53,9 @@ class XGBLoRA(AbstractProcedure):
     def check(self, run: Run, base: dict[str, Any]) -> None:
         check_segments(self, run, base, self.requantise)
         for site in run.plan.sites:
+            if isinstance(site.method, ByLayer):
+                names = " and ".join(dict.fromkeys(type(part).__name__ for part in site.method.members))
+                raise SboraxError(f"XGBLoRA: {site.path}: draws the layers itself; leave layers= out of {names}'s rule")
             if not {"a", "b"} <= set(site.method.axes):
                 raise SboraxError(f"XGBLoRA: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA")
         if self.layers is not None and self.layers > depth(run):

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from sborax.compose import scale_adapter
+from sborax.arithmetic import by_layer, joined, scale_adapter
+from sborax.compose import ByLayer
 from sborax.core import AbstractFactored, AbstractWeight, Adapter, SboraxError, structure
 from sborax.methods.lora import LoRA
 from sborax.optim.pairs import over_pairs
 from sborax.paths import Site
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.rebase import encode
 from sborax.tree import Adapters, attach, merge, nest, nodes, stack_of
 
 
@@ -24,13 +26,15 @@ def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any],
     if not run.plan.sites:
         raise SboraxError(f"{name}: nothing is adapted; give rules")
     for site in run.plan.sites:
-        method, own = site.method, type(site.method).__name__
         if site.path not in base:
             raise SboraxError(f"{name}: {site.path} is trained itself, so that nothing can be merged into it")
-        if not isinstance(method, AbstractFactored) or not method.identity_at_init or method.needs:
-            raise SboraxError(f"{name}: {site.path}: {own} is no plain product that starts at zero; use LoRA")
-        if method.rewrites_base:
-            raise SboraxError(f"{name}: {site.path}: {own} rewrites the base at every start; use LoRA")
+        # Methods that share a stack by layers are merged each on its own.
+        for method in site.method.members if isinstance(site.method, ByLayer) else (site.method,):
+            own = type(method).__name__
+            if not isinstance(method, AbstractFactored) or not method.identity_at_init or method.needs:
+                raise SboraxError(f"{name}: {site.path}: {own} is no plain product that starts at zero; use LoRA")
+            if method.rewrites_base:
+                raise SboraxError(f"{name}: {site.path}: {own} rewrites the base at every start; use LoRA")
         if isinstance(base[site.path], AbstractWeight) and not requantise:
             raise SboraxError(
                 f"{name}: {site.path}: each merge into a quantised weight rounds again, and the errors add up; "
@@ -48,12 +52,11 @@ def widened(base: dict[str, Any], run: Run) -> dict[str, Any]:
 
 @jax.jit
 def _folded(weight: Any, node: Adapter, rate: Float[Array, ""]) -> Any:
-    scaled = scale_adapter(node, 1.0, stack_of(node))
-    scaled = Adapter(
-        scaled.train, {**scaled.frozen, "factor": rate * scaled.frozen["factor"]}, scaled.method, node.in_axes
-    )
+    scaled = scale_adapter(node, rate, stack_of(node))
     merged = merge({"kernel": weight}, {"kernel": scaled})["kernel"]
-    return weight.encode(merged) if isinstance(weight, AbstractWeight) else merged
+    if not isinstance(weight, AbstractWeight):
+        return merged
+    return encode(weight, merged, jnp.any(merged != weight.dense(), axis=(-2, -1)))
 
 
 def fold(base: dict[str, Any], adapters: Adapters, rate: float = 1.0) -> dict[str, Any]:
@@ -93,12 +96,14 @@ def one_adapter(segments: Sequence[Adapters], rates: Sequence[float], run: Run) 
 
 def _joined(site: Site, parts: Sequence[Adapter], rates: Sequence[float]) -> Adapter:
     lists = []
-    for part, rate in zip(parts, rates, strict=True):
+    rated = zip(parts, rates, strict=True)
+    for part, layers, rate in ((*own, rate) for node, rate in rated for own in by_layer(node)):
         method = part.method
         assert isinstance(method, AbstractFactored)
         factors = over_pairs(functools.partial(method.factors, shape=site.shape), len(site.stack))(part)
         a, b = (np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[-2:]) for leaf in factors)
-        lists.append((np.float32(rate) * a, b))
+        acts = np.ones(len(a), bool) if layers is None else np.isin(np.arange(len(a)), layers)
+        lists.append((np.float32(rate) * a * acts[:, None, None], b))
     a, b = np.concatenate([own for own, _ in lists], axis=2), np.concatenate([own for _, own in lists], axis=1)
     used = a.any(axis=1) & b.any(axis=2)
     ranks = np.maximum(used.sum(axis=1), 1)
@@ -110,4 +115,7 @@ def _joined(site: Site, parts: Sequence[Adapter], rates: Sequence[float]) -> Ada
     rank = int(ranks[0]) if len(set(ranks.tolist())) == 1 else tuple(ranks.tolist())
     train = {name: jnp.asarray(leaf.reshape(*site.stack, *leaf.shape[1:])) for name, leaf in (("a", a), ("b", b))}
     scale = jnp.ones(site.stack, jnp.float32)
-    return Adapter(train, {"scale": scale}, structure(LoRA(rank=rank)), site.in_axes)
+    node = Adapter(train, {"scale": scale}, structure(LoRA(rank=rank)), site.in_axes)
+    if not isinstance(site.method, ByLayer):
+        return node
+    return joined([node], [tuple(sorted(layer for own in site.method.layers for layer in own))], site.stack)

@@ -126,6 +126,10 @@ class NF4Array(AbstractWeight):
         """`dense` quantised, with the logical dtype of this weight."""
         return dataclasses.replace(quantise(dense), dtype=self.dtype)
 
+    def stored(self) -> "NF4Array":
+        """The weight itself."""
+        return self
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +159,10 @@ class Unquantised(AbstractWeight):
         info = jnp.finfo(self.dtype)
         # A plain cast there and back is one that the compiler leaves out.
         return quantise(lax.reduce_precision(dense, info.nexp, info.nmant).astype(self.dtype))
+
+    def stored(self) -> NF4Array:
+        """The weight, quantised."""
+        return quantise(self.weight)
 
 
 def _scales(

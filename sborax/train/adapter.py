@@ -22,10 +22,11 @@ from sborax.depth import stack_of
 from sborax.documents import read_object, shown
 from sborax.mesh import whole
 from sborax.paths import Rule, RuleLike, as_rules
+from sborax.rebase import rewrite
 from sborax.routing import AbstractRouter
 from sborax.train.disk import replace, writing
 from sborax.train.state import flatten, put_together
-from sborax.tree import Adapters, Params, nest, nodes, rewrite
+from sborax.tree import Adapters, Params, nest, nodes, rebase
 
 LEAVES = "adapter.safetensors"
 PLAN = "plan.json"
@@ -88,9 +89,15 @@ def save_adapter(
         "base": dict(base or {}),
     }
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    plan["digests"] = {name: _digest(leaf) for name, leaf in contiguous.items()}
     replace(place / LEAVES, save_safetensors(contiguous))
     # Last: where there is a plan, the leaves are whole.
     replace(place / PLAN, json.dumps(plan, indent=2) + "\n")
+
+
+def _digest(leaf: np.ndarray) -> str:
+    """A digest of a leaf's dtype, shape and bytes."""
+    return hashlib.sha256(f"{leaf.dtype} {leaf.shape} ".encode() + leaf.tobytes()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Saved:
 def read_adapter(directory: str | epath.PathLike) -> Saved:
     """What `save_adapter` wrote; needs no model.
 
-    Raises SboraxError for a missing or damaged file.
+    Raises SboraxError for a missing or damaged file, and for a leaf that is not finite.
     """
     place = epath.Path(directory)
     for name in (PLAN, LEAVES):
@@ -124,6 +131,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
     for name, kind in (("sites", list), ("trained_base", list), ("rules", list), ("base", dict)):
         if not isinstance(plan.get(name), kind):
             raise SboraxError(f"{place / PLAN}: {name} is missing, or of another kind")
+    _check_values(place, leaves, plan.get("digests"))
     used, adapters = set[str](), {}
 
     def part(prefix: str) -> dict[str, Array]:
@@ -143,9 +151,23 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
     rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
-    known = ("format", "rules", "sites", "trained_base", "base")
+    known = ("format", "rules", "sites", "trained_base", "base", "digests")
     about = {name: value for name, value in plan.items() if name not in known}
     return Saved(_nested(str(place / PLAN), adapters), rules, plan["base"], trained_base, about)
+
+
+def _check_values(place: epath.Path, leaves: Mapping[str, np.ndarray], digests: Any) -> None:
+    """Raise SboraxError for a leaf whose bytes are not those that were written, and for one that is not finite.
+
+    digests: of every leaf; None in files that were written without.
+    """
+    if digests is not None and (not isinstance(digests, dict) or digests.keys() != leaves.keys()):
+        raise SboraxError(f"{place / PLAN}: digests are not those of the leaves in {LEAVES}; restore both from a copy")
+    for name, leaf in leaves.items():
+        if digests is not None and digests[name] != _digest(leaf):
+            raise SboraxError(f"{place / LEAVES}: {shown(name)} is damaged, its digest is another; restore a copy")
+        if not np.issubdtype(leaf.dtype, np.integer) and not np.isfinite(leaf).all():
+            raise SboraxError(f"{place / LEAVES}: {shown(name)} is not finite; a training that diverged, or damage")
 
 
 def _site(site: Any, where: str) -> tuple[str, int]:
@@ -188,7 +210,8 @@ def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, ow
 def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
     """`(params, adapters)` as they were when the adapter was saved, from the base model `params`.
 
-    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did.
+    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did. What follows from the base
+    is that of `params`, which may be in other bits (4, say) than the adapter was trained on.
     Raises SboraxError for another base model, and as `read_adapter` does.
     """
     saved = read_adapter(directory)
@@ -214,4 +237,5 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
             raise SboraxError(f"{directory}: trained {path} {leaf.shape}, which does not fit this model")
     dtypes = {path: flat.pop(path).dtype for path in saved.trained_base}
     trained = {path: leaf.astype(dtypes[path]) for path, leaf in saved.trained_base.items()}
-    return put_together(flat, trained), saved.adapters
+    params = put_together(flat, trained)
+    return params, rebase(params, saved.adapters)

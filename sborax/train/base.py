@@ -10,8 +10,9 @@ from sborax.models.load import is_layer_kernel
 from sborax.paths import Plan, Rule, Site, module_path
 from sborax.patterns import search
 from sborax.quant.nf4 import Unquantised, check, quantise
+from sborax.rebase import rewrite
 from sborax.train.state import flatten
-from sborax.tree import Adapters, Params, fit, nest, rewrite
+from sborax.tree import Adapters, Params, fit, nest, rebase
 
 
 def quantise_base(params: Params, quant: str | None) -> Params:
@@ -98,4 +99,5 @@ def adapt(
         if site.method.rewrites_base:
             flat[site.path] = rewrite(flat[site.path], adapters[site.path])
             flat[site.path] = _quantised(site.path, flat[site.path]) if quant is not None else flat[site.path]
-    return nest(flat), nest(adapters)
+    params = nest(flat)
+    return params, rebase(params, nest(adapters))

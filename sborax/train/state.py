@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from sborax.core import AbstractWeight, SboraxError, is_weight
-from sborax.tree import Adapters, Params, count, nest, split
+from sborax.rebase import reads_base
+from sborax.tree import Adapters, Params, count, nest, nodes, split
 
 Flat = dict[str, Any]
 """Leaves by path; a quantised weight is one leaf."""
@@ -93,13 +94,20 @@ def take_apart(
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
     halves: the split of the adapters; some optimisers hold leaves fixed that a method trains.
-    Raises SboraxError as `selected` does, and for a trained leaf that is quantised.
+    Raises SboraxError as `selected` does, for a trained leaf that is quantised, and for one below a method that keeps
+    leaves which follow from it.
     """
     flat = flatten(params)
     chosen = set(selected(list(flat), train_base, train_also))
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
+    for path, node in nodes(adapters).items():
+        if path in chosen and reads_base(node.method):
+            raise SboraxError(
+                f"{path}: {type(node.method).__name__} keeps what follows from this weight, which would be trained "
+                "itself; leave one of the two out"
+            )
     train, frozen = halves(adapters)
     # A leaf that is float32 already is copied: the step donates its buffer.
     masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
