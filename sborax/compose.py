@@ -152,11 +152,6 @@ class Scaled(AbstractAdditive, AbstractComposite):
     def summed(self) -> int:
         return self.part.summed * (2 if self.part.rewrites_base else 1)
 
-    def check(self, shape: tuple[int, int]) -> None:
-        if self.factor == 0.0:
-            raise SboraxError("scale: a method times 0 never trains; give another factor")
-        self.part.check(shape)
-
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
         return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.multipliers(())}, fitted.weight)
