@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "errors",
+    "xla_flags",
     "mesh",
     "core",
     "documents",
