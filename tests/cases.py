@@ -79,3 +79,22 @@ METHODS = [
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),
 ]
+
+DECLARED = (
+    "rewrites_base", "identity_at_init", "mergeable", "materialises", "ragged", "needs", "sends", "linked"
+)  # fmt: skip
+
+
+def varied(cases: list[Case]) -> list[Case]:
+    """The first rows that have every declaration of a method both ways, where there is a method that has."""
+    chosen, seen = [], set()
+    for case in cases:
+        declared = {(name, bool(getattr(case.method, name))) for name in DECLARED}
+        if not declared <= seen:
+            chosen.append(case)
+            seen |= declared
+    return chosen
+
+
+FEW = varied(METHODS)
+"""What the quick tests take for all."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
 PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "errors",

@@ -59,6 +59,7 @@ def test_a_process_that_has_computed_is_warned_in_one_line():
     [(OTHER, "0"), (f"{FLAG}=dot {OTHER}", "1"), (f"{OTHER} {RIGHT_SUMS}", "1")],
     ids=["switched off", "a value of the user's", "inherited"],
 )
+@pytest.mark.quick
 def test_flags_are_left_alone(flags, switch, started, monkeypatch):
     monkeypatch.setattr(xla_flags, "backends_are_initialized", lambda: started)
     monkeypatch.setenv("XLA_FLAGS", flags)
@@ -106,6 +107,7 @@ def test_a_jaxlib_without_the_flag_does_not_get_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "method", [sx.LoRA(rank=2), sx.SBoRA(rank=2), sx.Bone(rank=1), sx.DoRA(rank=2)], ids=lambda own: type(own).__name__
 )
+@pytest.mark.quick
 def test_gradients_are_those_of_float64(method):
     """At a size where they are wrong by 0.3 and more without the flag."""
     assert max(errors_of_gradients(method)) < ROUNDING
