@@ -58,6 +58,7 @@ from sborax.tree import (
     value_and_grad,
 )
 from sborax.weighted import Weighted, merge_weighted, unmerge
+from sborax.xla_flags import guard as _guard
 
 if TYPE_CHECKING:
     from sborax.interop.peft import load_peft, save_peft
@@ -65,6 +66,9 @@ if TYPE_CHECKING:
     from sborax.train.adapter import load_adapter, save_adapter
 
 __version__ = "0.1.0"
+
+# Before the first computation: XLA reads its flags once.
+_guard()
 
 # Imported on first use: methods and verbs need JAX alone, and Flax, transformers and orbax take seconds to import.
 _LATER = {

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Set up .venv-test, fetch the real model, and run every check: ruff, pyright, pytest. Arguments go to pytest.
+# With --quick before them pytest runs the tests marked so, which takes minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
+
+quick=
+if [[ "${1:-}" == --quick ]]; then
+  quick=yes
+  shift
+fi
 
 make_venv .venv-test
 if ! installed .venv-test; then
@@ -33,5 +40,10 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 $bin/ruff check
 $bin/ruff format --check
 $bin/pyright --pythonpath $bin/python
-# A file stays with one worker, so that what its tests share is made once.
-$bin/pytest -n 2 --dist loadfile "$@"
+if [[ $quick ]]; then
+  # Only the files that have such tests: importing the others would take as long as running these.
+  $bin/pytest -n 2 -m quick $(grep -l 'mark\.quick' tests/test_*.py) "$@"
+else
+  # A file stays with one worker, so that what its tests share is made once.
+  $bin/pytest -n 2 --dist loadfile "$@"
+fi

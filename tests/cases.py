@@ -93,3 +93,22 @@ PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
     ),
 }
 """One row a procedure: runs of seven steps in which it acts, with the method of every projection."""
+
+DECLARED = (
+    "rewrites_base", "identity_at_init", "mergeable", "materialises", "ragged", "needs", "sends", "linked"
+)  # fmt: skip
+
+
+def varied(cases: list[Case]) -> list[Case]:
+    """The first rows that have every declaration of a method both ways, where there is a method that has."""
+    chosen, seen = [], set()
+    for case in cases:
+        declared = {(name, bool(getattr(case.method, name))) for name in DECLARED}
+        if not declared <= seen:
+            chosen.append(case)
+            seen |= declared
+    return chosen
+
+
+FEW = varied(METHODS)
+"""What the quick tests take for all."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from at_hand import STORIES, folder
 from jax.experimental.compilation_cache import compilation_cache
 
 from sborax.fetch import smollm2_gguf
@@ -60,30 +61,19 @@ def compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def _local(variable: str, folder: str) -> Path:
-    shared = Path(__file__).resolve().parents[2] / "shared" / folder
-    return Path(os.environ.get(variable, shared))
+@pytest.fixture(scope="session", params=[None, *STORIES], ids=lambda place: place.name if place else "random")
+def llama(request, tmp_path_factory) -> Path:
+    """A LLaMA in Hugging Face layout with a tokenizer: a random one, and a real one where it is at hand."""
+    # torch takes seconds to import, and few tests need it.
+    from sborax_models import write_letters
 
-
-@pytest.fixture(scope="session")
-def models_dir() -> Path:
-    """Where real models lie: $SBORAX_MODELS, or a folder beside the checkout."""
-    return _local("SBORAX_MODELS", "models")
+    return request.param or write_letters(tmp_path_factory.mktemp("llama") / "letters")
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Where real data sets lie: $SBORAX_DATA, or a folder beside the checkout."""
-    return _local("SBORAX_DATA", "data")
-
-
-@pytest.fixture(scope="session")
-def stories260k(models_dir) -> Path:
-    """A real LLaMA of 260,032 parameters in Hugging Face layout."""
-    place = models_dir / "stories260k"
-    if not place.exists():
-        pytest.skip("stories260k is not at hand; set SBORAX_MODELS")
-    return place
+    """Where real data sets may lie: $SBORAX_DATA, or a folder beside the checkout."""
+    return folder("SBORAX_DATA", "data")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """Tiny torch models and how to compare with them."""
 
+import string
+
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from tiny_model import tokenizer
 
 TINY = {
     "vocab_size": 96,
@@ -28,6 +31,21 @@ def make(kind, directory, shard="5GB", **fields):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(directory, max_shard_size=shard)
     return model
+
+
+def write_letters(directory):
+    """A random model and its tokenizer: greedy text from it is letters, blanks and stops, and hardly repeats itself."""
+    words = tokenizer()
+    fields = {"vocab_size": len(words), "hidden_size": 64, "max_position_embeddings": 512, "initializer_range": 0.3}
+    model = make("llama", directory, **fields)
+    letters = words.convert_tokens_to_ids([*string.ascii_lowercase, "Ġ", ",", "."])
+    others = torch.ones(len(words), dtype=torch.bool)
+    others[letters] = False
+    with torch.no_grad():
+        model.lm_head.weight[others] = 0  # never the largest logit
+    model.save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory
 
 
 def tokens_of(model, *shape):

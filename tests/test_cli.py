@@ -64,6 +64,7 @@ def prints(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.quick
 def test_a_run_is_written_whole(made):
     run = made / "run"
     assert sorted(path.name for path in run.iterdir()) == [
@@ -90,6 +91,7 @@ def test_resume_goes_on(made, capsys, tmp_path):
     assert json.loads((out / "summary.json").read_text())["steps"] == 4
 
 
+@pytest.mark.quick
 def test_merge_writes_what_the_run_computes(made, capsys, tmp_path):
     prints(capsys, "merge", made / "run", tmp_path / "merged")
     base, merged = load_model(made / "model"), load_model(tmp_path / "merged")
@@ -146,6 +148,7 @@ def test_plan_reads_no_weights(made, capsys, tmp_path):
     assert "trained in the base itself: 160 parameters" in changed
 
 
+@pytest.mark.quick
 def test_methods_tells_of_every_method(capsys):
     told = prints(capsys, "methods")
     names = [line for line in told.splitlines() if line and not line.startswith(" ")]
@@ -184,6 +187,7 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.quick
 def test_bad_arguments(name, capsys):
     argv, says = BAD_ARGUMENTS[name]
     assert says in fails(capsys, *argv)
@@ -255,6 +259,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
+@pytest.mark.quick
 def test_bad_input(name, made, capsys, tmp_path):
     spoil, changes, says = BAD_INPUT[name]
     write_model(tmp_path / "model") if spoil else None
@@ -322,6 +327,7 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
+@pytest.mark.quick
 def test_python_dash_m(tmp_path):
     """In a process of its own: the exit code, and a reader that goes away."""
     run = [sys.executable, "-m", "sborax"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import IN, LAYERS, METHODS, OUT, TOKENS, Case
+from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
@@ -34,7 +34,9 @@ SETTINGS = [
     pytest.param("float32", False, True, id="nf4-flat"),
     pytest.param("float32", True, True, id="nf4-stacked"),
 ]
-by_case = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+by_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.quick] * (case in FEW)) for case in METHODS]
+)
 by_setting = pytest.mark.parametrize(("dtype", "stacked", "quantised"), SETTINGS)
 
 

@@ -7,6 +7,7 @@ import threading
 import datasets
 import numpy as np
 import pytest
+from at_hand import ALPACA
 
 from benchmarks.packing import both, useful
 from sborax import Data, SboraxError
@@ -287,10 +288,22 @@ def test_packing_halves_the_rows_of_alpaca():
     assert useful(rows["packed"]) > 2 * useful(rows["padded"]) and useful(rows["packed"]) > 0.94 * 512
 
 
-def test_packing_halves_the_rows_of_real_alpaca(data_dir, smollm2):
-    place = data_dir / "alpaca_en_demo"
-    if not place.exists():
-        pytest.skip("alpaca_en_demo is not at hand; set SBORAX_DATA")
+def write_alpaca(file):
+    """999 records in Alpaca's format, 974 of them as long as Alpaca's by SmolLM2's tokenizer, the others longer."""
+    lengths = np.rint(np.quantile(ALPACA_LENGTHS, np.linspace(0, 1, 974))).astype(int)
+    wanted = np.random.default_rng(0).permutation([*lengths, *[600] * 25])
+    pairs = [{"instruction": "Go on.", "input": "", "output": "on" + " and" * (n - PROMPT)} for n in wanted.tolist()]
+    file.write_text(json.dumps(pairs))
+    return file
+
+
+PROMPT = 35
+"""Tokens of such a record without its repeated word."""
+
+
+@pytest.mark.parametrize("real", [None, *ALPACA], ids=lambda place: place.name if place else "made up")
+def test_packing_halves_the_rows_of_alpaca_records(real, smollm2, tmp_path):
+    place = real or write_alpaca(tmp_path / "alpaca.json")
     words = open_gguf(smollm2).tokenizer()
     samples, report = load_samples(Data(str(place)), words, words.eos_token_id, 2048)
     assert str(report) == "974 samples of 999 records, 25 too long (dropped)"

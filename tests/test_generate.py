@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from at_hand import STORIES
 
 import sborax as sx
 from sborax.cli.chat import Shown
@@ -20,8 +21,8 @@ NEW = 64
 
 
 @pytest.fixture(scope="module")
-def model(stories260k):
-    return load_model(stories260k)
+def model(llama):
+    return load_model(llama)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,15 @@ def greedy(model, prompts):
         return generate(model, model.params, None, prompts, NEW)
 
 
-def test_greedy_text_equals_transformers(stories260k, model, prompts, greedy):
-    reference = transformers.AutoModelForCausalLM.from_pretrained(stories260k)
+@pytest.fixture(scope="module")
+def texts(model, greedy):
+    texts = model.tokenizer.batch_decode(greedy, skip_special_tokens=True)
+    assert all(len(text) >= NEW and len(set(text)) > 9 for text in texts)
+    return texts
+
+
+def test_greedy_text_equals_transformers(llama, model, prompts, greedy):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(llama)
     assert len({len(prompt) for prompt in prompts}) == 3
     for prompt, new in zip(prompts, greedy, strict=True):
         ids = torch.tensor([prompt])
@@ -46,7 +54,8 @@ def test_greedy_text_equals_transformers(stories260k, model, prompts, greedy):
         )
         assert new == theirs[0, len(prompt) :].tolist()
         assert len(new) == NEW
-    assert "a little girl named Lily" in model.tokenizer.decode(greedy[0])
+    if llama in STORIES:
+        assert "a little girl named Lily" in model.tokenizer.decode(greedy[0])
 
 
 def test_the_side_of_the_padding_does_not_matter(model, prompts, greedy):
@@ -117,11 +126,10 @@ def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p):
     assert top_p < 1 or top_k or np.isfinite(got).all()
 
 
-def test_stop_strings_end_each_row(stories260k, model, prompts, greedy):
+def test_stop_strings_end_each_row(llama, model, prompts, texts):
     """Rows of one batch end at different stop strings, where transformers ends each; one that has none goes on."""
-    stop = [", and", "ball"]
-    reference = transformers.AutoModelForCausalLM.from_pretrained(stories260k)
-    texts = [model.tokenizer.decode(new, skip_special_tokens=True) for new in greedy]
+    stop = [texts[0][9:14], texts[1][20:24]]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(llama)
     lengths = []
     for prompt, text in zip(prompts, texts, strict=True):
         ids = torch.tensor([prompt])
@@ -160,19 +168,19 @@ def test_texts_are_looked_at_while_they_are_written(model, prompts, greedy):
     assert seen == [[STRIDE] * 3, [odd] * 3]
 
 
-def test_stop_strings_end_what_a_scorer_writes(model, prompts, greedy):
-    stop = ["a", "e"]
-    texts = model.tokenizer.batch_decode(greedy, skip_special_tokens=True)
-    assert all(any(mark in text[:20] for mark in stop) for text in texts)
+def test_stop_strings_end_what_a_scorer_writes(model, prompts, greedy, texts):
+    stop = [text[5] for text in texts]
     written = Scorer.of(model, model.params).write(prompts, NEW, stop=stop)
     for new, whole, text in zip(written, greedy, texts, strict=True):
         assert new == whole[: len(new)] and len(new) < NEW
         assert until(model.tokenizer.decode(new, skip_special_tokens=True), stop) == until(text, stop)
 
 
-@pytest.mark.parametrize("stop", [(), (", and", "ball"), ("a little girl named",), ("\n",)])
-def test_an_answer_is_shown_as_it_grows(model, greedy, stop, capsys):
+@pytest.mark.parametrize("stops", ["none", "two", "long", "not there"])
+def test_an_answer_is_shown_as_it_grows(model, greedy, texts, stops, capsys):
     """No letter is printed that is not in the answer, none is left out, and most are there before the end."""
+    two, long = (texts[0][9:14], texts[1][20:24]), texts[0][11:30]
+    stop = {"none": (), "two": two, "long": (long,), "not there": ("\n\n",)}[stops]
     for tokens in greedy:
         answer = until(model.tokenizer.decode(tokens, skip_special_tokens=True), stop)
         shown = Shown(model.tokenizer, stop)
@@ -194,7 +202,7 @@ def test_prompts_of_similar_length_share_a_compilation(model, prompts, greedy):
 
 ERRORS = {
     "empty": ({"prompts": [[1], []]}, "at least one token"),
-    "vocabulary": ({"prompts": [[1, 512]]}, "outside the vocabulary of 512"),
+    "vocabulary": ({"prompts": [[1, 512]]}, "outside the vocabulary of"),
     "context": ({"prompts": [[1] * 500]}, "500 tokens and 64 new ones do not fit the context of 512"),
     "key": ({"temperature": 0.5}, "give a key"),
     "top_p": ({"top_p": 0.0}, "top_p 0.0"),

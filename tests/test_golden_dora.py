@@ -10,6 +10,7 @@ import pytest
 import sborax as sx
 from sborax.core import dense, linear, structure
 
+pytestmark = pytest.mark.quick
 GOLDEN = np.load(Path(__file__).parent / "golden" / "dora.npz")
 DETACHED = ["detached", "detached_bias", "detached_init", "detached_init_bias"]
 FULL = ["full", "full_bias", "full_init", "full_init_bias"]

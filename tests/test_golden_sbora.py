@@ -10,6 +10,7 @@ import pytest
 import sborax as sx
 from sborax.core import linear, structure
 
+pytestmark = pytest.mark.quick
 GOLDEN = np.load(Path(__file__).parent / "golden" / "sbora.npz")
 
 

@@ -48,9 +48,9 @@ def test_logits_equal_transformers(name, tmp_path):
     assert relative(jax.jit(model.apply)(model.params, None, tokens), torch_logits(reference, tokens)) < TOLERANCE
 
 
-def test_logits_equal_transformers_on_real_weights(stories260k):
-    model = load_model(stories260k)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(stories260k)
+def test_logits_equal_transformers_with_a_tokenizer(llama):
+    model = load_model(llama)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(llama)
     tokens = jnp.array([model.tokenizer("Once upon a time, there was a little girl named Lily.")["input_ids"]])
     assert relative(jax.jit(model.apply)(model.params, None, tokens), torch_logits(reference, tokens)) < TOLERANCE
 

@@ -56,8 +56,8 @@ def test_saved_model_loads_in_transformers_with_the_same_bits(original, tmp_path
         save_hf(tmp_path / "saved", model, model.params)
 
 
-def test_bfloat16_and_the_tokenizer_survive_saving(stories260k, tmp_path):
-    model = load_model(stories260k, dtype="bfloat16")
+def test_bfloat16_and_the_tokenizer_survive_saving(llama, tmp_path):
+    model = load_model(llama, dtype="bfloat16")
     save_hf(tmp_path, model, model.params)
     again = load_model(tmp_path, dtype="bfloat16")
     chex.assert_trees_all_equal(again.params, model.params)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
 PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "errors",
+    "xla_flags",
     "mesh",
     "weight",
     "core",

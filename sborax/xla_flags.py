@@ -1,0 +1,60 @@
+"""The XLA flag without which sums on a CPU can be wrong.
+
+jaxlib from 0.10.2 on has YNNPACK compute sums on CPUs, some of them fused with the product before them. Such a sum can
+be wrong from 32,769 rows on (`tests/test_xla_flags.py` has one that is off by 0.95 of the largest value). The flag
+leaves products with YNNPACK and takes sums away from it. Processes that are started later inherit it.
+"""
+
+import mmap
+import os
+import re
+import warnings
+from pathlib import Path
+
+import jaxlib
+from jax._src.xla_bridge import backends_are_initialized
+from jax.extend.backend import backends
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+RIGHT_SUMS = f"{FLAG}=-reduce"
+SWITCH = "SBORAX_XLA_GUARD"
+"""The environment variable that leaves XLA's flags alone if it is 0."""
+AFFECTED = ((0, 10, 2), (0, 12))
+"""Versions of jaxlib: the first with wrong sums, and the first of which nothing is known."""
+
+
+def guard() -> None:
+    """Put the flag into XLA_FLAGS, unless JAX has read them: then warn. A value of the user's own stays.
+
+    XLA ends a process that gives it a flag it does not know, so a jaxlib without this one is left alone.
+    """
+    flags = _flags()
+    if os.environ.get(SWITCH) == "0" or FLAG in flags or not affected(jaxlib.__version__) or not _is_known():
+        return
+    if not backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {RIGHT_SUMS}".strip()
+    elif "cpu" in backends():
+        warnings.warn(
+            f"JAX computed before `import sborax`, so sums on this CPU may be wrong (jaxlib {jaxlib.__version__}); "
+            f"import sborax first or set XLA_FLAGS={RIGHT_SUMS} ({SWITCH}=0 silences this)",
+            stacklevel=3,
+        )
+
+
+def affected(version: str) -> bool:
+    """Whether a jaxlib of this version computes wrong sums."""
+    first, beyond = AFFECTED
+    return first <= tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < beyond
+
+
+def _flags() -> str:
+    """What XLA reads as its flags: the variable, or the file that it names."""
+    value = os.environ.get("XLA_FLAGS", "").strip()
+    return value if value.startswith("-") or not Path(value).is_file() else Path(value).read_text().strip()
+
+
+def _is_known() -> bool:
+    """Whether the largest file of jaxlib, which is XLA, has the flag's name in it."""
+    library = max(Path(jaxlib.__file__).parent.iterdir(), key=lambda path: path.stat().st_size)
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(FLAG.removeprefix("--").encode()) >= 0
