@@ -69,6 +69,11 @@ class Option:
     prepare: Callable[[Any], None] | None = None
 
     @property
+    def rewrites_base(self) -> bool:
+        fields = {**TUNERS[self.tuner][1], **self.fields}
+        return fields.get("init_lora_weights") in ("pissa", "olora")
+
+    @property
     def config(self) -> peft.PeftConfig:
         kind, fields = TUNERS[self.tuner]
         return kind(**{"target_modules": TWO, **fields, **self.fields})
@@ -81,6 +86,8 @@ class Cell:
 
     @property
     def refused(self) -> str | None:
+        if self.family == "nf4" and self.option.rewrites_base:
+            return "takes its start out of the base, which is quantised here"
         return self.option.in_families.get(self.family, self.option.refused)
 
     def __str__(self) -> str:
@@ -267,6 +274,7 @@ def of_one_tuner() -> Iterator[Option]:
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("HiRA", "wide"): {"refused": "rank must lie in"},
     ("DeLoRA", "wide"): {"refused": "rank must lie in"},
+    ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }
 
@@ -307,7 +315,7 @@ def options() -> Iterator[Option]:
 
 
 OPTIONS = list(options())
-SPREAD = 7
+SPREAD = 8
 """Every option meets plain Llama, and another family this many options apart."""
 
 

@@ -68,6 +68,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
                 f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in "
                 "PEFT; merge the adapter there and load the model that it saves"
             )
+        if row.method.rewrites_base:
+            _check_dense(row, modules, layout)
         fits = {module: _fit(row, config, module) for module in modules}
         wanted = _expected(row, fits, layout)
         # An allocator may leave nothing of a module: its tensors are there and empty, and it has no adapter.
@@ -209,6 +211,16 @@ def _compare(
             raise SboraxError(f"{name} has shape {tuple(header.get_shape())}, config and model say {shape}")
         if header.get_dtype() not in ((*FLOATS, *WHOLE) if name.endswith(places) else FLOATS):
             raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
+
+
+def _check_dense(row: Row, modules: list[str], layout: Layout) -> None:
+    """Raise SboraxError if a method that takes its start out of the base is to take it out of a quantised one."""
+    for module in modules:
+        if isinstance(layout.leaves[layout.slots[f"{module}.weight"].path], AbstractWeight):
+            raise SboraxError(
+                f"{module}: {row.method.__name__} takes its start out of the base, which is quantised here and could "
+                "not hold what is left; load the model unquantised"
+            )
 
 
 def _check_residual(stored: np.ndarray, left: Any) -> None:
