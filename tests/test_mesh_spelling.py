@@ -41,9 +41,9 @@ def test_spellings_of_a_change(made, changes, before):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("mesh=fsdp", "mesh: must be .*, got fsdp"),
+        ("mesh=fsdp", 'mesh: must be .*, got "fsdp"'),
         ("mesh=fsdp=two", "mesh.fsdp: must be a whole number"),
-        ("mesh=fsdp=2,", "mesh: must be .*, got fsdp=2,"),
+        ("mesh=fsdp=2,", 'mesh: must be .*, got "fsdp=2,"'),
         ("mesh.model=2", "mesh: no axis 'model'; there are data, fsdp, tensor"),
         ("mesh.fsdp.x=2", "mesh: no axis 'fsdp.x'"),
     ],

@@ -1,11 +1,19 @@
 """`--mesh` of the commands: what an override of `mesh` takes, too."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
-from sborax.config import Literal, decode
+from sborax.config import override
 from sborax.core import SboraxError
 from sborax.mesh import check_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The field of an experiment that `--mesh` is."""
+
+    mesh: dict[str, int]
 
 
 def read_mesh(words: Sequence[str]) -> dict[str, int]:
@@ -17,7 +25,7 @@ def read_mesh(words: Sequence[str]) -> dict[str, int]:
         return {}
     text = ",".join(words)
     try:
-        sizes = decode(dict[str, int], Literal(text), "mesh")
+        sizes = override(_Given({}), [f"mesh={text}"]).mesh
     except SboraxError:
         raise SboraxError(f"--mesh {text}: write sizes of axes, such as fsdp=8,tensor=2") from None
     check_mesh(sizes)
