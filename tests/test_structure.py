@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "errors",
+    "classes",
     "mesh",
     "core",
     "documents",
@@ -27,6 +28,7 @@ ORDER = [
     "hints",
     "optim",
     "procedures",
+    "schema",
     "config",
     "models",
     "interop",
