@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sborax.classes import load_plugins
 from sborax.cli.targets import Target, find_run, load_run, load_target
 from sborax.core import SboraxError
-from sborax.data.source import read
+from sborax.data.samples import load_samples
+from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import read_scores
-from sborax.evaluate.task import check_there
 from sborax.train.experiment import Experiment
 from sborax.train.hosts import several
+from sborax.train.loop import end_token
 
 OF_RUN = "scores"
 """Where a run's directory has the scores of its last adapter."""
@@ -28,6 +30,8 @@ def score(arguments: argparse.Namespace) -> None:
     if not arguments.tasks and not arguments.harness:
         raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
     tasks = _tasks(arguments) if arguments.tasks else []
+    for task in tasks:
+        task.check()
     target = load_target(arguments.target, arguments.adapter)
     scorer = Scorer.of(
         target.model, target.params, target.adapters, mesh=_mesh(arguments.mesh), budget=arguments.batch_tokens
@@ -51,7 +55,7 @@ def check_tasks(experiment: Experiment) -> None:
     if several():
         raise SboraxError("eval.tasks: one process scores; leave it empty and use `sborax eval RUN_DIR` afterwards")
     for task in chosen(",".join(experiment.eval.tasks)):
-        check_there(task.data, task.split)
+        task.check()
 
 
 def score_run(run: str) -> None:
@@ -104,7 +108,15 @@ def _trained_on(target: Target) -> list[Any] | None:
         return None
     data = target.experiment.data
     try:
-        return list(read(data.name, data.split))[: data.limit]
+        if isinstance(data.name, str) and "/" not in data.name and find(data.name, data.split) is None:
+            # On the hub a data set has an organisation; asking it in vain takes long where there is no network.
+            raise SboraxError(f"{data.name}: not under $SBORAX_DATA")
+        records = list(read(data.name, data.split))
+        if data.limit is None:
+            return records
+        model = target.model
+        report = load_samples(data, model.tokenizer, end_token(model), model.config.context)[1]
+        return records[: report.records]
     except SboraxError as error:
         print(f"the run's training data are not at hand, so items are not looked for in them ({error})")
         return None
@@ -123,8 +135,10 @@ def _harness(arguments: argparse.Namespace, scorer: Scorer, out: str) -> None:
 
 def tasks() -> str:
     """`sborax tasks`: every name that `--tasks` takes, with its protocol."""
-    from sborax.evaluate import GROUPS, TASKS
+    from sborax.evaluate import GROUPS, every_task
 
-    width = max(len(name) for name in (*GROUPS, *(task.name for task in TASKS)))
-    lines = [f"{task.name:{width}}  {task.about}" for task in TASKS]
+    load_plugins()
+    listed = every_task()
+    width = max(len(name) for name in (*GROUPS, *(task.name for task in listed)))
+    lines = [f"{task.name:{width}}  {task.about}" for task in listed]
     return "\n".join([*lines, *(f"{name:{width}}  = {', '.join(members)}" for name, members in GROUPS.items())])
