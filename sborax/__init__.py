@@ -42,6 +42,7 @@ from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XG
 from sborax.ranks import LinearRanks, ShuffledRanks, SingularMass
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
 from sborax.train.grid import Sweep
+from sborax.train.optimizer import AbstractOptimizer
 from sborax.tree import (
     add,
     attach,
@@ -89,6 +90,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AbstractOptimizer",
     "AdaLoRA",
     "AdaLoRABudget",
     "Adapter",

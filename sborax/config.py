@@ -1,7 +1,8 @@
 """Frozen dataclasses to JSON and back, and dotted `key=value` changes: one strict codec for every config.
 
 The type annotations are the schema. A class that stands for several (an abstract method, a rank policy) is written
-with the name of the one it is, `{"type": "LoRA", "rank": 8}`; a slice as `{"slice": [start, stop, step]}`.
+with the name of the one it is, `{"type": "LoRA", "rank": 8}`, and of a class that is not sborax's own with its module,
+`{"type": "mine:LoRA"}`; a slice as `{"slice": [start, stop, step]}`.
 """
 
 import ast
@@ -13,13 +14,15 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import sborax.methods  # noqa: F401  (a method is found by name among the classes that exist)
 import sborax.methods.masked  # noqa: F401
+from sborax.classes import concrete, find_class, is_builtin, is_known, is_offered, name_of, source_of
 from sborax.core import SboraxError
-from sborax.documents import DEEPEST
+from sborax.documents import DEEPEST, shown
+from sborax.schema import in_words
 
 T = TypeVar("T")
 
@@ -28,20 +31,71 @@ class Literal(str):
     """The right side of `key=value`: read as the type of its field asks."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LiveObject:
+    """What a program gave and no file holds, such as a function. Read back from a file, it is a description alone."""
+
+    description: str
+    value: Any = dataclasses.field(default=None, compare=False)
+
+    def require(self, where: str) -> Any:
+        """The value. Raises SboraxError, which names the field `where`, if it has stayed in another program."""
+        if self.value is None:
+            raise SboraxError(
+                f"{where}: was given in Python ({self.description}), which no config.json holds; "
+                f"give it again in Python, or set {where}=..."
+            )
+        return self.value
+
+    def label(self) -> str:
+        """In a line for people."""
+        return self.description
+
+
+GIVEN = "given_in_python"
+"""The key under which a file tells of a `LiveObject`."""
+
+
 def encode(value: Any) -> Any:
-    """A config as JSON values. `decode` of the result equals `value`."""
+    """A config as JSON values. `decode` of the result equals `value`, but for what a `LiveObject` holds."""
+    return _encode(value, lambda live: {GIVEN: live.description})
+
+
+def _encode(value: Any, live: Callable[[LiveObject], Any]) -> Any:
+    if isinstance(value, LiveObject):
+        return live(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields} if _family(type(value)) else fields
+        kind = type(value)
+        fields = {field.name: _encode(getattr(value, field.name), live) for field in dataclasses.fields(value)}
+        if _family(kind):
+            return {"type": name_of(kind), **fields}
+        if not is_builtin(kind) and any(map(_is_final, kind.__mro__[1:])):
+            raise SboraxError(f"a config cannot hold {name_of(kind)}: {kind.__mro__[1].__name__} is not to be extended")
+        return fields
     if isinstance(value, slice):
         return {"slice": [value.start, value.stop, value.step]}
     if isinstance(value, tuple | list):
-        return [encode(item) for item in value]
+        return [_encode(item, live) for item in value]
     if isinstance(value, Mapping):
-        return {name: encode(item) for name, item in value.items()}
+        return {name: _encode(item, live) for name, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise SboraxError(f"a config cannot hold a {type(value).__name__}: {value!r}")
+    raise SboraxError(f"a config cannot hold a {type(value).__name__}: {shown(value)}")
+
+
+def _is_final(kind: type) -> bool:
+    return is_builtin(kind) and dataclasses.is_dataclass(kind)
+
+
+def sources(value: Any) -> Iterator[str]:
+    """What `--import` takes for every class in a config that is not sborax's own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if not is_builtin(type(value)):
+            yield source_of(type(value))
+        value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from sources(item)
 
 
 def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = False) -> T:
@@ -59,7 +113,7 @@ def override(config: T, changes: Sequence[str]) -> T:
     `*` stands for every entry of a list: `rules.*.method.alpha=16`. A mapping may be written `mesh=fsdp=4,tensor=2`.
     Raises SboraxError for a change without `=`, an unknown key (close ones are listed), a value of the wrong type.
     """
-    raw = encode(config)
+    raw = _encode(config, lambda live: live)
     mappings = [name for name, kind in typing.get_type_hints(type(config)).items() if _is_mapping(kind)]
     for change in changes:
         key, equals, text = change.partition("=")
@@ -109,7 +163,8 @@ def _index(node: Any, part: str, done: list[str]) -> Any:
         raise SboraxError(f"{where}.{part}: {where} has {len(node)} entries, numbered from 0")
     if not isinstance(node, dict):
         raise SboraxError(
-            f"{'.'.join([*done, part])}: {where} is {json.dumps(node)} and has no keys; set it as a whole"
+            f"{'.'.join([*done, part])}: {where} is {json.dumps(node, default=_described)} and has no keys; "
+            "set it as a whole"
         )
     if part not in node or part == "type":
         raise SboraxError(_unknown(".".join([*done, part]), part, [name for name in node if name != "type"]))
@@ -124,15 +179,8 @@ def _unknown(where: str, name: str, known: Sequence[str]) -> str:
 
 def _family(kind: type) -> type | None:
     """The abstract class that `kind` is one of several of, if any."""
-    bases = [base for base in kind.__mro__[1:] if base.__module__.startswith("sborax") and inspect.isabstract(base)]
+    bases = [base for base in kind.__mro__[1:] if is_builtin(base) and inspect.isabstract(base)]
     return bases[-1] if bases else None
-
-
-def _concrete(kind: type) -> dict[str, type]:
-    found = {} if inspect.isabstract(kind) else {kind.__name__: kind}
-    for child in kind.__subclasses__():
-        found |= _concrete(child)
-    return found
 
 
 def entries(text: str) -> dict[str, Literal] | None:
@@ -148,6 +196,8 @@ def _is_mapping(kind: Any) -> bool:
 
 
 def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
+    if kind is LiveObject:
+        return value if isinstance(value, LiveObject) else LiveObject(str(value[GIVEN]))
     origin = typing.get_origin(kind)
     if isinstance(value, Literal) and _is_mapping(kind):
         named = entries(value)
@@ -168,13 +218,13 @@ def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
         return _decode_tuple(typing.get_args(kind), value, where, structural)
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
+            raise _wrong(where, in_words(kind), value)
         item = (typing.get_args(kind) or (str, Any))[1]
         return {name: _decode(item, entry, f"{where}.{name}", structural) for name, entry in value.items()}
     if kind is slice:
         parts = value.get("slice") if isinstance(value, dict) and set(value) == {"slice"} else None
         if not isinstance(parts, list) or len(parts) != 3:
-            raise _wrong(where, '{"slice": [start, stop, step]}', value)
+            raise _wrong(where, in_words(kind), value)
         if any(part is not None and type(part) is not int for part in parts) or parts[2] == 0:
             raise _wrong(where, '{"slice": [start, stop, step]} of whole numbers, the step not 0', value)
         return slice(*parts)
@@ -197,7 +247,7 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
             raise _wrong(where, "a finite number", value)
         return float(value)
     if type(value) is not kind:
-        raise _wrong(where, {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind], value)
+        raise _wrong(where, in_words(kind), value)
     return value
 
 
@@ -209,15 +259,21 @@ def _decode_union(kinds: Sequence[Any], value: Any, where: str, structural: bool
             return str(_unquote(value))
         value = parsed
     fitting = [kind for kind in kinds if _fits(kind, value)]
-    if not fitting:
-        names = " or ".join("null" if kind is types.NoneType else _name(kind) for kind in kinds)
-        raise _wrong(where, names, value)
+    written = [in_words(kind) for kind in kinds if kind is not LiveObject and in_words(kind)]
+    # A word that is the name of no class may be meant as anything else that may stand here.
+    choice = len([kind for kind in kinds if kind is not types.NoneType]) > 1 and isinstance(value, str)
+    if not fitting or (choice and inspect.isabstract(fitting[0]) and not is_known(fitting[0], value)):
+        raise _wrong(where, " or ".join(written), value)
     return _decode(fitting[0], value, where, structural)
 
 
 def _fits(kind: Any, value: Any) -> bool:
     """Whether `value` has the outer form of `kind`: enough to choose among the members of a union."""
     origin = typing.get_origin(kind)
+    if isinstance(value, LiveObject) or (isinstance(value, dict) and set(value) == {GIVEN}):
+        return kind is LiveObject
+    if kind is LiveObject:
+        return False
     if kind is Any:
         return True
     if kind is types.NoneType:
@@ -236,17 +292,9 @@ def _fits(kind: Any, value: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _name(kind: Any) -> str:
-    if typing.get_origin(kind) is tuple:
-        return "a list"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        kind, getattr(kind, "__name__", str(kind))
-    )
-
-
 def _decode_tuple(items: tuple[Any, ...], value: Any, where: str, structural: bool) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _wrong(where, "a list", value)
+        raise _wrong(where, in_words(tuple[items]), value)
     kinds = [items[0]] * len(value) if items[-1:] == (...,) else list(items)
     if len(kinds) != len(value):
         raise SboraxError(f"{where}: needs {len(kinds)} entries, got {len(value)}")
@@ -257,22 +305,22 @@ def _decode_tuple(items: tuple[Any, ...], value: Any, where: str, structural: bo
 
 
 def _decode_one_of(kind: type, value: Any, where: str, structural: bool) -> Any:
-    known = _concrete(kind)
     if isinstance(value, str):
         value = {"type": value}
+    if isinstance(value, dict) and "type" not in value and inspect.isabstract(kind):
+        # Where sborax has one class of the kind alone, its name may be left out.
+        own = [child for child in concrete(kind) if is_builtin(child)]
+        value = {"type": name_of(own[0]), **value} if len(own) == 1 else value
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        raise _wrong(where, f'an object with "type", one of {", ".join(sorted(known))}', value)
-    name = value["type"]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
-        raise SboraxError(f"{where}: there is no {name!r}; did you mean {' or '.join(close)}?")
+        known = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
+        raise _wrong(where, f'an object with "type", one of {", ".join(known)}', value)
     rest = {key: item for key, item in value.items() if key != "type"}
-    return _decode_fields(known[name], rest, where, structural)
+    return _decode_fields(find_class(kind, value["type"], where), rest, where, structural)
 
 
 def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
     if not isinstance(value, dict):
-        raise _wrong(where or "config", f"an object with the keys of {kind.__name__}", value)
+        raise _wrong(where or "config", in_words(kind), value)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
@@ -337,6 +385,11 @@ def _unquote(text: Literal) -> Any:
     return value if isinstance(value, str) else str(text)
 
 
+def _described(value: Any) -> str:
+    """What JSON cannot say, in an error."""
+    return value.label() if isinstance(value, LiveObject) else shown(value)
+
+
 def _wrong(where: str, wanted: str, value: Any) -> SboraxError:
-    text = value if isinstance(value, Literal) else json.dumps(value)
+    text = value if isinstance(value, Literal) else json.dumps(value, default=_described)
     return SboraxError(f"{where}: must be {wanted}, got {text}")

@@ -285,6 +285,17 @@ def _check_bounds(value: Any) -> None:
         _check_bounds(chosen)
 
 
+def has_policy(method: AbstractMethod) -> bool:
+    """Whether a rank of the method, or of a part of it, is left to a policy."""
+
+    def is_open(value: Any) -> bool:
+        if isinstance(value, tuple):
+            return any(map(is_open, value))
+        return isinstance(value, RankPolicy) or (isinstance(value, AbstractMethod) and has_policy(value))
+
+    return any(map(is_open, vars(method).values()))
+
+
 def _resolved(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:
     """The method with every rank policy, parts included, replaced by what `choose` returns."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from sborax.config import override
 from sborax.data.options import Data
 from sborax.data.source import read
-from sborax.data.template import prompt_of
+from sborax.data.template import prompt_of, takes_special
 from sborax.fetch import conversations, smollm2
 from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
@@ -90,7 +90,7 @@ def _answers(
 ) -> list[str]:
     tokenizer = model.tokenizer
     texts = [prompt_of(template, record, tokenizer) for record in asked]
-    prompts = [tokenizer(text, add_special_tokens=template != "chat")["input_ids"] for text in texts]
+    prompts = [tokenizer(text, add_special_tokens=takes_special(template))["input_ids"] for text in texts]
     written = generate(model, params, adapters, prompts, NEW_TOKENS)
     shown = [" ".join(tokenizer.decode(new, skip_special_tokens=True).split()) for new in written]
     return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]

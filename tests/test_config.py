@@ -1,5 +1,6 @@
 """Configs to JSON and back, and dotted changes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -41,6 +42,7 @@ def test_every_method_round_trips():
         ("optimizer.clip=0.5", lambda e: e.optimizer.clip == 0.5),
         ("rules.0.method.rank=8", lambda e: e.rules[0].method.rank == 8 and e.rules[0].method.alpha == 8.0),
         ("rules=[['mlp', {'type': 'LoRA'}]]", lambda e: e.rules == (sx.Rule("mlp", sx.LoRA()),)),
+        ("rules.0.method=lora", lambda e: e.rules[0].method == sx.LoRA()),
         ("rules.0.method=DoRA", lambda e: e.rules[0].method == sx.DoRA()),
         ('rules.0.method={"type": "SBoRA", "rank": 2}', lambda e: e.rules[0].method == sx.SBoRA(rank=2)),
         ("rules.1.method.first.rank=2", lambda e: e.rules[1].method.first.rank == 2),
@@ -91,6 +93,13 @@ def test_changes_are_checked_together():
         ("mesh={'data': 1.5}", "mesh.data: must be a whole number"),
         ("mesh={'model': 2}", "mesh: no axis 'model'; there are data, fsdp, tensor"),
         ("mesh={'data': 0}", "mesh: data must be at least 1"),
+        ("rules.0.method=lorax", "there is no 'lorax'; did you mean .*LoRA"),
+        ("quant=int8", 'quant: must be "nf4" or null, got'),
+        ("rules.0.method.rank=abc", r"rank: must be a whole number or one of LinearRanks.* or a list such as \[8\]"),
+        ("eval.data=x", r'eval.data: must be an object with keys of Data, such as {"name": ...} or null, got'),
+        ("log=tensorboard", r'log: must be a list such as \["tensorboard"\], got'),
+        ("mesh=8", 'mesh: must be an object such as {"name": 8} or null'),
+        ("optimizer=adam", "optimizer: must be one of Optimizer, got"),
         ("procedure=chain", "procedure: there is no .chain.; did you mean"),
         ("attention=flash", "attention: must be one of 'auto', 'xla', 'cudnn', 'splash'"),
         ("log=['mlflow']", "log.0: must be one of 'tensorboard', 'wandb'"),
@@ -114,8 +123,24 @@ def test_an_eps_without_a_use_is_an_error(name):
 @pytest.mark.parametrize("procedure", [sx.AdaLoRABudget(target=2), sx.PRILoRAPruning(), sx.LoRAPrune()])
 def test_lora_fa_is_refused_beside_procedures_that_read_a(procedure):
     rules = [("q_proj", sx.LoRA(rank=4))]
-    with pytest.raises(sx.SboraxError, match="lora_fa holds a fixed"):
+    with pytest.raises(sx.SboraxError, match="holds factors fixed whose gradients"):
         sx.Experiment("m", sx.Data("d"), rules, sx.Optimizer(name="lora_fa"), steps=9, procedure=procedure)
+
+
+def test_an_optimiser_without_a_type_is_ours():
+    """As files of before have it."""
+    raw = encode(EXPERIMENT)
+    assert raw["optimizer"].pop("type") == "Optimizer"
+    assert decode(sx.Experiment, raw) == EXPERIMENT
+
+
+def test_a_class_that_a_file_would_not_tell_apart_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(sx.Data):
+        more: int = 1
+
+    with pytest.raises(sx.SboraxError, match="a config cannot hold test_config:Mine: Data is not to be extended"):
+        encode(dataclasses.replace(EXPERIMENT, data=Mine("d")))
 
 
 def test_nothing_to_train_is_an_error():

@@ -311,3 +311,33 @@ def test_packing_halves_the_rows_of_alpaca_records(real, smollm2, tmp_path):
     np.testing.assert_allclose(np.quantile(lengths, np.linspace(0, 1, 41)), ALPACA_LENGTHS, atol=0.5)
     rows = both(samples)
     assert useful(rows["packed"]) > 2.4 * useful(rows["padded"])
+
+
+@pytest.mark.parametrize(
+    "overlong, lengths, limit, samples, records",
+    [
+        ("split", [100], 3, 3, 1),
+        ("split", [10, 100, 10], 3, 3, 2),
+        ("drop", [100, 10, 100, 10, 10], 2, 2, 4),
+        ("drop", [10, 10], 5, 2, 2),
+        ("truncate", [100, 10, 10], 2, 2, 2),
+    ],
+)
+def test_limit_is_a_number_of_samples(tmp_path, words, overlong, lengths, limit, samples, records):
+    file = write(tmp_path, [{"text": "x" * length} for length in lengths])
+    data = Data(file, template="text", max_length=20, overlong=overlong, limit=limit)
+    found, report = load_samples(data, words, END, 128)
+    assert (len(found), report.samples, report.records) == (samples, samples, records)
+    everything, _ = load_samples(Data(file, template="text", max_length=20, overlong=overlong), words, END, 128)
+    for one, other in zip(found, everything, strict=False):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_records_in_memory(words):
+    data = Data([{"q": "1?", "a": "2"}], **PLAIN)
+    assert [answer(sample, words) for sample in load_samples(data, words, END, 128)[0]] == ["2<|im_end|>"]
+    for wrong in ([], [1]):
+        with pytest.raises(SboraxError, match="give a list of dicts of columns"):
+            Data(wrong)
+    with pytest.raises(SboraxError, match="data: record 0: there is no column 'q'"):
+        load_samples(Data([{"a": "2"}], **PLAIN), words, END, 128)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 ORDER = [
     "errors",
     "xla_flags",
+    "classes",
     "mesh",
     "weight",
     "core",
@@ -32,6 +33,7 @@ ORDER = [
     "hints",
     "optim",
     "procedures",
+    "schema",
     "config",
     "models",
     "interop",

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
+from sborax.classes import is_known
 from sborax.cli.layout import read_mesh
 from sborax.cli.targets import Target, load_target
 from sborax.core import SboraxError
-from sborax.data.template import NAMES, chat_ends, prompt_of
+from sborax.data.template import NAMES, AbstractTemplate, chat_ends, prompt_of, takes_special
 from sborax.models import generate as write
 from sborax.models.tokenizer import finished, until
 from sborax.train.sharding import Layout, make_mesh
@@ -39,10 +40,10 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
     """
     if template is None:
         return tokenizer(prompt)["input_ids"]
-    if template not in NAMES and "{instruction}" not in template:
+    if template not in NAMES and "{instruction}" not in template and not is_known(AbstractTemplate, template):
         raise SboraxError(f"--template {template!r}: is not one of {', '.join(NAMES)} and has no {{instruction}} in it")
     text = prompt_of(template, {"instruction": prompt, "input": "", "output": "", "text": prompt}, tokenizer)
-    return tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
+    return tokenizer(text, add_special_tokens=takes_special(template))["input_ids"]
 
 
 def chat(arguments: argparse.Namespace) -> None:

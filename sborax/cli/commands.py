@@ -26,7 +26,8 @@ from sborax.train.state import parameters
 
 def train(arguments: argparse.Namespace) -> bool:
     """`sborax train`: whether the run came to its end."""
-    experiment = load_experiment(arguments.experiment, with_mesh(arguments.changes, arguments.mesh))
+    changes = with_mesh(arguments.changes, arguments.mesh)
+    experiment = load_experiment(arguments.experiment, changes, arguments.imports)
     if arguments.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", arguments.compile_cache)
         # By default JAX keeps no program that took less than a second.
@@ -77,6 +78,9 @@ def export(run: str, out: str, form: Any, rank: int | None = None) -> None:
     """`sborax export`."""
     if rank is not None and (form == "native" or rank < 1):
         raise SboraxError(f"--rank {rank}: must be 1 or more, and goes with --as lora, which may truncate")
+    place = Path(out)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise SboraxError(f"{out}: exists and is not an empty directory; choose another OUT_DIR")
     target = load_run(run)
     assert target.experiment is not None
     try:

@@ -6,15 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sborax.classes import load_plugins
 from sborax.cli.layout import read_mesh
 from sborax.cli.targets import Target, find_run, load_run, load_target
 from sborax.core import SboraxError
-from sborax.data.source import read
+from sborax.data.samples import load_samples
+from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import read_scores
-from sborax.evaluate.task import check_there
 from sborax.train.experiment import Experiment
 from sborax.train.hosts import several
+from sborax.train.loop import end_token
 
 OF_RUN = "scores"
 """Where a run's directory has the scores of its last adapter."""
@@ -29,6 +31,8 @@ def score(arguments: argparse.Namespace) -> None:
         raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
     tasks = _tasks(arguments) if arguments.tasks else []
     sizes = read_mesh(arguments.mesh)
+    for task in tasks:
+        task.check()
     target = load_target(arguments.target, arguments.adapter)
     scorer = Scorer.of(target.model, target.params, target.adapters, mesh=sizes, budget=arguments.batch_tokens)
     out = arguments.out or f"runs/eval-{Path(arguments.target).name}"
@@ -50,7 +54,7 @@ def check_tasks(experiment: Experiment) -> None:
     if several():
         raise SboraxError("eval.tasks: one process scores; leave it empty and use `sborax eval RUN_DIR` afterwards")
     for task in chosen(",".join(experiment.eval.tasks)):
-        check_there(task.data, task.split)
+        task.check()
 
 
 def score_run(run: str) -> None:
@@ -93,7 +97,15 @@ def _trained_on(target: Target) -> list[Any] | None:
         return None
     data = target.experiment.data
     try:
-        return list(read(data.name, data.split))[: data.limit]
+        if isinstance(data.name, str) and "/" not in data.name and find(data.name, data.split) is None:
+            # On the hub a data set has an organisation; asking it in vain takes long where there is no network.
+            raise SboraxError(f"{data.name}: not under $SBORAX_DATA")
+        records = list(read(data.name, data.split))
+        if data.limit is None:
+            return records
+        model = target.model
+        report = load_samples(data, model.tokenizer, end_token(model), model.config.context)[1]
+        return records[: report.records]
     except SboraxError as error:
         print(f"the run's training data are not at hand, so items are not looked for in them ({error})")
         return None
@@ -112,8 +124,10 @@ def _harness(arguments: argparse.Namespace, scorer: Scorer, out: str) -> None:
 
 def tasks() -> str:
     """`sborax tasks`: every name that `--tasks` takes, with its protocol."""
-    from sborax.evaluate import GROUPS, TASKS
+    from sborax.evaluate import GROUPS, every_task
 
-    width = max(len(name) for name in (*GROUPS, *(task.name for task in TASKS)))
-    lines = [f"{task.name:{width}}  {task.about}" for task in TASKS]
+    load_plugins()
+    listed = every_task()
+    width = max(len(name) for name in (*GROUPS, *(task.name for task in listed)))
+    lines = [f"{task.name:{width}}  {task.about}" for task in listed]
     return "\n".join([*lines, *(f"{name:{width}}  = {', '.join(members)}" for name, members in GROUPS.items())])

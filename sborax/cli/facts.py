@@ -4,6 +4,7 @@ from typing import Any
 
 from sborax.cli.evaluate import OF_RUN
 from sborax.cli.targets import find_run, is_best
+from sborax.config import LiveObject
 from sborax.core import AbstractComposite, AbstractMethod
 from sborax.data.options import Data
 from sborax.documents import read_object
@@ -11,6 +12,7 @@ from sborax.evaluate.run import in_words, read_scores
 from sborax.paths import as_rules
 from sborax.train.adapter import read_adapter
 from sborax.train.experiment import Experiment
+from sborax.train.optimizer import AbstractOptimizer
 from sborax.train.report import SUMMARY, name
 
 
@@ -60,12 +62,13 @@ def _data(data: Data) -> str:
 
 def _training(experiment: Experiment) -> str:
     optimizer = experiment.optimizer
+    assert isinstance(optimizer, AbstractOptimizer | LiveObject)
     long = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
     rows = experiment.batch_size * experiment.accumulate
     also = f", {', '.join(experiment.train_also)} trained beside the adapters" if experiment.train_also else ""
     quant = f" on a base in {experiment.quant}" if experiment.quant else ""
     return (
-        f"{long} of {rows} rows, {optimizer.name} at {optimizer.lr:g} ({optimizer.schedule}), {experiment.precision}"
+        f"{long} of {rows} rows, {optimizer.label()}, {experiment.precision}"
         f"{quant}{also}, seeds {experiment.seed_data} and {experiment.seed_adapter}."
     )
 

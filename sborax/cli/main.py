@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import sborax
+from sborax.classes import import_source
 from sborax.cli import launcher
 from sborax.core import SboraxError
 
@@ -82,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Command, says: str) -> argparse.ArgumentParser:
         own = commands.add_parser(name, help=says, description=says[0].upper() + says[1:] + ".")
         own.add_argument("--debug", action="store_true", help="print a traceback with an error")
+        own.add_argument(
+            "--import", dest="imports", action="append", default=[], metavar="MODULE",
+            help="a module, or the path of a .py file, with classes of your own; repeat for several",
+        )  # fmt: skip
         own.set_defaults(run=run)
         return own
 
@@ -106,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     launcher.add_arguments(train)
 
-    sweep = command("sweep", _sweep, "train several adapters at once over one base")
+    sweep = command("sweep", _importing(_sweep), "train several adapters at once over one base")
     sweep.add_argument("experiment", help="Python file with `def experiment()`, or the config.json of an earlier run")
     sweep.add_argument(
         "changes", metavar="key=value[,value]", nargs="*", default=[],
@@ -120,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once", type=int, metavar="N", help="members computed together (default: 1 on a CPU, else all)"
     )
 
-    generate = command("generate", _generate, "write text with a model or a run")
+    generate = command("generate", _importing(_generate), "write text with a model or a run")
     _add_target(generate)
     generate.add_argument("--prompt", action="append", help="text to go on from; repeat for several")
     generate.add_argument("--chat", action="store_true", help="answer every line of standard input, as a conversation")
@@ -136,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add_mesh(generate)
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
-    score = command("eval", _eval, "score a model or a run on tasks")
+    score = command("eval", _importing(_eval), "score a model or a run on tasks")
     _add_target(score)
     score.add_argument("--tasks", default="", metavar="A,B", help="names of tasks, as `sborax tasks` lists them")
     score.add_argument("--harness", default="", metavar="A,B", help="names of tasks of lm-evaluation-harness")
@@ -151,9 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         "--mesh", nargs="+", default=[], metavar="AXIS=N,...", help="lay it out over devices, such as fsdp=8,tensor=2"
     )
 
-    command("tasks", _tasks, "list what `sborax eval --tasks` takes")
+    command("tasks", _importing(_tasks), "list what `sborax eval --tasks` takes")
 
-    merge = command("merge", _merge, "write a run, or several adapters with weights, as a dense model")
+    merge = command("merge", _importing(_merge), "write a run, or several adapters with weights, as a dense model")
     merge.add_argument("target", metavar="RUN_DIR", help="a run (its weight is 1), or with --add a model without any")
     merge.add_argument("out_dir", metavar="OUT_DIR")
     merge.add_argument(
@@ -165,11 +170,11 @@ def _parser() -> argparse.ArgumentParser:
         help="merge ResLoRA's input and middle shortcuts, which no weight equals, and print the error on its data",
     )  # fmt: skip
 
-    slim = command("slim", _slim, "write a run of LoRAPrune as a smaller dense model, with its perplexity")
+    slim = command("slim", _importing(_slim), "write a run of LoRAPrune as a smaller dense model, with its perplexity")
     slim.add_argument("run_dir", metavar="RUN_DIR")
     slim.add_argument("out_dir", metavar="OUT_DIR")
 
-    export = command("export", _export, "write a run's adapter in PEFT's format")
+    export = command("export", _importing(_export), "write a run's adapter in PEFT's format")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out_dir", metavar="OUT_DIR")
     export.add_argument(
@@ -179,17 +184,17 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--rank", type=int, metavar="R", help="of what --as lora truncates (default: the method's own)")
 
-    plan = command("plan", _plan, "show what would be trained, without reading weights")
+    plan = command("plan", _importing(_plan), "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
     add_changes(plan)
     add_mesh(plan, "lay it out over devices, here or not: fsdp=8,tensor=2")
     plan.add_argument("--topology", metavar="NAME", help="compile the step for a TPU slice, here or not: v5e:16x16")
     plan.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: the longest of the data)")
 
-    methods = command("methods", _methods, "list the methods, or tell all about one")
+    methods = command("methods", _importing(_methods), "list the methods, or tell all about one")
     methods.add_argument("name", metavar="NAME", nargs="?")
 
-    quickstart = command("quickstart", _quickstart, "fine-tune SmolLM2-135M with SBoRA in a few minutes")
+    quickstart = command("quickstart", _importing(_quickstart), "fine-tune SmolLM2-135M with SBoRA in a few minutes")
     add_changes(quickstart)
     quickstart.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/quickstart)")
     return parser
@@ -198,6 +203,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="Hugging Face directory, hub id, .gguf file, or RUN_DIR")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory to put on top")
+
+
+def _importing(run: Command) -> Command:
+    """The command behind the modules that `--import` names."""
+
+    def command(arguments: argparse.Namespace) -> int:
+        for source in arguments.imports:
+            import_source(source)
+        return run(arguments)
+
+    return command
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -219,7 +235,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     changes = with_mesh(arguments.changes, arguments.mesh)
     words = arguments.experiment, changes, arguments.out, arguments.resume, arguments.at_once
-    return OK if sweep(*words) else INTERRUPTED
+    return OK if sweep(*words, imports=arguments.imports) else INTERRUPTED
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -7,24 +7,40 @@ import itertools
 from collections.abc import Iterator
 
 from sborax import methods
-from sborax.core import AbstractFactored, AbstractMethod, SboraxError
+from sborax.classes import foreign, instance, load_plugins, name_of
+from sborax.core import AbstractComposite, AbstractFactored, AbstractMethod, SboraxError
 from sborax.depth import AbstractLinked
 from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
+from sborax.routing import AbstractRouter
 
 
 def find(name: str) -> type[AbstractMethod]:
     """The method of that name, in whatever case. Raises SboraxError for an unknown one."""
-    known = {one.lower(): one for one in methods.__all__}
+    known = {method.__name__.lower(): method for method in reversed(listed().values())}
+    known |= {label.lower(): method for label, method in listed().items()}
     if name.lower() not in known:
         close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(known[one] for one in close)}?" if close else ""
-        raise SboraxError(f"there is no method {name!r}; {hint or 'known: ' + ', '.join(methods.__all__)}")
-    return getattr(methods, known[name.lower()])
+        hint = f"did you mean {' or '.join(name_of(known[label]) for label in close)}?" if close else ""
+        raise SboraxError(f"there is no method {name!r}; {hint or 'known: ' + ', '.join(listed())}")
+    return known[name.lower()]
+
+
+def listed() -> dict[str, type[AbstractMethod]]:
+    """Every method by its name: sborax's own, then those that are imported or that plug-ins offer.
+
+    Raises SboraxError for a plug-in that fails.
+    """
+    load_plugins()
+    own = {name: getattr(methods, name) for name in methods.__all__}
+    others = [
+        method for method in foreign(AbstractMethod) if not issubclass(method, AbstractComposite | AbstractRouter)
+    ]
+    return own | {name_of(method): method for method in others}
 
 
 def overview() -> str:
     """Every method: equation, options, paper, whether it merges, its PEFT equivalent."""
-    return "\n\n".join(_entry(find(name), whole=False) for name in methods.__all__)
+    return "\n\n".join(_entry(method, whole=False) for method in listed().values())
 
 
 def describe(name: str) -> str:
@@ -36,16 +52,21 @@ def _entry(method: type[AbstractMethod], whole: bool) -> str:
     told = inspect.getdoc(method) or ""
     if not whole:
         told = "\n".join(_equation(method, told.split("\n\n")))
+    example = _example(method)
     facts = {
         "options": ", ".join(_option(field) for field in _fields(method)),
         "paper": method.paper,
         # What a method declares may depend on its options: here, on their defaults.
-        "merge": f"no: {method().mergeable}" if method().mergeable else "exact",
+        "merge": "as its options say"
+        if example is None
+        else f"no: {example.mergeable}"
+        if example.mergeable
+        else "exact",
         "PEFT": peft_equivalent(method),
     }
     if method.rewrites_base:
         facts["base"] = "its initialisation rewrites the base weights"
-    lines = [method.__name__, *(f"  {line}".rstrip() for line in told.splitlines())]
+    lines = [name_of(method), *(f"  {line}".rstrip() for line in told.splitlines())]
     return "\n".join([*lines, *(f"  {name + ':':<9}{fact}" for name, fact in facts.items())])
 
 
@@ -61,6 +82,21 @@ def _fields(method: type[AbstractMethod]) -> tuple[dataclasses.Field, ...]:
 
 def _option(field: dataclasses.Field) -> str:
     return field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+
+
+def _merges(example: AbstractMethod | None) -> str:
+    """What a method declares may depend on its options: here, on their defaults."""
+    if example is None:
+        return "as its options say"
+    return f"no: {example.mergeable}" if example.mergeable else "exact"
+
+
+def _example(method: type[AbstractMethod]) -> AbstractMethod | None:
+    """The method on its defaults, None where an option has none."""
+    try:
+        return instance(method)
+    except SboraxError:
+        return None
 
 
 def peft_equivalent(method: type[AbstractMethod]) -> str:
@@ -80,4 +116,5 @@ def peft_equivalent(method: type[AbstractMethod]) -> str:
         return f"{named}, written as plain LoRA (exact)" if named else "none; written as plain LoRA (exact)"
     if issubclass(method, AbstractLinked):
         return "none; written as plain LoRA (exact) where it merges"
-    return "none" if method().mergeable else "none; `sborax merge` writes a dense model"
+    example = _example(method)
+    return "none" if example is None or example.mergeable else "none; `sborax merge` writes a dense model"

@@ -9,10 +9,17 @@ from sborax.train.grid import Sweep, read_grid
 from sborax.train.sweep import sweep as train_all
 
 
-def sweep(source: str, words: Sequence[str], out: str | None, resume: bool, at_once: int | None) -> bool:
+def sweep(
+    source: str,
+    words: Sequence[str],
+    out: str | None,
+    resume: bool,
+    at_once: int | None,
+    imports: Sequence[str] = (),
+) -> bool:
     """Whether the sweep came to its end."""
     changes, grid = read_grid(words)
-    experiment = load_experiment(source, changes)
+    experiment = load_experiment(source, changes, imports)
     description = Sweep(experiment, grid, at_once)
     # The tasks cannot vary among members.
     check_tasks(experiment)

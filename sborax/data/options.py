@@ -1,8 +1,12 @@
 """What a run says about its data."""
 
 import dataclasses
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from sborax.config import LiveObject
 from sborax.core import SboraxError
 
 
@@ -24,11 +28,13 @@ def above(bound: int | float, **values: int | float | None) -> None:
 class Data:
     """A data set and how its samples become tokens.
 
-    name: a file or directory, a name under `$SBORAX_DATA`, or a hub id. JSON, JSONL, CSV, parquet, text.
+    name: a file or directory, a name under `$SBORAX_DATA`, or a hub id. JSON, JSONL, CSV, parquet, text. In Python also
+        a list of records, each a dict of columns, which no `config.json` holds.
     template: "alpaca" (columns instruction, output, maybe input), "llm_adapters" (the same columns, to the letter what
         LLM-Adapters train on, arXiv:2304.01933; they also have loss_on="all", max_length=256, overlong="truncate"),
         "chat" (messages, or those of alpaca, through the tokenizer's chat template), "text" (column text, loss on all
-        of it), or a prompt of your own such as "Q: {question}\\nA: " with the columns in braces.
+        of it), a prompt of your own such as "Q: {question}\\nA: " with the columns in braces, or the name of a class of
+        yours that extends `sborax.data.template.AbstractTemplate`.
     answer: what follows a prompt of your own, with the columns in braces.
     split: which split, or which file of a directory.
     max_length: longest sample, in tokens, at least 3.
@@ -39,7 +45,7 @@ class Data:
     limit: use only the first so many samples.
     """
 
-    name: str
+    name: str | LiveObject | Sequence[Mapping[str, Any]]
     template: str = "alpaca"
     answer: str = "{output}"
     split: str = "train"
@@ -51,6 +57,8 @@ class Data:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str | LiveObject):
+            object.__setattr__(self, "name", _records(self.name))
         if self.max_length < 3:
             raise SboraxError(
                 f"max_length must be at least 3, got {self.max_length}: attention over a single token trains no q_proj"
@@ -58,3 +66,19 @@ class Data:
         at_least(1, limit=self.limit)
         if any(bucket < 1 for bucket in self.buckets):
             raise SboraxError(f"buckets must be positive, got {list(self.buckets)}")
+
+    def label(self) -> str:
+        """The name, or what there is to say of records given in Python."""
+        return self.name.label() if isinstance(self.name, LiveObject) else str(self.name)
+
+
+def _records(given: Sequence[Mapping[str, Any]]) -> LiveObject:
+    """Records as a value of the program, told apart by a digest."""
+    records = [dict(record) if isinstance(record, Mapping) else record for record in given]
+    bad = next((number for number, record in enumerate(records) if not isinstance(record, dict)), None)
+    if bad is not None or not records:
+        wrong = "there are no records" if bad is None else f"record {bad} is a {type(records[bad]).__name__}"
+        raise SboraxError(f"data: {wrong}; give a list of dicts of columns, or a name")
+    text = json.dumps(records, sort_keys=True, default=repr)
+    many = f"{len(records):,} record{'s' * (len(records) > 1)}"
+    return LiveObject(f"{many}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}", records)

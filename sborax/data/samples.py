@@ -1,6 +1,7 @@
 """Samples as tokens, with the tokens that count, dropped and cut ones reported."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of the records."""
+    """What became of the records that were read: all, or as many as it took to have `Data.limit` samples."""
 
     records: int
     samples: int
@@ -53,12 +54,17 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
     if data.max_length > context:
         raise SboraxError(f"data.max_length: {data.max_length} is more than the model's context of {context} tokens")
     records = read(data.name, data.split)
-    count = len(records) if data.limit is None else min(data.limit, len(records))
     samples: list[Sample] = []
-    too_long = without_answer = 0
-    for start in range(0, count, _CHUNK):
-        part = [records[index] for index in range(start, min(start + _CHUNK, count))]
-        for sample in _tokenise(part, start, data, tokenizer, end):
+    start = count = too_long = without_answer = 0
+    limit = sys.maxsize if data.limit is None else data.limit
+    while start < len(records) and len(samples) < limit:
+        # Of what lies behind the last sample, nothing is read.
+        stop = min(start + _CHUNK, start + limit - len(samples), len(records))
+        part, first, start = [records[index] for index in range(start, stop)], start, stop
+        for sample in _tokenise(part, first, data, tokenizer, end):
+            if len(samples) >= limit:
+                break
+            count += 1
             fitting = [sample]
             if len(sample.tokens) > data.max_length:
                 too_long += 1
@@ -69,9 +75,10 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
             samples += useful
     if not samples:
         raise SboraxError(
-            f"{data.name}: no sample is left of {count}: {too_long} are longer than data.max_length = "
+            f"{data.label()}: no sample is left of {count}: {too_long} are longer than data.max_length = "
             f"{data.max_length} tokens, {without_answer} have no answer; raise data.max_length or set data.overlong"
         )
+    samples = samples[:limit]
     return samples, Report(count, len(samples), too_long, without_answer, data.overlong)
 
 

@@ -2,16 +2,21 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from sborax.config import LiveObject
 from sborax.core import SboraxError
 
 READERS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+Named = str | LiveObject | Sequence[Mapping[str, Any]]
+"""What `Data.name` may be."""
 
 
 @runtime_checkable
@@ -44,6 +49,17 @@ def find(name: str, split: str) -> Path | None:
     return None
 
 
+def check_named(name: Named, split: str) -> None:
+    """Raise SboraxError for a path that is missing or unclear, and for records that were given to another program.
+
+    What may be on the hub is not looked for.
+    """
+    if isinstance(name, str):
+        find(name, split)
+    elif isinstance(name, LiveObject):
+        name.require("data.name")
+
+
 def _choose(place: Path, split: str) -> Path:
     files = sorted(file for file in place.iterdir() if file.suffix in READERS)
     if not files:
@@ -56,11 +72,13 @@ def _choose(place: Path, split: str) -> Path:
     return chosen[0]
 
 
-def read(name: str, split: str = "train") -> Records:
+def read(name: Named, split: str = "train") -> Records:
     """The records of a data set, each a dict of columns.
 
     Raises SboraxError for data that is missing, unreadable (a JSONL error names its line) or empty.
     """
+    if not isinstance(name, str):
+        return name.require("data.name") if isinstance(name, LiveObject) else [dict(record) for record in name]
     path = find(name, split)
     if path is None:
         records = _from_hub(name, split)
@@ -71,8 +89,10 @@ def read(name: str, split: str = "train") -> Records:
     return records
 
 
-def where(name: str, split: str, number: int) -> str:
+def where(name: Named, split: str, number: int) -> str:
     """Where record `number` of a data set stands, for an error: the line of a JSONL file, else its number."""
+    if not isinstance(name, str):
+        return f"data: record {number}"
     path = find(name, split)
     if path is None or READERS[path.suffix] != "jsonl":
         return f"{path or name}: record {number}"

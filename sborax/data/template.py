@@ -1,12 +1,14 @@
 """Samples as text: a list of pieces, each either prompt or answer."""
 
+import abc
 import string
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jinja2
 
+from sborax.classes import find_class, instance, is_known, load_plugins
 from sborax.core import SboraxError
 from sborax.data.clock import within
 from sborax.documents import shown
@@ -56,6 +58,44 @@ class Rendered(NamedTuple):
     special: bool = True
 
 
+class AbstractTemplate(abc.ABC):
+    """A template of your own. A class that extends it is one by its name, wherever a template is asked for."""
+
+    special: ClassVar[bool] = True
+    """Whether the tokenizer adds its own special tokens and the end of the text."""
+
+    @abc.abstractmethod
+    def pieces(self, record: Mapping[str, Any], tokenizer: Any) -> list[Piece]:
+        """A record as text, the last answer included. Raises SboraxError for a record without what it needs."""
+
+    def prompt(self, record: Mapping[str, Any], tokenizer: Any) -> str:
+        """What a model is given to answer: what comes before the last answer."""
+        pieces = self.pieces(record, tokenizer)
+        last = max((number for number, piece in enumerate(pieces) if piece.answer), default=len(pieces))
+        return "".join(piece.text for piece in pieces[:last])
+
+
+def template_of(name: str) -> AbstractTemplate | None:
+    """The template that a class of the user's is, None for a name of `NAMES` and for a text with columns in braces.
+
+    Raises SboraxError for any other name.
+    """
+    if name in NAMES or "{" in name:
+        return None
+    if is_known(AbstractTemplate, name) or (load_plugins() and is_known(AbstractTemplate, name)):
+        return instance(find_class(AbstractTemplate, name, "data.template"))
+    raise SboraxError(
+        f"data.template: {name!r} is not one of {', '.join(NAMES)}, names no {{column}}, and is no class that is "
+        "imported and extends AbstractTemplate"
+    )
+
+
+def takes_special(name: str) -> bool:
+    """Whether the tokenizer adds its special tokens to a text of this template. Raises SboraxError as `template_of`."""
+    own = template_of(name)
+    return name != "chat" if own is None else own.special
+
+
 def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any) -> Rendered:
     """One record through a template (see `Data.template`).
 
@@ -71,8 +111,9 @@ def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any
     if template == "llm_adapters":
         prompt = LLM_ADAPTERS_INPUT if record.get("input") else LLM_ADAPTERS
         return Rendered([Piece(_fill(prompt, record), False), Piece(_fill("{output}", record), True)])
-    if "{" not in template:
-        raise SboraxError(f"data.template: {template!r} is not one of {', '.join(NAMES)} and names no {{column}}")
+    own = template_of(template)
+    if own is not None:
+        return Rendered(own.pieces(record, tokenizer), own.special)
     return Rendered([Piece(_fill(template, record), False), Piece(_fill(answer, record), True)])
 
 
@@ -89,6 +130,9 @@ def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
         return _fill(ALPACA_INPUT if record.get("input") else ALPACA, record)
     if template == "llm_adapters":
         return _fill(LLM_ADAPTERS_ASKED_INPUT if record.get("input") else LLM_ADAPTERS_ASKED, record)
+    own = template_of(template)
+    if own is not None:
+        return own.prompt(record, tokenizer)
     return _fill("{text}" if template == "text" else template, record)
 
 

@@ -3,6 +3,6 @@
 from sborax.evaluate.run import Score, evaluate
 from sborax.evaluate.scorer import Pair, Scored, Scorer
 from sborax.evaluate.task import AbstractTask
-from sborax.evaluate.tasks import GROUPS, TASKS, chosen
+from sborax.evaluate.tasks import GROUPS, TASKS, chosen, every_task
 
-__all__ = ["GROUPS", "TASKS", "AbstractTask", "Pair", "Score", "Scored", "Scorer", "chosen", "evaluate"]
+__all__ = ["GROUPS", "TASKS", "AbstractTask", "Pair", "Score", "Scored", "Scorer", "chosen", "evaluate", "every_task"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sborax.core import SboraxError
-from sborax.data.template import prompt_of
+from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Pair, Scored, Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, mean, of_whole, records
 
@@ -68,7 +68,7 @@ class Choice(AbstractTask):
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
         """Accuracy, plain and by length, and what else `metrics` names."""
         questions = [self._question(number, record, scorer) for number, record in enumerate(units)]
-        return _measured(questions, scorer, self.metrics, self.template != "chat")
+        return _measured(questions, scorer, self.metrics, self.template is None or takes_special(self.template))
 
     def _question(self, number: int, record: Record, scorer: Scorer) -> Question:
         try:

@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractTask(abc.ABC):
-    """A data set with a protocol.
+    """A data set with a protocol. A class that extends it, and has a default for each field, is a task by its name.
 
     name: what the command line calls it. data, split: as `sborax.data.source.read` takes them.
     about: the protocol and where it is from. full: items that the published set has.
@@ -55,6 +55,10 @@ class AbstractTask(abc.ABC):
     @abc.abstractmethod
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
         """The scores on these units. Raises SboraxError for records that the protocol cannot read."""
+
+    def check(self) -> None:
+        """Raise SboraxError for data that is not at hand, before a model is loaded. What the hub may have is taken."""
+        check_there(self.data, self.split)
 
     def units(self, scorer: Scorer) -> Sequence[Record]:
         """All that is scored, one by one. Raises SboraxError for data that is missing or unreadable."""

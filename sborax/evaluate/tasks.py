@@ -1,5 +1,8 @@
 """Every task by name, in one list."""
 
+import difflib
+
+from sborax.classes import instances, load_plugins, name_of
 from sborax.core import SboraxError
 from sborax.data.template import ALPACA, LLM_ADAPTERS_ASKED
 from sborax.evaluate import glue, metamath
@@ -167,9 +170,26 @@ def chosen(names: str) -> list[AbstractTask]:
 
     Raises SboraxError for a name that is not known.
     """
-    known = {task.name: task for task in TASKS}
+    known = {task.name: task for task in every_task()}
     listed = [one for name in names.split(",") if name for one in GROUPS.get(name.strip(), (name.strip(),))]
+    if any(name not in known for name in listed) and load_plugins():
+        known = {task.name: task for task in every_task()}
     unknown = next((name for name in listed if name not in known), None)
     if unknown is not None or not listed:
-        raise SboraxError(f"there is no task {unknown or names!r}; `sborax tasks` lists them")
+        close = difflib.get_close_matches(unknown or names, [*known, *GROUPS], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`sborax tasks` lists them"
+        raise SboraxError(f"there is no task {unknown or names!r}; {hint}")
     return [known[name] for name in dict.fromkeys(listed)]
+
+
+def every_task() -> list[AbstractTask]:
+    """Those in `TASKS`, and one of every class of the user's that extends `AbstractTask` and has all its defaults.
+
+    Raises SboraxError for two of one name.
+    """
+    tasks = [*TASKS, *instances(AbstractTask)]
+    names = [task.name for task in tasks]
+    twice = next((task for number, task in enumerate(tasks) if task.name in [*names[:number], *GROUPS]), None)
+    if twice is not None:
+        raise SboraxError(f"{name_of(type(twice))}: there is a task {twice.name!r} already; choose another name")
+    return tasks

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sborax.core import SboraxError
-from sborax.data.template import prompt_of
+from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean
 from sborax.models.tokenizer import until
@@ -61,4 +61,4 @@ class Written(AbstractTask):
             raise SboraxError(f"{self.name}: record {number}: {error}") from None
 
     def _ids(self, prompt: str, scorer: Scorer) -> list[int]:
-        return scorer.encode(prompt, special=self.template != "chat")
+        return scorer.encode(prompt, special=self.template is None or takes_special(self.template))

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from sborax.classes import instances, load_plugins
 from sborax.core import SboraxError
 
 UNEQUAL = "sborax_"
@@ -38,6 +39,7 @@ OWN = frozenset({"attention_bias", "mlp_bias", "sliding_window"})
 class Family:
     """What its models do that LLaMA does not, and how their files say it.
 
+    A class of yours that extends this, with defaults and a `model_type`, is a family beside those of the table.
     causal_lm: the class that transformers builds for it.
     own: which fields in `OWN` its `config.json` has; the others are false.
     qkv_bias: q, k and v have biases, whatever `attention_bias` says; o has not.
@@ -50,6 +52,7 @@ class Family:
     gguf: llama.cpp's name where such files are read. interleaved: whether they turn neighbouring features together.
     """
 
+    model_type: ClassVar[str] = ""
     causal_lm: str
     own: frozenset[str] = frozenset()
     qkv_bias: bool = False
@@ -130,7 +133,13 @@ def family_of(model_type: Any, where: str = "config") -> Family:
 
     Raises SboraxError for one that is not in the table.
     """
-    family = FAMILIES.get(str(model_type).removeprefix(UNEQUAL))
+    name = str(model_type).removeprefix(UNEQUAL)
+    family = FAMILIES.get(name) or _of_class(name) or (load_plugins() and _of_class(name)) or None
     if family is None:
         raise SboraxError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
     return family
+
+
+def _of_class(model_type: str) -> Family | None:
+    """The family that a class of the user's is."""
+    return next((family for family in instances(Family) if family.model_type == model_type), None)

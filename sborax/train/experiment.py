@@ -1,65 +1,29 @@
 """What a run is: one frozen dataclass, built in a Python file or read from an earlier run's `config.json`."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import optax
 from etils import epath
 
-from sborax.config import decode, encode, override
+from sborax.classes import EXPERIMENT, check_imported, execute, import_source
+from sborax.config import LiveObject, decode, encode, override, sources
 from sborax.core import SboraxError
-from sborax.data.options import Data, above, at_least
+from sborax.data.options import Data, at_least
 from sborax.documents import read_object
 from sborax.mesh import check_mesh
 from sborax.paths import RuleLike, as_rules
 from sborax.procedures import AbstractProcedure
 from sborax.routing import routed_parts
 from sborax.train.disk import replace
+from sborax.train.optimizer import AnyOptimizer, Optimizer, halves
+from sborax.tree import split
 
 CONFIG = "config.json"
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """An optax optimiser with warm-up, decay and clipping.
-
-    name: "adamw", "adam", "sgd" (momentum betas[0]), "lion", "adafactor", "lora_rite" (arXiv:2410.20625) or "lora_fa"
-        (arXiv:2308.03303); see `sborax.optim` for the last two.
-    lr: peak learning rate. 2e-4 is LoRA's usual one (arXiv:2305.14314), of a in LoRA+.
-    b_ratio: LoRA+'s lr of b over that of a (arXiv:2402.12354; 16 is usual there); 1 (default) for plain LoRA.
-    schedule: after the warm-up: "constant", or "linear" or "cosine" down to `final` times the peak.
-    warmup: number of steps if 1 or more, else the fraction of all steps.
-    eps: None for 1e-8, with lora_rite and lora_fa 1e-6.
-    decay: decoupled weight decay (norm scales and biases excepted).
-    clip: largest global gradient norm, above 0, or None; with lora_rite that of the unmagnified gradients.
-    """
-
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "lora_rite", "lora_fa"] = "adamw"
-    lr: float = 2e-4
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: int | float = 0.03
-    final: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None
-    decay: float = 0.0
-    clip: float | None = 1.0
-    b_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        at_least(0, lr=self.lr, warmup=self.warmup, final=self.final, decay=self.decay)
-        above(0, eps=self.eps, clip=self.clip)
-        at_least(1, b_ratio=self.b_ratio)
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise SboraxError(f"betas must lie in [0, 1), got {list(self.betas)}")
-        if self.decay and self.name in ("adam", "sgd", "adafactor"):
-            raise SboraxError(f"{self.name} takes no decay here; use adamw or lion, or set decay=0")
-        if self.eps is not None and self.name in ("sgd", "lion", "adafactor"):
-            raise SboraxError(f"{self.name} takes no eps; set eps to None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +77,16 @@ class Experiment:
         there are, such as {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp. "slices"
         is how many groups, with a slow network between them, hold a mesh of the other sizes each.
     log: "tensorboard" and "wandb" beside `metrics.jsonl`.
+    optimizer: an `Optimizer`, a class of yours that extends `AbstractOptimizer`, or an optax transformation, which no
+        `config.json` holds: a run with one is repeated and resumed from Python alone.
+    imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
+        that stand in the experiment are added to them.
     """
 
     model: str
     data: Data
     rules: Sequence[RuleLike] = ()
-    optimizer: Optimizer = Optimizer()
+    optimizer: AnyOptimizer = Optimizer()
     steps: int | None = None
     epochs: int | float | None = None
     batch_size: int = 4
@@ -137,10 +105,16 @@ class Experiment:
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     train_base: bool = False
     train_also: Sequence[Also] = ()
+    imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.optimizer, optax.GradientTransformation):
+            object.__setattr__(self, "optimizer", LiveObject("an optax transformation", self.optimizer))
+        if isinstance(self.data, list | tuple):
+            object.__setattr__(self, "data", Data(self.data))
         object.__setattr__(self, "rules", as_rules(self.rules))
         object.__setattr__(self, "train_also", tuple(self.train_also))
+        object.__setattr__(self, "imports", tuple(dict.fromkeys([*self.imports, *sources(self)])))
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
         at_least(1, hint_batches=self.hint_batches)
         for name, seed in (("seed_data", self.seed_data), ("seed_adapter", self.seed_adapter)):
@@ -157,9 +131,9 @@ class Experiment:
         if self.save.best and (self.eval.data is None or self.eval.every is None):
             raise SboraxError("save.best: needs held-out losses to compare; set eval.data and eval.every")
         check_mesh(self.mesh or {})
-        if self.optimizer.name == "lora_fa" and self.procedure is not None and not self.procedure.resets:
+        if halves(self.optimizer) is not split and self.procedure is not None and not self.procedure.resets:
             name = type(self.procedure).__name__
-            raise SboraxError(f"optimizer: lora_fa holds a fixed, and {name} needs its gradient; use another optimizer")
+            raise SboraxError(f"optimizer: it holds factors fixed whose gradients {name} needs; use another one")
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:
@@ -178,36 +152,42 @@ def _check_prompts(name: str, data: Data) -> None:
         raise SboraxError(f"{name}: a method that routes by the prompt needs one in every row: {why}")
 
 
-def load_experiment(source: str, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(source: str, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> Experiment:
     """The experiment of a Python file with `def experiment()`, a run's `config.json`, or a run directory, changed.
 
-    Raises SboraxError for a missing file, a file without that function, an error inside it, and as `override` does.
+    imports: modules, or paths of `.py` files, to import before, since they have classes of yours. What a `config.json`
+        names there is not imported for its sake: it may be a stranger's.
+    Raises SboraxError for a missing file, a file without that function, an error inside it, classes that are not
+    imported, and as `override` does.
     """
+    for name in imports:
+        import_source(name)
     path = epath.Path(source)
     if (path / CONFIG).exists():
         path = path / CONFIG
     if not path.exists() or path.is_dir():
         raise SboraxError(f"{source}: no such experiment; give a Python file, a config.json or a run directory")
     if path.suffix == ".py":
-        return override(_from_python(Path(path)), overrides)
-    try:
-        raw = read_object(path)
-    except SboraxError as error:
-        raise SboraxError(f"{error}; an experiment is a .py or .json file") from None
-    try:
-        return override(decode(Experiment, raw), overrides)
-    except SboraxError as error:
-        raise SboraxError(f"{path}: {error}") from None
+        built = override(_from_python(Path(path)), overrides)
+    else:
+        try:
+            raw = read_object(path)
+        except SboraxError as error:
+            raise SboraxError(f"{error}; an experiment is a .py or .json file") from None
+        recorded = raw.get("imports")
+        if isinstance(recorded, list):
+            check_imported(map(str, recorded), str(path))
+        try:
+            built = override(decode(Experiment, raw), overrides)
+        except SboraxError as error:
+            raise SboraxError(f"{path}: {error}") from None
+    added = [str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in imports]
+    return dataclasses.replace(built, imports=(*built.imports, *added)) if added else built
 
 
 def _from_python(path: Path) -> Experiment:
-    spec = importlib.util.spec_from_file_location(f"sborax_experiment_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
-        build = vars(module).get("experiment")
+        build = vars(execute(path, f"{EXPERIMENT}{path.stem}")).get("experiment")
         if not callable(build):
             raise SboraxError(f"{path}: needs a function `def experiment() -> sborax.Experiment`")
         built = build()

@@ -12,6 +12,7 @@ from sborax.core import SboraxError, structure
 from sborax.data.options import at_least
 from sborax.paths import as_rules
 from sborax.train.experiment import Experiment
+from sborax.train.optimizer import AbstractOptimizer
 
 MAY_VARY = "optimizer.*, seed_adapter, and numbers of a method that are no shapes, such as alpha"
 
@@ -147,6 +148,11 @@ def _check(members: Sequence[Member]) -> None:
                 raise SboraxError(f"{member.name} and {other.name} are the same run; leave one out")
     for wrong, why in (
         (first.mesh is not None, "mesh: a sweep runs on one device; leave mesh at None"),
+        (
+            not isinstance(first.optimizer, AbstractOptimizer),
+            "optimizer: a sweep needs learning rates step by step, which an optax transformation does not tell; "
+            "give an Optimizer, or a class of yours that extends AbstractOptimizer",
+        ),
         (first.save.best, "save.best: a sweep keeps the last adapter of each member; set save.best=false"),
     ):
         if wrong:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,15 +16,17 @@ from sborax.core import SboraxError
 from sborax.data.batches import Batches, arrange, in_order, shuffled
 from sborax.data.options import Data
 from sborax.data.samples import Sample, load_samples
-from sborax.models.language_model import LanguageModel
-from sborax.models.load import load_model
-from sborax.paths import Plan, as_rules, plan
+from sborax.data.source import check_named
+from sborax.models.language_model import LanguageModel, abstract
+from sborax.models.load import load_config, load_model
+from sborax.paths import Plan, as_rules, has_policy, plan
 from sborax.procedures import Run
 from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
 from sborax.train.base import adapt, rewritten
 from sborax.train.best import best_so_far
 from sborax.train.checkpoint import open_checkpoints
-from sborax.train.experiment import CONFIG, Experiment, load_experiment, save_experiment
+from sborax.train.claim import START, check_config, claimed, has_computed
+from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.hints import gradients, promised
 from sborax.train.hosts import check_alike, gathered, held, is_first, on_first, several
@@ -40,10 +42,6 @@ from sborax.train.turns import turns_of
 from sborax.tree import combine, nest, nodes
 
 ADAPTER = "adapter"
-START = "start"
-"""Adapters whose start depended on more than the weights, as they were then."""
-MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
-"""What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
 Echo = Callable[[str], None]
 _ECHO = functools.partial(print, flush=True)
@@ -63,9 +61,23 @@ def train(
         check_logs(experiment.log)
         layout = Layout.of(experiment.mesh, experiment.batch_size)
         run = epath.Path(out)
-        on_first(lambda: claim(run, experiment, resume))
-        with layout.context():
-            return _train(experiment, run, resume, layout, echo if is_first() else _silent, profile, stop)
+        preflight(experiment)
+        with contextlib.ExitStack() as ends:
+            on_first(lambda: ends.enter_context(claim(run, experiment, resume)))
+            with layout.context():
+                return _train(experiment, run, resume, layout, echo if is_first() else _silent, profile, stop)
+
+
+@contextlib.contextmanager
+def claim(run: epath.Path, experiment: Experiment, resume: bool) -> Iterator[None]:
+    """The run directory, held by this process.
+
+    Raises SboraxError if it is in use, or if its config differs in what a resumed run may not change.
+    """
+    with claimed(run, resume):
+        if resume:
+            check_config(run, experiment, has_computed(run))
+        yield
 
 
 def _silent(text: str) -> None:
@@ -84,6 +96,7 @@ def _train(
         echo(f"weights: {own:,} of {together:,} bytes on this host")
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
+    on_first(lambda: save_experiment(experiment, run))
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
     kv_heads = model.config.num_key_value_heads
     model, parts, base_prints, total, chosen = set_up(experiment, model, batches, run, echo)
@@ -164,38 +177,31 @@ def finished(run: epath.Path, steps: int) -> Summary | None:
     return summary if whole else None
 
 
-def claim(run: epath.Path, experiment: Experiment, resume: bool) -> None:
-    """Make the run directory, with `config.json` in it.
+def preflight(experiment: Experiment) -> None:
+    """Check what needs neither weights nor records: the model's config, rules and ranks, and where the data is.
 
-    Raises SboraxError if it is in use, or if its config differs in what a resumed run may not change.
+    Raises SboraxError as planning, `load_config` and `sborax.data.source.find` do.
     """
-    if run.exists() and not run.is_dir():
-        raise SboraxError(f"{run}: is a file; choose another run directory")
-    if not resume and run.exists() and any(run.iterdir()):
-        raise SboraxError(f"{run}: exists and is not empty; --resume goes on with that run, or choose another --out")
-    if resume and (run / CONFIG).exists():
-        old, new = encode(load_experiment(str(run / CONFIG))), encode(experiment)
-        # A procedure acts at steps that follow from how many there are.
-        may = MAY_CHANGE if experiment.procedure is None else MAY_CHANGE[2:]
-        changed = [name for name in new if old[name] != new[name] and name not in may]
-        if changed:
-            raise SboraxError(
-                f"{run}: {changed[0]} differs from the run to resume; only {', '.join(may)} may change, "
-                "start another run for anything else"
-            )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        save_experiment(experiment, run)
-    except OSError as error:
-        raise SboraxError(f"{run}: cannot write the run ({error})") from error
+    make_optimizer(experiment.optimizer, 1)
+    for data in (experiment.data, experiment.eval.data):
+        if data is not None:
+            check_named(data.name, data.split)
+    params = abstract(load_config(experiment.model), experiment.precision)
+    rules = as_rules(experiment.rules)
+    # A rank policy may read the weights.
+    if not any(rule.method is not None and has_policy(rule.method) for rule in rules):
+        plan(params, rules, hints=promised(params))
+
+
+def end_token(model: LanguageModel) -> int | None:
+    """The token that ends a text: the tokenizer's, else the model's first."""
+    end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    return model.config.eos_token_id[0] if end is None and model.config.eos_token_id else end
 
 
 def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[list[Sample], str]:
-    end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
-    if end is None and model.config.eos_token_id:
-        end = model.config.eos_token_id[0]
-    samples, report = load_samples(data, model.tokenizer, end, model.config.context)
-    echo(f"{what} {data.name}: {report}")
+    samples, report = load_samples(data, model.tokenizer, end_token(model), model.config.context)
+    echo(f"{what} {data.label()}: {report}")
     return samples, str(report)
 
 

@@ -13,9 +13,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sborax.core import SboraxError
 from sborax.models.language_model import LanguageModel
-from sborax.train.experiment import Optimizer
 from sborax.train.grid import Member
-from sborax.train.optimizer import make_optimizer, schedule
+from sborax.train.optimizer import AbstractOptimizer, make_optimizer
 from sborax.train.state import Flat, Parts, TrainState
 from sborax.train.step import WATCHED, make_loss, make_step
 from sborax.train.turns import Turns
@@ -63,7 +62,7 @@ class Crew:
     own: Own
     shared: list[Array]
     join: Callable[[list[Array], list[Array]], PyTree]
-    rules: tuple[Optimizer, ...]
+    rules: tuple[AbstractOptimizer, ...]
     count: int
     at_once: int
     txs: tuple[optax.GradientTransformation, ...] = ()
@@ -83,19 +82,21 @@ class Crew:
         return lambda members: jax.lax.map(function, members, batch_size=self.at_once)
 
 
-def rates(optimizer: Optimizer, steps: int) -> Float[Array, " steps"]:
+def rates(optimizer: AbstractOptimizer, steps: int) -> Float[Array, " steps"]:
     """The learning rate of every step of a run."""
-    each = schedule(optimizer, steps)(jnp.arange(steps, dtype=jnp.int32))
+    each = optimizer.rate(steps)(jnp.arange(steps, dtype=jnp.int32))
     return jnp.broadcast_to(jnp.asarray(each, jnp.float32), (steps,))
 
 
-def without_rate(optimizer: Optimizer) -> Optimizer:
-    """What is left of an optimiser when its learning rates are given step by step."""
-    return dataclasses.replace(optimizer, lr=0.0, schedule="constant", warmup=0, final=0.0)
+def optimizer_of(member: Member) -> AbstractOptimizer:
+    """The optimiser of a member, which a sweep has checked."""
+    optimizer = member.experiment.optimizer
+    assert isinstance(optimizer, AbstractOptimizer)
+    return optimizer
 
 
 def make_member_optimizer(
-    rules: Sequence[Optimizer],
+    rules: Sequence[AbstractOptimizer],
     lr: Float[Array, " steps"],
     rule: Int[Array, ""],
     watch: optax.GradientTransformation | None = None,
@@ -140,7 +141,8 @@ def gather(
         common, theirs = iter(shared), iter(own)
         return jax.tree.unflatten(structure, [next(common) if once else next(theirs) for once in same])
 
-    optimizers = [without_rate(member.experiment.optimizer) for member in members]
+    given = [optimizer_of(member) for member in members]
+    optimizers = [optimizer.without_rate() for optimizer in given]
     rules = tuple(dict.fromkeys(optimizers))
     watch = None if turns is None else turns.watch()
     txs = {one: make_optimizer(one, 1, watch) for one in rules}
@@ -153,7 +155,7 @@ def gather(
     own = Own(
         frozen=[jnp.stack(column) for column, once in zip(columns, same, strict=True) if not once],
         key=jnp.stack(keys),
-        lr=jnp.stack([rates(member.experiment.optimizer, steps) for member in members]),
+        lr=jnp.stack([rates(optimizer, steps) for optimizer in given]),
         rule=jnp.asarray([rules.index(one) for one in optimizers], jnp.int32),
         base={path: _stack([parts.base[path] for parts in each]) for path in (() if turns is None else turns.folded)},
     )

@@ -122,7 +122,7 @@ class Loop:
                     break
         return state
 
-    def look(self, taken: Taken, lr: Callable[[int], Any]) -> None:
+    def look(self, taken: Taken, lr: Callable[[int], Any] | None) -> None:
         """Wait for a step, check its numbers and write them down.
 
         Raises SboraxError for a loss, gradient or update that is not finite, and in the first step for a dead adapter.
@@ -143,7 +143,8 @@ class Loop:
         if not taken.compiled:
             self.speed.add(tokens, seconds)
         epoch, _ = self.batches.position(taken.step)
-        self.tell(metrics_line(taken, epoch, numbers, float(lr(taken.step - 1)), tokens, seconds, self.figures))
+        now_lr = None if lr is None else float(lr(taken.step - 1))
+        self.tell(metrics_line(taken, epoch, numbers, now_lr, tokens, seconds, self.figures))
         self.progress.show(taken.step, numbers["loss"], self.speed.mean() or rate)
 
     def measure(self, train: PyTree, loss: Callable[..., Any], now: int) -> float:
@@ -178,7 +179,7 @@ def metrics_line(
     taken: Taken,
     epoch: int,
     numbers: dict[str, Any],
-    lr: float,
+    lr: float | None,
     tokens: int,
     seconds: float,
     figures: Figures | None,
@@ -189,7 +190,7 @@ def metrics_line(
         "epoch": epoch,
         "loss": numbers["loss"],
         **{name: value for name, value in numbers.items() if name == "balance_loss"},
-        "lr": lr,
+        **({} if lr is None else {"lr": lr}),
         "grad_norm": numbers["grad_norm"],
         "tokens": tokens,
         "counted_tokens": int(numbers["tokens"]),

@@ -18,11 +18,13 @@ from sborax.models.language_model import LanguageModel
 from sborax.procedures import Run
 from sborax.routing import selective
 from sborax.train.adapter import save_adapter
-from sborax.train.checkpoint import open_checkpoints
+from sborax.train.checkpoint import FOLDER, open_checkpoints
+from sborax.train.claim import check_config, claimed, has_computed, locked
+from sborax.train.experiment import save_experiment
 from sborax.train.figures import figures
 from sborax.train.grid import Member, Sweep
 from sborax.train.log import check_logs, open_logs
-from sborax.train.loop import ADAPTER, Echo, claim, read_data, read_held_out, read_model, set_up
+from sborax.train.loop import ADAPTER, Echo, preflight, read_data, read_held_out, read_model, set_up
 from sborax.train.members import Crew, SweepState, gather, member_of, with_member
 from sborax.train.optimizer import halves
 from sborax.train.report import Metrics, Progress, Summary
@@ -52,7 +54,23 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     members = description.members()
     first = members[0].experiment
     check_logs(first.log)
-    runs = claim_all(place, members, resume)
+    preflight(first)
+    with contextlib.ExitStack() as claims:
+        runs = claim_all(place, members, resume, claims)
+        return _train_all(description, members, place, runs, resume, echo, stop, began)
+
+
+def _train_all(
+    description: Sweep,
+    members: Sequence[Member],
+    place: epath.Path,
+    runs: Sequence[epath.Path],
+    resume: bool,
+    echo: Echo,
+    stop: Stop,
+    began: float,
+) -> Results:
+    first = members[0].experiment
     echo(f"{len(members)} members: {', '.join(member.name for member in members)}")
     echo(f"loading {first.model} ({first.precision})")
     model = read_model(first)
@@ -60,6 +78,10 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     at_once = together(description.at_once, len(members), model.module.attention)
     batches, report = read_data(first, model, echo)
     held_out = read_held_out(first, model, echo)
+    for run, member in zip(runs, members, strict=True):
+        save_experiment(member.experiment, run)
+    if not (place / SWEEP).exists():
+        write_results(place, members)
     steps = first.steps or batches.steps(first.epochs or 1.0)
     begun, parts = begin(members, model, batches, runs, steps, echo)
     # What is stacked, rewritten or trained is not kept twice.
@@ -111,24 +133,21 @@ def together(asked: int | None, count: int, attention: str) -> int:
     return asked or (1 if jax.default_backend() == "cpu" else count)
 
 
-def claim_all(place: epath.Path, members: Sequence[Member], resume: bool) -> list[epath.Path]:
-    """The run directories of the members in `place`, each with its own `config.json`.
+def claim_all(
+    place: epath.Path, members: Sequence[Member], resume: bool, claims: contextlib.ExitStack
+) -> list[epath.Path]:
+    """The run directories of the members in `place`, all held until `claims` ends.
 
     Raises SboraxError if `place` is in use, or by another sweep than the one to resume.
     """
-    if place.exists() and not place.is_dir():
-        raise SboraxError(f"{place}: is a file; choose another directory")
-    if not resume and place.exists() and any(place.iterdir()):
-        raise SboraxError(
-            f"{place}: exists and is not empty; --resume goes on with that sweep, or choose another --out"
-        )
+    runs = [place / member.name for member in members]
+    claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, FOLDER, *(run.name for run in runs))))
     if resume and (place / SWEEP).exists():
         check_same(place, members)
-    runs = [place / member.name for member in members]
     for run, member in zip(runs, members, strict=True):
-        claim(run, member.experiment, resume)
-    if not (place / SWEEP).exists():
-        write_results(place, members)
+        run.mkdir(parents=True, exist_ok=True)
+        claims.enter_context(locked(run))
+        check_config(run, member.experiment, has_computed(place))
     return runs
 
 
