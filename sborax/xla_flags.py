@@ -14,6 +14,7 @@ from pathlib import Path
 import jaxlib
 from jax._src.xla_bridge import backends_are_initialized
 from jax.extend.backend import backends
+from jaxlib.version import __version__ as JAXLIB
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 RIGHT_SUMS = f"{FLAG}=-reduce"
@@ -29,13 +30,13 @@ def guard() -> None:
     XLA ends a process that gives it a flag it does not know, so a jaxlib without this one is left alone.
     """
     flags = _flags()
-    if os.environ.get(SWITCH) == "0" or FLAG in flags or not affected(jaxlib.__version__) or not _is_known():
+    if os.environ.get(SWITCH) == "0" or FLAG in flags or not affected(JAXLIB) or not _is_known():
         return
     if not backends_are_initialized():
         os.environ["XLA_FLAGS"] = f"{flags} {RIGHT_SUMS}".strip()
     elif "cpu" in backends():
         warnings.warn(
-            f"JAX computed before `import sborax`, so sums on this CPU may be wrong (jaxlib {jaxlib.__version__}); "
+            f"JAX computed before `import sborax`, so sums on this CPU may be wrong (jaxlib {JAXLIB}); "
             f"import sborax first or set XLA_FLAGS={RIGHT_SUMS} ({SWITCH}=0 silences this)",
             stacklevel=3,
         )
