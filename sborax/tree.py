@@ -31,10 +31,11 @@ from sborax.core import (
     leaf_axes,
     structure,
 )
-from sborax.depth import axes_leaves, stack_of
+from sborax.depth import axes_leaves, over_stack, stack_of
 from sborax.mesh import whole
 from sborax.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, leaves_by_path, plan, weight_keys
 from sborax.routing import AbstractRouter
+from sborax.weight import check_finite
 
 Params = PyTree
 Adapters = dict[str, Any]
@@ -64,23 +65,6 @@ def _replace(params: Params, new: Mapping[str, Any]) -> Params:
     if not new:
         return params
     return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_path(path), leaf), params, is_leaf=is_weight)
-
-
-def _fold_stack(tree: PyTree, stack: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[stack:]), tree)
-
-
-def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
-    """`function` of one layer, run for every layer of a stack in turn, so that workspace is that of one layer."""
-    if not stack:
-        return function
-
-    def mapped(*args: Any) -> Any:
-        flat = _fold_stack(args, len(stack))
-        out = jax.lax.map(lambda one: function(*one), flat)
-        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
-
-    return mapped
 
 
 def _matrix(weight: Any, stack: int, in_axes: int) -> Any:
@@ -156,7 +140,7 @@ def attach(
     the module path, its numbers and the position in a stack: adding a target reshuffles no other, and a stack equals
     its layers.
 
-    Raises SboraxError as `plan` does.
+    Raises SboraxError as `plan` does, and for a kernel or a gradient that is not finite.
     """
     settled = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
     found = kernels(params)
@@ -165,11 +149,17 @@ def attach(
         node = adapters[site.path] = fit(key, found.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
             rewritten[site.path] = rewrite(found[site.path], node)
+            check_finite(site.path, rewritten[site.path])
     return _replace(params, rewritten), nest(adapters)
 
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
-    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight."""
+    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight.
+
+    Raises SboraxError for a weight or a gradient that is not finite: a decomposition of it might never end.
+    """
+    check_finite(site.path, weight)
+    check_finite(f"{site.path}: its gradient", hint.grad)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
     train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes)
