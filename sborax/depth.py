@@ -51,6 +51,19 @@ def stack_of(node: Adapter) -> tuple[int, ...]:
     return next((leaf.shape[: leaf.ndim - len(name)] for leaf, name in zip(leaves, names, strict=True)), ())
 
 
+def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+    """`function` of one layer, run for every layer of a stack in turn, so that workspace is that of one layer."""
+    if not stack:
+        return function
+
+    def mapped(*args: Any) -> Any:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(stack) :]), args)
+        out = jax.lax.map(lambda one: function(*one), flat)
+        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
+
+    return mapped
+
+
 def continues(before: Adapter, after: Adapter) -> bool:
     """Whether two adapters of adjacent layers belong to one chain."""
     shapes = [[leaf.shape for leaf in jax.tree.leaves(node)] for node in (before, after)]

@@ -19,6 +19,7 @@ from sborax.compose import ByLayer
 from sborax.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight
 from sborax.patterns import compiled, search
 from sborax.routing import AbstractRouter, Expert, routers
+from sborax.weight import check_finite
 
 STACKED_UNDER = "layers"
 """A kernel below a module of this name carries one leading stack axis when it has three axes or more."""
@@ -124,7 +125,7 @@ def weight_keys(key: Key[Array, ""], path: str, stack: Sequence[int]) -> Key[Arr
         key = jax.random.fold_in(key, number)
     if stack:
         folded = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(math.prod(stack)))
-        return folded.reshape(tuple(stack))
+        return folded.reshape(*stack, *folded.shape[1:])
     return key if numbers else jax.random.fold_in(key, 0)
 
 
@@ -182,6 +183,7 @@ def _ranks(
                 raise SboraxError(f"{site}: this rank policy reads the weights; plan on a loaded model")
             place = tuple(int(index) for index in np.unravel_index(position, stack)) if stack else ()
             one = jax.tree.map(lambda leaf: leaf[place], weight) if stack else weight
+            check_finite(site, one)
             return np.asarray(dense(one), np.float32).reshape(shape)
 
         return load

@@ -2,40 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from sborax.compose import TAKEN, with_parts
 from sborax.core import AbstractComposite, AbstractMethod, AbstractWeight, Adapter, SboraxError, Weight, dense, matmul
-from sborax.depth import stack_of
+from sborax.depth import over_stack, stack_of
 from sborax.mesh import whole
 
 LEFT = "left"
 """The frozen leaf <W, s a0 b0> / |s a0 b0|^2 of the base W that such a method left. It is larger by 1 for the base
 before, whatever the two are rounded to."""
-
-
-def fold_stack(tree: PyTree, stack: int) -> PyTree:
-    """Leaves with one leading axis in place of `stack` of them."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[stack:]), tree)
-
-
-def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
-    """`function` of one layer, run for every layer of a stack in turn, so that workspace is that of one layer."""
-    if not stack:
-        return function
-
-    def mapped(*args: Any) -> Any:
-        flat = fold_stack(args, len(stack))
-        out = jax.lax.map(lambda one: function(*one), flat)
-        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
-
-    return mapped
 
 
 def as_matrix(weight: Any, stack: int, in_axes: int) -> Any:

@@ -31,12 +31,13 @@ from sborax.core import (
     leaf_axes,
     structure,
 )
-from sborax.depth import axes_leaves, stack_of
+from sborax.depth import axes_leaves, over_stack, stack_of
 from sborax.mesh import whole
 from sborax.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, leaves_by_path, plan, weight_keys
-from sborax.rebase import as_matrix, astray, over_stack, rewrite
+from sborax.rebase import as_matrix, astray, rewrite
 from sborax.rebase import rebase as rebase_node
 from sborax.routing import AbstractRouter
+from sborax.weight import check_finite
 
 Params = PyTree
 Adapters = dict[str, Any]
@@ -98,7 +99,7 @@ def attach(
     the module path, its numbers and the position in a stack: adding a target reshuffles no other, and a stack equals
     its layers.
 
-    Raises SboraxError as `plan` does.
+    Raises SboraxError as `plan` does, and for a kernel or a gradient that is not finite.
     """
     settled = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
     found = kernels(params)
@@ -107,6 +108,7 @@ def attach(
         node = adapters[site.path] = fit(key, found.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
             rewritten[site.path] = rewrite(found[site.path], node)
+            check_finite(site.path, rewritten[site.path])
     params = _replace(params, rewritten)
     return params, rebase(params, nest(adapters))
 
@@ -126,7 +128,12 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
 
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
-    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight."""
+    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight.
+
+    Raises SboraxError for a weight or a gradient that is not finite: a decomposition of it might never end.
+    """
+    check_finite(site.path, weight)
+    check_finite(f"{site.path}: its gradient", hint.grad)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
     train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes)

@@ -3,7 +3,13 @@
 import abc
 from typing import Any
 
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from sborax.errors import SboraxError
+from sborax.mesh import whole
 
 
 class AbstractWeight(abc.ABC):
@@ -45,3 +51,22 @@ def dense(weight: Weight) -> Float[Array, "*stack in out"]:
 def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
     """`x @ weight` in the dtype of `x`."""
     return weight.rmatmul(x) if isinstance(weight, AbstractWeight) else x @ weight.astype(x.dtype)
+
+
+def check_finite(name: str, tree: PyTree) -> None:
+    """Raise SboraxError that names `name` if a float among the leaves of `tree` is NaN or infinite.
+
+    Leaves that are traced have no values yet and pass. Each is reduced where it lies, on all hosts that share it.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    known = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
+    # Inside a trace too, arrays that it closes over have values.
+    with jax.ensure_compile_time_eval():
+        finite = [np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _finite(leaf) for leaf in known]
+        if not all(finite):
+            raise SboraxError(f"{name}: holds values that are not finite (NaN or infinite)")
+
+
+@jax.jit
+def _finite(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
+    return whole(jnp.isfinite(leaf).all())

@@ -31,6 +31,7 @@ from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
 from sborax.paths import bias_path
 from sborax.tree import link, nodes
+from sborax.weight import check_finite
 
 
 class Exported(NamedTuple):
@@ -171,6 +172,7 @@ def _entry(
     kernel = given[path] if layer is None else jax.tree.map(lambda leaf: leaf[layer], given[path])
     with jax.default_matmul_precision("highest"):
         merged = node.method.merge(kernel, node)
+    check_finite(f"{module}: its merged weight", merged)
     a, b, error = truncated(np.asarray(merged - wide(layout.kernel(path, layer))), rank)
     return _plain(name, (a, b), error)
 

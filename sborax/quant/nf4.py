@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from sborax.core import AbstractWeight, SboraxError
 from sborax.mesh import whole
+from sborax.weight import check_finite
 
 BLOCK = 64
 """Weights that share one absmax."""
@@ -265,7 +266,6 @@ def _mean(values: Float32[Array, "blocks out"]) -> Float32[Array, ""]:
     return (high + low) / lax.optimization_barrier(jnp.float32(values.size))
 
 
-@jax.jit
 def quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     """NF4 codes of a weight `(*stack, in, out)`, one layer of the stack at a time.
 
@@ -275,10 +275,17 @@ def quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     while torch sums in float32, in an order that depends on its threads. XLA may flush subnormals, so equality needs
     weights that are 0 or of magnitude 1e-36 to 1e37.
 
-    Raises SboraxError if `in` is not a multiple of 64 (bitsandbytes would let blocks run across outputs there) or if
-    the weight is not of at most 32-bit floats.
+    Raises SboraxError if `in` is not a multiple of 64 (bitsandbytes would let blocks run across outputs there), if the
+    weight is not of at most 32-bit floats, or if it is not finite: by its scales one value would spoil all others.
+    Inside a compiled program, where values are not known, the last is up to the caller.
     """
     check(weight.shape, weight.dtype)
+    check_finite(f"a weight of shape {weight.shape}", weight)
+    return _quantise(weight)
+
+
+@jax.jit
+def _quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     least = np.finfo(np.float32).tiny
 
     def one(matrix: Float[Array, "in out"]) -> tuple[Array, ...]:

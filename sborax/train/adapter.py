@@ -27,6 +27,7 @@ from sborax.routing import AbstractRouter
 from sborax.train.disk import replace, writing
 from sborax.train.state import flatten, put_together
 from sborax.tree import Adapters, Params, nest, nodes, rebase
+from sborax.weight import check_finite
 
 LEAVES = "adapter.safetensors"
 PLAN = "plan.json"
@@ -232,6 +233,7 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
             _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
         if node.method.rewrites_base:
             flat[path] = rewrite(flat[path], node)
+            check_finite(f"{directory}: {path}, rewritten", flat[path])
     for path, leaf in saved.trained_base.items():
         if path not in flat or flat[path].shape != leaf.shape:
             raise SboraxError(f"{directory}: trained {path} {leaf.shape}, which does not fit this model")

@@ -13,12 +13,13 @@ from sborax.quant.nf4 import Unquantised, check, quantise
 from sborax.rebase import rewrite
 from sborax.train.state import flatten
 from sborax.tree import Adapters, Params, fit, nest, rebase
+from sborax.weight import check_finite
 
 
 def quantise_base(params: Params, quant: str | None) -> Params:
     """The kernels of the layers in 4 bits if `quant` is "nf4"; embeddings, norms and head stay as they are.
 
-    Raises SboraxError naming the kernel whose shape does not allow it.
+    Raises SboraxError naming the kernel whose shape does not allow it, or whose values are not finite.
     """
     if quant is None:
         return params
@@ -28,8 +29,10 @@ def quantise_base(params: Params, quant: str | None) -> Params:
 def _quantised(path: str, leaf: Any) -> Any:
     if not _to_quantise(path, leaf):
         return leaf
-    _check(path, leaf)
-    return quantise(leaf)
+    try:
+        return quantise(leaf)
+    except SboraxError as error:
+        raise SboraxError(f"quant: {path}: {error}") from None
 
 
 def _unquantised(path: str, leaf: Any) -> Any:
@@ -98,6 +101,7 @@ def adapt(
     for site in plan.sites:
         if site.method.rewrites_base:
             flat[site.path] = rewrite(flat[site.path], adapters[site.path])
+            check_finite(site.path, flat[site.path])
             flat[site.path] = _quantised(site.path, flat[site.path]) if quant is not None else flat[site.path]
     params = nest(flat)
     return params, rebase(params, nest(adapters))
