@@ -14,6 +14,7 @@ from sborax.fetch import conversations, smollm2
 from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
 from sborax.paths import Rule
+from sborax.terminal import say
 from sborax.train.adapter import load_adapter
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save
 from sborax.train.loop import ADAPTER, train
@@ -64,7 +65,7 @@ def quickstart(changes: Sequence[str], out: str | None) -> bool:
     model = load_model(settled.model, settled.precision)
     params, adapters = load_adapter(Path(run) / ADAPTER, model.params)
     after = _answers(model, params, adapters, settled.data.template, asked)
-    print(_told(run, asked, before, after))
+    say(_told(run, asked, before, after))
     return True
 
 

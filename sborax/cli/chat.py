@@ -12,6 +12,7 @@ from sborax.core import SboraxError
 from sborax.data.template import NAMES, chat_ends, prompt_of
 from sborax.models import generate as write
 from sborax.models.tokenizer import finished, until
+from sborax.terminal import print_text, say
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -26,7 +27,7 @@ def generate(arguments: argparse.Namespace) -> None:
         given = [] if arguments.template else prompt
         begin = len(tokenizer.decode(given, skip_special_tokens=True))
         whole = tokenizer.decode([*given, *new], skip_special_tokens=True)
-        print(whole[:begin] + until(whole[begin:], arguments.stop))
+        print_text(f"{whole[:begin]}{until(whole[begin:], arguments.stop)}\n")
 
 
 def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
@@ -56,13 +57,13 @@ def chat(arguments: argparse.Namespace) -> None:
         said.append({"role": "user", "content": line})
         ids, dropped = _fitted(first, said, arguments.max_new_tokens, target, tokenizer)
         if dropped:
-            print(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
+            say(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
         said = said[dropped:]
         room = min(arguments.max_new_tokens, target.model.config.context - len(ids))
         shown = Shown(tokenizer, arguments.stop)
         (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), shown, arguments)
         answer = until(tokenizer.decode(new, skip_special_tokens=True), arguments.stop)
-        print(answer[shown.length :], flush=True)
+        print_text(f"{answer[shown.length :]}\n")
         said.append({"role": "assistant", "content": answer})
 
 
@@ -79,7 +80,7 @@ class Shown:
         certain = max(0, len(text) - max(map(len, self._stop), default=0))
         answer = until(text, self._stop)
         length = max(self.length, answer.rfind(" ", 0, certain))
-        print(text[self.length : length], end="", flush=True)
+        print_text(text[self.length : length])
         self.length = length
         return [answer != text]
 
@@ -88,7 +89,7 @@ def _lines() -> Iterator[str]:
     """What is typed or piped in up to its end, empty lines left out."""
     while True:
         if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
+            say("> ", end="", file=sys.stderr)
         line = sys.stdin.readline()
         if not line:
             return

@@ -12,6 +12,7 @@ from typing import NoReturn
 import sborax
 from sborax.cli import launcher
 from sborax.core import SboraxError
+from sborax.terminal import say
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        say(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would say so again when it flushes at exit.
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SboraxError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        say(f"error: {_one_line(error)}", file=sys.stderr)
         return WRONG
     return code
 
@@ -239,7 +240,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _tasks(arguments: argparse.Namespace) -> int:
     from sborax.cli.evaluate import tasks
 
-    print(tasks())
+    say(tasks())
     return OK
 
 
@@ -267,14 +268,14 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from sborax.cli.plan import show
 
-    print(show(arguments.target, arguments.changes, arguments.mesh, arguments.topology, arguments.length))
+    say(show(arguments.target, arguments.changes, arguments.mesh, arguments.topology, arguments.length))
     return OK
 
 
 def _methods(arguments: argparse.Namespace) -> int:
     from sborax.cli.methods import describe, overview
 
-    print(overview() if arguments.name is None else describe(arguments.name))
+    say(overview() if arguments.name is None else describe(arguments.name))
     return OK
 
 

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from sborax.core import SboraxError
 from sborax.evaluate.scorer import Pair, Scorer
+from sborax.terminal import say
 
 NEW_TOKENS = 256
 """Generated where a task does not say how many (the harness' Hugging Face models')."""
@@ -135,7 +136,7 @@ def run_harness(
     include: str | None = None,
     out: str | epath.PathLike | None = None,
     seed: int = 0,
-    echo: Callable[[str], None] = print,
+    echo: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """The harness' results on its tasks of these names, and on those in the YAML files of directory `include`.
 

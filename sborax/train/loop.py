@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from sborax.models.language_model import LanguageModel
 from sborax.models.load import load_model
 from sborax.paths import Plan, as_rules, plan
 from sborax.procedures import Run
+from sborax.terminal import say
 from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
 from sborax.train.base import adapt, rewritten
 from sborax.train.best import best_so_far
@@ -46,11 +46,10 @@ MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """What a resumed run may set anew: nothing that decides what the steps so far have computed."""
 
 Echo = Callable[[str], None]
-_ECHO = functools.partial(print, flush=True)
 
 
 def train(
-    experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO, profile: bool = False
+    experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = say, profile: bool = False
 ) -> Summary:
     """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
 
