@@ -14,7 +14,7 @@ from sborax.config import encode
 from sborax.core import SboraxError
 from sborax.data.batches import Batches, arrange, in_order, shuffled
 from sborax.data.options import Data
-from sborax.data.samples import Sample, load_samples
+from sborax.data.samples import Sample, check_ids, load_samples
 from sborax.models.language_model import LanguageModel
 from sborax.models.load import load_model
 from sborax.paths import Plan, as_rules, plan
@@ -185,6 +185,7 @@ def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[l
     if end is None and model.config.eos_token_id:
         end = model.config.eos_token_id[0]
     samples, report = load_samples(data, model.tokenizer, end, model.config.context)
+    check_ids(data.name, samples, model.tokenizer, model.config.vocab_size)
     echo(f"{what} {data.name}: {report}")
     return samples, str(report)
 
