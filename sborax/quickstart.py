@@ -13,6 +13,7 @@ from sborax.data.template import prompt_of
 from sborax.fetch import conversations, smollm2
 from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
+from sborax.models.tokenizer import text_of, tokens_of
 from sborax.paths import Rule
 from sborax.terminal import say
 from sborax.train.adapter import load_adapter
@@ -91,9 +92,9 @@ def _answers(
 ) -> list[str]:
     tokenizer = model.tokenizer
     texts = [prompt_of(template, record, tokenizer) for record in asked]
-    prompts = [tokenizer(text, add_special_tokens=template != "chat")["input_ids"] for text in texts]
+    prompts = [tokens_of(tokenizer, text, add_special_tokens=template != "chat")["input_ids"] for text in texts]
     written = generate(model, params, adapters, prompts, NEW_TOKENS)
-    shown = [" ".join(tokenizer.decode(new, skip_special_tokens=True).split()) for new in written]
+    shown = [" ".join(text_of(tokenizer, new).split()) for new in written]
     return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 import sborax
 from sborax.cli import launcher
 from sborax.core import SboraxError
+from sborax.errors import is_panic
 from sborax.terminal import say
 
 Command = Callable[[argparse.Namespace], int]
@@ -51,10 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         say(f"error: {_one_line(error)}", file=sys.stderr)
         return WRONG
+    except BaseException as error:
+        # A tokenizer is a library in Rust, and its patterns may be anybody's.
+        if not is_panic(error) or "--debug" in argv:
+            raise
+        say(f"error: a library gave up ({_one_line(error)}); --debug shows where", file=sys.stderr)
+        return WRONG
     return code
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
