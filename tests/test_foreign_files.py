@@ -1,5 +1,6 @@
 """Files that others made: read as transformers reads them, as the text that they are, or refused in one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from sborax.models import LlamaConfig, load_config, load_model
 from sborax.models.checkpoint import INDEX, open_safetensors
 from sborax.models.gguf_header import check_header
 from sborax.train.adapter import read_adapter
+from sborax.train.disk import refusal
 from sborax.train.loop import train
 
 
@@ -277,3 +279,11 @@ def test_metrics_that_are_no_text(tmp_path):
 
     (tmp_path / METRICS).write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "loss": \xff\xfe}\n')
     assert Metrics(epath.Path(tmp_path), 2).losses() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "mend that"), (errno.EISDIR, "mend that")]
+)
+def test_room_is_advised_where_it_helps(number, remedy):
+    assert f"({os.strerror(number)}); {remedy}, then" in str(refusal("x", OSError(number, os.strerror(number), "x")))
+    assert f"; {remedy}, then" in str(refusal("x", ValueError(f"tensorstore [os_error_code='{number}']")))
