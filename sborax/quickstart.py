@@ -13,7 +13,9 @@ from sborax.data.template import prompt_of, takes_special
 from sborax.fetch import conversations, smollm2
 from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
+from sborax.models.tokenizer import text_of, tokens_of
 from sborax.paths import Rule
+from sborax.terminal import say
 from sborax.train.adapter import load_adapter
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save
 from sborax.train.loop import ADAPTER, train
@@ -64,7 +66,7 @@ def quickstart(changes: Sequence[str], out: str | None) -> bool:
     model = load_model(settled.model, settled.precision)
     params, adapters = load_adapter(Path(run) / ADAPTER, model.params)
     after = _answers(model, params, adapters, settled.data.template, asked)
-    print(_told(run, asked, before, after))
+    say(_told(run, asked, before, after))
     return True
 
 
@@ -90,9 +92,9 @@ def _answers(
 ) -> list[str]:
     tokenizer = model.tokenizer
     texts = [prompt_of(template, record, tokenizer) for record in asked]
-    prompts = [tokenizer(text, add_special_tokens=takes_special(template))["input_ids"] for text in texts]
+    prompts = [tokens_of(tokenizer, text, add_special_tokens=takes_special(template))["input_ids"] for text in texts]
     written = generate(model, params, adapters, prompts, NEW_TOKENS)
-    shown = [" ".join(tokenizer.decode(new, skip_special_tokens=True).split()) for new in written]
+    shown = [" ".join(text_of(tokenizer, new).split()) for new in written]
     return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]
 
 

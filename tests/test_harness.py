@@ -157,3 +157,13 @@ def test_an_adapter_is_scored_with_its_model(results, made):
     )
     np.testing.assert_allclose([v for v, _ in adapted], [v for v, _ in merged], rtol=1e-4)
     assert abs(adapted[0][0] - plain[0][0]) > 1e-3
+
+
+def test_git_is_not_asked_where_it_is(tmp_path, monkeypatch, capfd):
+    """Outside of a checkout it would complain on the terminal."""
+    from sborax.evaluate import harness
+
+    monkeypatch.chdir(tmp_path)
+    with harness._without_git():
+        assert harness.evaluator.get_git_commit_hash() == ""
+    assert capfd.readouterr().err == ""

@@ -16,6 +16,7 @@ ORDER = [
     "mesh",
     "weight",
     "core",
+    "terminal",
     "documents",
     "patterns",
     "ranks",
@@ -96,3 +97,11 @@ def test_importing_the_package_imports_none_of_the_slow_ones():
     code = f"import sys, sborax, sborax.cli.main; print(sorted({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_printed_goes_through_one_place(path: Path):
+    """Names of strangers could be what a terminal obeys. The launcher hands on lines that its child has printed."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    prints = [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+    assert not prints or room(path) == "terminal" or path.name == "launcher.py"

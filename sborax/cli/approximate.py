@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sborax.cli.targets import Target
 from sborax.procedures.reslora import merge_by_inputs, merge_by_weights
+from sborax.terminal import say
 from sborax.train.hints import first_batches
 from sborax.train.loop import read_data
 
@@ -35,5 +36,5 @@ def approximated(target: Target, by: str) -> Any:
             lambda batch: model.memory_norms(params, adapters, batch["tokens"], segment_ids=batch["segments"])
         )
         done = merge_by_inputs(params, adapters, [seen(batch) for batch in held], outputs)
-    print(done)
+    say(done)
     return done.params

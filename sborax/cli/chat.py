@@ -14,7 +14,8 @@ from sborax.cli.targets import Target, load_target
 from sborax.core import SboraxError
 from sborax.data.template import NAMES, AbstractTemplate, chat_ends, prompt_of, takes_special
 from sborax.models import generate as write
-from sborax.models.tokenizer import finished, until
+from sborax.models.tokenizer import finished, text_of, tokens_of, until
+from sborax.terminal import print_text, say
 from sborax.train.sharding import Layout, make_mesh
 
 
@@ -28,9 +29,9 @@ def generate(arguments: argparse.Namespace) -> None:
     written = _write(target, prompts, arguments.max_new_tokens, ends, key, stopped, arguments)
     for prompt, new in zip(prompts, written, strict=True):
         given = [] if arguments.template else prompt
-        begin = len(tokenizer.decode(given, skip_special_tokens=True))
-        whole = tokenizer.decode([*given, *new], skip_special_tokens=True)
-        print(whole[:begin] + until(whole[begin:], arguments.stop))
+        begin = len(text_of(tokenizer, given))
+        whole = text_of(tokenizer, [*given, *new])
+        print_text(f"{whole[:begin]}{until(whole[begin:], arguments.stop)}\n")
 
 
 def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
@@ -39,11 +40,11 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
     Raises SboraxError for a template that does not fit the tokenizer.
     """
     if template is None:
-        return tokenizer(prompt)["input_ids"]
+        return tokens_of(tokenizer, prompt)["input_ids"]
     if template not in NAMES and "{instruction}" not in template and not is_known(AbstractTemplate, template):
         raise SboraxError(f"--template {template!r}: is not one of {', '.join(NAMES)} and has no {{instruction}} in it")
     text = prompt_of(template, {"instruction": prompt, "input": "", "output": "", "text": prompt}, tokenizer)
-    return tokenizer(text, add_special_tokens=takes_special(template))["input_ids"]
+    return tokens_of(tokenizer, text, add_special_tokens=takes_special(template))["input_ids"]
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -60,13 +61,13 @@ def chat(arguments: argparse.Namespace) -> None:
         said.append({"role": "user", "content": line})
         ids, dropped = _fitted(first, said, arguments.max_new_tokens, target, tokenizer)
         if dropped:
-            print(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
+            say(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
         said = said[dropped:]
         room = min(arguments.max_new_tokens, target.model.config.context - len(ids))
         shown = Shown(tokenizer, arguments.stop)
         (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), shown, arguments)
-        answer = until(tokenizer.decode(new, skip_special_tokens=True), arguments.stop)
-        print(answer[shown.length :], flush=True)
+        answer = until(text_of(tokenizer, new), arguments.stop)
+        print_text(f"{answer[shown.length :]}\n")
         said.append({"role": "assistant", "content": answer})
 
 
@@ -78,12 +79,12 @@ class Shown:
 
     def __call__(self, texts: list[list[int]]) -> list[bool]:
         """Whether the answer, the only text, holds a stop string."""
-        text = self._tokenizer.decode(texts[0], skip_special_tokens=True)
+        text = text_of(self._tokenizer, texts[0])
         # The last word may be half of one, and the end of the text the beginning of a stop string.
         certain = max(0, len(text) - max(map(len, self._stop), default=0))
         answer = until(text, self._stop)
         length = max(self.length, answer.rfind(" ", 0, certain))
-        print(text[self.length : length], end="", flush=True)
+        print_text(text[self.length : length])
         self.length = length
         return [answer != text]
 
@@ -92,7 +93,7 @@ def _lines() -> Iterator[str]:
     """What is typed or piped in up to its end, empty lines left out."""
     while True:
         if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
+            say("> ", end="", file=sys.stderr)
         line = sys.stdin.readline()
         if not line:
             return
@@ -111,7 +112,7 @@ def _fitted(
     while True:
         text = prompt_of("chat", {"messages": [*first, *said[dropped:]]}, tokenizer)
         # The template has the tokens that begin a text.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokens_of(tokenizer, text, add_special_tokens=False)["input_ids"]
         alone = dropped == len(said) - 1
         if len(ids) + new <= context or (alone and len(ids) < context):
             return ids, dropped

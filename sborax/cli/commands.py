@@ -17,6 +17,7 @@ from sborax.interop.card import check_card, model_card, write_card
 from sborax.interop.peft import save_peft
 from sborax.models import save_hf
 from sborax.models.slim import slim as cut
+from sborax.terminal import say
 from sborax.train.experiment import load_experiment
 from sborax.train.loop import read_held_out
 from sborax.train.loop import train as fine_tune
@@ -49,29 +50,29 @@ def slim(run: str, out: str) -> None:
     # Fails first if there is nothing to cut.
     small = cut(model, target.params, target.adapters)
     if experiment.eval.data is None:
-        print("the experiment has no eval.data: perplexity is that of the training data")
+        say("the experiment has no eval.data: perplexity is that of the training data")
         experiment = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, data=experiment.data))
-    batches = read_held_out(experiment, model, print)
-    print("perplexity:")
+    batches = read_held_out(experiment, model, say)
+    say("perplexity:")
     for what, own, params, adapters in (
         ("before training", model, model.params, None),
         ("pruned, heads and channels masked", model, target.params, target.adapters),
         ("pruned, heads and channels cut out", small, small.params, None),
     ):
         loss = loss_on(own, params, adapters, batches)
-        print(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
+        say(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
     made = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
     alike = not small.config.layer_sizes
     card = model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=alike)
     save_hf(out, small, small.params)
     write_card(out, card)
     if small.config.layer_sizes:
-        print(
+        say(
             f"{out}: a smaller model for `sborax generate {out}`; transformers cannot load it, since its layers keep "
             "different numbers of heads and channels, which no config.json of its can say; protect=0 prunes all alike"
         )
     else:
-        print(f"{out}: a smaller model; transformers and `sborax generate {out}` load it")
+        say(f"{out}: a smaller model; transformers and `sborax generate {out}` load it")
 
 
 def export(run: str, out: str, form: Any, rank: int | None = None) -> None:
@@ -91,4 +92,4 @@ def export(run: str, out: str, form: Any, rank: int | None = None) -> None:
     except SboraxError as error:
         said = str(error).replace("as_='lora'", "--as lora").replace("say rank=...", "say --rank N")
         raise SboraxError(said) from error
-    print(f"{out}: {done}")
+    say(f"{out}: {done}")

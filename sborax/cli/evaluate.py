@@ -14,6 +14,7 @@ from sborax.data.samples import load_samples
 from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import read_scores
+from sborax.terminal import say
 from sborax.train.experiment import Experiment
 from sborax.train.hosts import several
 from sborax.train.loop import end_token
@@ -44,7 +45,7 @@ def score(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     if arguments.harness:
         _harness(arguments, scorer, out)
-    print(f"{out}: scores, and what became of every item")
+    say(f"{out}: scores, and what became of every item")
 
 
 def check_tasks(experiment: Experiment) -> None:
@@ -66,14 +67,14 @@ def score_run(run: str) -> None:
     experiment, place = find_run(run)[0], Path(run) / OF_RUN
     tasks = chosen(",".join(experiment.eval.tasks))
     if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
-        print(f"{place}: scores of before")
+        say(f"{place}: scores of before")
         return
     # What was there was not finished, or is of other tasks: scores are made, never mixed.
     shutil.rmtree(place, ignore_errors=True)
     target = load_run(run)
     scorer = Scorer.of(target.model, target.params, target.adapters, mesh=experiment.mesh)
     evaluate(tasks, scorer, out=place, trained_on=_trained_on(target), about={"target": run})
-    print(f"{place}: scores, and what became of every item")
+    say(f"{place}: scores, and what became of every item")
 
 
 def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:
@@ -107,7 +108,7 @@ def _trained_on(target: Target) -> list[Any] | None:
         report = load_samples(data, model.tokenizer, end_token(model), model.config.context)[1]
         return records[: report.records]
     except SboraxError as error:
-        print(f"the run's training data are not at hand, so items are not looked for in them ({error})")
+        say(f"the run's training data are not at hand, so items are not looked for in them ({error})")
         return None
 
 

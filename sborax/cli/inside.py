@@ -9,6 +9,7 @@ import jax
 
 from sborax.cli.launcher import INSIDE, LOST
 from sborax.cli.main import INTERRUPTED, OK, main
+from sborax.terminal import say
 
 PATIENCE = 60.0
 """Seconds that the runtime has to say which peer is gone, once a step has failed."""
@@ -26,7 +27,7 @@ def run() -> int:
     try:
         code = main()
     except jax.errors.JaxRuntimeError as error:
-        print(error, file=sys.stderr, flush=True)
+        say(error, file=sys.stderr)
         # A collective has failed. The runtime ends this process as soon as it knows who is gone.
         time.sleep(PATIENCE)
         code = LOST

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from sborax.terminal import say
+
 INSIDE = "SBORAX_WATCHED_BY"
 """In the child's environment: the end of a pipe that closes when the watching process dies."""
 LOST = 3
@@ -79,7 +81,7 @@ def watch(argv: Sequence[str]) -> int:
     if not lost or "--debug" in argv:
         print("".join(held), end="", file=sys.stderr)
     if lost:
-        print(f"error: {ended(code, ''.join(held))}", file=sys.stderr)
+        say(f"error: {ended(code, ''.join(held))}", file=sys.stderr)
     return LOST if lost else code
 
 

@@ -13,6 +13,8 @@ import sborax
 from sborax.classes import import_source
 from sborax.cli import launcher
 from sborax.core import SboraxError
+from sborax.errors import is_panic
+from sborax.terminal import say
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        say(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would say so again when it flushes at exit.
@@ -49,12 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SboraxError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        say(f"error: {_one_line(error)}", file=sys.stderr)
+        return WRONG
+    except BaseException as error:
+        # A tokenizer is a library in Rust, and its patterns may be anybody's.
+        if not is_panic(error) or "--debug" in argv:
+            raise
+        say(f"error: a library gave up ({_one_line(error)}); --debug shows where", file=sys.stderr)
         return WRONG
     return code
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
@@ -266,7 +274,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _tasks(arguments: argparse.Namespace) -> int:
     from sborax.cli.evaluate import tasks
 
-    print(tasks())
+    say(tasks())
     return OK
 
 
@@ -294,14 +302,14 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from sborax.cli.plan import show
 
-    print(show(arguments.target, arguments.changes, arguments.mesh, arguments.topology, arguments.length))
+    say(show(arguments.target, arguments.changes, arguments.mesh, arguments.topology, arguments.length))
     return OK
 
 
 def _methods(arguments: argparse.Namespace) -> int:
     from sborax.cli.methods import describe, overview
 
-    print(overview() if arguments.name is None else describe(arguments.name))
+    say(overview() if arguments.name is None else describe(arguments.name))
     return OK
 
 

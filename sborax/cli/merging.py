@@ -14,6 +14,7 @@ from sborax.interop.card import check_card, model_card, write_card
 from sborax.interop.peft import load_peft
 from sborax.interop.peft_layout import CONFIG
 from sborax.models import save_hf
+from sborax.terminal import say
 from sborax.train.adapter import fingerprint, load_adapter, read_adapter
 from sborax.tree import merge as merge_tree
 from sborax.weighted import Weighted, merge_weighted
@@ -44,7 +45,7 @@ def merge(target: str, out: str, approximate: str | None = None, added: Sequence
     card = _card(target if own.experiment is None else own.experiment.model, made, list(dict.fromkeys(runs)))
     save_hf(out, own.model, merged)
     write_card(out, card)
-    print(f"{out}: a dense model, {made}; transformers and `sborax generate {out}` load it")
+    say(f"{out}: a dense model, {made}; transformers and `sborax generate {out}` load it")
 
 
 def _card(base: str, made: str, runs: Sequence[str]) -> str:

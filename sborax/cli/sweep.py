@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sborax.cli.evaluate import check_tasks, score_run
+from sborax.terminal import say
 from sborax.train.experiment import load_experiment
 from sborax.train.grid import Sweep, read_grid
 from sborax.train.sweep import sweep as train_all
@@ -27,6 +28,6 @@ def sweep(
     results = train_all(description, place, resume=resume)
     for result in results.members if results.finished and experiment.eval.tasks else ():
         if not result.diverged:
-            print(f"{result.name}:")
+            say(f"{result.name}:")
             score_run(str(place / result.name))
     return results.finished

@@ -28,12 +28,14 @@ def above(bound: int | float, **values: int | float | None) -> None:
 class Data:
     """A data set and how its samples become tokens.
 
-    name: a file or directory, a name under `$SBORAX_DATA`, or a hub id. JSON, JSONL, CSV, parquet, text. In Python also
-        a list of records, each a dict of columns, which no `config.json` holds.
+    name: a file or directory, a name under `$SBORAX_DATA`, or a hub id. JSON, JSONL, CSV, parquet, text. Cells of
+        CSV are the text that they are; numbers and truth values of JSON and parquet are written as Python writes them,
+        null as nothing. In Python also a list of records, each a dict of columns, which no `config.json` holds.
     template: "alpaca" (columns instruction, output, maybe input), "llm_adapters" (the same columns, to the letter what
         LLM-Adapters train on, arXiv:2304.01933; they also have loss_on="all", max_length=256, overlong="truncate"),
-        "chat" (messages, or those of alpaca, through the tokenizer's chat template), "text" (column text, loss on all
-        of it), a prompt of your own such as "Q: {question}\\nA: " with the columns in braces, or the name of a class of
+        "chat" (messages with all their keys, and tools if there are any, or the columns of alpaca, through the
+        tokenizer's chat template; one that ignores tools or tool_calls is refused), "text" (column text, loss on all of
+        it), a prompt of your own such as "Q: {question}\\nA: " with the columns in braces, or the name of a class of
         yours that extends `sborax.data.template.AbstractTemplate`.
     answer: what follows a prompt of your own, with the columns in braces.
     split: which split, or which file of a directory.

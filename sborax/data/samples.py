@@ -12,6 +12,8 @@ from sborax.core import SboraxError
 from sborax.data.options import Data
 from sborax.data.source import read, where
 from sborax.data.template import Rendered, render
+from sborax.documents import shown
+from sborax.models.tokenizer import tokens_of
 
 _CHUNK = 1000
 
@@ -82,6 +84,17 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
     return samples, Report(count, len(samples), too_long, without_answer, data.overlong)
 
 
+def check_ids(name: str, samples: Sequence[Sample], tokenizer: Any, vocabulary: int) -> None:
+    """Raise SboraxError for a token outside of the model's vocabulary, in which it would silently mean another one."""
+    for number, sample in enumerate(samples):
+        outside = sample.tokens[(sample.tokens < 0) | (sample.tokens >= vocabulary)]
+        if outside.size:
+            raise SboraxError(
+                f"{name}: sample {number} has token {outside[0]} ({shown(tokenizer.decode([outside[0]]))}), the model "
+                f"only {vocabulary:,}; take that text out of the data, or use this model's own tokenizer"
+            )
+
+
 def _shorten(sample: Sample, data: Data) -> list[Sample]:
     if data.overlong == "drop":
         return []
@@ -106,12 +119,12 @@ def _tokenise(
         except SboraxError as error:
             raise SboraxError(f"{where(data.name, data.split, number)}: {error}") from None
         rendered.append(one)
-    encoded = tokenizer(
+    encoded = tokens_of(
+        tokenizer,
         ["".join(piece.text for piece in one.pieces) for one in rendered],
         add_special_tokens=rendered[0].special,
         return_offsets_mapping=True,
         return_attention_mask=False,
-        verbose=False,
     )
     return [
         _mark(one, tokens, offsets, data.loss_on, end)

@@ -1,5 +1,8 @@
 """Where samples come from: local files and directories, names under `$SBORAX_DATA`, and the Hugging Face hub."""
 
+import csv
+import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,11 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import datasets
+import fsspec
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from sborax.config import LiveObject
 from sborax.core import SboraxError
+from sborax.documents import check_plain
 
+LONGEST = 1 << 24
+"""Letters of one record in JSON, JSONL or CSV; the context of no model holds as much."""
 READERS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -102,7 +109,9 @@ def where(name: Named, split: str, number: int) -> str:
 
 def _from_hub(name: str, split: str) -> Records:
     try:
-        return cast(Records, datasets.load_dataset(name, split=split))
+        builder = datasets.load_dataset_builder(name)
+        options = _as_text(builder.config) if builder.name == "csv" and builder.info.features is None else {}
+        return cast(Records, datasets.load_dataset(name, split=split, **options))
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise SboraxError(
@@ -110,7 +119,19 @@ def _from_hub(name: str, split: str) -> Records:
         ) from error
 
 
+def _as_text(config: Any) -> dict[str, Any]:
+    """The options with which `datasets` takes every cell of CSV files for the text that it is."""
+    first = next(file for files in config.data_files.values() for file in files)
+    with fsspec.open(first, "rt", encoding="utf-8-sig", newline="", compression="infer") as lines:
+        names = config.names or next(csv.reader(lines, delimiter=config.sep), [])
+    return {
+        "features": datasets.Features({name: datasets.Value("string") for name in names}),
+        "keep_default_na": False,
+    }
+
+
 def _from_file(path: Path) -> Records:
+    check_plain(path)
     if path.stat().st_size == 0:
         return []
     kind = READERS[path.suffix]
@@ -118,21 +139,48 @@ def _from_file(path: Path) -> Records:
         return _from_json(path, kind)
     if kind == "text":
         return [{"text": _text(path)}]
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    if kind == "csv":
+        return _from_csv(path, "\t" if path.suffix == ".tsv" else ",")
     try:
-        loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise SboraxError(f"{path}: not readable as {kind} ({reason})") from error
     return cast(Records, loaded)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, newline: str | None = None) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise SboraxError(f"{path}: line {line} is not UTF-8 text (byte {error.object[error.start]:#x})") from error
+
+
+def _from_csv(path: Path, delimiter: str) -> Records:
+    """Every cell as the text that it is: `007`, `NA` and `true` are no number, no gap and no truth value.
+
+    Lines may leave out cells at their end, which are empty then.
+    """
+    before = csv.field_size_limit(LONGEST)
+    lines = csv.reader(io.StringIO(_text(path, "").removeprefix("\ufeff"), ""), delimiter=delimiter, strict=True)
+    records = []
+    try:
+        rows = (row for row in lines if row)
+        head = next(rows, [])
+        named = [name for name in head if name]
+        if len(set(named)) < len(named):
+            raise SboraxError(f"{path}: line {lines.line_num} names a column twice")
+        for row in rows:
+            if len(row) > len(head):
+                raise SboraxError(f"{path}: line {lines.line_num} has {len(row)} cells, the first line {len(head)}")
+            records.append(dict(itertools.zip_longest(head, row, fillvalue="")))
+    except csv.Error as error:
+        raise SboraxError(f"{path}: line {lines.line_num} is not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(before)
+    return records
 
 
 def _from_json(path: Path, kind: str) -> Records:
@@ -150,6 +198,9 @@ def _from_json(path: Path, kind: str) -> Records:
             bad = next((i for i, record in enumerate(records) if not isinstance(record, dict)), None)
             if bad is not None:
                 raise SboraxError(f"{path}: entry {bad} is not an object with columns")
+            for i, record in enumerate(records):
+                if any(isinstance(value, str) and len(value) > LONGEST for value in record.values()):
+                    raise SboraxError(f"{path}: entry {i} has a text of more than {LONGEST:,} letters; cut it up")
             return records
     return list(_lines(path, text))
 
@@ -158,6 +209,8 @@ def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        if len(line) > LONGEST:
+            raise SboraxError(f"{path}: line {number} has {len(line):,} letters, more than {LONGEST:,}; cut it up")
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

@@ -1,17 +1,18 @@
 """Samples as text: a list of pieces, each either prompt or answer."""
 
 import abc
+import json
+import math
 import string
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jinja2
-
 from sborax.classes import find_class, instance, is_known, load_plugins
 from sborax.core import SboraxError
-from sborax.data.clock import within
+from sborax.data import renderer
 from sborax.documents import shown
+from sborax.models.tokenizer import tokens_of
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -25,8 +26,8 @@ ALPACA_INPUT = (
 """Stanford Alpaca's prompts."""
 ANSWER = "Yes, indeed."
 """What an assistant might say, to see what a chat template puts after it."""
-SECONDS = 3.0
-"""Of one conversation in a chat template; a real one takes less than a thousandth."""
+CALLS, TOOLS = "tool_calls", "tools"
+"""Keys of a message and of a record without which the model would learn something else."""
 NAMES = ("alpaca", "llm_adapters", "chat", "text")
 
 
@@ -102,7 +103,7 @@ def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any
     Raises SboraxError for a missing column and for a template that is not known or does not fit the tokenizer.
     """
     if template == "chat":
-        return Rendered(_chat(_messages(record), tokenizer), special=False)
+        return Rendered(_chat(_messages(record), _tools(record), tokenizer), special=False)
     if template == "text":
         return Rendered([Piece(_fill("{text}", record), True)])
     if template == "alpaca":
@@ -125,7 +126,7 @@ def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
     if template == "chat":
         messages = _messages(record)
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return _apply(tokenizer, asked, generate=True)
+        return apply(tokenizer, asked, _tools(record), generate=True)
     if template == "alpaca":
         return _fill(ALPACA_INPUT if record.get("input") else ALPACA, record)
     if template == "llm_adapters":
@@ -159,20 +160,24 @@ def _fill(pattern: str, record: Mapping[str, Any]) -> str:
 def _check_text(what: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, int, float)):
         raise SboraxError(f"{what} holds a {type(value).__name__}, where text belongs")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SboraxError(f"{what} holds {value}, where text belongs")
 
 
-def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Turns as `{"role", "content"}`, from `messages` or from an instruction with its output."""
+def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Turns with all their keys, from `messages` or from an instruction with its output."""
     if "messages" in record:
-        turns = record["messages"]
-        wrong = not isinstance(turns, Sequence) or not turns
-        if wrong or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
+        given = record["messages"]
+        turns: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+        if not turns or not all(isinstance(turn, Mapping) and "role" in turn for turn in turns):
             raise SboraxError('column "messages" must be a list of {"role": ..., "content": ...}')
-        for turn in turns:
-            _check_text("the content of a message", turn["content"])
+        for number, turn in enumerate(turns):
             if not isinstance(turn["role"], str):
                 raise SboraxError(f"the role of a message is text, not {shown(turn['role'])}")
-        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            if turn.get("content") is None and not turn.get(CALLS):
+                raise SboraxError(f"message {number}, of role {shown(turn['role'])}, has no content and no {CALLS}")
+            _check_text("the content of a message", turn.get("content"))
+        return [dict(turn) for turn in turns]
     for asked, said in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
         if asked in record and said in record:
             for name in (asked, said):
@@ -187,21 +192,60 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, str]]:
     )
 
 
-def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
+def _tools(record: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The tools of a record's conversation, a list or the JSON of one; None if there are none."""
+    given = record.get(TOOLS) if "messages" in record else None
+    if isinstance(given, str) and given:
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise SboraxError(f"column {TOOLS!r} is text that is not JSON ({error})") from None
+    if not given:
+        return None
+    if not isinstance(given, Sequence) or not all(isinstance(tool, Mapping) for tool in given):
+        raise SboraxError(f"column {TOOLS!r} must be a list of objects, got {shown(given)}")
+    return list(given)
+
+
+def _rendered(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    generate: bool,
+    cuts: Sequence[tuple[int, bool]] = (),
+) -> renderer.Rendered:
     if not tokenizer.chat_template:
         raise SboraxError("data.template: this model's tokenizer has no chat template; use another template")
+    heeded = [CALLS] * any(message.get(CALLS) for message in messages) + [TOOLS] * (tools is not None)
     try:
-        with within(SECONDS):
-            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-    except Exception as failure:  # a template is a program, out of whose sandbox any error may come
-        reason = str(failure).partition("\n")[0]
-        # What a template raises itself; jinja's own errors are of classes below.
-        if type(failure) is jinja2.TemplateError:
+        done = renderer.render(tokenizer, messages, tools, generate, cuts, heeded)
+    except renderer.Failed as failure:
+        if failure.refused:
             raise SboraxError(
-                f"data.template: the chat template refuses this conversation ({reason}); where it has no system role, "
+                f"data.template: the chat template refuses this conversation ({failure}); where it has no system role, "
                 "put that text at the head of the first user turn"
             ) from None
-        raise SboraxError(f"data.template: the tokenizer's chat template failed ({reason})") from failure
+        raise SboraxError(f"data.template: the tokenizer's chat template failed ({failure})") from failure
+    if done.ignored:
+        raise SboraxError(
+            f"data.template: the tokenizer's chat template ignores {done.ignored[0]}; use a model whose template knows "
+            f"tools, or write them into the text of the messages and take {done.ignored[0]} out"
+        )
+    return done
+
+
+def apply(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    generate: bool,
+) -> str:
+    """A conversation through the tokenizer's chat template; generate: with what begins an answer behind it.
+
+    Raises SboraxError for a template that fails, or ignores tools or calls of them.
+    """
+    return _rendered(tokenizer, messages, tools, generate).text
 
 
 def chat_ends(tokenizer: Any) -> list[int]:
@@ -210,28 +254,31 @@ def chat_ends(tokenizer: Any) -> list[int]:
     Raises SboraxError if there is no chat template.
     """
     turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": ANSWER}]
-    after = _apply(tokenizer, turns, generate=False).rpartition(ANSWER)[2]
-    mark = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    after = apply(tokenizer, turns, generate=False).rpartition(ANSWER)[2]
+    mark = tokens_of(tokenizer, after, add_special_tokens=False)["input_ids"][:1]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*own, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in own)]
 
 
-def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
+def _chat(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any
+) -> list[Piece]:
     """The rendered conversation, cut so that what the assistant writes, its end mark included, is answer."""
-    whole = _apply(tokenizer, messages, generate=False)
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if answers[:1] == [0]:
+        raise SboraxError("the first message is the assistant's; a conversation begins with another turn")
+    cuts = [cut for turn in answers for cut in ((turn, True), (turn + 1, False))]
+    whole, ends, _ = _rendered(tokenizer, messages, tools, False, cuts)
     pieces, done = [], 0
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _apply(tokenizer, messages[:turn], generate=True)
-        after = _apply(tokenizer, messages[: turn + 1], generate=False)
-        if not whole.startswith(before) or not whole.startswith(after):
+    for begin, end in zip(ends[::2], ends[1::2], strict=True):
+        if begin is None or end is None:
             raise SboraxError(
                 "data.template: this chat template rewrites earlier turns; loss on answers is not defined: give "
                 "conversations of one answer"
             )
         # A line break after the end mark belongs to the template, not to the answer.
-        end = len(after.rstrip("\n")) if after.endswith("\n") else len(after)
-        pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : end], True)]
-        done = end
+        after = whole[:end]
+        stop = len(after.rstrip("\n")) if after.endswith("\n") else end
+        pieces += [Piece(whole[done:begin], False), Piece(whole[begin:stop], True)]
+        done = stop
     return [*pieces, Piece(whole[done:], False)]

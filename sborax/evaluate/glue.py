@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from sborax.core import SboraxError
 from sborax.data.source import find, read
+from sborax.documents import check_plain
 from sborax.evaluate.choice import Question, asked
 from sborax.evaluate.task import Record, field
 
@@ -17,6 +18,7 @@ def rows(name: str, split: str) -> Sequence[Record]:
     path = find(name, split)
     if path is None or path.suffix not in (".tsv", ".txt"):
         return list(read(name, split))
+    check_plain(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         head, *lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     for number, line in enumerate(lines, start=2):

@@ -1,13 +1,14 @@
 """lm-evaluation-harness on our models: github.com/EleutherAI/lm-evaluation-harness, `pip install 'sborax[eval]'`."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
     handle_stop_sequences,
     normalize_gen_kwargs,
@@ -17,11 +18,16 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from sborax.core import SboraxError
+from sborax.data.template import apply
 from sborax.evaluate.scorer import Pair, Scorer
+from sborax.models.tokenizer import text_of, tokens_of
+from sborax.terminal import say
 
 NEW_TOKENS = 256
 """Generated where a task does not say how many (the harness' Hugging Face models')."""
 RESULTS = "harness.json"
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Put behind a message that is to be continued, as transformers does: what a template writes after it is cut off."""
 
 
 class HarnessModel(TemplateLM):
@@ -52,16 +58,19 @@ class HarnessModel(TemplateLM):
         """Token ids; a text that begins with the mark of texts gets no second one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.scorer.prefix()))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        return tokens_of(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's template prints it."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        if add_generation_prompt:
+            return apply(self.tokenizer, chat_history, generate=True)
+        # The text ends with the last message, as transformers' does that continues it.
+        *earlier, last = chat_history
+        text = apply(self.tokenizer, [*earlier, {**last, "content": last["content"] + MARK}], generate=False)
+        before, mark, _ = text.rpartition(MARK.strip())
+        if not mark:
+            raise SboraxError("the tokenizer's chat template changes the last message, which the model is to continue")
+        return before if text[len(before) :].startswith(MARK) else before.rstrip()
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         # The options of a question come one after the other.
@@ -123,7 +132,7 @@ class HarnessModel(TemplateLM):
             seed=self.seed,
             stop=stop,
         )
-        decoded = [self.tokenizer.decode(text, skip_special_tokens=True) for text in texts]
+        decoded = [text_of(self.tokenizer, text) for text in texts]
         return [postprocess_generated_text(text, stop, None) for text in decoded]
 
 
@@ -135,7 +144,7 @@ def run_harness(
     include: str | None = None,
     out: str | epath.PathLike | None = None,
     seed: int = 0,
-    echo: Callable[[str], None] = print,
+    echo: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """The harness' results on its tasks of these names, and on those in the YAML files of directory `include`.
 
@@ -154,10 +163,11 @@ def run_harness(
         raise SboraxError(
             f"--harness {unknown}: lm-evaluation-harness has no such task; --include adds tasks of your own"
         )
-    done: Any = simple_evaluate(
-        model=HarnessModel(scorer, seed), tasks=list(names), limit=limit, task_manager=manager, random_seed=seed,
-        bootstrap_iters=1000,
-    )  # fmt: skip
+    with _without_git():
+        done: Any = evaluator.simple_evaluate(
+            model=HarnessModel(scorer, seed), tasks=list(names), limit=limit, task_manager=manager, random_seed=seed,
+            bootstrap_iters=1000,
+        )  # fmt: skip
     for name, metrics in done["results"].items():
         told = [f"{key} {_number(metrics, key)}" for key, value in metrics.items() if _is_score(key, value)]
         count = done["n-samples"].get(name, {})
@@ -170,6 +180,17 @@ def run_harness(
         kept = {key: done[key] for key in ("results", "n-samples", "versions", "configs")}
         (place / RESULTS).write_text(json.dumps({**kept, "limit": limit, "seed": seed}, indent=2, default=str) + "\n")
     return done
+
+
+@contextlib.contextmanager
+def _without_git() -> Iterator[None]:
+    """The harness asks git for a commit that is not kept here; outside of a checkout git complains on the terminal."""
+    ask = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = str
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 def _is_score(key: str, value: Any) -> bool:

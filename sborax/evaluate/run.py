@@ -14,6 +14,7 @@ from sborax.core import SboraxError
 from sborax.documents import read_object, shown
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Metric, Record
+from sborax.terminal import say
 from sborax.train.report import versions
 
 SCORES = "scores.json"
@@ -110,7 +111,7 @@ def evaluate(
     out: str | epath.PathLike | None = None,
     trained_on: Sequence[Record] | None = None,
     about: Mapping[str, Any] | None = None,
-    echo: Callable[[str], None] = print,
+    echo: Callable[[str], None] = say,
 ) -> list[Score]:
     """Score a model on tasks.
 

@@ -18,7 +18,7 @@ from sborax.mesh import ROWS
 from sborax.models.beam import beam_search
 from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.tokenizer import finished
+from sborax.models.tokenizer import finished, tokens_of
 from sborax.routing import routed_parts
 from sborax.train.sharding import Layout, make_mesh
 from sborax.tree import Adapters, nodes
@@ -78,7 +78,7 @@ class Scorer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; special: with the tokens that the tokenizer adds to a text, which a chat template has already."""
-        return self.model.tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        return tokens_of(self.model.tokenizer, text, add_special_tokens=special)["input_ids"]
 
     def pair(self, prompt: str, continuation: str, special: bool = True) -> Pair:
         """A prompt and its continuation as tokens, cut where the harness cuts them.

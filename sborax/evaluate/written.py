@@ -8,7 +8,7 @@ from sborax.core import SboraxError
 from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean
-from sborax.models.tokenizer import until
+from sborax.models.tokenizer import text_of, until
 
 
 def texts(
@@ -17,7 +17,7 @@ def texts(
     """What the model writes after each prompt, special tokens left out, up to the first of the `stop` strings."""
     found = []
     for new in scorer.write(prompts, new_tokens, beams=beams, stop=stop):
-        text = scorer.model.tokenizer.decode(new, skip_special_tokens=True)
+        text = text_of(scorer.model.tokenizer, new)
         found.append(until(text, stop))
     return found
 

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sborax.core import SboraxError
-from sborax.documents import parse, read_object, shown
+from sborax.documents import check_plain, parse, read_object, shown
 from sborax.models.config import LlamaConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
 from sborax.models.shards import aligned, read_sharded
 from sborax.quant.nf4 import NF4Array, check, quantise, quantise_numpy
+from sborax.terminal import say
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The format's names of dtypes -> numpy's."""
@@ -85,6 +88,7 @@ class Safetensors(AbstractTensors):
 
 
 def _entries(file: Path) -> dict[str, Entry]:
+    check_plain(file)
     try:
         with safe_open(file, framework="numpy") as shard:
             names = shard.keys()
@@ -102,13 +106,16 @@ def _entries(file: Path) -> dict[str, Entry]:
 
 
 def open_safetensors(directory: Path) -> Safetensors:
-    """The shards that the directory's index lists, or its `model.safetensors`.
+    """The directory's `model.safetensors`, else the shards that its index lists: the order of transformers.
 
+    An index that is not read, and lists other files, is reported in a line on stderr.
     Raises SboraxError for a missing, truncated or unlisted shard.
     """
-    index = directory / INDEX
-    listed = _weight_map(index) if index.exists() else None
-    shards = ["model.safetensors"] if listed is None else sorted(set(listed.values()))
+    index, single = directory / INDEX, (directory / SINGLE).exists()
+    listed = _weight_map(index) if index.exists() and not single else None
+    if single and index.exists() and not _lists_only(index, SINGLE):
+        say(f"{directory}: {SINGLE} is read, as by transformers; {INDEX} lists other files", file=sys.stderr)
+    shards = [SINGLE] if listed is None else sorted(set(listed.values()))
     entries: dict[str, Entry] = {}
     for shard in shards:
         if not (directory / shard).exists():
@@ -129,6 +136,13 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise SboraxError(f"{index}: {shown(shard)} is not the name of a safetensors file beside it")
     return listed
+
+
+def _lists_only(index: Path, shard: str) -> bool:
+    try:
+        return set(_weight_map(index).values()) == {shard}
+    except SboraxError:
+        return False
 
 
 def load_params(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,11 @@ from jaxtyping import Float32
 from sborax.core import SboraxError
 from sborax.documents import shown
 from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
+
+MOST_LAYERS = 1 << 12
+WIDEST = 1 << 23
+WIDEST_HEAD = 1 << 16
+"""Layers of a model, an axis of its arrays, and a head of its attention: far beyond any, and no trouble yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         family_of(self.model_type)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            _check_tokens(key, getattr(self, key), self.vocab_size)
+        self._check_bounds()
         if self.layer_sizes and len(self.layer_sizes) != self.num_hidden_layers:
             raise SboraxError(f"layer_sizes: {len(self.layer_sizes)} entries for {self.num_hidden_layers} layers")
         for layer in range(len(self.layer_sizes)):
@@ -90,6 +98,13 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise SboraxError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    def _check_bounds(self) -> None:
+        bounds = {"vocab_size": WIDEST, "hidden_size": WIDEST, "intermediate_size": WIDEST, "head_dim": WIDEST_HEAD}
+        bounds |= {"num_attention_heads": WIDEST // max(1, self.head_dim), "num_hidden_layers": MOST_LAYERS}
+        for key, most in bounds.items():
+            if getattr(self, key) > most:
+                raise SboraxError(f"{key} must be at most {most:,}, got {getattr(self, key):,}")
 
     @property
     def family(self) -> Family:
@@ -141,9 +156,11 @@ class LlamaConfig:
         heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
         if read.optional_whole("head_dim") is None and width % heads:
             raise SboraxError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
-        length = read.whole("max_position_embeddings")
-        return LlamaConfig(
-            vocab_size=read.whole("vocab_size"),
+        length, vocabulary = read.whole("max_position_embeddings"), read.whole("vocab_size")
+        # In the first LLaMA's files -1 says that there is no padding token.
+        pad = None if raw.get("pad_token_id") == -1 else next(iter(read.tokens("pad_token_id", vocabulary)), None)
+        given: dict[str, Any] = dict(
+            vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=read.whole("intermediate_size"),
             num_hidden_layers=read.whole("num_hidden_layers"),
@@ -158,11 +175,15 @@ class LlamaConfig:
             mlp_bias="mlp_bias" in family.own and read.flag("mlp_bias"),
             sliding_window=read.optional_whole("sliding_window") if "sliding_window" in family.own else None,
             model_type=str(kind),
-            bos_token_id=next(iter(read.tokens("bos_token_id")), None),
-            eos_token_id=read.tokens("eos_token_id"),
-            pad_token_id=next(iter(read.tokens("pad_token_id")), None),
+            bos_token_id=next(iter(read.tokens("bos_token_id", vocabulary)), None),
+            eos_token_id=read.tokens("eos_token_id", vocabulary),
+            pad_token_id=pad,
             layer_sizes=_read_sizes(raw, where),
         )
+        try:
+            return LlamaConfig(**given)
+        except SboraxError as error:
+            raise SboraxError(f"{where}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `from_hf` reads back, and transformers if all layers are alike."""
@@ -188,12 +209,19 @@ class LlamaConfig:
         return raw
 
 
-def ends(raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
+def ends(raw: Mapping[str, Any], where: str, vocabulary: int) -> tuple[int, ...]:
     """Every id that ends a text, of a `config.json` or `generation_config.json`; `where` names the file in errors.
 
-    Raises SboraxError for what is no id.
+    Raises SboraxError for what is no id in a vocabulary of this size.
     """
-    return _Reader(raw, where).tokens("eos_token_id")
+    return _Reader(raw, where).tokens("eos_token_id", vocabulary)
+
+
+def _check_tokens(key: str, given: int | Sequence[int] | None, vocabulary: int) -> None:
+    """Raise SboraxError for an id outside of the vocabulary: as an index it would mean another token."""
+    for token in [] if given is None else [given] if isinstance(given, int) else given:
+        if not 0 <= token < vocabulary:
+            raise SboraxError(f"{key}: {token} is no token of a vocabulary of {vocabulary:,}; correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +259,16 @@ class _Reader:
             raise SboraxError(f"{self.where}: {key} must be true or false, got {shown(value)}")
         return value
 
-    def tokens(self, key: str) -> tuple[int, ...]:
-        """None, one id or a list of them."""
+    def tokens(self, key: str, vocabulary: int) -> tuple[int, ...]:
+        """None, one id or a list of them, in a vocabulary of this size."""
         value = self.raw.get(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(number) is int and abs(number) < 2**31 for number in found):
             raise SboraxError(f"{self.where}: {key} must be the number of a token, got {shown(value)}")
+        try:
+            _check_tokens(key, found, vocabulary)
+        except SboraxError as error:
+            raise SboraxError(f"{self.where}: {error}") from None
         return tuple(found)
 
 

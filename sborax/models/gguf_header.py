@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 from sborax.core import SboraxError
+from sborax.documents import check_plain
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by the number of its type: integers, floats and booleans."""
@@ -12,6 +13,11 @@ STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MOST_VALUES = 1 << 22
 """Values of an array: the package makes an object of each. The largest vocabularies have 2^18 entries."""
+MOST_FIELDS = 1 << 16
+MOST_TENSORS = 1 << 17
+"""Of a file. Real ones have some dozens of fields, and a few thousand tensors."""
+LEAST_FIELD, LEAST_TENSOR = 13, 24
+"""Bytes that the shortest ones take: lengths, types, sizes and offsets without a name."""
 MOST_AXES = 4
 """What llama.cpp allows."""
 
@@ -58,6 +64,7 @@ class _Walk:
 
 def check_header(file: Path) -> None:
     """Raise SboraxError unless everything that the header announces lies within the file."""
+    check_plain(file)
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw:
             _walk(_Walk(raw))
@@ -71,6 +78,10 @@ def _walk(walk: _Walk) -> None:
     if (version := walk.number("I")) not in VERSIONS:
         raise ValueError(f"its version is {version}, known: 2, 3")
     tensors, fields = walk.number("Q"), walk.number("Q")
+    if fields * LEAST_FIELD + tensors * LEAST_TENSOR > len(walk.raw) - walk.place:
+        raise ValueError("it ends within its header")
+    if fields > MOST_FIELDS or tensors > MOST_TENSORS:
+        raise ValueError(f"its header announces more than {MOST_FIELDS:,} fields or {MOST_TENSORS:,} tensors")
     for _ in range(fields):
         walk.text()
         walk.value(walk.number("I"))

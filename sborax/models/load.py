@@ -20,8 +20,9 @@ from sborax.models.config import LlamaConfig, ends
 from sborax.models.gguf import open_gguf
 from sborax.models.language_model import LanguageModel, Params, abstract
 from sborax.models.llama import Llama, kept_names
-from sborax.models.tokenizer import read_tokenizer
+from sborax.models.tokenizer import check_vocabulary, read_tokenizer
 
+ADAPTER = "adapter_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 FILES = ["model*.safetensors", "*.json", "*.jinja"]
 """What is fetched from the hub: no pickles, no code."""
@@ -59,12 +60,17 @@ def read_config(place: Path) -> LlamaConfig:
     if place.suffix == ".gguf":
         return open_gguf(place).config()
     file = place / "config.json"
+    if (place / ADAPTER).exists():
+        raise SboraxError(
+            f"{place / ADAPTER}: makes the directory a PEFT adapter, for which transformers loads the base that is "
+            "named there; give that base and this directory as its adapter, or remove the file"
+        )
     if not file.exists():
         raise SboraxError(f"{file}: missing; is this a Hugging Face model directory?")
     config = LlamaConfig.from_hf(read_object(file), str(file))
     # Where the turn of a chat has an end mark of its own, it is often named here alone.
     generation = place / "generation_config.json"
-    more = ends(read_object(generation), str(generation)) if generation.exists() else ()
+    more = ends(read_object(generation), str(generation), config.vocab_size) if generation.exists() else ()
     return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *more])))
 
 
@@ -106,6 +112,8 @@ def load_model(
     else:
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size, tensors.where)
     if config.num_hidden_layers > len(tensors.names()):
         raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
     backend = choose(attention, platform(), dtype, config.head_dim)

@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_safetensors
 from sborax.config import decode, encode
 from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.depth import stack_of
-from sborax.documents import read_object, shown
+from sborax.documents import check_plain, read_object, shown
 from sborax.mesh import whole
 from sborax.paths import Rule, RuleLike, as_rules
 from sborax.rebase import rewrite
@@ -121,6 +121,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
     for name in (PLAN, LEAVES):
         if not (place / name).exists():
             raise SboraxError(f"{place / name}: missing; is this the adapter/ of a run?")
+        check_plain(place / name)
     try:
         leaves = load_safetensors((place / LEAVES).read_bytes())
     # KeyError: a dtype that numpy has not.

@@ -1,5 +1,6 @@
 """Files of a run, each written whole or not at all, and what to say when the disk refuses."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -12,15 +13,17 @@ from sborax.core import SboraxError
 _CODE = re.compile(r"os_error_code='(\d+)'")
 """What tensorstore hands on of the operating system's answer."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Answers of the operating system that room would change."""
+
 
 def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
     """One line for a write that failed."""
     code = _CODE.search(str(error))
-    if isinstance(error, OSError) and error.strerror:
-        reason = error.strerror
-    else:
-        reason = os.strerror(int(code[1])) if code else str(error).strip().partition("\n")[0]
-    return SboraxError(f"{place}: not written ({reason}); make room, then --resume goes on from the last checkpoint")
+    number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+    reason = str(error).strip().partition("\n")[0] if number is None else os.strerror(number)
+    remedy = "make room" if number in FULL else "mend that"
+    return SboraxError(f"{place}: not written ({reason}); {remedy}, then --resume goes on from the last checkpoint")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,12 +14,13 @@ from sborax.config import encode
 from sborax.core import SboraxError
 from sborax.data.batches import Batches, arrange, in_order, shuffled
 from sborax.data.options import Data
-from sborax.data.samples import Sample, load_samples
+from sborax.data.samples import Sample, check_ids, load_samples
 from sborax.data.source import check_named
 from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.load import load_config, load_model
 from sborax.paths import Plan, as_rules, has_policy, plan
 from sborax.procedures import Run
+from sborax.terminal import say
 from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
 from sborax.train.base import adapt, rewritten
 from sborax.train.best import best_so_far
@@ -44,11 +44,10 @@ from sborax.tree import combine, nest, nodes
 ADAPTER = "adapter"
 
 Echo = Callable[[str], None]
-_ECHO = functools.partial(print, flush=True)
 
 
 def train(
-    experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO, profile: bool = False
+    experiment: Experiment, out: str | epath.PathLike, resume: bool = False, echo: Echo = say, profile: bool = False
 ) -> Summary:
     """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
 
@@ -201,6 +200,7 @@ def end_token(model: LanguageModel) -> int | None:
 
 def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[list[Sample], str]:
     samples, report = load_samples(data, model.tokenizer, end_token(model), model.config.context)
+    check_ids(data.label(), samples, model.tokenizer, model.config.vocab_size)
     echo(f"{what} {data.label()}: {report}")
     return samples, str(report)
 

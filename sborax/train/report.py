@@ -18,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from sborax.core import AbstractComposite, AbstractMethod, SboraxError
-from sborax.documents import parse, read_object
+from sborax.documents import check_plain, parse, read_object
 from sborax.paths import Plan, module_path
 from sborax.train.disk import replace, writing
 
@@ -35,7 +35,8 @@ class Metrics:
         self.path, self.writes = run / METRICS, writes
         self.lines: list[dict[str, Any]] = []
         if restored and writes and self.path.exists():
-            for text in self.path.read_text().splitlines():
+            check_plain(self.path)
+            for text in self.path.read_bytes().splitlines():
                 # A killed run may leave half a line, which belongs to a step that is done again.
                 try:
                     line = parse(text, str(self.path))

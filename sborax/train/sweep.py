@@ -1,7 +1,6 @@
 """Several runs at once over one base: one load, one compiled step, one copy of the weights."""
 
 import contextlib
-import functools
 import json
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from sborax.data.batches import Batches
 from sborax.models.language_model import LanguageModel
 from sborax.procedures import Run
 from sborax.routing import selective
+from sborax.terminal import say
 from sborax.train.adapter import save_adapter
 from sborax.train.checkpoint import FOLDER, open_checkpoints
 from sborax.train.claim import check_config, claimed, has_computed, locked
@@ -35,10 +35,8 @@ from sborax.train.sweep_steps import Begun, SweepLoop
 from sborax.train.turns import turns_of
 from sborax.tree import combine, nodes
 
-_ECHO = functools.partial(print, flush=True)
 
-
-def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, echo: Echo = _ECHO) -> Results:
+def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, echo: Echo = say) -> Results:
     """Train all members of a sweep at once and write `out`: a run directory for each, checkpoints, `sweep.json`.
 
     resume: continue from the newest whole checkpoint in `out`. SIGTERM and Ctrl-C save one and end in good order.

@@ -1,0 +1,117 @@
+"""What runs are made from and leave: configs, changes of them, meshes, what is gone on from."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from etils import epath
+
+from sborax.cli.plan import _sizes
+from sborax.cli.targets import is_run
+from sborax.config import encode, override
+from sborax.paths import plan
+from sborax.train.adapter import LEAVES, PLAN
+from sborax.train.best import best_so_far
+from sborax.train.experiment import CONFIG, load_experiment
+from sborax.train.grid import Sweep, read_grid
+from sborax.train.report import METRICS, Metrics
+from sborax.train.results import SWEEP, check_same
+
+from .mutations import RAW, TEXTS, harm, harm_text, places, write
+from .seeds import Prepare, abstract_tiny, experiment, put
+
+
+def run(home: Path) -> Prepare:
+    """A run's `config.json`, and the plan that its rules make."""
+    seed = encode(experiment())
+
+    def prepare(random: Random, place: Path) -> Callable[[], Any]:
+        put(place, config__json=write(random, harm(random, seed)))
+
+        def read() -> Any:
+            is_run(str(place))
+            found = load_experiment(str(place / CONFIG) if random.randrange(2) else str(place))
+            return plan(abstract_tiny(), found.rules)
+
+        return read
+
+    return prepare
+
+
+def overrides(home: Path) -> Prepare:
+    """`key=value` of `sborax train` and `sborax sweep`."""
+    raw = encode(experiment())
+    keys = [".".join(map(str, place)) for place in places(raw)]
+
+    def word(random: Random) -> str:
+        key = random.choice(keys)
+        place = tuple(int(part) if part.isdecimal() else part for part in key.split(".")) if key else ()
+        value = raw
+        for part in place:
+            value = value[part]
+        if random.randrange(6) == 0:
+            key = harm_text(random, key, (*TEXTS, *keys, ".", "*", "=", "[0]"))
+        kind = random.randrange(6)
+        if kind == 0:
+            return f"{key}={random.choice((*TEXTS, *RAW.values()))}"
+        if kind == 1:
+            return f"{key}={harm(random, value)!r}"
+        text = write(random, harm(random, value)).decode("utf-8", "replace")
+        if kind == 2:
+            return f"{key}={text},{json.dumps(value)}"
+        return f"{key}={text}" if kind < 5 else harm_text(random, f"{key}={text}", TEXTS)
+
+    def prepare(random: Random, place: Path) -> Callable[[], Any]:
+        words = [word(random) for _ in range(random.choice((1, 1, 2, 3)))]
+
+        def read() -> Any:
+            if random.randrange(2):
+                return override(experiment(), words)
+            changes, grid = read_grid(words)
+            changed = override(experiment(), ["save.best=false", "mesh=null", *changes])
+            return Sweep(changed, grid or {"optimizer.lr": (1e-3, 1e-4)}).members()
+
+        return read
+
+    return prepare
+
+
+def meshes(home: Path) -> Prepare:
+    """`sborax plan --mesh`."""
+
+    def prepare(random: Random, place: Path) -> Callable[[], Any]:
+        text = harm_text(random, "fsdp=8,tensor=2,data=4,slices=2", (*TEXTS, "²", "٣", "=", ",", "9" * 5_000))
+        return lambda: _sizes(text)
+
+    return prepare
+
+
+def leftovers(home: Path) -> Prepare:
+    """What a run or a sweep finds when it goes on: `sweep.json`, `metrics.jsonl`, `best/plan.json`."""
+    members = Sweep(override(experiment(), ["save.best=false", "mesh=null"]), {"optimizer.lr": (1e-3, 1e-4)}).members()
+    listed = {"members": [{"name": one.name, "changes": list(one.changes)} for one in members]}
+    lines = [{"step": step, "loss": 2.0, "eval_loss": 1.5} for step in range(1, 5)]
+    about = {"format": 1, "rules": [], "sites": [], "trained_base": [], "base": {}, "eval_loss": 1.0, "eval_data": {}}
+
+    def prepare(random: Random, place: Path) -> Callable[[], Any]:
+        (place / SWEEP).write_bytes(write(random, harm(random, listed)))
+        (place / METRICS).write_bytes(b"\n".join(write(random, harm(random, line)) for line in lines))
+        (place / "best").mkdir()
+        (place / "best" / PLAN).write_bytes(write(random, harm(random, about)))
+        (place / "best" / LEAVES).write_bytes(struct.pack("<Q", 2) + b"{}")
+        which = random.randrange(3)
+
+        def read() -> Any:
+            if which == 0:
+                return check_same(epath.Path(place), members)
+            if which == 1:
+                found = Metrics(epath.Path(place), 3)
+                return found.losses(), found.eval_loss()
+            return best_so_far(epath.Path(place), {}, lambda line: None)
+
+        return read
+
+    return prepare
