@@ -139,7 +139,7 @@ def test_any_flipped_bit_is_found_and_its_leaf_named(tmp_path):
         damaged = np.array(leaf)
         damaged.reshape(-1).view(np.uint8)[-1] ^= 1
         save_file({**leaves, name: damaged}, tmp_path / LEAVES)
-        with pytest.raises(sx.SboraxError, match=re.escape(f"adapter.safetensors: '{name}' is damaged")) as caught:
+        with pytest.raises(sx.SboraxError, match=re.escape(f"adapter.safetensors: {name} is damaged")) as caught:
             read_adapter(tmp_path)
         assert "\n" not in str(caught.value)
     save_file(leaves, tmp_path / LEAVES)
@@ -157,7 +157,7 @@ def test_leaves_that_are_not_finite_are_named(tmp_path, value, digests):
     if not digests:
         plan = json.loads((tmp_path / PLAN).read_text())
         (tmp_path / PLAN).write_text(json.dumps({name: one for name, one in plan.items() if name != "digests"}))
-    with pytest.raises(sx.SboraxError, match="'layers/attn/kernel/train/b' is not finite"):
+    with pytest.raises(sx.SboraxError, match="layers/attn/kernel/train/b is not finite"):
         read_adapter(tmp_path)
 
 

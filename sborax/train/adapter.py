@@ -167,9 +167,9 @@ def _check_values(place: epath.Path, leaves: Mapping[str, np.ndarray], digests: 
         raise SboraxError(f"{place / PLAN}: digests are not those of the leaves in {LEAVES}; restore both from a copy")
     for name, leaf in leaves.items():
         if digests is not None and digests[name] != _digest(leaf):
-            raise SboraxError(f"{place / LEAVES}: {shown(name)} is damaged, its digest is another; restore a copy")
+            raise SboraxError(f"{place / LEAVES}: {name} is damaged, its digest is another; restore a copy")
         if not np.issubdtype(leaf.dtype, np.integer) and not np.isfinite(leaf).all():
-            raise SboraxError(f"{place / LEAVES}: {shown(name)} is not finite; a training that diverged, or damage")
+            raise SboraxError(f"{place / LEAVES}: {name} is not finite; a training that diverged, or damage")
 
 
 def _site(site: Any, where: str) -> tuple[str, int]:
