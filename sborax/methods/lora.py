@@ -43,6 +43,7 @@ class LoRA(AbstractFactored):
 
     paper = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685"
     ragged = True
+    pair = True
 
     rank: Rank = 8
     alpha: float | None = hyper(None)

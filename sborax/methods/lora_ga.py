@@ -46,6 +46,7 @@ class LoRAGA(AbstractFactored):
 
     paper = "LoRA-GA: Low-Rank Adaptation with Gradient Approximation, arXiv:2407.05000"
     rewrites_base = True
+    pair = True
     needs = frozenset({"grad"})
 
     rank: int = 8

@@ -37,6 +37,7 @@ class OLoRA(AbstractFactored):
 
     paper = "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv:2406.01775"
     rewrites_base = True
+    pair = True
 
     rank: int = 16
     alpha: float | None = hyper(None)

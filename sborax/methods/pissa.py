@@ -47,6 +47,7 @@ class PiSSA(AbstractFactored):
 
     paper = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs, arXiv:2404.02948"
     rewrites_base = True
+    pair = True
 
     rank: int = 16
     alpha: float | None = hyper(None)

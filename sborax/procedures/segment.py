@@ -14,7 +14,7 @@ from sborax.core import AbstractFactored, AbstractWeight, Adapter, SboraxError, 
 from sborax.methods.lora import LoRA
 from sborax.optim.pairs import over_pairs
 from sborax.paths import Site
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
 from sborax.tree import Adapters, attach, merge, nest, nodes, stack_of
 
 
@@ -23,6 +23,7 @@ def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any],
     name = type(procedure).__name__
     if not run.plan.sites:
         raise SboraxError(f"{name}: nothing is adapted; give rules")
+    check_layers(procedure, run)
     for site in run.plan.sites:
         method, own = site.method, type(site.method).__name__
         if site.path not in base:

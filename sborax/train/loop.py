@@ -36,7 +36,7 @@ from sborax.train.state import Parts, TrainState, parameters, start, take_apart
 from sborax.train.steps import Loop
 from sborax.train.stop import Stop, stopping
 from sborax.train.trace import make_trace
-from sborax.train.turns import Turns
+from sborax.train.turns import turns_of
 from sborax.tree import combine, nest, nodes
 
 ADAPTER = "adapter"
@@ -87,12 +87,8 @@ def _train(
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
     kv_heads = model.config.num_key_value_heads
     model, parts, base_prints, total, chosen = set_up(experiment, model, batches, run, echo)
-    turns = None
-    if experiment.procedure is not None:
-        # The third stream of one seed, after initial adapters and dropout.
-        key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
-        turns = Turns(experiment.procedure, Run(chosen, steps, kv_heads), key, run)
-        parts = turns.begin(parts)
+    turns = turns_of(experiment, Run(chosen, steps, kv_heads), run)
+    parts = parts if turns is None else turns.begin(parts)
     tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
     parts = layout.place(parts, model.config)
     if layout.mesh is not None:
@@ -109,11 +105,11 @@ def _train(
             state, done = restored
             if done > steps:
                 raise SboraxError(f"{run}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
-            ended = finished(run, steps)
-            if done == steps and ended is not None:
+            summary = ending(run, steps)
+            if done == steps and summary is not None:
                 checkpoints.close()
                 echo(f"already finished after step {done:,}: {run}")
-                return ended
+                return summary
             parts = parts if turns is None else turns.resume(done, state, parts)
             echo(f"resuming after step {done:,}")
     elif checkpoints.steps:
@@ -161,7 +157,7 @@ def _train(
     return summary
 
 
-def finished(run: epath.Path, steps: int) -> Summary | None:
+def ending(run: epath.Path, steps: int) -> Summary | None:
     """The summary of a run that has made its `steps` and written its adapter; None if something is left to write."""
     summary = Summary.read(run)
     whole = summary is not None and summary.finished and summary.steps == steps and (run / ADAPTER / PLAN).exists()

@@ -9,10 +9,20 @@ from jaxtyping import Array, Key, PyTree
 
 from sborax.procedures import AbstractProcedure, Boundary, Run
 from sborax.train.adapter import read_adapter, save_adapter
+from sborax.train.experiment import Experiment
 from sborax.train.state import Parts, TrainState
 from sborax.tree import Adapters, combine, split
 
 SEGMENTS = "segments"
+
+
+def turns_of(experiment: Experiment, run: Run, place: epath.Path) -> "Turns | None":
+    """The experiment's procedure in a run in the directory `place`; None if it has none."""
+    if experiment.procedure is None:
+        return None
+    # The third stream of one seed, after initial adapters and dropout.
+    key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
+    return Turns(experiment.procedure, run, key, place)
 
 
 @dataclasses.dataclass(frozen=True)
