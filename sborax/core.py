@@ -217,6 +217,9 @@ class AbstractAdditive(AbstractMethod):
 class AbstractFactored(AbstractAdditive):
     """An additive method whose change of the *original* base weight is a product of thin factors."""
 
+    pair: bool = False
+    """`merge` is W + s a b, with W as `init` left it and a constant s; a and b are trained, and nothing else is."""
+
     @abc.abstractmethod
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
         """`(a, b)` with `a @ b` the change since before `init`, scale included: a plain LoRA of scale 1."""

@@ -136,6 +136,19 @@ def assert_close(a, b, tol: float):
     chex.assert_trees_all_close(host(a), host(b), atol=tol * (largest(b) or 1.0), rtol=0)
 
 
+@by_case
+def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
+    weight, node = fitted(case.method)
+    declared = getattr(case.method, "pair", False)
+    if case.method.mergeable or case.method.linked or set(node.train) != {"a", "b"} or "scale" not in node.frozen:
+        assert not declared
+        return
+    moved = trained(node)
+    a, b, scale = moved.train["a"], moved.train["b"], moved.frozen["scale"]
+    wanted = weight + jnp.matmul(scale[:, None, None] * a, b, precision="highest")
+    assert declared == bool(jnp.allclose(merged(weight, moved), wanted, rtol=0, atol=1e-5 * largest(wanted)))
+
+
 @by_setting
 @by_case
 def test_identity_at_init(case: Case, dtype, stacked, quantised):

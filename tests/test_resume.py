@@ -2,18 +2,27 @@
 
 import dataclasses
 import json
+import os
+import random
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from cases import METHODS, PROCEDURES
+from etils import epath
 from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax import procedures
 from sborax.procedures import AbstractProcedure
+from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
+ROOT = Path(__file__).resolve().parents[1]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEVENS = [METHODS[start : start + len(PROJECTIONS)] for start in range(0, len(METHODS), len(PROJECTIONS))]
 
@@ -22,7 +31,8 @@ SEVENS = [METHODS[start : start + len(PROJECTIONS)] for start in range(0, len(ME
 def places(tmp_path_factory):
     """A model that every row of `cases` fits, a smaller one, and a tiny data set."""
     place = tmp_path_factory.mktemp("places")
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 192, "intermediate_size": 192, "head_dim": 32}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 6}
     wide, tiny = write_model(place / "wide", **sizes), write_model(place / "tiny")
     return {"wide": str(wide), "tiny": str(tiny), "data": str(write_data(place / "data.jsonl"))}
 
@@ -66,7 +76,7 @@ def same_but_for_times(one, other):
     def untimed(text):
         return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in text]
 
-    assert one.keys() == other.keys()
+    assert one.keys() == other.keys(), one.keys() ^ other.keys()
     for name in one:
         if name == "metrics.jsonl":
             assert untimed(one[name].splitlines()) == untimed(other[name].splitlines())
@@ -106,7 +116,92 @@ def test_a_method_loses_nothing_at_the_end_of_a_run(cases, places, tmp_path):
     resumed_at_the_end(an_experiment(places, "wide", rules, steps=2), tmp_path / "run")
 
 
+def test_fewer_steps_than_were_made_are_refused_and_more_are_made(places, tmp_path):
+    experiment = an_experiment(places, "tiny", [("mlp", sx.LoRA(rank=2))], steps=3)
+    schedule = dataclasses.replace(experiment.optimizer, schedule="constant")
+    experiment = dataclasses.replace(experiment, optimizer=schedule)
+    train(experiment, tmp_path / "run", echo=quiet)
+    before = files(tmp_path / "run")
+    fewer, more = (dataclasses.replace(experiment, steps=steps) for steps in (2, 4))
+    with pytest.raises(sx.SboraxError, match="has made 3 steps, and is to make 2; give it 3 or more"):
+        train(fewer, tmp_path / "run", resume=True, echo=quiet)
+    after = files(tmp_path / "run")
+    assert all(after[name] == before[name] for name in before if name != "config.json")
+    assert train(more, tmp_path / "run", resume=True, echo=quiet).steps == 4
+    # The summary is that of step 3 until the run has ended again.
+    forget(tmp_path / "run", "checkpoints/4")
+    (tmp_path / "run" / "summary.json").write_bytes(before["summary.json"])
+    whole = files(tmp_path / "run")
+    assert train(more, tmp_path / "run", resume=True, echo=quiet).steps == 4
+    assert files(tmp_path / "run")["adapter/adapter.safetensors"] == whole["adapter/adapter.safetensors"]
+
+
 def test_every_procedure_has_a_row():
     known = [getattr(procedures, name) for name in procedures.__all__]
     concrete = {one for one in known if issubclass(one, AbstractProcedure) and one is not AbstractProcedure}
     assert concrete == {type(procedure) for procedure, _ in PROCEDURES.values()}
+
+
+# A process that is killed
+
+CHILD = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import sborax as sx
+from sborax.train.loop import train
+mode, *places = sys.argv[1:]
+for config, out in zip(places[::2], places[1::2], strict=True):
+    train(sx.load_experiment(config), out, resume=mode == "resume")
+"""
+
+
+def child(cache, mode, *places):
+    """A process that trains the experiments of `places`, each a config and a run directory, one after the other."""
+    names = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", CHILD, mode, *map(str, places)]
+    return subprocess.Popen(
+        command, env={**os.environ, **names}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def output(process):
+    """What a process said that has come to its end."""
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_kill_9_of_every_procedure_then_resume_ends_with_the_same_bits(places, tmp_path):
+    moments, cache, configs = random.Random(9), tmp_path / "cache", {}
+    for name, (procedure, method) in PROCEDURES.items():
+        rules, save = [("self_attn|mlp", method)], sx.Save(every=2, keep=3)
+        experiment = an_experiment(places, "tiny", rules, procedure=procedure, steps=24, save=save, eval=sx.Eval())
+        (tmp_path / name).mkdir()
+        save_experiment(experiment, epath.Path(tmp_path / name))
+        configs[tmp_path / name] = tmp_path / name / "config.json"
+
+    def all_in(out):
+        return [part for place, config in configs.items() for part in (config, place / out)]
+
+    output(child(cache, "new", *all_in("whole")))
+    for place, config in configs.items():
+        process = child(cache, "new", config, place / "cut")
+        file, lines, deadline = place / "cut" / "metrics.jsonl", moments.randint(5, 14), time.monotonic() + 600
+        while not (file.exists() and len(file.read_text().splitlines()) >= lines):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.002)
+        # Anything may be going on then: a step, a merge, a segment or a checkpoint being written.
+        time.sleep(moments.uniform(0.0, 0.05))
+        process.kill()
+        process.communicate()
+        assert not (place / "cut" / "adapter").exists(), f"the run had ended before step {lines} was seen"
+    said = output(child(cache, "resume", *all_in("cut")))
+    assert said.count("resuming after step") == len(PROCEDURES)
+    for place in configs:
+        same_but_for_times(files(place / "cut"), files(place / "whole"))

@@ -25,7 +25,7 @@ from sborax.train.adapter import LEAVES, load_adapter
 from sborax.train.checkpoint import flat, open_checkpoints
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer, schedule
-from sborax.train.state import put_together, start, take_apart
+from sborax.train.state import TrainState, put_together, start, take_apart
 from sborax.train.step import check_alive, make_loss, make_step
 from sborax.tree import nodes
 from tests.tiny_model import write_data, write_model
@@ -434,6 +434,31 @@ def test_a_checkpoint_with_a_missing_file_is_passed_over(saved, tmp_path):
     checkpoints.close()
     assert step == 2
     chex.assert_trees_all_equal(tree, trees[1])
+
+
+@pytest.mark.parametrize("members", [(), (2,)], ids=["run", "sweep"])
+def test_a_checkpoint_under_another_number_is_passed_over(tmp_path, members):
+    checkpoints = open_checkpoints(epath.Path(tmp_path), 9)
+    trees = {}
+    for step in (3, 6, 9):
+        # Of a sweep one member has stopped before.
+        steps = jnp.full(members, step, jnp.int32) if not members else jnp.asarray([1, step], jnp.int32)
+        trees[step] = {"run": TrainState(steps, {"w": jnp.full(3, float(step))}, ())}
+        checkpoints.save(step, trees[step], {"epoch": 0, "row": step})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    (folder / "9").rename(folder / "12")
+    (folder / "3").rename(folder / "9")
+    said = []
+    checkpoints = open_checkpoints(epath.Path(tmp_path), 9)
+    tree, step = checkpoints.restore(trees[3], said.append)
+    checkpoints.close()
+    assert step == 6
+    assert said == [
+        "checkpoint 12 is damaged (it holds the state after step 9); trying the one before",
+        "checkpoint 9 is damaged (it holds the state after step 3); trying the one before",
+    ]
+    chex.assert_trees_all_equal(tree, trees[6])
 
 
 @forgotten

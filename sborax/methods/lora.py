@@ -44,6 +44,7 @@ class LoRA(AbstractFactored):
     paper = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685"
     group_b = frozenset({"b"})
     ragged = True
+    pair = True
 
     rank: Rank = 8
     alpha: float | None = hyper(None, above=0.0)

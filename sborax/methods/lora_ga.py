@@ -47,6 +47,7 @@ class LoRAGA(AbstractFactored):
     paper = "LoRA-GA: Low-Rank Adaptation with Gradient Approximation, arXiv:2407.05000"
     group_b = frozenset({"b"})
     rewrites_base = True
+    pair = True
     needs = frozenset({"grad"})
 
     rank: int = 8

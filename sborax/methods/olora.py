@@ -38,6 +38,7 @@ class OLoRA(AbstractFactored):
     paper = "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv:2406.01775"
     group_b = frozenset({"b"})
     rewrites_base = True
+    pair = True
 
     rank: int = 16
     alpha: float | None = hyper(None, above=0.0)

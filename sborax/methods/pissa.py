@@ -48,6 +48,7 @@ class PiSSA(AbstractFactored):
     paper = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs, arXiv:2404.02948"
     group_b = frozenset({"b"})
     rewrites_base = True
+    pair = True
 
     rank: int = 16
     alpha: float | None = hyper(None, above=0.0)

@@ -42,6 +42,7 @@ class PRILoRA(AbstractFactored):
     paper = "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation, arXiv:2401.11316"
     group_b = frozenset({"b"})
     ragged = True
+    pair = True
 
     rank: Rank = LinearRanks(4, 12)
     alpha: float | None = hyper(None, above=0.0)

@@ -1,6 +1,7 @@
 """AdaLoRA's budget: singular values are zeroed over the run, the least important first, arXiv:2303.10512."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,9 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from sborax.core import Adapter, SboraxError, is_adapter
+from sborax.core import Adapter, SboraxError, is_adapter, width
 from sborax.methods.adalora import AdaLoRA
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
 from sborax.tree import Adapters, nest, nodes
 
 
@@ -59,9 +60,21 @@ class AdaLoRABudget(AbstractProcedure):
             raise SboraxError("AdaLoRABudget: beta1 and beta2 must lie in (0, 1), orthogonality must not be negative")
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
+        check_layers(self, run)
+        ranks = []
         for site in run.plan.sites:
             if not isinstance(site.method, AdaLoRA):
                 raise SboraxError(f"AdaLoRABudget: {site.path} has {type(site.method).__name__}; use AdaLoRA for all")
+            rank, layers = site.method.rank, math.prod(site.stack)
+            ranks += rank if isinstance(rank, tuple) else [width(rank)] * layers
+        if not ranks:
+            raise SboraxError("AdaLoRABudget: nothing is adapted; use AdaLoRA")
+        if self.target * len(ranks) >= sum(ranks):
+            mean = sum(ranks) / len(ranks)
+            raise SboraxError(
+                f"AdaLoRABudget: target={self.target} would prune nothing, since the weights begin with a rank of "
+                f"{mean:g} on average; lower target, or give AdaLoRA a larger rank"
+            )
         if self.warmup + self.cooldown >= run.steps:
             raise SboraxError(f"AdaLoRABudget: warmup and cooldown leave none of the {run.steps} steps")
 

@@ -68,6 +68,10 @@ class XGBLoRA(AbstractProcedure):
         return optax.with_extra_args_support(optax.add_decayed_weights(self.penalty, pairs_alone))
 
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
+        for path, node in nodes(boundary.adapters).items():
+            # With one of them frozen, the other would train in layers that are not drawn, too.
+            if not {"a", "b"} <= set(node.train):
+                raise SboraxError(f"XGBLoRA: {path}: {type(node.method).__name__} trains no pair a, b; use LoRA")
         drawn = self._draw(key, run, boundary.adapters)
         return dataclasses.replace(boundary, adapters=drawn, base=widened(boundary.base, run))
 

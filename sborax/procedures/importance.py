@@ -23,8 +23,8 @@ BLOCKS: Mapping[str, Mapping[str, Literal["in", "out"]]] = {
 
 def block_of(path: str) -> tuple[str, str, str]:
     """`layers/self_attn/q_proj/kernel` -> (`layers/self_attn`, `self_attn`, `q_proj`)."""
-    parent, module, _ = path.rsplit("/", 2)
-    return parent, parent.rsplit("/", 1)[-1], module
+    parent, _, module = path.removesuffix("/kernel").rpartition("/")
+    return parent, parent.rpartition("/")[2], module
 
 
 class LoRAPruneState(NamedTuple):
@@ -79,9 +79,12 @@ def block_scores(
     """Sum of the scores of a block's projections, for every block and layer. All by the path of the kernel."""
 
     def one(weight: Any, node: Adapter, grad: Any, *, side: Literal["in", "out"], count: int) -> Array:
-        a, b = node.train["a"], node.train["b"]
-        change = lora_change(a, b, grad["a"], grad["b"]) if metric == "lora" else jnp.ones((a.shape[0], b.shape[1]))
-        return group_scores(change, node.method.merge(weight, node), side, count, power)
+        merged = node.method.merge(weight, node)
+        if metric == "lora":
+            change = lora_change(node.train["a"], node.train["b"], grad["a"], grad["b"])
+        else:
+            change = jnp.ones_like(merged)
+        return group_scores(change, merged, side, count, power)
 
     totals: dict[str, Array] = {}
     for path, node in adapters.items():

@@ -64,6 +64,10 @@ class PRILoRAPruning(AbstractProcedure):
                 raise SboraxError(f"PRILoRAPruning: {site.path}: input norms are not kept where a router decides")
         if not _sites(run):
             raise SboraxError("PRILoRAPruning: no rule gives PRILoRA: there is nothing to prune")
+        if self.every > run.steps:
+            raise SboraxError(
+                f"PRILoRAPruning: every={self.every} would prune nothing in a run of {run.steps} steps; lower it"
+            )
         outside = [path for path in _sites(run) if STACKED_UNDER not in path.split("/")]
         if outside:
             raise SboraxError(

@@ -9,6 +9,8 @@ import jax
 import optax
 from jaxtyping import Array, Key, PyTree
 
+from sborax.compose import ByLayer
+from sborax.core import SboraxError
 from sborax.paths import Plan
 from sborax.tree import Adapters
 
@@ -95,3 +97,13 @@ class AbstractProcedure(abc.ABC):
 
         segments: the adapters of every `apply`, in order, and those of the end.
         """
+
+
+def check_layers(procedure: AbstractProcedure, run: Run) -> None:
+    """Raise SboraxError unless every stack is adapted as a whole, by one method."""
+    for site in run.plan.sites:
+        if isinstance(site.method, ByLayer):
+            raise SboraxError(
+                f"{type(procedure).__name__}: {site.path}: rules with layers= leave some of its layers out, or adapt "
+                "them by several methods; give all layers one method"
+            )

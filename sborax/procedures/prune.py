@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from sborax.core import Adapter, SboraxError
+from sborax.core import AbstractFactored, Adapter, SboraxError
 from sborax.methods.masked import Masked
 from sborax.paths import Site
 from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
 from sborax.tree import Adapters, nest, nodes
 
 
@@ -33,7 +33,8 @@ class LoRAPrune(AbstractProcedure):
     protect: fraction of first layers never pruned; above 0 the last layer is spared too (authors: 0.1). With 0 all
         layers shrink alike and transformers loads the result.
 
-    All seven projections of a layer are adapted by methods with a pair a, b, such as LoRA. The model has no biases.
+    All seven projections of a layer are adapted, for "lora" by methods whose change is s a b (`pair`), such as LoRA,
+    for "magnitude" by any that merge. The model has no biases.
     """
 
     paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
@@ -58,15 +59,19 @@ class LoRAPrune(AbstractProcedure):
             raise SboraxError("LoRAPrune: needs every >= 1, decay and protect in [0, 1)")
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
+        check_layers(self, run)
         known: dict[str, dict[str, Site]] = {}
-        for site in run.plan.sites:
-            parent, block, module = block_of(site.path)
-            if module in BLOCKS.get(block, {}):
-                known.setdefault(parent, {})[module] = site
-                if not {"a", "b"} <= set(site.method.axes) or site.method.mergeable or site.method.linked:
-                    raise SboraxError(
-                        f"LoRAPrune: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA"
-                    )
+        for path, site in _sites(run).items():
+            parent, _, module = block_of(path)
+            known.setdefault(parent, {})[module] = site
+            name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
+            if site.method.mergeable or site.method.linked:
+                raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
+            if self.metric == "lora" and not pair:
+                raise SboraxError(
+                    f"LoRAPrune: {path}: groups are scored by the change s a b, and that of {name} is another; use "
+                    "LoRA, or metric='magnitude'"
+                )
         layers = {parent.rpartition("/")[0] for parent in known}
         for parent in sorted(f"{layer}/{block}" for layer in layers for block in BLOCKS):
             missing = sorted(BLOCKS[parent.rpartition("/")[2]].keys() - known.get(parent, {}).keys())
@@ -85,7 +90,7 @@ class LoRAPrune(AbstractProcedure):
 
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
         def wrapped(path: str, node: Adapter) -> Adapter:
-            parent, block, module = block_of(path)
+            _, block, module = block_of(path)
             if BLOCKS.get(block, {}).get(module) != "out":
                 return node
             site = _sites(run)[path]
@@ -187,8 +192,12 @@ def with_masks(boundary: Boundary) -> Boundary:
 
 def _sites(run: Run) -> dict[str, Site]:
     """The adapted projections of blocks, by path."""
-    found = {site.path: (site, *block_of(site.path)) for site in run.plan.sites}
-    return {path: site for path, (site, _, block, module) in found.items() if module in BLOCKS.get(block, {})}
+    return {site.path: site for site in run.plan.sites if _in_block(site.path)}
+
+
+def _in_block(path: str) -> bool:
+    _, block, module = block_of(path)
+    return module in BLOCKS.get(block, {})
 
 
 def _groups(sites: dict[str, Site], kv_heads: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -31,9 +32,13 @@ from sborax.train.optimizer import halves, make_optimizer
 from sborax.train.sharding import check_rows, make_mesh, parts_shardings, state_shardings
 from sborax.train.state import Parts, TrainState, start, take_apart
 from sborax.train.step import make_step
+from sborax.train.turns import turns_of
 
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
 """What libtpu asks of its surroundings where there is no TPU; the topology is named apart from that."""
+
+UNKNOWN_STEPS = 2**31 - 1
+"""Steps of a run that is given in epochs: a plan reads no data, and more steps than any run has refuse nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,8 @@ def outline(
 
     length: tokens of a row; by default the longest that the run's data may have. device: what `attention` is chosen
         for, such as "tpu"; by default it is XLA's.
-    Raises SboraxError as planning does, and for attention that the device cannot compute.
+    Raises SboraxError as planning does, for attention that the device cannot compute, and for what the procedure
+    refuses before the first step.
     """
     params = abstract(config, experiment.precision)
     chosen = "xla"
@@ -72,28 +78,28 @@ def outline(
     module = Llama(config, jnp.dtype(experiment.precision), experiment.remat, attention=chosen)
     model = LanguageModel(module, {}, config, None)
     settled = plan(params, experiment.rules, hints=promised(params))
-    steps, procedure = experiment.steps or 1, experiment.procedure
-    watch = None if procedure is None else procedure.watch(Run(settled, steps, config.num_key_value_heads))
-    tx = make_optimizer(experiment.optimizer, steps, watch)
+    steps = experiment.steps or UNKNOWN_STEPS
+    # What a procedure keeps in a run directory is kept between steps alone.
+    turns = turns_of(experiment, Run(settled, steps, config.num_key_value_heads), epath.Path())
 
     def zeros(params: Any, site: Site) -> Hint:
         return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
 
-    def build(params: Any) -> tuple[Parts, TrainState]:
+    def build(params: Any) -> Parts:
         key = jax.random.key(experiment.seed_adapter)
-        own = take_apart(
-            *adapt(key, params, settled, experiment.quant, zeros),
-            experiment.train_base,
-            experiment.train_also,
-            halves(experiment.optimizer),
-        )
-        return own, start(own, tx)
+        params, adapters = adapt(key, params, settled, experiment.quant, zeros)
+        model.check_adapters(adapters)
+        own = take_apart(params, adapters, experiment.train_base, experiment.train_also, halves(experiment.optimizer))
+        return own if turns is None else turns.begin(own)
 
-    parts, state = jax.eval_shape(build, params)
+    parts = jax.eval_shape(build, params)
+    # Only a run that the procedure accepts can be watched.
+    tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
+    state = jax.eval_shape(lambda own: start(own, tx), parts)
     shape = (experiment.accumulate, experiment.batch_size, length or longest_row(experiment, config))
     kinds = {"tokens": np.int32, "targets": np.int32, "counts": np.bool_, "segments": np.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    return Outline(model, settled, parts, state, batch, tx, procedure is not None and procedure.observes)
+    return Outline(model, settled, parts, state, batch, tx, turns is not None and turns.procedure.observes)
 
 
 def longest_row(experiment: Experiment, config: LlamaConfig) -> int:

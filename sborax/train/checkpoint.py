@@ -24,6 +24,7 @@ from sborax.core import SboraxError
 from sborax.train.disk import refusal
 from sborax.train.hosts import gathered, several
 from sborax.train.sharding import put
+from sborax.train.state import TrainState
 
 # orbax reports every save, and every failure at length; failures are our own to word.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -112,6 +113,9 @@ class Checkpoints:
             if name not in found or digest(np.asarray(found[name])) != expected:
                 raise _Damaged(f"{name} has changed since it was written")
         _compare(wanted, found, f"{self.manager.directory}: checkpoint {step}")
+        made = _steps_of(jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted]))
+        if made not in (None, step):
+            raise _Damaged(f"it holds the state after step {made}")
         leaves = [put(found[name], leaf.sharding) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -167,6 +171,12 @@ def _on_host(leaf: Any) -> _OnHost:
 
 class _Damaged(Exception):
     """A checkpoint that is not what was written."""
+
+
+def _steps_of(tree: PyTree) -> int | None:
+    """How many steps the run in `tree` has made, of several the one that went on the longest; None without a run."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, TrainState))
+    return max((int(np.max(node.step)) for node in leaves if isinstance(node, TrainState)), default=None)
 
 
 def _compare(wanted: dict[str, Any], found: dict[str, Any], where: str) -> None:

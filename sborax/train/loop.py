@@ -117,11 +117,11 @@ def _train(
             state, done = restored
             if done > steps:
                 raise SboraxError(f"{run}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
-            ended = finished(run, steps)
-            if done == steps and ended is not None:
+            summary = ending(run, steps)
+            if done == steps and summary is not None:
                 checkpoints.close()
                 echo(f"already finished after step {done:,}: {run}")
-                return ended
+                return summary
             parts = parts if turns is None else turns.resume(done, state, parts)
             echo(f"resuming after step {done:,}")
     elif checkpoints.steps:
@@ -169,7 +169,7 @@ def _train(
     return summary
 
 
-def finished(run: epath.Path, steps: int) -> Summary | None:
+def ending(run: epath.Path, steps: int) -> Summary | None:
     """The summary of a run that has made its `steps` and written its adapter; None if something is left to write."""
     summary = Summary.read(run)
     whole = summary is not None and summary.finished and summary.steps == steps and (run / ADAPTER / PLAN).exists()
