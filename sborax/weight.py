@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 from sborax.errors import SboraxError
@@ -59,7 +60,7 @@ def check_finite(name: str, tree: PyTree) -> None:
     Leaves that are traced have no values yet and pass. Each is reduced where it lies, on all hosts that share it.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    known = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
+    known = [leaf for leaf in leaves if not isinstance(leaf, Tracer)]
     # Inside a trace too, arrays that it closes over have values.
     with jax.ensure_compile_time_eval():
         finite = [np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _finite(leaf) for leaf in known]

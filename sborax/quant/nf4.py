@@ -266,7 +266,7 @@ def _mean(values: Float32[Array, "blocks out"]) -> Float32[Array, ""]:
     return (high + low) / lax.optimization_barrier(jnp.float32(values.size))
 
 
-def quantise(weight: Shaped[Array, "..."]) -> NF4Array:
+def quantise(weight: Shaped[Array, "..."] | Shaped[np.ndarray, "..."]) -> NF4Array:
     """NF4 codes of a weight `(*stack, in, out)`, one layer of the stack at a time.
 
     w = level[code] * absmax with the nearest of 16 levels by float32 midpoints, ties to the lower; blocks of 64 along
