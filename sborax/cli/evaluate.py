@@ -29,13 +29,11 @@ def score(arguments: argparse.Namespace) -> None:
     """
     if not arguments.tasks and not arguments.harness:
         raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
-    tasks = _tasks(arguments) if arguments.tasks else []
+    tasks, mesh = _tasks(arguments) if arguments.tasks else [], _mesh(arguments.mesh)
     for task in tasks:
         task.check()
     target = load_target(arguments.target, arguments.adapter)
-    scorer = Scorer.of(
-        target.model, target.params, target.adapters, mesh=_mesh(arguments.mesh), budget=arguments.batch_tokens
-    )
+    scorer = Scorer.of(target.model, target.params, target.adapters, mesh=mesh, budget=arguments.batch_tokens)
     out = arguments.out or f"runs/eval-{Path(arguments.target).name}"
     about = {"target": arguments.target, "adapter": arguments.adapter}
     if tasks:
