@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from fuzzing.runner import child, furnish, fuzz
+from fuzzing.runner import SECONDS, child, furnish, fuzz
 
 
 def main() -> int:
@@ -28,10 +28,13 @@ def main() -> int:
     parser.add_argument("--keep", metavar="DIR", help="with --only: copy the case's files there")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--last", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help="that a case may take; more on a busy machine"
+    )
     parser.add_argument("--child", metavar="JAIL", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.child:
-        child(words.readers[0], words.seed, Path(words.child), words.first, words.last)
+        child(words.readers[0], words.seed, Path(words.child), words.first, words.last, words.seconds)
         return 0
     from fuzzing.readers import READERS
 
@@ -40,7 +43,7 @@ def main() -> int:
     failed = False
     for reader in words.readers or READERS:
         began = time.monotonic()
-        tally = fuzz(reader, words.cases, words.seed, words.first)
+        tally = fuzz(reader, words.cases, words.seed, words.first, words.seconds)
         took = time.monotonic() - began
         print(f"{reader}: {tally.done} cases in {took:.0f} s: {tally.fine} read, {tally.refused} refused in "
               f"{len(tally.lines)} ways, {len(tally.wrong)} failed", flush=True)  # fmt: skip

@@ -244,6 +244,8 @@ def test_a_head_wider_than_any(model, size):
 
 
 def test_more_layers_than_any():
+    with pytest.raises(sx.SboraxError, match="layer_sizes: 300 entries are more than 256"):
+        LlamaConfig(16, 8, 12, 300, 2, 1, 4, 32, 1e-5, layer_sizes=((2, 1, 12),) * 300)
     with pytest.raises(sx.SboraxError, match="num_hidden_layers must be at most 4,096, got 100,000"):
         LlamaConfig(16, 8, 12, 10**5, 2, 1, 4, 32, 1e-5, layer_sizes=((2, 1, 12),) * 10**5)
 

@@ -12,10 +12,11 @@ from sborax.core import SboraxError
 from sborax.documents import shown
 from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
 
-MOST_LAYERS = 1 << 12
+MOST_LAYERS, MOST_UNEQUAL = 1 << 12, 1 << 8
 WIDEST = 1 << 23
 WIDEST_HEAD = 1 << 16
-"""Layers of a model, an axis of its arrays, and a head of its attention: far beyond any, and no trouble yet."""
+"""Layers of a model, those of unequal size, which are traced one by one, an axis of its arrays, and a head: far beyond
+any real one's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,8 @@ class LlamaConfig:
         for key, most in bounds.items():
             if getattr(self, key) > most:
                 raise SboraxError(f"{key} must be at most {most:,}, got {getattr(self, key):,}")
+        if len(self.layer_sizes) > MOST_UNEQUAL:
+            raise SboraxError(f"layer_sizes: {len(self.layer_sizes):,} entries are more than {MOST_UNEQUAL:,}")
 
     @property
     def family(self) -> Family:

@@ -191,7 +191,7 @@ def child(reader: str, seed: int, jail: Path, first: int, last: int, limit: floa
     print(json.dumps([found.done, found.fine, found.lines, found.wrong]))
 
 
-def fuzz(reader: str, count: int, seed: int, first: int = 0) -> Tally:
+def fuzz(reader: str, count: int, seed: int, first: int = 0, limit: float = SECONDS) -> Tally:
     """`count` cases of a reader. A child that dies is a failure of the case it was at; another goes on after it."""
     total = Tally()
     last = first + count
@@ -201,6 +201,7 @@ def fuzz(reader: str, count: int, seed: int, first: int = 0) -> Tally:
             jail = Path(scratch) / "jail"
             furnish(jail)
             words = ["--child", str(jail), reader, "--seed", str(seed), "--first", str(first), "--last", str(last)]
+            words += ["--seconds", str(limit)]
             done = subprocess.run(
                 [sys.executable, str(Path(__file__).parents[1] / "fuzz.py"), *words],
                 capture_output=True, text=True, errors="replace", env=_environment(),
