@@ -74,8 +74,9 @@ def scale_adapter(node: Adapter, factor: float | Array, stack: tuple[int, ...]) 
     """One adapter whose delta is `factor` times that of `node`. Raises SboraxError unless its methods are additive."""
     if isinstance(node.method, ByLayer):
         return with_parts(node, [scale_adapter(child, factor, stack) for child, _ in by_layer(node)])
-    scaled = Scaled(_additive(node.method, "scale"), factor)  # type: ignore[arg-type]
-    frozen = {"part": node.frozen, **scaled.multipliers(stack)}
+    # The factor is a leaf and no part of the structure, so that it may be traced.
+    scaled = Scaled(_additive(node.method, "scale"), 1.0)
+    frozen = {"part": node.frozen, **scaled.multipliers(factor, stack)}
     return Adapter({"part": node.train}, frozen, structure(scaled), node.in_axes)
 
 

@@ -154,11 +154,11 @@ class Scaled(AbstractAdditive, AbstractComposite):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
-        return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.multipliers(())}, fitted.weight)
+        return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.multipliers(self.factor, ())}, fitted.weight)
 
-    def multipliers(self, stack: tuple[int, ...]) -> Leaves:
+    def multipliers(self, factor: float | Array, stack: tuple[int, ...]) -> Leaves:
         """The frozen leaves beside those of the part."""
-        factor = jnp.full(stack, self.factor, jnp.float32)
+        factor = jnp.full(stack, factor, jnp.float32)
         return {"factor": factor, **({"rest": 1.0 - factor} if self.part.rewrites_base else {})}
 
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
