@@ -315,7 +315,7 @@ def options() -> Iterator[Option]:
 
 
 OPTIONS = list(options())
-SPREAD = 8
+SPREAD = 7
 """Every option meets plain Llama, and another family this many options apart."""
 
 
