@@ -120,16 +120,15 @@ def test_an_added_token_in_the_data_that_the_model_never_knew(model, tmp_path):
     _with_token(model, pad_token="<more>")
     good, bad = write_data(tmp_path / "good.jsonl"), tmp_path / "bad.jsonl"
     bad.write_text(good.read_text() + json.dumps({"instruction": "Say <more>", "output": "no"}) + "\n")
+    words = {"max_length": 120, "template": "{instruction}", "answer": "{output}"}
     for data, held in ((bad, good), (good, bad)):
         experiment = sx.Experiment(
-            str(model), sx.Data(str(data), max_length=120, overlong="truncate"), [("mlp", sx.LoRA(rank=1))], steps=1,
-            eval=sx.Eval(sx.Data(str(held), loss_on="all", template="{instruction}", answer="{output}"), every=1),
-        )  # fmt: skip
-        if data == bad:
-            experiment = sx.Experiment(
-                str(model), sx.Data(str(bad), template="{instruction}", answer="{output}"),
-                [("mlp", sx.LoRA(rank=1))], steps=1,
-            )  # fmt: skip
+            str(model),
+            sx.Data(str(data), **words),
+            [("mlp", sx.LoRA(rank=1))],
+            steps=1,
+            eval=sx.Eval(sx.Data(str(held), **words), every=1),
+        )
         with pytest.raises(
             sx.SboraxError, match=r"bad.jsonl: sample 24 has token 258 \('<more>'\), the model only 258"
         ):

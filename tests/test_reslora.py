@@ -266,8 +266,9 @@ def test_scanned_equals_unrolled_equals_the_formula(name, layers, monkeypatch):
     # The formula itself, in the place of the projection, layer by layer.
     own, seen = nodes(flat), {}
 
-    def plainly(x, weight, adapter=None, ctx=Context()):
+    def plainly(x, weight, adapter=None, ctx=Context(), bias=None):
         y = x @ weight
+        assert bias is None
         path = next((path for path, w in kernels.items() if w is weight), None)
         if path is None or "/".join(path) not in own:
             return y
