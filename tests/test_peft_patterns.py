@@ -199,11 +199,13 @@ def test_a_real_allocation(pair, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
-    [(sx.AdaLoRA((2, 4), alpha=6.0), "lora_alpha is"), (sx.AdaLoRA(2, alpha=0.0), "lora_alpha is 0")],
+    ("method", "scale", "message"),
+    [(sx.AdaLoRA((2, 4), alpha=6.0), 1.0, "lora_alpha is"), (sx.AdaLoRA(2, alpha=1.0), 0.0, "lora_alpha is 0")],
 )
-def test_scales_that_adalora_cannot_say(method, message, pair, tmp_path):
+def test_scales_that_adalora_cannot_say(method, scale, message, pair, tmp_path):
     params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", method)])
+    for node in nodes(adapters).values():
+        node.frozen["scale"] = scale * node.frozen["scale"]
     with pytest.raises(sx.SboraxError, match=f"{message}.*use as_='lora'"):
         save_peft(tmp_path, pair.ours, params, adapters)
 
