@@ -91,8 +91,10 @@ def _try(block: Block, names: dict[str, Any], model: str, untried: bool) -> None
         json.loads(block.code)
     elif block.language == "yaml":
         yaml.safe_load(block.code)
+    elif block.language == "toml":
+        tomllib.loads(block.code)
     else:
-        raise AssertionError(f"nobody knows how to try {block.language!r}; use python, bash, json, yaml or text")
+        raise AssertionError(f"nobody knows how to try {block.language!r}; use python, bash, json, yaml, toml or text")
 
 
 def _run(code: str, names: dict[str, Any]) -> None:

@@ -336,8 +336,7 @@ def test_limit_is_a_number_of_samples(tmp_path, words, overlong, lengths, limit,
 def test_records_in_memory(words):
     data = Data([{"q": "1", "a": "2"}], max_length=64, **PLAIN)
     assert [answer(sample, words) for sample in load_samples(data, words, END, 128)[0]] == ["2<|im_end|>"]
-    for wrong in ([], [1]):
-        with pytest.raises(SboraxError, match="give a list of dicts of columns"):
-            Data(wrong)
+    with pytest.raises(SboraxError, match="give a list of dicts of columns"):
+        Data([])
     with pytest.raises(SboraxError, match="data: record 0: there is no column 'q'"):
         load_samples(Data([{"a": "2"}], max_length=64, **PLAIN), words, END, 128)
