@@ -262,6 +262,7 @@ def test_sigterm_in_every_phase_of_a_run(experiment, whole, tmp_path):
 def test_sigterm_at_random_moments(experiment, whole, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     delays, out = random.Random(seed), tmp_path / "run"
+    out.mkdir()
     for _ in range(3):
         timer = threading.Timer(delays.uniform(0, 1.5 * whole[0].seconds), send, (signal.SIGTERM,))
         with contextlib.suppress(stop.Stopped), stop_after(timer):
@@ -291,6 +292,7 @@ def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_pa
     def kill(*_):
         raise Killed
 
+    (tmp_path / "run").mkdir()
     # A process that was begun in the background ignores Ctrl-C.
     before = {
         number: signal.signal(number, handler)
