@@ -191,7 +191,7 @@ def test_a_step_sees_the_norms_of_its_own_forward_pass(remat):
     batch["counts"] &= batch["segments"] > 0
     plan = sx.plan(model.params, [("proj", sx.PRILoRA(rank=2))])
     procedure = PRILoRAPruning(beta=0.0)
-    procedure.check(Run(plan, 9, 1), {})
+    procedure.check(Run(plan, 90, 1), {})
     ends = []
     for observe in (True, False):
         watch = procedure.watch(Run(plan, 9, 1)) if observe else optax.identity()
@@ -218,10 +218,10 @@ def test_mistakes_are_told():
         ([("proj", sx.LoRA(rank=2))], "no rule gives PRILoRA"),
         ([("proj", sx.scale(sx.PRILoRA(rank=2), 0.5))], "not inside a composition"),
     ):
-        run = Run(sx.plan({"layers": {"proj": {"kernel": WEIGHT}}}, rules), 9, 1)
+        run = Run(sx.plan({"layers": {"proj": {"kernel": WEIGHT}}}, rules), 90, 1)
         with pytest.raises(sx.SboraxError, match=told):
             PRILoRAPruning().check(run, {})
-    head = Run(sx.plan({"lm_head": {"kernel": WEIGHT[0]}}, [("head", sx.PRILoRA(rank=2))]), 9, 1)
+    head = Run(sx.plan({"lm_head": {"kernel": WEIGHT[0]}}, [("head", sx.PRILoRA(rank=2))]), 90, 1)
     with pytest.raises(sx.SboraxError, match="those of the layers alone"):
         PRILoRAPruning().check(head, {})
     norms = {PATH: jnp.ones((LAYERS, IN))}
