@@ -125,4 +125,4 @@ def test_mistakes_are_named():
         AdaLoRABudget().check(run, {})
     run, _ = run_of(sx.AdaLoRA(rank=2))
     with pytest.raises(sx.SboraxError, match="leave none of the 12 steps"):
-        AdaLoRABudget(warmup=6, cooldown=6).check(run, {})
+        AdaLoRABudget(target=1, warmup=6, cooldown=6).check(run, {})

@@ -39,9 +39,11 @@ def test_a_models_text_is_made_visible_on_a_terminal_alone(terminal, capsys, mon
 
 def test_a_run_tells_of_a_hostile_model_name_what_can_be_read(tmp_path, capsys):
     name = "\\u001b]0;pwned\\u0007"
+    data = tmp_path / "x.jsonl"
+    data.write_text("{}")
     (tmp_path / "config.json").write_text(
-        f'{{"model": "{name}", "data": {{"name": "x.jsonl"}}, "rules": [["mlp", {{"type": "LoRA"}}]], "steps": 1}}'
+        f'{{"model": "{name}", "data": {{"name": "{data}"}}, "rules": [["mlp", {{"type": "LoRA"}}]], "steps": 1}}'
     )
     assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr()
-    assert "\x1b" not in told.out + told.err and "loading \\x1b]0;pwned\\x07" in told.out
+    assert "\x1b" not in told.out + told.err and "\\x1b]0;pwned\\x07" in told.out + told.err
