@@ -154,7 +154,8 @@ class Scaled(AbstractAdditive, AbstractComposite):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fitted = self.part.init(key, weight, hint)
-        return Fitted({"part": fitted.train}, {"part": fitted.frozen, **self.multipliers(self.factor, ())}, fitted.weight)
+        frozen = {"part": fitted.frozen, **self.multipliers(self.factor, ())}
+        return Fitted({"part": fitted.train}, frozen, fitted.weight)
 
     def multipliers(self, factor: float | Array, stack: tuple[int, ...]) -> Leaves:
         """The frozen leaves beside those of the part."""
