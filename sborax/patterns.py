@@ -9,12 +9,19 @@ import regex
 from sborax.core import SboraxError
 
 SECONDS = 0.2
-"""Of one match; one that is meant takes microseconds."""
+"""Time limit per match, in seconds."""
+LENGTH = 2**16
+"""Length limit of a pattern, in characters. A list of all modules of a large model takes a third of it."""
 
 
 @functools.lru_cache(4096)
 def compiled(pattern: str) -> Any:
-    """A pattern of `re`, compiled by `regex`, which keeps time. Raises SboraxError for what is none."""
+    """A pattern of `re`, compiled by `regex`, whose matches have time limits.
+
+    Raises SboraxError for an invalid pattern, and for one above `LENGTH`, since compiling has no time limit.
+    """
+    if len(pattern) > LENGTH:
+        raise SboraxError(f"the pattern {pattern[:60]!r}... has {len(pattern):,} characters; {LENGTH:,} are the most")
     try:
         re.compile(pattern)
         return regex.compile(pattern)

@@ -225,6 +225,11 @@ def test_a_rule_that_never_ends_is_refused():
     refused(lambda: sx.plan(params, [rule]), "takes too long")
 
 
+def test_a_pattern_too_long_to_compile_is_refused():
+    """`regex` compiles a million characters in ten seconds, and nothing stops it."""
+    refused(lambda: sx.Rule("(a|" * 2**15 + ")" * 2**15, sx.LoRA(2)), "65,536 are the most")
+
+
 EXPERIMENT = sx.Experiment("m", sx.Data("d"), (("mlp", sx.LoRA(rank=1)),), steps=1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from sborax.cli.plan import _sizes
+from sborax.cli.layout import read_mesh
 from sborax.cli.targets import is_run
 from sborax.config import encode, override
 from sborax.paths import plan
@@ -84,7 +84,7 @@ def meshes(home: Path) -> Prepare:
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
         text = harm_text(random, "fsdp=8,tensor=2,data=4,slices=2", (*TEXTS, "²", "٣", "=", ",", "9" * 5_000))
-        return lambda: _sizes(text)
+        return lambda: read_mesh([text])
 
     return prepare
 
