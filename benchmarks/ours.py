@@ -14,13 +14,13 @@ import numpy as np
 import sborax as sx
 from benchmarks.runner import Runner, in_turn, time_ratio
 from benchmarks.shapes import EPS, SHAPES, kernels
+from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose, platform
-from sborax.quant.nf4 import quantise
+from sborax.models.nf4 import quantise
 from sborax.train import loss
 from sborax.train.experiment import Optimizer
 from sborax.train.optimizer import make_optimizer
-from sborax.train.state import start, take_apart
 from sborax.train.step import make_step
 
 METHODS = {

@@ -14,14 +14,14 @@ import jax
 import sborax as sx
 from benchmarks.ours import plain_model, random_params
 from benchmarks.shapes import SHAPES
+from sborax.cli.fetch import smollm2_gguf
 from sborax.data.batches import Batch, Rows, arrange, shuffled
 from sborax.data.options import Data
 from sborax.data.samples import Sample, load_samples
-from sborax.fetch import smollm2_gguf
+from sborax.layout.state import start, take_apart
 from sborax.models.gguf import open_gguf
 from sborax.train.experiment import Optimizer
 from sborax.train.optimizer import make_optimizer
-from sborax.train.state import start, take_apart
 from sborax.train.step import make_step
 
 LENGTH = 512

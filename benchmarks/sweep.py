@@ -11,10 +11,10 @@ import jax
 import sborax as sx
 from benchmarks.ours import METHODS, Case, plain_model, random_batch, random_params
 from benchmarks.runner import Runner, time_ratio
-from sborax.train.grid import Sweep
-from sborax.train.members import gather, make_sweep_step
+from sborax.layout.state import Parts, start, take_apart
+from sborax.sweep.grid import Sweep
+from sborax.sweep.members import gather, make_sweep_step
 from sborax.train.optimizer import make_optimizer
-from sborax.train.state import Parts, start, take_apart
 from sborax.train.step import make_step
 
 STEPS = 1000

@@ -19,8 +19,8 @@ from benchmarks.__main__ import RESULTS, number, rounded, show, version
 from benchmarks.ours import METHODS
 from benchmarks.shapes import EPS, SHAPES
 from sborax.models import LlamaConfig
-from sborax.train.ahead import Outline, compiled, on_mesh, outline, pod_mesh
-from sborax.train.hlo import collective_bytes
+from sborax.plans.ahead import Outline, compiled, on_mesh, outline, pod_mesh
+from sborax.plans.hlo import collective_bytes
 
 
 def step(shape: str, method: str, rows: int, length: int, remat: str, attention: Any) -> Outline:

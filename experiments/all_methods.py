@@ -20,9 +20,9 @@ from etils import epath
 
 import sborax as sx
 from benchmarks.runner import Runner, in_turn, time_ratio
+from sborax.layout.state import start
 from sborax.train.loop import read_data, read_model, set_up, train
 from sborax.train.optimizer import make_optimizer
-from sborax.train.state import start
 from sborax.train.step import make_step
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "runs.md"

@@ -3,11 +3,30 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sborax.compose import chain
-from sborax.core import Adapter, Context, Hint, SboraxError, linear
+from sborax.adapters.compose import chain
+from sborax.adapters.core import Adapter, Context, Hint, SboraxError, linear
+from sborax.adapters.experts import combine_experts, remove_expert
+from sborax.adapters.hints import gradient_hints
+from sborax.adapters.paths import Plan, Rule, plan
+from sborax.adapters.ranks import LinearRanks, ShuffledRanks, SingularMass
+from sborax.adapters.tree import (
+    add,
+    attach,
+    combine,
+    count,
+    labels,
+    link,
+    merge,
+    rebase,
+    scale,
+    specs,
+    split,
+    trainable,
+    value_and_grad,
+)
+from sborax.adapters.weighted import Weighted, merge_weighted, unmerge
 from sborax.data.options import Data
-from sborax.experts import combine_experts, remove_expert
-from sborax.hints import gradient_hints
+from sborax.layout.xla_flags import guard as _guard
 from sborax.methods import (
     C3A,
     HRA,
@@ -37,34 +56,15 @@ from sborax.methods import (
     VeRA,
 )
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
-from sborax.paths import Plan, Rule, plan
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
-from sborax.ranks import LinearRanks, ShuffledRanks, SingularMass
+from sborax.sweep.grid import Sweep
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
-from sborax.train.grid import Sweep
 from sborax.train.optimizer import AbstractOptimizer
-from sborax.tree import (
-    add,
-    attach,
-    combine,
-    count,
-    labels,
-    link,
-    merge,
-    rebase,
-    scale,
-    specs,
-    split,
-    trainable,
-    value_and_grad,
-)
-from sborax.weighted import Weighted, merge_weighted, unmerge
-from sborax.xla_flags import guard as _guard
 
 if TYPE_CHECKING:
     from sborax.interop.peft import load_peft, save_peft
     from sborax.models import generate, load_model, save_hf
-    from sborax.train.adapter import load_adapter, save_adapter
+    from sborax.records.adapter import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
@@ -74,10 +74,10 @@ _guard()
 # Imported on first use: methods and verbs need JAX alone, and Flax, transformers and orbax take seconds to import.
 _LATER = {
     "generate": "sborax.models",
-    "load_adapter": "sborax.train.adapter",
+    "load_adapter": "sborax.records.adapter",
     "load_model": "sborax.models",
     "load_peft": "sborax.interop.peft",
-    "save_adapter": "sborax.train.adapter",
+    "save_adapter": "sborax.records.adapter",
     "save_hf": "sborax.models",
     "save_peft": "sborax.interop.peft",
 }

@@ -24,7 +24,7 @@ if ! installed .venv-test; then
   mark_installed .venv-test
 fi
 bin=.venv-test/bin
-$bin/python -m sborax.fetch
+$bin/python -m sborax.cli.fetch
 
 # Two workers on two cores: each computes with one thread, and compiled programs are shared within the run.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1

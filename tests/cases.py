@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 import sborax as sx
-from sborax.core import AbstractMethod
+from sborax.adapters.core import AbstractMethod
 from sborax.procedures import AbstractProcedure
 
 IN, OUT, TOKENS, LAYERS = 128, 96, 7, 3

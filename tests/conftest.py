@@ -9,7 +9,7 @@ import pytest
 from at_hand import STORIES, folder
 from jax.experimental.compilation_cache import compilation_cache
 
-from sborax.fetch import smollm2_gguf
+from sborax.cli.fetch import smollm2_gguf
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import sborax as sx
-from sborax.core import Adapter
+from sborax.adapters.core import Adapter
+from sborax.adapters.tree import nodes
 from sborax.procedures import AdaLoRABudget, Boundary, Run
 from sborax.procedures.adalora import orthogonality
-from sborax.tree import nodes
 
 RANK, STEPS, PATH = 6, 12, "layers/proj/kernel"
 LEAVES = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}

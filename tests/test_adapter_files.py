@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sborax as sx
-from sborax.quant.nf4 import NF4Array
-from sborax.train.adapter import LEAVES, PLAN, fingerprint, load_adapter, read_adapter, save_adapter
+from sborax.adapters.tree import split
+from sborax.models.nf4 import NF4Array
+from sborax.records.adapter import LEAVES, PLAN, fingerprint, load_adapter, read_adapter, save_adapter
 from sborax.train.base import adapt, quantise_base
-from sborax.tree import split
 
 RULES = {
     "lora": [("mlp", sx.LoRA(rank=3, alpha=6.0, dropout=0.1)), ("attn", sx.SBoRA(rank=4))],

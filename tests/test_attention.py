@@ -13,10 +13,10 @@ from jax.sharding import AxisType
 from sborax_models import TINY, relative
 
 import sborax as sx
+from sborax.layout.state import take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, backends
 from sborax.models.attention import attention
 from sborax.models.backends import attend, choose
-from sborax.train.state import take_apart
 from sborax.train.step import batch_losses
 
 pytestmark = pytest.mark.usefixtures("strict")

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.ours import Case, prepare, unrolled
 from benchmarks.shapes import SHAPES, kernels, minimum_flops
-from sborax.train.hlo import collective_bytes
+from sborax.plans.hlo import collective_bytes
 
 pytestmark = pytest.mark.usefixtures("compiled_fully")
 

@@ -23,9 +23,9 @@ from sborax.cli import main
 from sborax.data.template import chat_ends
 from sborax.interop.card import write_card
 from sborax.models.load import load_model
-from sborax.train.adapter import fingerprint, save_adapter
+from sborax.records.adapter import fingerprint, save_adapter
+from sborax.records.report import SUMMARY
 from sborax.train.experiment import save_experiment
-from sborax.train.report import SUMMARY
 
 TOKENS = jnp.arange(24).reshape(2, 12) + 2
 RULES = {

@@ -13,15 +13,15 @@ from etils import epath
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.adapters.core import SboraxError
 from sborax.cli import main
-from sborax.core import SboraxError
-from sborax.train.claim import LOCK, locked
+from sborax.records.claim import LOCK, locked
 from sborax.train.loop import train
 
 HOLD = """
 import sys, time
 from etils import epath
-from sborax.train.claim import locked
+from sborax.records.claim import locked
 
 with locked(epath.Path(sys.argv[1])):
     print("held", flush=True)

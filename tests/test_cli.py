@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from tiny_model import write_data, write_model
 
 import sborax as sx
-from sborax import methods, quickstart
-from sborax.cli import main
+from sborax import methods
+from sborax.cli import main, quickstart
 from sborax.models import load_model
 
 EXPERIMENT = """

@@ -9,16 +9,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
 import sborax as sx
-from sborax.core import linear
-from sborax.mesh import ROWS
+from sborax.adapters.constraints import ROWS
+from sborax.adapters.core import linear
+from sborax.adapters.routing import AbstractRouted
+from sborax.adapters.tree import nodes, specs
+from sborax.layout.mesh import make_mesh
+from sborax.models.nf4 import quantise
 from sborax.models.sharding import quantised_specs, used_whole
-from sborax.quant.nf4 import quantise
-from sborax.routing import AbstractRouted
-from sborax.train.ahead import compiled, on_mesh, outline
-from sborax.train.hlo import collective_bytes
-from sborax.train.sharding import make_mesh
+from sborax.plans.ahead import compiled, on_mesh, outline
+from sborax.plans.hlo import collective_bytes
 from sborax.train.step import batch_losses
-from sborax.tree import nodes, specs
 
 SIZES = {"fsdp": 2, "tensor": 4}
 IN, OUT, ROWS_OF, LENGTH = 256, 384, 16, 12

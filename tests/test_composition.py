@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import sborax as sx
-from sborax.core import is_weight
+from sborax.adapters.core import is_weight
+from sborax.adapters.tree import nodes
+from sborax.layout.state import take_apart
 from sborax.methods.masked import Masked
-from sborax.quant.nf4 import quantise
-from sborax.train.state import take_apart
-from sborax.tree import nodes
+from sborax.models.nf4 import quantise
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import sborax as sx
-from sborax.config import decode, encode, override
+from sborax.config.codec import decode, encode, override
 
 EXPERIMENT = sx.Experiment(
     model="some/model",

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 
 import sborax as sx
-from sborax import config
-from sborax.core import AbstractMethod, Adapter, dense, is_weight, structure
-from sborax.quant.nf4 import quantise
-from sborax.train.adapter import read_adapter, save_adapter
-from sborax.tree import nodes, over_stack, stack_of
+from sborax.adapters.core import AbstractMethod, Adapter, dense, is_weight, structure
+from sborax.adapters.tree import nodes, over_stack, stack_of
+from sborax.config.codec import codec as config
+from sborax.models.nf4 import quantise
+from sborax.records.adapter import read_adapter, save_adapter
 
 pytestmark = pytest.mark.usefixtures("strict")
 

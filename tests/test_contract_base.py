@@ -8,10 +8,10 @@ from cases import LAYERS, METHODS, Case
 from test_contract import assert_close, base, forward, hints, host, inputs, merged, trained
 
 import sborax as sx
-from sborax.core import is_weight
-from sborax.quant.nf4 import NF4Array
-from sborax.train.adapter import fingerprint, load_adapter, save_adapter
-from sborax.tree import nodes
+from sborax.adapters.core import is_weight
+from sborax.adapters.tree import nodes
+from sborax.models.nf4 import NF4Array
+from sborax.records.adapter import fingerprint, load_adapter, save_adapter
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -29,10 +29,10 @@ from test_peft_methods import FILES
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.tree import over_stack, stack_of
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_table import TABLE
 from sborax.models import save_hf
-from sborax.tree import over_stack, stack_of
 
 PEFT = {**KINDS, **FILES}
 

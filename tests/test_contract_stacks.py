@@ -11,9 +11,9 @@ from cases import IN, METHODS, OUT, Case
 from test_contract import assert_close, by_case, forward, host, inputs, normal, trained
 
 import sborax as sx
-from sborax.core import structure
-from sborax.paths import Site, weight_keys
-from sborax.tree import nodes
+from sborax.adapters.core import structure
+from sborax.adapters.paths import Site, weight_keys
+from sborax.adapters.tree import nodes
 
 pytestmark = pytest.mark.usefixtures("strict")
 

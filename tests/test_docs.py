@@ -18,10 +18,10 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax import methods
+from sborax.adapters.tree import over_stack
 from sborax.cli import main
 from sborax.cli.methods import describe
 from sborax.interop.peft_table import TABLE
-from sborax.tree import over_stack
 
 PAGES = sorted(DOCS.glob("*.md"))
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"

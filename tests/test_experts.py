@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sborax as sx
-from sborax.tree import nodes
+from sborax.adapters.tree import nodes
 
 pytestmark = pytest.mark.usefixtures("strict")
 

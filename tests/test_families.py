@@ -19,19 +19,19 @@ from torch_pair import TOKENS, Pair, reloaded, shaken
 from torch_pair import torch_logits as pair_logits
 
 import sborax as sx
+from sborax.adapters.tree import nodes
 from sborax.cli import main
 from sborax.data.samples import load_samples
 from sborax.data.template import prompt_of
 from sborax.interop.peft import load_peft, save_peft
+from sborax.layout.sharding import Layout
+from sborax.layout.state import flatten, selected, start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate, load_config, load_model, save_hf
 from sborax.models.families import FAMILIES
-from sborax.quant.nf4 import NF4Array
-from sborax.train.ahead import outline
+from sborax.models.nf4 import NF4Array
+from sborax.plans.ahead import outline
 from sborax.train.figures import model_flops
-from sborax.train.sharding import Layout
-from sborax.train.state import flatten, selected, start, take_apart
 from sborax.train.step import make_step
-from sborax.tree import nodes
 
 TOLERANCE = 1e-5
 """Of the largest logit, in float32."""

@@ -22,8 +22,9 @@ import sborax as sx
 from sborax.cli.targets import load_run
 from sborax.data.batches import Batches
 from sborax.data.samples import load_samples
-from sborax.train import best, checkpoint, loop, report, steps, stop
-from sborax.train.adapter import LEAVES
+from sborax.records import best, checkpoint, report
+from sborax.records.adapter import LEAVES
+from sborax.train import loop, steps, stop
 from sborax.train.loop import read_held_out, train
 from sborax.train.measure import loss_on
 from tests.tiny_model import tokenizer, write_data, write_model

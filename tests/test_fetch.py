@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sborax import fetch
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.cli import fetch
 
 CONVERSATIONS = """
 categories: [test]

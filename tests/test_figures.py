@@ -14,12 +14,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 import sborax as sx
 from sborax.cli import main
+from sborax.layout.state import take_apart
 from sborax.models import load_model
+from sborax.records.trace import make_trace
 from sborax.train.experiment import save_experiment
 from sborax.train.figures import PEAKS, label, model_flops
 from sborax.train.loop import train
-from sborax.train.state import take_apart
-from sborax.train.trace import make_trace
 from tests.tiny_model import write_data, write_model
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

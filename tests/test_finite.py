@@ -8,11 +8,11 @@ from cases import IN, LAYERS, OUT, Case
 from test_contract import by_case, normal
 
 import sborax as sx
-from sborax.quant.nf4 import NF4Array, quantise, quantise_numpy
-from sborax.train.adapter import load_adapter, save_adapter
+from sborax.adapters.tree import nodes
+from sborax.adapters.weight import check_finite
+from sborax.models.nf4 import NF4Array, quantise, quantise_numpy
+from sborax.records.adapter import load_adapter, save_adapter
 from sborax.train.base import adapt, quantise_base
-from sborax.tree import nodes
-from sborax.weight import check_finite
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -15,14 +15,14 @@ from tiny_model import tokenizer, write_data, write_model
 
 import sborax as sx
 from sborax.cli.main import main
+from sborax.config.documents import read_object
 from sborax.data import source
 from sborax.data.source import read
-from sborax.documents import read_object
 from sborax.models import LlamaConfig, load_config, load_model
 from sborax.models.checkpoint import INDEX, open_safetensors
 from sborax.models.gguf_header import check_header
-from sborax.train.adapter import read_adapter
-from sborax.train.disk import refusal
+from sborax.records.adapter import read_adapter
+from sborax.records.disk import refusal
 from sborax.train.loop import train
 
 
@@ -276,7 +276,7 @@ def test_a_plan_of_sizes_that_no_machine_holds(tmp_path, capsys):
 def test_metrics_that_are_no_text(tmp_path):
     from etils import epath
 
-    from sborax.train.report import METRICS, Metrics
+    from sborax.records.report import METRICS, Metrics
 
     (tmp_path / METRICS).write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "loss": \xff\xfe}\n')
     assert Metrics(epath.Path(tmp_path), 2).losses() == [2.0]

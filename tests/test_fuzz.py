@@ -17,7 +17,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 import sborax as sx
-from sborax.config import override
+from sborax.config.codec import override
 from sborax.data.samples import load_samples
 from sborax.data.template import prompt_of, render
 from sborax.interop.peft_targets import targeted, value_for
@@ -25,8 +25,8 @@ from sborax.models import load_config, load_model, save_hf
 from sborax.models.checkpoint import open_safetensors
 from sborax.models.gguf import open_gguf
 from sborax.models.tokenizer import read_tokenizer
-from sborax.train.adapter import LEAVES, PLAN, read_adapter, save_adapter
-from sborax.train.report import METRICS, Metrics
+from sborax.records.adapter import LEAVES, PLAN, read_adapter, save_adapter
+from sborax.records.report import METRICS, Metrics
 from scripts.fuzzing.gguf_file import describe, pack
 from scripts.fuzzing.readers import READERS
 from scripts.fuzzing.runner import cases, furnish

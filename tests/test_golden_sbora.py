@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sborax as sx
-from sborax.core import linear, structure
+from sborax.adapters.core import linear, structure
 
 pytestmark = pytest.mark.quick
 GOLDEN = np.load(Path(__file__).parent / "golden" / "sbora.npz")

@@ -12,13 +12,13 @@ from etils import epath
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.adapters.tree import nodes
 from sborax.cli import main
 from sborax.models import load_model
-from sborax.train.adapter import LEAVES, load_adapter, read_adapter
+from sborax.records.adapter import LEAVES, load_adapter, read_adapter
 from sborax.train.experiment import save_experiment
 from sborax.train.hints import first_batches
 from sborax.train.loop import START, read_data, train
-from sborax.tree import nodes
 
 RULES = (
     sx.Rule("mlp/up", sx.LoRAGA(rank=4)),

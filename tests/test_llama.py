@@ -12,7 +12,7 @@ import transformers
 from sborax_models import TINY, make, relative, tokens_of, torch_logits
 
 import sborax as sx
-from sborax.core import Adapter
+from sborax.adapters.core import Adapter
 from sborax.models import LanguageModel, Llama, LlamaConfig, Rope, abstract, load_model
 from sborax.models.attention import attention
 

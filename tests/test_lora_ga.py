@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, LoraGAConfig
 
 import sborax as sx
-from sborax.quant.nf4 import quantise
-from sborax.tree import nodes
+from sborax.adapters.tree import nodes
+from sborax.models.nf4 import quantise
 
 pytestmark = pytest.mark.usefixtures("strict")
 

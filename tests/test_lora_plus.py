@@ -12,10 +12,10 @@ import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 import sborax as sx
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.tree import nest, nodes
 from sborax.optim import groups, lora_fa, lora_plus, project_lora_fa
 from sborax.train.optimizer import make_optimizer
-from sborax.tree import nest, nodes
 
 IN, HIDDEN, OUT = 11, 8, 7
 RANK, ALPHA = 3, 6

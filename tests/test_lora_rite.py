@@ -12,9 +12,9 @@ import optax
 import pytest
 
 import sborax as sx
-from sborax.core import SboraxError, structure
+from sborax.adapters.core import SboraxError, structure
+from sborax.adapters.tree import nodes
 from sborax.optim import LoRARiteState, lora_rite, scale_by_lora_rite
-from sborax.tree import nodes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lora_rite.npz")
 RUNS = json.loads(str(GOLDEN["meta"]))["runs"]

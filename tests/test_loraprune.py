@@ -15,17 +15,17 @@ import transformers
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.adapters.core import SboraxError, linear, structure
+from sborax.adapters.paths import Site
+from sborax.adapters.tree import nest, nodes
 from sborax.cli import main
-from sborax.core import SboraxError, linear, structure
+from sborax.interop.slim import slim
 from sborax.methods.masked import Masked
 from sborax.models import LlamaConfig, generate, load_model, save_hf
-from sborax.models.slim import slim
-from sborax.paths import Site
 from sborax.procedures import Boundary, LoRAPrune, Run
 from sborax.procedures.importance import BLOCKS, group_scores, lora_change, watch_importance
 from sborax.procedures.prune import masks_of, pruned
 from sborax.train.loop import train
-from sborax.tree import nest, nodes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "loraprune.npz")
 META = json.loads(str(GOLDEN["meta"]))

@@ -8,13 +8,13 @@ import pytest
 from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
+from sborax.layout.sharding import Layout
+from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
-from sborax.quant.nf4 import quantise
+from sborax.models.nf4 import quantise
 from sborax.train.experiment import Optimizer
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer
-from sborax.train.sharding import Layout
-from sborax.train.state import start, take_apart
 from sborax.train.step import make_step
 
 STEPS = 30

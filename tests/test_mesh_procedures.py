@@ -10,12 +10,12 @@ import pytest
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.layout.sharding import parts_shardings, state_shardings
 from sborax.models import load_config
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
+from sborax.records.adapter import LEAVES
 from sborax.train import steps as module
-from sborax.train.adapter import LEAVES
 from sborax.train.loop import train
-from sborax.train.sharding import parts_shardings, state_shardings
 from sborax.train.step import make_step
 from sborax.train.turns import Turns
 

@@ -7,7 +7,7 @@ from tiny_model import write_data, write_model
 import sborax as sx
 from sborax.cli.layout import read_mesh, with_mesh
 from sborax.cli.main import main
-from sborax.config import override
+from sborax.config.codec import override
 from sborax.train.experiment import save_experiment
 
 SIZES = {"fsdp": 2, "tensor": 2}

@@ -12,18 +12,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sborax as sx
+from sborax.adapters.core import Adapter, Context, SboraxError, dense
+from sborax.adapters.tree import nest, nodes
 from sborax.cli import main
-from sborax.core import Adapter, Context, SboraxError, dense
+from sborax.layout.state import start, take_apart
 from sborax.methods.prompt_router import DENOMINATOR, NUMERATOR, PromptRouter, rational
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate
 from sborax.models.llama import Block
-from sborax.quant.nf4 import quantise
-from sborax.train.adapter import load_adapter, save_adapter
+from sborax.models.nf4 import quantise
+from sborax.records.adapter import load_adapter, save_adapter
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer
-from sborax.train.state import start, take_apart
 from sborax.train.step import make_loss, make_step, prompt_of
-from sborax.tree import nest, nodes
 from tests.tiny_model import write_data, write_model
 
 pytestmark = pytest.mark.usefixtures("strict")

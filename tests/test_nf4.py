@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sborax import core
+from sborax.adapters import core
+from sborax.models import nf4
 from sborax.models.gguf import open_gguf
-from sborax.quant import nf4
-from sborax.quant.nf4 import NF4Array, quantise, quantise_numpy
+from sborax.models.nf4 import NF4Array, quantise, quantise_numpy
 
 pytestmark = pytest.mark.usefixtures("strict", "compiled_fully")
 

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 from torch_pair import ALL, TOKENS, build, logits, reloaded, shake, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.models.load import load_model
-from sborax.tree import nodes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",

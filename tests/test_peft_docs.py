@@ -12,9 +12,9 @@ from torch_pair import shaken
 
 import sborax as sx
 from sborax import methods
+from sborax.adapters.core import AbstractFactored
+from sborax.adapters.depth import AbstractLinked
 from sborax.cli.main import _parser
-from sborax.core import AbstractFactored
-from sborax.depth import AbstractLinked
 from sborax.interop.factor import exact
 from sborax.interop.peft_table import PLAIN, TABLE
 

@@ -15,7 +15,7 @@ from peft_matrix import CELLS, FAMILIES
 from torch_pair import Pair, logits, torch_logits
 
 import sborax as sx
-from sborax.core import AbstractWeight
+from sborax.adapters.core import AbstractWeight
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_layout import layout_of
 from sborax.models.load import load_model

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
-from sborax.core import AbstractMethod, Adapter
+from sborax.adapters.core import AbstractMethod, Adapter
+from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.methods.lokr import divisors
-from sborax.tree import nodes
 
 pytestmark = pytest.mark.usefixtures("strict")
 

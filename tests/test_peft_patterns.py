@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from torch_pair import TOKENS, build, logits, reloaded, shake, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_table import TABLE
-from sborax.tree import nodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 allocating = pytest.mark.filterwarnings(

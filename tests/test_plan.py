@@ -10,13 +10,14 @@ from tiny_model import WIDE
 
 import sborax as sx
 from sborax.cli import main
+from sborax.layout.mesh import abstract_mesh
+from sborax.layout.sharding import Layout
+from sborax.layout.state import parameters, start, take_apart
 from sborax.models import LlamaConfig, load_config
 from sborax.models.language_model import abstract
-from sborax.train.ahead import argument_bytes, on_mesh, outline
+from sborax.plans.ahead import argument_bytes, on_mesh, outline
+from sborax.plans.estimate import temporary_bytes
 from sborax.train.base import quantise_base
-from sborax.train.estimate import temporary_bytes
-from sborax.train.sharding import Layout, abstract_mesh
-from sborax.train.state import parameters, start, take_apart
 
 COMMON = {
     "architectures": ["LlamaForCausalLM"],

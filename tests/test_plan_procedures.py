@@ -11,20 +11,20 @@ from etils import epath
 from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import plan
+from sborax.adapters.tree import combine
 from sborax.cli import main
-from sborax.core import SboraxError
+from sborax.layout.state import start, take_apart
 from sborax.models import load_config
 from sborax.models.language_model import abstract
-from sborax.paths import plan
+from sborax.plans.ahead import argument_bytes, outline
 from sborax.procedures import Boundary, Run
-from sborax.train.ahead import argument_bytes, outline
 from sborax.train.base import adapt
 from sborax.train.experiment import save_experiment
 from sborax.train.hints import promised
 from sborax.train.loop import train
-from sborax.train.state import start, take_apart
 from sborax.train.turns import turns_of
-from sborax.tree import combine
 
 ALL = "self_attn|mlp"
 SMALL = dataclasses.replace(

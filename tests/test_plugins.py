@@ -9,10 +9,10 @@ import pytest
 from tiny_model import write_data, write_model
 
 import sborax as sx
-from sborax.classes import check_imported, import_source, load_plugins
+from sborax.adapters.core import AbstractMethod, SboraxError
 from sborax.cli import main
-from sborax.config import decode, encode
-from sborax.core import AbstractMethod, SboraxError
+from sborax.config.classes import check_imported, import_source, load_plugins
+from sborax.config.codec import decode, encode
 from sborax.methods.bone import Bone
 
 CLASHING = '''
@@ -37,7 +37,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sborax.core import AbstractFactored, Fitted, cast, check_rank
+from sborax.adapters.core import AbstractFactored, Fitted, cast, check_rank
 
 
 @dataclasses.dataclass(frozen=True)

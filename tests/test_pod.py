@@ -5,8 +5,8 @@ from test_plan import ALL, PUBLISHED
 
 import sborax as sx
 from sborax.models import LlamaConfig
-from sborax.train.ahead import argument_bytes, compiled, on_mesh, outline, pod_mesh
-from sborax.train.hlo import collective_bytes
+from sborax.plans.ahead import argument_bytes, compiled, on_mesh, outline, pod_mesh
+from sborax.plans.hlo import collective_bytes
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("compiled_fully")]
 

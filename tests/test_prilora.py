@@ -10,12 +10,12 @@ import optax
 import pytest
 
 import sborax as sx
+from sborax.adapters.tree import nodes
+from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.procedures import Run
 from sborax.procedures.prilora import PRILoRAPruning, after_step, ema, input_norms, kept
-from sborax.train.state import start, take_apart
 from sborax.train.step import make_step
-from sborax.tree import nodes
 
 # A step that observes has the bits of one that does not, in programs as users have them.
 pytestmark = pytest.mark.usefixtures("strict", "compiled_fully")

@@ -13,24 +13,15 @@ from cases import PROCEDURES
 from tiny_model import write_data, write_model
 
 import sborax as sx
-from sborax.config import decode, encode
-from sborax.core import SboraxError, linear
+from sborax.adapters.core import SboraxError, linear
+from sborax.adapters.tree import nest, nodes
+from sborax.config.codec import decode, encode
 from sborax.models import load_model
-from sborax.procedures import (
-    COLA,
-    AbstractProcedure,
-    AdaLoRABudget,
-    Boundary,
-    LoRAPrune,
-    PRILoRAPruning,
-    Run,
-    XGBLoRA,
-)
-from sborax.quant.nf4 import quantise
-from sborax.train.adapter import LEAVES, load_adapter
+from sborax.models.nf4 import quantise
+from sborax.procedures import COLA, AbstractProcedure, AdaLoRABudget, Boundary, LoRAPrune, PRILoRAPruning, Run, XGBLoRA
+from sborax.records.adapter import LEAVES, load_adapter
 from sborax.train.loop import train
 from sborax.train.turns import restarted
-from sborax.tree import nest, nodes
 
 PATH = "layers/p/kernel"
 LAYERS, IN, OUT = 4, 64, 12

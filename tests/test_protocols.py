@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.data.template import LLM_ADAPTERS_ASKED, prompt_of
 from sborax.evaluate import TASKS, chosen, metamath, nlg
 from sborax.evaluate.choice import _macro, f1, mcc, mmlu_prompt

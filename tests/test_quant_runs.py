@@ -16,14 +16,14 @@ from test_load import write_gguf
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.adapters.tree import nodes, split
 from sborax.cli.targets import load_run
+from sborax.layout.state import flatten
 from sborax.models import load_model
-from sborax.quant.nf4 import NF4Array, quantise
+from sborax.models.nf4 import NF4Array, quantise
 from sborax.train.base import adapt, quantise_base, rewritten
 from sborax.train.loop import read_held_out, train
-from sborax.train.state import flatten
 from sborax.train.step import make_loss
-from sborax.tree import nodes, split
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

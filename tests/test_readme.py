@@ -10,8 +10,8 @@ from tiny_model import write_model
 
 import sborax as sx
 from sborax import methods, procedures
+from sborax.adapters.paths import kernels
 from sborax.cli.main import _parser
-from sborax.paths import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,14 +14,14 @@ from test_llama import unrolled
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.adapters.compose import ByLayer
+from sborax.adapters.core import Adapter, Context, dense, linear, structure
+from sborax.adapters.depth import remember
+from sborax.adapters.tree import nodes
 from sborax.cli import main
-from sborax.compose import ByLayer
-from sborax.core import Adapter, Context, dense, linear, structure
-from sborax.depth import remember
+from sborax.interop.reslora import by_inputs, by_weights, merge_by_inputs, merge_by_weights
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate
-from sborax.procedures.reslora import by_inputs, by_weights, merge_by_inputs, merge_by_weights
-from sborax.quant.nf4 import quantise
-from sborax.tree import nodes
+from sborax.models.nf4 import quantise
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reslora.npz")
 SHORTCUT = {"is": "input", "bs": "block", "ms": "middle"}

@@ -11,9 +11,9 @@ import pytest
 from cases import IN, OUT
 
 import sborax as sx
-from sborax.core import Adapter, structure
+from sborax.adapters.core import Adapter, structure
+from sborax.adapters.tree import over_stack, stack_of
 from sborax.methods.mo_sara import mean_gate_weight, mean_gates
-from sborax.tree import over_stack, stack_of
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -11,7 +11,7 @@ from sborax_models import make
 from tiny_model import tokenizer
 
 import sborax as sx
-from sborax.core import AbstractWeight, is_weight
+from sborax.adapters.core import AbstractWeight, is_weight
 from sborax.evaluate import Pair, Scorer
 from sborax.evaluate.shapes import batches, padded
 from sborax.models import load_model

@@ -7,11 +7,11 @@ import pytest
 from tiny_model import write_model
 
 import sborax as sx
+from sborax.layout.sharding import Layout, put
 from sborax.models import load_model
 from sborax.models.shards import Shards
-from sborax.train.adapter import fingerprint
+from sborax.records.adapter import fingerprint
 from sborax.train.base import adapt
-from sborax.train.sharding import Layout, put
 
 RULES = [
     ("q_proj", sx.PiSSA(rank=4)),

@@ -7,9 +7,9 @@ import pytest
 from tiny_model import WIDE
 
 import sborax as sx
+from sborax.layout.state import flatten, parameters, put_together
 from sborax.models.language_model import abstract
-from sborax.train.ahead import compiled, outline
-from sborax.train.state import flatten, parameters, put_together
+from sborax.plans.ahead import compiled, outline
 from sborax.train.step import batch_losses
 
 pytestmark = pytest.mark.usefixtures("compiled_fully")

@@ -16,19 +16,19 @@ import pytest
 from etils import epath
 
 import sborax as sx
+from sborax.adapters.tree import nodes
 from sborax.cli.main import main
+from sborax.layout.state import take_apart
 from sborax.models import load_model
-from sborax.train import sweep as module
-from sborax.train import sweep_steps
-from sborax.train.adapter import read_adapter
+from sborax.records.adapter import read_adapter
+from sborax.sweep import run as module
+from sborax.sweep import steps as sweep_steps
+from sborax.sweep.grid import Sweep, read_grid
+from sborax.sweep.members import Crew, Own, gather, make_sweep_step, rates
+from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
-from sborax.train.grid import Sweep, read_grid
 from sborax.train.loop import read_model, train
-from sborax.train.members import Crew, Own, gather, make_sweep_step, rates
 from sborax.train.optimizer import schedule
-from sborax.train.state import take_apart
-from sborax.train.sweep import sweep
-from sborax.tree import nodes
 from tests.tiny_model import write_data, write_model
 
 RULES = (sx.Rule("self_attn/(q|v)", sx.SBoRA(rank=4, dropout=0.1)), sx.Rule("mlp", sx.LoRA(rank=4, alpha=4.0)))

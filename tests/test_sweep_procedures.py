@@ -8,13 +8,13 @@ import pytest
 
 import sborax as sx
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
-from sborax.train import sweep as module
-from sborax.train import sweep_steps
-from sborax.train.adapter import LEAVES
-from sborax.train.grid import Sweep
+from sborax.records.adapter import LEAVES
+from sborax.sweep import run as module
+from sborax.sweep import steps as sweep_steps
+from sborax.sweep.grid import Sweep
+from sborax.sweep.members import make_sweep_step
+from sborax.sweep.run import sweep
 from sborax.train.loop import read_model, train
-from sborax.train.members import make_sweep_step
-from sborax.train.sweep import sweep
 from tests.test_sweep import an_experiment, metrics, quiet, same_run
 from tests.tiny_model import write_data, write_model
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sborax.cli.main import main
-from sborax.terminal import print_text, say, visible
+from sborax.config.terminal import print_text, say, visible
 
 HOSTILE = "\x1b]0;pwned\x07 \u202e\u2066\x9b2J\rok\ud800"
 SHOWN = "\\x1b]0;pwned\\x07 \\u202e\\u2066\\x9b2J\\rok\\ud800"

@@ -20,14 +20,14 @@ import pytest
 from etils import epath
 
 import sborax as sx
+from sborax.adapters.tree import nodes
+from sborax.layout.state import TrainState, put_together, start, take_apart
 from sborax.models import load_model
-from sborax.train.adapter import LEAVES, load_adapter
-from sborax.train.checkpoint import flat, open_checkpoints
+from sborax.records.adapter import LEAVES, load_adapter
+from sborax.records.checkpoint import flat, open_checkpoints
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer, schedule
-from sborax.train.state import TrainState, put_together, start, take_apart
 from sborax.train.step import check_alive, make_loss, make_step
-from sborax.tree import nodes
 from tests.tiny_model import write_data, write_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sborax as sx
-from sborax.core import Adapter
-from sborax.paths import module_path
-from sborax.tree import nodes, stack_of
+from sborax.adapters.core import Adapter
+from sborax.adapters.paths import module_path
+from sborax.adapters.tree import nodes, stack_of
 
 KEY = jax.random.key(0)
 

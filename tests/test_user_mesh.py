@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sborax as sx
-from sborax.mesh import AXES, compiled_axes, dividing
+from sborax.adapters.constraints import AXES, compiled_axes, dividing
 from sborax.models import LanguageModel, Llama, LlamaConfig, generate
 from sborax.models.attention import attention
 from sborax.models.backends import KERNELS, attend, splash

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch_pair import build, shake, shaken, with_peft
 
 import sborax as sx
+from sborax.adapters.tree import nest, nodes
 from sborax.interop.peft import load_peft
-from sborax.quant.nf4 import quantise
-from sborax.train.state import flatten
-from sborax.tree import nest, nodes
+from sborax.layout.state import flatten
+from sborax.models.nf4 import quantise
 
 SHAPES = {"layers/q/kernel": (2, 16, 24), "layers/up/kernel": (2, 16, 16), "norm/scale": (16,)}
 

@@ -15,8 +15,8 @@ import pytest
 from sums import error_of_sums, errors_of_gradients
 
 import sborax as sx
-from sborax import xla_flags
-from sborax.xla_flags import FLAG, RIGHT_SUMS, SWITCH
+from sborax.layout import xla_flags
+from sborax.layout.xla_flags import FLAG, RIGHT_SUMS, SWITCH
 
 TESTS = Path(__file__).resolve().parent
 ROUNDING = 2e-5

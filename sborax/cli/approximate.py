@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from sborax.cli.targets import Target
-from sborax.procedures.reslora import merge_by_inputs, merge_by_weights
-from sborax.terminal import say
+from sborax.config.terminal import say
+from sborax.interop.reslora import merge_by_inputs, merge_by_weights
 from sborax.train.hints import first_batches
 from sborax.train.loop import read_data
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 
-from sborax.classes import is_known
+from sborax.adapters.core import SboraxError
 from sborax.cli.layout import read_mesh
 from sborax.cli.targets import Target, load_target
-from sborax.core import SboraxError
+from sborax.config.classes import is_known
+from sborax.config.terminal import print_text, say
 from sborax.data.template import NAMES, AbstractTemplate, chat_ends, prompt_of, takes_special
+from sborax.layout.mesh import make_mesh
+from sborax.layout.sharding import Layout
 from sborax.models import generate as write
 from sborax.models.tokenizer import finished, text_of, tokens_of, until
-from sborax.terminal import print_text, say
-from sborax.train.sharding import Layout, make_mesh
 
 
 def generate(arguments: argparse.Namespace) -> None:

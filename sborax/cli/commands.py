@@ -8,21 +8,21 @@ from typing import Any
 
 import jax
 
+from sborax.adapters.core import SboraxError
 from sborax.cli.evaluate import check_tasks, score_run
 from sborax.cli.facts import facts, methods
 from sborax.cli.layout import with_mesh
 from sborax.cli.targets import load_run
-from sborax.core import SboraxError
+from sborax.config.terminal import say
 from sborax.interop.card import check_card, model_card, write_card
 from sborax.interop.peft import save_peft
+from sborax.interop.slim import slim as cut
+from sborax.layout.state import parameters
 from sborax.models import save_hf
-from sborax.models.slim import slim as cut
-from sborax.terminal import say
 from sborax.train.experiment import load_experiment
 from sborax.train.loop import read_held_out
 from sborax.train.loop import train as fine_tune
 from sborax.train.measure import loss_on
-from sborax.train.state import parameters
 
 
 def train(arguments: argparse.Namespace) -> bool:

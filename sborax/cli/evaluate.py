@@ -6,17 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sborax.classes import load_plugins
+from sborax.adapters.core import SboraxError
 from sborax.cli.layout import read_mesh
 from sborax.cli.targets import Target, find_run, load_run, load_target
-from sborax.core import SboraxError
+from sborax.config.classes import load_plugins
+from sborax.config.terminal import say
 from sborax.data.samples import load_samples
 from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import read_scores
-from sborax.terminal import say
+from sborax.layout.hosts import several
 from sborax.train.experiment import Experiment
-from sborax.train.hosts import several
 from sborax.train.loop import end_token
 
 OF_RUN = "scores"

@@ -2,18 +2,18 @@
 
 from typing import Any
 
+from sborax.adapters.core import AbstractComposite, AbstractMethod
+from sborax.adapters.paths import as_rules
 from sborax.cli.evaluate import OF_RUN
 from sborax.cli.targets import find_run, is_best
-from sborax.config import LiveObject
-from sborax.core import AbstractComposite, AbstractMethod
+from sborax.config.codec import LiveObject
+from sborax.config.documents import read_object
 from sborax.data.options import Data
-from sborax.documents import read_object
 from sborax.evaluate.run import in_words, read_scores
-from sborax.paths import as_rules
-from sborax.train.adapter import read_adapter
+from sborax.records.adapter import read_adapter
+from sborax.records.report import SUMMARY, name
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import AbstractOptimizer
-from sborax.train.report import SUMMARY, name
 
 
 def methods(experiment: Experiment) -> list[str]:

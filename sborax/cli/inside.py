@@ -9,7 +9,7 @@ import jax
 
 from sborax.cli.launcher import INSIDE, LOST
 from sborax.cli.main import INTERRUPTED, OK, main
-from sborax.terminal import say
+from sborax.config.terminal import say
 
 PATIENCE = 60.0
 """Seconds that the runtime has to say which peer is gone, once a step has failed."""

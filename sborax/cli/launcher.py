@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sborax.terminal import say
+from sborax.config.terminal import say
 
 INSIDE = "SBORAX_WATCHED_BY"
 """In the child's environment: the end of a pipe that closes when the watching process dies."""

@@ -4,9 +4,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from sborax.config import override
-from sborax.core import SboraxError
-from sborax.mesh import check_mesh
+from sborax.adapters.core import SboraxError
+from sborax.config.codec import override
+from sborax.layout.mesh import check_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import sborax
-from sborax.classes import import_source
+from sborax.adapters.core import SboraxError
 from sborax.cli import launcher
-from sborax.core import SboraxError
+from sborax.config.classes import import_source
+from sborax.config.terminal import say
 from sborax.errors import is_panic
-from sborax.terminal import say
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -228,7 +228,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if launcher.is_several(arguments):
         if launcher.INSIDE not in os.environ:
             return launcher.watch(arguments.argv)
-        from sborax.train.hosts import join
+        from sborax.layout.hosts import join
 
         join(arguments.coordinator, arguments.processes, arguments.process, arguments.heartbeat)
     from sborax.cli.commands import train
@@ -314,6 +314,6 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from sborax.quickstart import quickstart
+    from sborax.cli.quickstart import quickstart
 
     return OK if quickstart(arguments.changes, arguments.out) else INTERRUPTED

@@ -6,18 +6,18 @@ from typing import Any
 
 from etils import epath
 
+from sborax.adapters.core import SboraxError
+from sborax.adapters.tree import merge as merge_tree
+from sborax.adapters.weighted import Weighted, merge_weighted
 from sborax.cli.approximate import approximated
 from sborax.cli.facts import facts, methods
 from sborax.cli.targets import Target, find_run, is_best, is_run, load_run, load_target
-from sborax.core import SboraxError
+from sborax.config.terminal import say
 from sborax.interop.card import check_card, model_card, write_card
 from sborax.interop.peft import load_peft
 from sborax.interop.peft_layout import CONFIG
 from sborax.models import save_hf
-from sborax.terminal import say
-from sborax.train.adapter import fingerprint, load_adapter, read_adapter
-from sborax.tree import merge as merge_tree
-from sborax.weighted import Weighted, merge_weighted
+from sborax.records.adapter import fingerprint, load_adapter, read_adapter
 
 
 def merge(target: str, out: str, approximate: str | None = None, added: Sequence[str] = ()) -> None:

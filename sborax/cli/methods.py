@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Iterator
 
 from sborax import methods
-from sborax.classes import foreign, instance, load_plugins, name_of
-from sborax.core import AbstractComposite, AbstractFactored, AbstractMethod, SboraxError
-from sborax.depth import AbstractLinked
+from sborax.adapters.core import AbstractComposite, AbstractFactored, AbstractMethod, SboraxError
+from sborax.adapters.depth import AbstractLinked
+from sborax.adapters.routing import AbstractRouter
+from sborax.config.classes import foreign, instance, load_plugins, name_of
 from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
-from sborax.routing import AbstractRouter
 
 
 def find(name: str) -> type[AbstractMethod]:

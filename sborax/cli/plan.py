@@ -10,23 +10,24 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from sborax.adapters.constraints import ROWS
+from sborax.adapters.paths import kernels, module_path
+from sborax.adapters.tree import count_node, nodes
 from sborax.cli.layout import with_mesh
 from sborax.cli.targets import is_experiment
-from sborax.config import override
+from sborax.config.codec import override
+from sborax.config.documents import read_object
 from sborax.data.options import Data
-from sborax.documents import read_object
-from sborax.mesh import ROWS
+from sborax.layout.mesh import abstract_mesh, make_mesh
+from sborax.layout.state import parameters
 from sborax.methods import LoRA
 from sborax.models import LlamaConfig, abstract, load_config
-from sborax.paths import kernels, module_path
-from sborax.train.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
-from sborax.train.estimate import temporary_bytes
-from sborax.train.experiment import CONFIG, Experiment, load_experiment
-from sborax.train.hlo import collective_bytes
-from sborax.train.report import name
-from sborax.train.sharding import abstract_mesh, make_mesh
-from sborax.train.state import parameters
-from sborax.tree import count_node, nodes
+from sborax.plans.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
+from sborax.plans.estimate import temporary_bytes
+from sborax.plans.hlo import collective_bytes
+from sborax.records.disk import CONFIG
+from sborax.records.report import name
+from sborax.train.experiment import Experiment, load_experiment
 
 Rows = list[tuple[str, ...]]
 PROJECTIONS = "self_attn|mlp"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sborax.cli.evaluate import check_tasks, score_run
-from sborax.terminal import say
+from sborax.config.terminal import say
+from sborax.sweep.grid import Sweep, read_grid
+from sborax.sweep.run import sweep as train_all
 from sborax.train.experiment import load_experiment
-from sborax.train.grid import Sweep, read_grid
-from sborax.train.sweep import sweep as train_all
 
 
 def sweep(

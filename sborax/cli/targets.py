@@ -5,17 +5,18 @@ from typing import Any
 
 from etils import epath
 
-from sborax.core import SboraxError
-from sborax.documents import read_object
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import as_rules
+from sborax.adapters.tree import rebase
+from sborax.config.documents import read_object
 from sborax.interop.peft import load_peft
 from sborax.models import LanguageModel, load_model
-from sborax.paths import as_rules
-from sborax.train.adapter import PLAN, load_adapter
+from sborax.records.adapter import PLAN, load_adapter
+from sborax.records.best import BEST
+from sborax.records.disk import CONFIG
 from sborax.train.base import quantise_base, rewritten
-from sborax.train.best import BEST
-from sborax.train.experiment import CONFIG, Experiment, load_experiment
+from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.loop import ADAPTER
-from sborax.tree import rebase
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.data.options import Data
 from sborax.data.samples import Sample
 

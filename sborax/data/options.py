@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sborax.config import LiveObject
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.codec import LiveObject
 
 
 def at_least(least: int | float, **values: int | float | None) -> None:

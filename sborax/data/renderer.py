@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 
 SECONDS = 3.0
 """Of one conversation; a real one takes less than a thousandth."""

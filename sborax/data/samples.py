@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import shown
 from sborax.data.options import Data
 from sborax.data.source import read, where
 from sborax.data.template import Rendered, render
-from sborax.documents import shown
 from sborax.models.tokenizer import tokens_of
 
 _CHUNK = 1000

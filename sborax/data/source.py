@@ -13,9 +13,9 @@ import datasets
 import fsspec
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from sborax.config import LiveObject
-from sborax.core import SboraxError
-from sborax.documents import check_plain
+from sborax.adapters.core import SboraxError
+from sborax.config.codec import LiveObject
+from sborax.config.documents import check_plain
 
 LONGEST = 1 << 24
 """Letters of one record in JSON, JSONL or CSV; the context of no model holds as much."""

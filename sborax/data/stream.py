@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import grain
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.data.batches import Batch
 
 THREADS = 1

@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from sborax.classes import find_class, instance, is_known, load_plugins
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.classes import find_class, instance, is_known, load_plugins
+from sborax.config.documents import shown
 from sborax.data import renderer
-from sborax.documents import shown
 from sborax.models.tokenizer import tokens_of
 
 ALPACA = (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Pair, Scored, Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, mean, of_whole, records

@@ -3,9 +3,9 @@
 import csv
 from collections.abc import Callable, Sequence
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import check_plain
 from sborax.data.source import find, read
-from sborax.documents import check_plain
 from sborax.evaluate.choice import Question, asked
 from sborax.evaluate.task import Record, field
 

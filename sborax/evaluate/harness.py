@@ -17,11 +17,11 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.terminal import say
 from sborax.data.template import apply
 from sborax.evaluate.scorer import Pair, Scorer
 from sborax.models.tokenizer import text_of, tokens_of
-from sborax.terminal import say
 
 NEW_TOKENS = 256
 """Generated where a task does not say how many (the harness' Hugging Face models')."""

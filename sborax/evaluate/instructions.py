@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.evaluate.choice import Question, asked
 from sborax.evaluate.task import Record, field
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sborax.core import Context
+from sborax.adapters.core import Context
+from sborax.adapters.routing import PROMPT
+from sborax.adapters.tree import link
 from sborax.models.llama import Llama
 from sborax.models.memory import run
-from sborax.routing import PROMPT
-from sborax.tree import link
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""

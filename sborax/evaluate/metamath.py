@@ -3,7 +3,7 @@
 from decimal import Decimal, DivisionByZero, InvalidOperation
 from typing import Any
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.evaluate.task import Record, field
 
 PROMPT = "Question: {question} Think step by step.\nAnswer:"

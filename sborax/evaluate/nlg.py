@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, mean, of_whole, records
 from sborax.evaluate.written import texts

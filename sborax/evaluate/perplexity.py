@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.evaluate.scorer import Pair, Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, field, mean, records
 

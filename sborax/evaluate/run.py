@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sborax.core import SboraxError
-from sborax.documents import read_object, shown
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import read_object, shown
+from sborax.config.terminal import say
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Metric, Record
-from sborax.terminal import say
-from sborax.train.report import versions
+from sborax.records.report import versions
 
 SCORES = "scores.json"
 

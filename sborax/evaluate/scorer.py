@@ -11,17 +11,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from sborax.core import SboraxError
+from sborax.adapters.constraints import ROWS
+from sborax.adapters.core import SboraxError
+from sborax.adapters.routing import routed_parts
+from sborax.adapters.tree import Adapters, nodes
 from sborax.evaluate.likelihood import alone, shared
 from sborax.evaluate.shapes import Batch, batches
-from sborax.mesh import ROWS
+from sborax.layout.mesh import make_mesh
+from sborax.layout.sharding import Layout
 from sborax.models.beam import beam_search
 from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.tokenizer import finished, tokens_of
-from sborax.routing import routed_parts
-from sborax.train.sharding import Layout, make_mesh
-from sborax.tree import Adapters, nodes
 
 BUDGET = 4096
 """Tokens of one forward pass."""

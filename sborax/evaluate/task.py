@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.data.source import find, read
 from sborax.evaluate.scorer import Scorer
 

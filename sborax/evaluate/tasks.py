@@ -2,8 +2,8 @@
 
 import difflib
 
-from sborax.classes import instances, load_plugins, name_of
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.classes import instances, load_plugins, name_of
 from sborax.data.template import ALPACA, LLM_ADAPTERS_ASKED
 from sborax.evaluate import glue, metamath
 from sborax.evaluate.choice import Choice, Mmlu

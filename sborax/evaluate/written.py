@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from huggingface_hub import ModelCardData
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 
 README = "README.md"
 TAG = "sborax"

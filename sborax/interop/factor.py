@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sborax.compose import Scaled, Sum, with_fields, with_parts
-from sborax.core import AbstractComposite, AbstractFactored, Adapter, leaf_axes
+from sborax.adapters.compose import Scaled, Sum, with_fields, with_parts
+from sborax.adapters.core import AbstractComposite, AbstractFactored, Adapter, leaf_axes
 
 Pair = tuple[np.ndarray, np.ndarray]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, is_weight
+from sborax.adapters.core import AbstractWeight, is_weight
 from sborax.models.names import hf_module, row, unlayered
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sborax.compose import ByLayer
-from sborax.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.adapters.compose import ByLayer
+from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.adapters.paths import Plan, Site
+from sborax.adapters.tree import attach, nest, nodes
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, Layout, layout_of, leaves_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import row_for
 from sborax.interop.peft_targets import saved_whole, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
-from sborax.paths import Plan, Site
-from sborax.tree import attach, nest, nodes
 
 LARGEST_CONFIG = 1 << 22
 FLOATS = ("F32", "F16", "BF16", "F64")

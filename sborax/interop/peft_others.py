@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sborax.core import Adapter, SboraxError
+from sborax.adapters.core import Adapter, SboraxError
 from sborax.interop.peft_row import Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
 from sborax.interop.peft_targets import matched, value_for
 from sborax.methods import C3A, HRA, IA3, OFT, AdaLoRA, DeLoRA, HiRA, LoHa, LoKr, RandLoRA, SHiRA, VeRA

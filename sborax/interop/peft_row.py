@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sborax.core import AbstractMethod, Adapter, Hint, SboraxError
+from sborax.adapters.core import AbstractMethod, Adapter, Hint, SboraxError
 
 Fields = Mapping[str, Any]
 """Config fields of one module, patterns resolved."""

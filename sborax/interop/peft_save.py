@@ -10,7 +10,10 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from sborax.core import AbstractWeight, Adapter, SboraxError
+from sborax.adapters.core import AbstractWeight, Adapter, SboraxError
+from sborax.adapters.paths import bias_path
+from sborax.adapters.tree import link, nodes
+from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Pair, by_layer, exact, truncated
 from sborax.interop.peft_layout import (
@@ -29,9 +32,6 @@ from sborax.interop.peft_table import PLAIN, TABLE
 from sborax.interop.peft_targets import naming, pattern_for, saved_whole, targeted
 from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
-from sborax.paths import bias_path
-from sborax.tree import link, nodes
-from sborax.weight import check_finite
 
 
 class Exported(NamedTuple):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sborax.core import AbstractMethod, Adapter, SboraxError
+from sborax.adapters.core import AbstractMethod, Adapter, SboraxError
 from sborax.interop.peft_layout import TYING
 from sborax.interop.peft_others import OTHERS
 from sborax.interop.peft_row import Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.patterns import compiled, fullmatch, match
 from sborax.interop.peft_layout import HEAD
-from sborax.patterns import compiled, fullmatch, match
 
 Value = TypeVar("Value")
 

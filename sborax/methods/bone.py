@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.constraints import sharing
+from sborax.adapters.core import (
     AbstractFactored,
     Adapter,
     Axes,
@@ -23,7 +24,6 @@ from sborax.core import (
     dropout_leaf,
     hyper,
 )
-from sborax.mesh import sharing
 from sborax.methods.lowrank import HIDDEN
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, SboraxError, Weight
+from sborax.adapters.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, SboraxError, Weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractMethod,
     Adapter,
     Axes,

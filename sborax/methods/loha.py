@@ -8,18 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
-    AbstractFactored,
-    Adapter,
-    Axes,
-    Context,
-    Fitted,
-    Hint,
-    Weight,
-    cast,
-    check_rank,
-    hyper,
-)
+from sborax.adapters.core import AbstractFactored, Adapter, Axes, Context, Fitted, Hint, Weight, cast, check_rank, hyper
 from sborax.methods.lowrank import HIDDEN, kaiming_uniform, scaling
 
 

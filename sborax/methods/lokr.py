@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, Weight, cast, check_rank, hyper
+from sborax.adapters.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, Weight, cast, check_rank, hyper
 from sborax.methods.lowrank import scaling
 
 

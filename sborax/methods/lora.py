@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractFactored,
     Adapter,
     Axes,

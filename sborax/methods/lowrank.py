@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import Adapter, Context, Fitted, Hint, Leaves, Rank, cast, dropout, live, width
+from sborax.adapters.core import Adapter, Context, Fitted, Hint, Leaves, Rank, cast, dropout, live, width
 
 HIDDEN = "adapter_h"
 """Name of the thin activation for rematerialisation policies: cheap to keep, (tokens, rank)."""

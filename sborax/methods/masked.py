@@ -5,17 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
-    AbstractComposite,
-    AbstractMethod,
-    Adapter,
-    Axes,
-    Context,
-    Fitted,
-    Hint,
-    Weight,
-    cast,
-)
+from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Axes, Context, Fitted, Hint, Weight, cast
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractAdditive,
     Adapter,
     Axes,
@@ -23,9 +23,9 @@ from sborax.core import (
     hyper,
     width,
 )
+from sborax.adapters.routing import GATE, AbstractRouted, AbstractRouter
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, scaling
 from sborax.methods.prompt_router import Pooler, PromptRouter
-from sborax.routing import GATE, AbstractRouted, AbstractRouter
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractAdditive,
     Adapter,
     Axes,
@@ -24,7 +24,7 @@ from sborax.core import (
     live,
     width,
 )
-from sborax.ranks import SingularMass
+from sborax.adapters.ranks import SingularMass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractFactored,
     Adapter,
     Axes,

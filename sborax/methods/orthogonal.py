@@ -7,8 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from sborax.core import Adapter, Axes, Context, Fitted, Hint, SboraxError, Weight, check_rank, dropout_leaf, hyper
-from sborax.experts import AbstractExpert, basis_key, check_block
+from sborax.adapters.core import (
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    SboraxError,
+    Weight,
+    check_rank,
+    dropout_leaf,
+    hyper,
+)
+from sborax.adapters.experts import AbstractExpert, basis_key, check_block
 from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
 
 

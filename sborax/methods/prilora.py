@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractFactored,
     Adapter,
     Axes,
@@ -22,8 +22,8 @@ from sborax.core import (
     live,
     width,
 )
+from sborax.adapters.ranks import LinearRanks
 from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_delta, pair_weight, scaling
-from sborax.ranks import LinearRanks
 
 
 @dataclasses.dataclass(frozen=True)

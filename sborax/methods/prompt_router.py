@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from sborax.core import Adapter, Axes, Fitted, Hint, SboraxError, Weight, hyper
-from sborax.routing import AbstractRouter
+from sborax.adapters.core import Adapter, Axes, Fitted, Hint, SboraxError, Weight, hyper
+from sborax.adapters.routing import AbstractRouter
 
 NUMERATOR = (2.8e-5, 0.5, 0.398502, 0.162302, 0.064052, 0.018317, 0.0021)
 DENOMINATOR = (0.0, 0.324603, 0.0, 0.036634, 0.0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractAdditive,
     Adapter,
     Axes,
@@ -22,7 +22,7 @@ from sborax.core import (
     dropout_leaf,
     hyper,
 )
-from sborax.depth import AbstractLinked, Memory
+from sborax.adapters.depth import AbstractLinked, Memory
 from sborax.methods.lora import lora_of
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
@@ -42,7 +42,8 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
 
     The chain of layers starts again after a layer that the rule leaves out; a layer by itself is the first of one.
     `LanguageModel` and `merge` link the layers. For a model of your own: `link` the adapters, and hand what
-    `sborax.depth.remember` returns to the next layer in `Context.tokens`. Approximate merges: `procedures.reslora`.
+    `sborax.adapters.depth.remember` returns to the next layer in `Context.tokens`. Approximate merges are in
+    `sborax.interop.reslora`.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0: identity at init. Trained parameters: rank (in + out).
     """
 

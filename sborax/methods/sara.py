@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     AbstractFactored,
     Adapter,
     Axes,
@@ -27,8 +27,8 @@ from sborax.core import (
     live,
     width,
 )
+from sborax.adapters.ranks import SingularMass
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
-from sborax.ranks import SingularMass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from sborax.core import (
+from sborax.adapters.core import (
     Adapter,
     Axes,
     Context,
@@ -23,7 +23,7 @@ from sborax.core import (
     hyper,
     width,
 )
-from sborax.experts import DISTINCT, AbstractExpert, check_block, index_block
+from sborax.adapters.experts import DISTINCT, AbstractExpert, check_block, index_block
 from sborax.methods.lowrank import scaling
 
 

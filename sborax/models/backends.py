@@ -16,8 +16,8 @@ from jax.extend.backend import get_backend
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sborax.core import SboraxError
-from sborax.mesh import ROWS, dividing
+from sborax.adapters.constraints import ROWS, dividing
+from sborax.adapters.core import SboraxError
 from sborax.models.attention import attention, visible
 
 Backend = Literal["xla", "cudnn", "splash"]

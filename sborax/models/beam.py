@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sborax.core import Context, SboraxError
+from sborax.adapters.core import Context, SboraxError
+from sborax.adapters.routing import PROMPT, routed_parts
+from sborax.adapters.tree import link, nodes
 from sborax.models.generate import BUCKET, _check, _until
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.llama import Llama
 from sborax.models.memory import run
-from sborax.routing import PROMPT, routed_parts
-from sborax.tree import link, nodes
 
 NEVER = -1e9
 """What keeps a text from being chosen."""

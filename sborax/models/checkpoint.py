@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sborax.core import SboraxError
-from sborax.documents import check_plain, parse, read_object, shown
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import check_plain, parse, read_object, shown
+from sborax.config.terminal import say
 from sborax.models.config import LlamaConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
+from sborax.models.nf4 import NF4Array, check, quantise, quantise_numpy
 from sborax.models.shards import aligned, read_sharded
-from sborax.quant.nf4 import NF4Array, check, quantise, quantise_numpy
-from sborax.terminal import say
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

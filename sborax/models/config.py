@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from sborax.core import SboraxError
-from sborax.documents import shown
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import shown
 from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
 
 MOST_LAYERS, MOST_UNEQUAL = 1 << 12, 1 << 8

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from sborax.classes import instances, load_plugins
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.config.classes import instances, load_plugins
 
 UNEQUAL = "sborax_"
 """Before the `model_type` of a decoder whose layers differ in size: transformers says that it does not know it."""

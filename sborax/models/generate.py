@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sborax.core import Context, SboraxError
+from sborax.adapters.core import Context, SboraxError
+from sborax.adapters.routing import PROMPT
+from sborax.adapters.tree import link
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.llama import Llama
 from sborax.models.memory import run
-from sborax.routing import PROMPT
-from sborax.tree import link
 
 BUCKET = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""

@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sborax.core import SboraxError
-from sborax.documents import shown
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import shown
 from sborax.models.checkpoint import AbstractTensors
 from sborax.models.config import LlamaConfig
 from sborax.models.families import FAMILIES, Family

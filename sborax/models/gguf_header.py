@@ -4,8 +4,8 @@ import mmap
 import struct
 from pathlib import Path
 
-from sborax.core import SboraxError
-from sborax.documents import check_plain
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import check_plain
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by the number of its type: integers, floats and booleans."""

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from sborax import core
+from sborax.adapters import core
+from sborax.adapters.paths import STACKED_UNDER
+from sborax.adapters.routing import ROUTER, layer_of
+from sborax.adapters.tree import nodes
 from sborax.models.config import LlamaConfig
 from sborax.models.llama import Llama
 from sborax.models.memory import run, values_at
-from sborax.paths import STACKED_UNDER
-from sborax.routing import ROUTER, layer_of
-from sborax.tree import nodes
 
 Params = dict[str, Any]
 
@@ -160,7 +160,7 @@ class LanguageModel:
         *,
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> dict[str, Params]:
-        """The norms of what each projection remembers for the next layer (`sborax.depth`), by path of its kernel.
+        """The norms of what each projection remembers for the next layer, by path of its kernel: see `adapters.depth`.
 
         As `input_norms` over all tokens of the batch, padding left out; values of more axes a token as one axis. Empty
         for adapters that remember nothing.

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sborax import core
-from sborax.depth import remember
+from sborax.adapters import core
+from sborax.adapters.depth import remember
+from sborax.adapters.routing import GATE, PROMPT, ROUTER
 from sborax.models.sharding import used_whole
 from sborax.procedures.prilora import input_norms
-from sborax.routing import GATE, PROMPT, ROUTER
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sborax import core
-from sborax.mesh import check_axis_types
+from sborax.adapters import core
+from sborax.adapters.constraints import check_axis_types
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig

@@ -12,8 +12,8 @@ import huggingface_hub
 import jax.numpy as jnp
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sborax.core import SboraxError
-from sborax.documents import read_object
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import read_object
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig, ends

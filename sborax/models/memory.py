@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Int
 
-from sborax.core import Adapter, Context
-from sborax.depth import Memory, continues, remember, stack_of
-from sborax.paths import kernels
-from sborax.tree import link, nest, nodes
+from sborax.adapters.core import Adapter, Context
+from sborax.adapters.depth import Memory, continues, remember, stack_of
+from sborax.adapters.paths import kernels
+from sborax.adapters.tree import link, nest, nodes
 
 
 def run(

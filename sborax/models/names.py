@@ -7,7 +7,7 @@ Our kernels are `(in, out)`, Hugging Face's weights `(out, in)`. Paths of stacke
 import re
 from typing import NamedTuple
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 
 
 class Row(NamedTuple):

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from sborax import core
-from sborax.core import SboraxError
+from sborax.adapters import core
+from sborax.adapters.core import SboraxError
 from sborax.models.checkpoint import INDEX
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.names import row, unlayered

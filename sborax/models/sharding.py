@@ -12,10 +12,10 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sborax.core import AbstractWeight, Adapter, SboraxError, is_weight
-from sborax.mesh import ROWS, compiled_axes, cut
+from sborax.adapters.constraints import ROWS, compiled_axes, cut
+from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, is_weight
+from sborax.adapters.tree import specs
 from sborax.models.config import LlamaConfig
-from sborax.tree import specs
 
 ROW_PARALLEL = ("o_proj", "down_proj")
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from sborax.core import AbstractWeight, SboraxError
-from sborax.quant.nf4 import BLOCK, NF4Array, encode_blocks, join
+from sborax.adapters.core import AbstractWeight, SboraxError
+from sborax.models.nf4 import BLOCK, NF4Array, encode_blocks, join
 
 Region = tuple[slice, ...]
 _ALIGNMENT = 64

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from sborax.core import SboraxError
-from sborax.documents import check_plain, read_object, shown
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import check_plain, read_object, shown
 from sborax.errors import is_panic
 
 ABOUT = "tokenizer_config.json"

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from sborax.core import Leaves, SboraxError, is_adapter
+from sborax.adapters.core import Leaves, SboraxError, is_adapter
+from sborax.adapters.tree import split
 from sborax.optim.pairs import agree, over_pairs, sides
-from sborax.tree import split
 
 RIDGE = 1e-8
 

@@ -7,8 +7,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from sborax.compose import with_parts
-from sborax.core import AbstractComposite, Adapter, SboraxError, is_adapter
+from sborax.adapters.compose import with_parts
+from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, is_adapter
 
 ONE_AXIS = ("scale", "bias")
 """Base leaves of one axis, stacks left out: scales of norms and biases."""

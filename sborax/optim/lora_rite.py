@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
 from sborax.optim.pairs import Pair, over_pairs, pairs, replace_pairs, sides
 
 

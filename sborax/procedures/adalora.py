@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from sborax.core import Adapter, SboraxError, is_adapter, width
+from sborax.adapters.core import Adapter, SboraxError, is_adapter, width
+from sborax.adapters.tree import Adapters, nest, nodes
 from sborax.methods.adalora import AdaLoRA
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
-from sborax.tree import Adapters, nest, nodes
 
 
 class BudgetState(NamedTuple):

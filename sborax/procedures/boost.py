@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Key
 
-from sborax.compose import ByLayer
-from sborax.core import Adapter, SboraxError
+from sborax.adapters.compose import ByLayer
+from sborax.adapters.core import Adapter, SboraxError
+from sborax.adapters.tree import Adapters, nest, nodes
 from sborax.optim.pairs import sides
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
 from sborax.procedures.segment import check_segments, fold, fresh, one_adapter, replay_segments, widened
-from sborax.tree import Adapters, nest, nodes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import optax
 from jaxtyping import Array, Key
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.tree import Adapters
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
 from sborax.procedures.segment import check_segments, fold, fresh, one_adapter, replay_segments, widened
-from sborax.tree import Adapters
 
 
 @dataclasses.dataclass(frozen=True)

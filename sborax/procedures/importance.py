@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from sborax.core import Adapter
+from sborax.adapters.core import Adapter
+from sborax.adapters.paths import Site
+from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.methods.masked import Masked
-from sborax.paths import Site
-from sborax.tree import nodes, over_stack, stack_of
 
 BLOCKS: Mapping[str, Mapping[str, Literal["in", "out"]]] = {
     "self_attn": {"q_proj": "out", "k_proj": "out", "v_proj": "out", "o_proj": "in"},

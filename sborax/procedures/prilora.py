@@ -11,12 +11,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sborax.core import AbstractComposite, Adapter, SboraxError, width
+from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, width
+from sborax.adapters.paths import STACKED_UNDER, Site
+from sborax.adapters.routing import selective
+from sborax.adapters.tree import Adapters, nest, nodes, stack_of
 from sborax.methods.prilora import PRILoRA
-from sborax.paths import STACKED_UNDER, Site
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
-from sborax.routing import selective
-from sborax.tree import Adapters, nest, nodes, stack_of
 
 Group = Literal["per_rank", "matrix"]
 

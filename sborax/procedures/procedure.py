@@ -9,10 +9,10 @@ import jax
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from sborax.compose import ByLayer
-from sborax.core import SboraxError
-from sborax.paths import Plan
-from sborax.tree import Adapters
+from sborax.adapters.compose import ByLayer
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import Plan
+from sborax.adapters.tree import Adapters
 
 
 @dataclasses.dataclass(frozen=True)

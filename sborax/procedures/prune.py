@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from sborax.core import AbstractFactored, Adapter, SboraxError
+from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
+from sborax.adapters.paths import Site
+from sborax.adapters.tree import Adapters, nest, nodes
 from sborax.methods.masked import Masked
-from sborax.paths import Site
 from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
-from sborax.tree import Adapters, nest, nodes
 
 
 @dataclasses.dataclass(frozen=True)

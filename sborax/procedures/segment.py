@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from sborax.arithmetic import by_layer, joined, scale_adapter
-from sborax.compose import ByLayer
-from sborax.core import AbstractFactored, AbstractWeight, Adapter, SboraxError, structure
+from sborax.adapters.arithmetic import by_layer, joined, scale_adapter
+from sborax.adapters.compose import ByLayer
+from sborax.adapters.core import AbstractFactored, AbstractWeight, Adapter, SboraxError, structure
+from sborax.adapters.paths import Site
+from sborax.adapters.rebase import encode
+from sborax.adapters.tree import Adapters, attach, merge, nest, nodes, stack_of
 from sborax.methods.lora import LoRA
 from sborax.optim.pairs import over_pairs
-from sborax.paths import Site
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
-from sborax.rebase import encode
-from sborax.tree import Adapters, attach, merge, nest, nodes, stack_of
 
 
 def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any], requantise: bool) -> None:

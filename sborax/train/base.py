@@ -5,15 +5,15 @@ from typing import Any
 
 from jaxtyping import Array, Key
 
-from sborax.core import Adapter, Hint, SboraxError
+from sborax.adapters.core import Adapter, Hint, SboraxError
+from sborax.adapters.paths import Plan, Rule, Site, module_path
+from sborax.adapters.patterns import search
+from sborax.adapters.rebase import rewrite
+from sborax.adapters.tree import Adapters, Params, fit, nest, rebase
+from sborax.adapters.weight import check_finite
+from sborax.layout.state import flatten
 from sborax.models.load import is_layer_kernel
-from sborax.paths import Plan, Rule, Site, module_path
-from sborax.patterns import search
-from sborax.quant.nf4 import Unquantised, check, quantise
-from sborax.rebase import rewrite
-from sborax.train.state import flatten
-from sborax.tree import Adapters, Params, fit, nest, rebase
-from sborax.weight import check_finite
+from sborax.models.nf4 import Unquantised, check, quantise
 
 
 def quantise_base(params: Params, quant: str | None) -> Params:

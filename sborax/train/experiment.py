@@ -9,20 +9,19 @@ from typing import Literal
 import optax
 from etils import epath
 
-from sborax.classes import EXPERIMENT, check_imported, execute, import_source
-from sborax.config import LiveObject, decode, encode, override, sources
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import RuleLike, as_rules
+from sborax.adapters.routing import routed_parts
+from sborax.adapters.tree import split
+from sborax.config.classes import EXPERIMENT, check_imported, execute, import_source
+from sborax.config.codec import LiveObject, decode, encode, override, sources
+from sborax.config.documents import read_object
 from sborax.data.options import Data, at_least
-from sborax.documents import read_object
-from sborax.mesh import check_mesh
-from sborax.paths import RuleLike, as_rules
+from sborax.layout.mesh import check_mesh
 from sborax.procedures import AbstractProcedure
-from sborax.routing import routed_parts
-from sborax.train.disk import replace
+from sborax.records.disk import CONFIG, replace
 from sborax.train.optimizer import AnyOptimizer, Optimizer, halves
-from sborax.tree import split
 
-CONFIG = "config.json"
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
 
 

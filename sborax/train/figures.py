@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from sborax.core import AbstractComposite, AbstractMethod
+from sborax.adapters.core import AbstractComposite, AbstractMethod
+from sborax.adapters.tree import nodes
+from sborax.layout.state import Parts
 from sborax.models.config import LlamaConfig
-from sborax.train.report import peak_memory
-from sborax.train.state import Parts
+from sborax.records.report import peak_memory
 from sborax.train.step import TABLE
-from sborax.tree import nodes
 
 PEAKS = {
     "TPU v2": 22.5,

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.core import Hint, dense
+from sborax.adapters.core import Hint, dense
+from sborax.adapters.hints import gradient_hints
+from sborax.adapters.paths import Plan, Site, kernels, module_path
+from sborax.adapters.tree import Params
 from sborax.data.batches import Batch, Batches
-from sborax.hints import gradient_hints
 from sborax.models.language_model import LanguageModel
-from sborax.paths import Plan, Site, kernels, module_path
 from sborax.train.loss import frozen_head_loss, trained_head_loss
 from sborax.train.step import HEAD
-from sborax.tree import Params
 
 Echo = Callable[[str], None]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from sborax.config import encode
-from sborax.core import SboraxError
-from sborax.documents import read_object
-from sborax.train.disk import replace, writing
+from sborax.adapters.core import SboraxError
+from sborax.config.codec import encode
+from sborax.config.documents import read_object
+from sborax.records.disk import replace, writing
 from sborax.train.experiment import Experiment
 
 

@@ -10,36 +10,37 @@ import jax
 import numpy as np
 from etils import epath
 
-from sborax.config import encode
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import Plan, as_rules, has_policy, plan
+from sborax.adapters.tree import combine, nest, nodes
+from sborax.config.codec import encode
+from sborax.config.terminal import say
 from sborax.data.batches import Batches, arrange, in_order, shuffled
 from sborax.data.options import Data
 from sborax.data.samples import Sample, check_ids, load_samples
 from sborax.data.source import check_named
+from sborax.layout.hosts import check_alike, gathered, held, is_first, on_first, several
+from sborax.layout.sharding import Layout
+from sborax.layout.state import Parts, TrainState, parameters, start, take_apart
 from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.load import load_config, load_model
-from sborax.paths import Plan, as_rules, has_policy, plan
 from sborax.procedures import Run
-from sborax.terminal import say
-from sborax.train.adapter import PLAN, fingerprint, read_adapter, save_adapter
+from sborax.records.adapter import PLAN, fingerprint, read_adapter, save_adapter
+from sborax.records.best import best_so_far
+from sborax.records.checkpoint import open_checkpoints
+from sborax.records.claim import START, claimed
+from sborax.records.report import Metrics, Progress, Summary, describe
+from sborax.records.trace import make_trace
 from sborax.train.base import adapt, rewritten
-from sborax.train.best import best_so_far
-from sborax.train.checkpoint import open_checkpoints
-from sborax.train.claim import START, check_config, claimed, has_computed
 from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.hints import gradients, promised
-from sborax.train.hosts import check_alike, gathered, held, is_first, on_first, several
 from sborax.train.log import check_logs, open_logs
 from sborax.train.optimizer import halves, make_optimizer
-from sborax.train.report import Metrics, Progress, Summary, describe
-from sborax.train.sharding import Layout
-from sborax.train.state import Parts, TrainState, parameters, start, take_apart
+from sborax.train.resume import check_config, has_computed
 from sborax.train.steps import Loop
 from sborax.train.stop import Stop, stopping
-from sborax.train.trace import make_trace
 from sborax.train.turns import turns_of
-from sborax.tree import combine, nest, nodes
 
 ADAPTER = "adapter"
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sborax.mesh import ROWS, dividing
+from sborax.adapters.constraints import ROWS, dividing
 
 CHUNK = 256
 """Tokens whose logits exist at one time, unless a caller says otherwise."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from sborax.adapters.tree import Adapters, Params, split
 from sborax.data.batches import Batch
+from sborax.layout.state import flatten
 from sborax.models.language_model import LanguageModel
-from sborax.train.state import flatten
 from sborax.train.step import make_loss
-from sborax.tree import Adapters, Params, split
 
 
 def loss_on(model: LanguageModel, params: Params, adapters: Adapters | None, batches: Sequence[Batch]) -> float:

@@ -8,12 +8,12 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from sborax.config import LiveObject
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.tree import split
+from sborax.config.codec import LiveObject
 from sborax.data.options import above, at_least
+from sborax.layout.state import Halves
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
-from sborax.train.state import Halves
-from sborax.tree import split
 
 
 class AbstractOptimizer(abc.ABC):

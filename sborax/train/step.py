@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sborax.core import Context, SboraxError
+from sborax.adapters.core import Context, SboraxError
+from sborax.adapters.routing import PROMPT, AbstractRouter
+from sborax.adapters.tree import combine, nodes
+from sborax.layout.state import Flat, TrainState, put_together
 from sborax.models.language_model import LanguageModel
-from sborax.routing import PROMPT, AbstractRouter
 from sborax.train.loss import head_loss, trained_head_loss
-from sborax.train.state import Flat, TrainState, put_together
-from sborax.tree import combine, nodes
 
 HEAD = "lm_head/kernel"
 TABLE = "embed_tokens/embedding"

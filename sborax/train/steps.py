@@ -11,26 +11,26 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from sborax.core import SboraxError
+from sborax.adapters.core import SboraxError
+from sborax.adapters.routing import selective
+from sborax.adapters.tree import nodes
 from sborax.data.batches import Batch, Batches
 from sborax.data.stream import stream
+from sborax.layout.hosts import asked_to_stop
+from sborax.layout.sharding import Layout
+from sborax.layout.state import Parts, TrainState
 from sborax.models.language_model import LanguageModel
-from sborax.routing import selective
-from sborax.train.best import BEST, Best
-from sborax.train.checkpoint import Checkpoints
+from sborax.records.best import BEST, Best
+from sborax.records.checkpoint import Checkpoints
+from sborax.records.report import Metrics, Progress, Speed
+from sborax.records.trace import Trace
 from sborax.train.experiment import Experiment
 from sborax.train.figures import Figures
-from sborax.train.hosts import asked_to_stop
 from sborax.train.log import AbstractLog, scalars
 from sborax.train.optimizer import schedule
-from sborax.train.report import Metrics, Progress, Speed
-from sborax.train.sharding import Layout
-from sborax.train.state import Parts, TrainState
 from sborax.train.step import check_alive, make_loss, make_step, not_finite
 from sborax.train.stop import Stop
-from sborax.train.trace import Trace
 from sborax.train.turns import Turns
-from sborax.tree import nodes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from sborax.train.hosts import pass_on, several
+from sborax.layout.hosts import pass_on, several
 
 
 class Stopped(KeyboardInterrupt):

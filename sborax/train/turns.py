@@ -7,14 +7,14 @@ import optax
 from etils import epath
 from jaxtyping import Array, Key, PyTree
 
+from sborax.adapters.tree import Adapters, combine, split
+from sborax.layout.hosts import gathered, on_first
+from sborax.layout.sharding import Layout
+from sborax.layout.state import Halves, Parts, TrainState
 from sborax.procedures import AbstractProcedure, Boundary, Run
-from sborax.train.adapter import read_adapter, save_adapter
+from sborax.records.adapter import read_adapter, save_adapter
 from sborax.train.experiment import Experiment
-from sborax.train.hosts import gathered, on_first
 from sborax.train.optimizer import halves
-from sborax.train.sharding import Layout
-from sborax.train.state import Halves, Parts, TrainState
-from sborax.tree import Adapters, combine, split
 
 SEGMENTS = "segments"
 

@@ -17,7 +17,7 @@ from sborax.interop import peft_load
 from sborax.interop.peft_load import load_peft
 from sborax.interop.peft_table import TABLE
 from sborax.models.language_model import LanguageModel
-from sborax.train.adapter import LEAVES, PLAN, fingerprint, load_adapter, read_adapter, save_adapter
+from sborax.records.adapter import LEAVES, PLAN, fingerprint, load_adapter, read_adapter, save_adapter
 
 from .model_files import _harmed_safetensors
 from .mutations import harm, hostile, write

@@ -28,9 +28,9 @@ from sborax.models.gguf import open_gguf
 from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.llama import Llama
 from sborax.models.load import load_model, read_config
-from sborax.train.adapter import read_adapter, save_adapter
+from sborax.records.adapter import read_adapter, save_adapter
+from sborax.records.report import METRICS, Metrics
 from sborax.train.experiment import load_experiment
-from sborax.train.report import METRICS, Metrics
 
 from .gguf_file import describe, pack
 from .mutations import TEXTS, harm, harm_bytes, write

@@ -9,16 +9,17 @@ from typing import Any
 
 from etils import epath
 
+from sborax.adapters.paths import plan
 from sborax.cli.layout import read_mesh
 from sborax.cli.targets import is_run
-from sborax.config import encode, override
-from sborax.paths import plan
-from sborax.train.adapter import LEAVES, PLAN
-from sborax.train.best import best_so_far
-from sborax.train.experiment import CONFIG, load_experiment
-from sborax.train.grid import Sweep, read_grid
-from sborax.train.report import METRICS, Metrics
-from sborax.train.results import SWEEP, check_same
+from sborax.config.codec import encode, override
+from sborax.records.adapter import LEAVES, PLAN
+from sborax.records.best import best_so_far
+from sborax.records.disk import CONFIG
+from sborax.records.report import METRICS, Metrics
+from sborax.sweep.grid import Sweep, read_grid
+from sborax.sweep.results import SWEEP, check_same
+from sborax.train.experiment import load_experiment
 
 from .mutations import RAW, TEXTS, harm, harm_text, places, write
 from .seeds import Prepare, abstract_tiny, experiment, put

@@ -109,7 +109,7 @@ def furnish(jail: Path) -> None:
 
 def outcome(call: Callable[[], Any]) -> tuple[bool, str]:
     """Whether a call ended as it may, and the error's line ("" for success) or what went wrong."""
-    from sborax.core import SboraxError
+    from sborax.adapters.core import SboraxError
 
     try:
         call()

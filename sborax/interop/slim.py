@@ -1,0 +1,95 @@
+"""A pruned model as a smaller one: heads and channels that LoRAPrune has masked are cut out, arXiv:2305.18403."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import STACKED_UNDER
+from sborax.adapters.tree import Adapters, merge, nest, nodes, stack_of
+from sborax.methods.masked import Masked
+from sborax.models.config import LlamaConfig
+from sborax.models.families import UNEQUAL
+from sborax.models.language_model import LanguageModel, Params
+from sborax.procedures.importance import BLOCKS
+
+LEADER = {"self_attn": "q_proj", "mlp": "gate_proj"}
+"""Whose outputs are the inputs of the projection that is cut on its input side."""
+
+
+def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageModel:
+    """The merged model without the outputs that are masked and the inputs that read them: the same function.
+
+    With layers of equal size, as LoRAPrune leaves them with protect=0, transformers loads what `save_hf` writes. Else
+    the layers are unrolled, `config.layer_sizes` says how large each is, and this library alone loads it.
+    Raises SboraxError where nothing is masked.
+    """
+    found = nodes(adapters)
+    masked = {path: node for path, node in found.items() if isinstance(node.method, Masked)}
+    if not masked:
+        raise SboraxError("slim: nothing is masked in these adapters; train them with procedure=LoRAPrune(...)")
+    live = {path: np.asarray(node.frozen["mask"]) > 0 for path, node in masked.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(merge(params, adapters))
+    flat = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+    if any(stack_of(node) for node in masked.values()):
+        flat, live = _unstacked(flat), _unstacked(live)
+    kept = {path: np.flatnonzero(mask) for path, mask in live.items()}
+    flat = {path: _cut(path, leaf, kept) for path, leaf in flat.items()}
+    config = _config(model.config, kept)
+    restacked = model.module.scan and not config.layer_sizes
+    small = nest(_stacked(flat) if restacked else flat)
+    return LanguageModel(model.module.clone(config=config), small, config, model.tokenizer)
+
+
+def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Every layer of a stack under its number."""
+    single: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        top, _, rest = path.partition("/")
+        single |= {f"{top}/{i}/{rest}": leaf[i] for i in range(len(leaf))} if top == STACKED_UNDER else {path: leaf}
+    return single
+
+
+def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_unstacked`; layers come in their order."""
+    stacks: dict[str, list[Any]] = {}
+    for path, leaf in flat.items():
+        top, _, rest = path.partition("/")
+        whole = f"{top}/{rest.partition('/')[2]}" if top == STACKED_UNDER else path
+        stacks.setdefault(whole, []).append(leaf)
+    return {
+        path: jnp.stack(found) if path.startswith(f"{STACKED_UNDER}/") else found[0] for path, found in stacks.items()
+    }
+
+
+def _cut(path: str, weight: Any, kept: Mapping[str, np.ndarray]) -> Any:
+    """A layer's kernel without what is masked; other leaves as they are."""
+    if path in kept:
+        return weight[:, kept[path]]
+    *_, block, module, name = ("", "", *path.split("/"))
+    if name != "kernel" or BLOCKS.get(block, {}).get(module) != "in":
+        return weight
+    return weight[kept[f"{path.removesuffix(f'{module}/kernel')}{LEADER[block]}/kernel"]]
+
+
+def _config(config: LlamaConfig, kept: Mapping[str, np.ndarray]) -> LlamaConfig:
+    def size(layer: int, name: str) -> int:
+        """How many outputs a projection has left."""
+        return kept[f"{STACKED_UNDER}/{layer}/{name}/kernel"].size
+
+    sizes = tuple(
+        (
+            size(layer, "self_attn/q_proj") // config.head_dim,
+            size(layer, "self_attn/k_proj") // config.head_dim,
+            size(layer, "mlp/gate_proj"),
+        )
+        for layer in range(config.num_hidden_layers)
+    )
+    if len(set(sizes)) > 1:
+        return dataclasses.replace(config, layer_sizes=sizes, model_type=UNEQUAL + config.model_type)
+    heads, kv_heads, width = sizes[0]
+    return dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=width)

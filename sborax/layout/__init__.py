@@ -1,0 +1,1 @@
+"""Where arrays lie: meshes, shardings, hosts, and what a step holds."""

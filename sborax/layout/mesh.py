@@ -1,0 +1,70 @@
+"""Meshes over devices, and batches that fit on them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from sborax.adapters.constraints import AXES, ROWS
+from sborax.errors import SboraxError
+
+SLICES = "slices"
+"""Not a mesh axis: groups of devices on a slow network. Batches are split across them first."""
+
+
+def check_mesh(sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError for an unknown axis or a size below 1."""
+    for name, size in sizes.items():
+        if name not in (*AXES, SLICES):
+            raise SboraxError(f"mesh: no axis {name!r}; there are {', '.join((*AXES, SLICES))}")
+        if size < 1:
+            raise SboraxError(f"mesh: {name} must be at least 1, got {size}")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these sizes over the first of `devices`, by default all that there are; absent axes have size 1.
+
+    "slices" multiplies "data": so many slices, or hosts, have a mesh of the other sizes each, and nothing but sums over
+    the data axis goes from one to another.
+    Raises SboraxError as `check_mesh` does, for more devices than there are, and for fewer than all processes have.
+    """
+    check_mesh(sizes)
+    slices, shape = sizes.get(SLICES, 1), [sizes.get(name, 1) for name in AXES]
+    needed, devices = slices * math.prod(shape), jax.devices() if devices is None else devices
+    told = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if needed > len(devices):
+        raise SboraxError(f"mesh: {told} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
+    if jax.process_count() > 1 and needed < len(devices):
+        raise SboraxError(f"mesh: {told} takes {needed} devices of {len(devices)}; several processes need all of them")
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
+    # Devices of one slice name it; where none do, the network between processes is the slow one.
+    named = all(isinstance(getattr(device, "slice_index", None), int) for device in devices)
+    try:
+        laid = mesh_utils.create_hybrid_device_mesh(
+            shape, [slices, 1, 1], devices[:needed], process_is_granule=not named
+        )
+    except ValueError as error:
+        raise SboraxError(f"mesh: {told} does not fit the slices or hosts that there are ({error})") from error
+    return Mesh(laid, AXES, axis_types=types)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of these sizes without any devices.
+
+    Raises SboraxError as `check_mesh` does.
+    """
+    check_mesh(sizes)
+    shape = (sizes.get("data", 1) * sizes.get(SLICES, 1), *(sizes.get(name, 1) for name in AXES[1:]))
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_rows(batch_size: int, sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError for a batch whose rows cannot be dealt out evenly over a mesh of these sizes."""
+    shards = math.prod(sizes[name] for name in ROWS)
+    if batch_size % shards:
+        raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")

@@ -1,0 +1,173 @@
+"""A run over several devices: its mesh, and where everything that a step reads and writes lies."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from sborax.adapters.constraints import ROWS
+from sborax.adapters.core import SboraxError, is_weight
+from sborax.adapters.tree import Adapters, Params, combine, nest, specs
+from sborax.layout.mesh import check_rows, make_mesh
+from sborax.layout.state import Flat, Parts, TrainState, flatten, take_apart
+from sborax.models.config import LlamaConfig
+from sborax.models.sharding import base_specs, check_heads, quantised_specs
+
+
+def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
+    """Raise SboraxError naming the axis where a leaf cannot be cut evenly."""
+    for axis, names in enumerate(spec):
+        size = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+        if shape[axis] % size:
+            raise SboraxError(f"{path}: axis {axis} of {shape} is not divisible by mesh axis {names!r} of size {size}")
+
+
+def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, found: PyTree) -> PyTree:
+    """`NamedSharding` for every leaf of `tree`, from a tree of specs of the same structure."""
+
+    def one(keys: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding:
+        check_divisible(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree, found)
+
+
+def _flat_specs(leaves: Flat, own: Flat) -> Flat:
+    return {path: quantised_specs(leaf, own[path]) if is_weight(leaf) else own[path] for path, leaf in leaves.items()}
+
+
+def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts) -> Parts:
+    """Where the parts of a model lie: adapter leaves follow the kernel they adapt.
+
+    Raises SboraxError for heads and leaves that cannot be cut evenly.
+    """
+    check_heads(config, mesh.shape["tensor"])
+    base = base_specs(nest({**parts.base, **parts.trained_base}), mesh.shape)
+    flat = flatten(base)
+    return Parts(
+        _shardings(mesh, parts.adapters, specs(parts.adapters, base)),
+        _shardings(mesh, parts.frozen, specs(parts.frozen, base)),
+        _shardings(mesh, parts.base, _flat_specs(parts.base, flat)),
+        _shardings(mesh, parts.trained_base, _flat_specs(parts.trained_base, flat)),
+    )
+
+
+def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
+    """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of.
+
+    A statistic is of the leaf in whose path its own path ends; those of another shape than their leaf are small.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    trained = dict(jax.tree_util.tree_leaves_with_path(state.train))
+
+    def beside(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        ends = (trained.get(keys[begin:]) for begin in range(len(keys)))
+        return next((own.sharding for own in ends if own is not None and own.shape == leaf.shape), whole)
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, state.train)
+    return TrainState(whole, where, jax.tree_util.tree_map_with_path(beside, state.opt))
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The leaves where they should lie. What every process has of its own, equal in all, is dealt out without talk."""
+
+    def one(leaf: Any, where: Any) -> Any:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        own = np.asarray(leaf)
+        return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a run lies on a mesh; without one everything is on one device."""
+
+    mesh: Mesh | None = None
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int] | None, batch_size: int) -> "Layout":
+        """Raises SboraxError as `make_mesh` does, and for a batch whose rows cannot be dealt out evenly."""
+        if sizes is None:
+            if jax.process_count() > 1:
+                raise SboraxError(
+                    f"mesh: {jax.process_count()} processes have {jax.device_count()} devices together; say how the "
+                    f'run lies on them, such as mesh={{"fsdp": {jax.device_count()}}}'
+                )
+            return cls()
+        mesh = make_mesh(sizes)
+        check_rows(batch_size, mesh.shape)
+        return cls(mesh)
+
+    def __str__(self) -> str:
+        sizes = {} if self.mesh is None else self.mesh.shape
+        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
+
+    @property
+    def devices(self) -> int:
+        """How many devices take part."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Where steps are traced and run."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def of_params(self, config: LlamaConfig, shapes: Params) -> Params:
+        """Where each parameter of these shapes lies, from the moment that it is read.
+
+        Raises SboraxError for heads and leaves that cannot be cut evenly.
+        """
+        assert self.mesh is not None
+        check_heads(config, self.mesh.shape["tensor"])
+        own = flatten(base_specs(shapes, self.mesh.shape))
+        return _shardings(self.mesh, shapes, nest(_flat_specs(flatten(shapes), own)))
+
+    def place(self, parts: Parts, config: LlamaConfig) -> Parts:
+        """The parts on their devices."""
+        if self.mesh is None:
+            return parts
+        return put(parts, parts_shardings(self.mesh, config, parts))
+
+    def model(self, params: Params, adapters: Adapters | None, config: LlamaConfig) -> tuple[Params, Adapters | None]:
+        """A model and its adapters on their devices.
+
+        Raises SboraxError as `parts_shardings` does.
+        """
+        if self.mesh is None:
+            return params, adapters
+        parts = self.place(take_apart(params, adapters or {}), config)
+        return nest(parts.base), combine(parts.adapters, parts.frozen) if adapters else None
+
+    def state(self, state: TrainState) -> tuple[TrainState, TrainState | None]:
+        """The state on its devices, and its shardings where there is a mesh."""
+        if self.mesh is None:
+            return state, None
+        where = state_shardings(self.mesh, state)
+        return put(state, where), where
+
+    def beside(self, tree: PyTree, other: PyTree) -> PyTree:
+        """The leaves of `tree` where those of `other`, of the same structure, lie."""
+        if self.mesh is None:
+            return tree
+        return put(tree, jax.tree.map(lambda leaf: leaf.sharding, other))
+
+    def rows(self, batch_size: int) -> frozenset[int] | None:
+        """The rows of a batch that lie on devices of this process; None for all."""
+        if self.mesh is None:
+            return None
+        own = NamedSharding(self.mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((batch_size,))
+        return frozenset(row for index in own.values() if index for row in range(*index[0].indices(batch_size)))
+
+    def batch(self, batch: Any, axis: int = 1) -> Any:
+        """A batch (accumulate, batch, length) on its devices; axis: that of its rows."""
+        if self.mesh is None:
+            return batch
+        where = NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, ROWS))
+        return put(batch, jax.tree.map(lambda _: where, batch))

@@ -1,0 +1,130 @@
+"""What a run trains, holds and reads: the split of a model and its adapters into arguments of the step."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from sborax.adapters.core import AbstractWeight, SboraxError, is_weight
+from sborax.adapters.rebase import reads_base
+from sborax.adapters.tree import Adapters, Params, count, nest, nodes, split
+
+Flat = dict[str, Any]
+"""Leaves by path; a quantised weight is one leaf."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    step: int32, steps made.
+    train: `{"adapters": the trained halves, "base": float32 master copies of trained base leaves by path}`.
+    opt: the state of the optimiser.
+    """
+
+    # Any: a pytree node also holds shapes, specs and numpy arrays.
+    step: Any
+    train: Any
+    opt: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model and its adapters, taken apart. `base` has no leaf that is in `trained_base`."""
+
+    adapters: Any
+    frozen: Any
+    base: Any
+    trained_base: Any
+
+    @property
+    def train(self) -> PyTree:
+        """The tree that is differentiated and optimised."""
+        return {"adapters": self.adapters, "base": self.trained_base}
+
+    @property
+    def count(self) -> int:
+        """Trained parameters."""
+        return count(self.adapters) + sum(leaf.size for leaf in self.trained_base.values())
+
+
+def flatten(params: Params) -> Flat:
+    """Every leaf of a parameter tree by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> list[str]:
+    """Paths of the base leaves that are trained.
+
+    norm: scales of norms; bias: biases; embed_tokens, lm_head: the modules of that name.
+    Raises SboraxError for a name that matches nothing.
+    """
+    if train_base:
+        return paths
+    chosen: set[str] = set()
+    for name in train_also:
+        leaf = {"norm": "scale", "bias": "bias"}.get(name)
+        found = {path for path in paths if (path.split("/")[-1] == leaf if leaf else path.split("/")[0] == name)}
+        if not found:
+            why = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
+            raise SboraxError(f"train_also: the model has no {name}{why}")
+        chosen |= found
+    return [path for path in paths if path in chosen]
+
+
+Halves = Callable[[Adapters], tuple[PyTree, PyTree]]
+"""Takes adapters apart into what is trained and what is not, as `split` does."""
+
+
+def take_apart(
+    params: Params,
+    adapters: Adapters,
+    train_base: bool = False,
+    train_also: Sequence[str] = (),
+    halves: Halves = split,
+) -> Parts:
+    """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
+
+    halves: the split of the adapters; some optimisers hold leaves fixed that a method trains.
+    Raises SboraxError as `selected` does, for a trained leaf that is quantised, and for one below a method that keeps
+    leaves which follow from it.
+    """
+    flat = flatten(params)
+    chosen = set(selected(list(flat), train_base, train_also))
+    quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
+    if quantised:
+        raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
+    for path, node in nodes(adapters).items():
+        if path in chosen and reads_base(node.method):
+            raise SboraxError(
+                f"{path}: {type(node.method).__name__} keeps what follows from this weight, which would be trained "
+                "itself; leave one of the two out"
+            )
+    train, frozen = halves(adapters)
+    # A leaf that is float32 already is copied: the step donates its buffer.
+    masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
+    return Parts(train, frozen, {path: leaf for path, leaf in flat.items() if path not in chosen}, masters)
+
+
+def put_together(base: Flat, trained_base: Mapping[str, Array], dtype: Any = None) -> Params:
+    """The parameter tree, with trained leaves in the compute dtype (None: their own)."""
+    return nest({**base, **{path: leaf.astype(dtype or leaf.dtype) for path, leaf in trained_base.items()}})
+
+
+def start(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. Owns its buffers: nothing of `parts` is donated with it."""
+    train = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), parts.train)
+    return TrainState(jnp.zeros((), jnp.int32), train, jax.jit(tx.init)(train))
+
+
+def parameters(params: Params) -> int:
+    """How many parameters a tree holds; a quantised weight counts by its logical shape."""
+    return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())

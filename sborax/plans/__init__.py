@@ -1,0 +1,1 @@
+"""What a run needs, before there are any devices."""

@@ -1,0 +1,244 @@
+"""Adapters on disk in our own form: `adapter.safetensors` with every leaf, and `plan.json` with everything static."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from sborax.adapters.constraints import whole
+from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.adapters.depth import stack_of
+from sborax.adapters.paths import Rule, RuleLike, as_rules
+from sborax.adapters.rebase import rewrite
+from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.tree import Adapters, Params, nest, nodes, rebase
+from sborax.adapters.weight import check_finite
+from sborax.config.codec import decode, encode
+from sborax.config.documents import check_plain, read_object, shown
+from sborax.layout.state import flatten, put_together
+from sborax.records.disk import replace, writing
+
+LEAVES = "adapter.safetensors"
+PLAN = "plan.json"
+SAMPLED = 4096
+"""Values of each base leaf that enter its fingerprint."""
+
+
+def fingerprint(params: Params) -> dict[str, str]:
+    """By path, a digest of shape and of evenly spaced values in bfloat16: tells base models apart, not tampering.
+
+    The same for float32 and bfloat16 copies of one model. Quantised leaves are left out.
+    """
+    prints = {}
+    for path, leaf in flatten(params).items():
+        if isinstance(leaf, AbstractWeight):
+            continue
+        places = np.unravel_index(np.arange(0, leaf.size, max(1, leaf.size // SAMPLED)), leaf.shape)
+        values = np.asarray(_bits(leaf, places)).view(leaf.dtype).astype(jnp.bfloat16)
+        prints[path] = hashlib.sha256(f"{leaf.shape} ".encode() + values.tobytes()).hexdigest()[:16]
+    return prints
+
+
+@jax.jit
+def _bits(leaf: Array, places: tuple[Array, ...]) -> Array:
+    """The bits of some values. Gathered from shards they are summed, which as a number would lose the sign of zero."""
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    return whole(jax.lax.bitcast_convert_type(leaf, unsigned)[places])
+
+
+def save_adapter(
+    directory: str | epath.PathLike,
+    adapters: Adapters,
+    *,
+    rules: Iterable[RuleLike] = (),
+    base: Mapping[str, str] | None = None,
+    trained_base: Mapping[str, Array] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter directory.
+
+    rules: those it was made by, for the record. base: `fingerprint` of the parameters before `attach`.
+    trained_base: trained leaves of the base by path. about: more for `plan.json`, such as the model's name.
+    Raises SboraxError if the disk refuses.
+    """
+    place = epath.Path(directory)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    leaves: dict[str, np.ndarray] = {f"base/{path}": np.asarray(leaf) for path, leaf in (trained_base or {}).items()}
+    sites = []
+    for path, node in nodes(adapters).items():
+        for half, tree in (("train", node.train), ("frozen", node.frozen)):
+            leaves |= {f"{path}/{half}/{name}": np.asarray(leaf) for name, leaf in flatten(tree).items()}
+        sites.append({"path": path, "method": encode(node.method), "in_axes": node.in_axes})
+    plan = {
+        "format": 1,
+        **(about or {}),
+        "rules": encode(as_rules(rules)),
+        "sites": sites,
+        "trained_base": sorted(trained_base or {}),
+        "base": dict(base or {}),
+    }
+    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    plan["digests"] = {name: _digest(leaf) for name, leaf in contiguous.items()}
+    replace(place / LEAVES, save_safetensors(contiguous))
+    # Last: where there is a plan, the leaves are whole.
+    replace(place / PLAN, json.dumps(plan, indent=2) + "\n")
+
+
+def _digest(leaf: np.ndarray) -> str:
+    """A digest of a leaf's dtype, shape and bytes."""
+    return hashlib.sha256(f"{leaf.dtype} {leaf.shape} ".encode() + leaf.tobytes()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The content of an adapter directory."""
+
+    adapters: Adapters
+    rules: tuple[Rule, ...]
+    base: dict[str, str]
+    trained_base: dict[str, Array]
+    about: dict[str, Any]
+
+
+def read_adapter(directory: str | epath.PathLike) -> Saved:
+    """What `save_adapter` wrote; needs no model.
+
+    Raises SboraxError for a missing or damaged file, and for a leaf that is not finite.
+    """
+    place = epath.Path(directory)
+    for name in (PLAN, LEAVES):
+        if not (place / name).exists():
+            raise SboraxError(f"{place / name}: missing; is this the adapter/ of a run?")
+        check_plain(place / name)
+    try:
+        leaves = load_safetensors((place / LEAVES).read_bytes())
+    # KeyError: a dtype that numpy has not.
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise SboraxError(f"{place}: not a readable adapter ({error})") from error
+    plan = read_object(place / PLAN)
+    if plan.get("format") != 1:
+        raise SboraxError(f"{place / PLAN}: not format 1, which this version reads")
+    for name, kind in (("sites", list), ("trained_base", list), ("rules", list), ("base", dict)):
+        if not isinstance(plan.get(name), kind):
+            raise SboraxError(f"{place / PLAN}: {name} is missing, or of another kind")
+    _check_values(place, leaves, plan.get("digests"))
+    used, adapters = set[str](), {}
+
+    def part(prefix: str) -> dict[str, Array]:
+        names = [name for name in leaves if name.startswith(prefix)]
+        used.update(names)
+        return {name.removeprefix(prefix): jnp.asarray(leaves[name]) for name in names}
+
+    for site in plan["sites"]:
+        path, in_axes = _site(site, f"{place / PLAN}: sites")
+        method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
+        where = f"{place / PLAN}: {path}"
+        train, frozen = _nested(where, part(f"{path}/train/")), _nested(where, part(f"{path}/frozen/"))
+        adapters[path] = Adapter(train, frozen, method, in_axes)
+        for half in (train, frozen):
+            _check_leaves(where, method, method.axes, half, None)
+    trained_base = part("base/")
+    if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
+        raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
+    rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
+    known = ("format", "rules", "sites", "trained_base", "base", "digests")
+    about = {name: value for name, value in plan.items() if name not in known}
+    return Saved(_nested(str(place / PLAN), adapters), rules, plan["base"], trained_base, about)
+
+
+def _check_values(place: epath.Path, leaves: Mapping[str, np.ndarray], digests: Any) -> None:
+    """Raise SboraxError for a leaf whose bytes are not those that were written, and for one that is not finite.
+
+    digests: of every leaf; None in files that were written without.
+    """
+    if digests is not None and (not isinstance(digests, dict) or digests.keys() != leaves.keys()):
+        raise SboraxError(f"{place / PLAN}: digests are not those of the leaves in {LEAVES}; restore both from a copy")
+    for name, leaf in leaves.items():
+        if digests is not None and digests[name] != _digest(leaf):
+            raise SboraxError(f"{place / LEAVES}: {name} is damaged, its digest is another; restore a copy")
+        if not np.issubdtype(leaf.dtype, np.integer) and not np.isfinite(leaf).all():
+            raise SboraxError(f"{place / LEAVES}: {name} is not finite; a training that diverged, or damage")
+
+
+def _site(site: Any, where: str) -> tuple[str, int]:
+    """Path and number of input axes of an entry of `sites`."""
+    if not isinstance(site, dict) or not {"path", "method", "in_axes"} <= site.keys():
+        raise SboraxError(f"{where}: expected a path, a method and in_axes, got {shown(site)}")
+    path, in_axes = site["path"], site["in_axes"]
+    if not isinstance(path, str) or type(in_axes) is not int or not 1 <= in_axes < 10:
+        raise SboraxError(f"{where}: {shown(path)} with in_axes {shown(in_axes)} is no place of an adapter")
+    return path, in_axes
+
+
+def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`nest`, where no path may go on below another."""
+    above = {path[:at] for path in flat for at, letter in enumerate(path) if letter == "/"}
+    if clash := above & flat.keys():
+        raise SboraxError(f"{where}: {shown(min(clash))} is given, and something below it")
+    return nest(flat)
+
+
+def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, own: Mapping[str, int] | None) -> None:
+    """Raise SboraxError for a leaf that the method has not, or that cannot be one of a weight of these sizes.
+
+    own: the sizes "in" and "out" of the weight, of which a leaf has as many entries or one a block; None if not known.
+    """
+    for name, leaf in leaves.items():
+        names = axes.get(name)
+        if names is None or isinstance(names, dict) != isinstance(leaf, dict):
+            raise SboraxError(f"{where}: {type(method).__name__} has no leaf {shown(name)}")
+        if isinstance(leaf, dict):
+            _check_leaves(where, method, names, leaf, own)
+            continue
+        if leaf.ndim < len(names):
+            raise SboraxError(f"{where}: {name} has shape {leaf.shape}, which lacks an axis")
+        for axis, size in zip(names, leaf.shape[leaf.ndim - len(names) :], strict=True):
+            if own is not None and axis in own and (size < 1 or own[axis] % size):
+                raise SboraxError(f"{where}: {name} has shape {leaf.shape}, the weight {own['in']} x {own['out']}")
+
+
+def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
+    """`(params, adapters)` as they were when the adapter was saved, from the base model `params`.
+
+    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did. What follows from the base
+    is that of `params`, which may be in other bits (4, say) than the adapter was trained on.
+    Raises SboraxError for another base model, and as `read_adapter` does.
+    """
+    saved = read_adapter(directory)
+    flat, own = flatten(params), fingerprint(params)
+    for path, print_ in saved.base.items():
+        if path not in flat:
+            raise SboraxError(f"{directory}: was trained on a base with {path}, which this model lacks")
+        if path in own and own[path] != print_:
+            raise SboraxError(f"{directory}: was trained on another base model ({path} differs); load that one")
+    for path, node in nodes(saved.adapters).items():
+        if isinstance(node.method, AbstractRouter):
+            continue
+        if path not in flat:
+            raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
+        sizes = flat[path].shape[len(stack_of(node)) :]
+        weight = {"in": math.prod(sizes[: node.in_axes]), "out": math.prod(sizes[node.in_axes :])}
+        for half in (node.train, node.frozen):
+            _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
+        if node.method.rewrites_base:
+            flat[path] = rewrite(flat[path], node)
+            check_finite(f"{directory}: {path}, rewritten", flat[path])
+    for path, leaf in saved.trained_base.items():
+        if path not in flat or flat[path].shape != leaf.shape:
+            raise SboraxError(f"{directory}: trained {path} {leaf.shape}, which does not fit this model")
+    dtypes = {path: flat.pop(path).dtype for path in saved.trained_base}
+    trained = {path: leaf.astype(dtypes[path]) for path, leaf in saved.trained_base.items()}
+    params = put_together(flat, trained)
+    return params, rebase(params, saved.adapters)

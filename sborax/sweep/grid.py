@@ -1,0 +1,179 @@
+"""What a sweep is: an experiment and the values that some of its fields take, one member for every combination."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sborax.adapters.core import SboraxError, structure
+from sborax.adapters.paths import as_rules
+from sborax.config.codec import encode, entries, override
+from sborax.data.options import at_least
+from sborax.train.experiment import Experiment
+from sborax.train.optimizer import AbstractOptimizer
+
+MAY_VARY = "optimizer.*, seed_adapter, and numbers of a method that are no shapes, such as alpha"
+
+MOST = 512
+"""Members of a sweep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep. name: what is its own, as a directory name: `lr=1e-4,seed_adapter=1`."""
+
+    name: str
+    changes: tuple[str, ...]
+    experiment: Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Several runs over one base that share data, model and the structure of their adapters.
+
+    grid: values by dotted key, `{"optimizer.lr": (1e-4, 3e-4), "seed_adapter": (0, 1)}`; every combination is a member.
+        Text is read as on the command line.
+    at_once: how many members a step computes together, by `vmap`, the others in turn, by `lax.map`. None (default): one
+        on a CPU, all elsewhere. The more, the more memory for activations.
+    """
+
+    experiment: Experiment
+    grid: Mapping[str, Sequence[Any]]
+    at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, at_once=self.at_once)
+        for key, values in self.grid.items():
+            if isinstance(values, str):
+                raise SboraxError(f"{key}: give its values as a list, got {values!r}")
+        if not any(len(values) > 1 for values in self.grid.values()):
+            raise SboraxError("nothing to sweep over: give a key several values, such as optimizer.lr=1e-4,3e-4")
+        if (count := math.prod(map(len, self.grid.values()))) > MOST:
+            raise SboraxError(f"{count:,} members are more than the {MOST} of a sweep; leave out some values")
+        for key, values in self.grid.items():
+            twice = [value for number, value in enumerate(values) if value in values[:number]]
+            if twice or not values:
+                raise SboraxError(f"{key}: {f'{twice[0]} is given twice' if twice else 'has no value'}")
+
+    def members(self) -> tuple[Member, ...]:
+        """Every combination, the last key varying fastest.
+
+        Raises SboraxError as `override` does, for members that are the same, and for what members may not differ in.
+        """
+        made = []
+        for values in itertools.product(*self.grid.values()):
+            given = list(zip(self.grid, map(_text, values), strict=True))
+            changes = tuple(f"{key}={text}" for key, text in given)
+            own = [f"{_short(key, self.grid)}={text}" for key, text in given if len(self.grid[key]) > 1]
+            made.append(Member(",".join(own).replace("/", "_"), changes, override(self.experiment, changes)))
+        _check(made)
+        return tuple(made)
+
+
+def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """`key=value` changes to the experiment, and those of `key=value,value` by key.
+
+    Commas in brackets and quotes belong to a value: `optimizer.betas=[0.9,0.99],[0.9,0.999]`.
+    Raises SboraxError for a key given twice.
+    """
+    changes, grid = [], {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        values = tuple(_values(text))
+        # A mesh of several axes is one value.
+        if not equals or len(values) == 1 or entries(text) is not None:
+            changes.append(word)
+        elif key in grid:
+            raise SboraxError(f"{key}: is given twice; put all its values into one, {key}={text},...")
+        else:
+            grid[key] = values
+    return changes, grid
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Dotted keys at which two encoded configs differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        parts = [(name, one[name], other[name]) for name in one]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        parts = [(str(number), *both) for number, both in enumerate(zip(one, other, strict=True))]
+    else:
+        if one != other:
+            yield where
+        return
+    for name, mine, its in parts:
+        yield from differences(mine, its, f"{where}.{name}" if where else name)
+
+
+def varying(members: Sequence[Member]) -> list[str]:
+    """Dotted keys in which some member differs from the first."""
+    first, *rest = (encode(member.experiment) for member in members)
+    return list(dict.fromkeys(key for other in rest for key in differences(first, other)))
+
+
+def _values(text: str) -> Iterator[str]:
+    depth, quote, begun = 0, "", 0
+    for place, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "[({":
+            depth += 1
+        elif letter in "])}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            yield text[begun:place].strip()
+            begun = place + 1
+    yield text[begun:].strip()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _short(key: str, keys: Mapping[str, Any]) -> str:
+    """The last part of a key, if no other ends in it."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
+
+
+def _check(members: Sequence[Member]) -> None:
+    """Raise SboraxError unless the members can be trained as one program over one base."""
+    first = members[0].experiment
+    for number, member in enumerate(members):
+        for other in members[:number]:
+            if member.experiment == other.experiment:
+                raise SboraxError(f"{member.name} and {other.name} are the same run; leave one out")
+    for wrong, why in (
+        (first.mesh is not None, "mesh: a sweep runs on one device; leave mesh at None"),
+        (
+            not isinstance(first.optimizer, AbstractOptimizer),
+            "optimizer: a sweep needs learning rates step by step, which an optax transformation does not tell; "
+            "give an Optimizer, or a class of yours that extends AbstractOptimizer",
+        ),
+        (first.save.best, "save.best: a sweep keeps the last adapter of each member; set save.best=false"),
+    ):
+        if wrong:
+            raise SboraxError(why)
+    keys = varying(members)
+    for key in keys:
+        if not (key == "seed_adapter" or key.startswith("optimizer.") or _in_leaves(key, members)):
+            raise SboraxError(f"{key}: members may differ in {MAY_VARY}; run each value of {key} alone")
+    rewriting = [rule.method for rule in as_rules(first.rules) if rule.method is not None and rule.method.rewrites_base]
+    moved = [key for key in keys if not key.startswith("optimizer.")]
+    if rewriting and moved:
+        raise SboraxError(
+            f"{moved[0]}: {type(rewriting[0]).__name__} takes its start out of the base, of which a sweep has one; "
+            f"vary optimizer.* alone, or run each value of {moved[0]} alone"
+        )
+
+
+def _in_leaves(key: str, members: Sequence[Member]) -> bool:
+    """Whether what differs at `key` is a number that a method keeps in its leaves."""
+    where, number, what = (*key.split(".", 2), "", "")[:3]
+    if where != "rules" or not what.startswith("method."):
+        return False
+    methods = (as_rules(member.experiment.rules)[int(number)].method for member in members)
+    return len({None if method is None else structure(method) for method in methods}) == 1

@@ -1,0 +1,79 @@
+"""What a sweep tells in the end: `sweep.json`, and a table with the best member marked."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from sborax.adapters.core import SboraxError
+from sborax.config.documents import read_object
+from sborax.records.disk import replace
+from sborax.sweep.grid import Member
+
+SWEEP = "sweep.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a member. diverged: the step whose loss was not finite, if one was; losses in nats per token."""
+
+    name: str
+    changes: tuple[str, ...]
+    steps: int
+    diverged: int | None
+    last_loss: float | None
+    eval_loss: float | None
+
+    @property
+    def loss(self) -> float:
+        """What members are compared by: the loss on held-out data, else the last one; infinite once diverged."""
+        known = self.last_loss if self.eval_loss is None else self.eval_loss
+        return math.inf if self.diverged or known is None else known
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What came out of a sweep. finished: False if stopped by a signal. seconds: of this process."""
+
+    finished: bool
+    seconds: float
+    members: tuple[Result, ...]
+
+    @property
+    def best(self) -> str | None:
+        """The name of the member with the lowest loss; None before the first step."""
+        first = min(self.members, key=lambda result: result.loss)
+        return first.name if math.isfinite(first.loss) else None
+
+    def table(self) -> list[str]:
+        """One line a member, the best marked."""
+        width = max(len("member"), *(len(result.name) for result in self.members))
+        lines = [f"{'member':{width}}  {'last loss':>9}  {'held-out':>9}"]
+        for result in self.members:
+            cells = ("" if loss is None else f"{loss:.4f}" for loss in (result.last_loss, result.eval_loss))
+            mark = f"  diverged at step {result.diverged:,}" if result.diverged else ""
+            mark = "  best" if result.name == self.best else mark
+            lines.append(f"{result.name:{width}}  " + "  ".join(f"{cell:>9}" for cell in cells) + mark)
+        return lines
+
+
+def write_results(place: epath.Path, members: Sequence[Member], results: Results | None = None) -> None:
+    """Write `sweep.json`: the members, and what became of them where that is known."""
+    if results is None:
+        content: dict[str, Any] = {"members": [{"name": one.name, "changes": one.changes} for one in members]}
+    else:
+        content = {"best": results.best, **dataclasses.asdict(results)}
+    replace(place / SWEEP, json.dumps(content, indent=2) + "\n")
+
+
+def check_same(place: epath.Path, members: Sequence[Member]) -> None:
+    """Raise SboraxError if `place` holds a sweep with other members."""
+    try:
+        names = [str(member["name"]) for member in read_object(place / SWEEP)["members"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SboraxError(f"{place / SWEEP}: not readable ({error}); mend it, or start the sweep anew") from error
+    if names != [member.name for member in members]:
+        raise SboraxError(f"{place}: holds a sweep over {'; '.join(names)}; resume it with the same values")

@@ -1,0 +1,38 @@
+"""What a resumed run may change."""
+
+from etils import epath
+
+from sborax.adapters.core import SboraxError
+from sborax.config.codec import encode
+from sborax.records.checkpoint import FOLDER
+from sborax.records.claim import START
+from sborax.records.disk import CONFIG
+from sborax.train.experiment import Experiment, load_experiment
+
+MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
+"""What a resumed run may set anew: nothing that decides what the steps so far have computed."""
+
+
+def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> None:
+    """Raise SboraxError if the run to resume has another config in what may not change.
+
+    computed: whether a step of the run is kept; before that everything may change.
+    """
+    if not computed or not (run / CONFIG).exists():
+        return
+    old, new = encode(load_experiment(str(run / CONFIG))), encode(experiment)
+    # A procedure acts at steps that follow from how many there are.
+    may = MAY_CHANGE if experiment.procedure is None else MAY_CHANGE[2:]
+    # The file of a class may have moved.
+    changed = [name for name in new if old[name] != new[name] and name not in (*may, "imports")]
+    if changed:
+        raise SboraxError(
+            f"{run}: {changed[0]} differs from the run to resume; only {', '.join(may)} may change, "
+            "start another run for anything else"
+        )
+
+
+def has_computed(place: epath.Path) -> bool:
+    """Whether a directory has checkpoints, or a start that depended on data."""
+    folders = (place / FOLDER, place / START)
+    return any(folder.exists() and any(folder.iterdir()) for folder in folders)
