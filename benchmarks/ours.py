@@ -18,7 +18,7 @@ from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose, platform
 from sborax.models.nf4 import quantise
-from sborax.train import loss
+from sborax.train import head_loss
 from sborax.train.experiment import Optimizer
 from sborax.train.optimizer import make_optimizer
 from sborax.train.step import make_step
@@ -169,7 +169,7 @@ def matmul_flops_per_second(case: Case) -> float:
 
 def unrolled(case: Case, layers: int) -> Any:
     """The compiled step of a few layers one after the other, cross-entropy in one chunk: a program without loops."""
-    with mock.patch.object(loss, "CHUNK", case.batch * case.length):
+    with mock.patch.object(head_loss, "CHUNK", case.batch * case.length):
         return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
 
 

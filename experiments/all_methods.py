@@ -20,10 +20,10 @@ from etils import epath
 
 import sborax as sx
 from benchmarks.runner import Runner, in_turn, time_ratio
-from sborax.layout.state import start
-from sborax.train.loop import read_data, read_model, set_up, train
-from sborax.train.optimizer import make_optimizer
-from sborax.train.step import make_step
+from sborax.train.begin import begin
+from sborax.train.loop import train
+from sborax.train.prepare import prepare
+from sborax.train.read import read_data, read_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "runs.md"
 LINEARS = "self_attn|mlp"
@@ -130,10 +130,9 @@ def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
     """The compiled step of an experiment, set up as a run is, on its first batch."""
     model = read_model(experiment)
     batches, _ = read_data(experiment, model, lambda _: None)
-    model, parts, *_ = set_up(experiment, model, batches, folder, lambda _: None)
-    tx = make_optimizer(experiment.optimizer, experiment.steps)
-    step = make_step(model, tx, jax.random.key(0))
-    return Runner.of(step, start(parts, tx), parts.frozen, parts.base, batches[0])
+    prepared = prepare(experiment, model, experiment.steps, folder)
+    parts = begin(prepared, model, batches, folder, lambda _: None)
+    return Runner.of(prepared.make_step(), prepared.start(parts), parts.frozen, parts.base, batches[0])
 
 
 def run(settings: sx.Experiment, reference: Runner | None) -> tuple[dict[str, Any], Runner]:

@@ -59,12 +59,20 @@ from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.sweep.grid import Sweep
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
+from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AbstractOptimizer
 
 if TYPE_CHECKING:
+    from sborax.data.batches import Batches
     from sborax.interop.peft import load_peft, save_peft
+    from sborax.layout.sharding import Layout
     from sborax.models import generate, load_model, save_hf
     from sborax.records.adapter import load_adapter, save_adapter
+    from sborax.records.checkpoint import open_checkpoints
+    from sborax.train.outputs import Outputs
+    from sborax.train.prepare import Prepared, prepare
+    from sborax.train.read import read_data, read_held_out, read_model
+    from sborax.train.step import forward_backward, make_loss, make_step
 
 __version__ = "0.1.0"
 
@@ -73,6 +81,18 @@ _guard()
 
 # Imported on first use: methods and verbs need JAX alone, and Flax, transformers and orbax take seconds to import.
 _LATER = {
+    "Batches": "sborax.data.batches",
+    "Layout": "sborax.layout.sharding",
+    "Outputs": "sborax.train.outputs",
+    "Prepared": "sborax.train.prepare",
+    "forward_backward": "sborax.train.step",
+    "make_loss": "sborax.train.step",
+    "make_step": "sborax.train.step",
+    "open_checkpoints": "sborax.records.checkpoint",
+    "prepare": "sborax.train.prepare",
+    "read_data": "sborax.train.read",
+    "read_held_out": "sborax.train.read",
+    "read_model": "sborax.train.read",
     "generate": "sborax.models",
     "load_adapter": "sborax.records.adapter",
     "load_model": "sborax.models",
@@ -90,6 +110,20 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AbstractLoss",
+    "Batches",
+    "CrossEntropy",
+    "Layout",
+    "Outputs",
+    "Prepared",
+    "forward_backward",
+    "make_loss",
+    "make_step",
+    "open_checkpoints",
+    "prepare",
+    "read_data",
+    "read_held_out",
+    "read_model",
     "AbstractOptimizer",
     "AdaLoRA",
     "AdaLoRABudget",

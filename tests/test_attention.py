@@ -17,7 +17,7 @@ from sborax.layout.state import take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, backends
 from sborax.models.attention import attention
 from sborax.models.backends import attend, choose
-from sborax.train.step import batch_losses
+from sborax.train.step import sums
 
 pytestmark = pytest.mark.usefixtures("strict")
 AXES = ("data", "fsdp", "tensor")
@@ -210,7 +210,7 @@ def test_packed_equals_alone_padded_on_either_side(adapted, interpreted, backend
         logits = model.apply(params, adapters, batch["tokens"], segment_ids=batch["segments"])
 
         def loss(train):
-            return batch_losses(model, train, parts.frozen, parts.base, batch, None)["loss"]
+            return sums(model, train, parts.frozen, parts.base, batch, None).losses["loss"]
 
         return logits, *jax.value_and_grad(loss)(parts.train)
 

@@ -18,7 +18,7 @@ from sborax.models.nf4 import quantise
 from sborax.models.sharding import quantised_specs, used_whole
 from sborax.plans.ahead import compiled, on_mesh, outline
 from sborax.plans.hlo import collective_bytes
-from sborax.train.step import batch_losses
+from sborax.train.step import sums
 
 SIZES = {"fsdp": 2, "tensor": 4}
 IN, OUT, ROWS_OF, LENGTH = 256, 384, 16, 12
@@ -159,7 +159,7 @@ def dx_alone(one):
 
         part = jax.tree.map(lambda leaf: leaf[0], batch)
         with nn.intercept_methods(shifted):
-            return batch_losses(one.model, {"adapters": {}, "base": {}}, {}, base, part, None)["loss"]
+            return sums(one.model, {"adapters": {}, "base": {}}, {}, base, part, None).losses["loss"]
 
     program = jax.jit(jax.value_and_grad(loss), out_shardings=(None, rows))
     with jax.set_mesh(one.mesh):

@@ -25,8 +25,9 @@ from sborax.data.samples import load_samples
 from sborax.records import best, checkpoint, report
 from sborax.records.adapter import LEAVES
 from sborax.train import loop, steps, stop
-from sborax.train.loop import read_held_out, train
+from sborax.train.loop import train
 from sborax.train.measure import loss_on
+from sborax.train.read import read_held_out
 from tests.tiny_model import tokenizer, write_data, write_model
 
 STEPS = 5

@@ -16,9 +16,11 @@ from sborax.adapters.tree import nodes
 from sborax.cli import main
 from sborax.models import load_model
 from sborax.records.adapter import LEAVES, load_adapter, read_adapter
+from sborax.records.claim import START
 from sborax.train.experiment import save_experiment
 from sborax.train.hints import first_batches
-from sborax.train.loop import START, read_data, train
+from sborax.train.loop import train
+from sborax.train.read import read_data
 
 RULES = (
     sx.Rule("mlp/up", sx.LoRAGA(rank=4)),

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from sborax.train.loss import frozen_head_loss, trained_head_loss
+from sborax.train.head_loss import frozen_head_loss, trained_head_loss
 
 TOKENS, D, VOCAB, CHUNK = 37, 11, 53, 8
 

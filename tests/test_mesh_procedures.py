@@ -14,10 +14,10 @@ from sborax.layout.sharding import parts_shardings, state_shardings
 from sborax.models import load_config
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.records.adapter import LEAVES
-from sborax.train import steps as module
+from sborax.train import prepare as module
+from sborax.train.active import ActiveProcedure
 from sborax.train.loop import train
 from sborax.train.step import make_step
-from sborax.train.turns import Turns
 
 STEPS, CUT = 20, 13
 RUNS = {
@@ -96,21 +96,21 @@ def check_place(leaf, where):
 @pytest.fixture
 def watched(monkeypatch, places):
     """The compiled steps that are made, with every act of a procedure looked at."""
-    made, acts, take = [], [], Turns.take
+    made, acts, apply = [], [], ActiveProcedure.apply
 
     def make(*arguments):
         made.append(make_step(*arguments))
         return made[-1]
 
     def look(self, step, state, parts, tx):
-        state, parts = take(self, step, state, parts, tx)
+        state, parts = apply(self, step, state, parts, tx)
         if self.layout.mesh is not None:
             check_places(self.layout, load_config(places[0]), state, parts)
         acts.append(step)
         return state, parts
 
     monkeypatch.setattr(module, "make_step", make)
-    monkeypatch.setattr(Turns, "take", look)
+    monkeypatch.setattr(ActiveProcedure, "apply", look)
     return made, acts
 
 

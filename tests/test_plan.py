@@ -159,7 +159,7 @@ def test_planned_bytes_are_those_of_arrays(quant, sizes):
         "x", rules, batch_size=16, quant=quant, optimizer=sx.Optimizer(name="adafactor"), precision="float32"
     )
     plan = on_mesh(outline(experiment, WIDE), abstract_mesh(sizes))
-    layout, tx = Layout.of(sizes, 16), plan.tx
+    layout, tx = Layout.of(sizes, 16), plan.prepared.tx
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract(WIDE))
     params, adapters = sx.attach(jax.random.key(0), quantise_base(params, quant), rules)
     parts = layout.place(take_apart(params, adapters), WIDE)

@@ -15,16 +15,14 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import plan
 from sborax.adapters.tree import combine
 from sborax.cli import main
-from sborax.layout.state import start, take_apart
 from sborax.models import load_config
-from sborax.models.language_model import abstract
+from sborax.models.language_model import LanguageModel, abstract
 from sborax.plans.ahead import argument_bytes, outline
-from sborax.procedures import Boundary, Run
-from sborax.train.base import adapt
+from sborax.procedures import Boundary
 from sborax.train.experiment import save_experiment
 from sborax.train.hints import promised
 from sborax.train.loop import train
-from sborax.train.turns import turns_of
+from sborax.train.prepare import prepare
 
 ALL = "self_attn|mlp"
 SMALL = dataclasses.replace(
@@ -51,11 +49,9 @@ def test_planned_bytes_are_those_of_a_run(name, precision, quant):
     experiment = an_experiment([(ALL, method)], procedure, precision=precision, quant=quant)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract(SMALL, precision))
     planned = outline(experiment, SMALL)
-    parts = take_apart(*adapt(jax.random.key(0), params, planned.plan, quant))
-    turns = turns_of(experiment, Run(planned.plan, 7, 6), epath.Path())
-    assert turns is not None
-    parts = turns.begin(parts)
-    state = start(parts, planned.tx)
+    prepared = prepare(experiment, LanguageModel(planned.model.module, params, SMALL, None), 7)
+    parts = prepared.adapt(params)
+    state = prepared.start(parts)
     said = argument_bytes(planned)
     del said["batch"]
     assert said == {
@@ -87,9 +83,9 @@ def test_a_plan_refuses_what_training_refuses_and_what_it_takes_can_be_done(name
     procedure = PROCEDURES[name][0]
     experiment = an_experiment([(ALL, case.method)], procedure)
     bare = plain(case.method)
-    turns = turns_of(experiment, Run(bare.plan, 7, 6), epath.Path())
-    assert turns is not None
-    parts, problem = refusal(lambda: jax.eval_shape(turns.begin, bare.parts))
+    active = prepare(experiment, LanguageModel(bare.model.module, abstract(SMALL), SMALL, None), 7).procedure
+    assert active is not None
+    parts, problem = refusal(lambda: jax.eval_shape(active.start, bare.parts))
     planned, said = refusal(lambda: outline(experiment, SMALL))
     assert said == problem and (said is None or said.startswith(type(procedure).__name__))
     if planned is None:
@@ -100,10 +96,10 @@ def test_a_plan_refuses_what_training_refuses_and_what_it_takes_can_be_done(name
 
     def after_a_step(state, own, norms):
         """What is due after a step, without the model's part in it."""
-        watch, where = turns.watch(), {"frozen": own.frozen, "base": own.base, "norms": norms}
+        watch, where = active.watch(), {"frozen": own.frozen, "base": own.base, "norms": norms}
         _, opt = watch.update(state.train, watch.init(state.train), state.train, **where)
         whole = Boundary(combine(state.train["adapters"], own.frozen), own.base, opt)
-        return procedure.settle(procedure.apply(jax.random.key(0), 4, turns.run, whole))
+        return procedure.settle(procedure.apply(jax.random.key(0), 4, active.run, whole))
 
     after = jax.eval_shape(after_a_step, state, own, paths)
     before = combine(state.train["adapters"], own.frozen)

@@ -20,8 +20,8 @@ from sborax.models import load_model
 from sborax.models.nf4 import quantise
 from sborax.procedures import COLA, AbstractProcedure, AdaLoRABudget, Boundary, LoRAPrune, PRILoRAPruning, Run, XGBLoRA
 from sborax.records.adapter import LEAVES, load_adapter
+from sborax.train.active import restarted
 from sborax.train.loop import train
-from sborax.train.turns import restarted
 
 PATH = "layers/p/kernel"
 LAYERS, IN, OUT = 4, 64, 12

@@ -22,7 +22,8 @@ from sborax.layout.state import flatten
 from sborax.models import load_model
 from sborax.models.nf4 import NF4Array, quantise
 from sborax.train.base import adapt, quantise_base, rewritten
-from sborax.train.loop import read_held_out, train
+from sborax.train.loop import train
+from sborax.train.read import read_held_out
 from sborax.train.step import make_loss
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import sborax as sx
 from sborax.layout.state import flatten, parameters, put_together
 from sborax.models.language_model import abstract
 from sborax.plans.ahead import compiled, outline
-from sborax.train.step import batch_losses
+from sborax.train.step import sums
 
 pytestmark = pytest.mark.usefixtures("compiled_fully")
 
@@ -63,7 +63,7 @@ def test_a_copy_of_the_base_would_be_seen():
         def loss(train, frozen, base, batch):
             merged = sx.merge(put_together(base, {}), sx.combine(train["adapters"], frozen))
             part = jax.tree.map(lambda leaf: leaf[0], batch)
-            return batch_losses(one.model, {"adapters": {}, "base": {}}, {}, flatten(merged), part, None)["loss"]
+            return sums(one.model, {"adapters": {}, "base": {}}, {}, flatten(merged), part, None).losses["loss"]
 
         return jax.jit(jax.grad(loss)).lower(one.state.train, *one.arguments[1:]).compile()
 

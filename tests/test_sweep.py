@@ -22,13 +22,14 @@ from sborax.layout.state import take_apart
 from sborax.models import load_model
 from sborax.records.adapter import read_adapter
 from sborax.sweep import run as module
-from sborax.sweep import steps as sweep_steps
+from sborax.sweep import stepper as sweep_stepper
 from sborax.sweep.grid import Sweep, read_grid
 from sborax.sweep.members import Crew, Own, gather, make_sweep_step, rates
 from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
-from sborax.train.loop import read_model, train
+from sborax.train.loop import train
 from sborax.train.optimizer import schedule
+from sborax.train.read import read_model
 from tests.tiny_model import write_data, write_model
 
 RULES = (sx.Rule("self_attn/(q|v)", sx.SBoRA(rank=4, dropout=0.1)), sx.Rule("mlp", sx.LoRA(rank=4, alpha=4.0)))
@@ -106,7 +107,7 @@ def swept(places, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "read_model", load)
-        patch.setattr(sweep_steps, "make_sweep_step", make)
+        patch.setattr(sweep_stepper, "make_sweep_step", make)
         results = sweep(Sweep(experiment, GRID), out, echo=look)
     del before
     seen["programs"] = sum(step._cache_size() for step in steps)

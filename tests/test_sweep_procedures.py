@@ -10,11 +10,12 @@ import sborax as sx
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.records.adapter import LEAVES
 from sborax.sweep import run as module
-from sborax.sweep import steps as sweep_steps
+from sborax.sweep import stepper as sweep_stepper
 from sborax.sweep.grid import Sweep
 from sborax.sweep.members import make_sweep_step
 from sborax.sweep.run import sweep
-from sborax.train.loop import read_model, train
+from sborax.train.loop import train
+from sborax.train.read import read_model
 from tests.test_sweep import an_experiment, metrics, quiet, same_run
 from tests.tiny_model import write_data, write_model
 
@@ -67,7 +68,7 @@ def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
         return steps[-1]
 
     monkeypatch.setattr(module, "read_model", load)
-    monkeypatch.setattr(sweep_steps, "make_sweep_step", make)
+    monkeypatch.setattr(sweep_stepper, "make_sweep_step", make)
     description = Sweep(with_procedure(name, places), GRID, AT_ONCE[name])
     assert sweep(description, tmp_path / "four", echo=quiet).finished
     assert seen["loads"] == 1 and [step._cache_size() for step in steps] == [1]

@@ -14,7 +14,7 @@ from sborax.adapters.constraints import AXES, compiled_axes, dividing
 from sborax.models import LanguageModel, Llama, LlamaConfig, generate
 from sborax.models.attention import attention
 from sborax.models.backends import KERNELS, attend, splash
-from sborax.train.loss import head_loss
+from sborax.train.head_loss import head_loss
 
 CONFIG = LlamaConfig(
     vocab_size=64,

@@ -30,7 +30,6 @@ class Pair(NamedTuple):
 def build(directory: Path, **changes: Any) -> Pair:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=DEPTH,
@@ -38,7 +37,7 @@ def build(directory: Path, **changes: Any) -> Pair:
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
-        **{"tie_word_embeddings": False, **changes},
+        **{"vocab_size": VOCAB, "tie_word_embeddings": False, **changes},
     )
     model = transformers.LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from sborax.cli.targets import Target
 from sborax.config.terminal import say
 from sborax.interop.reslora import merge_by_inputs, merge_by_weights
 from sborax.train.hints import first_batches
-from sborax.train.loop import read_data
+from sborax.train.read import read_data
 
 MEASURED = 8
 """Microbatches on which the error is measured."""

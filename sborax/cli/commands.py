@@ -20,9 +20,9 @@ from sborax.interop.slim import slim as cut
 from sborax.layout.state import parameters
 from sborax.models import save_hf
 from sborax.train.experiment import load_experiment
-from sborax.train.loop import read_held_out
 from sborax.train.loop import train as fine_tune
 from sborax.train.measure import loss_on
+from sborax.train.read import read_held_out
 
 
 def train(arguments: argparse.Namespace) -> bool:

@@ -17,7 +17,7 @@ from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import read_scores
 from sborax.layout.hosts import several
 from sborax.train.experiment import Experiment
-from sborax.train.loop import end_token
+from sborax.train.read import end_token
 
 OF_RUN = "scores"
 """Where a run's directory has the scores of its last adapter."""

@@ -104,7 +104,10 @@ class Batches:
 
     def part(self, step: int, own: Collection[int] | None) -> Batch:
         """The batch of `step` in which only these rows of every microbatch are filled, those of one host; None: all."""
-        numbers = self._numbers(step)
+        return self.of(self._numbers(step), own)
+
+    def of(self, numbers: Sequence[int], own: Collection[int] | None = None) -> Batch:
+        """The batch of the rows of these numbers, as many as a step has. own: as of `part`."""
         longest = max(self.rows.length(number) for number in numbers)
         length = next(bucket for bucket in self.rows.buckets if bucket >= longest)
         names = ("tokens", "targets", "counts", "segments")

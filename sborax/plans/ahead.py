@@ -13,27 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from etils import epath
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import Hint, SboraxError
-from sborax.adapters.paths import Plan, Site, kernels, plan
+from sborax.adapters.paths import Plan, Site, kernels
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.sharding import parts_shardings, state_shardings
-from sborax.layout.state import Parts, TrainState, start, take_apart
+from sborax.layout.state import Parts, TrainState, start
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose
 from sborax.models.language_model import abstract
-from sborax.procedures import Run
-from sborax.train.base import adapt
 from sborax.train.experiment import Experiment
-from sborax.train.hints import promised
-from sborax.train.optimizer import halves, make_optimizer
-from sborax.train.step import make_step
-from sborax.train.turns import turns_of
+from sborax.train.prepare import Prepared, prepare
 
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
 """What libtpu asks of its surroundings where there is no TPU; the topology is named apart from that."""
@@ -44,17 +37,24 @@ UNKNOWN_STEPS = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """The arguments of a run's step as shapes, on a mesh with where they lie, and what the step is made of."""
+    """The arguments of a run's step as shapes, on a mesh with where they lie. prepared: what the step is made of."""
 
-    model: LanguageModel
-    plan: Plan
+    prepared: Prepared
     parts: Parts
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
-    tx: optax.GradientTransformation
-    observe: bool = False
     mesh: Mesh | AbstractMesh | None = None
     shardings: TrainState | None = None
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model, without parameters."""
+        return self.prepared.model
+
+    @property
+    def plan(self) -> Plan:
+        """What is adapted."""
+        return self.prepared.plan
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -67,8 +67,9 @@ def outline(
 ) -> Outline:
     """The step of `experiment` on a model of this config, on one device.
 
-    length: tokens of a row; by default the longest that the run's data may have. device: what `attention` is chosen
-        for, such as "tpu"; by default it is XLA's.
+    - length: tokens of a row; by default the longest that the run's data may have.
+    - device: what `attention` is chosen for, such as "tpu"; by default it is XLA's.
+
     Raises SboraxError as planning does, for attention that the device cannot compute, and for what the procedure
     refuses before the first step.
     """
@@ -77,30 +78,20 @@ def outline(
     if device is not None:
         chosen = choose(experiment.attention, device, experiment.precision, config.head_dim)
     module = Llama(config, jnp.dtype(experiment.precision), experiment.remat, attention=chosen)
-    model = LanguageModel(module, {}, config, None)
-    settled = plan(params, experiment.rules, hints=promised(params))
-    steps = experiment.steps or UNKNOWN_STEPS
     # What a procedure keeps in a run directory is kept between steps alone.
-    turns = turns_of(experiment, Run(settled, steps, config.num_key_value_heads), epath.Path())
+    prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
 
     def zeros(params: Any, site: Site) -> Hint:
         return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
 
-    def build(params: Any) -> Parts:
-        key = jax.random.key(experiment.seed_adapter)
-        params, adapters = adapt(key, params, settled, experiment.quant, zeros)
-        model.check_adapters(adapters)
-        own = take_apart(params, adapters, experiment.train_base, experiment.train_also, halves(experiment.optimizer))
-        return own if turns is None else turns.begin(own)
-
-    parts = jax.eval_shape(build, params)
-    # Only a run that the procedure accepts can be watched.
-    tx = make_optimizer(experiment.optimizer, steps, None if turns is None else turns.watch())
-    state = jax.eval_shape(lambda own: start(own, tx), parts)
+    parts = jax.eval_shape(lambda params: prepared.adapt(params, zeros), params)
+    # Made outside of a trace, since its constants are kept.
+    tx = prepared.tx
+    state = jax.eval_shape(lambda parts: start(parts, tx), parts)
     shape = (experiment.accumulate, experiment.batch_size, length or longest_row(experiment, config))
     kinds = {"tokens": np.int32, "targets": np.int32, "counts": np.bool_, "segments": np.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    return Outline(model, settled, parts, state, batch, tx, turns is not None and turns.procedure.observes)
+    return Outline(prepared, parts, state, batch)
 
 
 def longest_row(experiment: Experiment, config: LlamaConfig) -> int:
@@ -152,7 +143,7 @@ def argument_bytes(one: Outline) -> dict[str, int]:
 def compiled(one: Outline) -> Any:
     """The step as a program for the devices of its mesh, which is a `Mesh` then, or for the first of this process."""
     assert not isinstance(one.mesh, AbstractMesh)
-    step = make_step(one.model, one.tx, jax.random.key(1), one.observe, one.shardings)
+    step = one.prepared.make_step(one.shardings)
     if one.mesh is None:
         return step.lower(*one.arguments).compile()
     with jax.set_mesh(one.mesh):

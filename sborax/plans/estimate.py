@@ -7,7 +7,7 @@ from sborax.adapters.core import is_weight, width
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.llama import kept_names
 from sborax.plans.ahead import Outline, device_bytes
-from sborax.train.loss import CHUNK
+from sborax.train.head_loss import CHUNK
 
 
 def temporary_bytes(one: Outline) -> int:

@@ -191,10 +191,10 @@ def _compare(wanted: dict[str, Any], found: dict[str, Any], where: str) -> None:
             )
 
 
-def open_checkpoints(run: epath.Path, keep: int) -> Checkpoints:
+def open_checkpoints(run: str | epath.PathLike, keep: int) -> Checkpoints:
     """The checkpoints of the run directory `run`, of which the newest `keep` stay."""
     policy = ocp.training.preservation_policies.LatestN(keep)
-    folder = run / FOLDER
+    folder = epath.Path(run) / FOLDER
     manager = ocp.training.Checkpointer(
         # orbax refuses relative paths, and a remote one is absolute as it is.
         folder if folder.is_absolute() else folder.absolute(),

@@ -15,9 +15,11 @@ from sborax.adapters.core import SboraxError
 from sborax.layout.state import Flat, Parts, TrainState
 from sborax.models.language_model import LanguageModel
 from sborax.sweep.grid import Member
+from sborax.train.active import ActiveProcedure
+from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AbstractOptimizer, make_optimizer
 from sborax.train.step import WATCHED, make_loss, make_step
-from sborax.train.turns import Turns
+from sborax.train.streams import Streams
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +70,7 @@ class Crew:
     txs: tuple[optax.GradientTransformation, ...] = ()
     watch: optax.GradientTransformation | None = None
     observe: bool = False
+    loss: AbstractLoss = CrossEntropy()
 
     def tx(self, number: int) -> optax.GradientTransformation:
         """The optimiser of a member, without its learning rates."""
@@ -124,18 +127,18 @@ def make_member_optimizer(
 
 
 def gather(
-    members: Sequence[Member], each: Sequence[Parts], steps: int, at_once: int, turns: Turns | None = None
+    members: Sequence[Member], each: Sequence[Parts], steps: int, at_once: int, procedure: ActiveProcedure | None = None
 ) -> tuple[Crew, SweepState]:
     """Members with their parts as one crew, and its state before the first step.
 
-    turns: of one member, where there is a procedure. It may change any frozen leaf.
+    procedure: of one member. It may change any frozen leaf.
     Raises SboraxError where adapters or optimisers do not have the same leaves.
     """
     for member, parts in zip(members, each, strict=True):
         _check_alike(members[0], member, (each[0].train, each[0].frozen), (parts.train, parts.frozen), "adapters have")
     structure = jax.tree.structure(each[0].frozen)
     columns = list(zip(*(jax.tree.leaves(parts.frozen) for parts in each), strict=True))
-    same = [turns is None and all(_equal(leaf, column[0]) for leaf in column) for column in columns]
+    same = [procedure is None and all(_equal(leaf, column[0]) for leaf in column) for column in columns]
 
     def join(shared: list[Array], own: list[Array]) -> PyTree:
         common, theirs = iter(shared), iter(own)
@@ -144,27 +147,28 @@ def gather(
     given = [optimizer_of(member) for member in members]
     optimizers = [optimizer.without_rate() for optimizer in given]
     rules = tuple(dict.fromkeys(optimizers))
-    watch = None if turns is None else turns.watch()
+    watch = None if procedure is None else procedure.watch()
     txs = {one: make_optimizer(one, 1, watch) for one in rules}
     opts = [jax.jit(txs[one].init)(parts.train) for one, parts in zip(optimizers, each, strict=True)]
     leaves = [jax.tree.leaves(opt) for opt in opts]
     for member, own in zip(members, leaves, strict=True):
         _check_alike(members[0], member, leaves[0], own, "optimisers keep")
-    # Dropout is the second stream of a member's seed, as in a single run.
-    keys = [jax.random.fold_in(jax.random.key(member.experiment.seed_adapter), 1) for member in members]
+    keys = [Streams.of(member.experiment.seed_adapter).dropout for member in members]
+    folded = () if procedure is None else procedure.folded
     own = Own(
         frozen=[jnp.stack(column) for column, once in zip(columns, same, strict=True) if not once],
         key=jnp.stack(keys),
         lr=jnp.stack([rates(optimizer, steps) for optimizer in given]),
         rule=jnp.asarray([rules.index(one) for one in optimizers], jnp.int32),
-        base={path: _stack([parts.base[path] for parts in each]) for path in (() if turns is None else turns.folded)},
+        base={path: _stack([parts.base[path] for parts in each]) for path in folded},
     )
     shared = [column[0] for column, once in zip(columns, same, strict=True) if once]
     count = len(members)
     zero = jnp.zeros((count,), jnp.int32)
     run = TrainState(zero, _stack([parts.train for parts in each]), _stack(leaves))
-    observe = turns is not None and turns.procedure.observes
-    crew = Crew(own, shared, join, rules, count, at_once, tuple(txs.values()), watch, observe)
+    observe = procedure is not None and procedure.method.observes
+    loss = members[0].experiment.loss
+    crew = Crew(own, shared, join, rules, count, at_once, tuple(txs.values()), watch, observe, loss)
     return crew, SweepState(run, jnp.zeros_like(zero))
 
 
@@ -181,7 +185,8 @@ def make_sweep_step(
             before, diverged, mine = member
             tx = make_member_optimizer(crew.rules, mine.lr, mine.rule, crew.watch)
             frozen, weights = crew.join(shared, mine.frozen), {**base, **mine.base}
-            after, numbers = make_step(model, tx, mine.key, crew.observe)(before, frozen, weights, batch)
+            single = make_step(model, tx, mine.key, crew.observe, loss=crew.loss)
+            after, numbers = single(before, frozen, weights, batch)
             watched = jnp.stack([numbers[name] for name in WATCHED])
             finite = jnp.all(jnp.isfinite(watched))
             going = (diverged == 0) & finite
@@ -196,7 +201,7 @@ def make_sweep_step(
 
 def make_sweep_loss(model: LanguageModel, crew: Crew) -> Callable[..., tuple[Float[Array, " members"], Array]]:
     """The compiled evaluation of all members: `(train, own, shared, base, batch) -> (sums of losses, tokens)`."""
-    loss = make_loss(model)
+    loss = make_loss(model, crew.loss)
 
     @jax.jit
     def losses(train: PyTree, own: Own, shared: list[Array], base: Flat, batch: dict[str, Array]):

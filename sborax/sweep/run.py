@@ -1,40 +1,40 @@
 """Several runs at once over one base: one load, one compiled step, one copy of the weights."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from sborax.adapters.core import SboraxError
-from sborax.adapters.routing import selective
-from sborax.adapters.tree import combine, nodes
+from sborax.adapters.tree import combine
 from sborax.config.codec import encode
 from sborax.config.terminal import say
 from sborax.data.batches import Batches
-from sborax.layout.state import Parts
+from sborax.layout.state import Parts, parameters
 from sborax.models.language_model import LanguageModel
-from sborax.procedures import Run
-from sborax.records.adapter import save_adapter
+from sborax.records.adapter import fingerprint, save_adapter
 from sborax.records.checkpoint import FOLDER, open_checkpoints
 from sborax.records.claim import claimed, locked
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
-from sborax.sweep.members import Crew, SweepState, gather, member_of, with_member
+from sborax.sweep.members import gather
 from sborax.sweep.results import SWEEP, Result, Results, check_same, write_results
-from sborax.sweep.steps import Begun, SweepLoop
+from sborax.sweep.stepper import SweepStepper
+from sborax.train.begin import begin
 from sborax.train.experiment import save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
-from sborax.train.loop import ADAPTER, Echo, preflight, read_data, read_held_out, read_model, set_up
+from sborax.train.loop import ADAPTER, loop
 from sborax.train.optimizer import halves
+from sborax.train.prepare import Prepared, prepare
+from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model
+from sborax.train.record import Record
 from sborax.train.resume import check_config, has_computed
 from sborax.train.stop import Stop, stopping
-from sborax.train.turns import turns_of
 
 
 def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, echo: Echo = say) -> Results:
@@ -82,32 +82,37 @@ def _train_all(
     if not (place / SWEEP).exists():
         write_results(place, members)
     steps = first.steps or batches.steps(first.epochs or 1.0)
-    begun, parts = begin(members, model, batches, runs, steps, echo)
+    prints, total = fingerprint(model.params), parameters(model.params)
+    prepared, parts = begin_members(members, model, batches, runs, steps, echo)
     # What is stacked, rewritten or trained is not kept twice.
     del model
-    crew, state = gather(members, parts, steps, at_once, begun.turns[0] if begun.turns else None)
-    told = figures(begun.model.config, parts[0], 1)
+    procedure, count = prepared[0].procedure, parts[0].count
+    crew, state = gather(members, parts, steps, at_once, procedure)
+    apart = procedure.folded if procedure is not None else ()
+    base = {path: leaf for path, leaf in parts[0].base.items() if path not in apart}
+    shown = figures(prepared[0].model.config, parts[0], 1)
     del parts
     checkpoints = open_checkpoints(place, first.save.keep)
-    done = 0
-    if resume:
-        restored = checkpoints.restore(state, echo)
-        state, done = (state, 0) if restored is None else restored
-        crew, state = resumed(begun, crew, state) if restored is not None else (crew, state)
-        echo("no checkpoint yet: starting from step 0" if restored is None else f"resuming after step {done:,}")
+    restored = checkpoints.restore(state, echo) if resume else None
+    state, done = (state, 0) if restored is None else restored
     progress = Progress(steps, done, echo)
-    diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
     metrics = [Metrics(run, done) for run in runs]
-    loop = SweepLoop(
-        members, begun, crew, batches, held_out, checkpoints, metrics, steps, done, progress, diverged,
-        np.asarray(crew.own.lr), told, stop,
-    )  # fmt: skip
     with contextlib.ExitStack() as ends:
         ends.callback(checkpoints.close)
         ends.callback(progress.close)
-        loop.logs = [open_logs(one.experiment, run, done, ends) for one, run in zip(members, runs, strict=True)]
-        state = loop.run(state)
-    results = finish(loop, state, runs, report, began)
+        logs = [open_logs(member.experiment, run, done, ends) for member, run in zip(members, runs, strict=True)]
+        records = [Record(each, shown, log) for each, log in zip(metrics, logs, strict=True)]
+        stepper = SweepStepper(members, prepared, crew, state, base, records, progress)
+        # Their buffers go with the first step.
+        del crew, state
+        if restored is not None:
+            stepper.replay()
+        if resume:
+            echo("no checkpoint yet: starting from step 0" if restored is None else f"resuming after step {done:,}")
+        progress.say("compiling")
+        loop(stepper, first, batches, held_out, checkpoints, steps, done, stop)
+    sizes = Sizes(prints, count, total)
+    results = finish(stepper, runs, metrics, sizes, report, steps, began)
     write_results(place, members, results)
     for line in results.table():
         echo(line)
@@ -150,67 +155,72 @@ def claim_all(
     return runs
 
 
-def begin(
+def begin_members(
     members: Sequence[Member],
     model: LanguageModel,
     batches: Batches,
     runs: Sequence[epath.Path],
     steps: int,
     echo: Echo,
-) -> tuple[Begun, list[Parts]]:
+) -> tuple[list[Prepared], list[Parts]]:
     """The members' adapters over one base. Members that start alike are fitted once."""
-    starts: dict[str, Any] = {}
-    parts, turns = [], []
+    starts: dict[str, tuple[Prepared, Parts]] = {}
+    each = []
     for member, run in zip(members, runs, strict=True):
         experiment = member.experiment
-        split_by = halves(experiment.optimizer).__name__
-        like = json.dumps([encode(experiment.rules), experiment.seed_adapter, split_by])
-        fitted = like not in starts
-        if fitted:
-            starts[like] = set_up(experiment, model, batches, run, (lambda _: None) if starts else echo)
-        bare, own, prints, total, chosen = starts[like]
-        turn = turns_of(experiment, Run(chosen, steps, model.config.num_key_value_heads), run)
-        if turn is not None:
-            turns.append(turn)
-            own = turn.begin(own) if fitted else own
-            starts[like] = bare, own, prints, total, chosen
-        parts.append(own)
-    bare, one, prints, total, _ = next(iter(starts.values()))
-    idle = {path for path, node in nodes(one.adapters).items() if selective(node.method)}
-    apart = turns[0].folded if turns else ()
-    base = {path: leaf for path, leaf in one.base.items() if path not in apart}
-    return Begun(bare, base, prints, total, one.count, idle, tuple(turns)), parts
+        split = halves(experiment.optimizer).__name__
+        like = json.dumps([encode(experiment.rules), experiment.seed_adapter, split])
+        if like not in starts:
+            prepared = prepare(experiment, model, steps, run)
+            starts[like] = prepared, begin(prepared, model, batches, run, _silent if starts else echo)
+        prepared, parts = starts[like]
+        procedure = prepared.procedure and dataclasses.replace(prepared.procedure, place=run)
+        each.append((dataclasses.replace(prepared, experiment=experiment, procedure=procedure), parts))
+    prepared, parts = zip(*each, strict=True)
+    return list(prepared), list(parts)
 
 
-def resumed(begun: Begun, crew: Crew, state: SweepState) -> tuple[Crew, SweepState]:
-    """The crew with what the procedure had made of every member's constant parts."""
-    for number, turns in enumerate(begun.turns):
-        single, parts = member_of(crew, state, begun.base, number)
-        crew, state = with_member(crew, state, number, single, turns.resume(int(single.step), single, parts))
-    return crew, state
+def _silent(text: str) -> None:
+    """The `echo` of members that start unlike the first."""
 
 
-def finish(loop: SweepLoop, state: SweepState, runs: Sequence[epath.Path], report: str, began: float) -> Results:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What all members have in common: fingerprints of the base, parameters that are trained and those of the base."""
+
+    prints: dict[str, str]
+    trained: int
+    base: int
+
+
+def finish(
+    stepper: SweepStepper,
+    runs: Sequence[epath.Path],
+    metrics: Sequence[Metrics],
+    sizes: Sizes,
+    report: str,
+    steps: int,
+    began: float,
+) -> Results:
     """Write the adapter and the summary of every member."""
-    begun, results = loop.begun, []
-    made = max(int(step) for step in state.run.step)
-    for number, (member, run) in enumerate(zip(loop.members, runs, strict=True)):
-        own, parts = member_of(loop.crew, state, begun.base, number)
-        ended = int(own.step) == loop.steps
-        experiment = member.experiment
-        if ended:
+    results = []
+    for number, (member, prepared, run) in enumerate(zip(stepper.members, stepper.prepared, runs, strict=True)):
+        state, parts = stepper.member(number)
+        made, experiment, procedure = int(state.step), member.experiment, prepared.procedure
+        if made == steps:
             save_adapter(
                 run / ADAPTER,
-                begun.turns[number].whole(own, parts) if begun.turns else combine(own.train["adapters"], parts.frozen),
+                procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen),
                 rules=experiment.rules,
-                base=begun.prints,
-                trained_base=own.train["base"],
+                base=sizes.prints,
+                trained_base=state.train["base"],
                 about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
             )
         summary = Summary.of(
-            loop.metrics[number], loop.speed, began, ended, int(own.step), begun.count, begun.total, report, devices=1
+            metrics[number], stepper.speed, began, made == steps, made, sizes.trained, sizes.base, report, devices=1
         )
         summary.write(run)
-        at = loop.diverged.get(number)
-        results.append(Result(member.name, member.changes, int(own.step), at, summary.last_loss, summary.eval_loss))
-    return Results(made == loop.steps, time.monotonic() - began, tuple(results))
+        at = stepper.diverged.get(number)
+        results.append(Result(member.name, member.changes, made, at, summary.last_loss, summary.eval_loss))
+    most = max(int(step) for step in stepper.state.run.step)
+    return Results(most == steps, time.monotonic() - began, tuple(results))

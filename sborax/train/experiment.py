@@ -20,6 +20,7 @@ from sborax.data.options import Data, at_least
 from sborax.layout.mesh import check_mesh
 from sborax.procedures import AbstractProcedure
 from sborax.records.disk import CONFIG, replace
+from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AnyOptimizer, Optimizer, halves
 
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
@@ -78,6 +79,7 @@ class Experiment:
     log: "tensorboard" and "wandb" beside `metrics.jsonl`.
     optimizer: an `Optimizer`, a class of yours that extends `AbstractOptimizer`, or an optax transformation, which no
         `config.json` holds: a run with one is repeated and resumed from Python alone.
+    loss: what is minimised, a `CrossEntropy` or a class of yours that extends `AbstractLoss`.
     imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
         that stand in the experiment are added to them.
     """
@@ -86,6 +88,7 @@ class Experiment:
     data: Data
     rules: Sequence[RuleLike] = ()
     optimizer: AnyOptimizer = Optimizer()
+    loss: AbstractLoss = CrossEntropy()
     steps: int | None = None
     epochs: int | float | None = None
     batch_size: int = 4

@@ -12,7 +12,7 @@ from sborax.adapters.tree import nodes
 from sborax.layout.state import Parts
 from sborax.models.config import LlamaConfig
 from sborax.records.report import peak_memory
-from sborax.train.step import TABLE
+from sborax.train.outputs import TABLE
 
 PEAKS = {
     "TPU v2": 22.5,

@@ -14,8 +14,8 @@ from sborax.adapters.paths import Plan, Site, kernels, module_path
 from sborax.adapters.tree import Params
 from sborax.data.batches import Batch, Batches
 from sborax.models.language_model import LanguageModel
-from sborax.train.loss import frozen_head_loss, trained_head_loss
-from sborax.train.step import HEAD
+from sborax.train.head_loss import frozen_head_loss, trained_head_loss
+from sborax.train.outputs import HEAD
 
 Echo = Callable[[str], None]
 

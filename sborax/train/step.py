@@ -1,5 +1,6 @@
 """One optimiser step as one compiled function: state and batch in, state and numbers out."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,17 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.routing import PROMPT, AbstractRouter
 from sborax.adapters.tree import combine, nodes
 from sborax.layout.state import Flat, TrainState, put_together
 from sborax.models.language_model import LanguageModel
-from sborax.train.loss import head_loss, trained_head_loss
+from sborax.train.loss import AbstractLoss, CrossEntropy
+from sborax.train.outputs import Outputs
 
-HEAD = "lm_head/kernel"
-TABLE = "embed_tokens/embedding"
 WATCHED = ("loss", "grad_norm", "update_norm")
 """Numbers of a step that have to be finite."""
 
@@ -28,52 +28,95 @@ def prompt_of(segments: Int[Array, "batch length"], counts: Bool[Array, "batch l
     return (segments > 0) & (before == 0)
 
 
-def observed_losses(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What a microbatch comes to.
+
+    - losses: sums over items of what is minimised: `loss`, and with routers `balance_loss`.
+    - items: how many items the loss is a sum over.
+    - norms: with `observe`, ||X_j|| of every projection's input features j by path, padding left out.
+    """
+
+    # Any: a pytree node also holds arrays with an axis of microbatches in front.
+    losses: Any
+    items: Any
+    norms: Any
+
+
+def sums(
     model: LanguageModel,
     train: PyTree,
     frozen: PyTree,
     base: Flat,
     batch: dict[str, Array],
     key: Key[Array, ""] | None,
+    loss: AbstractLoss = CrossEntropy(),
     observe: bool = False,
-) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, "*stack in"]]]:
-    """What a step minimises the sum of, for one microbatch of arrays (batch, length), summed over tokens that count.
-
-    loss: cross-entropy. balance_loss: what routers add, where there are any.
-    Also, to `observe`, the norms of every projection's input features by path, padding left out.
-    """
+) -> Sums:
+    """The sums of one microbatch of arrays (batch, length). key: of dropout; None without."""
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
-    found = nodes(adapters)
     tokens, segments = batch["tokens"], batch["segments"]
-    extra: dict[str, Any] = {}
-    seen: dict[str, Any] = {}
-    if any(isinstance(node.method, AbstractRouter) for node in found.values()):
+    balance, norms = None, {}
+    if any(isinstance(node.method, AbstractRouter) for node in nodes(adapters).values()):
         ctx = Context(tokens={PROMPT: prompt_of(segments, batch["counts"])})
         hidden, balance = model.routed(params, adapters, tokens, segment_ids=segments, dropout_key=key, ctx=ctx)
-        extra["balance_loss"] = balance * jnp.sum(batch["counts"], dtype=jnp.float32)
     elif observe:
-        hidden, seen = model.observed(params, adapters, tokens, segment_ids=segments, dropout_key=key)
+        hidden, norms = model.observed(params, adapters, tokens, segment_ids=segments, dropout_key=key)
     else:
         hidden = model.hidden(params, adapters, tokens, segment_ids=segments, dropout_key=key)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    targets, counts = batch["targets"].reshape(-1), batch["counts"].reshape(-1)
-    tied = model.config.tie_word_embeddings
-    path = TABLE if tied else HEAD
-    if path in train["base"] or HEAD in found:
-        loss: Any = trained_head_loss(
-            lambda own: model.head(params, adapters, own[None], dropout_key=key)[0], flat, targets, counts
-        )
+    total, items = loss(Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key))
+    losses = {"loss": total}
+    if balance is not None:
+        losses["balance_loss"] = balance * items.astype(jnp.float32)
+    return Sums(losses, items, norms)
+
+
+def forward_backward(
+    model: LanguageModel,
+    train: PyTree,
+    frozen: PyTree,
+    base: Flat,
+    batch: dict[str, Any],
+    key: Key[Array, ""],
+    loss: AbstractLoss = CrossEntropy(),
+    observe: bool = False,
+) -> tuple[Sums, PyTree]:
+    """The sums of a batch of arrays (accumulate, batch, length), and the gradient of sum of losses / items.
+
+    The gradient is that of one batch as large as all microbatches together; norms are over all of them.
+    """
+    batch = jax.tree.map(jnp.asarray, batch)
+    accumulate = batch["tokens"].shape[0]
+
+    def one(number: Array | int, part: dict[str, Array]) -> tuple[Sums, PyTree]:
+        part_key = jax.random.fold_in(key, number)
+
+        def objective(train: PyTree) -> tuple[Array, Sums]:
+            made = sums(model, train, frozen, base, part, part_key, loss, observe)
+            return jax.tree.reduce(jnp.add, made.losses), made
+
+        (_, made), grads = jax.value_and_grad(objective, has_aux=True)(train)
+        return made, grads
+
+    if accumulate == 1:
+        made, grads = one(0, jax.tree.map(lambda leaf: leaf[0], batch))
     else:
-        loss = head_loss(flat, base[path], targets, counts, tied)
-    return {"loss": loss, **extra}, seen
 
+        def body(carry: PyTree, part: Any) -> tuple[PyTree, Sums]:
+            made, grads = one(*part)
+            return jax.tree.map(jnp.add, carry, grads), made
 
-def batch_losses(
-    model: LanguageModel, train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array], key: Key[Array, ""] | None
-) -> dict[str, Float[Array, ""]]:
-    """The losses of `observed_losses` alone."""
-    return observed_losses(model, train, frozen, base, batch, key)[0]
+        zero = jax.tree.map(jnp.zeros_like, train)
+        grads, each = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
+        made = Sums(
+            jax.tree.map(jnp.sum, each.losses),
+            jnp.sum(each.items, dtype=each.items.dtype),
+            jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), each.norms),
+        )
+    share = 1 / made.items.astype(jnp.float32)
+    return made, jax.tree.map(lambda leaf: leaf * share, grads)
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
@@ -88,56 +131,33 @@ def make_step(
     key: Key[Array, ""],
     observe: bool = False,
     shardings: TrainState | None = None,
+    loss: AbstractLoss = CrossEntropy(),
 ) -> Callable[[TrainState, PyTree, Flat, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """The compiled step: `step(state, frozen, base, batch) -> (state, numbers)`.
 
-    batch: arrays (accumulate, batch, length), one microbatch after the other; the gradient is that of
-    sum of losses / number of tokens that count over all of them. Only `state` is donated.
-    key: of dropout; folded with the step's number. observe: whether `tx` is given `norms=` of inputs by path.
-    shardings: on a mesh, where the state lies, now and after the step.
-    numbers: loss (nats per token), tokens that count, grad_norm before clipping, update_norm of what the optimiser
-        adds, grad_norms and update_norms by path; with routers balance_loss, which is minimised too: a mean over
-        microbatches, by their tokens that count.
+    - batch: arrays (accumulate, batch, length), one microbatch after the other; the gradient is that of
+      sum of losses / items over all of them. Only `state` is donated.
+    - key: of dropout; folded with the step's number.
+    - observe: whether `tx` is given `norms=` of inputs by path.
+    - shardings: on a mesh, where the state lies, now and after the step.
+    - numbers: loss (the mean over items), tokens that count, grad_norm before clipping, update_norm of what the
+      optimiser adds, grad_norms and update_norms by path; with routers balance_loss, which is minimised too: a mean
+      over microbatches, by their items.
     """
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         step_key = jax.random.fold_in(key, state.step)
-        accumulate = batch["tokens"].shape[0]
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-
-            def one(number: Array | int, part: dict[str, Array]) -> tuple[Any, PyTree]:
-                own_key = jax.random.fold_in(step_key, number)
-
-                def objective(train: PyTree) -> tuple[Array, Any]:
-                    losses, seen = observed_losses(model, train, frozen, base, part, own_key, observe)
-                    return jax.tree.reduce(jnp.add, losses), (losses, seen)
-
-                (_, told), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
-                return told, grads
-
-            if accumulate == 1:
-                (losses, seen), grads = one(0, jax.tree.map(lambda leaf: leaf[0], batch))
-            else:
-
-                def body(carry: PyTree, part: Any) -> tuple[PyTree, Any]:
-                    told, grads = one(*part)
-                    return jax.tree.map(jnp.add, carry, grads), told
-
-                zero = jax.tree.map(jnp.zeros_like, state.train)
-                grads, (each, seen) = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
-                losses = jax.tree.map(jnp.sum, each)
-                seen = jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), seen)
-            tokens = jnp.sum(batch["counts"], dtype=jnp.int32)
-            share = 1 / tokens.astype(jnp.float32)
-            grads = jax.tree.map(lambda leaf: leaf * share, grads)
+            made, grads = forward_backward(model, state.train, frozen, base, batch, step_key, loss, observe)
+            share = 1 / made.items.astype(jnp.float32)
         # optax mixes integers and floats.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base, norms=seen)
+            updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base, norms=made.norms)
             train = optax.apply_updates(state.train, updates)
             numbers = {
-                **{name: total * share for name, total in losses.items()},
-                "tokens": tokens,
+                **{name: total * share for name, total in made.losses.items()},
+                "tokens": jnp.sum(batch["counts"], dtype=jnp.int32),
                 "grad_norm": optax.tree.norm(grads),
                 "update_norm": optax.tree.norm(updates),
                 "grad_norms": norms(grads),
@@ -150,16 +170,18 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_loss(model: LanguageModel) -> Callable[..., tuple[Float[Array, ""], Array]]:
-    """The compiled evaluation: `(train, frozen, base, batch) -> (sum of losses, tokens that count)`, no dropout."""
+def make_loss(
+    model: LanguageModel, loss: AbstractLoss = CrossEntropy()
+) -> Callable[..., tuple[Float[Array, ""], Num[Array, ""]]]:
+    """The compiled evaluation: `(train, frozen, base, batch) -> (sum of losses, items)`, without dropout."""
 
     @jax.jit
-    def loss(train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array]):
+    def evaluate(train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            total = batch_losses(model, train, frozen, base, batch, None)["loss"]
-            return total, jnp.sum(batch["counts"], dtype=jnp.int32)
+            made = sums(model, train, frozen, base, batch, None, loss)
+            return made.losses["loss"], made.items
 
-    return loss
+    return evaluate
 
 
 def not_finite(numbers: Mapping[str, float]) -> str | None:

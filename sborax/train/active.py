@@ -1,4 +1,4 @@
-"""A procedure at work in a run: called between steps, its segments kept in the run directory."""
+"""A procedure in a run: called between steps, its segments kept in the run directory."""
 
 import dataclasses
 
@@ -13,29 +13,22 @@ from sborax.layout.sharding import Layout
 from sborax.layout.state import Halves, Parts, TrainState
 from sborax.procedures import AbstractProcedure, Boundary, Run
 from sborax.records.adapter import read_adapter, save_adapter
-from sborax.train.experiment import Experiment
-from sborax.train.optimizer import halves
 
 SEGMENTS = "segments"
 
 
-def turns_of(experiment: Experiment, run: Run, place: epath.Path, layout: Layout = Layout()) -> "Turns | None":
-    """The experiment's procedure in a run in the directory `place`; None if it has none."""
-    if experiment.procedure is None:
-        return None
-    # The third stream of one seed, after initial adapters and dropout.
-    key = jax.random.fold_in(jax.random.key(experiment.seed_adapter), 2)
-    return Turns(experiment.procedure, run, key, place, halves(experiment.optimizer), layout)
-
-
 @dataclasses.dataclass(frozen=True)
-class Turns:
-    """What `procedure` does to a run. place: the run directory. key: of everything it draws. halves: the split.
+class ActiveProcedure:
+    """What a procedure does to the state and the parts of a run.
 
-    What an act makes lies on the mesh of `layout` where it lay before, so that the compiled step stays the same.
+    - method: the procedure. run: what it may know.
+    - key: of everything it draws.
+    - place: the run directory.
+    - halves: how adapters are split into what is trained and what is not.
+    - layout: what `apply` makes lies where it lay before, so that the compiled step stays the same.
     """
 
-    procedure: AbstractProcedure
+    method: AbstractProcedure
     run: Run
     key: Key[Array, ""]
     place: epath.Path
@@ -44,45 +37,45 @@ class Turns:
 
     def watch(self) -> optax.GradientTransformationExtraArgs:
         """What stands between clipping and the optimiser."""
-        return self.procedure.watch(self.run)
+        return self.method.watch(self.run)
 
     @property
     def folded(self) -> list[str]:
         """Paths of the kernels that the procedure changes."""
-        return [site.path for site in self.run.plan.sites] if self.procedure.folds else []
+        return [site.path for site in self.run.plan.sites] if self.method.folds else []
 
     def due(self, step: int) -> bool:
         """Whether the procedure acts after `step` steps."""
-        return self.procedure.due(step, self.run)
+        return self.method.due(step, self.run)
 
-    def begin(self, parts: Parts) -> Parts:
+    def start(self, parts: Parts) -> Parts:
         """The run before its first step.
 
         Raises SboraxError if the procedure cannot act on it.
         """
-        self.procedure.check(self.run, parts.base)
+        self.method.check(self.run, parts.base)
         whole = combine(parts.adapters, parts.frozen)
-        boundary = self.procedure.start(self._key(0), self.run, Boundary(whole, parts.base))
+        boundary = self.method.start(self._key(0), self.run, Boundary(whole, parts.base))
         train, frozen = self.halves(boundary.adapters)
         return dataclasses.replace(parts, adapters=train, frozen=frozen, base=boundary.base)
 
-    def take(
+    def apply(
         self, step: int, state: TrainState, parts: Parts, tx: optax.GradientTransformation
     ) -> tuple[TrainState, Parts]:
         """The run after what is due after `step` steps."""
         whole = combine(state.train["adapters"], parts.frozen)
-        if self.procedure.resets:
+        if self.method.resets:
             segment = gathered(whole)
             on_first(lambda: save_adapter(self._segment(step), segment))
         before = Boundary(whole, parts.base, state.opt)
-        boundary = self.procedure.apply(self._key(step), step, self.run, before)
+        boundary = self.method.apply(self._key(step), step, self.run, before)
         adapters, frozen = self.halves(boundary.adapters)
         train = {**state.train, "adapters": adapters}
-        opt = restarted(tx, boundary.opt, train) if self.procedure.resets else boundary.opt
+        opt = restarted(tx, boundary.opt, train) if self.method.resets else boundary.opt
         made = TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
         return self.layout.beside(made, (state, parts))
 
-    def resume(self, done: int, state: TrainState, parts: Parts) -> Parts:
+    def replay(self, done: int, state: TrainState, parts: Parts) -> Parts:
         """The constant parts of a run as they were after `done` steps, from those at its beginning.
 
         Raises SboraxError for a missing or damaged segment.
@@ -92,16 +85,16 @@ class Turns:
         def kept(step: int) -> Adapters:
             return self.layout.beside(self._kept(step), begun.adapters)
 
-        boundary = self.procedure.replay(self._key, done, self.run, begun, kept)
+        boundary = self.method.replay(self._key, done, self.run, begun, kept)
         made = dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
         return self.layout.beside(made, parts)
 
-    def whole(self, state: TrainState, parts: Parts) -> Adapters:
+    def adapters(self, state: TrainState, parts: Parts) -> Adapters:
         """All that was trained, as adapters of the base that the run began with."""
-        steps = [step for step in range(1, int(state.step) + 1) if self.procedure.resets and self.due(step)]
+        steps = [step for step in range(1, int(state.step) + 1) if self.method.resets and self.due(step)]
         last = Boundary(combine(state.train["adapters"], parts.frozen), parts.base, state.opt)
-        segments = [*(self._kept(step) for step in steps), gathered(self.procedure.settle(last).adapters)]
-        return self.procedure.whole(segments, self.run)
+        segments = [*(self._kept(step) for step in steps), gathered(self.method.settle(last).adapters)]
+        return self.method.whole(segments, self.run)
 
     def _key(self, step: int) -> Key[Array, ""]:
         return jax.random.fold_in(self.key, step)

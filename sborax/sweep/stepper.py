@@ -1,0 +1,119 @@
+"""The members of a sweep, stepped together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sborax.adapters.core import SboraxError
+from sborax.adapters.routing import selective
+from sborax.data.batches import Batch
+from sborax.layout.state import Flat, Parts, TrainState
+from sborax.records.report import Progress, Speed
+from sborax.sweep.grid import Member
+from sborax.sweep.members import Crew, SweepState, make_sweep_loss, make_sweep_step, member_of, with_member
+from sborax.train.prepare import Prepared
+from sborax.train.record import Made, Record
+from sborax.train.step import check_alive, not_finite
+from sborax.train.stepper import AbstractStepper
+
+
+class SweepStepper(AbstractStepper):
+    """All members of a sweep.
+
+    - prepared: of every member.
+    - base: what all members share of it.
+    - diverged: the step at which a member was stopped, by its number.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        prepared: Sequence[Prepared],
+        crew: Crew,
+        state: SweepState,
+        base: Flat,
+        records: Sequence[Record],
+        progress: Progress,
+    ) -> None:
+        self.members, self.prepared, self.crew, self.state, self.base = members, prepared, crew, state, base
+        self.records, self.progress, self.speed = records, progress, Speed()
+        self.diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
+        self.rates = np.asarray(crew.own.lr)
+        model = prepared[0].model
+        self._step, self._loss = make_sweep_step(model, crew), make_sweep_loss(model, crew)
+
+    def step(self, number: int, batch: Batch) -> dict[str, Any]:
+        self.state, numbers = self._step(self.state, self.crew.own, self.crew.shared, self.base, batch)
+        return numbers
+
+    def programs(self) -> int:
+        return self._step._cache_size()  # type: ignore[attr-defined]
+
+    def record(self, made: Made, first: bool) -> str | None:
+        losses = []
+        for place, member in enumerate(self.members):
+            if place in self.diverged:
+                continue
+            numbers = jax.tree.map(lambda leaf, place=place: float(leaf[place]), made.numbers)
+            problem = not_finite(numbers)
+            if problem is not None:
+                self.diverged[place] = made.step
+                self.progress.say(f"step {made.step}: {member.name}: {problem}; the others go on")
+                continue
+            if first:
+                self._check_alive(member, numbers["grad_norms"])
+            losses.append(numbers["loss"])
+            self.records[place].add_step(made, numbers, float(self.rates[place, made.step - 1]))
+        if not losses:
+            return f"no member is left, all {len(self.members)} have a loss that is not finite"
+        speed = self.speed.mean() or made.tokens / made.seconds
+        self.progress.show(made.step, min(losses), speed * len(losses))
+        return None
+
+    def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:
+        sites = self.prepared[0].plan.sites
+        # An expert that no sequence of the first batch chose is not dead.
+        idle = {site.path for site in sites if selective(site.method)}
+        try:
+            check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})
+        except SboraxError as error:
+            raise SboraxError(f"{member.name}: {error}") from None
+
+    def due(self, step: int) -> bool:
+        procedure = self.prepared[0].procedure
+        return procedure is not None and procedure.due(step)
+
+    def act(self, step: int) -> None:
+        """Every member that goes on, one after the other."""
+        for number, prepared in enumerate(self.prepared):
+            if number not in self.diverged and prepared.procedure is not None:
+                single, parts = self.member(number)
+                self._replace(number, *prepared.procedure.apply(step, single, parts, self.crew.tx(number)))
+
+    def replay(self) -> None:
+        """Give every member the constant parts that the procedure had made, after a restored checkpoint."""
+        for number, prepared in enumerate(self.prepared):
+            if prepared.procedure is not None:
+                single, parts = self.member(number)
+                self._replace(number, single, prepared.procedure.replay(int(single.step), single, parts))
+
+    def member(self, number: int) -> tuple[TrainState, Parts]:
+        """The state and the constant parts of a member, as a single run has them."""
+        return member_of(self.crew, self.state, self.base, number)
+
+    def _replace(self, number: int, single: TrainState, parts: Parts) -> None:
+        self.crew, self.state = with_member(self.crew, self.state, number, single, parts)
+
+    def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
+        totals, items = np.zeros(self.crew.count), np.zeros(self.crew.count)
+        for batch in held_out:
+            part, counted = self._loss(self.state.run.train, self.crew.own, self.crew.shared, self.base, batch)
+            totals, items = totals + np.asarray(part, np.float64), items + np.asarray(counted, np.float64)
+        values = totals / np.maximum(items, 1)
+        for place, value in enumerate(values):
+            if place not in self.diverged:
+                self.records[place].add({"step": step, "eval_loss": float(value)})
+        best = min((float(value), place) for place, value in enumerate(values) if place not in self.diverged)
+        self.progress.say(f"step {step:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")

@@ -1,0 +1,44 @@
+"""The adapters of a run before its first step, some of them from gradients of the run's own data."""
+
+from etils import epath
+
+from sborax.adapters.core import SboraxError
+from sborax.adapters.tree import combine, nest, nodes
+from sborax.data.batches import Batches
+from sborax.layout.hosts import several
+from sborax.layout.state import Parts, parameters
+from sborax.models.language_model import LanguageModel
+from sborax.records.adapter import PLAN, read_adapter, save_adapter
+from sborax.records.claim import START
+from sborax.records.report import describe
+from sborax.train.hints import gradients
+from sborax.train.prepare import Prepared
+from sborax.train.read import Echo
+
+
+def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath.Path, echo: Echo) -> Parts:
+    """`Prepared.adapt` on the parameters of `model`, with gradients where a method starts from them.
+
+    Such adapters are kept in the run directory: made anew they might differ in the last bit, and singular vectors
+    then in all of them.
+    Raises SboraxError as `Prepared.adapt` does, and where several processes would compute gradients.
+    """
+    for line in ["adapting:"] * bool(prepared.plan.sites) + describe(prepared.plan):
+        echo(line)
+    paths = sorted(site.path for site in prepared.plan.sites if site.method.needs)
+    begun, hint = {}, None
+    if paths and (run / START / PLAN).exists():
+        begun = nodes(read_adapter(run / START).adapters)
+    elif paths and several():
+        raise SboraxError(
+            f"{paths[0]}: starts from gradients, which one process computes; begin the run on one, and --resume on all"
+        )
+    elif paths:
+        hint = gradients(model, prepared.plan, batches, prepared.experiment.hint_batches, echo)
+    total = parameters(model.params)
+    parts = prepared.adapt(model.params, hint, begun)
+    if hint is not None:
+        adapters = nodes(combine(parts.adapters, parts.frozen))
+        save_adapter(run / START, nest({path: adapters[path] for path in paths}))
+    echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
+    return parts

@@ -1,0 +1,181 @@
+"""Token cross-entropy on the tokens that count, without ever keeping a (tokens, vocab) array.
+
+Losses are sums over tokens. The step divides once by the number of tokens that count, whatever the number of
+microbatches, so that accumulation is exact.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from sborax.adapters.constraints import ROWS, dividing
+
+CHUNK = 256
+"""Tokens whose logits exist at one time, unless a caller says otherwise."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def frozen_head_loss(
+    hidden: Float[Array, "tokens d"],
+    table: Float[Array, "_ _"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    vocab_first: bool,
+    chunk: int | None = None,
+) -> Float[Array, ""]:
+    """sum_t counts_t (logsumexp_v(z_t) - z_t[target_t]) with z = hidden @ kernel in float32; `table` is constant.
+
+    vocab_first: `table` is (vocab, d), as a tied embedding is, and not (d, vocab). chunk: tokens at one time, `CHUNK`
+        by default.
+    Loss and gradient in `hidden` are made together, so logits are computed once; only the chunks that hold tokens
+    which count are computed at all. `table` gets no gradient: use `trained_head_loss` if it is trained or adapted.
+    """
+    return _sweep(hidden, table, targets, counts, vocab_first, chunk, False)[0]
+
+
+def _forward(hidden, table, targets, counts, vocab_first, chunk):
+    return _sweep(hidden, table, targets, counts, vocab_first, chunk, True)
+
+
+def _backward(vocab_first, chunk, slope, g):
+    return slope * g.astype(slope.dtype), None, None, None
+
+
+frozen_head_loss.defvjp(_forward, _backward)
+
+
+def head_loss(
+    hidden: Float[Array, "tokens d"],
+    table: Float[Array, "_ _"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    vocab_first: bool,
+) -> Float[Array, ""]:
+    """`frozen_head_loss`; on a mesh each group of chips sweeps over the tokens of its own rows."""
+    axes = dividing(hidden.shape[0], ROWS)
+    if not axes:
+        return frozen_head_loss(hidden, table, targets, counts, vocab_first)
+
+    def own(hidden: Array, table: Array, targets: Array, counts: Array) -> Array:
+        return jnp.expand_dims(frozen_head_loss(hidden, table, targets, counts, vocab_first), 0)
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    each = jax.shard_map(own, in_specs=(rows, whole, rows, rows), out_specs=rows, axis_names=set(axes), check_vma=False)
+    return jnp.sum(each(hidden, table, targets, counts))
+
+
+def _sweep(
+    hidden: Float[Array, "tokens d"],
+    table: Float[Array, "_ _"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    vocab_first: bool,
+    chunk: int | None,
+    want_slope: bool,
+) -> tuple[Float[Array, ""], Any]:
+    """The loss, and its gradient in `hidden` if wanted."""
+    tokens, _ = hidden.shape
+    chunk = min(chunk or CHUNK, tokens)
+    # Tokens that count first, so that the loop ends at the last of them.
+    order = jnp.pad(jnp.argsort(~counts, stable=True), (0, -tokens % chunk), constant_values=tokens)
+    hidden_sorted = hidden.at[order].get(mode="fill", fill_value=0)
+    targets_sorted = targets.at[order].get(mode="fill", fill_value=0)
+    counts_sorted = counts.at[order].get(mode="fill", fill_value=False).astype(jnp.float32)
+    vocab_axis, d_axis = (0, 1) if vocab_first else (1, 0)
+
+    def product(x: Array, axis: int) -> Array:
+        dims = (((1,), (axis,)), ((), ()))
+        return jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
+
+    def body(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        total, slope = carry
+        start = number * chunk
+        own, target, weight = (
+            jax.lax.dynamic_slice_in_dim(array, start, chunk)
+            for array in (hidden_sorted, targets_sorted, counts_sorted)
+        )
+        logits = product(own, d_axis)
+        top = jnp.max(logits, axis=1, keepdims=True)
+        powers = jnp.exp(logits - top)
+        norm = jnp.sum(powers, axis=1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)
+        total = total + jnp.sum(weight[:, None] * (top + jnp.log(norm) - chosen))
+        if want_slope:
+            # softmax @ kernel' less the target's column, normalised where the array is thin.
+            column = jnp.take(table, target, axis=vocab_axis).astype(jnp.float32)
+            column = column if vocab_first else column.T
+            mean = product(powers.astype(table.dtype), vocab_axis) / norm
+            own_slope = (weight[:, None] * (mean - column)).astype(hidden.dtype)
+            slope = jax.lax.dynamic_update_slice_in_dim(slope, own_slope, start, axis=0)
+        return total, slope
+
+    needed = -(-jnp.sum(counts, dtype=jnp.int32) // chunk)
+    empty = jnp.zeros_like(hidden_sorted) if want_slope else None
+    total, slope = jax.lax.fori_loop(0, needed, body, (jnp.float32(0), empty))
+    if slope is not None:
+        slope = jnp.zeros_like(hidden).at[order].set(slope, mode="drop", unique_indices=True)
+    return total, slope
+
+
+def trained_head_loss(
+    head: Callable[[Float[Array, "chunk d"]], Float[Array, "chunk vocab"]],
+    hidden: Float[Array, "tokens d"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    chunk: int = CHUNK,
+) -> Float[Array, ""]:
+    """The same sum, with gradients in all that `head` (hidden states to float32 logits) depends on.
+
+    Each chunk's logits are computed again in the backward pass.
+    """
+    tokens, d = hidden.shape
+    chunk = min(chunk, tokens)
+    missing = -tokens % chunk
+
+    @jax.checkpoint
+    def one(own: Array, target: Array, weight: Array) -> Array:
+        logits = head(own)
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=1) - chosen))
+
+    def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + one(*part), None
+
+    parts = (
+        jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, chunk, d),
+        jnp.pad(targets, (0, missing)).reshape(-1, chunk),
+        jnp.pad(counts.astype(jnp.float32), (0, missing)).reshape(-1, chunk),
+    )
+    return jax.lax.scan(body, jnp.float32(0), parts)[0]
+
+
+def head_log_probs(
+    head: Callable[[Float[Array, "chunk d"]], Float[Array, "chunk vocab"]],
+    hidden: Float[Array, "tokens d"],
+    targets: Int[Array, " tokens"],
+    chunk: int = CHUNK,
+) -> Float[Array, " tokens"]:
+    """log softmax(head(hidden_t))[target_t] of every token, with gradients in all that `head` depends on.
+
+    Each chunk's logits are computed again in the backward pass.
+    """
+    tokens, d = hidden.shape
+    chunk = min(chunk, tokens)
+    missing = -tokens % chunk
+
+    @jax.checkpoint
+    def one(part: tuple[Array, Array]) -> Array:
+        states, target = part
+        logits = head(states)
+        return jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+
+    parts = (
+        jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, chunk, d),
+        jnp.pad(targets, (0, missing)).reshape(-1, chunk),
+    )
+    return jax.lax.map(one, parts).reshape(-1)[:tokens]

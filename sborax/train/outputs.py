@@ -1,0 +1,74 @@
+"""A model at one microbatch, as a loss sees it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+from jaxtyping import Array, Float, Key
+
+from sborax.adapters.core import SboraxError
+from sborax.adapters.tree import Adapters, Params, nodes
+from sborax.models.language_model import LanguageModel
+from sborax.train.head_loss import head_log_probs, head_loss, trained_head_loss
+
+HEAD = "lm_head/kernel"
+TABLE = "embed_tokens/embedding"
+"""Paths of the head's kernel and of the embedding, which is the head's kernel where they are tied."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """A model at one microbatch, as a loss sees it.
+
+    - hidden: final states of the adapted model, normed.
+    - batch: the microbatch, arrays (batch, length): `tokens`, `targets`, `counts` (targets that count), `segments`
+      (0 is padding), and whatever else the run's batches hold.
+    - trained: paths of the base leaves that are trained.
+    - key: of dropout; None without.
+    """
+
+    hidden: Float[Array, "batch length d"]
+    batch: Mapping[str, Array]
+    model: LanguageModel
+    params: Params
+    adapters: Adapters
+    trained: frozenset[str] = frozenset()
+    key: Key[Array, ""] | None = None
+
+    def cross_entropy(self) -> Float[Array, ""]:
+        """sum_t counts_t (-log p(target_t)), in nats. No (tokens, vocab) array is kept."""
+        flat = self.hidden.reshape(-1, self.hidden.shape[-1])
+        targets, counts = self.batch["targets"].reshape(-1), self.batch["counts"].reshape(-1)
+        tied = self.model.config.tie_word_embeddings
+        if (TABLE if tied else HEAD) in self.trained or HEAD in nodes(self.adapters):
+            return trained_head_loss(self._head(self.adapters), flat, targets, counts)
+        table = self.params["embed_tokens"]["embedding"] if tied else self.params["lm_head"]["kernel"]
+        return head_loss(flat, table, targets, counts, tied)
+
+    def log_probs(self) -> Float[Array, "batch length"]:
+        """log p(target) of every token, in nats, float32. Logits are computed again in the backward pass."""
+        return self._log_probs(self.hidden, self.adapters)
+
+    def base_log_probs(self) -> Float[Array, "batch length"]:
+        """`log_probs` of the base without its adapters and without dropout; a constant in differentiation.
+
+        Raises SboraxError where the base is no longer what the run began with: some of it is trained, or a method
+        rewrites it.
+        """
+        rewriting = sorted(path for path, node in nodes(self.adapters).items() if node.method.rewrites_base)
+        if self.trained or rewriting:
+            path = min(self.trained or rewriting)
+            raise SboraxError(f"{path}: changes in this run, so that the base is no reference; load a model of its own")
+        segments = self.batch["segments"]
+        hidden = self.model.hidden(self.params, None, self.batch["tokens"], segment_ids=segments)
+        return jax.lax.stop_gradient(self._log_probs(hidden, {}))
+
+    def _head(self, adapters: Adapters) -> Callable[[Array], Array]:
+        def head(states: Float[Array, "tokens d"]) -> Float[Array, "tokens vocab"]:
+            return self.model.head(self.params, adapters, states[None], dropout_key=self.key)[0]
+
+        return head
+
+    def _log_probs(self, hidden: Float[Array, "batch length d"], adapters: Adapters) -> Float[Array, "batch length"]:
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), self.batch["targets"]
+        return head_log_probs(self._head(adapters), flat, targets.reshape(-1)).reshape(targets.shape)

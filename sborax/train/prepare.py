@@ -1,0 +1,122 @@
+"""From an experiment and a model to the first step: plan, adapters, optimiser, random streams.
+
+    prepared = prepare(experiment, model, steps)
+    parts = prepared.adapt(model.params)
+    state = prepared.start(parts)
+    step = prepared.make_step()
+    state, numbers = step(state, parts.frozen, parts.base, batch)
+
+Training calls these functions as they are, `sborax plan` under `jax.eval_shape`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from etils import epath
+
+from sborax.adapters.core import Adapter, Hint
+from sborax.adapters.paths import Plan, Site, plan
+from sborax.adapters.tree import Params
+from sborax.layout.sharding import Layout
+from sborax.layout.state import Parts, TrainState, start, take_apart
+from sborax.models.language_model import LanguageModel
+from sborax.procedures import Run
+from sborax.train.active import ActiveProcedure
+from sborax.train.base import adapt
+from sborax.train.experiment import Experiment
+from sborax.train.hints import promised
+from sborax.train.optimizer import halves, make_optimizer
+from sborax.train.step import make_loss, make_step
+from sborax.train.streams import Streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run is made of, its arrays apart.
+
+    - model: without its parameters.
+    - steps: of the whole run; learning rates and procedures depend on it.
+    - procedure: what acts between steps; None without a procedure.
+    """
+
+    experiment: Experiment
+    model: LanguageModel
+    plan: Plan
+    steps: int
+    streams: Streams
+    procedure: ActiveProcedure | None
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimiser. A procedure that watches gradients must have accepted the run, as `adapt` lets it."""
+        watch = None if self.procedure is None else self.procedure.watch()
+        return make_optimizer(self.experiment.optimizer, self.steps, watch)
+
+    @property
+    def observe(self) -> bool:
+        """Whether the procedure is given norms of inputs."""
+        return self.procedure is not None and self.procedure.method.observes
+
+    def adapt(
+        self,
+        params: Params,
+        hint: Callable[[Params, Site], Hint] | None = None,
+        begun: Mapping[str, Adapter] | None = None,
+    ) -> Parts:
+        """The base with its adapters, taken apart.
+
+        - params: of the model; methods that rewrite the base change them.
+        - hint: what `init` is told of a kernel whose method needs it.
+        - begun: adapters by path that were made before.
+
+        Raises SboraxError as `attach` and `take_apart` do, and if the procedure cannot act on the run.
+        """
+        experiment = self.experiment
+        params, adapters = adapt(self.streams.adapters, params, self.plan, experiment.quant, hint, begun)
+        self.model.check_adapters(adapters)
+        split = halves(experiment.optimizer)
+        parts = take_apart(params, adapters, experiment.train_base, experiment.train_also, split)
+        return parts if self.procedure is None else self.procedure.start(parts)
+
+    def start(self, parts: Parts) -> TrainState:
+        """The state before the first step."""
+        return start(parts, self.tx)
+
+    def make_step(self, shardings: TrainState | None = None) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+        """The compiled step, see `sborax.train.step.make_step`."""
+        key, loss = self.streams.dropout, self.experiment.loss
+        return make_step(self.model, self.tx, key, self.observe, shardings, loss)
+
+    def make_loss(self) -> Callable[..., tuple[Any, Any]]:
+        """The compiled evaluation, see `sborax.train.step.make_loss`."""
+        return make_loss(self.model, self.experiment.loss)
+
+
+def prepare(
+    experiment: Experiment,
+    model: LanguageModel,
+    steps: int,
+    place: epath.Path = epath.Path(),
+    layout: Layout = Layout(),
+) -> Prepared:
+    """The run of `experiment` on `model`, before its adapters are made.
+
+    - model: its parameters may be shapes, unless a rank policy reads weights.
+    - steps: of the whole run.
+    - place: the run directory, where a procedure keeps what it replaces.
+    - layout: of the run on its devices.
+
+    Raises SboraxError as planning does.
+    """
+    chosen = plan(model.params, experiment.rules, hints=promised(model.params))
+    streams = Streams.of(experiment.seed_adapter)
+    procedure = None
+    if experiment.procedure is not None:
+        run = Run(chosen, steps, model.config.num_key_value_heads)
+        split = halves(experiment.optimizer)
+        procedure = ActiveProcedure(experiment.procedure, run, streams.procedure, place, split, layout)
+    # The step holds what it needs: a second reference would keep a rewritten or trained base alive.
+    return Prepared(experiment, dataclasses.replace(model, params={}), chosen, steps, streams, procedure)

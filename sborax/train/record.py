@@ -1,0 +1,63 @@
+"""Where the numbers of a run's steps go: `metrics.jsonl` and the other logs."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sborax.records.report import Metrics
+from sborax.train.figures import Figures
+from sborax.train.log import AbstractLog, scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A step that has ended.
+
+    - step: its number, from 1.
+    - numbers: as `make_step` returns them, on the host.
+    - tokens: inputs, padding left out.
+    - seconds: since the end of the step before.
+    - compiled: whether a program was compiled for it.
+    - epoch: of the data.
+    """
+
+    step: int
+    numbers: Any
+    tokens: int
+    seconds: float
+    compiled: bool
+    epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The numbers of a run. figures: what is computed from those of a step."""
+
+    metrics: Metrics
+    figures: Figures
+    logs: Sequence[AbstractLog] = ()
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Write a line, which has a `step`. Raises SboraxError if one of the logs refuses."""
+        self.metrics.add(dict(line))
+        for log in self.logs:
+            log.add(line["step"], dict(scalars(line)))
+
+    def add_step(self, made: Made, numbers: Mapping[str, Any], lr: float | None) -> None:
+        """Write the numbers of a step. lr: its learning rate; None where it is not known."""
+        self.add(
+            {
+                "step": made.step,
+                "epoch": made.epoch,
+                "loss": numbers["loss"],
+                **{name: value for name, value in numbers.items() if name == "balance_loss"},
+                **({} if lr is None else {"lr": lr}),
+                "grad_norm": numbers["grad_norm"],
+                "tokens": made.tokens,
+                "counted_tokens": int(numbers["tokens"]),
+                "seconds": round(made.seconds, 4),
+                "compiled": made.compiled,
+                **self.figures.of(numbers, made.tokens, made.seconds),
+                "grad_norms": numbers["grad_norms"],
+            }
+        )

@@ -1,0 +1,128 @@
+"""What a loop steps: one run, or the members of a sweep."""
+
+import abc
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sborax.adapters.routing import selective
+from sborax.adapters.tree import nodes
+from sborax.data.batches import Batch
+from sborax.layout.sharding import Layout
+from sborax.layout.state import Parts, TrainState
+from sborax.records.best import BEST, Best
+from sborax.records.report import Progress, Speed
+from sborax.records.trace import Trace
+from sborax.train.optimizer import schedule
+from sborax.train.prepare import Prepared
+from sborax.train.record import Made, Record
+from sborax.train.step import check_alive, not_finite
+
+
+class AbstractStepper(abc.ABC):
+    """Makes steps, and holds the state that a step takes and gives back."""
+
+    state: Any
+    """What a checkpoint saves."""
+    speed: Speed
+
+    @abc.abstractmethod
+    def step(self, number: int, batch: Batch) -> dict[str, Any]:
+        """Dispatch step `number`, from 0. The numbers may not be there yet."""
+
+    @abc.abstractmethod
+    def programs(self) -> int:
+        """How many programs have been compiled for steps."""
+
+    @abc.abstractmethod
+    def record(self, made: Made, first: bool) -> str | None:
+        """Check and write the numbers of a step that has ended; what is wrong with them if the run cannot go on.
+
+        first: whether it is the first step of this process. Raises SboraxError for an adapter without a gradient there.
+        """
+
+    @abc.abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether the procedure acts after `step` steps."""
+
+    @abc.abstractmethod
+    def act(self, step: int) -> None:
+        """Let the procedure act."""
+
+    @abc.abstractmethod
+    def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
+        """Measure and write the loss on held-out data."""
+
+
+class RunStepper(AbstractStepper):
+    """One run.
+
+    - parts: what a step reads beside the state. They change when the procedure acts.
+    - best, trace: None for none. write: writes the adapters of a state into a directory.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        state: TrainState,
+        parts: Parts,
+        record: Record,
+        progress: Progress,
+        layout: Layout = Layout(),
+        shardings: TrainState | None = None,
+        best: Best | None = None,
+        trace: Trace | None = None,
+        write: Callable[..., None] | None = None,
+    ) -> None:
+        self.prepared, self.state, self.parts, self.layout = prepared, state, parts, layout
+        self.records, self.progress, self.best, self.trace, self.write = record, progress, best, trace, write
+        self.speed = Speed()
+        self.rate: Callable[[int], Any] | None = schedule(prepared.experiment.optimizer, prepared.steps)
+        self._step, self._loss = prepared.make_step(shardings), prepared.make_loss()
+
+    def step(self, number: int, batch: Batch) -> dict[str, Any]:
+        if self.trace is not None:
+            self.trace.before(number, self.state)
+        batch = self.layout.batch(batch)
+        self.state, numbers = self._step(self.state, self.parts.frozen, self.parts.base, batch)
+        return numbers
+
+    def programs(self) -> int:
+        return self._step._cache_size()  # type: ignore[attr-defined]
+
+    def record(self, made: Made, first: bool) -> str | None:
+        numbers = jax.tree.map(float, made.numbers)
+        problem = not_finite(numbers)
+        if problem is not None:
+            return problem
+        if first:
+            # An expert that no sequence of the first batch chose is not dead.
+            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
+            check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
+        self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))
+        self.progress.show(made.step, numbers["loss"], self.speed.mean() or made.tokens / made.seconds)
+        return None
+
+    def due(self, step: int) -> bool:
+        return self.prepared.procedure is not None and self.prepared.procedure.due(step)
+
+    def act(self, step: int) -> None:
+        assert self.prepared.procedure is not None
+        self.state, self.parts = self.prepared.procedure.apply(step, self.state, self.parts, self.prepared.tx)
+
+    def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
+        total = items = 0.0
+        for batch in held_out:
+            batch = self.layout.batch(batch, axis=0)
+            loss, counted = self._loss(self.state.train, self.parts.frozen, self.parts.base, batch)
+            total, items = total + float(loss), items + float(counted)
+        value = float(total / np.maximum(items, 1))
+        self.records.add({"step": step, "eval_loss": value})
+        self.progress.say(f"step {step:,}: held-out loss {value:.4f}")
+        if self.best is None or self.write is None:
+            return
+        if self.best.offer(step, value, functools.partial(self.write, self.state, self.parts)):
+            self.progress.say(f"step {step:,}: the lowest held-out loss so far, kept in {BEST}/")
