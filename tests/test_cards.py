@@ -130,8 +130,9 @@ def test_exports_that_are_refused(made, capsys, tmp_path):
     assert "--rank 2: must be" in fails(capsys, "export", made / "one", tmp_path / "out", "--rank", "2")
     assert "--rank 0: must be" in fails(capsys, "export", made / "two", tmp_path / "out", "--as", "lora", "--rank", "0")
     (tmp_path / "README.md").write_text("# My notes\n\n- sborax\n")
-    for command in ("export", "merge"):
-        assert "was not written by sborax" in fails(capsys, command, made / "one", tmp_path)
+    refusals = {"export": "exists and is not an empty directory", "merge": "was not written by sborax"}
+    for command, says in refusals.items():
+        assert says in fails(capsys, command, made / "one", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "mixed", "ranks"]
     with pytest.raises(sx.SboraxError, match="was not written by sborax"):
         write_card(tmp_path, "mine")

@@ -173,7 +173,7 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, t
     for broken in ('{"scores": 3}', '{"scores": [{"task": "arc_easy"}]}'):
         (out / "scores" / "scores.json").write_text(broken)
         capsys.readouterr()
-        assert main(["export", str(out), str(tmp_path / "peft")]) == 2
+        assert main(["export", str(out), str(tmp_path / "again")]) == 2
         assert re.fullmatch(r"error: .*of sborax; delete it\n", capsys.readouterr().err)
     (out / "scores" / "scores.json").write_text(scores)
     assert main([*named, "--resume"]) == 0
