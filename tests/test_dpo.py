@@ -93,7 +93,7 @@ def test_the_example_learns_and_goes_on(tmp_path):
     losses = train(settings, tmp_path / "run")
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[-1] < losses[0] - 0.05
     assert train(settings, tmp_path / "run") == []
-    assert sx.load_adapter(tmp_path / "run" / "adapter", sx.load_model(tmp_path / "model"))
+    assert sx.load_adapter(tmp_path / "run" / "adapter", sx.load_model(tmp_path / "model").params)
 
 
 def test_a_base_that_changes_is_no_reference(beside_trl):
