@@ -14,14 +14,10 @@ import numpy as np
 import sborax as sx
 from benchmarks.runner import Runner, in_turn, time_ratio
 from benchmarks.shapes import EPS, SHAPES, kernels
-from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose, platform
 from sborax.models.nf4 import quantise
 from sborax.train import head_loss
-from sborax.train.experiment import Optimizer
-from sborax.train.optimizer import make_optimizer
-from sborax.train.step import make_step
 
 METHODS = {
     "LoRA": lambda r: sx.LoRA(rank=r),
@@ -64,8 +60,8 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """The arguments of a step."""
+class Workload:
+    """A step and its arguments."""
 
     step: Any
     state: Any
@@ -112,23 +108,22 @@ def random_batch(case: Case) -> dict[str, Any]:
     return jax.device_put(batch)
 
 
-def prepare(case: Case) -> Prepared:
-    """A model of random weights, its adapters, and one batch."""
+def workload(case: Case) -> Workload:
+    """A model of random weights, its adapters, and one batch, prepared as a run is."""
     model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
-    params, adapters = random_params(model, case.method.startswith("Q")), {}
+    params = random_params(model, case.method.startswith("Q"))
     method = METHODS[case.method](case.rank)
-    if method is not None:
-        params, adapters = sx.attach(jax.random.key(0), params, [(case.modules, method)])
-    parts = take_apart(params, adapters, train_base=method is None)
-    tx = make_optimizer(Optimizer(), 1000)
-    return Prepared(make_step(model, tx, jax.random.key(1)), start(parts, tx), parts, random_batch(case))
+    rules = () if method is None else [(case.modules, method)]
+    experiment = sx.Experiment(case.shape, sx.Data("random"), rules, steps=1000, train_base=method is None)
+    prepared = sx.prepare(experiment, dataclasses.replace(model, params=params), 1000)
+    parts = prepared.adapt(params)
+    return Workload(prepared.make_step(), prepared.start(parts), parts, random_batch(case))
 
 
 def runner(case: Case) -> tuple[Runner, int]:
     """The compiled step and how many parameters an adapter trains."""
-    prepared = prepare(case)
-    made = Runner.of(prepared.step, prepared.state, prepared.parts.frozen, prepared.parts.base, prepared.batch)
-    return made, prepared.parts.count
+    work = workload(case)
+    return Runner.of(work.step, work.state, work.parts.frozen, work.parts.base, work.batch), work.parts.count
 
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def matmul_flops_per_second(case: Case) -> float:
 def unrolled(case: Case, layers: int) -> Any:
     """The compiled step of a few layers one after the other, cross-entropy in one chunk: a program without loops."""
     with mock.patch.object(head_loss, "CHUNK", case.batch * case.length):
-        return prepare(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
+        return workload(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
 
 
 def flops(case: Case) -> float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.ours import Case, prepare, unrolled
+from benchmarks.ours import Case, unrolled, workload
 from benchmarks.shapes import SHAPES, kernels, minimum_flops
 from sborax.plans.hlo import collective_bytes
 
@@ -24,7 +24,7 @@ def compiled(method):
 @pytest.mark.parametrize("method", ["LoRA", "SBoRA-FA", "Bone"])
 def test_flops_stay_near_the_least_possible(method):
     """Below 1 where the first layer needs no gradient of its input, which the bound counts."""
-    trained = prepare(dataclasses.replace(TINY, method=method)).parts.count
+    trained = workload(dataclasses.replace(TINY, method=method)).parts.count
     ratio = compiled(method).cost_analysis()["flops"] / minimum_flops(TINY.sizes, TINY.batch, TINY.length, trained)
     assert 0.95 < ratio < 1.02
 
@@ -44,7 +44,7 @@ def test_the_least_possible_is_that_of_the_shape():
 
 
 def test_a_second_step_compiles_nothing():
-    prepared = prepare(TINY)
+    prepared = workload(TINY)
     state, constants = prepared.state, (prepared.parts.frozen, prepared.parts.base, prepared.batch)
     for _ in range(2):
         state, _ = prepared.step(state, *constants)

@@ -140,7 +140,7 @@ def assert_close(a, b, tol: float):
 def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
     weight, node = fitted(case.method)
     declared = getattr(case.method, "pair", False)
-    if case.method.mergeable or case.method.linked or set(node.train) != {"a", "b"} or "scale" not in node.frozen:
+    if case.method.no_merge or case.method.linked or set(node.train) != {"a", "b"} or "scale" not in node.frozen:
         assert not declared
         return
     moved = trained(node)
@@ -158,7 +158,7 @@ def test_identity_at_init(case: Case, dtype, stacked, quantised):
         # The residual is quantised again: what it loses is its own rounding error, bounded by the base's.
         assert largest(host(merged(weight, node)) - host(original)) < 0.35 * largest(original)
         return
-    if case.method.mergeable:
+    if case.method.no_merge:
         x = inputs(dtype)
         plain = np.einsum("ti,...io->...to", host(x), host(dense(weight)))
         assert_close(forward(x, weight, node), plain, tolerance(dtype))
@@ -177,7 +177,7 @@ def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, q
     node, x = trained(node), inputs(dtype)
     factored = forward(x, weight, node)
     assert factored.dtype == x.dtype
-    if case.method.mergeable:
+    if case.method.no_merge:
         with pytest.raises(sx.SboraxError, match="cannot be merged"):
             sx.merge({"layers": {"proj": {"kernel": weight}}}, {"layers": {"proj": {"kernel": node}}})
         return
@@ -420,7 +420,7 @@ def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
     plain = jax.jit(lambda stack: jax.lax.map(lambda w: sx.linear(x, w), stack))(base())
     chex.assert_trees_all_equal(y[1], plain[1])
     assert not np.array_equal(y[0], plain[0]) and not np.array_equal(y[2], plain[2])
-    if not case.method.mergeable:
+    if not case.method.no_merge:
         dense_weight = sx.merge(params, {"layers": {"proj": {"kernel": node}}})["layers"]["proj"]["kernel"]
         chex.assert_trees_all_equal(dense_weight[1], base()[1])
         assert_close(y, host(inputs()) @ host(dense_weight), 2e-5)
@@ -443,5 +443,5 @@ def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
     x = jnp.asarray(normal(6, 3, fan_in))
     y = projected(x, params["proj"]["kernel"], node)
     assert sx.count(adapters) == case.count(fan_in, fan_out)
-    if not case.method.mergeable:
+    if not case.method.no_merge:
         assert_close(y, host(x) @ host(merged(params["proj"]["kernel"], node)), 5e-5)

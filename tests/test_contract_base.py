@@ -16,7 +16,7 @@ from sborax.records.adapter import fingerprint, load_adapter, save_adapter
 pytestmark = pytest.mark.usefixtures("strict")
 
 by_merged_case = pytest.mark.parametrize(
-    "case", [case for case in METHODS if not case.method.mergeable], ids=lambda case: case.name
+    "case", [case for case in METHODS if not case.method.no_merge], ids=lambda case: case.name
 )
 
 

@@ -87,7 +87,7 @@ def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case
     y, plain = forward(inputs(), kernel, node), np.einsum("ti,leio->leto", host(inputs()), weight)
     moved = np.abs(host(y) - plain).max(axis=(2, 3)) > 1e-3
     assert moved.tolist() == [[True] * EXPERTS, [False] * EXPERTS, [True] * EXPERTS]
-    if not case.method.mergeable:
+    if not case.method.no_merge:
         after = sx.merge(params, {"layers": {"experts": {"kernel": node}}})["layers"]["experts"]["kernel"]
         np.testing.assert_array_equal(after[1], weight[1])
         assert_close(y, np.einsum("ti,leio->leto", host(inputs()), host(after)), 2e-5)

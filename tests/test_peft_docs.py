@@ -32,7 +32,7 @@ def row(name: str) -> str:
         {pattern for one in rows for pattern in one.patterns.values()} if out != "LORA" else PLAIN.patterns.values()
     )
     fields = sorted(fields) + ["layers_to_transform"] * (out == "LORA" or any(one.layered for one in rows))
-    as_lora = "no" if method().mergeable else "exact" if thin or method is PLAIN.method else "truncated"
+    as_lora = "no" if method().no_merge else "exact" if thin or method is PLAIN.method else "truncated"
     shown = ", ".join(f"`{field}`" for field in fields) if out != "-" else ""
     return f"| `{name}` | {kinds or '-'} | {out} | {shown or '-'} | {as_lora} |"
 

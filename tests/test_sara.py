@@ -141,7 +141,7 @@ def test_ragged_stack_equals_its_layers(method):
         chex.assert_trees_all_close(single, trimmed(node, method, i), rtol=1e-4, atol=1e-4)
         y = sx.linear(x, weights()[i], trimmed(trained, method, i))
         chex.assert_trees_all_close(together[i], y, atol=2e-5 * float(jnp.abs(y).max()))
-        if not method.mergeable:
+        if not method.no_merge:
             merged = method.merge(weights()[i], jax.tree.map(lambda leaf, i=i: leaf[i], trained))
             chex.assert_trees_all_close(x @ merged, y, atol=2e-5 * float(jnp.abs(y).max()))
 

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_the_root_has_a_place_for_everything():
     entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] not in "_."}
     assert entries - {"py.typed"} == set(ORDER)
     assert len(ORDER) <= 16
+
+
+def test_contributors_find_every_room_and_file():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    rooms, files = (
+        page.partition(head)[2].partition("\n\n")[0] for head in ("| folder | holds |", "| to change | touch |")
+    )
+    assert re.findall(r"^\| `(\w+)(?:/|\.py)` \|", rooms, re.M) == ORDER
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", files)
+    assert named
+    for name in named:
+        assert "yours" in name or (PACKAGE / name).exists() or (PACKAGE.parent / name).exists(), name
 
 
 def test_no_method_is_named_in_shared_code():

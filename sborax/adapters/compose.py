@@ -201,8 +201,8 @@ class Chain(AbstractMethod):
     def __post_init__(self) -> None:
         if self.first.linked:
             raise SboraxError(f"chain: {type(self.first).__name__} links layers, which its second link would not see")
-        if self.first.mergeable:
-            raise SboraxError(f"chain: {type(self.first).__name__} is no starting point: {self.first.mergeable}")
+        if self.first.no_merge:
+            raise SboraxError(f"chain: {type(self.first).__name__} is no starting point: {self.first.no_merge}")
         missing = sorted((self.second.factors_trained | self.second.factors_frozen) - set(self.first.axes))
         if missing:
             raise SboraxError(f"chain: {type(self.first).__name__} has no leaf {missing[0]!r} to stand on")

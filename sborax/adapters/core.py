@@ -121,8 +121,8 @@ class AbstractMethod(abc.ABC):
     """Frozen leaves that follow from the base weight, each from (base, frozen leaves): made anew on another base."""
     identity_at_init: bool = True
     """The adapted function equals the base function before training."""
-    mergeable: str = ""
-    """Empty, or the reason why there is no weight equal to the adapted function."""
+    no_merge: str = ""
+    """Why no weight equals the adapted function; empty where one does."""
     materialises: str = ""
     """Empty, or the reason why `apply` must form an (in, out) value that depends on a trained leaf."""
     ragged: bool = False
@@ -254,8 +254,8 @@ class AbstractComposite(AbstractMethod):
         return any(part.rewrites_base for part in self.members)
 
     @property
-    def mergeable(self) -> str:
-        return next((part.mergeable for part in self.members if part.mergeable), "")
+    def no_merge(self) -> str:
+        return next((part.no_merge for part in self.members if part.no_merge), "")
 
     @property
     def materialises(self) -> str:

@@ -25,7 +25,7 @@ class AbstractRouter(AbstractMethod):
     """Weighs the adapters of one layer. `init` is given zeros of shape (width of the layer, number of experts)."""
 
     rank = 1
-    mergeable = "it weighs the adapters of its layer anew for every prompt"
+    no_merge = "it weighs the adapters of its layer anew for every prompt"
 
     experts: tuple[str, ...]
     """Paths of the projections that it weighs, below its layer."""
@@ -45,7 +45,7 @@ class AbstractRouter(AbstractMethod):
         raise SboraxError(f"{type(self).__name__} routes and projects nothing; give rules the method it belongs to")
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
-        raise SboraxError(f"{type(self).__name__} cannot be merged: {self.mergeable}")
+        raise SboraxError(f"{type(self).__name__} cannot be merged: {self.no_merge}")
 
 
 class AbstractRouted(AbstractMethod):

@@ -192,8 +192,8 @@ def merge(params: Params, adapters: PyTree) -> Params:
     linked = nodes(link(adapters))
     new = {}
     for path, node in linked.items():
-        if node.method.mergeable:
-            raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
+        if node.method.no_merge:
+            raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
         if path not in found:
             raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
         weight = found[path]

@@ -48,8 +48,8 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
         for tree in (own, base):
             _check_same_model(flat, tree)
         for path, node in found.items():
-            if node.method.mergeable:
-                raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.mergeable}")
+            if node.method.no_merge:
+                raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
             if path not in flat:
                 raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
             check_base(path, own[path], node)

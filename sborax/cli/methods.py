@@ -56,12 +56,7 @@ def _entry(method: type[AbstractMethod], whole: bool) -> str:
     facts = {
         "options": ", ".join(_option(field) for field in _fields(method)),
         "paper": method.paper,
-        # What a method declares may depend on its options: here, on their defaults.
-        "merge": "as its options say"
-        if example is None
-        else f"no: {example.mergeable}"
-        if example.mergeable
-        else "exact",
+        "merge": _merges(example),
         "PEFT": peft_equivalent(method),
     }
     if method.rewrites_base:
@@ -88,7 +83,7 @@ def _merges(example: AbstractMethod | None) -> str:
     """What a method declares may depend on its options: here, on their defaults."""
     if example is None:
         return "as its options say"
-    return f"no: {example.mergeable}" if example.mergeable else "exact"
+    return f"no: {example.no_merge}" if example.no_merge else "exact"
 
 
 def _example(method: type[AbstractMethod]) -> AbstractMethod | None:
@@ -117,4 +112,4 @@ def peft_equivalent(method: type[AbstractMethod]) -> str:
     if issubclass(method, AbstractLinked):
         return "none; written as plain LoRA (exact) where it merges"
     example = _example(method)
-    return "none" if example is None or example.mergeable else "none; `sborax merge` writes a dense model"
+    return "none" if example is None or example.no_merge else "none; `sborax merge` writes a dense model"

@@ -156,8 +156,8 @@ def _entry(
     pair = exact(node, layout.shape(path))
     if pair is not None:
         return _plain(name, pair, None)
-    if node.method.mergeable:
-        raise SboraxError(f"{module}: PEFT has no {name}, nor a merged form of it to truncate: {node.method.mergeable}")
+    if node.method.no_merge:
+        raise SboraxError(f"{module}: PEFT has no {name}, nor a merged form of it to truncate: {node.method.no_merge}")
     if form == "native":
         raise SboraxError(f"{module}: PEFT has no {name} and it has no thin factors; use as_='lora' to truncate it")
     if node.method.adapts_bias and bias_path(path) in layout.leaves:

@@ -75,7 +75,7 @@ def by_inputs(adapters: Adapters, norms: Sequence[Mapping[str, Any]]) -> Adapter
     def one(node: Adapter, earlier: tuple[int, ...], seen: Any) -> Adapter:
         method = node.method
         assert isinstance(method, ResLoRA)
-        if not method.mergeable:
+        if not method.no_merge:
             return node
         name, width = ("input", None) if method.shortcut == "input" else ("hidden", method.rank)
         if name not in seen:
@@ -107,7 +107,7 @@ def by_weights(params: Params, adapters: Adapters) -> Adapters:
     def one(node: Adapter, earlier: tuple[int, ...], seen: Any) -> Adapter:
         method, a, b, scale = node.method, node.train["a"], node.train["b"], node.frozen["scale"]
         assert isinstance(method, ResLoRA)
-        if not method.mergeable:
+        if not method.no_merge:
             return node
         sizes: list[Array] = []
         merged: list[Array] = []

@@ -53,7 +53,7 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
 
     paper = "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning, arXiv:2410.18035"
     group_b = frozenset({"b"})
-    mergeable = "a router weighs it anew for every prompt"
+    no_merge = "a router weighs it anew for every prompt"
     ragged = True
 
     rank: Rank = 32
@@ -91,4 +91,4 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
         return y + checkpoint_name(hidden, HIDDEN) @ cast(adapter.train["b"], x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        raise SboraxError(f"MiLoRA cannot be merged: {self.mergeable}")
+        raise SboraxError(f"MiLoRA cannot be merged: {self.no_merge}")

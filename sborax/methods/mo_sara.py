@@ -44,7 +44,7 @@ class MoSARA(AbstractAdditive):
     """
 
     paper = "SARA: Singular-Value Based Adaptive Low-Rank Adaption, arXiv:2408.03290"
-    mergeable = "its gates depend on the token; mean_gate_weight approximates them by their mean"
+    no_merge = "its gates depend on the token; mean_gate_weight approximates them by their mean"
     ragged = True
 
     rank: Rank = SingularMass(0.5)
@@ -88,7 +88,7 @@ class MoSARA(AbstractAdditive):
         return y + moved[None, :] * ((mixed * z) @ cast(adapter.frozen["b"], x))
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        raise SboraxError(f"MoSARA cannot be merged: {self.mergeable}")
+        raise SboraxError(f"MoSARA cannot be merged: {self.no_merge}")
 
 
 def _gates(z: Float[Array, "tokens k"], adapter: Adapter) -> Float[Array, "tokens n"]:

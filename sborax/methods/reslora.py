@@ -61,7 +61,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         return self.pre_num != 0
 
     @property
-    def mergeable(self) -> str:
+    def no_merge(self) -> str:
         if self.shortcut == "block" or not self.linked:
             return ""
         return "a layer reads values of earlier ones; approximate it: `sborax merge --approximate`, procedures.reslora"
@@ -120,8 +120,8 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         return y + hidden @ cast(adapter.train["b"], x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        if self.mergeable:
-            raise SboraxError(f"ResLoRA cannot be merged: {self.mergeable}")
+        if self.no_merge:
+            raise SboraxError(f"ResLoRA cannot be merged: {self.no_merge}")
         return weight + pair_weight(adapter.train["a"], adapter.train["b"], adapter.frozen["scale"])
 
 

@@ -65,7 +65,7 @@ class LoRAPrune(AbstractProcedure):
             parent, _, module = block_of(path)
             known.setdefault(parent, {})[module] = site
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
-            if site.method.mergeable or site.method.linked:
+            if site.method.no_merge or site.method.linked:
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
             if self.metric == "lora" and not pair:
                 raise SboraxError(
