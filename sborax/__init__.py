@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from sborax.interop.peft import load_peft, save_peft
     from sborax.layout.sharding import Layout
     from sborax.models import generate, load_model, save_hf
+    from sborax.models.linen import apply_linen
+    from sborax.models.nnx import Trained, adapt_nnx, adapters_nnx
     from sborax.records.adapter import load_adapter, save_adapter
     from sborax.records.checkpoint import open_checkpoints
     from sborax.train.outputs import Outputs
@@ -85,6 +87,10 @@ _LATER = {
     "Layout": "sborax.layout.sharding",
     "Outputs": "sborax.train.outputs",
     "Prepared": "sborax.train.prepare",
+    "Trained": "sborax.models.nnx",
+    "adapt_nnx": "sborax.models.nnx",
+    "adapters_nnx": "sborax.models.nnx",
+    "apply_linen": "sborax.models.linen",
     "forward_backward": "sborax.train.step",
     "make_loss": "sborax.train.step",
     "make_step": "sborax.train.step",
@@ -173,6 +179,10 @@ __all__ = [
     "Weighted",
     "XGBLoRA",
     "add",
+    "apply_linen",
+    "Trained",
+    "adapt_nnx",
+    "adapters_nnx",
     "attach",
     "chain",
     "combine",

@@ -1,0 +1,129 @@
+"""Adapters inside Linen models that are not ours."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from sborax.adapters.core import Adapter, Context, SboraxError, linear
+from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.tree import Adapters, Params, merge, nest, nodes
+
+MARK = "kernel of an adapter"
+"""Where the leaves of an adapter stand beside its kernel, so that what splits the kernel by layers splits them, too."""
+
+
+def apply_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    adapters: Adapters,
+    *args: Any,
+    method: Callable[..., Any] | str | None = None,
+    **options: Any,
+) -> Any:
+    """`module.apply(variables, *args, method=method, **options)` with adapters on its projections.
+
+    Equal to `module.apply` on `merge(params, adapters)`, without forming merged weights in `Dense` and `DenseGeneral`.
+    Gradients are those of `linear` (DoRA takes its norms as constants). Other modules, and projections with a product
+    of their own, get the merged kernel. Layers stacked by `nn.scan` or `nn.vmap` along the first axis of "params" are
+    adapted one by one.
+
+        params, adapters = sx.attach(key, variables["params"], [("query|value", sx.LoRA(rank=8))])
+        logits = sx.apply_linen(model, {"params": params}, adapters, images)
+
+    - variables: the collections of the model; "params" is the base that `attach` returned.
+    - adapters: by the paths of the kernels, as `attach` returns them.
+    - options: as of `module.apply`. An rng "dropout" turns the adapters' dropout on, too.
+
+    Raises SboraxError for an adapter that the call never reaches, for routers and for methods that link layers.
+    """
+    flat = nodes(adapters)
+    for path, node in flat.items():
+        if isinstance(node.method, AbstractRouter) or node.method.linked:
+            raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
+    params, reached = variables["params"], {}
+
+    def run(params: Params, inside: Mapping[str, Adapter], seen: dict[str, bool]) -> Any:
+        collections = {**variables, "params": _beside(params, inside)}
+        with nn.intercept_methods(_interceptor(inside, seen)):
+            return module.apply(collections, *args, method=method, **options)
+
+    # A first look, without computing, at which projections can take their adapter as it is.
+    jax.eval_shape(lambda params: run(params, flat, reached), params)
+    lost = sorted(flat.keys() - reached.keys())
+    if lost:
+        raise SboraxError(f"{lost[0]}: the model never reads this kernel in such a call; adapt others")
+    inside = {path: node for path, node in flat.items() if reached[path]}
+    return run(merge(params, nest({path: flat[path] for path in flat.keys() - inside.keys()})), inside, {})
+
+
+def _beside(params: Params, inside: Mapping[str, Adapter]) -> Params:
+    """The parameters with the leaves of adapters beside their kernels."""
+    marked = nest({f"{path.removesuffix('kernel')}{MARK}": (node.train, node.frozen) for path, node in inside.items()})
+
+    def joined(one: Any, other: Any) -> Any:
+        both = {**one, **{name: joined(one[name], leaf) if name in one else leaf for name, leaf in other.items()}}
+        return both
+
+    return joined(params, marked)
+
+
+def _interceptor(inside: Mapping[str, Adapter], seen: dict[str, bool]) -> Callable[..., Any]:
+    """What Flax calls in place of every method. seen: whether a projection takes its adapter, by path of its kernel."""
+
+    def intercept(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        layer = context.module
+        path = "/".join((*layer.path, "kernel")) if layer.scope is not None else ""
+        if context.method_name != "__call__" or path not in inside:
+            return proceed(*args, **kwargs)
+        train, frozen = layer.get_variable("params", MARK)
+        node = Adapter(train, frozen, inside[path].method, inside[path].in_axes)
+        (x,) = args or tuple(kwargs.values())
+        seen[path] = _takes(layer, x, node)
+        return _project(layer, x, node) if seen[path] else proceed(*args, **kwargs)
+
+    return intercept
+
+
+def _takes(layer: nn.Module, x: Any, node: Adapter) -> bool:
+    """Whether a module is a plain product over its last axes, of a single kernel."""
+    if type(layer) not in (nn.Dense, nn.DenseGeneral) or layer.dot_general or layer.dot_general_cls:
+        return False
+    axes = _axes(layer, x.ndim)
+    kernel = layer.get_variable("params", "kernel")
+    features = 1 if isinstance(layer, nn.Dense) or isinstance(layer.features, int) else len(layer.features)
+    return (
+        layer.precision is None
+        and not getattr(layer, "batch_dims", ())
+        and axes == tuple(range(x.ndim - node.in_axes, x.ndim))
+        and kernel.ndim == len(axes) + features
+    )
+
+
+def _axes(layer: nn.Module, ndim: int) -> tuple[int, ...]:
+    axes = getattr(layer, "axis", -1)
+    return tuple(axis % ndim for axis in ((axes,) if isinstance(axes, int) else axes))
+
+
+def _project(layer: Any, x: Float[Array, "..."], node: Adapter) -> Float[Array, "..."]:
+    """What the module computes, by `linear`."""
+    kernel, bias = layer.get_variable("params", "kernel"), layer.get_variable("params", "bias")
+    x, kernel, bias = layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)
+    ctx = Context(layer.make_rng("dropout")) if layer.has_rng("dropout") else Context()
+    return project(x, kernel, bias, node, ctx)
+
+
+def project(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], bias: PyTree, node: Adapter, ctx: Context
+) -> Float[Array, "..."]:
+    """`linear` over the last `node.in_axes` axes of `x`, with a kernel of any number of axes."""
+    inner, outer = kernel.shape[: node.in_axes], kernel.shape[node.in_axes :]
+    batch = x.shape[: x.ndim - node.in_axes]
+    size = 1
+    for axis in inner:
+        size *= axis
+    flat = None if bias is None else jnp.reshape(bias, -1)
+    return linear(x.reshape(*batch, size), kernel.reshape(size, -1), node, ctx, flat).reshape(*batch, *outer)

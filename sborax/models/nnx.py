@@ -1,0 +1,112 @@
+"""Adapters inside NNX models that are not ours."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sborax.adapters.core import Adapter, Context, SboraxError
+from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.tree import Adapters, merge_bias, merged_node, nest, nodes
+from sborax.models.linen import project
+
+
+class Trained(nnx.Variable):
+    """A trained leaf of an adapter: `nnx.Optimizer(model, tx, wrt=sx.Trained)`."""
+
+
+class Constant(nnx.Variable):
+    """A leaf of an adapter that is not trained."""
+
+
+def adapt_nnx(model: nnx.Module, adapters: Adapters) -> Any:
+    """A copy of an NNX model whose projections have adapters.
+
+    Equal to the model with the kernels of `merge(params, adapters)`, gradients as of `linear` (DoRA takes its norms as
+    constants), without forming merged weights in `Linear` and `LinearGeneral`. Other modules compute with the merged
+    kernel. Layers stacked by `nnx.vmap` along the first axis are adapted one by one under `nnx.scan`.
+
+        graph, state = nnx.split(model)
+        params, adapters = sx.attach(key, nnx.to_pure_dict(state), [("hidden", sx.LoRA(rank=8))])
+        adapted = sx.adapt_nnx(model, adapters)
+        optimizer = nnx.Optimizer(adapted, optax.adam(1e-3), wrt=sx.Trained)
+
+    - model: its kernels are the base. Where `attach` rewrote it, replace them before.
+    - adapters: by the paths of the kernels, as `attach` returns them.
+
+    Raises SboraxError for an adapter without a module, for routers and for methods that link layers.
+    """
+    model = nnx.clone(model)
+    modules = {"/".join(map(str, (*path, "kernel"))): module for path, module in nnx.iter_modules(model)}
+    for path, node in nodes(adapters).items():
+        if isinstance(node.method, AbstractRouter) or node.method.linked:
+            raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
+        if path not in modules:
+            raise SboraxError(f"{path}: the model has no module with this kernel")
+        _equip(modules[path], node)
+    return model
+
+
+def adapters_nnx(model: nnx.Module) -> Adapters:
+    """The adapters of a model that `adapt_nnx` made, with what they have learnt."""
+    modules = ((path, module) for path, module in nnx.iter_modules(model) if hasattr(module, "adapter_method"))
+    return nest({"/".join(map(str, (*path, "kernel"))): _adapter(module) for path, module in modules})
+
+
+def _equip(module: Any, node: Adapter) -> None:
+    module.adapter_train = nnx.data(jax.tree.map(Trained, node.train))
+    module.adapter_frozen = nnx.data(jax.tree.map(Constant, node.frozen))
+    module.adapter_method, module.adapter_in_axes = node.method, node.in_axes
+    # The class alone changes, so that paths and names of parameters stay.
+    module.__class__ = _adapted(type(module))
+
+
+def _adapter(module: Any) -> Adapter:
+    """The adapter of an adapted module, as arrays."""
+    train, frozen = (
+        jax.tree.map(lambda leaf: leaf[...], leaves, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        for leaves in (module.adapter_train, module.adapter_frozen)
+    )
+    return Adapter(train, frozen, module.adapter_method, module.adapter_in_axes)
+
+
+@functools.cache
+def _adapted(kind: type) -> type:
+    """The class of an adapted module of this kind.
+
+    Instances of `kind` may become those of it: Python allows that for a single base without slots of its own.
+    """
+
+    def call(self: Any, inputs: Float[Array, "..."], *args: Any, **options: Any) -> Float[Array, "..."]:
+        node, kernel, bias = _adapter(self), self.kernel, getattr(self, "bias", None)
+        if not args and not options and _takes(self, inputs, node):
+            arrays = inputs, kernel[...], None if bias is None else bias[...]
+            return project(*self.promote_dtype(arrays, dtype=self.dtype), node, Context())
+        self.kernel = nnx.Param(merged_node(kernel[...], node))
+        if bias is not None and node.method.adapts_bias:
+            self.bias = nnx.Param(merge_bias("bias", bias[...], kernel[...], node).astype(bias[...].dtype))
+        try:
+            return kind.__call__(self, inputs, *args, **options)
+        finally:
+            self.kernel = kernel
+            if bias is not None:
+                self.bias = bias
+
+    return type(f"Adapted{kind.__name__}", (kind,), {"__call__": call})
+
+
+def _takes(module: Any, x: Any, node: Adapter) -> bool:
+    """Whether a module is a plain product over its last axes, of a single kernel."""
+    if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
+        return False
+    axes = tuple(axis % x.ndim for axis in getattr(module, "axis", (-1,)))
+    return (
+        module.dot_general is jax.lax.dot_general
+        and getattr(module, "dot_general_cls", None) is None
+        and module.precision is None
+        and module.preferred_element_type is None
+        and not getattr(module, "batch_axis", ())
+        and axes == tuple(range(x.ndim - node.in_axes, x.ndim))
+    )

@@ -1,0 +1,192 @@
+"""Adapters inside Flax models that are not ours: equal to the merged model, in Linen and in NNX."""
+
+import chex
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from torch_pair import shaken
+
+import sborax as sx
+from sborax.adapters.tree import nodes
+
+WIDTH, HEADS, TOKENS = 32, 4, 6
+IMAGES = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
+TEXT = jax.random.randint(jax.random.key(4), (2, TOKENS), 0, 40)
+
+
+class Block(nn.Module):
+    """Attention and a gated unit, as in a ViT; the shape that `nn.scan` wants."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=HEADS, name="attention")(nn.LayerNorm()(x))
+        hidden = nn.gelu(nn.Dense(2 * WIDTH, name="up")(nn.LayerNorm()(x)))
+        return x + nn.Dense(WIDTH, name="down")(hidden), None
+
+
+class Vit(nn.Module):
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(WIDTH, (4, 4), strides=(4, 4), name="patches")(images)
+        x = x.reshape(x.shape[0], -1, WIDTH)
+        if self.scan:
+            stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            x, _ = stack(name="layers")(x, None)
+        else:
+            for number in range(2):
+                x, _ = Block(name=f"block_{number}")(x, None)
+        return nn.Dense(5, name="head")(x.mean(axis=1))
+
+
+class Gpt2(nn.Module):
+    """A causal block over embedded tokens, its projections in one as GPT-2 has them."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(40, WIDTH, name="embed")
+        x = embed(tokens)
+        mixed = nn.Dense(3 * WIDTH, name="c_attn")(nn.LayerNorm()(x)).reshape(*tokens.shape, 3, HEADS, -1)
+        query, key, value = (mixed[:, :, i] for i in range(3))
+        mask = nn.make_causal_mask(tokens)
+        x = x + nn.Einsum((WIDTH, WIDTH), "...i,io->...o", use_bias=False, name="c_proj")(
+            nn.dot_product_attention(query, key, value, mask=mask).reshape(*tokens.shape, WIDTH)
+        )
+        return embed.attend(x)
+
+
+MODELS = {
+    "vit": (Vit(), IMAGES, [
+        sx.Rule("attention/(query|key|value)", sx.SBoRA(rank=4), in_axes=1),
+        sx.Rule("attention/out", sx.HiRA(rank=4), in_axes=2),
+        ("up|down", sx.Bone(rank=8)), ("head", sx.LoRA(rank=2)), sx.Rule("patches", sx.LoRA(rank=2), in_axes=3),
+    ]),
+    "scanned vit": (Vit(scan=True), IMAGES, [
+        sx.Rule("attention/(query|key|value)", sx.LoRA(rank=4), in_axes=1),
+        sx.Rule("attention/out", sx.LoRA(rank=4), in_axes=2),
+        ("up|down", sx.OFT(block=8)), ("head", sx.IA3()),
+    ]),
+    "gpt2": (Gpt2(), TEXT, [("c_attn|c_proj", sx.PiSSA(rank=4))]),
+}  # fmt: skip
+
+
+def made(name):
+    module, inputs, rules = MODELS[name]
+    params = jax.jit(module.init)(jax.random.key(0), inputs)["params"]
+    # Biases and scales that start at 0 and 1 would hide what is done with them.
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    params, adapters = sx.attach(jax.random.key(2), params, rules)
+    return module, inputs, params, shaken(adapters)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_linen_model_computes_what_the_merged_one_does(name):
+    module, inputs, params, adapters = made(name)
+    train, frozen = sx.split(adapters)
+
+    def inside(train):
+        return sx.apply_linen(module, {"params": params}, sx.combine(train, frozen), inputs)
+
+    def merged(train):
+        return module.apply({"params": sx.merge(params, sx.combine(train, frozen))}, inputs)
+
+    with jax.default_matmul_precision("highest"):
+        ours, theirs = jax.jit(inside)(train), jax.jit(merged)(train)
+        slopes = [jax.jit(jax.grad(lambda t, f=f: (f(t) ** 2).mean()))(train) for f in (inside, merged)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(ours - module.apply({"params": params}, inputs))).max() > 1e-2
+    for one, other in zip(*map(jax.tree.leaves, slopes), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Feed(nnx.Module):
+    """A gated unit, which `nnx.vmap` stacks and `nnx.scan` runs through."""
+
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs), nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class NnxVit(nnx.Module):
+    def __init__(self, rngs):
+        self.patches = nnx.Conv(3, WIDTH, (4, 4), strides=(4, 4), rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.layers = nnx.vmap(Feed)(rngs.split(2))
+        self.head = nnx.Linear(WIDTH, 5, rngs=rngs)
+
+    def __call__(self, images):
+        x = self.patches(images)
+        x = x.reshape(x.shape[0], -1, WIDTH)
+        x = x + self.attention(x)
+        x = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+        return self.head(x.mean(axis=1))
+
+
+class NnxGpt2(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(40, WIDTH, rngs=rngs)
+        self.c_attn = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs)
+        self.c_proj = nnx.Einsum("...i,io->...o", (WIDTH, WIDTH), (WIDTH,), rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        mixed = self.c_attn(x).reshape(*tokens.shape, 3, HEADS, -1)
+        query, key, value = (mixed[:, :, i] for i in range(3))
+        attended = nnx.dot_product_attention(query, key, value, mask=nnx.make_causal_mask(tokens))
+        return self.embed.attend(x + self.c_proj(attended.reshape(*tokens.shape, WIDTH)))
+
+
+NNX = {
+    "vit": (NnxVit, IMAGES, [
+        sx.Rule("attention/(query|key|value)", sx.SBoRA(rank=4), in_axes=1),
+        sx.Rule("attention/out", sx.HiRA(rank=4), in_axes=2),
+        ("up", sx.Bone(rank=8)), ("down", sx.LoRA(rank=4)), ("head", sx.IA3()),
+        sx.Rule("patches", sx.LoRA(rank=2), in_axes=3),
+    ]),
+    "gpt2": (NnxGpt2, TEXT, [("c_attn|c_proj", sx.PiSSA(rank=4))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_an_nnx_model_computes_what_the_merged_one_does(name):
+    kind, inputs, rules = NNX[name]
+    model = kind(nnx.Rngs(0))
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    plain = nnx.to_pure_dict(state)
+    plain = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), plain)
+    params, adapters = sx.attach(jax.random.key(2), plain, rules)
+    adapters = shaken(adapters)
+
+    def filled(params):
+        full = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(full, params)
+        return nnx.merge(graph, full, rest)
+
+    train, frozen = sx.split(adapters)
+    adapted = sx.adapt_nnx(filled(params), adapters)
+
+    def inside(model):
+        return (model(inputs) ** 2).mean()
+
+    def merged(train):
+        return (filled(sx.merge(params, sx.combine(train, frozen)))(inputs) ** 2).mean()
+
+    with jax.default_matmul_precision("highest"):
+        loss, slope = nnx.jit(nnx.value_and_grad(inside, argnums=nnx.DiffState(0, sx.Trained)))(adapted)
+        wanted, wanted_slope = jax.jit(jax.value_and_grad(merged))(train)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    learnt = nodes(sx.adapters_nnx(adapted))
+    assert learnt.keys() == nodes(adapters).keys()
+    chex.assert_trees_all_equal(sx.split(sx.adapters_nnx(adapted))[0], train)
+    slopes = sorted((str(leaf.shape), np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(slope))
+    others = sorted((str(leaf.shape), np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(wanted_slope))
+    for (shape, one), (other_shape, other) in zip(slopes, others, strict=True):
+        assert shape == other_shape
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    # Split and merged as any NNX model, the adapted one is the same.
+    np.testing.assert_allclose(nnx.merge(*nnx.split(adapted))(inputs), adapted(inputs), rtol=1e-6)
