@@ -3,6 +3,7 @@
 import chex
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -190,3 +191,70 @@ def test_an_nnx_model_computes_what_the_merged_one_does(name):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     # Split and merged as any NNX model, the adapted one is the same.
     np.testing.assert_allclose(nnx.merge(*nnx.split(adapted))(inputs), adapted(inputs), rtol=1e-6)
+
+
+class Three(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for number in range(3):
+            x = nn.gelu(nn.Dense(256, name=f"dense_{number}")(x))
+        return x
+
+
+def test_no_merged_weight_is_formed():
+    """Temporaries of a step: merged kernels and their gradients would take more than all else."""
+    module, x = Three(), jnp.ones((4, 256))
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    _, adapters = sx.attach(jax.random.key(1), params, [("dense", sx.LoRA(rank=4))])
+    train, frozen = sx.split(adapters)
+    each = {
+        "inside": lambda train: sx.apply_linen(module, {"params": params}, sx.combine(train, frozen), x).mean(),
+        "merged": lambda train: module.apply({"params": sx.merge(params, sx.combine(train, frozen))}, x).mean(),
+    }
+    sizes = {
+        name: jax.jit(jax.grad(loss)).lower(train).compile().memory_analysis().temp_size_in_bytes
+        for name, loss in each.items()
+    }
+    assert sizes["inside"] < 0.3 * sizes["merged"]
+
+
+class Forgetful(nn.Module):
+    """Reads one of its layers in training alone."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8, name="always")(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(8, name="sometimes")(x) if train or self.is_initializing() else x
+
+
+def test_an_adapter_that_is_never_reached_is_an_error():
+    module, x = Forgetful(), jnp.ones((2, 8))
+    params = module.init(jax.random.key(0), x)["params"]
+    _, adapters = sx.attach(jax.random.key(1), params, [(".*", sx.LoRA(rank=2))])
+    with pytest.raises(sx.SboraxError, match="sometimes/kernel: the model never reads this kernel in such a call"):
+        sx.apply_linen(module, {"params": params}, adapters, x)
+    # Keyword arguments and rngs go to the model; an rng of dropout is the adapters', too.
+    rngs = {"dropout": jax.random.key(5)}
+    _, dropped = sx.attach(jax.random.key(1), params, [(".*", sx.LoRA(rank=2, dropout=0.5))])
+    outputs = [
+        sx.apply_linen(module, {"params": params}, shaken(tree), x, train=True, rngs=rngs)
+        for tree in (adapters, dropped)
+    ]
+    assert np.abs(np.asarray(outputs[0] - outputs[1])).max() > 1e-3
+
+
+def test_what_has_no_module_and_what_links_layers_is_refused():
+    model = Feed(nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.split(model)[1])
+    _, adapters = sx.attach(jax.random.key(0), {"other": params}, [("up", sx.LoRA(rank=2))])
+    with pytest.raises(sx.SboraxError, match="other/up/kernel: the model has no module with this kernel"):
+        sx.adapt_nnx(model, adapters)
+    linked = [sx.Rule("up", sx.ResLoRA(rank=2))]
+    for apply, tree in (
+        (lambda adapters: sx.adapt_nnx(model, adapters), params),
+        (lambda adapters: sx.apply_linen(Three(), {"params": params}, adapters, None), params),
+    ):
+        _, adapters = sx.attach(jax.random.key(0), {"layers": {"0": tree}}, linked)
+        with pytest.raises(sx.SboraxError, match="ResLoRA needs a model that knows it"):
+            apply(adapters)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sborax as sx
-from sborax.adapters.core import Adapter, Context, SboraxError, dense
+from sborax.adapters.core import Adapter, Context, SboraxError, dense, structure
 from sborax.adapters.tree import nest, nodes
 from sborax.cli import main
 from sborax.layout.state import start, take_apart
@@ -280,7 +280,7 @@ def without_router(adapters):
 
 def as_lora(adapters, keep=lambda path: True):
     """The same factors as plain LoRA, those that are not kept being zero."""
-    method = sx.core.structure(sx.LoRA(rank=4))
+    method = structure(sx.LoRA(rank=4))
 
     def one(path, node):
         b = node.train["b"] if keep(path) else jnp.zeros_like(node.train["b"])

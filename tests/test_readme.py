@@ -5,12 +5,12 @@ import runpy
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_model import write_model
 
 import sborax as sx
 from sborax import methods, procedures
-from sborax.adapters.paths import kernels
 from sborax.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +66,9 @@ def test_the_example_runs_and_learns(tmp_path, capsys):
     assert len(losses) == 10 and losses[-1] < losses[0]
 
 
-def test_any_flax_model_learns():
+@pytest.mark.parametrize("name", ["fine_tune_linen", "fine_tune_nnx"])
+def test_any_flax_model_learns(name):
     example = runpy.run_path(str(ROOT / "examples" / "any_flax_model.py"))
-    for make in (example["linen_model"], example["nnx_model"]):
-        apply, params = make()
-        tuned, losses = example["fine_tune"](apply, params, steps=40)
-        assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-        changed = {path for path, leaf in kernels(tuned).items() if (leaf != kernels(params)[path]).any()}
-        assert changed == {"attention/out/kernel", "attention/query/kernel", "attention/value/kernel", "hidden/kernel"}
+    losses, adapted, merged = example[name](steps=40)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    np.testing.assert_allclose(adapted, merged, rtol=0, atol=1e-4)

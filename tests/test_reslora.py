@@ -14,6 +14,7 @@ from test_llama import unrolled
 from tiny_model import write_data, write_model
 
 import sborax as sx
+from sborax.adapters import core
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import Adapter, Context, dense, linear, structure
 from sborax.adapters.depth import remember
@@ -237,7 +238,7 @@ def flattened(adapters, layers=range(DEPTH)):
 
     return {
         "layers": {
-            str(i): jax.tree.map(lambda node, i=i: one(node, i), adapters["layers"], is_leaf=sx.core.is_adapter)
+            str(i): jax.tree.map(lambda node, i=i: one(node, i), adapters["layers"], is_leaf=core.is_adapter)
             for i in layers
         }
     }
@@ -286,7 +287,7 @@ def test_scanned_equals_unrolled_equals_the_formula(name, layers, monkeypatch):
         for path, leaf in jax.tree_util.tree_leaves_with_path(flat_params)
         if path[-1].key == "kernel"
     }
-    monkeypatch.setattr(sx.core, "linear", plainly)
+    monkeypatch.setattr(core, "linear", plainly)
     assert relative(LOOP.apply(flat_params, None, IDS), ours) < 1e-5
 
 
