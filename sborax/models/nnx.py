@@ -83,7 +83,8 @@ def _adapted(kind: type) -> type:
         node, kernel, bias = _adapter(self), self.kernel, getattr(self, "bias", None)
         if not args and not options and _takes(self, inputs, node):
             arrays = inputs, kernel[...], None if bias is None else bias[...]
-            return project(*self.promote_dtype(arrays, dtype=self.dtype), node, Context())
+            x, weight, offset = self.promote_dtype(arrays, dtype=self.dtype)
+            return project(x, weight, offset, node, Context())
         self.kernel = nnx.Param(merged_node(kernel[...], node))
         if bias is not None and node.method.adapts_bias:
             self.bias = nnx.Param(merge_bias("bias", bias[...], kernel[...], node).astype(bias[...].dtype))
