@@ -87,7 +87,8 @@ def losses_and_grads(model, parts):
 
         def both(train):
             own = sx.combine(train["adapters"], parts.frozen)
-            hidden, balance = model.routed(model.params, own, batch["tokens"], segment_ids=segments, ctx=ctx)
+            hidden, told = model.collect(model.params, own, batch["tokens"], ["balance"], segment_ids=segments, ctx=ctx)
+            balance = told.balance
             chances = jax.nn.log_softmax(model.head(model.params, own, hidden))
             chosen = jnp.take_along_axis(chances, batch["targets"][:, :, None], axis=-1)[:, :, 0]
             return {
@@ -380,7 +381,9 @@ def test_rematerialised_layers_route_alike(model, adapters):
 
     def loss(train, model):
         own = sx.combine(train, sx.split(adapters)[1])
-        hidden, balance = model.routed(model.params, own, jnp.asarray(tokens), segment_ids=jnp.asarray(mask), ctx=ctx)
+        segments = jnp.asarray(mask)
+        hidden, told = model.collect(model.params, own, jnp.asarray(tokens), ["balance"], segment_ids=segments, ctx=ctx)
+        balance = told.balance
         return jnp.mean(jnp.square(hidden)) + balance
 
     train = sx.split(adapters)[0]

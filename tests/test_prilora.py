@@ -1,6 +1,7 @@
 """PRILoRA: ranks that grow with depth, importance, pruning and regrowth, norms of inputs from a real forward pass."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -8,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax.adapters.tree import nodes
 from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.models.layers import feature_norms
 from sborax.procedures import Run
-from sborax.procedures.prilora import PRILoRAPruning, after_step, ema, input_norms, kept
+from sborax.procedures.prilora import PRILoRAPruning, after_step, ema, kept
+from sborax.records.adapter import read_adapter
+from sborax.train.loop import train
 from sborax.train.step import make_step
 
 # A step that observes has the bits of one that does not, in programs as users have them.
@@ -62,14 +67,18 @@ def test_equal_ranks_and_no_pruning_are_lora():
     chex.assert_trees_all_equal(nodes(after)[PATH].train, left.train)
 
 
+def norms_of(model, params, adapters, tokens, segments):
+    return model.collect(params, adapters, tokens, ["inputs"], segment_ids=segments)[1].inputs
+
+
 def test_input_norms_leave_padding_out():
     x = jax.random.normal(jax.random.key(2), (3, 5, IN))
     mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     dirty = jnp.where((mask == 0)[:, :, None], jnp.nan, x)
     want = np.sqrt(np.square(np.asarray(x, np.float64)[np.asarray(mask) == 1]).sum(axis=0))
-    np.testing.assert_allclose(input_norms(dirty, mask), want, rtol=1e-5)
-    np.testing.assert_allclose(input_norms(x), np.linalg.norm(np.asarray(x).reshape(-1, IN), axis=0), rtol=1e-5)
-    assert input_norms(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_allclose(feature_norms(dirty, mask), want, rtol=1e-5)
+    np.testing.assert_allclose(feature_norms(x), np.linalg.norm(np.asarray(x).reshape(-1, IN), axis=0), rtol=1e-5)
+    assert feature_norms(x.astype(jnp.bfloat16)).dtype == jnp.float32
     np.testing.assert_allclose(ema(jnp.full(3, 2.0), jnp.full(3, 4.0), 0.9), np.full(3, 2.2), rtol=1e-6)
 
 
@@ -134,7 +143,7 @@ def update(node, x):
 def test_pruned_entries_grow_again_unless_masked(persistent):
     adapters = attached(sx.PRILoRA(rank=4, persistent_mask=persistent))
     x = jax.random.normal(jax.random.key(5), (7, IN))
-    norms = {PATH: jnp.broadcast_to(input_norms(x)[None], (LAYERS, IN))}
+    norms = {PATH: jnp.broadcast_to(feature_norms(x)[None], (LAYERS, IN))}
     node = nodes(adapters)[PATH]
     node = dataclasses.replace(node, train={**node.train, "b": jax.random.normal(jax.random.key(6), (LAYERS, 4, OUT))})
     pruned = nodes(after_step({"layers": {"proj": {"kernel": node}}}, norms, 40, PRILoRAPruning()))[PATH]
@@ -201,15 +210,14 @@ def test_a_step_sees_the_norms_of_its_own_forward_pass(remat):
             split_up = {name: array.reshape(accumulate, -1, 6) for name, array in batch.items()}
             ends.append(step(start(parts, tx), parts.frozen, parts.base, split_up)[0])
     chex.assert_trees_all_equal(ends[0].train, ends[2].train)
-    want = model.input_norms(
-        model.params, adapters, jnp.asarray(batch["tokens"][0]), segment_ids=jnp.asarray(batch["segments"][0])
-    )
+    segments = jnp.asarray(batch["segments"][0])
+    want = norms_of(model, model.params, adapters, jnp.asarray(batch["tokens"][0]), segments)
     for end in ends[:2]:
         chex.assert_trees_all_close(end.opt[0].norms, want, rtol=1e-5)
 
 
 def test_norms_have_no_gradient_even_where_they_are_zero():
-    slope = jax.grad(lambda x: jnp.sum(input_norms(x)))(jnp.zeros((3, IN)))
+    slope = jax.grad(lambda x: jnp.sum(feature_norms(x)))(jnp.zeros((3, IN)))
     np.testing.assert_array_equal(slope, 0)
 
 
@@ -242,7 +250,7 @@ def test_norms_of_a_models_own_inputs(scan):
     params = model.params
     tokens = jax.random.randint(jax.random.key(3), (2, 6), 2, 32, jnp.int32)
     segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
-    norms = jax.jit(lambda tokens: model.input_norms(params, adapters, tokens, segment_ids=segments))(tokens)
+    norms = jax.jit(lambda tokens: norms_of(model, params, adapters, tokens, segments))(tokens)
     after = after_step(adapters, norms, 1, PRILoRAPruning(beta=0.0))
     chex.assert_trees_all_equal({path: node.frozen["norm"] for path, node in nodes(after).items()}, norms)
     # By hand: what enters the first layer's attention is the embedding, normed.
@@ -252,6 +260,29 @@ def test_norms_of_a_models_own_inputs(scan):
     for name in ("q_proj", "k_proj", "v_proj"):
         found = norms[f"layers/self_attn/{name}/kernel"][0] if scan else norms[f"layers/0/self_attn/{name}/kernel"]
         np.testing.assert_allclose(found, want, rtol=1e-4)
-    other = model.input_norms(params, adapters, tokens.at[0, 4:].set(3), segment_ids=segments)
+    other = norms_of(model, params, adapters, tokens.at[0, 4:].set(3), segments)
     chex.assert_trees_all_close(other, norms, rtol=1e-5)
     assert len(norms) == (7 if scan else 14)
+
+
+def test_pruning_goes_with_routers_of_other_kernels(tmp_path):
+    """One forward pass gives both the norms of inputs and what routers add to the loss."""
+    write_model(tmp_path / "model")
+    experiment = sx.Experiment(
+        str(tmp_path / "model"),
+        sx.Data(str(write_data(tmp_path / "data.jsonl")), template="{instruction} ", answer="{output}", max_length=64),
+        [("self_attn/(q|v)_proj", sx.MiLoRA(rank=2)), ("mlp", sx.PRILoRA(rank=4, persistent_mask=True))],
+        sx.Optimizer(lr=1e-2),
+        steps=3,
+        batch_size=2,
+        procedure=PRILoRAPruning(every=2, fraction=0.5),
+    )
+    train(experiment, tmp_path / "run", echo=lambda _: None)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all("balance_loss" in line for line in lines)
+    kept = nodes(read_adapter(tmp_path / "run" / "adapter").adapters)
+    pruned = [node for path, node in kept.items() if "mlp" in path]
+    assert len(pruned) == 3
+    for node in pruned:
+        assert (np.asarray(node.frozen["norm"]) > 0).any()
+        assert (np.asarray(node.frozen["mask"]) == 0).mean() > 0.2

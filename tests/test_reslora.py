@@ -467,14 +467,14 @@ def test_norms_leave_padding_out():
     short = IDS[:, :7]
     padded = jnp.concatenate([short, IDS[:, 7:]], axis=1)
     segments = jnp.concatenate([jnp.ones((2, 7), jnp.int32), jnp.zeros((2, 5), jnp.int32)], axis=1)
-    want = MODEL.memory_norms(MODEL.params, adapters, short)
-    got = MODEL.memory_norms(MODEL.params, adapters, padded, segment_ids=segments)
+    want = MODEL.collect(MODEL.params, adapters, short, ["remembered"])[1].remembered
+    got = MODEL.collect(MODEL.params, adapters, padded, ["remembered"], segment_ids=segments)[1].remembered
     assert set(got) == set(nodes(adapters))
     chex.assert_trees_all_close(got, want, rtol=1e-4)
-    assert MODEL.memory_norms(MODEL.params, adapted("block"), short) == {}
+    assert MODEL.collect(MODEL.params, adapted("block"), short, ["remembered"])[1].remembered == {}
     # The input's size is that of the projection's own observations.
-    seen = MODEL.memory_norms(MODEL.params, adapted("input"), short)
-    sizes = MODEL.input_norms(MODEL.params, adapted("input"), short)
+    seen = MODEL.collect(MODEL.params, adapted("input"), short, ["remembered"])[1].remembered
+    sizes = MODEL.collect(MODEL.params, adapted("input"), short, ["inputs"])[1].inputs
     for path, norms in seen.items():
         np.testing.assert_allclose(norms["input"], sizes[path], rtol=1e-5)
 

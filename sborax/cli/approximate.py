@@ -32,9 +32,12 @@ def approximated(target: Target, by: str) -> Any:
     if by == "weights":
         done = merge_by_weights(params, adapters, outputs)
     else:
-        seen = jax.jit(
-            lambda batch: model.memory_norms(params, adapters, batch["tokens"], segment_ids=batch["segments"])
-        )
+
+        @jax.jit
+        def seen(batch: dict[str, Any]) -> dict[str, Any]:
+            tokens, segments = batch["tokens"], batch["segments"]
+            return model.collect(params, adapters, tokens, ["remembered"], segment_ids=segments)[1].remembered
+
         done = merge_by_inputs(params, adapters, [seen(batch) for batch in held], outputs)
     say(done)
     return done.params

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -38,6 +39,27 @@ def projections(config: LlamaConfig, scan: bool) -> frozenset[str]:
 
 def _path(keys: Any) -> str:
     return "/".join(key.key for key in keys)
+
+
+_COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance": "routing"}
+"""Flax's collection for each field of `Collected`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What a forward pass tells of itself; fields that were not asked for are empty.
+
+    - inputs: ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
+    - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel;
+      values of more axes a token as one axis. Empty for adapters that remember nothing.
+    - balance: the mean over the layers of the losses of their routers; 0 without any.
+    """
+
+    # Any: a pytree node also holds arrays with other axes in front.
+    inputs: Any
+    remembered: Any
+    balance: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +105,40 @@ class LanguageModel:
         """The normed hidden states from which `apply` makes logits."""
         return self._call("hidden", params, adapters, dropout_key, tokens, segment_ids, positions, ctx)[0]
 
-    def routed(
+    def collect(
         self,
         params: Params,
         adapters: Params | None,
         tokens: Int[Array, "batch seq"],
+        what: Collection[str],
         *,
         segment_ids: Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
         ctx: core.Context = core.Context(),
-    ) -> tuple[Float[Array, "batch seq d"], Float[Array, ""]]:
-        """`hidden`, and the mean over the layers of the losses of their routers (0 without any).
+    ) -> tuple[Float[Array, "batch seq d"], Collected]:
+        """`hidden`, with what one forward pass tells of itself beside: names of `Collected`.
 
-        ctx: its `tokens["prompt"]`, (batch, seq), marks what routers read: neither padding nor the answer, and of one
-        segment a row.
+        - ctx: for `balance` its `tokens["prompt"]`, (batch, seq), marks what routers read: neither padding nor the
+          answer, and of one segment a row.
+
+        Norms are over all tokens of the batch, padding left out, before an adapter's dropout. They have no gradient.
         """
-        inputs = (tokens, segment_ids, positions, ctx)
-        (hidden, _), kept = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=["routing"])
-        flat = jax.tree_util.tree_leaves_with_path(kept)
-        losses = [leaf.reshape(-1) for keys, leaf in flat if _path(keys).endswith("/loss")]
-        return hidden, jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0)
+        if not {"balance"}.issuperset(what):
+            mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+            ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, "mask": mask})
+        inputs, mutable = (tokens, segment_ids, positions, ctx), [_COLLECTIONS[name] for name in what]
+        made = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
+        # Flax returns collections only where some are mutable.
+        (hidden, _), kept = made if mutable else (made, {})
+        norms = jax.tree_util.tree_leaves_with_path(kept.get(_COLLECTIONS["inputs"], {}))
+        routing = jax.tree_util.tree_leaves_with_path(kept.get(_COLLECTIONS["balance"], {}))
+        losses = [leaf.reshape(-1) for keys, leaf in routing if _path(keys).endswith("/loss")]
+        return hidden, Collected(
+            inputs={_path(keys): leaf for keys, leaf in norms},
+            remembered=values_at(kept.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
+            balance=jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0),
+        )
 
     def head(
         self,
@@ -121,54 +156,6 @@ class LanguageModel:
         if self.config.tie_word_embeddings:
             return params["embed_tokens"]["embedding"].T
         return params["lm_head"]["kernel"]
-
-    def observed(
-        self,
-        params: Params,
-        adapters: Params | None,
-        tokens: Int[Array, "batch seq"],
-        *,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch seq d"], dict[str, Float[Array, "*stack in"]]]:
-        """`hidden`, and ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
-
-        Over all tokens of the batch, padding left out, before an adapter's dropout. Norms have no gradient.
-        """
-        mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-        inputs = (tokens, segment_ids, None, core.Context(tokens={"mask": mask}))
-        (hidden, _), seen = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=["observations"])
-        flat = jax.tree_util.tree_leaves_with_path(seen["observations"])
-        return hidden, {_path(keys): leaf for keys, leaf in flat}
-
-    def input_norms(
-        self,
-        params: Params,
-        adapters: Params | None,
-        tokens: Int[Array, "batch seq"],
-        *,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-    ) -> dict[str, Float[Array, "*stack in"]]:
-        """The norms of `observed`, by one forward pass up to the head."""
-        return self.observed(params, adapters, tokens, segment_ids=segment_ids)[1]
-
-    def memory_norms(
-        self,
-        params: Params,
-        adapters: Params,
-        tokens: Int[Array, "batch seq"],
-        *,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-    ) -> dict[str, Params]:
-        """The norms of what each projection remembers for the next layer, by path of its kernel: see `adapters.depth`.
-
-        As `input_norms` over all tokens of the batch, padding left out; values of more axes a token as one axis. Empty
-        for adapters that remember nothing.
-        """
-        mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-        inputs = (tokens, segment_ids, None, core.Context(tokens={"mask": mask}))
-        seen = self._call("hidden", params, adapters, None, *inputs, mutable=["remembered"])[1].get("remembered", {})
-        return values_at(seen, nodes(adapters))
 
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path where the model has no projection."""

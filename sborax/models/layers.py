@@ -14,7 +14,6 @@ from sborax.adapters import core
 from sborax.adapters.depth import remember
 from sborax.adapters.routing import GATE, PROMPT, ROUTER
 from sborax.models.sharding import used_whole
-from sborax.procedures.prilora import input_norms
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -48,7 +47,7 @@ class Linear(nn.Module):
             ctx = core.Context(self.make_rng("dropout"), ctx.rows, ctx.tokens)
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
-            self.put_variable("observations", "kernel", input_norms(x, ctx.tokens.get("mask")))
+            self.put_variable("observations", "kernel", feature_norms(x, ctx.tokens.get("mask")))
         adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
         adapter = None if adapter is None else used_whole(adapter, self.path[-1])
         if adapter is not None and memory is not None:
@@ -64,7 +63,20 @@ class Linear(nn.Module):
         self.put_variable("memory", "kernel", kept)
         if self.is_mutable_collection("remembered"):
             flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
-            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: input_norms(leaf, mask), flat))
+            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, mask), flat))
+
+
+def feature_norms(x: Float[Array, "*batch in"], mask: Array | None = None) -> Float[Array, " in"]:
+    """||X_j|| over all tokens of a batch, per input feature j, float32, without a gradient.
+
+    mask: (*batch), zero at padding.
+    """
+    # At a norm of zero the gradient would not be a number, even where nothing asks for it.
+    wide = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(-1, x.shape[-1])
+    if mask is not None:
+        # Not by multiplication: padding may hold what is not finite.
+        wide = jnp.where((mask != 0).reshape(-1, 1), wide, 0.0)
+    return jnp.sqrt(jnp.sum(jnp.square(wide), axis=0))
 
 
 def routed(layer: nn.Module, x: Float[Array, "batch seq d"], ctx: core.Context) -> core.Context:

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, width
 from sborax.adapters.paths import STACKED_UNDER, Site
-from sborax.adapters.routing import selective
 from sborax.adapters.tree import Adapters, nest, nodes, stack_of
 from sborax.methods.prilora import PRILoRA
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
@@ -60,8 +59,6 @@ class PRILoRAPruning(AbstractProcedure):
         for site in run.plan.sites:
             if isinstance(site.method, AbstractComposite) and _inside(site.method):
                 raise SboraxError(f"PRILoRAPruning: {site.path}: {_ALONE}")
-            if selective(site.method):
-                raise SboraxError(f"PRILoRAPruning: {site.path}: input norms are not kept where a router decides")
         if not _sites(run):
             raise SboraxError("PRILoRAPruning: no rule gives PRILoRA: there is nothing to prune")
         if self.every > run.steps:
@@ -146,19 +143,6 @@ class PRILoRAPruning(AbstractProcedure):
         return segments[-1]
 
 
-def input_norms(x: Float[Array, "*batch in"], mask: Array | None = None) -> Float[Array, " in"]:
-    """||X_j|| over all tokens of a batch, per input feature j, float32, without a gradient.
-
-    mask: (*batch), zero at padding.
-    """
-    # At a norm of zero the gradient would not be a number, even where nothing asks for it.
-    wide = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(-1, x.shape[-1])
-    if mask is not None:
-        # Not by multiplication: padding may hold what is not finite.
-        wide = jnp.where((mask != 0).reshape(-1, 1), wide, 0.0)
-    return jnp.sqrt(jnp.sum(jnp.square(wide), axis=0))
-
-
 def ema(old: Float[Array, "..."], new: Float[Array, "..."], beta: float) -> Float[Array, "..."]:
     """beta old + (1 - beta) new."""
     return beta * old + (1.0 - beta) * new
@@ -191,8 +175,8 @@ def after_step(
 ) -> Adapters:
     """The adapters after optimiser step number `step` (from 1): running norms updated, a pruned where it is due.
 
-    norms: `input_norms` of this step by path of the kernel, as `LanguageModel.input_norms` gives. jit-able. Moments of
-    the optimiser are left alone, so pruned entries may grow again, unless the adapter has a mask.
+    norms: of input features in this step by path of the kernel, as `LanguageModel.collect` gives them. Moments of the
+    optimiser are left alone, so pruned entries may grow again, unless the adapter has a mask. jit-able.
     Raises SboraxError if there is no PRILoRA adapter, one inside a composite, or one whose norms are missing.
     """
     found = nodes(adapters)

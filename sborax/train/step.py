@@ -58,19 +58,15 @@ def sums(
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
     tokens, segments = batch["tokens"], batch["segments"]
-    balance, norms = None, {}
-    if any(isinstance(node.method, AbstractRouter) for node in nodes(adapters).values()):
-        ctx = Context(tokens={PROMPT: prompt_of(segments, batch["counts"])})
-        hidden, balance = model.routed(params, adapters, tokens, segment_ids=segments, dropout_key=key, ctx=ctx)
-    elif observe:
-        hidden, norms = model.observed(params, adapters, tokens, segment_ids=segments, dropout_key=key)
-    else:
-        hidden = model.hidden(params, adapters, tokens, segment_ids=segments, dropout_key=key)
+    routed = any(isinstance(node.method, AbstractRouter) for node in nodes(adapters).values())
+    ctx = Context(tokens={PROMPT: prompt_of(segments, batch["counts"])}) if routed else Context()
+    what = ["balance"] * routed + ["inputs"] * observe
+    hidden, told = model.collect(params, adapters, tokens, what, segment_ids=segments, dropout_key=key, ctx=ctx)
     total, items = loss(Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key))
     losses = {"loss": total}
-    if balance is not None:
-        losses["balance_loss"] = balance * items.astype(jnp.float32)
-    return Sums(losses, items, norms)
+    if routed:
+        losses["balance_loss"] = told.balance * items.astype(jnp.float32)
+    return Sums(losses, items, told.inputs)
 
 
 def forward_backward(
