@@ -19,7 +19,7 @@ from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, Adapter, dense, is_weight, structure
 from sborax.adapters.tree import nodes, over_stack, stack_of
-from sborax.config.codec import codec as config
+from sborax.config import codec as config
 from sborax.models.nf4 import quantise
 from sborax.records.adapter import read_adapter, save_adapter
 

@@ -184,7 +184,9 @@ def experiment():
     ("procedure", "method"),
     [
         ("COLA(every=3)", "SBoRA(rank=2)"),
-        ("LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0)", "LoRA(rank=2)"),
+        pytest.param(
+            "LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0)", "LoRA(rank=2)", marks=pytest.mark.nightly
+        ),
     ],
     ids=["COLA", "LoRAPrune"],
 )

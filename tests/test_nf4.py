@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from nightly import nightly_unless
 
 from sborax.adapters import core
 from sborax.models import nf4
@@ -113,7 +114,9 @@ def test_equals_bitsandbytes(name, route):
 
 
 @by_route
-@pytest.mark.parametrize("name", ["blk.0.attn_k", "blk.14.attn_output", "blk.29.ffn_down"])
+@pytest.mark.parametrize(
+    "name", nightly_unless("blk.0.attn_k".__eq__, ["blk.0.attn_k", "blk.14.attn_output", "blk.29.ffn_down"])
+)
 def test_equals_bitsandbytes_on_a_real_model(name, route, smollm2):
     weight = open_gguf(smollm2).read(f"{name}.weight").T
     assert weight.shape[0] in (576, 1536)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import PROCEDURES
+from nightly import nightly_unless
 from tiny_model import write_data, write_model
 
 import sborax as sx
@@ -304,7 +305,7 @@ def has_acted(procedure, adapters):
     return True
 
 
-@pytest.mark.parametrize("name", PROCEDURES)
+@pytest.mark.parametrize("name", nightly_unless(["XGBLoRA", "LoRAPrune", "PRILoRAPruning"].__contains__, PROCEDURES))
 def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
     procedure, method = PROCEDURES[name]
     experiment = sx.Experiment(

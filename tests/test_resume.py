@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cases import METHODS, PROCEDURES
 from etils import epath
+from nightly import nightly_unless
 from tiny_model import write_data, write_model
 
 import sborax as sx
@@ -97,7 +98,9 @@ def resumed_at_the_end(experiment, run):
     same_but_for_times(files(run), before)
 
 
-@pytest.mark.parametrize("name", PROCEDURES)
+@pytest.mark.parametrize(
+    "name", nightly_unless(["COLA", "PRILoRAPruning-mask", "AdaLoRABudget"].__contains__, PROCEDURES)
+)
 def test_a_procedure_loses_nothing_at_the_end_of_a_run(name, places, tmp_path):
     procedure, method = PROCEDURES[name]
     experiment = an_experiment(places, "tiny", [("self_attn|mlp", method)], procedure=procedure)
@@ -177,6 +180,7 @@ def output(process):
     return said
 
 
+@pytest.mark.nightly
 def test_kill_9_of_every_procedure_then_resume_ends_with_the_same_bits(places, tmp_path):
     moments, cache, configs = random.Random(9), tmp_path / "cache", {}
     for name, (procedure, method) in PROCEDURES.items():

@@ -66,11 +66,11 @@ def by_inputs(adapters: Adapters, norms: Sequence[Mapping[str, Any]]) -> Adapter
     "input": W*_n = W_n + (1 + alpha_{n-1}) s a_n b_n, with alpha 1 in the first layer of a chain;
     "middle": W*_n = W_n + (1 + sum_k alpha_{n-k}) s a_n b_n.
 
-    norms: `LanguageModel.memory_norms` of each batch, without padding (authors: the last 100 of training).
+    norms: what `LanguageModel.collect` remembers of each batch, without padding (authors: the last 100 of training).
     Raises SboraxError if there are none, none for one of the adapters, or a size of zero to divide by.
     """
     if not norms:
-        raise SboraxError("by_inputs needs the norms of at least one batch: see LanguageModel.memory_norms")
+        raise SboraxError("by_inputs needs the norms of at least one batch: see LanguageModel.collect")
 
     def one(node: Adapter, earlier: tuple[int, ...], seen: Any) -> Adapter:
         method = node.method
@@ -79,7 +79,7 @@ def by_inputs(adapters: Adapters, norms: Sequence[Mapping[str, Any]]) -> Adapter
             return node
         name, width = ("input", None) if method.shortcut == "input" else ("hidden", method.rank)
         if name not in seen:
-            raise SboraxError("by_inputs: an adapter has no norms; take memory_norms with these same adapters")
+            raise SboraxError("by_inputs: an adapter has no norms; collect them with these same adapters")
         # The layer's own x a comes first in what it remembers.
         f = jnp.mean(jnp.linalg.norm(seen[name][..., :width], axis=-1), axis=-1)
         sums = [sum(_alphas(method, reach, lambda k, n=n: f[n - k] / f[n])) for n, reach in enumerate(earlier)]
