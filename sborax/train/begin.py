@@ -34,7 +34,8 @@ def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath
             f"{paths[0]}: starts from gradients, which one process computes; begin the run on one, and --resume on all"
         )
     elif paths:
-        hint = gradients(model, prepared.plan, batches, prepared.experiment.hint_batches, echo)
+        experiment = prepared.experiment
+        hint = gradients(model, prepared.plan, batches, experiment.hint_batches, echo, experiment.loss)
     total = parameters(model.params)
     parts = prepared.adapt(model.params, hint, begun)
     if hint is not None:

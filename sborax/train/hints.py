@@ -4,18 +4,19 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.adapters.core import Hint, dense
+from sborax.adapters.core import Hint
 from sborax.adapters.hints import gradient_hints
 from sborax.adapters.paths import Plan, Site, kernels, module_path
 from sborax.adapters.tree import Params
 from sborax.data.batches import Batch, Batches
 from sborax.models.language_model import LanguageModel
-from sborax.train.head_loss import frozen_head_loss, trained_head_loss
-from sborax.train.outputs import HEAD
+from sborax.train.loss import AbstractLoss, CrossEntropy
+from sborax.train.outputs import HEAD, Outputs
 
 Echo = Callable[[str], None]
 
@@ -45,31 +46,32 @@ def first_batches(batches: Batches, count: int) -> list[Batch]:
 
 
 def gradients(
-    model: LanguageModel, plan: Plan, batches: Batches, count: int, echo: Echo
+    model: LanguageModel,
+    plan: Plan,
+    batches: Batches,
+    count: int,
+    echo: Echo,
+    loss: AbstractLoss = CrossEntropy(),
 ) -> Callable[[Params, Site], Hint]:
     """Computes a site's hint when it is asked for: the mean gradient of the un-adapted model over `count` microbatches.
 
-    A microbatch's loss is the mean over its tokens that count. Only one kernel's gradient exists at a time.
+    A microbatch's loss is the mean over its items. Only one kernel's gradient exists at a time.
     """
     sites = [site.path for site in plan.sites if site.method.needs]
     held = first_batches(batches, count)
+    # A head that is not named here is a constant of the loss.
+    trained = frozenset({HEAD} & set(sites))
 
-    def loss(params: Params, batch: dict[str, Any]) -> Float[Array, ""]:
+    def mean(params: Params, batch: dict[str, Any]) -> Float[Array, ""]:
+        batch = jax.tree.map(jnp.asarray, batch)
         hidden = model.hidden(params, None, batch["tokens"], segment_ids=batch["segments"])
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        targets, counts = batch["targets"].reshape(-1), batch["counts"].reshape(-1)
-        total: Any
-        if HEAD in sites:
-            # The other loss gives no gradient of the head's kernel.
-            total = trained_head_loss(lambda own: model.head(params, None, own[None])[0], flat, targets, counts)
-        else:
-            total = frozen_head_loss(flat, dense(model.head_kernel(params)), targets, counts, False)
-        return total / jnp.maximum(jnp.sum(counts, dtype=jnp.int32), 1).astype(jnp.float32)
+        total, items = loss(Outputs(hidden, batch, model, params, {}, trained))
+        return total / jnp.maximum(items, 1).astype(jnp.float32)
 
     def hint(params: Params, site: Site) -> Hint:
         name = site.path.removesuffix("/kernel")
         echo(f"gradient of {name} over {count} batches ({sites.index(site.path) + 1} of {len(sites)})")
         pattern = f"^{re.escape(module_path(site.path)[0])}$"
-        return gradient_hints(loss, params, pattern, held)[name]
+        return gradient_hints(mean, params, pattern, held)[name]
 
     return hint
