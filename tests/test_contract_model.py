@@ -1,0 +1,156 @@
+"""The contract inside a model: every method takes a step in a tiny LLaMA, whatever form the model has.
+
+Rows come from `cases.py` and act on kernels of (IN, OUT). The first that vary in what they declare run always, the
+others with `-m nightly`.
+"""
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FEW, IN, LAYERS, METHODS, OUT
+from nightly import nightly_unless
+from torch_pair import shaken
+
+import sborax as sx
+from sborax.adapters.core import Hint, dense, is_weight
+from sborax.adapters.paths import kernels, leaves_by_path
+from sborax.adapters.routing import routed_parts
+from sborax.adapters.tree import nest
+from sborax.layout.state import take_apart
+from sborax.models import LanguageModel, Llama, LlamaConfig, generate
+from sborax.models.nf4 import quantise
+
+CONFIG = LlamaConfig(
+    vocab_size=40,
+    hidden_size=IN,
+    intermediate_size=OUT,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=(),
+)
+TARGETS = "mlp/(gate|up)_proj"
+TOKENS = jax.random.randint(jax.random.key(0), (1, 4, 9), 1, CONFIG.vocab_size, jnp.int32)
+BATCH = {
+    "tokens": TOKENS[:, :, :-1],
+    "targets": TOKENS[:, :, 1:],
+    "counts": jnp.broadcast_to(jnp.arange(8) >= 3, (1, 4, 8)),
+    "segments": jnp.ones((1, 4, 8), jnp.int32),
+}
+by_case = pytest.mark.parametrize("case", nightly_unless(FEW.__contains__, METHODS), ids=lambda case: case.name)
+
+
+def model_of(**options) -> LanguageModel:
+    return LanguageModel(Llama(CONFIG, jnp.dtype("float32"), **options), {}, CONFIG, None)
+
+
+@pytest.fixture(scope="module")
+def params():
+    model = model_of()
+    return jax.jit(model.module.init)(jax.random.key(1), TOKENS[0])["params"]
+
+
+@pytest.fixture
+def adapted(case, params):
+    """The base and adapters that have moved from their start."""
+    grads = {
+        path.removesuffix("/kernel"): Hint(grad=jax.random.normal(jax.random.key(2), leaf.shape))
+        for path, leaf in kernels(params).items()
+    }
+    base, adapters = sx.attach(jax.random.key(3), params, [(TARGETS, case.method)], hints=grads)
+    return base, shaken(adapters)
+
+
+def step(model, base, adapters, batch=BATCH):
+    """Losses, and the gradient of the adapters."""
+    parts = take_apart(base, adapters)
+    call = jax.jit(
+        lambda train, frozen, flat: sx.forward_backward(model, train, frozen, flat, batch, jax.random.key(4))
+    )
+    sums, grads = call(parts.train, parts.frozen, parts.base)
+    return jax.tree.map(lambda total: total / sums.items, sums.losses), grads["adapters"]
+
+
+def layers_of(tree):
+    """A stack of layers as numbered ones."""
+    rest = {name: leaf for name, leaf in tree.items() if name != "layers"}
+    apart = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(LAYERS)}
+    return rest | {"layers": apart}
+
+
+@by_case
+def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, params, adapted):
+    base, adapters = adapted
+    losses, grads = step(model_of(), base, adapters)
+    assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(grads))
+    others = {
+        "recomputed": step(model_of(remat="full"), base, adapters),
+        "unrolled": step(model_of(scan=False), layers_of(base), layers_of(adapters)),
+    }
+    if not routed_parts(case.method):
+        # What routers add is a mean over microbatches.
+        halves = {name: array.reshape(2, 2, 8) for name, array in BATCH.items()}
+        others["in parts"] = step(model_of(), base, adapters, halves)
+    for name, (again, slopes) in others.items():
+        wanted = layers_of(grads) if name == "unrolled" else grads
+        chex.assert_trees_all_close(again, losses, rtol=1e-5, atol=1e-6, custom_message=name)
+        chex.assert_trees_all_close(slopes, wanted, rtol=1e-4, atol=1e-5, custom_message=name)
+
+
+@by_case
+def test_a_step_on_four_bits_is_one_on_what_they_mean(case, params, adapted):
+    flat = leaves_by_path(adapted[0])
+    packed = nest(
+        {path: quantise(leaf) if re.search(f"{TARGETS}/kernel", path) else leaf
+         for path, leaf in flat.items()}
+    )  # fmt: skip
+    plain = jax.tree.map(lambda leaf: dense(leaf) if is_weight(leaf) else leaf, packed, is_leaf=is_weight)
+    adapters = sx.rebase(plain, adapted[1])
+    losses, grads = step(model_of(), packed, sx.rebase(packed, adapted[1]))
+    wanted, slopes = step(model_of(), plain, adapters)
+    chex.assert_trees_all_close(losses, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(grads, slopes, rtol=1e-3, atol=1e-5)
+
+
+@by_case
+def test_adapters_side_by_side_are_each_alone(case, params, adapted):
+    base, adapters = adapted
+    train, frozen = sx.split(adapters)
+    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), train)
+    model = model_of()
+    ctx = sx.Context(tokens={"prompt": BATCH["counts"][0] == 0})
+
+    def hidden(train):
+        return model.hidden(base, sx.combine(train, frozen), BATCH["tokens"][0], ctx=ctx)
+
+    both = jax.jit(jax.vmap(hidden))(twice)
+    for number in range(2):
+        alone = jax.jit(hidden)(jax.tree.map(lambda leaf, number=number: leaf[number], twice))
+        np.testing.assert_allclose(both[number], alone, rtol=1e-4, atol=1e-5)
+
+
+@by_case
+def test_text_with_a_cache_is_text_without(case, params, adapted):
+    base, adapters = adapted
+    model = dataclasses.replace(model_of(), params=base)
+    prompt = [int(token) for token in TOKENS[0, 0, :5]]
+    (made,) = generate(model, base, adapters, [prompt], 4)
+    text = list(prompt)
+    mask = jnp.arange(9) < len(prompt)
+    for _ in range(4):
+        padded = jnp.asarray([text + [0] * (9 - len(text))], jnp.int32)
+        segments = jnp.asarray([[1] * len(text) + [0] * (9 - len(text))], jnp.int32)
+        ctx = sx.Context(tokens={"prompt": mask[None]})
+        logits = model.apply(base, adapters, padded, segment_ids=segments, ctx=ctx)
+        text.append(int(logits[0, len(text) - 1].argmax()))
+    assert list(made)[-4:] == text[-4:]
