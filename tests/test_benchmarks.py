@@ -22,7 +22,7 @@ def compiled(method):
     return unrolled(dataclasses.replace(TINY, method=method), 2)
 
 
-@pytest.mark.parametrize("method", nightly_unless("LoRA".__eq__, ["LoRA", "SBoRA-FA", "Bone"]))
+@pytest.mark.parametrize("method", nightly_unless(["LoRA"], ["LoRA", "SBoRA-FA", "Bone"]))
 def test_flops_stay_near_the_least_possible(method):
     """Below 1 where the first layer needs no gradient of its input, which the bound counts."""
     trained = workload(dataclasses.replace(TINY, method=method)).parts.count

@@ -537,7 +537,7 @@ def prints(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shortcut", nightly_unless("block".__eq__, ["block", "middle"]))
+@pytest.mark.parametrize("shortcut", nightly_unless(["block"], ["block", "middle"]))
 def test_every_command(shortcut, tmp_path, capsys):
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
     file, run = tmp_path / "own.py", tmp_path / "run"

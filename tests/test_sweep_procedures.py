@@ -56,7 +56,7 @@ def with_procedure(name, places, **changes):
 AT_ONCE = dict(zip(RUNS, (1, 4, 1, 4, 1, 4), strict=True))
 
 
-@pytest.mark.parametrize("name", nightly_unless(["COLA", "AdaLoRABudget", "PRILoRAPruning"].__contains__, RUNS))
+@pytest.mark.parametrize("name", nightly_unless(["COLA", "AdaLoRABudget", "PRILoRAPruning"], RUNS))
 def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
     seen, steps = collections.Counter(), []
 
@@ -80,7 +80,7 @@ def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
     assert len(set(kept)) == 4
 
 
-@pytest.mark.parametrize("name", nightly_unless("COLA".__eq__, ["COLA", "LoRAPrune", "PRILoRAPruning"]))
+@pytest.mark.parametrize("name", nightly_unless(["COLA"], ["COLA", "LoRAPrune", "PRILoRAPruning"]))
 def test_a_sweep_that_was_stopped_resumes_to_the_same_bits(name, places, tmp_path):
     # A member that diverges is left alone by the procedure, and by the resumed one.
     description = Sweep(with_procedure(name, places, save=sx.Save(every=100)), {"optimizer.lr": (1e-2, 1e17)})
