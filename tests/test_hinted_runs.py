@@ -139,6 +139,20 @@ def test_resumption_ends_with_the_same_bits(run, places, tmp_path, quant):
     assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
 
 
+def test_the_start_is_kept_as_it_was_before_a_procedure(places, tmp_path):
+    """A procedure starts from it again in a resumed run, and would otherwise start from what it had made of it."""
+    procedure = sx.LoRAPrune(warmup=0.0, cooldown=0.0, every=1, protect=0.0)
+    rules = (sx.Rule("self_attn|mlp", sx.LoRAGA(rank=2)),)
+    experiment = an_experiment(places, rules=rules, procedure=procedure, steps=2)
+    train(experiment, tmp_path / "whole", echo=quiet)
+    kept = nodes(read_adapter(tmp_path / "whole" / START).adapters)
+    assert {type(node.method) for node in kept.values()} == {sx.LoRAGA}
+    cut(tmp_path / "whole", tmp_path / "cut", 1)
+    train(experiment, tmp_path / "cut", resume=True, echo=quiet)
+    ends = [(tmp_path / place / "adapter" / LEAVES).read_bytes() for place in ("whole", "cut")]
+    assert ends[0] == ends[1]
+
+
 def test_the_number_of_batches_is_the_users(run, places, tmp_path):
     with pytest.raises(sx.SboraxError, match="hint_batches"):
         an_experiment(places, hint_batches=0)

@@ -3,7 +3,7 @@
 from etils import epath
 
 from sborax.adapters.core import SboraxError
-from sborax.adapters.tree import combine, nest, nodes
+from sborax.adapters.tree import nest, nodes
 from sborax.data.batches import Batches
 from sborax.layout.hosts import several
 from sborax.layout.state import Parts, parameters
@@ -37,9 +37,10 @@ def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath
         experiment = prepared.experiment
         hint = gradients(model, prepared.plan, batches, experiment.hint_batches, echo, experiment.loss)
     total = parameters(model.params)
-    parts = prepared.adapt(model.params, hint, begun)
+    params, adapters = prepared.attach(model.params, hint, begun)
     if hint is not None:
-        adapters = nodes(combine(parts.adapters, parts.frozen))
-        save_adapter(run / START, nest({path: adapters[path] for path in paths}))
+        # Before a procedure acts on them, as it will again on a resumed run's.
+        save_adapter(run / START, nest({path: nodes(adapters)[path] for path in paths}))
+    parts = prepared.take_apart(params, adapters)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
     return parts

@@ -19,7 +19,7 @@ from etils import epath
 
 from sborax.adapters.core import Adapter, Hint
 from sborax.adapters.paths import Plan, Site, plan
-from sborax.adapters.tree import Params
+from sborax.adapters.tree import Adapters, Params
 from sborax.layout.sharding import Layout
 from sborax.layout.state import Parts, TrainState, start, take_apart
 from sborax.models.language_model import LanguageModel
@@ -66,17 +66,33 @@ class Prepared:
         hint: Callable[[Params, Site], Hint] | None = None,
         begun: Mapping[str, Adapter] | None = None,
     ) -> Parts:
-        """The base with its adapters, taken apart.
+        """`attach`, then `take_apart`."""
+        return self.take_apart(*self.attach(params, hint, begun))
+
+    def attach(
+        self,
+        params: Params,
+        hint: Callable[[Params, Site], Hint] | None = None,
+        begun: Mapping[str, Adapter] | None = None,
+    ) -> tuple[Params, Adapters]:
+        """The base and its adapters, `sx.attach` on a base that may be quantised.
 
         - params: of the model; methods that rewrite the base change them.
         - hint: what `init` is told of a kernel whose method needs it.
         - begun: adapters by path that were made before.
 
-        Raises SboraxError as `attach` and `take_apart` do, and if the procedure cannot act on the run.
+        Raises SboraxError as `sx.attach` does.
+        """
+        params, adapters = adapt(self.streams.adapters, params, self.plan, self.experiment.quant, hint, begun)
+        self.model.check_adapters(adapters)
+        return params, adapters
+
+    def take_apart(self, params: Params, adapters: Adapters) -> Parts:
+        """What is trained and what is constant, once the procedure has made its start.
+
+        Raises SboraxError as `sborax.layout.state.take_apart` does, and if the procedure cannot act on the run.
         """
         experiment = self.experiment
-        params, adapters = adapt(self.streams.adapters, params, self.plan, experiment.quant, hint, begun)
-        self.model.check_adapters(adapters)
         split = halves(experiment.optimizer)
         parts = take_apart(params, adapters, experiment.train_base, experiment.train_also, split)
         return parts if self.procedure is None else self.procedure.start(parts)
