@@ -1,5 +1,6 @@
 """Adapters inside Linen models that are not ours."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,8 +66,7 @@ def _beside(params: Params, inside: Mapping[str, Adapter]) -> Params:
     marked = nest({f"{path.removesuffix('kernel')}{MARK}": (node.train, node.frozen) for path, node in inside.items()})
 
     def joined(one: Any, other: Any) -> Any:
-        both = {**one, **{name: joined(one[name], leaf) if name in one else leaf for name, leaf in other.items()}}
-        return both
+        return {**one, **{name: joined(one[name], leaf) if name in one else leaf for name, leaf in other.items()}}
 
     return joined(params, marked)
 
@@ -122,8 +122,6 @@ def project(
     """`linear` over the last `node.in_axes` axes of `x`, with a kernel of any number of axes."""
     inner, outer = kernel.shape[: node.in_axes], kernel.shape[node.in_axes :]
     batch = x.shape[: x.ndim - node.in_axes]
-    size = 1
-    for axis in inner:
-        size *= axis
+    size = math.prod(inner)
     flat = None if bias is None else jnp.reshape(bias, -1)
     return linear(x.reshape(*batch, size), kernel.reshape(size, -1), node, ctx, flat).reshape(*batch, *outer)

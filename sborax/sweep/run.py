@@ -31,7 +31,7 @@ from sborax.train.log import check_logs, open_logs
 from sborax.train.loop import ADAPTER, loop
 from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
-from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model
+from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import Record
 from sborax.train.resume import check_config, has_computed
 from sborax.train.stop import Stop, stopping
@@ -172,16 +172,12 @@ def begin_members(
         like = json.dumps([encode(experiment.rules), experiment.seed_adapter, split])
         if like not in starts:
             prepared = prepare(experiment, model, steps, run)
-            starts[like] = prepared, begin(prepared, model, batches, run, _silent if starts else echo)
+            starts[like] = prepared, begin(prepared, model, batches, run, silent if starts else echo)
         prepared, parts = starts[like]
         procedure = prepared.procedure and dataclasses.replace(prepared.procedure, place=run)
         each.append((dataclasses.replace(prepared, experiment=experiment, procedure=procedure), parts))
     prepared, parts = zip(*each, strict=True)
     return list(prepared), list(parts)
-
-
-def _silent(text: str) -> None:
-    """The `echo` of members that start unlike the first."""
 
 
 @dataclasses.dataclass(frozen=True)

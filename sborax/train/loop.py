@@ -29,7 +29,7 @@ from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import prepare
-from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model
+from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import Made, Record
 from sborax.train.resume import check_config, has_computed
 from sborax.train.stepper import AbstractStepper, RunStepper
@@ -57,7 +57,7 @@ def train(
         with contextlib.ExitStack() as ends:
             on_first(lambda: ends.enter_context(claim(run, experiment, resume)))
             with layout.context():
-                return _train(experiment, run, resume, layout, echo if is_first() else _silent, profile, stop)
+                return _train(experiment, run, resume, layout, echo if is_first() else silent, profile, stop)
 
 
 @contextlib.contextmanager
@@ -70,10 +70,6 @@ def claim(run: epath.Path, experiment: Experiment, resume: bool) -> Iterator[Non
         if resume:
             check_config(run, experiment, has_computed(run))
         yield
-
-
-def _silent(text: str) -> None:
-    """The `echo` of every process but the first."""
 
 
 def _train(

@@ -20,6 +20,10 @@ from sborax.train.optimizer import make_optimizer
 Echo = Callable[[str], None]
 
 
+def silent(text: str) -> None:
+    """An `Echo` for processes, and for members of a sweep, that leave speaking to the first."""
+
+
 def preflight(experiment: Experiment) -> None:
     """Check what needs neither weights nor records: the model's config, rules and ranks, and where the data is.
 
