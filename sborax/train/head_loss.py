@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sborax.adapters.constraints import ROWS, dividing
 
@@ -133,24 +133,15 @@ def trained_head_loss(
 
     Each chunk's logits are computed again in the backward pass.
     """
-    tokens, d = hidden.shape
-    chunk = min(chunk, tokens)
-    missing = -tokens % chunk
 
     @jax.checkpoint
-    def one(own: Array, target: Array, weight: Array) -> Array:
-        logits = head(own)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=1) - chosen))
+    def one(states: Array, target: Array, weight: Array) -> Array:
+        return jnp.sum(weight * -_log_probs(head(states), target))
 
-    def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def body(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         return total + one(*part), None
 
-    parts = (
-        jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, chunk, d),
-        jnp.pad(targets, (0, missing)).reshape(-1, chunk),
-        jnp.pad(counts.astype(jnp.float32), (0, missing)).reshape(-1, chunk),
-    )
+    parts = _in_chunks(chunk, hidden, targets, counts.astype(jnp.float32))
     return jax.lax.scan(body, jnp.float32(0), parts)[0]
 
 
@@ -164,18 +155,25 @@ def head_log_probs(
 
     Each chunk's logits are computed again in the backward pass.
     """
-    tokens, d = hidden.shape
-    chunk = min(chunk, tokens)
-    missing = -tokens % chunk
 
     @jax.checkpoint
-    def one(part: tuple[Array, Array]) -> Array:
+    def one(part: tuple[Array, ...]) -> Array:
         states, target = part
-        logits = head(states)
-        return jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+        return _log_probs(head(states), target)
 
-    parts = (
-        jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, chunk, d),
-        jnp.pad(targets, (0, missing)).reshape(-1, chunk),
+    return jax.lax.map(one, _in_chunks(chunk, hidden, targets)).reshape(-1)[: len(targets)]
+
+
+def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"]) -> Float[Array, " chunk"]:
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=1)
+
+
+def _in_chunks(chunk: int, *arrays: Shaped[Array, "tokens ..."]) -> tuple[Shaped[Array, "chunks chunk ..."], ...]:
+    """The arrays cut into chunks of at most so many tokens, the last one filled with zeros."""
+    tokens = len(arrays[0])
+    chunk = min(chunk, tokens)
+    ends = (0, -tokens % chunk)
+    return tuple(
+        jnp.pad(array, (ends, *((0, 0),) * (array.ndim - 1))).reshape(-1, chunk, *array.shape[1:]) for array in arrays
     )
-    return jax.lax.map(one, parts).reshape(-1)[:tokens]
