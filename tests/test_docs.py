@@ -20,6 +20,7 @@ import sborax as sx
 from sborax import methods
 from sborax.adapters.tree import over_stack
 from sborax.cli import main
+from sborax.cli.main import _parser
 from sborax.cli.methods import describe
 from sborax.interop.peft_table import TABLE
 
@@ -161,12 +162,29 @@ def test_the_site_has_every_public_name(site):
         assert f'id="sborax.{name}"' in source, name
 
 
-def test_a_name_without_a_page_is_an_error(monkeypatch, tmp_path):
+def test_the_site_has_every_option_of_every_command(site):
+    shown = text_of(site / "cli.html")
+    commands = next(action.choices for action in _parser()._actions if action.dest == "command")
+    for name, parser in commands.items():
+        section = shown.partition(f" {name}¶ ")[2].partition("¶")[0]
+        for action in parser._actions:
+            if action.help != "==SUPPRESS==" and action.dest not in ("help", "debug", "imports"):
+                written = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+                assert written in section, f"{name} {written}"
+    assert "--import MODULE" in shown and "--debug" in shown
+
+
+@pytest.mark.parametrize(
+    ("page", "before", "after", "missing"),
+    [("api", " attach ", " ", "attach"), ("cli", "<!-- options: merge -->", "", "sborax merge")],
+)
+def test_a_name_without_a_page_is_an_error(page, before, after, missing, tmp_path):
     conf = runpy.run_path(str(DOCS / "conf.py"))
     app = type("App", (), {"srcdir": str(tmp_path)})()
-    (tmp_path / "api.md").write_text((DOCS / "api.md").read_text().replace(" attach ", " "))
-    (tmp_path / "methods.md").write_text((DOCS / "methods.md").read_text())
-    with pytest.raises(conf["ExtensionError"], match="not on exactly one page of docs/: attach"):
+    for name in ("api", "methods", "cli"):
+        text = (DOCS / f"{name}.md").read_text()
+        (tmp_path / f"{name}.md").write_text(text.replace(before, after) if name == page else text)
+    with pytest.raises(conf["ExtensionError"], match=f"not on exactly one page of docs/: {missing}$"):
         conf["check"](app)
 
 
