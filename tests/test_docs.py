@@ -199,6 +199,14 @@ def test_every_page_is_in_the_tree_and_nothing_is_fetched(site):
         assert loaded and not [address for address in loaded if re.match(r"(https?:)?//", address)], page
 
 
+def test_a_run_directory_has_the_drawn_files(workshop):
+    drawing = (DOCS / "concepts.md").read_text().partition("    runs/one/\n")[2].partition("\n\n")[0]
+    drawn = set(re.findall(r"[├└]── ([\w.]+)", drawing))
+    run = workshop / "runs" / "one"
+    assert {entry.name for entry in run.iterdir()} <= drawn
+    assert {entry.name for entry in (run / "adapter").iterdir()} <= drawn
+
+
 def test_kinds_of_adapters_are_those_of_the_table():
     table = (DOCS / "from_peft.md").read_text().partition("## Other kinds")[2].partition("\n## ")[0]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
