@@ -213,6 +213,27 @@ def test_kinds_of_adapters_are_those_of_the_table():
     assert sorted(re.findall(r"`([A-Z0-9]+)`", " ".join(first))) == sorted({row.peft_type for row in TABLE} | {"BONE"})
 
 
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """As Jupyter would run it, but for the installation and the model."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    install, *sources = ("".join(cell["source"]) for cell in code)
+    assert re.fullmatch(r"%pip install .*\./sborax\n?", install)
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model", **SIZES)
+    assert f'MODEL = "{REAL}"' in sources[0]
+    names = {}
+    for source in sources:
+        exec(source.replace(f'MODEL = "{REAL}"', 'MODEL = "model"'), names)
+    assert len(names["losses"]) == 20 and names["losses"][-1] < 0.9 * names["losses"][0]
+    params, _ = sx.load_peft("peft", sx.load_model("model"))
+    chex.assert_trees_all_equal(params, names["model"].params)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
 @pytest.mark.usefixtures("strict")
 def test_the_worked_example_is_a_method():
     code = next(block.code for block in blocks(DOCS / "adding_a_method.md") if block.language == "python")
