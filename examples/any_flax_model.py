@@ -1,9 +1,9 @@
-"""sborax on models that are not its own: any Flax model, Linen or NNX.
+"""sborax on any Flax model, Linen or NNX.
 
     python examples/any_flax_model.py
 
-`sx.apply_linen` and `sx.adapt_nnx` put adapters beside the projections of a model that knows nothing of them, without
-forming merged weights. `sx.merge(params, adapters)` in the loss gives the same for any function of parameters.
+`sx.apply_linen` and `sx.adapt_nnx` put adapters at the projections of a model that knows nothing of them, and form no
+merged weights. `sx.merge(params, adapters)` in the loss computes the same for any function of parameters.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ import sborax as sx
 FEATURES, HEADS, CLASSES = 32, 4, 3
 
 RULES = [
-    # Flax's attention keeps its heads apart: kernels are (in, heads, head_dim) and (heads, head_dim, out).
+    # Flax's attention has an axis for heads: kernels are (in, heads, head_dim) and (heads, head_dim, out).
     sx.Rule("attention/(query|value)", sx.SBoRA(rank=8), in_axes=1),
     sx.Rule("attention/out", sx.DoRA(rank=4), in_axes=2),
     ("hidden", sx.Bone(rank=8)),
@@ -51,7 +51,7 @@ class NNXClassifier(nnx.Module):
 
 
 def batch(key: jax.Array, rows: int = 64) -> tuple[jax.Array, jax.Array]:
-    """Sequences whose class is the largest of their first features, summed over the sequence."""
+    """Sequences, whose class is the largest of their first features summed over the sequence."""
     x = jax.random.normal(key, (rows, 6, FEATURES))
     return x, x[:, :, :CLASSES].sum(axis=1).argmax(axis=1)
 
@@ -62,7 +62,7 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def fine_tune_linen(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]:
-    """Losses; then the logits of the adapted and of the merged model, which are the same."""
+    """Returns the losses, and the logits of the adapted and of the merged model, which are equal."""
     module = LinenClassifier()
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 6, FEATURES)))["params"]
     params, adapters = sx.attach(jax.random.key(1), params, RULES)
@@ -88,7 +88,7 @@ def fine_tune_linen(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]
 
 
 def fine_tune_nnx(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]:
-    """Losses; then the logits of the adapted and of the merged model, which are the same."""
+    """Returns the losses, and the logits of the adapted and of the merged model, which are equal."""
     plain = NNXClassifier(nnx.Rngs(0))
     graph, state, rest = nnx.split(plain, nnx.Param, ...)
     params, adapters = sx.attach(jax.random.key(1), nnx.to_pure_dict(state), RULES)
@@ -113,8 +113,8 @@ def fine_tune_nnx(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]:
 def main() -> None:
     for name, fine_tune in (("Linen", fine_tune_linen), ("NNX", fine_tune_nnx)):
         losses, adapted, merged = fine_tune()
-        apart = float(jnp.abs(adapted - merged).max())
-        print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, adapted and merged differ by {apart:.1e}")
+        difference = float(jnp.abs(adapted - merged).max())
+        print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, adapted and merged differ by {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python examples/commonsense.py MODEL --data DIR --out runs/commonsense
 
-DIR is the `dataset/` of github.com/AGI-Edgerunners/LLM-Adapters: `ARC-Easy/train.json`, `ARC-Easy/test.json`, ... An
-answer is the option of the largest likelihood; the model learns to write the right one after the prompt that the test
-asks with. The table is printed, and kept in `table.md` of the run.
+DIR is the `dataset/` of github.com/AGI-Edgerunners/LLM-Adapters: `ARC-Easy/train.json`, `ARC-Easy/test.json`, ... The
+answer to a question is its likeliest option. The model learns to write the right option after the prompt of the test.
+The table is printed and written to `table.md` of the run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PROMPT, ANSWER = "{prompt}", "{option}"
 
 
 def write_training_data(tasks: Sequence[Choice], place: Path) -> int:
-    """Every training question with its right option, but for those that are in a test set; how many there are."""
+    """Write every training question that is in no test set, with its right option. Returns their number."""
     tests = {record["instruction"] for task in tasks for record in read(task.data, "test")}
     samples = []
     for task in tasks:
@@ -37,7 +37,7 @@ def write_training_data(tasks: Sequence[Choice], place: Path) -> int:
             if record["instruction"] in tests:
                 continue
             asked = task.ask(record)
-            # The instruction is kept so that `sborax eval` can look for test questions in it.
+            # `sborax eval` looks for test questions in the instruction.
             samples.append(
                 {
                     "prompt": asked.prompts[0],
@@ -62,20 +62,20 @@ def experiment(model: str, data: Path, steps: int, lr: float) -> sx.Experiment:
 
 
 def right(scores: Path, task: str) -> dict[int, bool]:
-    """Whether each item that was scored has its right option chosen."""
+    """Whether the right option was chosen, for each scored item."""
     items = map(json.loads, (scores / f"{task}.jsonl").read_text().splitlines())
     return {item["item"]: item["chosen"] == item["gold"] for item in items}
 
 
 def in_errors(difference: float, error: float) -> str:
-    """A difference in standard errors, where there is one: not if all items changed alike."""
+    """A difference in standard errors; "-" if the error is zero, because all items changed alike."""
     return f"{difference / error:+.1f}" if error else "-"
 
 
 def table(base: Path, trained: Path, tasks: Sequence[Choice]) -> str:
-    """Both accuracies of each task, and their difference with its standard error; then the means over tasks.
+    """Both accuracies of each task and their difference with its standard error, then the means over tasks.
 
-    Base and run answer the same items, so the error of the difference is that of the mean of each item's own.
+    Base and run answer the same items, so the error is that of the mean of the items' differences.
     """
     lines = ["| task | n | base | trained | difference | in standard errors |", "|---|---|---|---|---|---|"]
     means = []
@@ -84,14 +84,14 @@ def table(base: Path, trained: Path, tasks: Sequence[Choice]) -> str:
         pairs = np.array([(before[item], after[item]) for item in before], float)
         gained = pairs[:, 1] - pairs[:, 0]
         means.append((*pairs.mean(0), gained.mean(), gained.std(ddof=1) / math.sqrt(len(gained))))
-        lines.append(f"| {task.name} | {len(gained):,} | {told(*means[-1])} |")
+        lines.append(f"| {task.name} | {len(gained):,} | {cells(*means[-1])} |")
     old, new, difference, _ = np.mean(means, axis=0)
-    error = math.hypot(*(one[-1] for one in means)) / len(means)
-    lines.append(f"| mean | | {told(old, new, difference, error)} |")
+    error = math.hypot(*(errors[-1] for errors in means)) / len(means)
+    lines.append(f"| mean | | {cells(old, new, difference, error)} |")
     return "\n".join(lines)
 
 
-def told(old: float, new: float, difference: float, error: float) -> str:
+def cells(old: float, new: float, difference: float, error: float) -> str:
     """The numbers of a row."""
     return f"{old:.3f} | {new:.3f} | {difference:+.3f} ± {error:.3f} | {in_errors(difference, error)}"
 
@@ -104,27 +104,27 @@ def main() -> None:
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--limit", type=int, help="score so many items of each task, drawn with seed 0")
-    given = parser.parse_args()
-    if given.limit is not None and given.limit < 2:
+    parser.add_argument("--limit", type=int, help="score N items of each task, drawn with seed 0")
+    arguments = parser.parse_args()
+    if arguments.limit is not None and arguments.limit < 2:
         parser.error("--limit: 2 or more, one item has no standard error")
-    if given.data is None:
+    if arguments.data is None:
         parser.error("give --data DIR, or set SBORAX_DATA")
-    os.environ["SBORAX_DATA"] = given.data
-    tasks = [task for task in chosen(given.tasks) if isinstance(task, Choice)]
-    given.out.mkdir(parents=True)
-    samples = given.out / "train.jsonl"
+    os.environ["SBORAX_DATA"] = arguments.data
+    tasks = [task for task in chosen(arguments.tasks) if isinstance(task, Choice)]
+    arguments.out.mkdir(parents=True)
+    samples = arguments.out / "train.jsonl"
     print(f"{write_training_data(tasks, samples):,} training samples", flush=True)
-    run = given.out / "run"
-    train(experiment(given.model, samples, given.steps, given.lr), run)
+    run = arguments.out / "run"
+    train(experiment(arguments.model, samples, arguments.steps, arguments.lr), run)
     target = load_run(str(run))
     scorer = Scorer.of(target.model, target.params, target.adapters)
-    known = list(read(str(samples)))
-    evaluate(tasks, scorer, limit=given.limit, out=given.out / "trained", trained_on=known)
-    base = load_model(given.model)
-    evaluate(tasks, Scorer.of(base, base.params), limit=given.limit, out=given.out / "base")
-    text = table(given.out / "base", given.out / "trained", tasks)
-    (given.out / "table.md").write_text(f"{text}\n")
+    records = list(read(str(samples)))
+    evaluate(tasks, scorer, limit=arguments.limit, out=arguments.out / "trained", trained_on=records)
+    base = load_model(arguments.model)
+    evaluate(tasks, Scorer.of(base, base.params), limit=arguments.limit, out=arguments.out / "base")
+    text = table(arguments.out / "base", arguments.out / "trained", tasks)
+    (arguments.out / "table.md").write_text(f"{text}\n")
     print(text)
 
 

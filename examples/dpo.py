@@ -1,9 +1,9 @@
-"""Direct preference optimisation of LoRA (arXiv:2305.18290): a loss of one's own in a loop of one's own.
+"""Direct preference optimisation of LoRA (arXiv:2305.18290): a custom loss in a custom loop.
 
     python examples/dpo.py MODEL pairs.jsonl --out runs/dpo
 
-A line of `pairs.jsonl` has `prompt`, `chosen` and `rejected`. The base without its adapter is the reference, so that
-no second model is in memory.
+A line of `pairs.jsonl` has `prompt`, `chosen` and `rejected`. The base without its adapter is the reference, so there
+is no second model in memory.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class DPO(sx.AbstractLoss):
 
     Rows 2i and 2i + 1 of a batch are the chosen and the rejected answer of pair i. [arXiv:2305.18290]
 
-    - beta: how closely the model keeps to the base; 0.1 is the paper's.
+    - beta: how closely the model stays to the base; the paper uses 0.1.
     """
 
     beta: float = BETA
@@ -41,12 +41,12 @@ class DPO(sx.AbstractLoss):
 
 
 def experiment(model: str, pairs: Path, steps: int, lr: float, length: int) -> sx.Experiment:
-    """LoRA of rank 16 on every layer. Rows are twice as many as pairs."""
+    """LoRA of rank 16 on every layer. There are two rows for each pair."""
     lines = [parse(line, str(pairs)) for line in pairs.read_bytes().splitlines()]
     records = [{"prompt": line["prompt"], "answer": line[name]} for line in lines for name in ("chosen", "rejected")]
     return sx.Experiment(
         model,
-        # A dropped answer would leave its pair alone.
+        # Truncate, since a dropped answer would leave half a pair.
         sx.Data(records, template="{prompt}", answer="{answer}", max_length=length, overlong="truncate"),
         (("self_attn|mlp", sx.LoRA(rank=16)),),
         sx.Optimizer(lr=lr, warmup=0.1),
@@ -57,7 +57,7 @@ def experiment(model: str, pairs: Path, steps: int, lr: float, length: int) -> s
 
 
 def pairs_in_order(batches: sx.Batches, steps: range, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of whole pairs, in an order that the seed and the number of the step decide."""
+    """Batches of whole pairs, in an order that depends on the seed and the number of the step alone."""
     count, size = len(batches.rows.rows) // 2, batches.batch_size // 2
     for step in steps:
         epoch, place = divmod(step * size, count)
@@ -67,7 +67,7 @@ def pairs_in_order(batches: sx.Batches, steps: range, seed: int) -> Iterator[dic
 
 
 def train(experiment: sx.Experiment, out: Path) -> list[float]:
-    """The losses of a run, whose adapter and checkpoints are in `out`; a second call goes on with it."""
+    """Train, and write adapter and checkpoints to `out`. A second call resumes. Returns the losses."""
     layout = sx.Layout.of(experiment.mesh, experiment.batch_size)
     losses = []
     with layout.context():
@@ -100,9 +100,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt with its answer; more are cut off")
-    words = parser.parse_args()
-    train(experiment(words.model, words.pairs, words.steps, words.lr, words.length), words.out)
+    parser.add_argument("--length", type=int, default=512, help="most tokens of a prompt and answer; longer ones are cut")
+    arguments = parser.parse_args()
+    settings = experiment(arguments.model, arguments.pairs, arguments.steps, arguments.lr, arguments.length)
+    train(settings, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Every method in a run, and the table of it: python -m experiments.all_methods SMALL LARGE DATA
+"""Run every method and write the table docs/runs.md: python -m experiments.all_methods SMALL LARGE DATA
 
-SMALL and LARGE are LLaMAs (directory, hub id or .gguf file), DATA a data set with columns instruction and output. Each
-row is a whole run through what `sborax train` calls, with the same steps and batches: every method on SMALL, the 4-bit
-bases on LARGE, whose widths they can divide. Writes docs/runs.md; `--only "LoRA;Bone"` makes a few of its rows anew.
-Step times are medians over those of LoRA's step, the two in turn in one process; temporaries are the compiled step's.
+SMALL and LARGE are LLaMAs (directory, hub id or .gguf file); DATA is a data set with columns instruction and output.
+Each row is a whole run as `sborax train` makes it, with the same steps and batches: every method on SMALL, and 4-bit
+bases on LARGE, whose widths are multiples of their blocks. `--only "LoRA;Bone"` makes only these rows again. Step times
+are medians over those of LoRA's step, in turn in one process. Temporaries are those of the compiled step.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TIMED = 9
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What all rows on one model share."""
+    """The settings that all rows on one model share."""
 
     steps: int
     batch_size: int
@@ -41,12 +41,12 @@ class Scene:
 
     def described(self, model: str) -> str:
         """The heading of a table."""
-        few = "" if self.samples is None else f", {self.samples} of them again and again"
-        rows = f"{self.steps} steps of {self.batch_size} samples of at most {self.length} tokens{few}"
+        repeated = "" if self.samples is None else f", {self.samples} of them again and again"
+        rows = f"{self.steps} steps of {self.batch_size} samples of at most {self.length} tokens{repeated}"
         return f"## {Path(model).name}: {rows}"
 
 
-# The large model knows this kind of text: only what it has seen before gets easier within so few steps.
+# The large model knows this kind of text. Within so few steps its loss only falls on samples that are repeated.
 SMALL, LARGE = Scene(40, 4, 256), Scene(24, 4, 128, 48)
 
 
@@ -112,7 +112,7 @@ FOUR_BIT = [
 
 
 def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
-    """The common experiment with what `arm` changes."""
+    """The common experiment with the changes of `arm`."""
     rules = () if arm.method is None else (sx.Rule(LINEARS, arm.method),)
     return sx.Experiment(
         model=model,
@@ -127,7 +127,7 @@ def experiment(arm: Arm, scene: Scene, model: str, data: str) -> sx.Experiment:
 
 
 def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
-    """The compiled step of an experiment, set up as a run is, on its first batch."""
+    """The compiled step of an experiment on its first batch, set up as in a run."""
     model = read_model(experiment)
     batches, _ = read_data(experiment, model, lambda _: None)
     prepared = prepare(experiment, model, experiment.steps, folder)
@@ -136,7 +136,7 @@ def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
 
 
 def run(settings: sx.Experiment, reference: Runner | None) -> tuple[dict[str, Any], Runner]:
-    """One row: a whole run in a directory that is thrown away, then its step beside the reference's."""
+    """One row: a whole run in a temporary directory, then its step in turn with the reference's."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
         summary = train(settings, folder / "run", echo=lambda _: None)
@@ -161,7 +161,7 @@ HEAD = [
 
 
 def table(arms: list[Arm], wanted: list[str], scene: Scene, model: str, data: str, before: dict[str, str]) -> list[str]:
-    """The lines of one table, the wanted rows made anew and printed as they come, the others as they were before."""
+    """The lines of one table. Wanted rows are measured and printed as they come; the others are taken from `before`."""
     lines, reference = list(HEAD), None
     for arm in arms:
         if arm.name not in wanted:
@@ -184,7 +184,7 @@ def table(arms: list[Arm], wanted: list[str], scene: Scene, model: str, data: st
 
 
 def written(heading: str) -> dict[str, str]:
-    """The rows that stand under a heading of the page, by name."""
+    """The rows under a heading of the page, by name."""
     _, _, below = PAGE.read_text().partition(heading + "\n") if PAGE.exists() else ("", "", "")
     rows = below.partition("\n## ")[0].splitlines()
     return {row.split(" | ")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("small")
     parser.add_argument("large")
     parser.add_argument("data")
-    parser.add_argument("--only", help="rows to make anew, with semicolons between; all by default")
+    parser.add_argument("--only", help="rows to measure again, separated by semicolons (default: all)")
     args = parser.parse_args()
     blocks = []
     for arms, scene, model in ((ARMS, SMALL, args.small), (FOUR_BIT, LARGE, args.large)):
@@ -205,8 +205,9 @@ def main() -> None:
         blocks += [heading, "\n".join(table(arms, wanted, scene, model, args.data, written(heading)))]
     about = (
         f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on `{args.data}`, in "
-        "float32 on a CPU, all seven linears of every layer adapted. One seed and one learning rate each: this shows "
-        "that each method trains through the same loop and what a step of it costs; it does not rank them."
+        "float32 on a CPU, with all seven linears of every layer adapted. There is one seed and one learning rate for "
+        "each method. The tables show that each method trains through the same loop, and what its step costs. They do "
+        "not rank methods."
     )
     PAGE.write_text("\n\n".join(["# Every method in a run", about, *blocks]) + "\n")
 

@@ -1,11 +1,11 @@
 # SBORAX_DATA=data sborax train experiments/lora_smollm2.py --out runs/lora_smollm2
-"""LoRA on SmolLM2-135M and BoolQ: all linear layers, rank 16; the run to hold `sbora_smollm2.py` against."""
+"""LoRA on SmolLM2-135M and BoolQ: all linear layers, rank 16; the baseline for `sbora_smollm2.py`."""
 
 import sborax as sx
 
 
 def experiment() -> sx.Experiment:
-    """As `sbora_smollm2.py`, but for the method and LoRA's usual learning rate."""
+    """Like `sbora_smollm2.py`, except for the method and LoRA's usual learning rate."""
     return sx.Experiment(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         rules=[("self_attn|mlp", sx.LoRA(rank=16, alpha=32.0))],

@@ -5,7 +5,7 @@ import sborax as sx
 
 
 def experiment() -> sx.Experiment:
-    """The data are in LLM-Adapters' form (instruction, output); only the answer counts."""
+    """The data have LLM-Adapters' columns (instruction, output). The loss is on answers only."""
     return sx.Experiment(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         rules=[("self_attn|mlp", sx.SBoRA(rank=64, alpha=128.0, variant="FA"))],

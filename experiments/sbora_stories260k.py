@@ -1,5 +1,5 @@
 # SBORAX_MODELS=models SBORAX_DATA=data sborax train experiments/sbora_stories260k.py
-"""SBoRA-FA on a model of 260 thousand parameters and Shakespeare: the quickest run there is, for trying things out."""
+"""SBoRA-FA on a model of 260 thousand parameters and Shakespeare: the fastest run, for trying things out."""
 
 import sborax as sx
 
