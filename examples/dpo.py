@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--length", type=int, default=512, help="longest prompt with its answer, in tokens; more is cut")
+    parser.add_argument("--length", type=int, default=512, help="longest prompt with its answer, in tokens")
     arguments = parser.parse_args()
     settings = experiment(arguments.model, arguments.pairs, arguments.steps, arguments.lr, arguments.length)
     train(settings, arguments.out)

@@ -1,10 +1,9 @@
-"""The code on a page of docs/: how it is found, and how each kind of block is tried.
+"""Finds and tries the code blocks on a page of docs/.
 
-A page is tried from top to bottom, in a directory and a namespace of its own. Python runs; a block whose first line is
-`# NAME.py` is written there, too. Lines of bash run as far as they name programs that are known here: `sborax` in this
-process, a few tools as they are; of others, arguments and files are checked. A block that begins with `# not run in the
-tests: REASON` is read all the same: its commands by the real parser, and what it imports of ours. What is in a block of
-text was printed by what ran last.
+A page is tried from top to bottom, in its own directory and namespace. Python runs; a block whose first line is
+`# NAME.py` is also written to that file. Of bash, `sborax` runs in this process and a few tools run directly; for other
+programs, arguments and files are checked. A block that begins with `# not run in the tests: REASON` is checked, too:
+its commands by the real parser, and its imports from sborax. Text must have been printed by the block before.
 """
 
 import ast
@@ -37,11 +36,11 @@ FETCHED = '"$(python -m sborax.cli.fetch)"'
 TOOLS = ("cat", "cp", "ls", "tail")
 LAUNCHERS = ("mpirun", "sbatch", "srun")
 PLACEHOLDERS = {"N": "1", "I": "0", "HOST:PORT": "localhost:1"}
-"""What stands for a value of the reader's own, and a value that the parser takes."""
+"""Placeholders for the reader's values, each with a value that the parser accepts."""
 
 
 class Block(NamedTuple):
-    """One fenced block: the line it begins at, what it is said to be, and its text."""
+    """One fenced block: its first line, its language, and its text."""
 
     line: int
     language: str
@@ -55,29 +54,29 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(code: str) -> Iterator[str]:
-    """The commands of a bash block; comments and blank lines are left out."""
+    """The commands of a bash block, without comments and blank lines."""
     for line in code.replace("\\\n", " ").splitlines():
         if shlex.split(line, comments=True):
             yield line
 
 
 def try_page(page: Path, model: str) -> int:
-    """Try every block, in the current directory; how many ran. Raises what they raise, and AssertionError."""
+    """Try every block in the current directory, and return how many ran. Raises what they raise, and AssertionError."""
     names: dict[str, Any] = {"__name__": page.stem, "MODEL": model}
-    said, ran = "", 0
+    printed, ran = "", 0
     for block in blocks(page):
         untried = NOT_RUN.match(block.code) is not None
         assert untried == (MARK in block.code), f"{page.name}:{block.line}: say `# not run in the tests: REASON` first"
         try:
             if block.language == "text":
-                _check_printed(block.code, said)
+                _check_printed(block.code, printed)
                 continue
-            with contextlib.redirect_stdout(io.StringIO()) as told:
+            with contextlib.redirect_stdout(io.StringIO()) as output:
                 _try(block, names, model, untried)
         except BaseException as error:
             error.add_note(f"in the block at {page.name}:{block.line}")
             raise
-        said, ran = told.getvalue(), ran + (not untried)
+        printed, ran = output.getvalue(), ran + (not untried)
     return ran
 
 
@@ -94,12 +93,12 @@ def _try(block: Block, names: dict[str, Any], model: str, untried: bool) -> None
     elif block.language == "toml":
         tomllib.loads(block.code)
     else:
-        raise AssertionError(f"nobody knows how to try {block.language!r}; use python, bash, json, yaml, toml or text")
+        raise AssertionError(f"unknown language {block.language!r}; use python, bash, json, yaml, toml or text")
 
 
 def _run(code: str, names: dict[str, Any]) -> None:
-    if named := re.match(r"# (\w+\.py)\n", code):
-        Path(named[1]).write_text(code)
+    if name := re.match(r"# (\w+\.py)\n", code):
+        Path(name[1]).write_text(code)
     exec(compile(code, names["__name__"], "exec"), names)
 
 
@@ -110,14 +109,14 @@ def _import(code: str, names: dict[str, Any]) -> None:
                 getattr(importlib.import_module(node.module or ""), alias.name)
 
 
-def _check_printed(code: str, said: str) -> None:
-    words = " ".join(said.split())
+def _check_printed(code: str, printed: str) -> None:
+    words = " ".join(printed.split())
     for line in code.splitlines():
-        assert " ".join(line.split()) in words, f"{line!r} was not printed, but:\n{said}"
+        assert " ".join(line.split()) in words, f"{line!r} was not printed, but:\n{printed}"
 
 
 def try_command(line: str, run: bool) -> None:
-    """One line of bash. Raises AssertionError for one that fails, or that nobody knows how to try."""
+    """Try one line of bash. Raises AssertionError if it fails or its program is unknown."""
     words = shlex.split(line, comments=True)
     words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
     words = words[:-1] if words[-1] == "&" else words
@@ -137,7 +136,7 @@ def try_command(line: str, run: bool) -> None:
     elif program in LAUNCHERS:
         assert "sborax" in arguments or any((ROOT / word).is_file() for word in arguments), line
     else:
-        assert program == "export" or program in TOOLS, f"nobody knows how to try {line!r}"
+        assert program == "export" or program in TOOLS, f"unknown program: {line!r}"
 
 
 def _sborax(arguments: list[str], run: bool) -> None:
@@ -150,27 +149,27 @@ def _sborax(arguments: list[str], run: bool) -> None:
 
 
 def _python(arguments: list[str]) -> None:
-    """Whether a program has the options that it is given."""
+    """Check that a program has the options that it is given."""
     module = arguments[0] == "-m"
     program, *rest = arguments[1:] if module else arguments
     options = [word for word in rest if word.startswith("--")]
     source = ROOT / (f"{program.replace('.', '/')}/__main__.py" if module else program)
     source = source if source.is_file() else ROOT / f"{program.replace('.', '/')}.py"
     assert source.is_file(), f"there is no {program}"
-    told = f"{source.read_text()}"
+    text = source.read_text()
     for option in options:
-        assert f'"{option}"' in told, f"{program} has no option {option}"
+        assert f'"{option}"' in text, f"{program} has no option {option}"
 
 
 def _pip(arguments: list[str]) -> None:
-    """Whether the extras exist that are to be installed."""
+    """Check that the extras to install exist."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extras in re.findall(r"\[([\w,]+)\]", " ".join(word for word in arguments if "jax[" not in word)):
         assert set(extras.split(",")) <= set(known), extras
 
 
 def build_site(place: Path) -> None:
-    """The site, in `place`. Raises AssertionError with the first warning or error."""
+    """Build the site in `place`. Raises AssertionError with the first warning or error."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", f"{place}/trees", DOCS, place / "html"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -31,9 +31,9 @@ import dataclasses, runpy
 import sborax as sx
 
 def experiment():
-    whole = runpy.run_path({path!r})["experiment"]()
-    data, held_out = (dataclasses.replace(data, max_length=1024) for data in (whole.data, whole.eval.data))
-    return dataclasses.replace(whole, data=data, eval=sx.Eval(held_out), steps=2, batch_size=2)
+    full = runpy.run_path({path!r})["experiment"]()
+    data, held_out = (dataclasses.replace(data, max_length=1024) for data in (full.data, full.eval.data))
+    return dataclasses.replace(full, data=data, eval=sx.Eval(held_out), steps=2, batch_size=2)
 """
 # A vocabulary of bytes makes long prompts; SBoRA's rank of 64 asks for as many rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 1024}
@@ -47,7 +47,7 @@ def write_json(file: Path, rows: list[dict[str, str]]) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(compiled_once, tmp_path_factory):
-    """A directory in which the names on the pages mean small things: models, data, experiments, a run."""
+    """A directory where the names on the pages are small models, data, experiments and a run."""
     place = tmp_path_factory.mktemp("workshop")
     write_model(place / REAL, **SIZES)
     (place / "model").symlink_to(place / REAL)
@@ -81,7 +81,7 @@ def workshop(compiled_once, tmp_path_factory):
     return place
 
 
-# What peft, torch and the harness warn of is theirs to mend.
+# Warnings of peft, torch and the harness are not ours to fix.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_of(page, workshop, tmp_path, monkeypatch):
@@ -92,8 +92,7 @@ def test_every_block_of(page, workshop, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("SBORAX_DATA", str(place / "data"))
     ran = try_page(page, "model")
-    told = page.read_text()
-    assert ran or "not run in the tests" in told
+    assert ran or "not run in the tests" in page.read_text()
 
 
 def test_blocks_that_are_wrong_fail(tmp_path, monkeypatch):
@@ -129,7 +128,7 @@ def test_commands_of_readme_and_contributing_are_ones(monkeypatch, tmp_path):
 
 
 def test_the_quickstart_can_be_followed():
-    """scripts/follow_quickstart.sh takes a line for a command."""
+    """scripts/follow_quickstart.sh runs each line as a command."""
     code = "".join(block.code for block in blocks(DOCS / "quickstart.md"))
     assert {block.language for block in blocks(DOCS / "quickstart.md")} == {"bash"}
     assert len(list(commands(code))) == len(code.splitlines())
@@ -145,7 +144,7 @@ def site(tmp_path_factory):
 
 
 def text_of(page: Path) -> str:
-    """What a reader sees, blanks joined."""
+    """The visible text of a page, with single spaces."""
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
 
 
@@ -242,8 +241,8 @@ def test_the_worked_example_is_a_method():
     exec(code, space)
     method = space["Projected"](rank=4)
     params = {"layers": {"proj": {"kernel": jax.random.normal(jax.random.key(0), (3, 16, 24))}}}
-    for whole in (method, sx.add(method, sx.scale(method, 0.5))):
-        rules = [sx.Rule("proj", whole, layers=(0, 2))]
+    for composed in (method, sx.add(method, sx.scale(method, 0.5))):
+        rules = [sx.Rule("proj", composed, layers=(0, 2))]
         _, adapters = sx.attach(jax.random.key(1), params, rules)
         chex.assert_trees_all_equal(sx.merge(params, adapters), params)
         train, frozen = sx.split(adapters)
