@@ -24,7 +24,7 @@ from sborax.records.adapter import read_adapter
 from sborax.sweep import run as module
 from sborax.sweep import stepper as sweep_stepper
 from sborax.sweep.grid import Sweep, read_grid
-from sborax.sweep.members import Crew, Own, gather, make_sweep_step, rates
+from sborax.sweep.members import MemberConstants, StackedMembers, gather, make_sweep_step, rates
 from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
@@ -158,18 +158,18 @@ def test_the_compiled_step_takes_one_base(places):
         take_apart(model.params, sx.attach(jax.random.key(one.experiment.seed_adapter), model.params, RULES)[1])
         for one in members
     ]
-    crew, state = gather(members, parts, 4, at_once=1)
+    stacked, state = gather(members, parts, 4, at_once=1)
     batch = {name: np.zeros((1, 2, 32), np.int32) for name in ("tokens", "targets", "segments")}
     batch["counts"] = np.zeros((1, 2, 32), bool)
-    arguments = (state, crew.own, crew.shared, parts[0].base, batch)
+    arguments = (state, stacked.constants, stacked.shared, parts[0].base, batch)
     lowered = jax.eval_shape(lambda *leaves: leaves, *arguments)
     wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered) if leaf.dtype.name != "key<fry>")
-    wanted += len(members) * 8 - crew.own.rule.nbytes  # the keys, and no choice among optimisers
-    memory = make_sweep_step(model, crew).lower(*arguments).compile().memory_analysis()
+    wanted += len(members) * 8 - stacked.constants.optimizer.nbytes  # the keys, and no choice among optimisers
+    memory = make_sweep_step(model, stacked).lower(*arguments).compile().memory_analysis()
     assert memory.argument_size_in_bytes == wanted
     # Scales and dropout rates that no member changes are there once, and nothing of a member is.
-    assert {leaf.shape for leaf in crew.shared} == {(2,)}
-    assert {leaf.shape for leaf in crew.own.frozen} == {(8, 2, 4)}
+    assert {leaf.shape for leaf in stacked.shared} == {(2,)}
+    assert {leaf.shape for leaf in stacked.constants.frozen} == {(8, 2, 4)}
 
 
 def test_the_best_is_marked(swept):
@@ -207,9 +207,9 @@ def test_optimisers_of_other_links_beside_each_other(places, tmp_path):
 
 @pytest.mark.parametrize("at_once", [1, 2, 5, 9])
 def test_members_keep_their_places_however_many_go_together(at_once):
-    crew = Crew(Own([], 0, 0, 0), [], lambda shared, own: own, (), 5, at_once)
+    stacked = StackedMembers(MemberConstants([], 0, 0, 0), [], lambda shared, frozen: frozen, (), 5, at_once)
     numbers = jnp.arange(5, dtype=jnp.float32)
-    np.testing.assert_array_equal(crew.over(lambda one: 2 * one + 1)(numbers), 2 * numbers + 1)
+    np.testing.assert_array_equal(stacked.over(lambda number: 2 * number + 1)(numbers), 2 * numbers + 1)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -302,7 +302,10 @@ WRONG = [
     (("rules.0.pattern=q,v",), "rules.0.pattern: members may differ in"),
     (("seed_data=0,1",), "seed_data: members may differ in .* run each value of seed_data alone"),
     (("steps=1,2",), "steps: members may differ in"),
-    (("seed_adapter=0,1", 'rules.1.method={"type": "PiSSA"}'), "seed_adapter: PiSSA takes its start out of the base"),
+    (
+        ("seed_adapter=0,1", 'rules.1.method={"type": "PiSSA"}'),
+        "seed_adapter: PiSSA rewrites the base, which all members share",
+    ),
     (("seed_adapter=0,1", 'mesh={"data": 2}'), "mesh: a sweep runs on one device"),
     (("seed_adapter=0,1", "mesh=fsdp=2,tensor=2"), "mesh: a sweep runs on one device"),
     (("seed_adapter=0,1", "--mesh", "data=2"), "mesh: a sweep runs on one device"),
