@@ -258,6 +258,39 @@ def test_a_diverged_member_is_told_and_the_others_go_on_also_after_a_signal(plac
         sweep(description, tmp_path / "cut", echo=quiet)
 
 
+def content(place):
+    """The content of every file, and when it was written; checkpoints and locks left out."""
+    files = [file for file in place.rglob("*") if file.is_file() and file.name != ".lock"]
+    kept = {str(file.relative_to(place)): file for file in files}
+    return {
+        name: (file.read_bytes(), file.stat().st_mtime_ns)
+        for name, file in kept.items()
+        if not name.startswith("checkpoints/")
+    }
+
+
+def test_a_finished_sweep_is_left_as_it_is(places, tmp_path):
+    experiment = an_experiment(places, optimizer=sx.Optimizer(schedule="constant", warmup=0))
+    grid, out = {"optimizer.lr": (1e-2, 1e17)}, tmp_path / "out"
+    results = sweep(Sweep(experiment, grid), out, echo=quiet)
+    before, lines = content(out), []
+    assert sweep(Sweep(experiment, grid), out, resume=True, echo=lines.append) == results
+    assert content(out) == before
+    assert lines[-4:] == [*results.table(), f"already finished after step 4: {out}"]
+    # Fewer steps are refused, and nothing of the refused config is kept.
+    fewer = Sweep(dataclasses.replace(experiment, steps=3), grid)
+    with pytest.raises(sx.SboraxError, match="has made 4 steps, and is to make 3; give it 4 or more"):
+        sweep(fewer, out, resume=True, echo=quiet)
+    assert content(out) == before
+    # An adapter that is missing is written again, with the same bits.
+    name = "lr=0.01/adapter/plan.json"
+    (out / name).unlink()
+    sweep(Sweep(experiment, grid), out, resume=True, echo=quiet)
+    assert content(out)[name][0] == before[name][0]
+    more = Sweep(dataclasses.replace(experiment, steps=5), grid)
+    assert [result.steps for result in sweep(more, out, resume=True, echo=quiet).members] == [5, 1]
+
+
 def test_when_all_diverge_the_sweep_ends(places, tmp_path):
     description = Sweep(an_experiment(places), {"optimizer.lr": (1e38, 2e38)}, at_once=2)
     with pytest.raises(sx.SboraxError, match="step 1: no member is left, all 2 have a loss that is not finite"):

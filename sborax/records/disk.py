@@ -41,15 +41,16 @@ def writing(place: epath.PathLike) -> Iterator[None]:
 def replace(path: epath.Path, content: str | bytes) -> None:
     """Write a file atomically: a reader sees the old content or the new one, even after a crash.
 
+    A local file that has this content already is left alone.
     Raises SboraxError if it cannot be written; the old content stays.
     """
+    data = content.encode() if isinstance(content, str) else content
     new = path.with_name(f".{path.name}.new")
     with writing(path):
+        if os.path.isfile(path) and os.path.getsize(path) == len(data) and path.read_bytes() == data:
+            return
         try:
-            if isinstance(content, str):
-                new.write_text(content)
-            else:
-                new.write_bytes(content)
+            new.write_bytes(data)
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)

@@ -76,6 +76,21 @@ def write_results(place: epath.Path, members: Sequence[Member], results: Results
     replace(place / SWEEP, json.dumps(content, indent=2) + "\n")
 
 
+def read_results(place: epath.Path) -> Results | None:
+    """Read the results in `sweep.json`; None if it has none yet, or other fields.
+
+    Raises SboraxError for a file that is no JSON object.
+    """
+    content = read_object(place / SWEEP)
+    best = content.pop("best", None)
+    names, member_names = ({field.name for field in dataclasses.fields(kind)} for kind in (Results, Result))
+    if content.keys() != names or any(member.keys() != member_names for member in content["members"]):
+        return None
+    members = tuple(Result(**{**member, "changes": tuple(member["changes"])}) for member in content["members"])
+    results = Results(content["finished"], content["seconds"], members)
+    return results if results.best == best else None
+
+
 def check_same(place: epath.Path, members: Sequence[Member]) -> None:
     """Raise SboraxError if `place` holds a sweep over other members."""
     try:

@@ -22,18 +22,18 @@ from sborax.records.claim import claimed, locked
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
 from sborax.sweep.members import gather
-from sborax.sweep.results import SWEEP, Result, Results, check_same, write_results
+from sborax.sweep.results import SWEEP, Result, Results, check_same, read_results, write_results
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.begin import begin
 from sborax.train.experiment import save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
-from sborax.train.loop import ADAPTER, loop
+from sborax.train.loop import ADAPTER, ending, loop
 from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import Record
-from sborax.train.resume import check_config, has_computed
+from sborax.train.resume import check_config, check_steps, has_computed
 from sborax.train.stop import Stop, stopping
 
 
@@ -82,18 +82,13 @@ def _train_all(
     model = read_model(first)
     echo(f"attention: {model.module.attention}")
     at_once = together(description.at_once, len(members), model.module.attention)
-    batches, report = read_data(first, model, echo)
-    held_out = read_held_out(first, model, echo)
-    for run, member in zip(runs, members, strict=True):
-        save_experiment(member.experiment, run)
-    if not (place / SWEEP).exists():
-        write_results(place, members)
+    (batches, report), held_out = read_data(first, model, echo), read_held_out(first, model, echo)
     steps = first.steps or batches.steps(first.epochs or 1.0)
-    prints, total = fingerprint(model.params), parameters(model.params)
+    prints, base_size = fingerprint(model.params), parameters(model.params)
     prepared, parts = begin_members(members, model, batches, runs, steps, echo)
     # A second reference would keep a base alive that the adapters have rewritten.
     del model
-    procedure, count = prepared[0].procedure, parts[0].count
+    procedure, trained = prepared[0].procedure, parts[0].count
     stacked, state = gather(members, parts, steps, at_once, procedure)
     folded = procedure.folded if procedure is not None else ()
     base = {path: leaf for path, leaf in parts[0].base.items() if path not in folded}
@@ -102,28 +97,53 @@ def _train_all(
     checkpoints = open_checkpoints(place, first.save.keep)
     restored = checkpoints.restore(state, echo) if resume else None
     state, done = (state, 0) if restored is None else restored
+    check_steps(place, done, steps)
+    # A changed config replaces that of a member once nothing refuses it any more.
+    for run, member in zip(runs, members, strict=True):
+        save_experiment(member.experiment, run)
+    if done == steps and (results := ended(place, runs, steps)) is not None:
+        checkpoints.close()
+        return _printed(results, f"already finished after step {done:,}: {place}", echo)
     progress = Progress(steps, done, echo)
-    metrics = [Metrics(run, done) for run in runs]
     with contextlib.ExitStack() as ends:
         ends.callback(checkpoints.close)
         ends.callback(progress.close)
-        logs = [open_logs(member.experiment, run, done, ends) for member, run in zip(members, runs, strict=True)]
-        records = [Record(lines, step_figures, log) for lines, log in zip(metrics, logs, strict=True)]
+        records = [
+            Record(Metrics(run, done), step_figures, open_logs(member.experiment, run, done, ends))
+            for member, run in zip(members, runs, strict=True)
+        ]
         stepper = SweepStepper(members, prepared, stacked, state, base, records, progress)
         # The first step donates their buffers.
         del stacked, state
         if restored is not None:
             stepper.replay()
-        if resume:
-            echo("no checkpoint yet: starting from step 0" if restored is None else f"resuming after step {done:,}")
+            echo(f"resuming after step {done:,}")
+        elif resume:
+            echo("no checkpoint yet: starting from step 0")
         progress.say("compiling")
         loop(stepper, first, batches, held_out, checkpoints, steps, done, stop)
-    sizes = Sizes(prints, count, total)
-    results = finish(stepper, runs, metrics, sizes, report, steps, began)
+    results = finish(stepper, runs, Sizes(prints, trained, base_size), report, steps, began)
     write_results(place, members, results)
-    for line in results.table():
+    end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
+    return _printed(results, end, echo)
+
+
+def _printed(results: Results, last: str, echo: Echo) -> Results:
+    """The results, once their table and the last line are printed."""
+    for line in [*results.table(), last]:
         echo(line)
-    echo(f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}")
+    return results
+
+
+def ended(place: epath.Path, runs: Sequence[epath.Path], steps: int) -> Results | None:
+    """The results of a sweep that has made its `steps` and written all adapters; None if something is left to write."""
+    results = read_results(place)
+    if results is None or not results.finished:
+        return None
+    for result, run in zip(results.members, runs, strict=True):
+        summary = Summary.read(run) if result.diverged else ending(run, steps)
+        if summary is None:
+            return None
     return results
 
 
@@ -144,18 +164,20 @@ def together(at_once: int | None, count: int, attention: str) -> int:
 def claim_all(
     place: epath.Path, members: Sequence[Member], resume: bool, claims: contextlib.ExitStack
 ) -> list[epath.Path]:
-    """The run directories of the members in `place`, locked until `claims` ends.
+    """The run directories of the members in `place`, made and locked until `claims` ends, beside `sweep.json`.
 
     Raises SboraxError if a directory is in use, and, to resume, if `place` holds another sweep.
     """
     runs = [place / member.name for member in members]
     claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, FOLDER, *(run.name for run in runs))))
-    if resume and (place / SWEEP).exists():
+    if (place / SWEEP).exists():
         check_same(place, members)
+    else:
+        write_results(place, members)
     for run, member in zip(runs, members, strict=True):
         run.mkdir(parents=True, exist_ok=True)
         claims.enter_context(locked(run))
-        check_config(run, member.experiment, has_computed(place))
+        check_config(run, member.experiment, has_computed(place) or has_computed(run))
     return runs
 
 
@@ -200,7 +222,6 @@ class Sizes:
 def finish(
     stepper: SweepStepper,
     runs: Sequence[epath.Path],
-    metrics: Sequence[Metrics],
     sizes: Sizes,
     report: str,
     steps: int,
@@ -220,8 +241,9 @@ def finish(
                 trained_base=state.train["base"],
                 about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
             )
+        metrics = stepper.records[number].metrics
         summary = Summary.of(
-            metrics[number], stepper.speed, began, made == steps, made, sizes.trained, sizes.base, report, devices=1
+            metrics, stepper.speed, began, made == steps, made, sizes.trained, sizes.base, report, devices=1
         )
         summary.write(run)
         diverged = stepper.diverged.get(number)
