@@ -75,13 +75,22 @@ def slim(run: str, out: str) -> None:
         )
 
 
-def export(run: str, out: str, form: Any, rank: int | None = None) -> None:
-    """`sborax export`."""
+def export(run: str, out: str, form: Any, rank: int | None = None, overwrite: bool = False) -> None:
+    """`sborax export`.
+
+    - form: "native" or "lora".
+    - rank: of what is truncated; None for the method's own.
+    - overwrite: whether `out` may hold files; those of an earlier export are replaced.
+    """
     if rank is not None and (form == "native" or rank < 1):
         raise SboraxError(f"--rank {rank}: must be 1 or more, and goes with --as lora, which may truncate")
     place = Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise SboraxError(f"{out}: exists and is not an empty directory; choose another OUT_DIR")
+    if place.exists() and not place.is_dir():
+        raise SboraxError(f"{out}: exists and is not a directory; choose another OUT_DIR")
+    if place.exists() and any(place.iterdir()) and not overwrite:
+        raise SboraxError(
+            f"{out}: exists and is not an empty directory; choose another OUT_DIR, or --overwrite an earlier export"
+        )
     target = load_run(run)
     assert target.experiment is not None
     try:

@@ -198,6 +198,9 @@ def _add_conversion(commands: Commands) -> None:
         "where the change has thin factors, and else truncated, with the error printed",
     )  # fmt: skip
     export.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export in OUT_DIR; its other files stay"
+    )
+    export.add_argument(
         "--rank", type=int, metavar="R", help="rank of what --as lora truncates (default: the method's own)"
     )
 
@@ -332,7 +335,7 @@ def _slim(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import export
 
-    export(arguments.run_dir, arguments.out_dir, arguments.form, arguments.rank)
+    export(arguments.run_dir, arguments.out_dir, arguments.form, arguments.rank, arguments.overwrite)
     return OK
 
 
