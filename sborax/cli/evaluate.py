@@ -45,7 +45,7 @@ def score(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     if arguments.harness:
         _harness(arguments, scorer, out)
-    say(f"{out}: scores, and what became of every item")
+    say(f"{out}: the scores, and every item")
 
 
 def check_tasks(experiment: Experiment) -> None:
@@ -67,14 +67,14 @@ def score_run(run: str) -> None:
     experiment, place = find_run(run)[0], Path(run) / OF_RUN
     tasks = chosen(",".join(experiment.eval.tasks))
     if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
-        say(f"{place}: scores of before")
+        say(f"{place}: is scored already")
         return
     # Scores of an interrupted evaluation, or of other tasks, are not mixed with new ones.
     shutil.rmtree(place, ignore_errors=True)
     target = load_run(run)
     scorer = Scorer.of(target.model, target.params, target.adapters, mesh=experiment.mesh)
     evaluate(tasks, scorer, out=place, trained_on=_trained_on(target), about={"target": run})
-    say(f"{place}: scores, and what became of every item")
+    say(f"{place}: the scores, and every item")
 
 
 def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:
@@ -108,7 +108,7 @@ def _trained_on(target: Target) -> list[Any] | None:
         report = load_samples(data, model.tokenizer, end_token(model), model.config.context)[1]
         return records[: report.records]
     except SboraxError as error:
-        say(f"the run's training data are not at hand, so items are not looked for in them ({error})")
+        say(f"the run's training data cannot be read, so items are not compared with it ({error})")
         return None
 
 

@@ -98,7 +98,7 @@ def ended(code: int, output: str) -> str:
     if gone:
         what = "process" if len(gone) == 1 else "processes"
         are = "is" if len(gone) == 1 else "are"
-        return f"{what} {', '.join(gone)} of this run {are} gone, what it said last may tell why; {further}"
+        return f"{what} {', '.join(gone)} of this run {are} gone, its last output may say why; {further}"
     if code < 0 and -code != signal.SIGABRT:
         return f"this process was ended by {signal.Signals(-code).name}; {further}"
     return f"another process of this run is gone, or cannot be reached; {further}"

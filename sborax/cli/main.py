@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_training(commands: Commands) -> None:
-    train = _command(commands, "train", _train, "fine-tune a model as an experiment says")
+    train = _command(commands, "train", _train, "fine-tune a model, as described by an experiment")
     train.add_argument("experiment", help=EXPERIMENT)
     _add_changes(train)
     _add_mesh(train)

@@ -82,7 +82,7 @@ def _option(field: dataclasses.Field) -> str:
 def _merges(example: AbstractMethod | None) -> str:
     """Whether the method merges, with the default options: what it declares may depend on them."""
     if example is None:
-        return "as its options say"
+        return "depends on its options"
     return f"no: {example.no_merge}" if example.no_merge else "exact"
 
 

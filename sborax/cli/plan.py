@@ -1,4 +1,4 @@
-"""`sborax plan`: what a run would train, its memory on each device and its traffic, from the headers of files alone."""
+"""`sborax plan`: what a run would train, and its bytes on and between devices, from the headers of files alone."""
 
 import dataclasses
 import math

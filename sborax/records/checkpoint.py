@@ -1,4 +1,4 @@
-"""Checkpoints of what a run trains, written by orbax, with digests that detect damage.
+"""Checkpoints of a run's trained state, written by orbax, with digests that detect damage.
 
 The base model is never part of a checkpoint. orbax does not notice bytes that flipped on the disk; the digests do.
 """

@@ -30,7 +30,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 @contextlib.contextmanager
 def claimed(place: epath.Path, resume: bool, form: str = CONFIG, written: tuple[str, ...] = WRITTEN) -> Iterator[None]:
-    """Make and lock a directory. If the block fails before the first step in a new one, what it wrote is removed.
+    """Make and lock a directory. If the block fails before the first step of a new run, its files are removed.
 
     - place: the directory of a run or of a sweep.
     - resume: whether to go on with what is there; else it must be empty.

@@ -41,7 +41,7 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     """Train all members of a sweep at once and write `out`: a run directory for each, checkpoints, `sweep.json`.
 
     A member whose loss is not finite is stopped and reported; the others go on. SIGTERM and Ctrl-C save a checkpoint
-    and end the sweep in good order.
+    and end the sweep.
 
     Args:
     - description: the experiment and the grid.
