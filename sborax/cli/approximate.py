@@ -15,7 +15,7 @@ MEASURED = 8
 """How many microbatches the error is measured on."""
 
 
-def approximated(target: Target, by: str) -> Any:
+def merge_approximately(target: Target, by: str) -> Any:
     """The merged parameters of a run whose layers are linked by values.
 
     - target: the run. Its first batches are the data on which the error is measured, which is printed.

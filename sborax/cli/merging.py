@@ -9,7 +9,7 @@ from etils import epath
 from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import merge as merge_tree
 from sborax.adapters.weighted import Weighted, merge_weighted
-from sborax.cli.approximate import approximated
+from sborax.cli.approximate import merge_approximately
 from sborax.cli.facts import facts, methods
 from sborax.cli.targets import Target, find_run, is_best, is_run, load_run, load_target
 from sborax.config.terminal import say
@@ -34,7 +34,9 @@ def merge(target: str, out: str, approximate: str | None = None, added: Sequence
     terms = [_term(word) for word in added]
     if not terms:
         loaded = load_run(target)
-        merged: Any = approximated(loaded, approximate) if approximate else merge_tree(loaded.params, loaded.adapters)
+        merged: Any = (
+            merge_approximately(loaded, approximate) if approximate else merge_tree(loaded.params, loaded.adapters)
+        )
         made = f"{target} merged into its base{', approximately, by its ' + approximate if approximate else ''}"
     elif approximate:
         raise SboraxError("--approximate merges one run; leave --add out")

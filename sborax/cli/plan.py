@@ -63,15 +63,15 @@ def show(
     elif is_experiment(target):
         experiment = load_experiment(target, changes)
         devices = _mesh(experiment.mesh, topology)
-        return of_experiment(experiment, load_config(experiment.model), devices, topology, length)
+        return describe_experiment(experiment, load_config(experiment.model), devices, topology, length)
     config = load_config(target)
     if not changes and topology is None and length is None:
-        return of_model(target, config)
+        return describe_model(target, config)
     default = Experiment(target, Data(target), ((PROJECTIONS, LoRA()),), steps=1)
     devices = _mesh(override(default, changes).mesh, topology)
     rows = 1 if devices is None else math.prod(devices.shape[axis] for axis in ROWS)
     experiment = override(dataclasses.replace(default, batch_size=rows), changes)
-    return of_experiment(experiment, config, devices, topology, length)
+    return describe_experiment(experiment, config, devices, topology, length)
 
 
 def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | AbstractMesh | None:
@@ -88,16 +88,16 @@ def _is_model(file: Path) -> bool:
     return file.is_file() and "model_type" in read_object(file)
 
 
-def of_model(target: str, config: LlamaConfig) -> str:
+def describe_model(target: str, config: LlamaConfig) -> str:
     """A table of a model's kernels, by the names that rules match."""
     params = abstract(config)
     rows: Rows = [("module", "layers", "in x out", "parameters")]
     for path, weight in kernels(params).items():
         rows.append((module_path(path)[0], *_shape(weight.shape), f"{math.prod(weight.shape):,}"))
-    return "\n".join([_about(target, config, params), "", *_table(rows)])
+    return "\n".join([_heading(target, config, params), "", *_table(rows)])
 
 
-def of_experiment(
+def describe_experiment(
     experiment: Experiment,
     config: LlamaConfig,
     mesh: Mesh | AbstractMesh | None = None,
@@ -117,7 +117,7 @@ def of_experiment(
         size = f"{site.shape[0]} x {site.shape[1]}"
         rows.append((module_path(site.path)[0], layers, size, f"{counts[site.path]:,}", name(site.method)))
     total, base = sum(counts.values()) + trained_base_size, parameters(params)
-    lines = [_about(experiment.model, config, params), "", *(_table(rows) if planned.plan.sites else [])]
+    lines = [_heading(experiment.model, config, params), "", *(_table(rows) if planned.plan.sites else [])]
     if planned.plan.untouched and not experiment.train_base:
         lines += [f"left as they are: {', '.join(sorted({module_path(path)[0] for path in planned.plan.untouched}))}"]
     if trained_base:
@@ -153,7 +153,7 @@ def _rows(sent: dict[str, int]) -> Rows:
     return [(kind, f"{size:,}") for kind, size in sorted(sent.items())]
 
 
-def _about(source: str, config: LlamaConfig, params: Any) -> str:
+def _heading(source: str, config: LlamaConfig, params: Any) -> str:
     return (
         f"{source}: {config.model_type}, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"context {config.context}, {parameters(params):,} parameters"

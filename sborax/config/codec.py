@@ -226,15 +226,15 @@ def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
         return _decode_tuple(typing.get_args(kind), value, where, structural)
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise _wrong(where, in_words(kind), value)
+            raise _wrong_type(where, in_words(kind), value)
         item = (typing.get_args(kind) or (str, Any))[1]
         return {name: _decode(item, entry, f"{where}.{name}", structural) for name, entry in value.items()}
     if kind is slice:
         parts = value.get("slice") if isinstance(value, dict) and set(value) == {"slice"} else None
         if not isinstance(parts, list) or len(parts) != 3:
-            raise _wrong(where, in_words(kind), value)
+            raise _wrong_type(where, in_words(kind), value)
         if any(part is not None and type(part) is not int for part in parts) or parts[2] == 0:
-            raise _wrong(where, '{"slice": [start, stop, step]} of whole numbers, the step not 0', value)
+            raise _wrong_type(where, '{"slice": [start, stop, step]} of whole numbers, the step not 0', value)
         return slice(*parts)
     if isinstance(kind, type) and (inspect.isabstract(kind) or _family(kind)):
         return _decode_one_of(kind, value, where, structural)
@@ -248,14 +248,14 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is None or kind is types.NoneType:
         if value is not None:
-            raise _wrong(where, "null", value)
+            raise _wrong_type(where, "null", value)
         return None
     if kind is float and type(value) in (int, float):
         if not abs(value) <= sys.float_info.max:
-            raise _wrong(where, "a finite number", value)
+            raise _wrong_type(where, "a finite number", value)
         return float(value)
     if type(value) is not kind:
-        raise _wrong(where, in_words(kind), value)
+        raise _wrong_type(where, in_words(kind), value)
     return value
 
 
@@ -271,7 +271,7 @@ def _decode_union(kinds: Sequence[Any], value: Any, where: str, structural: bool
     # A word that is no class's name may be meant as another type of the union, so the error lists them all.
     choice = len([kind for kind in kinds if kind is not types.NoneType]) > 1 and isinstance(value, str)
     if not fitting or (choice and inspect.isabstract(fitting[0]) and not is_known(fitting[0], value)):
-        raise _wrong(where, " or ".join(written), value)
+        raise _wrong_type(where, " or ".join(written), value)
     return _decode(fitting[0], value, where, structural)
 
 
@@ -302,7 +302,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 def _decode_tuple(items: tuple[Any, ...], value: Any, where: str, structural: bool) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _wrong(where, in_words(tuple[items]), value)
+        raise _wrong_type(where, in_words(tuple[items]), value)
     kinds = [items[0]] * len(value) if items[-1:] == (...,) else list(items)
     if len(kinds) != len(value):
         raise SboraxError(f"{where}: needs {len(kinds)} entries, got {len(value)}")
@@ -321,14 +321,14 @@ def _decode_one_of(kind: type, value: Any, where: str, structural: bool) -> Any:
         value = {"type": name_of(builtin[0]), **value} if len(builtin) == 1 else value
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         names = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
-        raise _wrong(where, f'an object with "type", one of {", ".join(names)}', value)
+        raise _wrong_type(where, f'an object with "type", one of {", ".join(names)}', value)
     rest = {key: item for key, item in value.items() if key != "type"}
     return _decode_fields(find_class(kind, value["type"], where), rest, where, structural)
 
 
 def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
     if not isinstance(value, dict):
-        raise _wrong(where or "config", in_words(kind), value)
+        raise _wrong_type(where or "config", in_words(kind), value)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
@@ -398,6 +398,6 @@ def _described(value: Any) -> str:
     return value.label() if isinstance(value, LiveObject) else shown(value)
 
 
-def _wrong(where: str, wanted: str, value: Any) -> SboraxError:
+def _wrong_type(where: str, wanted: str, value: Any) -> SboraxError:
     text = value if isinstance(value, Literal) else json.dumps(value, default=_described)
     return SboraxError(f"{where}: must be {wanted}, got {text}")

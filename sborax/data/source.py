@@ -192,7 +192,7 @@ def _from_json(path: Path, kind: str) -> Records:
             if not text.lstrip().startswith("{"):
                 raise SboraxError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
         except (ValueError, RecursionError) as error:
-            raise SboraxError(f"{path}: {_why(error)}") from None
+            raise SboraxError(f"{path}: {_reason(error)}") from None
         else:
             records = value if isinstance(value, list) else [value]
             bad = next((i for i, record in enumerate(records) if not isinstance(record, dict)), None)
@@ -216,12 +216,12 @@ def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise SboraxError(f"{path}: line {number} is not JSON ({error.msg})") from None
         except (ValueError, RecursionError) as error:
-            raise SboraxError(f"{path}: line {number}: {_why(error)}") from None
+            raise SboraxError(f"{path}: line {number}: {_reason(error)}") from None
         if not isinstance(record, dict):
             raise SboraxError(f"{path}: line {number} is not an object with columns")
         yield record
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """The reason of an error that is not a JSONDecodeError."""
     return "is nested too deeply" if isinstance(error, RecursionError) else f"has a number of too many digits ({error})"

@@ -11,7 +11,7 @@ import numpy as np
 from sborax.adapters.core import SboraxError
 from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Pair, Scored, Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, mean, of_whole, records
+from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, jackknife, mean, records
 
 
 class Question(NamedTuple):
@@ -112,8 +112,8 @@ def _measured(questions: Sequence[Question], scorer: Scorer, metrics: Sequence[s
     formulas: dict[str, Callable[[], Metric]] = {
         "acc": lambda: mean([float(plain == gold) for plain, _, gold in chosen]),
         "acc_norm": lambda: mean([float(normed == gold) for _, normed, gold in chosen]),
-        "f1": lambda: of_whole([(plain, gold) for plain, _, gold in chosen], f1),
-        "mcc": lambda: of_whole([(plain, gold) for plain, _, gold in chosen], mcc),
+        "f1": lambda: jackknife([(plain, gold) for plain, _, gold in chosen], f1),
+        "mcc": lambda: jackknife([(plain, gold) for plain, _, gold in chosen], mcc),
     }
     remarks = cut_remark([max(option.cut for option in scored) for scored in scores])
     return Measured({name: formulas[name]() for name in metrics}, items, remarks)
@@ -157,7 +157,7 @@ class Mmlu(AbstractTask):
             raise SboraxError(f"{self.name}: split {self.shots_split!r} of {self.data} has no subject {missing!r}")
         questions, fewer = [], 0
         for record in units:
-            prompt, shots = self._fitting(record, by_subject[record["subject"]], scorer)
+            prompt, shots = self._fitted_prompt(record, by_subject[record["subject"]], scorer)
             fewer += shots < min(self.shots, len(by_subject[record["subject"]]))
             questions.append(make_question(prompt, LETTERS, record["answer"]))
         measured = _measured(questions, scorer, ("acc",))
@@ -170,7 +170,7 @@ class Mmlu(AbstractTask):
         metrics = {"acc over subjects": _macro(list(right.values())), "acc": measured.metrics["acc"], **each}
         return Measured(metrics, items, measured.remarks + (remarks if fewer else ()))
 
-    def _fitting(self, record: Record, answered: Sequence[Record], scorer: Scorer) -> tuple[str, int]:
+    def _fitted_prompt(self, record: Record, answered: Sequence[Record], scorer: Scorer) -> tuple[str, int]:
         """The prompt with as many shots as fit the context, and how many these are."""
         for shots in range(min(self.shots, len(answered)), 0, -1):
             prompt = mmlu_prompt(record, answered[:shots])

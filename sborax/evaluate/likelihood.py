@@ -18,7 +18,7 @@ CHUNK = 256
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def alone(
+def score_rows(
     module: Llama,
     variables: dict[str, Any],
     tokens: Int[Array, "rows width"],
@@ -41,12 +41,12 @@ def alone(
     steps = jnp.arange(targets.shape[1], dtype=jnp.int32)[None]
     places = jnp.minimum((lengths - 1)[:, None] + steps, tokens.shape[1] - 1)
     states = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-    logprobs, likeliest = _of_tokens(module, variables, states, targets)
-    return _over_row(logprobs, likeliest, counts)
+    logprobs, likeliest = _token_logprobs(module, variables, states, targets)
+    return _sum_row(logprobs, likeliest, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def shared(
+def score_options(
     module: Llama,
     variables: dict[str, Any],
     prompts: Int[Array, "rows width"],
@@ -54,7 +54,7 @@ def shared(
     targets: Int[Array, "rows options new"],
     counts: Int[Array, "rows options"],
 ) -> tuple[Float[Array, "rows options"], Bool[Array, "rows options"]]:
-    """`alone` for several continuations of each prompt. The prompt goes through the model once.
+    """`score_rows` for several continuations of each prompt. The prompt goes through the model once.
 
     It does not work for adapters that a router weighs.
     """
@@ -71,26 +71,26 @@ def shared(
         steps = jnp.arange(targets.shape[2] - 1, dtype=jnp.int32)[None]
         positions = lengths[:, None] + steps
 
-        def further(
+        def remaining_tokens(
             option: Int[Array, "rows new"], count: Int[Array, " rows"]
         ) -> tuple[Float[Array, "rows rest"], Bool[Array, "rows rest"]]:
             read = (steps < (count - 1)[:, None]).astype(jnp.int32)
             states = run(
                 module, variables, option[:, :-1], read, positions, past=(cache, segments), method="hidden"
             )[0]  # fmt: skip
-            return _of_tokens(module, variables, states, option[:, 1:])
+            return _token_logprobs(module, variables, states, option[:, 1:])
 
         # The cache is not an argument of the mapped function, so options do not get copies of it, only of a layer's.
-        rest = jax.vmap(further, in_axes=1, out_axes=1)(targets, counts)
+        rest = jax.vmap(remaining_tokens, in_axes=1, out_axes=1)(targets, counts)
         logprobs, likeliest = (jnp.concatenate(pair, axis=2) for pair in ((logprobs, rest[0]), (likeliest, rest[1])))
-    return _over_row(logprobs, likeliest, counts)
+    return _sum_row(logprobs, likeliest, counts)
 
 
 def _head(module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"]) -> Any:
     return module.apply(variables, states, method="head")
 
 
-def _over_row(
+def _sum_row(
     logprobs: Float[Array, "*rows new"], likeliest: Bool[Array, "*rows new"], counts: Int[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows"], Bool[Array, "*rows"]]:
     steps = jnp.arange(logprobs.shape[-1], dtype=jnp.int32)
@@ -98,7 +98,7 @@ def _over_row(
     return jnp.sum(jnp.where(real, logprobs, 0.0), axis=-1), jnp.all(likeliest | ~real, axis=-1)
 
 
-def _of_tokens(
+def _token_logprobs(
     module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"], targets: Int[Array, "rows new"]
 ) -> tuple[Float[Array, "rows new"], Bool[Array, "rows new"]]:
     """ln p of each target, and whether it is the likeliest token, from the hidden states before it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from sborax.adapters.core import SboraxError
 from sborax.evaluate.scorer import Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, mean, of_whole, records
+from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, jackknife, mean, records
 from sborax.evaluate.written import texts
 
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -129,7 +129,7 @@ class Describe(AbstractTask):
         written = [text.strip() for text in texts(ids, self.new_tokens, ("\n",), scorer)]
         described = [(text, unit["references"]) for text, unit in zip(written, units, strict=True)]
         nearest = [rouge_l(item) for item in described]
-        metrics = {"BLEU": of_whole(described, bleu), "NIST": of_whole(described, nist), "ROUGE-L": mean(nearest)}
+        metrics = {"BLEU": jackknife(described, bleu), "NIST": jackknife(described, nist), "ROUGE-L": mean(nearest)}
         more, absent = _optional(described)
         items = [
             {"prompt": prompt, "text": text, "references": list(references), "ROUGE-L": value}
@@ -149,7 +149,7 @@ def _optional(described: Sequence[Described]) -> tuple[Mapping[str, Metric], lis
             "nltk.download('wordnet')",
             lambda: mean([meteor(i) for i in described]),
         ),
-        ("CIDEr", _installed("pycocoevalcap"), "pycocoevalcap", lambda: of_whole(described, cider)),
+        ("CIDEr", _installed("pycocoevalcap"), "pycocoevalcap", lambda: jackknife(described, cider)),
     ]
     metrics = {name: score() for name, installed, _, score in choices if installed}
     absent = [f"{name} is absent: not installed ({needs})" for name, installed, needs, _ in choices if not installed]

@@ -81,7 +81,7 @@ def _number(metric: Metric) -> str:
     return f"{metric.value:.4f} ± {error}"
 
 
-def drawn(count: int, limit: int | None, seed: int) -> list[int]:
+def draw_indices(count: int, limit: int | None, seed: int) -> list[int]:
     """The indices of the items to score: all, or `limit` drawn with `seed`, ascending."""
     if limit is None or limit >= count:
         return list(range(count))
@@ -143,7 +143,7 @@ def evaluate(
     for task in tasks:
         began = time.monotonic()
         available = task.units(scorer)
-        order = drawn(len(available), limit, seed)
+        order = draw_indices(len(available), limit, seed)
         units = [available[i] for i in order]
         measured = task.measure(units, scorer, seed)
         shared = None if trained_on is None else overlap(units, trained_on)

@@ -15,7 +15,7 @@ from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import Adapters, nodes
-from sborax.evaluate.likelihood import alone, shared
+from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.evaluate.shapes import Batch, batches
 from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
@@ -143,7 +143,7 @@ class Scorer:
             targets = _rows([pair.continuation for pair in members], batch.rows, batch.continuation)
             counts = np.array([len(pair.continuation) for pair in members], np.int32)
             logprobs, greedy = self._run(
-                alone, tokens, _padded(prompt_lengths, batch.rows), targets, _padded(counts, batch.rows)
+                score_rows, tokens, _padded(prompt_lengths, batch.rows), targets, _padded(counts, batch.rows)
             )  # fmt: skip
             for row, i in enumerate(batch.members):
                 scores[i] = Scored(float(logprobs[row]), bool(greedy[row]), int(counts[row]), fitted[i][1])
@@ -188,7 +188,7 @@ class Scorer:
                 for column, pair in enumerate(options):
                     targets[row, column, : len(pair.continuation)] = pair.continuation
                     counts[row, column] = len(pair.continuation)
-            logprobs, greedy = self._run(shared, prompts, _padded(prompt_lengths, batch.rows), targets, counts)
+            logprobs, greedy = self._run(score_options, prompts, _padded(prompt_lengths, batch.rows), targets, counts)
             for row, i in enumerate(batch.members):
                 scores[i] = [
                     Scored(float(logprobs[row, column]), bool(greedy[row, column]), len(pair.continuation), 0)

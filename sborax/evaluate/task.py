@@ -14,7 +14,7 @@ from sborax.evaluate.scorer import Scorer
 
 Record = Mapping[str, Any]
 FOLDS = 20
-"""Parts of the jackknife in `of_whole`."""
+"""Parts that `jackknife` leaves out in turn."""
 
 Item = TypeVar("Item")
 
@@ -104,7 +104,7 @@ def mean(values: Sequence[float]) -> Metric:
     return Metric(float(array.mean()), error)
 
 
-def of_whole(items: Sequence[Item], score: Callable[[Sequence[Item]], float]) -> Metric:
+def jackknife(items: Sequence[Item], score: Callable[[Sequence[Item]], float]) -> Metric:
     """A score of a whole set, such as BLEU, with its standard error by a jackknife over g = `FOLDS` parts.
 
     sqrt((g - 1) / g * sum_k (score_k - mean)^2), where score_k leaves out part k.

@@ -62,7 +62,7 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     check_logs(first.log)
     preflight(first)
     with contextlib.ExitStack() as claims:
-        runs = claim_all(place, members, resume, claims)
+        runs = claim_members(place, members, resume, claims)
         return _train_all(description, members, place, runs, resume, echo, stop, began)
 
 
@@ -81,7 +81,7 @@ def _train_all(
     echo(f"loading {first.model} ({first.precision})")
     model = read_model(first)
     echo(f"attention: {model.module.attention}")
-    at_once = together(description.at_once, len(members), model.module.attention)
+    at_once = members_at_once(description.at_once, len(members), model.module.attention)
     (batches, report), held_out = read_data(first, model, echo), read_held_out(first, model, echo)
     steps = first.steps or batches.steps(first.epochs or 1.0)
     prints, base_size = fingerprint(model.params), parameters(model.params)
@@ -101,9 +101,9 @@ def _train_all(
     # A changed config replaces that of a member once nothing refuses it any more.
     for run, member in zip(runs, members, strict=True):
         save_experiment(member.experiment, run)
-    if done == steps and (results := ended(place, runs, steps)) is not None:
+    if done == steps and (results := finished_results(place, runs, steps)) is not None:
         checkpoints.close()
-        return _printed(results, f"already finished after step {done:,}: {place}", echo)
+        return _print_results(results, f"already finished after step {done:,}: {place}", echo)
     progress = Progress(steps, done, echo)
     with contextlib.ExitStack() as ends:
         ends.callback(checkpoints.close)
@@ -122,20 +122,20 @@ def _train_all(
             echo("no checkpoint yet: starting from step 0")
         progress.say("compiling")
         loop(stepper, first, batches, held_out, checkpoints, steps, done, stop)
-    results = finish(stepper, runs, Sizes(prints, trained, base_size), report, steps, began)
+    results = write_members(stepper, runs, Sizes(prints, trained, base_size), report, steps, began)
     write_results(place, members, results)
     end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
-    return _printed(results, end, echo)
+    return _print_results(results, end, echo)
 
 
-def _printed(results: Results, last: str, echo: Echo) -> Results:
+def _print_results(results: Results, last: str, echo: Echo) -> Results:
     """The results, once their table and the last line are printed."""
     for line in [*results.table(), last]:
         echo(line)
     return results
 
 
-def ended(place: epath.Path, runs: Sequence[epath.Path], steps: int) -> Results | None:
+def finished_results(place: epath.Path, runs: Sequence[epath.Path], steps: int) -> Results | None:
     """The results of a sweep that has made its `steps` and written all adapters; None if something is left to write."""
     results = read_results(place)
     if results is None or not results.finished:
@@ -147,7 +147,7 @@ def ended(place: epath.Path, runs: Sequence[epath.Path], steps: int) -> Results 
     return results
 
 
-def together(at_once: int | None, count: int, attention: str) -> int:
+def members_at_once(at_once: int | None, count: int, attention: str) -> int:
     """How many of `count` members a step computes at once: `at_once`, by default one on a CPU and all elsewhere.
 
     Raises SboraxError for several with cuDNN's attention, whose rule for `vmap` knows no masks.
@@ -161,7 +161,7 @@ def together(at_once: int | None, count: int, attention: str) -> int:
     return at_once or (1 if jax.default_backend() == "cpu" else count)
 
 
-def claim_all(
+def claim_members(
     place: epath.Path, members: Sequence[Member], resume: bool, claims: contextlib.ExitStack
 ) -> list[epath.Path]:
     """The run directories of the members in `place`, made and locked until `claims` ends, beside `sweep.json`.
@@ -219,7 +219,7 @@ class Sizes:
     base: int
 
 
-def finish(
+def write_members(
     stepper: SweepStepper,
     runs: Sequence[epath.Path],
     sizes: Sizes,
