@@ -170,5 +170,5 @@ def test_files_without_digests_are_read_and_digests_of_other_leaves_are_not(tmp_
     assert "digests" not in saved.about
     for wrong in ({}, [], {**digests, "more": "0"}, 3):
         (tmp_path / PLAN).write_text(json.dumps({**plan, "digests": wrong}))
-        with pytest.raises(sx.SboraxError, match="digests are not those of the leaves"):
+        with pytest.raises(sx.SboraxError, match="digests do not fit the leaves"):
             read_adapter(tmp_path)

@@ -177,7 +177,7 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, t
         assert re.fullmatch(r"error: .*of sborax; delete it\n", capsys.readouterr().err)
     (out / "scores" / "scores.json").write_text(scores)
     assert main([*named, "--resume"]) == 0
-    assert "scores of before" in capsys.readouterr().out
+    assert "is scored already" in capsys.readouterr().out
     # Scores that were cut short are made again.
     (out / "scores" / "scores.json").unlink()
     assert main([*named, "--resume"]) == 0

@@ -153,6 +153,11 @@ def test_overlap_and_strangers_are_refused():
     _, lora = sx.attach(jax.random.key(0), PARAMS, [("q", sx.LoRA(rank=2))])
     with pytest.raises(sx.SboraxError, match="LoRA owns no block"):
         sx.combine_experts([lora])
+    rule = sx.Rule("q", dataclasses.replace(fa, expert=0), layers=(0,))
+    _, partial = sx.attach(jax.random.key(0), PARAMS, [rule])
+    with pytest.raises(sx.SboraxError, match="a rule with layers= puts its expert on a part of the stack.*sborax.add"):
+        sx.combine_experts([partial])
+    assert sx.add(partial, sx.attach(jax.random.key(0), PARAMS, [rule])[1])
     with pytest.raises(sx.SboraxError, match="at least one"):
         sx.combine_experts([])
     with pytest.raises(sx.SboraxError, match="no such expert among the 1"):

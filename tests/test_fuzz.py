@@ -336,10 +336,10 @@ def adapter_files(tmp_path_factory):
     "harm, match",
     [
         (lambda plan: plan.pop("sites"), "sites is missing"),
-        (lambda plan: plan.update(base=[]), "base is missing, or of another kind"),
+        (lambda plan: plan.update(base=[]), "base is missing or has the wrong type"),
         (lambda plan: plan["sites"].append(3), "expected a path, a method and in_axes"),
-        (lambda plan: plan["sites"][0].update(in_axes="1"), "no place of an adapter"),
-        (lambda plan: plan["sites"][0].update(path=["layers"]), "no place of an adapter"),
+        (lambda plan: plan["sites"][0].update(in_axes="1"), "cannot hold an adapter"),
+        (lambda plan: plan["sites"][0].update(path=["layers"]), "cannot hold an adapter"),
         (lambda plan: plan["sites"].append(plan["sites"][0] | {"path": "layers"}), "something below it"),
         (lambda plan: plan["sites"][0]["method"].update(type="SBoRA"), "unknown key|no leaf"),
         (lambda plan: plan.update(rules=[[]]), "rules.0"),
@@ -358,7 +358,7 @@ def test_leaves_that_do_not_go_together(adapter_files, tmp_path):
     leaves = load_file(place / LEAVES)
     name = next(name for name in leaves if name.endswith("/a"))
     save_file(leaves | {name: np.zeros(3, np.float32)}, place / LEAVES)
-    refused(lambda: read_adapter(place), "is damaged, its digest is another")
+    refused(lambda: read_adapter(place), "is damaged, its digest does not match")
     # Files of before had no digests.
     plan = json.loads((place / PLAN).read_text())
     del plan["digests"]

@@ -9,7 +9,7 @@ import transformers
 from at_hand import STORIES
 
 import sborax as sx
-from sborax.cli.chat import Shown
+from sborax.cli.chat import AnswerPrinter
 from sborax.evaluate.scorer import Scorer
 from sborax.models import generate, load_model
 from sborax.models.generate import STRIDE, Choice, _go_on, choose, narrowed
@@ -183,12 +183,12 @@ def test_an_answer_is_shown_as_it_grows(model, greedy, texts, stops, capsys):
     stop = {"none": (), "two": two, "long": (long,), "not there": ("\n\n",)}[stops]
     for tokens in greedy:
         answer = until(model.tokenizer.decode(tokens, skip_special_tokens=True), stop)
-        shown = Shown(model.tokenizer, stop)
+        printer = AnswerPrinter(model.tokenizer, stop)
         for size in range(1, len(tokens) + 1):
             whole = model.tokenizer.decode(tokens[:size], skip_special_tokens=True)
-            assert shown([tokens[:size]]) == [any(mark in whole for mark in stop)]
+            assert printer([tokens[:size]]) == [any(mark in whole for mark in stop)]
         printed = capsys.readouterr().out
-        assert len(printed) == shown.length and printed + answer[shown.length :] == answer
+        assert len(printed) == printer.length and printed + answer[printer.length :] == answer
         assert (
             len(answer) - len(printed) <= max(map(len, stop), default=0) + max(map(len, answer.split()), default=0) + 1
         )

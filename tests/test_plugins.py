@@ -1,6 +1,7 @@
 """Classes of a user's own: told apart from sborax's, and taken by every command."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -167,11 +168,39 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
     prints(capsys, "merge", run, tmp_path / "dense", *with_file)
     assert prints(capsys, "methods", "projected", *with_file).startswith("made_projection:Projected")
     assert "exact" in prints(capsys, "export", run, tmp_path / "peft", *with_file)
+    peft = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"old")
+    (tmp_path / "peft" / "notes.txt").write_text("mine")
+    line = fails(capsys, "export", run, tmp_path / "peft", *with_file)
+    assert line.endswith("is not an empty directory; choose another OUT_DIR, or --overwrite an earlier export")
+    assert "exact" in prints(capsys, "export", run, tmp_path / "peft", "--overwrite", *with_file)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+    assert after == peft | {"notes.txt": b"mine"}
     assert "Projected(rank=4)" in prints(capsys, "plan", run, *with_file)
     changed = prints(capsys, "plan", run, "rules.0.method=projected", *with_file)
     assert "Projected(rank=8)" in changed
     prints(capsys, "sweep", run, "optimizer.lr=1e-2,1e-3", "save.best=false", "--out", tmp_path / "two", *with_file)
     prints(capsys, "generate", tmp_path / "two" / "lr=1e-2", "--prompt", "1", "--max-new-tokens", "1", *with_file)
+
+
+def test_a_run_of_a_method_in_a_file_is_cut_smaller(made, tmp_path, capsys, monkeypatch):
+    file, run, small = tmp_path / "made_pruned.py", tmp_path / "run", tmp_path / "small"
+    file.write_text(PROJECTED)
+    source = written(made, tmp_path, "of_made_pruned.py", "from made_pruned import Projected\n", "Projected(4)")
+    procedure = {"type": "LoRAPrune", "metric": "magnitude", "warmup": 0, "cooldown": 0.3, "every": 1, "protect": 0}
+    changes = ["rules.0.pattern=self_attn|mlp", f"procedure={json.dumps(procedure)}", "steps=4", "save.best=false"]
+    prints(capsys, "train", source, "--out", run, *changes, "--import", file)
+    monkeypatch.delitem(sys.modules, "made_pruned")
+    assert fails(capsys, "slim", run, small).endswith(f"if you trust that code, add --import {file}")
+    assert "made_pruned" not in sys.modules and not small.exists()
+    told = prints(capsys, "slim", run, small, "--import", file)
+    masked, cut = (re.search(rf"{words}: [\d.]+ \(loss ([\d.]+)\)", told)[1] for words in ("masked", "cut out"))
+    assert float(cut) == pytest.approx(float(masked), abs=2e-4)
+    assert "- projected\n- pruned\n" in (small / "README.md").read_text()
+    # A smaller model needs the method no more.
+    monkeypatch.delitem(sys.modules, "made_pruned")
+    prints(capsys, "generate", small, "--prompt", "1 plus 1?", "--max-new-tokens", "1")
+    assert "made_pruned" not in sys.modules
 
 
 def test_suggestions_name_no_internals():
@@ -302,6 +331,9 @@ def test_an_export_is_not_overwritten(made, tmp_path, capsys):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "notes.txt").write_text("mine")
     assert "not an empty directory" in fails(capsys, "export", tmp_path, tmp_path / "peft")
+    assert "notes.txt: exists and is not a directory" in fails(
+        capsys, "export", tmp_path, tmp_path / "peft" / "notes.txt", "--overwrite"
+    )
 
 
 def test_data_of_a_task_is_looked_for_before_the_model(tmp_path, capsys, monkeypatch):

@@ -12,8 +12,8 @@ from sborax.evaluate.choice import _macro, f1, mcc, mmlu_prompt
 from sborax.evaluate.glue import rows
 from sborax.evaluate.instructions import labels, last_number, parse, same_number
 from sborax.evaluate.perplexity import paragraphs, windows
-from sborax.evaluate.run import drawn, overlap
-from sborax.evaluate.task import mean, of_whole
+from sborax.evaluate.run import draw_indices, overlap
+from sborax.evaluate.task import jackknife, mean
 
 KNOWN = {task.name: task for task in TASKS}
 ARC = {
@@ -205,17 +205,17 @@ def test_errors_of_scores():
     assert mean(values) == (0.75, pytest.approx(np.std(values, ddof=1) / 2))
     assert mean([1.0]).stderr is None
     # The jackknife of a mean is the mean's own error where every item is a part.
-    jackknife = of_whole(values, lambda items: float(np.mean(items)))
-    assert jackknife == pytest.approx(tuple(mean(values)))
+    estimate = jackknife(values, lambda items: float(np.mean(items)))
+    assert estimate == pytest.approx(tuple(mean(values)))
     pairs = [(1, 1), (1, 0), (0, 1), (0, 0), (1, 1)]
     assert f1(pairs) == pytest.approx(2 / 3) and mcc(pairs) == pytest.approx(1 / 6)
     assert (f1([(0, 1)]), mcc([(0, 1), (0, 0)])) == (0.0, 0.0)
 
 
 def test_a_limit_draws_with_its_seed():
-    assert drawn(5, None, 0) == drawn(5, 9, 0) == [0, 1, 2, 3, 4]
-    first = drawn(1000, 10, 0)
-    assert first == drawn(1000, 10, 0) == sorted(set(first)) and len(first) == 10 != drawn(1000, 10, 1)
+    assert draw_indices(5, None, 0) == draw_indices(5, 9, 0) == [0, 1, 2, 3, 4]
+    first = draw_indices(1000, 10, 0)
+    assert first == draw_indices(1000, 10, 0) == sorted(set(first)) and len(first) == 10 != draw_indices(1000, 10, 1)
 
 
 def test_items_are_looked_for_in_the_training_data():

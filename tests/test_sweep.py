@@ -24,7 +24,7 @@ from sborax.records.adapter import read_adapter
 from sborax.sweep import run as module
 from sborax.sweep import stepper as sweep_stepper
 from sborax.sweep.grid import Sweep, read_grid
-from sborax.sweep.members import Crew, Own, gather, make_sweep_step, rates
+from sborax.sweep.members import MemberConstants, StackedMembers, gather, make_sweep_step, rates
 from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
@@ -158,18 +158,18 @@ def test_the_compiled_step_takes_one_base(places):
         take_apart(model.params, sx.attach(jax.random.key(one.experiment.seed_adapter), model.params, RULES)[1])
         for one in members
     ]
-    crew, state = gather(members, parts, 4, at_once=1)
+    stacked, state = gather(members, parts, 4, at_once=1)
     batch = {name: np.zeros((1, 2, 32), np.int32) for name in ("tokens", "targets", "segments")}
     batch["counts"] = np.zeros((1, 2, 32), bool)
-    arguments = (state, crew.own, crew.shared, parts[0].base, batch)
+    arguments = (state, stacked.constants, stacked.shared, parts[0].base, batch)
     lowered = jax.eval_shape(lambda *leaves: leaves, *arguments)
     wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered) if leaf.dtype.name != "key<fry>")
-    wanted += len(members) * 8 - crew.own.rule.nbytes  # the keys, and no choice among optimisers
-    memory = make_sweep_step(model, crew).lower(*arguments).compile().memory_analysis()
+    wanted += len(members) * 8 - stacked.constants.optimizer.nbytes  # the keys, and no choice among optimisers
+    memory = make_sweep_step(model, stacked).lower(*arguments).compile().memory_analysis()
     assert memory.argument_size_in_bytes == wanted
     # Scales and dropout rates that no member changes are there once, and nothing of a member is.
-    assert {leaf.shape for leaf in crew.shared} == {(2,)}
-    assert {leaf.shape for leaf in crew.own.frozen} == {(8, 2, 4)}
+    assert {leaf.shape for leaf in stacked.shared} == {(2,)}
+    assert {leaf.shape for leaf in stacked.constants.frozen} == {(8, 2, 4)}
 
 
 def test_the_best_is_marked(swept):
@@ -207,9 +207,9 @@ def test_optimisers_of_other_links_beside_each_other(places, tmp_path):
 
 @pytest.mark.parametrize("at_once", [1, 2, 5, 9])
 def test_members_keep_their_places_however_many_go_together(at_once):
-    crew = Crew(Own([], 0, 0, 0), [], lambda shared, own: own, (), 5, at_once)
+    stacked = StackedMembers(MemberConstants([], 0, 0, 0), [], lambda shared, frozen: frozen, (), 5, at_once)
     numbers = jnp.arange(5, dtype=jnp.float32)
-    np.testing.assert_array_equal(crew.over(lambda one: 2 * one + 1)(numbers), 2 * numbers + 1)
+    np.testing.assert_array_equal(stacked.over(lambda number: 2 * number + 1)(numbers), 2 * numbers + 1)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -258,6 +258,39 @@ def test_a_diverged_member_is_told_and_the_others_go_on_also_after_a_signal(plac
         sweep(description, tmp_path / "cut", echo=quiet)
 
 
+def content(place):
+    """The content of every file, and when it was written; checkpoints and locks left out."""
+    files = [file for file in place.rglob("*") if file.is_file() and file.name != ".lock"]
+    kept = {str(file.relative_to(place)): file for file in files}
+    return {
+        name: (file.read_bytes(), file.stat().st_mtime_ns)
+        for name, file in kept.items()
+        if not name.startswith("checkpoints/")
+    }
+
+
+def test_a_finished_sweep_is_left_as_it_is(places, tmp_path):
+    experiment = an_experiment(places, optimizer=sx.Optimizer(schedule="constant", warmup=0))
+    grid, out = {"optimizer.lr": (1e-2, 1e17)}, tmp_path / "out"
+    results = sweep(Sweep(experiment, grid), out, echo=quiet)
+    before, lines = content(out), []
+    assert sweep(Sweep(experiment, grid), out, resume=True, echo=lines.append) == results
+    assert content(out) == before
+    assert lines[-4:] == [*results.table(), f"already finished after step 4: {out}"]
+    # Fewer steps are refused, and nothing of the refused config is kept.
+    fewer = Sweep(dataclasses.replace(experiment, steps=3), grid)
+    with pytest.raises(sx.SboraxError, match="has made 4 steps, and is to make 3; give it 4 or more"):
+        sweep(fewer, out, resume=True, echo=quiet)
+    assert content(out) == before
+    # An adapter that is missing is written again, with the same bits.
+    name = "lr=0.01/adapter/plan.json"
+    (out / name).unlink()
+    sweep(Sweep(experiment, grid), out, resume=True, echo=quiet)
+    assert content(out)[name][0] == before[name][0]
+    more = Sweep(dataclasses.replace(experiment, steps=5), grid)
+    assert [result.steps for result in sweep(more, out, resume=True, echo=quiet).members] == [5, 1]
+
+
 def test_when_all_diverge_the_sweep_ends(places, tmp_path):
     description = Sweep(an_experiment(places), {"optimizer.lr": (1e38, 2e38)}, at_once=2)
     with pytest.raises(sx.SboraxError, match="step 1: no member is left, all 2 have a loss that is not finite"):
@@ -302,7 +335,10 @@ WRONG = [
     (("rules.0.pattern=q,v",), "rules.0.pattern: members may differ in"),
     (("seed_data=0,1",), "seed_data: members may differ in .* run each value of seed_data alone"),
     (("steps=1,2",), "steps: members may differ in"),
-    (("seed_adapter=0,1", 'rules.1.method={"type": "PiSSA"}'), "seed_adapter: PiSSA takes its start out of the base"),
+    (
+        ("seed_adapter=0,1", 'rules.1.method={"type": "PiSSA"}'),
+        "seed_adapter: PiSSA rewrites the base, which all members share",
+    ),
     (("seed_adapter=0,1", 'mesh={"data": 2}'), "mesh: a sweep runs on one device"),
     (("seed_adapter=0,1", "mesh=fsdp=2,tensor=2"), "mesh: a sweep runs on one device"),
     (("seed_adapter=0,1", "--mesh", "data=2"), "mesh: a sweep runs on one device"),

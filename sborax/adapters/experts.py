@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from sborax.adapters.arithmetic import side_by_side
-from sborax.adapters.compose import Sum
+from sborax.adapters.compose import ByLayer, Sum
 from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
 from sborax.adapters.tree import Adapters, nest, nodes
 
@@ -52,7 +52,13 @@ def _parts(path: str, node: Adapter) -> list[Adapter]:
     for part in parts:
         if not isinstance(part.method, AbstractExpert):
             name = type(part.method).__name__
-            raise SboraxError(f"{path}: {name} owns no block of the weight; sborax.add sums any additive adapters")
+            why = "owns no block of the weight"
+            if isinstance(part.method, ByLayer):
+                name, why = (
+                    "a rule with layers=",
+                    "puts its expert on a part of the stack, and only whole stacks combine",
+                )
+            raise SboraxError(f"{path}: {name} {why}; sborax.add sums any additive adapters")
     return parts
 
 

@@ -1,4 +1,4 @@
-"""`sborax merge --approximate`: adapters whose layers are linked by values, merged as well as a weight can."""
+"""`sborax merge --approximate`: approximate merges of adapters whose layers are linked by values, such as ResLoRA's."""
 
 from typing import Any
 
@@ -12,14 +12,18 @@ from sborax.train.hints import first_batches
 from sborax.train.read import read_data
 
 MEASURED = 8
-"""Microbatches on which the error is measured."""
+"""How many microbatches the error is measured on."""
 
 
-def approximated(target: Target, by: str) -> Any:
-    """The merged params of a run whose layers are linked by values, measured on the first batches of its data."""
+def merge_approximately(target: Target, by: str) -> Any:
+    """The merged parameters of a run whose layers are linked by values.
+
+    - target: the run. Its first batches are the data on which the error is measured, which is printed.
+    - by: "inputs" or "weights", the two merges of `sborax.interop.reslora`.
+    """
     assert target.experiment is not None
     model, params, adapters = target.model, target.params, target.adapters
-    held = first_batches(read_data(target.experiment, model, lambda _: None)[0], MEASURED)
+    batches = first_batches(read_data(target.experiment, model, lambda _: None)[0], MEASURED)
 
     @jax.jit
     def hidden(params: Any, adapters: Any, batch: Any) -> Any:
@@ -27,17 +31,17 @@ def approximated(target: Target, by: str) -> Any:
         return jnp.where(batch["segments"][:, :, None] != 0, states, jnp.zeros_like(states))
 
     def outputs(params: Any, adapters: Any) -> Any:
-        return jnp.concatenate([hidden(params, adapters, batch).reshape(-1) for batch in held])
+        return jnp.concatenate([hidden(params, adapters, batch).reshape(-1) for batch in batches])
 
     if by == "weights":
-        done = merge_by_weights(params, adapters, outputs)
+        merged = merge_by_weights(params, adapters, outputs)
     else:
 
         @jax.jit
-        def seen(batch: dict[str, Any]) -> dict[str, Any]:
+        def inputs(batch: dict[str, Any]) -> dict[str, Any]:
             tokens, segments = batch["tokens"], batch["segments"]
             return model.collect(params, adapters, tokens, ["remembered"], segment_ids=segments)[1].remembered
 
-        done = merge_by_inputs(params, adapters, [seen(batch) for batch in held], outputs)
-    say(done)
-    return done.params
+        merged = merge_by_inputs(params, adapters, [inputs(batch) for batch in batches], outputs)
+    say(merged)
+    return merged.params

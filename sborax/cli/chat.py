@@ -24,15 +24,16 @@ def generate(arguments: argparse.Namespace) -> None:
     """`sborax generate --prompt`."""
     target, tokenizer = _load(arguments)
     prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
-    # A text that goes on from its prompt ends where the model's config says, an answer where the template ends a turn.
+    # A continued prompt ends at the end tokens of the model's config, an answer where the template ends a turn.
     ends = _ends(target, tokenizer) if arguments.template == "chat" else None
     key, stopped = jax.random.key(arguments.seed), finished(tokenizer, arguments.stop)
     written = _write(target, prompts, arguments.max_new_tokens, ends, key, stopped, arguments)
     for prompt, new in zip(prompts, written, strict=True):
-        given = [] if arguments.template else prompt
-        begin = len(text_of(tokenizer, given))
-        whole = text_of(tokenizer, [*given, *new])
-        print_text(f"{whole[:begin]}{until(whole[begin:], arguments.stop)}\n")
+        # A wrapped prompt is not printed.
+        printed = [] if arguments.template else prompt
+        start = len(text_of(tokenizer, printed))
+        text = text_of(tokenizer, [*printed, *new])
+        print_text(f"{text[:start]}{until(text[start:], arguments.stop)}\n")
 
 
 def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
@@ -49,39 +50,42 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
 
 
 def chat(arguments: argparse.Namespace) -> None:
-    """`sborax generate --chat`: every line of standard input is answered, in the light of all before."""
+    """`sborax generate --chat`: answer every line of standard input as a turn of one conversation."""
     target, tokenizer = _load(arguments)
     if not tokenizer.chat_template:
         raise SboraxError(
             f"{arguments.target}: its tokenizer has no chat template; use --prompt and --template instead"
         )
     ends, key = _ends(target, tokenizer), jax.random.key(arguments.seed)
-    first = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    said: list[dict[str, str]] = []
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    turns: list[dict[str, str]] = []
     for number, line in enumerate(_lines()):
-        said.append({"role": "user", "content": line})
-        ids, dropped = _fitted(first, said, arguments.max_new_tokens, target, tokenizer)
+        turns.append({"role": "user", "content": line})
+        ids, dropped = _fitted(system, turns, arguments.max_new_tokens, target, tokenizer)
         if dropped:
             say(f"the context is full: {dropped} earlier turns are forgotten", file=sys.stderr)
-        said = said[dropped:]
+        turns = turns[dropped:]
         room = min(arguments.max_new_tokens, target.model.config.context - len(ids))
-        shown = Shown(tokenizer, arguments.stop)
-        (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), shown, arguments)
+        printer = AnswerPrinter(tokenizer, arguments.stop)
+        (new,) = _write(target, [ids], room, ends, jax.random.fold_in(key, number), printer, arguments)
         answer = until(text_of(tokenizer, new), arguments.stop)
-        print_text(f"{answer[shown.length :]}\n")
-        said.append({"role": "assistant", "content": answer})
+        print_text(f"{answer[printer.length :]}\n")
+        turns.append({"role": "assistant", "content": answer})
 
 
-class Shown:
-    """Prints an answer while it is written, as far as nothing that follows can change it. length: printed so far."""
+class AnswerPrinter:
+    """Prints an answer while it is generated, up to the last word that later tokens cannot change.
+
+    - length: letters printed so far.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self.length, self._tokenizer, self._stop = 0, tokenizer, stop
 
     def __call__(self, texts: list[list[int]]) -> list[bool]:
-        """Whether the answer, the only text, holds a stop string."""
+        """Print what is certain of the only text; whether it contains a stop string."""
         text = text_of(self._tokenizer, texts[0])
-        # The last word may be half of one, and the end of the text the beginning of a stop string.
+        # The last word may be incomplete, and the end of the text may begin a stop string.
         certain = max(0, len(text) - max(map(len, self._stop), default=0))
         answer = until(text, self._stop)
         length = max(self.length, answer.rfind(" ", 0, certain))
@@ -91,7 +95,7 @@ class Shown:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped in up to its end, empty lines left out."""
+    """The lines of standard input, without empty ones."""
     while True:
         if sys.stdin.isatty():
             say("> ", end="", file=sys.stderr)
@@ -103,18 +107,20 @@ def _lines() -> Iterator[str]:
 
 
 def _fitted(
-    first: list[dict[str, str]], said: list[dict[str, str]], new: int, target: Target, tokenizer: Any
+    system: list[dict[str, str]], turns: list[dict[str, str]], new: int, target: Target, tokenizer: Any
 ) -> tuple[list[int], int]:
     """The conversation as tokens, and how many of its earliest turns were dropped so that an answer fits.
+
+    - new: tokens of the answer.
 
     Raises SboraxError if the last turn alone is too long.
     """
     context, dropped = target.model.config.context, 0
     while True:
-        text = prompt_of("chat", {"messages": [*first, *said[dropped:]]}, tokenizer)
-        # The template has the tokens that begin a text.
+        text = prompt_of("chat", {"messages": [*system, *turns[dropped:]]}, tokenizer)
+        # The template writes the tokens that begin a text.
         ids = tokens_of(tokenizer, text, add_special_tokens=False)["input_ids"]
-        alone = dropped == len(said) - 1
+        alone = dropped == len(turns) - 1
         if len(ids) + new <= context or (alone and len(ids) < context):
             return ids, dropped
         if alone:

@@ -1,4 +1,4 @@
-"""The commands that load a model."""
+"""`sborax train`, `sborax slim` and `sborax export`."""
 
 import argparse
 import dataclasses
@@ -26,12 +26,12 @@ from sborax.train.read import read_held_out
 
 
 def train(arguments: argparse.Namespace) -> bool:
-    """`sborax train`: whether the run came to its end."""
+    """`sborax train`. Returns whether the run made all its steps."""
     changes = with_mesh(arguments.changes, arguments.mesh)
     experiment = load_experiment(arguments.experiment, changes, arguments.imports)
     if arguments.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", arguments.compile_cache)
-        # By default JAX keeps no program that took less than a second.
+        # By default JAX does not keep programs that took less than a second to compile.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     out = arguments.out or f"runs/{Path(arguments.experiment).stem}"
     check_tasks(experiment)
@@ -47,49 +47,59 @@ def slim(run: str, out: str) -> None:
     target = load_run(run)
     experiment, model = target.experiment, target.model
     assert experiment is not None
-    # Fails first if there is nothing to cut.
+    # Before the data is read: it fails if there is nothing to cut.
     small = cut(model, target.params, target.adapters)
     if experiment.eval.data is None:
         say("the experiment has no eval.data: perplexity is that of the training data")
         experiment = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, data=experiment.data))
     batches = read_held_out(experiment, model, say)
     say("perplexity:")
-    for what, own, params, adapters in (
+    for what, measured, params, adapters in (
         ("before training", model, model.params, None),
         ("pruned, heads and channels masked", model, target.params, target.adapters),
         ("pruned, heads and channels cut out", small, small.params, None),
     ):
-        loss = loss_on(own, params, adapters, batches)
+        loss = loss_on(measured, params, adapters, batches)
         say(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
     made = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
-    alike = not small.config.layer_sizes
-    card = model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=alike)
+    uniform = not small.config.layer_sizes
+    card = model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=uniform)
     save_hf(out, small, small.params)
     write_card(out, card)
-    if small.config.layer_sizes:
-        say(
-            f"{out}: a smaller model for `sborax generate {out}`; transformers cannot load it, since its layers keep "
-            "different numbers of heads and channels, which no config.json of its can say; protect=0 prunes all alike"
-        )
-    else:
+    if uniform:
         say(f"{out}: a smaller model; transformers and `sborax generate {out}` load it")
+    else:
+        say(
+            f"{out}: a smaller model for `sborax generate {out}`; transformers cannot load it, since its layers have "
+            "different numbers of heads and channels; with protect=0 all layers are pruned alike"
+        )
 
 
-def export(run: str, out: str, form: Any, rank: int | None = None) -> None:
-    """`sborax export`."""
+def export(run: str, out: str, form: Any, rank: int | None = None, overwrite: bool = False) -> None:
+    """`sborax export`.
+
+    - form: "native" or "lora".
+    - rank: of what is truncated; None for the method's own.
+    - overwrite: whether `out` may hold files; those of an earlier export are replaced.
+    """
     if rank is not None and (form == "native" or rank < 1):
         raise SboraxError(f"--rank {rank}: must be 1 or more, and goes with --as lora, which may truncate")
     place = Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise SboraxError(f"{out}: exists and is not an empty directory; choose another OUT_DIR")
+    if place.exists() and not place.is_dir():
+        raise SboraxError(f"{out}: exists and is not a directory; choose another OUT_DIR")
+    if place.exists() and any(place.iterdir()) and not overwrite:
+        raise SboraxError(
+            f"{out}: exists and is not an empty directory; choose another OUT_DIR, or --overwrite an earlier export"
+        )
     target = load_run(run)
     assert target.experiment is not None
     try:
-        done = save_peft(
+        exported = save_peft(
             out, target.model, target.params, target.adapters, as_=form, rank=rank, base=target.experiment.model,
             facts=facts(run),
         )  # fmt: skip
     except SboraxError as error:
-        said = str(error).replace("as_='lora'", "--as lora").replace("say rank=...", "say --rank N")
-        raise SboraxError(said) from error
-    say(f"{out}: {done}")
+        # The options as the command line spells them.
+        message = str(error).replace("as_='lora'", "--as lora").replace("say rank=...", "say --rank N")
+        raise SboraxError(message) from error
+    say(f"{out}: {exported}")

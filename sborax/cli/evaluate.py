@@ -20,13 +20,13 @@ from sborax.train.experiment import Experiment
 from sborax.train.read import end_token
 
 OF_RUN = "scores"
-"""Where a run's directory has the scores of its last adapter."""
+"""The folder of a run directory with the scores of its last adapter."""
 
 
 def score(arguments: argparse.Namespace) -> None:
     """Score the target on tasks, and on those of lm-evaluation-harness with `--harness`.
 
-    Raises SboraxError for a task, an option or data that do not fit.
+    Raises SboraxError for a task that is not known, an option that does not fit it, or data that is not found.
     """
     if not arguments.tasks and not arguments.harness:
         raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
@@ -45,11 +45,11 @@ def score(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     if arguments.harness:
         _harness(arguments, scorer, out)
-    say(f"{out}: scores, and what became of every item")
+    say(f"{out}: the scores, and every item")
 
 
 def check_tasks(experiment: Experiment) -> None:
-    """Raise SboraxError if `eval.tasks` names what cannot be scored once the run has ended."""
+    """Raise SboraxError if `eval.tasks` names a task that could not be scored at the end of the run."""
     if not experiment.eval.tasks:
         return
     if several():
@@ -59,30 +59,30 @@ def check_tasks(experiment: Experiment) -> None:
 
 
 def score_run(run: str) -> None:
-    """Score a run that has ended on the `eval.tasks` of its experiment, into `OF_RUN` of its directory.
+    """Score a finished run on the `eval.tasks` of its experiment, into `scores/` of its directory.
 
-    Scores of all of them that are there already are left as they are.
-    Raises SboraxError for a task or data that do not fit.
+    If all of them have scores already, nothing is done.
+    Raises SboraxError for a task that is not known or data that is not found.
     """
     experiment, place = find_run(run)[0], Path(run) / OF_RUN
     tasks = chosen(",".join(experiment.eval.tasks))
     if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
-        say(f"{place}: scores of before")
+        say(f"{place}: is scored already")
         return
-    # What was there was not finished, or is of other tasks: scores are made, never mixed.
+    # Scores of an interrupted evaluation, or of other tasks, are not mixed with new ones.
     shutil.rmtree(place, ignore_errors=True)
     target = load_run(run)
     scorer = Scorer.of(target.model, target.params, target.adapters, mesh=experiment.mesh)
     evaluate(tasks, scorer, out=place, trained_on=_trained_on(target), about={"target": run})
-    say(f"{place}: scores, and what became of every item")
+    say(f"{place}: the scores, and every item")
 
 
 def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:
     tasks = {task.name: task for task in chosen(arguments.tasks)}
-    for given in arguments.data:
-        name, equals, place = given.partition("=")
+    for option in arguments.data:
+        name, equals, place = option.partition("=")
         if not equals or name not in tasks:
-            raise SboraxError(f"--data {given}: write TASK=PATH, with a task that --tasks names")
+            raise SboraxError(f"--data {option}: write TASK=PATH, with a task that --tasks names")
         tasks[name] = dataclasses.replace(tasks[name], data=place)
     if arguments.template is not None:
         fixed = next((task.name for task in tasks.values() if task.template is None), None)
@@ -93,13 +93,13 @@ def _tasks(arguments: argparse.Namespace) -> list[AbstractTask]:
 
 
 def _trained_on(target: Target) -> list[Any] | None:
-    """The records that a run was trained on, None for a model, whose data are not known."""
+    """The records that a run was trained on; None for a model, and for data that is not found."""
     if target.experiment is None:
         return None
     data = target.experiment.data
     try:
         if isinstance(data.name, str) and "/" not in data.name and find(data.name, data.split) is None:
-            # On the hub a data set has an organisation; asking it in vain takes long where there is no network.
+            # Names on the hub have an organisation. Without a network it takes long to find out that one is missing.
             raise SboraxError(f"{data.name}: not under $SBORAX_DATA")
         records = list(read(data.name, data.split))
         if data.limit is None:
@@ -108,7 +108,7 @@ def _trained_on(target: Target) -> list[Any] | None:
         report = load_samples(data, model.tokenizer, end_token(model), model.config.context)[1]
         return records[: report.records]
     except SboraxError as error:
-        say(f"the run's training data are not at hand, so items are not looked for in them ({error})")
+        say(f"the run's training data cannot be read, so items are not compared with it ({error})")
         return None
 
 
@@ -124,7 +124,7 @@ def _harness(arguments: argparse.Namespace, scorer: Scorer, out: str) -> None:
 
 
 def tasks() -> str:
-    """`sborax tasks`: every name that `--tasks` takes, with its protocol."""
+    """`sborax tasks`: a line for every name that `--tasks` takes, with its protocol."""
     from sborax.evaluate import GROUPS, every_task
 
     load_plugins()

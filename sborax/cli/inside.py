@@ -1,4 +1,4 @@
-"""What a watched process runs: the command, and an end that waits for no peer which may be gone."""
+"""The watched process of a run on several hosts: runs the command, and exits without waiting for dead peers."""
 
 import os
 import sys
@@ -12,23 +12,23 @@ from sborax.cli.main import INTERRUPTED, OK, main
 from sborax.config.terminal import say
 
 PATIENCE = 60.0
-"""Seconds that the runtime has to say which peer is gone, once a step has failed."""
+"""Seconds to wait, after a failed step, for JAX's runtime to report which peer is gone."""
 
 
 def _end_with(pipe: int) -> None:
-    """End this process when the other end of the pipe closes: nobody watches it any more."""
+    """End this process when the other end of the pipe closes, that is, when the watching process is gone."""
     os.read(pipe, 1)
     os._exit(LOST)
 
 
 def run() -> int:
-    """The exit code, where every process comes to its end; else this one leaves at once."""
+    """Run the command. Returns its exit code if every process ends; after a failure, exits this process at once."""
     threading.Thread(target=_end_with, args=(int(os.environ[INSIDE]),), daemon=True).start()
     try:
         code = main()
     except jax.errors.JaxRuntimeError as error:
         say(error, file=sys.stderr)
-        # A collective has failed. The runtime ends this process as soon as it knows who is gone.
+        # A collective has failed. The runtime ends this process as soon as it knows which peer is gone.
         time.sleep(PATIENCE)
         code = LOST
     if code in (OK, INTERRUPTED):
@@ -37,7 +37,7 @@ def run() -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized() and jax.process_index() == 0:
-        # The others see that the first is gone sooner than what they have to say themselves.
+        # Gives the others time to report their own error before they notice that the first process is gone.
         time.sleep(1)
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""`--mesh` of the commands: what an override of `mesh` takes, too."""
+"""Parses `--mesh`, by the same rules as a change `mesh=...` of an experiment."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from sborax.layout.mesh import check_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
-    """The field of an experiment that `--mesh` is."""
+class _MeshOption:
+    """A config with the one field that `--mesh` sets."""
 
     mesh: dict[str, int]
 
 
 def read_mesh(words: Sequence[str]) -> dict[str, int]:
-    """The sizes of axes in `fsdp=8,tensor=2`, or in one word for each; none without words.
+    """The sizes of the axes in `fsdp=8,tensor=2`, or in one word for each axis. Empty without words.
 
     Raises SboraxError for text of another form, and as `check_mesh` does.
     """
@@ -25,7 +25,7 @@ def read_mesh(words: Sequence[str]) -> dict[str, int]:
         return {}
     text = ",".join(words)
     try:
-        sizes = override(_Given({}), [f"mesh={text}"]).mesh
+        sizes = override(_MeshOption({}), [f"mesh={text}"]).mesh
     except SboraxError:
         raise SboraxError(f"--mesh {text}: write sizes of axes, such as fsdp=8,tensor=2") from None
     check_mesh(sizes)
@@ -33,7 +33,7 @@ def read_mesh(words: Sequence[str]) -> dict[str, int]:
 
 
 def with_mesh(changes: Sequence[str], text: str | None) -> list[str]:
-    """The changes of an experiment on a command line, what `--mesh` says among them.
+    """The changes of an experiment, with that of `--mesh` added.
 
     Raises SboraxError as `read_mesh` does.
     """

@@ -1,4 +1,4 @@
-"""`sborax methods`: what each method is, read from its class."""
+"""`sborax methods`: describes the methods, from their classes."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
 
 
 def find(name: str) -> type[AbstractMethod]:
-    """The method of that name, in whatever case. Raises SboraxError for an unknown one."""
+    """The method of that name, ignoring case. Raises SboraxError for an unknown name."""
     known = {method.__name__.lower(): method for method in reversed(listed().values())}
     known |= {label.lower(): method for label, method in listed().items()}
     if name.lower() not in known:
@@ -26,32 +26,32 @@ def find(name: str) -> type[AbstractMethod]:
 
 
 def listed() -> dict[str, type[AbstractMethod]]:
-    """Every method by its name: sborax's own, then those that are imported or that plug-ins offer.
+    """Every method by name: sborax's own, then imported ones and those of plug-ins.
 
     Raises SboraxError for a plug-in that fails.
     """
     load_plugins()
-    own = {name: getattr(methods, name) for name in methods.__all__}
+    builtin = {name: getattr(methods, name) for name in methods.__all__}
     others = [
         method for method in foreign(AbstractMethod) if not issubclass(method, AbstractComposite | AbstractRouter)
     ]
-    return own | {name_of(method): method for method in others}
+    return builtin | {name_of(method): method for method in others}
 
 
 def overview() -> str:
     """Every method: equation, options, paper, whether it merges, its PEFT equivalent."""
-    return "\n\n".join(_entry(method, whole=False) for method in listed().values())
+    return "\n\n".join(_entry(method, full=False) for method in listed().values())
 
 
 def describe(name: str) -> str:
-    """One method with its whole docstring. Raises SboraxError for an unknown one."""
-    return _entry(find(name), whole=True)
+    """One method with its full docstring. Raises SboraxError for an unknown name."""
+    return _entry(find(name), full=True)
 
 
-def _entry(method: type[AbstractMethod], whole: bool) -> str:
-    told = inspect.getdoc(method) or ""
-    if not whole:
-        told = "\n".join(_equation(method, told.split("\n\n")))
+def _entry(method: type[AbstractMethod], full: bool) -> str:
+    text = inspect.getdoc(method) or ""
+    if not full:
+        text = "\n".join(_equation(method, text.split("\n\n")))
     example = _example(method)
     facts = {
         "options": ", ".join(_option(field) for field in _fields(method)),
@@ -61,12 +61,12 @@ def _entry(method: type[AbstractMethod], whole: bool) -> str:
     }
     if method.rewrites_base:
         facts["base"] = "its initialisation rewrites the base weights"
-    lines = [name_of(method), *(f"  {line}".rstrip() for line in told.splitlines())]
+    lines = [name_of(method), *(f"  {line}".rstrip() for line in text.splitlines())]
     return "\n".join([*lines, *(f"  {name + ':':<9}{fact}" for name, fact in facts.items())])
 
 
 def _equation(method: type[AbstractMethod], paragraphs: list[str]) -> Iterator[str]:
-    """The paragraphs before the one that explains the options."""
+    """The paragraphs before the one that lists the options."""
     options = tuple(f"{field.name}:" for field in _fields(method))
     return itertools.takewhile(lambda paragraph: not paragraph.startswith(options), paragraphs)
 
@@ -80,14 +80,14 @@ def _option(field: dataclasses.Field) -> str:
 
 
 def _merges(example: AbstractMethod | None) -> str:
-    """What a method declares may depend on its options: here, on their defaults."""
+    """Whether the method merges, with the default options: what it declares may depend on them."""
     if example is None:
-        return "as its options say"
+        return "depends on its options"
     return f"no: {example.no_merge}" if example.no_merge else "exact"
 
 
 def _example(method: type[AbstractMethod]) -> AbstractMethod | None:
-    """The method on its defaults, None where an option has none."""
+    """The method with default options; None where an option has no default."""
     try:
         return instance(method)
     except SboraxError:
@@ -95,16 +95,16 @@ def _example(method: type[AbstractMethod]) -> AbstractMethod | None:
 
 
 def peft_equivalent(method: type[AbstractMethod]) -> str:
-    """How PEFT calls the method, and in what form `sborax export` writes it."""
+    """The method's name in PEFT, and the form in which `sborax export` writes it."""
     rows = [row for row in TABLE if row.method is method]
-    own = [
+    names = [
         " ".join(
             [row.peft_type]
             + [f"{name}={values[0]!r}" for name, values in row.known_by.items() if values[0] != KNOWN_BY_DEFAULTS[name]]
         )
         for row in rows
     ]
-    named = " or ".join(own)
+    named = " or ".join(names)
     if any(row.write for row in rows):
         return named
     if issubclass(method, AbstractFactored):

@@ -1,4 +1,4 @@
-"""The main job on an embedded default: SmolLM2-135M, fine-tuned with SBoRA on short conversations."""
+"""`sborax quickstart`: fine-tunes SmolLM2-135M with SBoRA on short conversations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ from sborax.train.loop import ADAPTER, train
 QUESTIONS = 3
 NEW_TOKENS = 40
 FEW = 10
-"""Steps whose losses are averaged: batches of so few tokens differ more than a step improves."""
+"""Steps over which a printed loss is averaged: between batches this small it varies more than a step improves it."""
 
 
 def experiment(model: str, data: str, held_out: bool) -> Experiment:
-    """What `sborax quickstart` runs. Rows of 64 tokens keep a step to a few seconds on two cores."""
+    """The experiment of the quickstart. Rows of 64 tokens keep a step to a few seconds on two cores."""
     rows = Data(name=data, template="chat", max_length=64, buckets=(64,))
     return Experiment(
         model=model,
@@ -45,19 +45,20 @@ def experiment(model: str, data: str, held_out: bool) -> Experiment:
 
 
 def quickstart(changes: Sequence[str], out: str | None) -> bool:
-    """Fetch what is not given by `changes`, fine-tune, print answers before and after; whether it came to its end.
+    """Download the model and the data unless `changes` name others, fine-tune, print answers before and after.
 
-    Raises SboraxError as fetching and training do.
+    Returns whether the run made all its steps.
+    Raises SboraxError as downloading and training do.
     """
-    given = {key: value for key, _, value in (change.partition("=") for change in changes)}
-    model_path = given.get("model") or str(smollm2())
-    data_path = given.get("data.name") or str(conversations())
-    settled = override(experiment(model_path, data_path, "data.name" not in given), changes)
+    values = {key: value for key, _, value in (change.partition("=") for change in changes)}
+    model_path = values.get("model") or str(smollm2())
+    data_path = values.get("data.name") or str(conversations())
+    settled = override(experiment(model_path, data_path, "data.name" not in values), changes)
     run = out or _unused(Path("runs/quickstart"))
 
     model = load_model(settled.model, settled.precision)
-    asked = _questions(settled.eval.data or settled.data)
-    before = _answers(model, model.params, None, settled.data.template, asked)
+    questions = _questions(settled.eval.data or settled.data)
+    before = _answers(model, model.params, None, settled.data.template, questions)
     del model
 
     if not train(settled, run).finished:
@@ -65,8 +66,8 @@ def quickstart(changes: Sequence[str], out: str | None) -> bool:
 
     model = load_model(settled.model, settled.precision)
     params, adapters = load_adapter(Path(run) / ADAPTER, model.params)
-    after = _answers(model, params, adapters, settled.data.template, asked)
-    say(_told(run, asked, before, after))
+    after = _answers(model, params, adapters, settled.data.template, questions)
+    say(_summary(run, questions, before, after))
     return True
 
 
@@ -80,7 +81,7 @@ def _unused(run: Path) -> str:
 
 
 def _questions(data: Data) -> Sequence[Mapping[str, Any]]:
-    """Records spread over the data, each with a question of its own."""
+    """Records spread over the data, with different questions."""
     records = read(data.name, data.split)
     distinct = list({record.get("instruction"): record for record in records}.values())
     stride = max(1, len(distinct) // QUESTIONS)
@@ -88,22 +89,23 @@ def _questions(data: Data) -> Sequence[Mapping[str, Any]]:
 
 
 def _answers(
-    model: LanguageModel, params: Any, adapters: Any, template: str, asked: Sequence[Mapping[str, Any]]
+    model: LanguageModel, params: Any, adapters: Any, template: str, questions: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     tokenizer = model.tokenizer
-    texts = [prompt_of(template, record, tokenizer) for record in asked]
+    texts = [prompt_of(template, record, tokenizer) for record in questions]
     prompts = [tokens_of(tokenizer, text, add_special_tokens=takes_special(template))["input_ids"] for text in texts]
     written = generate(model, params, adapters, prompts, NEW_TOKENS)
     shown = [" ".join(text_of(tokenizer, new).split()) for new in written]
     return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]
 
 
-def _told(run: str, asked: Sequence[Mapping[str, Any]], before: Sequence[str], after: Sequence[str]) -> str:
+def _summary(run: str, questions: Sequence[Mapping[str, Any]], before: Sequence[str], after: Sequence[str]) -> str:
+    """The answers before and after, the losses, and what to do next."""
     summary = json.loads((Path(run) / SUMMARY).read_text())
     metrics = [json.loads(line) for line in (Path(run) / METRICS).read_text().splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
     lines = [""]
-    for record, old, new in zip(asked, before, after, strict=True):
+    for record, old, new in zip(questions, before, after, strict=True):
         lines += [f"{record.get('instruction')}", f"  before: {old}", f"  after:  {new}", ""]
     few = min(FEW, len(losses))
     held_out = "" if summary["eval_loss"] is None else f"; {summary['eval_loss']:.3f} on questions that were held out"

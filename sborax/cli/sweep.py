@@ -18,11 +18,11 @@ def sweep(
     at_once: int | None,
     imports: Sequence[str] = (),
 ) -> bool:
-    """Whether the sweep came to its end."""
+    """`sborax sweep`. Returns whether the sweep made all its steps."""
     changes, grid = read_grid(words)
     experiment = load_experiment(source, changes, imports)
     description = Sweep(experiment, grid, at_once)
-    # The tasks cannot vary among members.
+    # All members have the same tasks.
     check_tasks(experiment)
     place = Path(out or f"runs/{Path(source).stem}-sweep")
     results = train_all(description, place, resume=resume)

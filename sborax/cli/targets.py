@@ -1,4 +1,4 @@
-"""What a command is pointed at: a model, or a run."""
+"""Loads the target of a command: a model or a run."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,13 @@ from sborax.train.loop import ADAPTER
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A model as it was loaded, with the parameters and adapters to use. `experiment` is the run's, if it is one."""
+    """A model, with the parameters and adapters to use.
+
+    - model: as loaded; `model.params` is the base without the adapter.
+    - params: the base as the adapters need it, which some methods rewrite.
+    - adapters: None for a model without an adapter.
+    - experiment: of the run; None for a model.
+    """
 
     model: LanguageModel
     params: Any
@@ -36,7 +42,7 @@ def is_experiment(target: str) -> bool:
 
 
 def is_run(target: str) -> bool:
-    """Whether `target` is the directory of a run: its `config.json` is that of an experiment."""
+    """Whether `target` is a run directory, that is, its `config.json` is that of an experiment."""
     config = epath.Path(target) / CONFIG
     if not config.exists():
         return False
@@ -53,9 +59,11 @@ def is_best(target: str) -> bool:
 
 
 def find_run(run: str) -> tuple[Experiment, epath.Path]:
-    """The experiment of a run, and where what it trained is.
+    """The experiment of a run, and its adapter directory.
 
-    Raises SboraxError for a directory that is not a run, and for a run that has not ended.
+    - run: a run directory, or `best/` of one.
+
+    Raises SboraxError for another directory, and for a run that has not ended.
     """
     adapter = epath.Path(run) / ADAPTER
     if is_best(run):
@@ -71,12 +79,12 @@ def find_run(run: str) -> tuple[Experiment, epath.Path]:
 
 
 def load_run(run: str) -> Target:
-    """The base model of a run with what was trained on it, at its end or, for RUN_DIR/best, when it was best.
+    """The base model of a run with the last adapter, or, for RUN_DIR/best, with the best one.
 
     Raises SboraxError as `find_run` does.
     """
     experiment, adapter = find_run(run)
-    # What a method rewrote is rewritten again from the dense weight, then quantised.
+    # Kernels that a method rewrites are loaded dense, rewritten again, then quantised.
     keep = rewritten(as_rules(experiment.rules))
     model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)
     params, adapters = load_adapter(adapter, model.params)
@@ -85,7 +93,13 @@ def load_run(run: str) -> Target:
 
 
 def load_target(target: str, adapter: str | None = None) -> Target:
-    """A run, or a model with or without a PEFT adapter on top. Raises SboraxError for what is neither."""
+    """Load a run, or a model with or without a PEFT adapter.
+
+    - target: a run directory or `best/` of one, a Hugging Face directory, a hub id, or a `.gguf` file.
+    - adapter: a PEFT adapter directory; None for none.
+
+    Raises SboraxError for another target, and for an adapter on top of a run.
+    """
     if is_run(target) or is_best(target):
         if adapter is not None:
             raise SboraxError(f"--adapter {adapter}: {target} is a run and has its own; give its base model instead")

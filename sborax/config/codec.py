@@ -1,8 +1,8 @@
-"""Frozen dataclasses to JSON and back, and dotted `key=value` changes: one strict codec for every config.
+"""One strict codec for every config: frozen dataclasses to JSON and back, and dotted `key=value` changes.
 
-The type annotations are the schema. A class that stands for several (an abstract method, a rank policy) is written
-with the name of the one it is, `{"type": "LoRA", "rank": 8}`, and of a class that is not sborax's own with its module,
-`{"type": "mine:LoRA"}`; a slice as `{"slice": [start, stop, step]}`.
+The type annotations are the schema. Where a field has an abstract type (a method, a rank policy), the value is written
+with the name of its class, `{"type": "LoRA", "rank": 8}`; a class outside sborax has its module in the name,
+`{"type": "mine:LoRA"}`. A slice is written as `{"slice": [start, stop, step]}`.
 """
 
 import ast
@@ -28,18 +28,22 @@ T = TypeVar("T")
 
 
 class Literal(str):
-    """The right side of `key=value`: read as the type of its field asks."""
+    """The text on the right side of `key=value`. The type of the field decides how it is parsed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LiveObject:
-    """What a program gave and no file holds, such as a function. Read back from a file, it is a description alone."""
+    """A value that was given in Python and that no file can hold, such as a function.
+
+    - description: what a file keeps of it.
+    - value: None if it was read from a file.
+    """
 
     description: str
     value: Any = dataclasses.field(default=None, compare=False)
 
     def require(self, where: str) -> Any:
-        """The value. Raises SboraxError, which names the field `where`, if it has stayed in another program."""
+        """The value. Raises SboraxError, naming the field `where`, if there is only the description."""
         if self.value is None:
             raise SboraxError(
                 f"{where}: was given in Python ({self.description}), which no config.json holds; "
@@ -48,16 +52,16 @@ class LiveObject:
         return self.value
 
     def label(self) -> str:
-        """In a line for people."""
+        """The description."""
         return self.description
 
 
 GIVEN = "given_in_python"
-"""The key under which a file tells of a `LiveObject`."""
+"""The key of a `LiveObject`'s description in a file."""
 
 
 def encode(value: Any) -> Any:
-    """A config as JSON values. `decode` of the result equals `value`, but for what a `LiveObject` holds."""
+    """A config as JSON values. `decode` of them equals `value`, except for the values of `LiveObject`s."""
     return _encode(value, lambda live: {GIVEN: live.description})
 
 
@@ -88,7 +92,7 @@ def _is_final(kind: type) -> bool:
 
 
 def sources(value: Any) -> Iterator[str]:
-    """What `--import` takes for every class in a config that is not sborax's own."""
+    """The arguments of `--import` for all classes in a config that sborax does not define."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if not is_builtin(type(value)):
             yield source_of(type(value))
@@ -99,19 +103,23 @@ def sources(value: Any) -> Iterator[str]:
 
 
 def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = False) -> T:
-    """The config of class `kind` that `value` says.
+    """A config from JSON values.
 
-    structural: hyper-parameters that live in arrays are null, as in the method of an attached adapter.
-    Raises SboraxError naming the key for an unknown one, a missing one, a value of the wrong type, an unknown class.
+    - kind: the class of the config.
+    - where: the place of the value, for errors.
+    - structural: whether hyper-parameters that live in arrays are null, as in the method of an attached adapter.
+
+    Raises SboraxError, naming the key, for an unknown or missing key, a value of the wrong type, or an unknown class.
     """
     return _decode(kind, value, where, structural)
 
 
 def override(config: T, changes: Sequence[str]) -> T:
-    """`config` with dotted changes: `optimizer.lr=1e-4`, `rules.0.method.rank=8`. All are made before any check.
+    """A config with dotted changes, such as `optimizer.lr=1e-4` or `rules.0.method.rank=8`.
 
-    `*` stands for every entry of a list: `rules.*.method.alpha=16`. A mapping may be written `mesh=fsdp=4,tensor=2`.
-    Raises SboraxError for a change without `=`, an unknown key (close ones are listed), a value of the wrong type.
+    All changes are made before the result is checked. `*` stands for every entry of a list: `rules.*.method.alpha=16`.
+    A mapping may be written as `mesh=fsdp=4,tensor=2`.
+    Raises SboraxError for a change without `=`, an unknown key (similar ones are listed), or a value of the wrong type.
     """
     raw = _encode(config, lambda live: live)
     mappings = [name for name, kind in typing.get_type_hints(type(config)).items() if _is_mapping(kind)]
@@ -121,11 +129,11 @@ def override(config: T, changes: Sequence[str]) -> T:
             raise SboraxError(f"{change!r}: write key=value, such as optimizer.lr=1e-4")
         name, _, entry = key.partition(".")
         if entry and name in mappings and not isinstance(raw[name], Literal):
-            # A mapping has the keys that it is given, and may be null before.
+            # A mapping may get any key, and may have been null.
             raw[name] = {**(raw[name] or {}), entry: Literal(text)}
             continue
-        for one in _spelled(raw, key):
-            _assign(raw, one, Literal(text))
+        for full_key in _spelled(raw, key):
+            _assign(raw, full_key, Literal(text))
     return _decode(type(config), raw, "", False)
 
 
@@ -141,7 +149,7 @@ def _assign(raw: Any, key: str, value: Literal) -> None:
 
 
 def _spelled(raw: Any, key: str) -> list[str]:
-    """The key with every `*` replaced by the numbers of the entries of the list that it stands for."""
+    """The keys that a key with `*` stands for: each `*` becomes every index of its list."""
     before, star, after = f".{key}.".partition(".*.")
     if not star:
         return [key]
@@ -152,7 +160,7 @@ def _spelled(raw: Any, key: str) -> list[str]:
     if not isinstance(node, list):
         raise SboraxError(f"{key}: {'.'.join(done) or 'a config'} is no list, so * stands for nothing")
     keys = (".".join([*done, str(number), *after.split(".")[:-1]]) for number in range(len(node)))
-    return [spelled for one in keys for spelled in _spelled(raw, one)]
+    return [spelled for full_key in keys for spelled in _spelled(raw, full_key)]
 
 
 def _index(node: Any, part: str, done: list[str]) -> Any:
@@ -178,13 +186,13 @@ def _unknown(where: str, name: str, known: Sequence[str]) -> str:
 
 
 def _family(kind: type) -> type | None:
-    """The abstract class that `kind` is one of several of, if any."""
+    """The topmost abstract class of sborax that `kind` extends, if any."""
     bases = [base for base in kind.__mro__[1:] if is_builtin(base) and inspect.isabstract(base)]
     return bases[-1] if bases else None
 
 
 def entries(text: str) -> dict[str, Literal] | None:
-    """`fsdp=4,tensor=2` as a mapping, None for text of another form."""
+    """`fsdp=4,tensor=2` as a mapping; None for text of another form."""
     pairs = [[side.strip() for side in part.split("=", 1)] for part in text.split(",")]
     if not all(len(pair) == 2 and pair[0].isidentifier() for pair in pairs):
         return None
@@ -192,7 +200,7 @@ def entries(text: str) -> dict[str, Literal] | None:
 
 
 def _is_mapping(kind: Any) -> bool:
-    return dict in (typing.get_origin(one) for one in (kind, *typing.get_args(kind)))
+    return dict in (typing.get_origin(part) for part in (kind, *typing.get_args(kind)))
 
 
 def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
@@ -218,15 +226,15 @@ def _decode(kind: Any, value: Any, where: str, structural: bool) -> Any:
         return _decode_tuple(typing.get_args(kind), value, where, structural)
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise _wrong(where, in_words(kind), value)
+            raise _wrong_type(where, in_words(kind), value)
         item = (typing.get_args(kind) or (str, Any))[1]
         return {name: _decode(item, entry, f"{where}.{name}", structural) for name, entry in value.items()}
     if kind is slice:
         parts = value.get("slice") if isinstance(value, dict) and set(value) == {"slice"} else None
         if not isinstance(parts, list) or len(parts) != 3:
-            raise _wrong(where, in_words(kind), value)
+            raise _wrong_type(where, in_words(kind), value)
         if any(part is not None and type(part) is not int for part in parts) or parts[2] == 0:
-            raise _wrong(where, '{"slice": [start, stop, step]} of whole numbers, the step not 0', value)
+            raise _wrong_type(where, '{"slice": [start, stop, step]} of whole numbers, the step not 0', value)
         return slice(*parts)
     if isinstance(kind, type) and (inspect.isabstract(kind) or _family(kind)):
         return _decode_one_of(kind, value, where, structural)
@@ -240,19 +248,19 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is None or kind is types.NoneType:
         if value is not None:
-            raise _wrong(where, "null", value)
+            raise _wrong_type(where, "null", value)
         return None
     if kind is float and type(value) in (int, float):
         if not abs(value) <= sys.float_info.max:
-            raise _wrong(where, "a finite number", value)
+            raise _wrong_type(where, "a finite number", value)
         return float(value)
     if type(value) is not kind:
-        raise _wrong(where, in_words(kind), value)
+        raise _wrong_type(where, in_words(kind), value)
     return value
 
 
 def _decode_union(kinds: Sequence[Any], value: Any, where: str, structural: bool) -> Any:
-    """Exact types first, so that an int stays one where both int and float may stand; text last."""
+    """A value of a union. Exact types come first, so that an int stays an int in `int | float`; text comes last."""
     if isinstance(value, Literal):
         parsed = _parse(value)
         if str in kinds and (isinstance(parsed, str) or not any(_fits(kind, parsed) for kind in kinds)):
@@ -260,15 +268,15 @@ def _decode_union(kinds: Sequence[Any], value: Any, where: str, structural: bool
         value = parsed
     fitting = [kind for kind in kinds if _fits(kind, value)]
     written = [in_words(kind) for kind in kinds if kind is not LiveObject and in_words(kind)]
-    # A word that is the name of no class may be meant as anything else that may stand here.
+    # A word that is no class's name may be meant as another type of the union, so the error lists them all.
     choice = len([kind for kind in kinds if kind is not types.NoneType]) > 1 and isinstance(value, str)
     if not fitting or (choice and inspect.isabstract(fitting[0]) and not is_known(fitting[0], value)):
-        raise _wrong(where, " or ".join(written), value)
+        raise _wrong_type(where, " or ".join(written), value)
     return _decode(fitting[0], value, where, structural)
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether `value` has the outer form of `kind`: enough to choose among the members of a union."""
+    """Whether `value` has the outer form of `kind`, which is enough to choose a member of a union."""
     origin = typing.get_origin(kind)
     if isinstance(value, LiveObject) or (isinstance(value, dict) and set(value) == {GIVEN}):
         return kind is LiveObject
@@ -294,7 +302,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 def _decode_tuple(items: tuple[Any, ...], value: Any, where: str, structural: bool) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _wrong(where, in_words(tuple[items]), value)
+        raise _wrong_type(where, in_words(tuple[items]), value)
     kinds = [items[0]] * len(value) if items[-1:] == (...,) else list(items)
     if len(kinds) != len(value):
         raise SboraxError(f"{where}: needs {len(kinds)} entries, got {len(value)}")
@@ -308,52 +316,52 @@ def _decode_one_of(kind: type, value: Any, where: str, structural: bool) -> Any:
     if isinstance(value, str):
         value = {"type": value}
     if isinstance(value, dict) and "type" not in value and inspect.isabstract(kind):
-        # Where sborax has one class of the kind alone, its name may be left out.
-        own = [child for child in concrete(kind) if is_builtin(child)]
-        value = {"type": name_of(own[0]), **value} if len(own) == 1 else value
+        # The name may be left out if sborax has only one class of the kind.
+        builtin = [child for child in concrete(kind) if is_builtin(child)]
+        value = {"type": name_of(builtin[0]), **value} if len(builtin) == 1 else value
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        known = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
-        raise _wrong(where, f'an object with "type", one of {", ".join(known)}', value)
+        names = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
+        raise _wrong_type(where, f'an object with "type", one of {", ".join(names)}', value)
     rest = {key: item for key, item in value.items() if key != "type"}
     return _decode_fields(find_class(kind, value["type"], where), rest, where, structural)
 
 
 def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
     if not isinstance(value, dict):
-        raise _wrong(where or "config", in_words(kind), value)
+        raise _wrong_type(where or "config", in_words(kind), value)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     for name in value:
         if name not in fields:
             raise SboraxError(_unknown(prefix + name, name, list(fields)))
-    given = {}
+    values = {}
     for name, field in fields.items():
         if name in value:
             null = structural and value[name] is None and field.metadata.get("hyper")
-            given[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
+            values[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SboraxError(f"{prefix}{name}: missing")
     if structural:
-        # As `core.structure` makes it: null is no legal value for the constructor.
+        # Without the constructor, for which null is no legal value; as `core.structure` does.
         bare = object.__new__(kind)
-        for name, item in given.items():
+        for name, item in values.items():
             object.__setattr__(bare, name, item)
         return bare
     try:
-        return kind(**given)
+        return kind(**values)
     except SboraxError as error:
         raise SboraxError(f"{where}: {error}" if where else str(error)) from None
 
 
 def _parse(text: Literal) -> Any:
-    """Python or JSON; what is neither is text. So is what a config cannot hold, such as a set."""
+    """The value of a Python or JSON literal. Anything else is text, also a value that a config cannot hold (a set)."""
     if _depth(text) > DEEPEST:
         return str(text)
     for read in (ast.literal_eval, json.loads):
         try:
             value = read(str(text))
-        # Python's parser says all of these of a text that it cannot take.
+        # Python's parser raises any of these.
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         if not _storable(value):
@@ -363,7 +371,7 @@ def _parse(text: Literal) -> Any:
 
 
 def _depth(text: str) -> int:
-    """Brackets open at once, at most; those in quotes count as well."""
+    """The most brackets that are open at once, including those in quotes."""
     steps = (1 if letter in "([{" else -1 for letter in text if letter in "([{)]}")
     return max(itertools.accumulate(steps), default=0)
 
@@ -374,22 +382,22 @@ def _storable(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_storable, value))
     if isinstance(value, int):
-        # Python writes no integer of thousands of digits.
+        # Python does not print integers of thousands of digits.
         return value.bit_length() <= 1024
     return value is None or isinstance(value, float | str)
 
 
 def _unquote(text: Literal) -> Any:
-    """Text is taken as it stands, quotes around it removed."""
+    """The text as it is, without quotes around it."""
     value = _parse(text)
     return value if isinstance(value, str) else str(text)
 
 
 def _described(value: Any) -> str:
-    """What JSON cannot say, in an error."""
+    """A value that JSON cannot hold, for an error."""
     return value.label() if isinstance(value, LiveObject) else shown(value)
 
 
-def _wrong(where: str, wanted: str, value: Any) -> SboraxError:
+def _wrong_type(where: str, wanted: str, value: Any) -> SboraxError:
     text = value if isinstance(value, Literal) else json.dumps(value, default=_described)
     return SboraxError(f"{where}: must be {wanted}, got {text}")

@@ -1,4 +1,4 @@
-"""JSON out of files that others wrote: parsed within bounds, or refused in one line."""
+"""Parses JSON files of strangers within bounds, and refuses others in one line."""
 
 import json
 import os
@@ -10,28 +10,28 @@ from etils import epath
 from sborax.adapters.core import SboraxError
 
 LARGEST = 1 << 26
-"""Bytes of the largest document that is read whole; the index of a large model has a few million."""
+"""The most bytes of a document. The index of a large model has a few million."""
 DEEPEST = 100
-"""Levels of lists and objects within each other."""
+"""The most levels of nested lists and objects."""
 
 shown = reprlib.repr
-"""A value as an error shows it, shortened."""
+"""A value, shortened, for an error."""
 
 
 def parse(text: str | bytes, where: str) -> Any:
-    """What a JSON document says; `where` names it in errors.
+    """The value of a JSON document, which `where` names in errors.
 
-    Raises SboraxError for what is no JSON, nested more than `DEEPEST` levels, or says one key of an object twice.
+    Raises SboraxError for text that is not JSON, is nested more than `DEEPEST` levels, or repeats a key of an object.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise SboraxError(f"{where}: nested too deeply") from None
-    # Besides JSON's own: bytes in no encoding of it, and numbers of thousands of digits.
+    # A JSONDecodeError, bytes in another encoding, a repeated key, or a number of thousands of digits.
     except ValueError as failure:
         raise SboraxError(f"{where}: not JSON ({failure})") from None
     level, inner = 0, [value]
-    while inner := [item for one in inner if isinstance(one, (dict, list)) for item in _items(one)]:
+    while inner := [item for node in inner if isinstance(node, (dict, list)) for item in _items(node)]:
         level += 1
         if level > DEEPEST:
             raise SboraxError(f"{where}: nested too deeply")
@@ -39,8 +39,8 @@ def parse(text: str | bytes, where: str) -> Any:
 
 
 def check_plain(file: epath.PathLike) -> None:
-    """Raise SboraxError for what has a name and is no file: a pipe keeps its reader waiting, a device never ends."""
-    # Not by epath, for which whatever is no directory is a file; what is not on this machine is neither.
+    """Raise SboraxError for a path that exists and is not a regular file: reading a pipe or a device may never end."""
+    # By `os` and not epath, which counts everything but directories as files. Remote paths do not exist for `os`.
     if os.path.exists(file) and not os.path.isfile(file):
         raise SboraxError(f"{file}: not a regular file")
 
@@ -48,7 +48,8 @@ def check_plain(file: epath.PathLike) -> None:
 def read_object(file: epath.PathLike) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises SboraxError for a file beyond `LARGEST` bytes, for another kind of value, and as `check_plain` and `parse`.
+    Raises SboraxError for a file of more than `LARGEST` bytes, for a value that is no object, and as `check_plain` and
+    `parse` do.
     """
     path = epath.Path(file)
     check_plain(path)
@@ -62,11 +63,11 @@ def read_object(file: epath.PathLike) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is given twice")
-    return found
+    return unique
 
 
 def _items(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The types of a config's fields in words, with an example of how each is written."""
+"""Describes the types of config fields in words, with examples."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ EXAMPLES = {bool: True, int: 8, float: 0.5, str: "text"}
 
 
 def in_words(kind: Any) -> str:
-    """What a value of this type is, as an error says it; empty for what exists in Python alone."""
+    """A description of a type's values, for an error; empty for a type that a file cannot hold."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind in PLAIN:
         return PLAIN[kind]
@@ -40,8 +40,8 @@ def in_words(kind: Any) -> str:
         example = _example((inner or (str, Any))[1])
         return "an object" if example is None else f"an object such as {json.dumps({'name': example})}"
     if isinstance(kind, type) and inspect.isabstract(kind):
-        known = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
-        return f"one of {', '.join(known)}"
+        names = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
+        return f"one of {', '.join(names)}"
     if dataclasses.is_dataclass(kind):
         return _fields_in_words(kind)
     return ""
@@ -53,7 +53,7 @@ def _fields_in_words(kind: Any) -> str:
 
 
 def _example(kind: Any) -> Any:
-    """A value of a type as JSON has it, None for a type that has no short one."""
+    """An example value of a type, as JSON; None for a type without a short one."""
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind)[0]
     return EXAMPLES.get(kind) if isinstance(kind, type) else None

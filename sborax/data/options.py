@@ -1,4 +1,4 @@
-"""What a run says about its data."""
+"""The options of a run's data."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ def at_least(least: int | float, **values: int | float | None) -> None:
 
 
 def above(bound: int | float, **values: int | float | None) -> None:
-    """Raise SboraxError for a value that is not above `bound`."""
+    """Raise SboraxError for a value at or below `bound`."""
     for name, value in values.items():
         if value is not None and not value > bound:
             raise SboraxError(f"{name} must be above {bound}, got {value}")
@@ -26,25 +26,31 @@ def above(bound: int | float, **values: int | float | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set and how its samples become tokens.
+    """A data set, and how its records become tokens.
 
-    name: a file or directory, a name under `$SBORAX_DATA`, or a hub id. JSON, JSONL, CSV, parquet, text. Cells of
-        CSV are the text that they are; numbers and truth values of JSON and parquet are written as Python writes them,
-        null as nothing. In Python also a list of records, each a dict of columns, which no `config.json` holds.
-    template: "alpaca" (columns instruction, output, maybe input), "llm_adapters" (the same columns, to the letter what
-        LLM-Adapters train on, arXiv:2304.01933; they also have loss_on="all", max_length=256, overlong="truncate"),
-        "chat" (messages with all their keys, and tools if there are any, or the columns of alpaca, through the
-        tokenizer's chat template; one that ignores tools or tool_calls is refused), "text" (column text, loss on all of
-        it), a prompt of your own such as "Q: {question}\\nA: " with the columns in braces, or the name of a class of
-        yours that extends `sborax.data.template.AbstractTemplate`.
-    answer: what follows a prompt of your own, with the columns in braces.
-    split: which split, or which file of a directory.
-    max_length: longest sample, in tokens, at least 3.
-    overlong: longer samples are dropped, truncated, or split into windows; each is counted and printed.
-    loss_on: the tokens that count: the answer's, or all.
-    packing: several samples in one row, kept apart by segments.
-    buckets: row lengths to pad to; empty for quarters of the longest row.
-    limit: use only the first so many samples.
+    Args:
+    - name: a file or directory (JSON, JSONL, CSV, parquet, text), a name under `$SBORAX_DATA`, or a hub id. Cells of
+      CSV stay text; numbers and truth values of JSON and parquet are written as Python writes them, and null as an
+      empty text. In Python also a list of records, each a dict of columns, which a `config.json` cannot hold.
+    - template: how a record becomes text:
+      - "alpaca": Stanford Alpaca's prompt; columns instruction, output, and maybe input.
+      - "llm_adapters": the same columns in exactly the prompt that LLM-Adapters train on (arXiv:2304.01933); they also
+        have loss_on="all", max_length=256, overlong="truncate".
+      - "chat": the tokenizer's chat template; columns messages, with all their keys, and maybe tools, or the columns of
+        alpaca. A template that ignores tools or tool_calls is refused.
+      - "text": column text, with loss on all of it.
+      - a prompt of your own, with columns in braces, such as "Q: {question}\\nA: ".
+      - the name of a class of yours that extends `sborax.data.template.AbstractTemplate`.
+    - answer: the text after a prompt of your own, with columns in braces.
+    - split: the split to read, or the file of a directory.
+    - max_length: the longest sample, in tokens, at least 3.
+    - overlong: whether longer samples are dropped, truncated, or split into windows. Their number is printed.
+    - loss_on: the tokens that enter the loss: the answer's, or all.
+    - packing: put several samples into a row. They stay separate segments, which do not attend to each other.
+    - buckets: row lengths to pad to, in tokens; empty (default) for quarters of the longest row.
+    - limit: use only the first so many samples; None (default) for all.
+
+    Raises SboraxError for a value out of range, and for records that are no dicts.
     """
 
     name: str | LiveObject | Sequence[Mapping[str, Any]]
@@ -70,17 +76,17 @@ class Data:
             raise SboraxError(f"buckets must be positive, got {list(self.buckets)}")
 
     def label(self) -> str:
-        """The name, or what there is to say of records given in Python."""
+        """The name, or a description of records given in Python."""
         return self.name.label() if isinstance(self.name, LiveObject) else str(self.name)
 
 
-def _records(given: Sequence[Mapping[str, Any]]) -> LiveObject:
-    """Records as a value of the program, told apart by a digest."""
-    records = [dict(record) if isinstance(record, Mapping) else record for record in given]
+def _records(name: Sequence[Mapping[str, Any]]) -> LiveObject:
+    """Records given in Python, described by their number and a digest."""
+    records = [dict(record) if isinstance(record, Mapping) else record for record in name]
     bad = next((number for number, record in enumerate(records) if not isinstance(record, dict)), None)
     if bad is not None or not records:
-        wrong = "there are no records" if bad is None else f"record {bad} is a {type(records[bad]).__name__}"
-        raise SboraxError(f"data: {wrong}; give a list of dicts of columns, or a name")
+        problem = "there are no records" if bad is None else f"record {bad} is a {type(records[bad]).__name__}"
+        raise SboraxError(f"data: {problem}; give a list of dicts of columns, or a name")
     text = json.dumps(records, sort_keys=True, default=repr)
-    many = f"{len(records):,} record{'s' * (len(records) > 1)}"
-    return LiveObject(f"{many}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}", records)
+    count = f"{len(records):,} record{'s' * (len(records) > 1)}"
+    return LiveObject(f"{count}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}", records)

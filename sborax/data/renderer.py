@@ -1,4 +1,4 @@
-"""The process that renders chat templates, as this one sees it: begun when it is first needed, and kept."""
+"""Renders chat templates in a child process, which is started when it is first needed, and kept."""
 
 import atexit
 import contextlib
@@ -17,29 +17,36 @@ from typing import Any, NamedTuple
 from sborax.adapters.core import SboraxError
 
 SECONDS = 3.0
-"""Of one conversation; a real one takes less than a thousandth."""
+"""Time limit per conversation. Real templates take less than a thousandth of it."""
 STARTING = 60.0
-"""Seconds that the process has to begin, on a machine that does other things."""
+"""Time limit in seconds for the child to start, on a busy machine."""
 LONGEST = 1 << 26
-"""Bytes of an answer, which has at most 12 for each letter."""
+"""The most bytes of an answer. JSON takes at most 12 for a letter."""
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("sandbox.py")))
 KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL", "LC_TIME")
-"""What the process has of the environment: a template has no business with the rest."""
+"""Environment variables that the child gets. A template must not see others, such as tokens and keys."""
 GIVEN = "{{ [messages, tools, documents] | tojson }}"
-"""A template of ours, by which transformers says what it gives to any."""
+"""A template of sborax's that prints the variables which transformers passes to any template."""
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, and where the shorter ones end in it, None for one that it does not begin with."""
+    """A rendered conversation.
+
+    - text: of the whole conversation.
+    - ends: for each cut, the length of that shorter conversation's text; None where `text` does not begin with it.
+    - ignored: keys of messages, or "tools", that do not change the text.
+    """
 
     text: str
     ends: list[int | None]
     ignored: list[str]
-    """Keys of messages, or "tools", that the template does not look at."""
 
 
 class Failed(Exception):
-    """A rendering without a result. refused: the template itself refuses the conversation."""
+    """A rendering failed.
+
+    - refused: whether the template itself refused the conversation.
+    """
 
     def __init__(self, reason: str, refused: bool = False) -> None:
         Exception.__init__(self, reason)
@@ -54,18 +61,20 @@ def render(
     cuts: Sequence[tuple[int, bool]] = (),
     heeded: Sequence[str] = (),
 ) -> Rendered:
-    """A conversation through the tokenizer's chat template, to the letter what its `apply_chat_template` makes of it.
+    """Render a conversation with the tokenizer's chat template. The text equals that of its `apply_chat_template`.
 
-    generate: whether the text ends with what begins an answer. cuts: for each, so many of the first messages, and
-    whether with what begins an answer. heeded: keys of messages, or "tools", of which to tell if they are ignored.
-    Raises Failed where the template fails, or takes too much time or memory.
+    - generate: whether to append the beginning of an answer.
+    - cuts: shorter conversations, each as a number of first messages and a `generate` of its own.
+    - heeded: keys of messages, or "tools", to report if the template ignores them.
+
+    Raises Failed if the template fails, or takes too much time or memory.
     """
     try:
-        given = tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=GIVEN, tokenize=False)
+        variables = tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=GIVEN, tokenize=False)
         template = tokenizer.get_chat_template(tools=tools)
-    except Exception as failure:  # transformers checks little of what it is given
+    except Exception as failure:  # transformers checks its arguments little, so any error may come
         raise Failed(str(failure).partition("\n")[0]) from failure
-    messages, tools, documents = json.loads(given)
+    messages, tools, documents = json.loads(variables)
     request = {
         "template": template,
         "messages": messages,
@@ -75,23 +84,23 @@ def render(
         "variables": {**tokenizer.special_tokens_map, "tools": tools, "documents": documents},
         "seconds": SECONDS,
     }
-    told = _process().ask(request)
-    if "reason" in told:
-        raise Failed(told["reason"], told.get("refused", False))
-    return Rendered(told["text"], told["ends"], told["ignored"])
+    answer = _process().ask(request)
+    if "reason" in answer:
+        raise Failed(answer["reason"], answer.get("refused", False))
+    return Rendered(answer["text"], answer["ends"], answer["ignored"])
 
 
 @functools.cache
 def _process() -> "Process":
-    made = Process()
-    atexit.register(made.end)
-    return made
+    process = Process()
+    atexit.register(process.end)
+    return process
 
 
 class Process:
-    """A child that renders, one request after the other. One that is stuck is ended, and the next request has another.
+    """The child process. It takes one request at a time; a child that is stuck is killed and replaced.
 
-    It is started as a program, never forked: the threads of JAX would not survive that.
+    It is started as a program and never forked, since JAX's threads do not survive a fork.
     """
 
     def __init__(self) -> None:
@@ -108,7 +117,7 @@ class Process:
                 child.stdin.flush()
                 return json.loads(self._line(child, SECONDS, f"it takes more than {SECONDS:g} seconds"))
             except BaseException as failure:
-                # Interrupted, too: a later request would get this one's answer.
+                # Also after an interrupt: otherwise the next request would get this one's answer.
                 self._kill()
                 if isinstance(failure, OSError):
                     raise Failed("the process that renders it ended") from failure
@@ -120,7 +129,7 @@ class Process:
             self._kill()
 
     def _ready(self) -> "subprocess.Popen[bytes]":
-        # A fork of this process would share the pipes.
+        # A forked copy of this process must not use its parent's pipes.
         if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
             return self._child
         self._kill()
@@ -141,12 +150,12 @@ class Process:
         return self._child
 
     def _line(self, child: "subprocess.Popen[bytes]", seconds: float, late: str) -> bytes:
-        """What the child writes up to the end of a line."""
+        """Read a line from the child. Raises Failed with the text `late` after so many seconds."""
         assert child.stdout is not None
-        until, parts, length = time.monotonic() + seconds, [], 0
+        deadline, parts, length = time.monotonic() + seconds, [], 0
         while not (parts and parts[-1].endswith(b"\n")):
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([child.stdout], [], [], remaining)[0]:
                 raise Failed(late)
             parts.append(os.read(child.stdout.fileno(), 1 << 20))
             length += len(parts[-1])

@@ -1,4 +1,4 @@
-"""Samples as tokens, with the tokens that count, dropped and cut ones reported."""
+"""Tokenises the records of a data set, marks the tokens that count, and reports samples that are dropped or cut."""
 
 import dataclasses
 import sys
@@ -20,7 +20,7 @@ _CHUNK = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sequence, and which of its tokens the model is to learn to write."""
+    """A sequence of tokens, and which of them enter the loss."""
 
     tokens: Int32[np.ndarray, " length"]
     counts: Bool[np.ndarray, " length"]
@@ -28,7 +28,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of the records that were read: all, or as many as it took to have `Data.limit` samples."""
+    """What became of the records that were read.
+
+    - records: read; with `Data.limit`, only as many as were needed.
+    - samples: kept.
+    - too_long: longer than `Data.max_length`.
+    - without_answer: dropped, since none of their tokens counts.
+    - overlong: `Data.overlong`.
+    """
 
     records: int
     samples: int
@@ -38,17 +45,19 @@ class Report:
 
     def __str__(self) -> str:
         """One line for the user."""
-        done = {"drop": "dropped", "truncate": "truncated", "split": "split into windows"}[self.overlong]
-        parts = [f"{self.samples:,} samples of {self.records:,} records", f"{self.too_long:,} too long ({done})"]
+        action = {"drop": "dropped", "truncate": "truncated", "split": "split into windows"}[self.overlong]
+        parts = [f"{self.samples:,} samples of {self.records:,} records", f"{self.too_long:,} too long ({action})"]
         if self.without_answer:
             parts.append(f"{self.without_answer:,} without an answer (dropped)")
         return ", ".join(parts)
 
 
 def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> tuple[list[Sample], Report]:
-    """Every sample of a data set, in its own order.
+    """The samples of a data set, in its order.
 
-    end: the token that ends a text, or None. context: the model's, in tokens.
+    - end: the token that ends a text, or None.
+    - context: the model's, in tokens.
+
     Raises SboraxError for unusable data, and if no sample is left.
     """
     if tokenizer is None:
@@ -60,10 +69,10 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
     start = count = too_long = without_answer = 0
     limit = sys.maxsize if data.limit is None else data.limit
     while start < len(records) and len(samples) < limit:
-        # Of what lies behind the last sample, nothing is read.
+        # Records beyond the last sample that is needed are not read.
         stop = min(start + _CHUNK, start + limit - len(samples), len(records))
-        part, first, start = [records[index] for index in range(start, stop)], start, stop
-        for sample in _tokenise(part, first, data, tokenizer, end):
+        chunk, first, start = [records[index] for index in range(start, stop)], start, stop
+        for sample in _tokenise(chunk, first, data, tokenizer, end):
             if len(samples) >= limit:
                 break
             count += 1
@@ -72,9 +81,9 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
                 too_long += 1
                 fitting = _shorten(sample, data)
             # The first token is never predicted.
-            useful = [one for one in fitting if one.counts[1:].any()]
-            without_answer += not useful and bool(fitting)
-            samples += useful
+            answered = [part for part in fitting if part.counts[1:].any()]
+            without_answer += not answered and bool(fitting)
+            samples += answered
     if not samples:
         raise SboraxError(
             f"{data.label()}: no sample is left of {count}: {too_long} are longer than data.max_length = "
@@ -85,7 +94,7 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
 
 
 def check_ids(name: str, samples: Sequence[Sample], tokenizer: Any, vocabulary: int) -> None:
-    """Raise SboraxError for a token outside of the model's vocabulary, in which it would silently mean another one."""
+    """Raise SboraxError for a token outside the model's vocabulary, which an embedding would silently replace."""
     for number, sample in enumerate(samples):
         outside = sample.tokens[(sample.tokens < 0) | (sample.tokens >= vocabulary)]
         if outside.size:
@@ -112,30 +121,30 @@ def _tokenise(
     rendered = []
     for number, record in enumerate(records, start=start):
         try:
-            one = render(data.template, data.answer, record, tokenizer)
-            "".join(piece.text for piece in one.pieces).encode()
+            text = render(data.template, data.answer, record, tokenizer)
+            "".join(piece.text for piece in text.pieces).encode()
         except UnicodeEncodeError as error:
             raise SboraxError(f"{where(data.name, data.split, number)}: not text ({error.reason})") from None
         except SboraxError as error:
             raise SboraxError(f"{where(data.name, data.split, number)}: {error}") from None
-        rendered.append(one)
+        rendered.append(text)
     encoded = tokens_of(
         tokenizer,
-        ["".join(piece.text for piece in one.pieces) for one in rendered],
+        ["".join(piece.text for piece in text.pieces) for text in rendered],
         add_special_tokens=rendered[0].special,
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
     return [
-        _mark(one, tokens, offsets, data.loss_on, end)
-        for one, tokens, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        _mark(text, tokens, offsets, data.loss_on, end)
+        for text, tokens, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
 
 
-def _mark(one: Rendered, tokens: list[int], offsets: list[tuple[int, int]], loss_on: str, end: int | None) -> Sample:
-    """Which tokens count, by where they end in the text: one that reaches into an answer belongs to it."""
-    if one.special and end is not None and (not tokens or tokens[-1] != end):
-        length = sum(len(piece.text) for piece in one.pieces)
+def _mark(text: Rendered, tokens: list[int], offsets: list[tuple[int, int]], loss_on: str, end: int | None) -> Sample:
+    """The sample with its tokens that count. A token belongs to the piece of text in which it ends."""
+    if text.special and end is not None and (not tokens or tokens[-1] != end):
+        length = sum(len(piece.text) for piece in text.pieces)
         tokens, offsets = [*tokens, end], [*offsets, (length, length)]
     ids = np.asarray(tokens, np.int32)
     if loss_on == "all":
@@ -143,11 +152,11 @@ def _mark(one: Rendered, tokens: list[int], offsets: list[tuple[int, int]], loss
     ends = np.array([stop for _, stop in offsets], np.int64).reshape(-1)
     counts = np.zeros(len(ids), bool)
     position = 0
-    for piece in one.pieces:
+    for piece in text.pieces:
         after = position + len(piece.text)
         if piece.answer and piece.text:
             counts |= (ends > position) & (ends <= after)
         position = after
-    if one.special and end is not None and one.pieces[-1].answer and one.pieces[-1].text:
+    if text.special and end is not None and text.pieces[-1].answer and text.pieces[-1].text:
         counts[-1] = True
     return Sample(ids, counts)

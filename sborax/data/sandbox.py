@@ -1,8 +1,7 @@
-"""A process that renders chat templates, within bounds of memory and time. A template is a stranger's program.
+"""The child process that renders chat templates, with limits of memory and time: a template is a stranger's program.
 
-Its jinja environment is that of transformers, whose import would take seconds and more memory than the process may
-have. It reads a request a line from standard input and writes an answer a line to standard output, both JSON, until
-the input ends.
+Its jinja environment equals that of transformers, which is not imported: that would take seconds, and more memory than
+the process may have. It reads requests from standard input and writes answers to standard output, a line of JSON each.
 """
 
 import contextlib
@@ -21,13 +20,13 @@ import jinja2.nodes
 import jinja2.sandbox
 
 MEMORY = 1 << 29
-"""Bytes of address space that the process has."""
+"""The most bytes of address space."""
 LONGEST = 1 << 22
-"""Letters that a conversation may be rendered to; the context of no model holds as much."""
+"""The most letters of a rendered conversation, more than fit any model's context."""
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}`, by which templates mark answers; their text is all that is asked for here."""
+    """`{% generation %}`, with which templates mark answers. Only the text inside is kept."""
 
     tags = {"generation"}  # noqa: RUF012  (as jinja has it)
 
@@ -56,10 +55,10 @@ class Namespace(jinja2.utils.Namespace):
     """`namespace`, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  (a namespace may have an entry `self`)
-        self, given = args[0], dict(*args[1:], **kwargs)
-        for name in given:
+        self, entries = args[0], dict(*args[1:], **kwargs)
+        for name in entries:
             _check_name(name)
-        jinja2.utils.Namespace.__init__(self, given)
+        jinja2.utils.Namespace.__init__(self, entries)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -87,17 +86,17 @@ def _now(form: str) -> str:
 
 @functools.lru_cache(16)
 def compiled(template: str) -> jinja2.Template:
-    """A template in transformers' environment."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    """A template compiled in transformers' environment."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = _json
-    made.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": Dict(), "namespace": Namespace}
-    return made.from_string(template)
+    environment.filters["tojson"] = _json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": Dict(), "namespace": Namespace}
+    return environment.from_string(template)
 
 
 def render(template: str, messages: Sequence[Any], generate: bool, variables: dict[str, Any]) -> str:
-    """The text of one conversation; generate: with what begins an answer behind it."""
+    """The text of a conversation; with `generate`, the beginning of an answer is appended."""
     parts, length = [], 0
     for part in compiled(template).generate(messages=messages, add_generation_prompt=generate, **variables):
         parts.append(part)
@@ -108,10 +107,11 @@ def render(template: str, messages: Sequence[Any], generate: bool, variables: di
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The text, and where in it each shorter rendering ends: `{"text": ..., "ends": [...], "ignored": [...]}`.
+    """The answer to a request: `{"text": ..., "ends": [...], "ignored": [...]}`.
 
-    An end is null where the shorter rendering is not what the text begins with. ignored: those of the names in
-    `heeded`, keys of messages or variables, without which the text is the same.
+    - text: of the conversation.
+    - ends: the length of the text of each shorter conversation in `cuts`; null where the text does not begin with it.
+    - ignored: the names in `heeded`, keys of messages or variables, without which the text is the same.
     """
     template, messages, variables = request["template"], request["messages"], request["variables"]
     text, ends = render(template, messages, request["generate"], variables), []
@@ -122,7 +122,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for name in request["heeded"]:
         bare = [{key: value for key, value in message.items() if key != name} for message in messages]
         fewer = variables | ({name: None} if name in variables else {})
-        # What fails without it heeds it.
+        # A template that fails without the name does not ignore it.
         with contextlib.suppress(Exception):
             if render(template, bare, request["generate"], fewer) == text:
                 ignored.append(name)
@@ -130,21 +130,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limit(kind: int, most: int) -> None:
-    # Some systems know no such limit.
+    # Some systems lack some of the limits.
     with contextlib.suppress(ValueError, OSError):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def serve() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_CORE, 0)
-    # It has no file to write.
+    # The process writes no files.
     _limit(resource.RLIMIT_FSIZE, 0)
     while True:
-        # The end of an answer, or of the start.
+        # Ends the line of an answer, and at first reports that the process has started.
         sys.stdout.buffer.write(b"\n")
         sys.stdout.buffer.flush()
         line = sys.stdin.buffer.readline()
@@ -153,16 +153,16 @@ def serve() -> None:
         try:
             request = json.loads(line)
             used = resource.getrusage(resource.RUSAGE_SELF)
-            # If whoever asks is gone, nobody else ends a call that does not end by itself.
+            # The parent kills a call that takes too long. If the parent is gone, this limit does.
             _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + request["seconds"]) + 2)
-            told = json.dumps(answer(request))
+            reply = json.dumps(answer(request))
         except MemoryError:
-            told = json.dumps({"reason": f"it needs more than {MEMORY >> 20} MiB"})
-        except Exception as failure:  # out of a sandbox any error may come
+            reply = json.dumps({"reason": f"it needs more than {MEMORY >> 20} MiB"})
+        except Exception as failure:  # a template may raise anything
             reason = str(failure).partition("\n")[0][:1_000]
-            # What a template raises itself; jinja's own errors are of classes below.
-            told = json.dumps({"reason": reason, "refused": type(failure) is jinja2.TemplateError})
-        sys.stdout.buffer.write(told.encode())
+            # A template's own `raise_exception` raises exactly this class, jinja's errors are subclasses.
+            reply = json.dumps({"reason": reason, "refused": type(failure) is jinja2.TemplateError})
+        sys.stdout.buffer.write(reply.encode())
 
 
 if __name__ == "__main__":

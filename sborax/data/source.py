@@ -1,4 +1,4 @@
-"""Where samples come from: local files and directories, names under `$SBORAX_DATA`, and the Hugging Face hub."""
+"""Reads data sets: local files and directories, names under `$SBORAX_DATA`, and the Hugging Face hub."""
 
 import csv
 import io
@@ -18,12 +18,12 @@ from sborax.config.codec import LiveObject
 from sborax.config.documents import check_plain
 
 LONGEST = 1 << 24
-"""Letters of one record in JSON, JSONL or CSV; the context of no model holds as much."""
+"""The most letters of a record in JSON, JSONL or CSV, more than fit any model's context."""
 READERS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 Named = str | LiveObject | Sequence[Mapping[str, Any]]
-"""What `Data.name` may be."""
+"""The type of `Data.name`."""
 
 
 @runtime_checkable
@@ -38,10 +38,10 @@ class Records(Protocol):
 
 
 def find(name: str, split: str) -> Path | None:
-    """The local file that `name` means, or None where only the hub can have it.
+    """The local file that `name` means; None if it may only be on the hub.
 
-    A directory with one data file means that file, otherwise the file named like the split.
-    Raises SboraxError for a path that is missing or unclear.
+    A directory means its only data file, or else the file named like the split.
+    Raises SboraxError for a path that is missing or ambiguous.
     """
     home = os.environ.get("SBORAX_DATA")
     for place in (Path(name).expanduser(), *([Path(home) / name] if home else [])):
@@ -57,9 +57,9 @@ def find(name: str, split: str) -> Path | None:
 
 
 def check_named(name: Named, split: str) -> None:
-    """Raise SboraxError for a path that is missing or unclear, and for records that were given to another program.
+    """Raise SboraxError for a path that is missing or ambiguous, and for records that another program was given.
 
-    What may be on the hub is not looked for.
+    Names that may be on the hub are not looked up.
     """
     if isinstance(name, str):
         find(name, split)
@@ -97,7 +97,7 @@ def read(name: Named, split: str = "train") -> Records:
 
 
 def where(name: Named, split: str, number: int) -> str:
-    """Where record `number` of a data set stands, for an error: the line of a JSONL file, else its number."""
+    """The place of record `number` of a data set, for an error: the line of a JSONL file, else its number."""
     if not isinstance(name, str):
         return f"data: record {number}"
     path = find(name, split)
@@ -120,7 +120,7 @@ def _from_hub(name: str, split: str) -> Records:
 
 
 def _as_text(config: Any) -> dict[str, Any]:
-    """The options with which `datasets` takes every cell of CSV files for the text that it is."""
+    """Options with which `datasets` reads every cell of CSV files as text."""
     first = next(file for files in config.data_files.values() for file in files)
     with fsspec.open(first, "rt", encoding="utf-8-sig", newline="", compression="infer") as lines:
         names = config.names or next(csv.reader(lines, delimiter=config.sep), [])
@@ -159,9 +159,9 @@ def _text(path: Path, newline: str | None = None) -> str:
 
 
 def _from_csv(path: Path, delimiter: str) -> Records:
-    """Every cell as the text that it is: `007`, `NA` and `true` are no number, no gap and no truth value.
+    """The records of a CSV file. Every cell stays text, also `007`, `NA` and `true`.
 
-    Lines may leave out cells at their end, which are empty then.
+    Cells that are missing at the end of a line are empty.
     """
     before = csv.field_size_limit(LONGEST)
     lines = csv.reader(io.StringIO(_text(path, "").removeprefix("\ufeff"), ""), delimiter=delimiter, strict=True)
@@ -187,14 +187,14 @@ def _from_json(path: Path, kind: str) -> Records:
     text = _text(path)
     if kind == "json":
         try:
-            whole = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError as error:
             if not text.lstrip().startswith("{"):
                 raise SboraxError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
         except (ValueError, RecursionError) as error:
-            raise SboraxError(f"{path}: {_why(error)}") from None
+            raise SboraxError(f"{path}: {_reason(error)}") from None
         else:
-            records = whole if isinstance(whole, list) else [whole]
+            records = value if isinstance(value, list) else [value]
             bad = next((i for i, record in enumerate(records) if not isinstance(record, dict)), None)
             if bad is not None:
                 raise SboraxError(f"{path}: entry {bad} is not an object with columns")
@@ -216,12 +216,12 @@ def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise SboraxError(f"{path}: line {number} is not JSON ({error.msg})") from None
         except (ValueError, RecursionError) as error:
-            raise SboraxError(f"{path}: line {number}: {_why(error)}") from None
+            raise SboraxError(f"{path}: line {number}: {_reason(error)}") from None
         if not isinstance(record, dict):
             raise SboraxError(f"{path}: line {number} is not an object with columns")
         yield record
 
 
-def _why(error: Exception) -> str:
-    """What JSON's own errors do not say."""
+def _reason(error: Exception) -> str:
+    """The reason of an error that is not a JSONDecodeError."""
     return "is nested too deeply" if isinstance(error, RecursionError) else f"has a number of too many digits ({error})"

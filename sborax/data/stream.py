@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that takes them, by a thread in the background."""
+"""Prefetches batches in a background thread."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,35 +9,37 @@ from sborax.adapters.core import SboraxError
 from sborax.data.batches import Batch
 
 THREADS = 1
-"""Making a batch is a few copies: one thread is far ahead of any step."""
+"""One thread suffices: making a batch takes a few copies, far less than a step."""
 AHEAD = 4
-"""Batches that wait at most. Each is a few arrays of the size of a batch."""
+"""The most batches that wait for their step."""
 
 
 @contextmanager
 def stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Iterator[Batch]]:
-    """The batches of steps `start` to `stop`, in order; `make` must be a pure function.
+    """The batches of the steps from `start` up to, not including, `stop`.
 
-    Where a run stands in its data is thus the number of the next step and nothing else.
-    Raises a SboraxError of `make` when its batch is asked for.
+    - make: a pure function of the step, so the state of the iterator is the number of the next step alone.
+
+    A SboraxError of `make` is raised when its batch is taken.
     """
 
-    def made(step: int) -> Batch | SboraxError:
+    def batch_or_error(step: int) -> Batch | SboraxError:
         try:
             return make(step)
-        # grain would add lines of its own to what an error says.
+        # grain would add its own lines to the error.
         except SboraxError as error:
             return error
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    found = iter(grain.MapDataset.range(start, stop).map(made).to_iter_dataset(options))
+    batches = iter(grain.MapDataset.range(start, stop).map(batch_or_error).to_iter_dataset(options))
     try:
-        yield map(_whole, found)
+        yield map(_raised, batches)
     finally:
-        found.close()
+        batches.close()
 
 
-def _whole(batch: Batch | SboraxError) -> Batch:
+def _raised(batch: Batch | SboraxError) -> Batch:
+    """The batch; raises it if it is an error."""
     if isinstance(batch, SboraxError):
         raise batch
     return batch

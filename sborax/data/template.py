@@ -1,4 +1,4 @@
-"""Samples as text: a list of pieces, each either prompt or answer."""
+"""Templates: turn a record into text, as pieces that are prompt or answer."""
 
 import abc
 import json
@@ -25,9 +25,9 @@ ALPACA_INPUT = (
 )
 """Stanford Alpaca's prompts."""
 ANSWER = "Yes, indeed."
-"""What an assistant might say, to see what a chat template puts after it."""
+"""A sample answer, used to find out what a chat template writes after an answer."""
 CALLS, TOOLS = "tool_calls", "tools"
-"""Keys of a message and of a record without which the model would learn something else."""
+"""Keys of a message and of a record that a template must not ignore: the model would learn something else."""
 NAMES = ("alpaca", "llm_adapters", "chat", "text")
 
 
@@ -39,45 +39,49 @@ def _indented(prompt: str, after: str, line: Callable[[str], bool] | None) -> st
 
 LLM_ADAPTERS = _indented(ALPACA, "  ", lambda line: True)
 LLM_ADAPTERS_INPUT = _indented(ALPACA_INPUT, " ", lambda line: True)
-"""What LLM-Adapters (arXiv:2304.01933) train on, commonsense and arithmetic alike: the white space of `finetune.py`."""
+"""LLM-Adapters' prompts in training (arXiv:2304.01933), with the white space of their `finetune.py`."""
 LLM_ADAPTERS_ASKED = _indented(ALPACA, " ", None)
 LLM_ADAPTERS_ASKED_INPUT = _indented(ALPACA_INPUT, "", None)
-"""What their models are asked: that of `evaluate.py` and `commonsense_evaluate.py`, which is not quite the same."""
+"""LLM-Adapters' prompts in evaluation: the white space of `evaluate.py` and `commonsense_evaluate.py` differs."""
 
 
 class Piece(NamedTuple):
-    """A stretch of text, and whether the model is to learn to write it."""
+    """A piece of text, and whether it is an answer, which the model learns to write."""
 
     text: str
     answer: bool
 
 
 class Rendered(NamedTuple):
-    """A sample as text. `special` says whether the tokenizer adds its own special tokens and the end of the text."""
+    """A sample as text.
+
+    - pieces: in order.
+    - special: whether the tokenizer adds its special tokens, and the token that ends the text.
+    """
 
     pieces: list[Piece]
     special: bool = True
 
 
 class AbstractTemplate(abc.ABC):
-    """A template of your own. A class that extends it is one by its name, wherever a template is asked for."""
+    """The base of templates of your own. A class that extends it is found by its name, wherever a template is named."""
 
     special: ClassVar[bool] = True
-    """Whether the tokenizer adds its own special tokens and the end of the text."""
+    """Whether the tokenizer adds its special tokens, and the token that ends the text."""
 
     @abc.abstractmethod
     def pieces(self, record: Mapping[str, Any], tokenizer: Any) -> list[Piece]:
-        """A record as text, the last answer included. Raises SboraxError for a record without what it needs."""
+        """A record as text, with its answers. Raises SboraxError for a record that lacks a column."""
 
     def prompt(self, record: Mapping[str, Any], tokenizer: Any) -> str:
-        """What a model is given to answer: what comes before the last answer."""
+        """The prompt for generation: the text before the last answer."""
         pieces = self.pieces(record, tokenizer)
         last = max((number for number, piece in enumerate(pieces) if piece.answer), default=len(pieces))
         return "".join(piece.text for piece in pieces[:last])
 
 
 def template_of(name: str) -> AbstractTemplate | None:
-    """The template that a class of the user's is, None for a name of `NAMES` and for a text with columns in braces.
+    """An instance of the user's class of that name; None for a name in `NAMES` and for a text with columns in braces.
 
     Raises SboraxError for any other name.
     """
@@ -92,15 +96,21 @@ def template_of(name: str) -> AbstractTemplate | None:
 
 
 def takes_special(name: str) -> bool:
-    """Whether the tokenizer adds its special tokens to a text of this template. Raises SboraxError as `template_of`."""
-    own = template_of(name)
-    return name != "chat" if own is None else own.special
+    """Whether the tokenizer adds special tokens to a text of this template.
+
+    Raises SboraxError as `template_of` does.
+    """
+    template = template_of(name)
+    return name != "chat" if template is None else template.special
 
 
 def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any) -> Rendered:
-    """One record through a template (see `Data.template`).
+    """A record as text with its answers.
 
-    Raises SboraxError for a missing column and for a template that is not known or does not fit the tokenizer.
+    - template: as `Data.template`.
+    - answer: as `Data.answer`.
+
+    Raises SboraxError for a missing column, and for a template that is unknown or does not fit the tokenizer.
     """
     if template == "chat":
         return Rendered(_chat(_messages(record), _tools(record), tokenizer), special=False)
@@ -112,14 +122,14 @@ def render(template: str, answer: str, record: Mapping[str, Any], tokenizer: Any
     if template == "llm_adapters":
         prompt = LLM_ADAPTERS_INPUT if record.get("input") else LLM_ADAPTERS
         return Rendered([Piece(_fill(prompt, record), False), Piece(_fill("{output}", record), True)])
-    own = template_of(template)
-    if own is not None:
-        return Rendered(own.pieces(record, tokenizer), own.special)
+    custom = template_of(template)
+    if custom is not None:
+        return Rendered(custom.pieces(record, tokenizer), custom.special)
     return Rendered([Piece(_fill(template, record), False), Piece(_fill(answer, record), True)])
 
 
 def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
-    """The text that a model is given to answer: the pieces before the last answer.
+    """The prompt for generation: the text of a record before the last answer.
 
     Raises SboraxError as `render` does.
     """
@@ -131,23 +141,24 @@ def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
         return _fill(ALPACA_INPUT if record.get("input") else ALPACA, record)
     if template == "llm_adapters":
         return _fill(LLM_ADAPTERS_ASKED_INPUT if record.get("input") else LLM_ADAPTERS_ASKED, record)
-    own = template_of(template)
-    if own is not None:
-        return own.prompt(record, tokenizer)
+    custom = template_of(template)
+    if custom is not None:
+        return custom.prompt(record, tokenizer)
     return _fill("{text}" if template == "text" else template, record)
 
 
 def _fill(pattern: str, record: Mapping[str, Any]) -> str:
+    """A format string with its columns filled in. Raises SboraxError for a missing column or one that is no text."""
     try:
-        stretches = list(string.Formatter().parse(pattern))
+        parts = list(string.Formatter().parse(pattern))
     except ValueError as error:
         raise SboraxError(f"data.template: {pattern!r} is not a format string ({error})") from None
     text = []
-    for literal, name, form, conversion in stretches:
+    for literal, name, form, conversion in parts:
         text.append(literal)
         if name is None:
             continue
-        # A form could ask for a text of any length.
+        # A format specification could make a text of any length.
         if form or conversion:
             raise SboraxError(f"data.template: {pattern!r}: nothing but a column's name belongs into braces")
         if name not in record:
@@ -165,10 +176,10 @@ def _check_text(what: str, value: Any) -> None:
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Turns with all their keys, from `messages` or from an instruction with its output."""
+    """The turns of a conversation, with all their keys, from `messages` or from an instruction with its output."""
     if "messages" in record:
-        given = record["messages"]
-        turns: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+        value = record["messages"]
+        turns: list[Any] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
         if not turns or not all(isinstance(turn, Mapping) and "role" in turn for turn in turns):
             raise SboraxError('column "messages" must be a list of {"role": ..., "content": ...}')
         for number, turn in enumerate(turns):
@@ -178,14 +189,14 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
                 raise SboraxError(f"message {number}, of role {shown(turn['role'])}, has no content and no {CALLS}")
             _check_text("the content of a message", turn.get("content"))
         return [dict(turn) for turn in turns]
-    for asked, said in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
-        if asked in record and said in record:
-            for name in (asked, said):
+    for question, answer in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
+        if question in record and answer in record:
+            for name in (question, answer):
                 _check_text(f"column {name!r}", record[name])
             more = f"\n{record['input']}" if record.get("input") else ""
             return [
-                {"role": "user", "content": f"{record[asked]}{more}"},
-                {"role": "assistant", "content": str(record[said])},
+                {"role": "user", "content": f"{record[question]}{more}"},
+                {"role": "assistant", "content": str(record[answer])},
             ]
     raise SboraxError(
         f"a chat needs column 'messages' (or instruction and output); the columns are {', '.join(record)}"
@@ -194,17 +205,17 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _tools(record: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The tools of a record's conversation, a list or the JSON of one; None if there are none."""
-    given = record.get(TOOLS) if "messages" in record else None
-    if isinstance(given, str) and given:
+    tools = record.get(TOOLS) if "messages" in record else None
+    if isinstance(tools, str) and tools:
         try:
-            given = json.loads(given)
+            tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
             raise SboraxError(f"column {TOOLS!r} is text that is not JSON ({error})") from None
-    if not given:
+    if not tools:
         return None
-    if not isinstance(given, Sequence) or not all(isinstance(tool, Mapping) for tool in given):
-        raise SboraxError(f"column {TOOLS!r} must be a list of objects, got {shown(given)}")
-    return list(given)
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise SboraxError(f"column {TOOLS!r} must be a list of objects, got {shown(tools)}")
+    return list(tools)
 
 
 def _rendered(
@@ -218,7 +229,7 @@ def _rendered(
         raise SboraxError("data.template: this model's tokenizer has no chat template; use another template")
     heeded = [CALLS] * any(message.get(CALLS) for message in messages) + [TOOLS] * (tools is not None)
     try:
-        done = renderer.render(tokenizer, messages, tools, generate, cuts, heeded)
+        result = renderer.render(tokenizer, messages, tools, generate, cuts, heeded)
     except renderer.Failed as failure:
         if failure.refused:
             raise SboraxError(
@@ -226,12 +237,12 @@ def _rendered(
                 "put that text at the head of the first user turn"
             ) from None
         raise SboraxError(f"data.template: the tokenizer's chat template failed ({failure})") from failure
-    if done.ignored:
+    if result.ignored:
         raise SboraxError(
-            f"data.template: the tokenizer's chat template ignores {done.ignored[0]}; use a model whose template knows "
-            f"tools, or write them into the text of the messages and take {done.ignored[0]} out"
+            f"data.template: the tokenizer's chat template ignores {result.ignored[0]}; use a model whose template "
+            f"knows tools, or write them into the text of the messages and take {result.ignored[0]} out"
         )
-    return done
+    return result
 
 
 def apply(
@@ -241,35 +252,37 @@ def apply(
     *,
     generate: bool,
 ) -> str:
-    """A conversation through the tokenizer's chat template; generate: with what begins an answer behind it.
+    """Render a conversation with the tokenizer's chat template.
 
-    Raises SboraxError for a template that fails, or ignores tools or calls of them.
+    - generate: whether to append the beginning of an answer.
+
+    Raises SboraxError for a template that fails, or that ignores tools or tool calls.
     """
     return _rendered(tokenizer, messages, tools, generate).text
 
 
 def chat_ends(tokenizer: Any) -> list[int]:
-    """The tokens that end a turn: the tokenizer's own, and the mark that its chat template puts after an answer.
+    """The tokens that end a turn: the tokenizer's end token, and the mark that its template writes after an answer.
 
     Raises SboraxError if there is no chat template.
     """
     turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": ANSWER}]
     after = apply(tokenizer, turns, generate=False).rpartition(ANSWER)[2]
     mark = tokens_of(tokenizer, after, add_special_tokens=False)["input_ids"][:1]
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*own, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in own)]
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*ends, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in ends)]
 
 
 def _chat(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any
 ) -> list[Piece]:
-    """The rendered conversation, cut so that what the assistant writes, its end mark included, is answer."""
+    """The rendered conversation in pieces. The assistant's texts, with their end marks, are answers."""
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if answers[:1] == [0]:
         raise SboraxError("the first message is the assistant's; a conversation begins with another turn")
     cuts = [cut for turn in answers for cut in ((turn, True), (turn + 1, False))]
-    whole, ends, _ = _rendered(tokenizer, messages, tools, False, cuts)
-    pieces, done = [], 0
+    text, ends, _ = _rendered(tokenizer, messages, tools, False, cuts)
+    pieces, position = [], 0
     for begin, end in zip(ends[::2], ends[1::2], strict=True):
         if begin is None or end is None:
             raise SboraxError(
@@ -277,8 +290,7 @@ def _chat(
                 "conversations of one answer"
             )
         # A line break after the end mark belongs to the template, not to the answer.
-        after = whole[:end]
-        stop = len(after.rstrip("\n")) if after.endswith("\n") else end
-        pieces += [Piece(whole[done:begin], False), Piece(whole[begin:stop], True)]
-        done = stop
-    return [*pieces, Piece(whole[done:], False)]
+        stop = len(text[:end].rstrip("\n"))
+        pieces += [Piece(text[position:begin], False), Piece(text[begin:stop], True)]
+        position = stop
+    return [*pieces, Piece(text[position:], False)]

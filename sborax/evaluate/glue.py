@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import check_plain
 from sborax.data.source import find, read
-from sborax.evaluate.choice import Question, asked
+from sborax.evaluate.choice import Question, make_question
 from sborax.evaluate.task import Record, field
 
 
 def rows(name: str, split: str) -> Sequence[Record]:
-    """The records of a set; in GLUE's own tab-separated files, where quotation marks are just characters.
+    """The records of a data set. In GLUE's tab-separated files, quotation marks are plain characters.
 
     Raises SboraxError as `sborax.data.source.read` does, and for a line with another number of columns.
     """
@@ -28,17 +28,22 @@ def rows(name: str, split: str) -> Sequence[Record]:
 
 
 def asking(pattern: str, options: tuple[str, ...], label: str, labels: tuple[str, ...]) -> Callable[[Record], Question]:
-    """A function that asks with the columns in `pattern`; column `label` holds one of `labels`, or its number."""
+    """A function that makes a question of a record.
+
+    - pattern: the prompt, with columns in braces.
+    - options: the continuation for each label.
+    - label: the column with the right label: one of `labels`, or its number.
+    """
 
     def ask(record: Record) -> Question:
-        given = str(field(record, label))
+        gold = str(field(record, label))
         numbers = tuple(str(number) for number in range(len(labels)))
-        known = labels if given in labels else numbers
-        if given not in known:
-            raise SboraxError(f"the label {given!r} is none of {', '.join(labels)}")
+        names = labels if gold in labels else numbers
+        if gold not in names:
+            raise SboraxError(f"the label {gold!r} is none of {', '.join(labels)}")
         columns = {name: str(value).strip() for name, value in record.items()}
         try:
-            return asked(pattern.format(**columns), options, known.index(given))
+            return make_question(pattern.format(**columns), options, names.index(gold))
         except KeyError as error:
             raise SboraxError(f"there is no column {error}; the columns are {', '.join(record)}") from None
 

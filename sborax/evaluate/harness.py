@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models: github.com/EleutherAI/lm-evaluation-harness, `pip install 'sborax[eval]'`."""
+"""Runs github.com/EleutherAI/lm-evaluation-harness on sborax models; needs `pip install 'sborax[eval]'`."""
 
 import contextlib
 import itertools
@@ -24,14 +24,14 @@ from sborax.evaluate.scorer import Pair, Scorer
 from sborax.models.tokenizer import text_of, tokens_of
 
 NEW_TOKENS = 256
-"""Generated where a task does not say how many (the harness' Hugging Face models')."""
+"""Tokens to generate where a task sets no number (the default of the harness' Hugging Face models)."""
 RESULTS = "harness.json"
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-"""Put behind a message that is to be continued, as transformers does: what a template writes after it is cut off."""
+"""Appended to a message that the model is to continue, as transformers does: text after the mark is cut off."""
 
 
 class HarnessModel(TemplateLM):
-    """A scorer as the harness' model. Texts become tokens, and are cut, as its Hugging Face models do it."""
+    """A `Scorer` as a model of the harness. It tokenises and truncates as the harness' Hugging Face models do."""
 
     def __init__(self, scorer: Scorer, seed: int = 0) -> None:
         TemplateLM.__init__(self)
@@ -46,25 +46,25 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a prompt."""
+        """The token that precedes a text without a prompt."""
         return self.scorer.prefix()[0]
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells cached prompts of this tokenizer from others'."""
+        """The name under which the harness caches prompts of this tokenizer."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids; a text that begins with the mark of texts gets no second one."""
+        """Token ids of a text. A beginning-of-text token that it has already is not added again."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.scorer.prefix()))
         return tokens_of(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's template prints it."""
+        """A conversation as the tokenizer's chat template renders it."""
         if add_generation_prompt:
             return apply(self.tokenizer, chat_history, generate=True)
-        # The text ends with the last message, as transformers' does that continues it.
+        # The model is to continue the last message, so the text ends with it, as in transformers.
         *earlier, last = chat_history
         text = apply(self.tokenizer, [*earlier, {**last, "content": last["content"] + MARK}], generate=False)
         before, mark, _ = text.rpartition(MARK.strip())
@@ -73,20 +73,20 @@ class HarnessModel(TemplateLM):
         return before if text[len(before) :].startswith(MARK) else before.rstrip()
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
-        # The options of a question come one after the other.
-        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda one: tuple(one[1]))]
-        found = self.scorer.options([[Pair(one[1], one[2]) for one in group] for group in groups])
-        answers = [(one.logprob, one.greedy) for scored in found for one in scored]
+        # The options of a question are consecutive requests with the same prompt.
+        groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: tuple(request[1]))]
+        scores = self.scorer.options([[Pair(request[1], request[2]) for request in group] for group in groups])
+        answers = [(option.logprob, option.greedy) for scored in scores for option in scored]
         for request, answer in zip(requests, answers, strict=True):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """ln p of each text, over windows of the whole context in which every token is predicted once."""
-        listed = [self._windows(request.args[0]) for request in requests]
-        scored = iter(self.scorer.continuations([pair for pairs in listed for pair in pairs]))
-        return [sum(next(scored).logprob for _ in pairs) for pairs in listed]
+        """ln p of each text, over windows of the context length in which every token is predicted once."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        scored = iter(self.scorer.continuations([pair for pairs in windows for pair in pairs]))
+        return [sum(next(scored).logprob for _ in pairs) for pairs in windows]
 
     def _windows(self, text: str) -> list[Pair]:
         windows = get_rolling_token_windows(
@@ -98,23 +98,23 @@ class HarnessModel(TemplateLM):
         return [Pair(*make_disjoint_window(window)) for window in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What is written after each prompt, up to the first of its stop strings.
+        """The text generated after each prompt, up to the first of its stop strings.
 
-        Raises SboraxError for a way of drawing tokens that is not known here.
+        Raises SboraxError for a sampling option that sborax does not have.
         """
-        found: list[str] = [""] * len(requests)
+        texts: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         for members in groups.values():
             written = self._write([requests[i].args[0] for i in members], requests[members[0]].args[1])
             for i, text in zip(members, written, strict=True):
-                found[i] = text
+                texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return found
+        return texts
 
-    def _write(self, prompts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), NEW_TOKENS))
+    def _write(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), NEW_TOKENS))
         stop = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         new, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
         temperature = options.pop("temperature", 1.0)
@@ -146,15 +146,20 @@ def run_harness(
     seed: int = 0,
     echo: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """The harness' results on its tasks of these names, and on those in the YAML files of directory `include`.
+    """Run tasks of the harness.
 
-    limit: the first so many items. out: where `harness.json` and a JSONL file of each task's items go.
-    Raises SboraxError for a name that the harness does not know, and results that are there already.
+    - names: of tasks.
+    - limit: score only the first so many items of each.
+    - include: a directory of YAML files with further tasks.
+    - out: the directory for `harness.json` and a JSONL file with the items of each task.
+
+    Returns the harness' results.
+    Raises SboraxError for an unknown task, and if `out` has results already.
     """
     place = None if out is None else epath.Path(out)
     if place is not None and (place / RESULTS).exists():
         raise SboraxError(f"{place / RESULTS}: exists; choose another --out")
-    # Looking through the harness' own thousands of tasks takes seconds.
+    # Indexing the harness' own thousands of tasks takes seconds, so they come second.
     manager = TaskManager(include_path=include, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include)
@@ -164,27 +169,29 @@ def run_harness(
             f"--harness {unknown}: lm-evaluation-harness has no such task; --include adds tasks of your own"
         )
     with _without_git():
-        done: Any = evaluator.simple_evaluate(
+        results: Any = evaluator.simple_evaluate(
             model=HarnessModel(scorer, seed), tasks=list(names), limit=limit, task_manager=manager, random_seed=seed,
             bootstrap_iters=1000,
         )  # fmt: skip
-    for name, metrics in done["results"].items():
-        told = [f"{key} {_number(metrics, key)}" for key, value in metrics.items() if _is_score(key, value)]
-        count = done["n-samples"].get(name, {})
+    for name, metrics in results["results"].items():
+        scores = [f"{key} {_number(metrics, key)}" for key, value in metrics.items() if _is_score(key, value)]
+        count = results["n-samples"].get(name, {})
         drawn = f", --limit {limit}: the first ones" if limit is not None else ""
-        echo(f"{name}: {', '.join(told)} (n {count.get('effective')} of {count.get('original')}, seed {seed}{drawn})")
+        echo(f"{name}: {', '.join(scores)} (n {count.get('effective')} of {count.get('original')}, seed {seed}{drawn})")
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
-        for name, items in done["samples"].items():
+        for name, items in results["samples"].items():
             (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(item, default=str)}\n" for item in items))
-        kept = {key: done[key] for key in ("results", "n-samples", "versions", "configs")}
-        (place / RESULTS).write_text(json.dumps({**kept, "limit": limit, "seed": seed}, indent=2, default=str) + "\n")
-    return done
+        content = {key: results[key] for key in ("results", "n-samples", "versions", "configs")}
+        (place / RESULTS).write_text(
+            json.dumps({**content, "limit": limit, "seed": seed}, indent=2, default=str) + "\n"
+        )
+    return results
 
 
 @contextlib.contextmanager
 def _without_git() -> Iterator[None]:
-    """The harness asks git for a commit that is not kept here; outside of a checkout git complains on the terminal."""
+    """Keep the harness from asking git for a commit: it is not used, and outside a checkout git prints an error."""
     ask = evaluator.get_git_commit_hash
     evaluator.get_git_commit_hash = str
     try:

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: jitted, a prompt that several continuations share read once."""
+"""Log-likelihoods of continuations. A prompt that several continuations share goes through the model once."""
 
 import functools
 from typing import Any
@@ -14,11 +14,11 @@ from sborax.models.llama import Llama
 from sborax.models.memory import run
 
 CHUNK = 256
-"""Tokens whose logits exist at one time."""
+"""Tokens whose logits are in memory at one time."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def alone(
+def score_rows(
     module: Llama,
     variables: dict[str, Any],
     tokens: Int[Array, "rows width"],
@@ -28,7 +28,9 @@ def alone(
 ) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
     """ln p(targets | prompt) of each row, and whether every target is the likeliest token.
 
-    tokens: a prompt of `lengths` tokens (at least one), then all but the last of `counts` targets.
+    - tokens: a prompt, then all targets but the last.
+    - lengths: tokens of the prompt, at least 1.
+    - counts: number of targets, at least 1.
     """
     variables = {**variables, "adapters": link(variables["adapters"])}
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -39,12 +41,12 @@ def alone(
     steps = jnp.arange(targets.shape[1], dtype=jnp.int32)[None]
     places = jnp.minimum((lengths - 1)[:, None] + steps, tokens.shape[1] - 1)
     states = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-    logprobs, likeliest = _of_tokens(module, variables, states, targets)
-    return _over_row(logprobs, likeliest, counts)
+    logprobs, likeliest = _token_logprobs(module, variables, states, targets)
+    return _sum_row(logprobs, likeliest, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def shared(
+def score_options(
     module: Llama,
     variables: dict[str, Any],
     prompts: Int[Array, "rows width"],
@@ -52,9 +54,9 @@ def shared(
     targets: Int[Array, "rows options new"],
     counts: Int[Array, "rows options"],
 ) -> tuple[Float[Array, "rows options"], Bool[Array, "rows options"]]:
-    """`alone` for several continuations of each prompt, which goes through the model once.
+    """`score_rows` for several continuations of each prompt. The prompt goes through the model once.
 
-    Not for adapters that a router weighs.
+    It does not work for adapters that a router weighs.
     """
     variables = {**variables, "adapters": link(variables["adapters"])}
     slots = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None]
@@ -69,26 +71,26 @@ def shared(
         steps = jnp.arange(targets.shape[2] - 1, dtype=jnp.int32)[None]
         positions = lengths[:, None] + steps
 
-        def further(
-            own: Int[Array, "rows new"], count: Int[Array, " rows"]
+        def remaining_tokens(
+            option: Int[Array, "rows new"], count: Int[Array, " rows"]
         ) -> tuple[Float[Array, "rows rest"], Bool[Array, "rows rest"]]:
             read = (steps < (count - 1)[:, None]).astype(jnp.int32)
             states = run(
-                module, variables, own[:, :-1], read, positions, past=(cache, segments), method="hidden"
+                module, variables, option[:, :-1], read, positions, past=(cache, segments), method="hidden"
             )[0]  # fmt: skip
-            return _of_tokens(module, variables, states, own[:, 1:])
+            return _token_logprobs(module, variables, states, option[:, 1:])
 
-        # The cache is not an argument of what is mapped: no copy for each option, but one layer's at a time.
-        rest = jax.vmap(further, in_axes=1, out_axes=1)(targets, counts)
+        # The cache is not an argument of the mapped function, so options do not get copies of it, only of a layer's.
+        rest = jax.vmap(remaining_tokens, in_axes=1, out_axes=1)(targets, counts)
         logprobs, likeliest = (jnp.concatenate(pair, axis=2) for pair in ((logprobs, rest[0]), (likeliest, rest[1])))
-    return _over_row(logprobs, likeliest, counts)
+    return _sum_row(logprobs, likeliest, counts)
 
 
 def _head(module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"]) -> Any:
     return module.apply(variables, states, method="head")
 
 
-def _over_row(
+def _sum_row(
     logprobs: Float[Array, "*rows new"], likeliest: Bool[Array, "*rows new"], counts: Int[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows"], Bool[Array, "*rows"]]:
     steps = jnp.arange(logprobs.shape[-1], dtype=jnp.int32)
@@ -96,22 +98,23 @@ def _over_row(
     return jnp.sum(jnp.where(real, logprobs, 0.0), axis=-1), jnp.all(likeliest | ~real, axis=-1)
 
 
-def _of_tokens(
+def _token_logprobs(
     module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"], targets: Int[Array, "rows new"]
 ) -> tuple[Float[Array, "rows new"], Bool[Array, "rows new"]]:
-    """ln p of each target, and whether it is the likeliest, from the states before it."""
+    """ln p of each target, and whether it is the likeliest token, from the hidden states before it."""
     rows, new, d = states.shape
     chunk = min(CHUNK, rows * new)
     missing = -(rows * new) % chunk
 
-    def one(part: tuple[Any, Any]) -> tuple[Any, Any]:
-        logits = _head(module, variables, part[0][None])[0]
-        chosen = jnp.take_along_axis(logits, part[1][:, None], axis=1)[:, 0]
-        found = jnp.argmax(logits, axis=-1).astype(jnp.int32) == part[1]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), found
+    def chunk_logprobs(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+        states, targets = inputs
+        logits = _head(module, variables, states[None])[0]
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets
+        return target_logits - jax.nn.logsumexp(logits, axis=-1), likeliest
 
-    flat = jnp.pad(states.reshape(-1, d), ((0, missing), (0, 0))).reshape(-1, chunk, d)
-    wanted = jnp.pad(targets.reshape(-1), (0, missing)).reshape(-1, chunk)
-    done = jax.lax.map(one, (flat, wanted))
-    logprobs, likeliest = (leaf.reshape(-1)[: rows * new].reshape(rows, new) for leaf in done)
+    state_chunks = jnp.pad(states.reshape(-1, d), ((0, missing), (0, 0))).reshape(-1, chunk, d)
+    target_chunks = jnp.pad(targets.reshape(-1), (0, missing)).reshape(-1, chunk)
+    chunks = jax.lax.map(chunk_logprobs, (state_chunks, target_chunks))
+    logprobs, likeliest = (leaf.reshape(-1)[: rows * new].reshape(rows, new) for leaf in chunks)
     return logprobs, likeliest

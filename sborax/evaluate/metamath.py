@@ -8,11 +8,11 @@ from sborax.evaluate.task import Record, field
 
 PROMPT = "Question: {question} Think step by step.\nAnswer:"
 MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
-"""The first of these that a text holds is what its answer follows, wherever it stands last."""
+"""The answer of a text follows the last occurrence of the first of these that the text contains."""
 
 
 def parse(text: str) -> str | None:
-    """The answer of a text: what follows the mark, to the end of the line, without signs around it."""
+    """The answer of a text: what follows the mark, to the end of the line, without punctuation; None without a mark."""
     text = text.strip().rstrip(".!?")
     mark = next((mark for mark in MARKS if mark in text), None)
     if mark is None:
@@ -21,16 +21,16 @@ def parse(text: str) -> str | None:
 
 
 def number(text: str) -> float | None:
-    """A decimal number or a fraction, None for anything else."""
+    """A decimal number or a fraction; None for anything else."""
     try:
-        above, slash, below = text.strip().partition("/")
-        return float(Decimal(above.strip()) / Decimal(below.strip()) if slash else Decimal(above))
+        numerator, slash, denominator = text.strip().partition("/")
+        return float(Decimal(numerator.strip()) / Decimal(denominator.strip()) if slash else Decimal(numerator))
     except (DivisionByZero, InvalidOperation):
         return None
 
 
 def same(answer: Any, record: Record) -> bool:
-    """Whether an answer is that of GSM8K's solution: as numbers where they are numbers.
+    """Whether an answer equals that of GSM8K's solution. Numbers are compared as numbers.
 
     Raises SboraxError for a solution without an answer.
     """

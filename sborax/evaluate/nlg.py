@@ -1,4 +1,4 @@
-"""E2E NLG: restaurants described from their attributes, compared with what people wrote."""
+"""E2E NLG: descriptions of restaurants from their attributes, compared with human references."""
 
 import dataclasses
 import importlib.util
@@ -8,11 +8,11 @@ from typing import Any
 
 from sborax.adapters.core import SboraxError
 from sborax.evaluate.scorer import Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, mean, of_whole, records
+from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, field, jackknife, mean, records
 from sborax.evaluate.written import texts
 
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
-"""What LoRA's data (github.com/microsoft/LoRA, examples/NLG) call the attributes otherwise."""
+"""Attributes that LoRA's data (github.com/microsoft/LoRA, examples/NLG) names differently."""
 
 
 def linearised(meaning: str) -> str:
@@ -20,10 +20,10 @@ def linearised(meaning: str) -> str:
 
     Raises SboraxError for a meaning representation of another form.
     """
-    found = re.findall(r"([\w ]+)\[([^\]]*)\]", meaning)
-    if not found:
+    attributes = re.findall(r"([\w ]+)\[([^\]]*)\]", meaning)
+    if not attributes:
         raise SboraxError(f"not a meaning representation: {meaning[:60]!r}")
-    return " | ".join(f"{NAMES.get(name.strip(), name.strip())} : {value}" for name, value in found) + "||"
+    return " | ".join(f"{NAMES.get(name.strip(), name.strip())} : {value}" for name, value in attributes) + "||"
 
 
 Described = tuple[str, Sequence[str]]
@@ -37,30 +37,31 @@ def _tokens(text: str) -> list[str]:
 
 
 def bleu(items: Sequence[Described]) -> float:
-    """BLEU-4 of the set, 0..1, lower case, mteval-v13a's tokens (sacrebleu)."""
+    """BLEU-4 of the whole set, 0..1, in lower case, with mteval-v13a's tokens (sacrebleu)."""
     from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
     most = max(len(references) for _, references in items)
-    streams: Any = [[own[k] if k < len(own) else None for _, own in items] for k in range(most)]
+    streams: Any = [[references[k] if k < len(references) else None for _, references in items] for k in range(most)]
     return float(BLEU(lowercase=True).corpus_score([text for text, _ in items], streams).score) / 100
 
 
 def nist(items: Sequence[Described]) -> float:
-    """NIST-5 of the set, on the same tokens (nltk). 0 where no text shares a word with its references."""
+    """NIST-5 of the whole set, with the tokens of `bleu` (nltk). 0 if no text shares a word with its references."""
     from nltk.translate.nist_score import corpus_nist  # pyright: ignore[reportMissingImports]
 
-    references = [[_tokens(one) for one in own] for _, own in items]
-    written = [_tokens(text) for text, _ in items]
-    # nltk divides by the number of n-grams, of which a text may have none.
-    longest = min(5, max((len(one) for one in written), default=0))
-    shared = any(
-        set(one) & {word for own in known for word in own} for one, known in zip(written, references, strict=True)
+    references = [[_tokens(reference) for reference in references] for _, references in items]
+    texts = [_tokens(text) for text, _ in items]
+    # nltk divides by the number of n-grams, which is 0 for a shorter text.
+    longest = min(5, max((len(text) for text in texts), default=0))
+    overlapping = any(
+        set(text) & {word for reference in of_text for word in reference}
+        for text, of_text in zip(texts, references, strict=True)
     )
-    return float(corpus_nist(references, written, n=longest)) if longest and shared else 0.0
+    return float(corpus_nist(references, texts, n=longest)) if longest and overlapping else 0.0
 
 
 def rouge_l(item: Described) -> float:
-    """ROUGE-L's F of a text with the reference that it is nearest to (rouge-score)."""
+    """ROUGE-L's F of a text and the reference that it is closest to (rouge-score)."""
     from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
@@ -71,17 +72,16 @@ def meteor(item: Described) -> float:
     """METEOR of a text (nltk, with WordNet's data)."""
     from nltk.translate.meteor_score import meteor_score  # pyright: ignore[reportMissingImports]
 
-    return float(meteor_score([_tokens(one) for one in item[1]], _tokens(item[0])))
+    return float(meteor_score([_tokens(reference) for reference in item[1]], _tokens(item[0])))
 
 
 def cider(items: Sequence[Described]) -> float:
-    """CIDEr of the set (pycocoevalcap)."""
+    """CIDEr of the whole set (pycocoevalcap)."""
     from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
 
-    references = {i: [" ".join(_tokens(one)) for one in own] for i, (_, own) in enumerate(items)}
-    return float(
-        Cider().compute_score(references, {i: [" ".join(_tokens(text))] for i, (text, _) in enumerate(items)})[0]
-    )
+    references = {i: [" ".join(_tokens(text)) for text in references] for i, (_, references) in enumerate(items)}
+    texts = {i: [" ".join(_tokens(text))] for i, (text, _) in enumerate(items)}
+    return float(Cider().compute_score(references, texts)[0])
 
 
 def _wordnet() -> bool:
@@ -102,19 +102,22 @@ def _installed(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Describe(AbstractTask):
-    """A description of each meaning, compared with all its references. new_tokens: at most so many."""
+    """Scores a generated description of each meaning against all its references.
+
+    - new_tokens: the most tokens of a description.
+    """
 
     new_tokens: int = 64
 
     def units(self, scorer: Scorer) -> Sequence[Record]:
         """Every meaning once, with its references."""
-        known: dict[str, list[str]] = {}
+        by_meaning: dict[str, list[str]] = {}
         for record in records(self.data, self.split):
-            known.setdefault(str(field(record, "mr")), []).append(str(field(record, "ref")))
-        return [{"mr": meaning, "references": own} for meaning, own in known.items()]
+            by_meaning.setdefault(str(field(record, "mr")), []).append(str(field(record, "ref")))
+        return [{"mr": meaning, "references": references} for meaning, references in by_meaning.items()]
 
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
-        """BLEU, NIST, ROUGE-L, and METEOR and CIDEr where they are installed.
+        """BLEU, NIST and ROUGE-L; METEOR and CIDEr if they are installed.
 
         Raises SboraxError where sacrebleu, nltk or rouge-score is missing.
         """
@@ -126,19 +129,19 @@ class Describe(AbstractTask):
         written = [text.strip() for text in texts(ids, self.new_tokens, ("\n",), scorer)]
         described = [(text, unit["references"]) for text, unit in zip(written, units, strict=True)]
         nearest = [rouge_l(item) for item in described]
-        metrics = {"BLEU": of_whole(described, bleu), "NIST": of_whole(described, nist), "ROUGE-L": mean(nearest)}
+        metrics = {"BLEU": jackknife(described, bleu), "NIST": jackknife(described, nist), "ROUGE-L": mean(nearest)}
         more, absent = _optional(described)
         items = [
-            {"prompt": prompt, "text": text, "references": list(own), "ROUGE-L": value}
-            for prompt, (text, own), value in zip(prompts, described, nearest, strict=True)
+            {"prompt": prompt, "text": text, "references": list(references), "ROUGE-L": value}
+            for prompt, (text, references), value in zip(prompts, described, nearest, strict=True)
         ]
         room = scorer.model.config.context - self.new_tokens
-        remarks = (*absent, *cut_remark([max(0, len(own) - room) for own in ids]))
+        remarks = (*absent, *cut_remark([max(0, len(prompt) - room) for prompt in ids]))
         return Measured({**metrics, **more}, items, remarks)
 
 
 def _optional(described: Sequence[Described]) -> tuple[Mapping[str, Metric], list[str]]:
-    """The metrics whose tools are there, and what to say of the others."""
+    """The metrics whose packages are installed, and a remark on each of the others."""
     choices: list[tuple[str, bool, str, Callable[[], Any]]] = [
         (
             "METEOR",
@@ -146,7 +149,8 @@ def _optional(described: Sequence[Described]) -> tuple[Mapping[str, Metric], lis
             "nltk.download('wordnet')",
             lambda: mean([meteor(i) for i in described]),
         ),
-        ("CIDEr", _installed("pycocoevalcap"), "pycocoevalcap", lambda: of_whole(described, cider)),
+        ("CIDEr", _installed("pycocoevalcap"), "pycocoevalcap", lambda: jackknife(described, cider)),
     ]
-    found = {name: score() for name, there, _, score in choices if there}
-    return found, [f"{name} is absent: not installed ({needs})" for name, there, needs, _ in choices if not there]
+    metrics = {name: score() for name, installed, _, score in choices if installed}
+    absent = [f"{name} is absent: not installed ({needs})" for name, installed, needs, _ in choices if not installed]
+    return metrics, absent

@@ -10,9 +10,9 @@ from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, field, 
 
 
 def windows(tokens: Sequence[int], size: int) -> list[Pair]:
-    """Windows side by side, the rest dropped; the first token of each is not predicted.
+    """Consecutive windows of `size` tokens. A shorter rest is dropped; the first token of each is not predicted.
 
-    Raises SboraxError for windows of fewer than two tokens, and a text that fills none.
+    Raises SboraxError for a size below 2, and for a text that fills no window.
     """
     if size < 2:
         raise SboraxError(f"a window of {size} tokens predicts none; use 2 or more")
@@ -23,13 +23,18 @@ def windows(tokens: Sequence[int], size: int) -> list[Pair]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The rows that the `datasets` library makes of a WikiText file: lines with their breaks, blank ones empty."""
+    """The rows of a WikiText file as `datasets` makes them: lines with their line breaks, blank ones empty."""
     return [f"{line}\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(AbstractTask):
-    """exp of the mean loss of a token, of a text that is tokenised once. window: tokens. column: that of the text."""
+    """Scores exp(mean loss of a token) over windows of one text.
+
+    - window: tokens.
+    - column: of the records, with the text.
+    - between: what joins the records.
+    """
 
     window: int
     column: str = "text"
@@ -51,12 +56,12 @@ class Perplexity(AbstractTask):
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
         """The perplexity; each window is an item."""
         scored = scorer.continuations([unit["pair"] for unit in units])
-        loss = mean([-one.logprob / one.tokens for one in scored])
+        loss = mean([-score.logprob / score.tokens for score in scored])
         value = math.exp(loss.value)
         error = None if loss.stderr is None else value * loss.stderr
         items = [
-            {"window": unit["window"], "tokens": one.tokens, "logprob": one.logprob}
-            for unit, one in zip(units, scored, strict=True)
+            {"window": unit["window"], "tokens": score.tokens, "logprob": score.logprob}
+            for unit, score in zip(units, scored, strict=True)
         ]
         unknown = any(unit["unknown"] for unit in units)
         remarks = ("the text holds <unk>: it is the tokenised version, not the raw one",) if unknown else ()

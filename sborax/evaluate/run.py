@@ -1,4 +1,4 @@
-"""Tasks on a model: scores with their errors, and files with what became of every item."""
+"""Scores a model on tasks, and writes the scores and every item to files."""
 
 import dataclasses
 import json
@@ -22,12 +22,18 @@ SCORES = "scores.json"
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a task gave. n: items scored, of `there`. overlap: of those, how many the run was trained on, if known."""
+    """The score of a task.
+
+    - n: items scored.
+    - available: items of the data.
+    - overlap: how many of the scored items are in the run's training data; None if that is not known.
+    - remarks: of the task, on this score.
+    """
 
     task: AbstractTask
     metrics: Mapping[str, Metric]
     n: int
-    there: int
+    available: int
     seed: int
     limit: int | None
     overlap: int | None
@@ -35,25 +41,25 @@ class Score:
     seconds: float
 
     def notes(self) -> list[str]:
-        """All that has to be known to read the score."""
-        said = []
-        if self.limit is not None and self.n < self.there:
-            said.append(f"--limit {self.limit}: {self.n:,} of {self.there:,} items, drawn with seed {self.seed}")
-        if self.task.full is not None and self.there != self.task.full:
-            said.append(f"this copy has {self.there:,} items, the published set {self.task.full:,}: not its score")
+        """Everything that one must know to interpret the score."""
+        notes = []
+        if self.limit is not None and self.n < self.available:
+            notes.append(f"--limit {self.limit}: {self.n:,} of {self.available:,} items, drawn with seed {self.seed}")
+        if self.task.full is not None and self.available != self.task.full:
+            notes.append(f"this copy has {self.available:,} items, the published set {self.task.full:,}: not its score")
         if self.overlap:
-            said.append(f"{self.overlap:,} of {self.n:,} items are in the data that the run was trained on")
-        return [*said, *self.task.notes, *self.remarks]
+            notes.append(f"{self.overlap:,} of {self.n:,} items are in the data that the run was trained on")
+        return [*notes, *self.task.notes, *self.remarks]
 
     def __str__(self) -> str:
-        """A line of the score, one of the protocol, and the notes."""
-        told = ", ".join(f"{name} {_number(metric)}" for name, metric in list(self.metrics.items())[:5])
-        lines = [f"{self.task.name}: {told} (n {self.n:,}, seed {self.seed})", f"  {self.task.about}"]
+        """A line with the score, one with the protocol, and the notes."""
+        metrics = ", ".join(f"{name} {_number(metric)}" for name, metric in list(self.metrics.items())[:5])
+        lines = [f"{self.task.name}: {metrics} (n {self.n:,}, seed {self.seed})", f"  {self.task.about}"]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes())])
 
     def record(self) -> dict[str, Any]:
         """The score as JSON."""
-        metrics = {name: {"value": one.value, "stderr": one.stderr} for name, one in self.metrics.items()}
+        metrics = {name: {"value": metric.value, "stderr": metric.stderr} for name, metric in self.metrics.items()}
         return {
             "task": self.task.name,
             "data": self.task.data,
@@ -61,7 +67,7 @@ class Score:
             "protocol": self.task.about,
             "metrics": metrics,
             "n": self.n,
-            "items": self.there,
+            "items": self.available,
             "limit": self.limit,
             "seed": self.seed,
             "in_training_data": self.overlap,
@@ -75,31 +81,34 @@ def _number(metric: Metric) -> str:
     return f"{metric.value:.4f} ± {error}"
 
 
-def drawn(count: int, limit: int | None, seed: int) -> list[int]:
-    """Which of `count` items are scored: all, or `limit` drawn with `seed`, in their order."""
+def draw_indices(count: int, limit: int | None, seed: int) -> list[int]:
+    """The indices of the items to score: all, or `limit` drawn with `seed`, ascending."""
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(np.random.default_rng(seed).choice(count, limit, replace=False).tolist())
 
 
 def normalised(text: str) -> str:
-    """A text without capitals, punctuation and doubled blanks."""
+    """A text in lower case, without punctuation and repeated white space."""
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
 def texts_of(record: Record) -> Iterable[str]:
-    """What a record asks: its columns of text, or turns of a conversation, long enough to be no coincidence."""
+    """The texts that identify a record, normalised: columns of questions, or user turns, of more than 40 letters.
+
+    A shorter text may be in two data sets by coincidence.
+    """
     turns = record.get("messages") or ()
     skipped = ("output", "answer", "subject", "text")
-    found = [value for name, value in record.items() if name not in skipped]
-    found += [turn.get("content") for turn in turns if turn.get("role") == "user"]
-    return [normalised(text) for text in found if isinstance(text, str) and len(text) > 40]
+    texts = [value for name, value in record.items() if name not in skipped]
+    texts += [turn.get("content") for turn in turns if turn.get("role") == "user"]
+    return [normalised(text) for text in texts if isinstance(text, str) and len(text) > 40]
 
 
 def overlap(units: Sequence[Record], trained_on: Iterable[Record]) -> int:
-    """How many units hold a text that, but for capitals and punctuation, is in the training data."""
-    seen = {text for record in trained_on for text in texts_of(record)}
-    return sum(any(text in seen for text in texts_of(unit)) for unit in units)
+    """How many units contain a text of the training data, capitals and punctuation aside."""
+    trained_texts = {text for record in trained_on for text in texts_of(record)}
+    return sum(any(text in trained_texts for text in texts_of(unit)) for unit in units)
 
 
 def evaluate(
@@ -115,9 +124,17 @@ def evaluate(
 ) -> list[Score]:
     """Score a model on tasks.
 
-    limit: at most so many items of each, drawn with `seed`. out: where `scores.json` and one JSONL file of items a
-    task go; they are written after every task. trained_on: data to look for the items in. about: kept in `scores.json`.
-    Raises SboraxError for a limit below 1, a directory that holds scores, and as the tasks do.
+    Args:
+    - tasks: as `chosen` returns them.
+    - scorer: the model with its adapters.
+    - limit: the most items of each task, drawn with `seed`; None (default) for all.
+    - seed: of what is drawn.
+    - out: a directory for `scores.json` and a JSONL file with the items of each task, written after every task.
+    - trained_on: training data in which to look for the items.
+    - about: further entries of `scores.json`.
+    - echo: prints a score.
+
+    Raises SboraxError for a limit below 1, for a directory with scores in it, and as the tasks do.
     """
     if limit is not None and limit < 1:
         raise SboraxError(f"--limit {limit}: at least 1")
@@ -125,25 +142,27 @@ def evaluate(
     scores: list[Score] = []
     for task in tasks:
         began = time.monotonic()
-        everything = task.units(scorer)
-        order = drawn(len(everything), limit, seed)
-        units = [everything[i] for i in order]
-        done = task.measure(units, scorer, seed)
-        seen = None if trained_on is None else overlap(units, trained_on)
+        available = task.units(scorer)
+        order = draw_indices(len(available), limit, seed)
+        units = [available[i] for i in order]
+        measured = task.measure(units, scorer, seed)
+        shared = None if trained_on is None else overlap(units, trained_on)
         seconds = time.monotonic() - began
-        score = Score(task, done.metrics, len(units), len(everything), seed, limit, seen, done.remarks, seconds)
+        score = Score(
+            task, measured.metrics, len(units), len(available), seed, limit, shared, measured.remarks, seconds
+        )  # fmt: skip
         scores.append(score)
         echo(str(score))
         if place is not None:
-            items = ({"item": number, **item} for number, item in zip(order, done.items, strict=True))
+            items = ({"item": number, **item} for number, item in zip(order, measured.items, strict=True))
             (place / f"{task.name}.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
-            whole = {**(about or {}), "versions": versions(), "scores": [one.record() for one in scores]}
-            (place / SCORES).write_text(json.dumps(whole, indent=2) + "\n")
+            content = {**(about or {}), "versions": versions(), "scores": [score.record() for score in scores]}
+            (place / SCORES).write_text(json.dumps(content, indent=2) + "\n")
     return scores
 
 
 def read_scores(place: epath.PathLike) -> list[dict[str, Any]]:
-    """The scores that `evaluate` left in a directory, as `Score.record` has them; none if there are none.
+    """The scores that `evaluate` wrote to a directory, in the form of `Score.record`; an empty list without a file.
 
     Raises SboraxError for a file that it did not write.
     """
@@ -152,31 +171,31 @@ def read_scores(place: epath.PathLike) -> list[dict[str, Any]]:
         return []
     scores = read_object(file).get("scores")
     if not isinstance(scores, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("task"), str) for one in scores
+        isinstance(score, dict) and isinstance(score.get("task"), str) for score in scores
     ):
         raise SboraxError(f"{file}: holds no scores of sborax; delete it")
     return scores
 
 
 def in_words(score: Mapping[str, Any]) -> str:
-    """A score of `read_scores` in words: its first metric with its error, how many items, and its notes.
+    """A score of `read_scores` as a line: its first metric with the error, the number of items, and its notes.
 
     Raises SboraxError for a record that `evaluate` did not write.
     """
     try:
-        metric, found = next(iter(score["metrics"].items()))
-        number = _number(Metric(float(found["value"]), None if found["stderr"] is None else float(found["stderr"])))
+        name, metric = next(iter(score["metrics"].items()))
+        number = _number(Metric(float(metric["value"]), None if metric["stderr"] is None else float(metric["stderr"])))
         notes = "".join(f"; {note}" for note in score["notes"])
-        return f"{metric} {number}, n {int(score['n']):,}, seed {int(score['seed'])}{notes}"
+        return f"{name} {number}, n {int(score['n']):,}, seed {int(score['seed'])}{notes}"
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, OverflowError):
         raise SboraxError(f"{SCORES}: {shown(score)} is no score of sborax; delete it") from None
 
 
 def _claim(place: epath.Path, tasks: Sequence[AbstractTask]) -> epath.Path:
-    """The directory, made. Raises SboraxError if something in it would be overwritten."""
-    taken = next((name for name in (SCORES, *(f"{t.name}.jsonl" for t in tasks)) if (place / name).exists()), None)
-    if taken is not None:
-        raise SboraxError(f"{place / taken}: exists; choose another --out")
+    """Make the directory. Raises SboraxError if a file in it would be overwritten."""
+    existing = next((name for name in (SCORES, *(f"{t.name}.jsonl" for t in tasks)) if (place / name).exists()), None)
+    if existing is not None:
+        raise SboraxError(f"{place / existing}: exists; choose another --out")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A model that is to be scored: what it makes of continuations, texts and prompts."""
+"""A model to score: log-likelihoods of continuations, and generated texts."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import Adapters, nodes
-from sborax.evaluate.likelihood import alone, shared
+from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.evaluate.shapes import Batch, batches
 from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
@@ -25,11 +25,17 @@ from sborax.models.language_model import LanguageModel, Params
 from sborax.models.tokenizer import finished, tokens_of
 
 BUDGET = 4096
-"""Tokens of one forward pass."""
+"""Tokens of one forward pass, by default."""
 
 
 class Scored(NamedTuple):
-    """A continuation: ln p in nats, whether greedy text would be it, its tokens, and tokens of its prompt left out."""
+    """The score of a continuation.
+
+    - logprob: ln p, in nats.
+    - greedy: whether greedy decoding would produce it.
+    - tokens: of the continuation.
+    - cut: tokens of the prompt that were dropped to fit the context.
+    """
 
     logprob: float
     greedy: bool
@@ -38,7 +44,7 @@ class Scored(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Token ids of a prompt and of what may follow it."""
+    """Token ids of a prompt and of a continuation."""
 
     prompt: Sequence[int]
     continuation: Sequence[int]
@@ -46,7 +52,11 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A model, its parameters and adapters on their devices. budget: tokens of one forward pass."""
+    """A model with its parameters and adapters on their devices.
+
+    - layout: the mesh, if any.
+    - budget: tokens of one forward pass.
+    """
 
     model: LanguageModel
     params: Params
@@ -63,10 +73,13 @@ class Scorer:
         mesh: Mapping[str, int] | None = None,
         budget: int = BUDGET,
     ) -> "Scorer":
-        """mesh: sizes of the axes data, fsdp and tensor, as an experiment's.
+        """Put a model on its devices.
 
-        Raises SboraxError for adapters that the model never reads, a model without a tokenizer, and a mesh that does
-        not fit.
+        - mesh: sizes of the axes data, fsdp and tensor, as in an experiment; None for one device.
+        - budget: tokens of one forward pass.
+
+        Raises SboraxError for adapters that the model does not read, for a model without a tokenizer, and for a mesh
+        that does not fit.
         """
         if model.tokenizer is None:
             raise SboraxError("this model has no tokenizer.json beside it; put one into its directory")
@@ -78,14 +91,17 @@ class Scorer:
         return Scorer(model, params, adapters, layout, budget)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; special: with the tokens that the tokenizer adds to a text, which a chat template has already."""
+        """Token ids of a text.
+
+        - special: whether to add the tokenizer's special tokens; text of a chat template has them already.
+        """
         return tokens_of(self.model.tokenizer, text, add_special_tokens=special)["input_ids"]
 
     def pair(self, prompt: str, continuation: str, special: bool = True) -> Pair:
-        """A prompt and its continuation as tokens, cut where the harness cuts them.
+        """A prompt and its continuation as tokens, divided where lm-evaluation-harness divides them.
 
-        The text is tokenised whole, and white space at the end of the prompt goes to the continuation. An empty
-        prompt is the token that begins texts, or ends them where there is none.
+        Both are tokenised as one text, and white space at the end of the prompt belongs to the continuation. An empty
+        prompt becomes `prefix`.
         Raises SboraxError for a continuation of no tokens.
         """
         bare = prompt.rstrip()
@@ -93,91 +109,92 @@ class Scorer:
             begin = self.encode(bare, special)
             rest = self.encode(prompt + continuation, special)[len(begin) :]
         else:
-            begin, whole = self.prefix(), self.encode(prompt + continuation, False)
-            rest = whole[1:] if whole[:1] == begin else whole
+            begin, ids = self.prefix(), self.encode(prompt + continuation, False)
+            rest = ids[1:] if ids[:1] == begin else ids
         if not rest:
             raise SboraxError(f"{(prompt + continuation)[:40]!r}: its continuation has no token of its own")
         return Pair(begin, rest)
 
     def prefix(self) -> list[int]:
-        """The token that stands before a text which has no prompt.
+        """The token that precedes a text without a prompt: the beginning-of-text token, or else the end-of-text token.
 
-        Raises SboraxError for a tokenizer without marks for the beginning and the end.
+        Raises SboraxError for a tokenizer with neither.
         """
         tokenizer = self.model.tokenizer
-        found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if found is None:
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if token is None:
             raise SboraxError("the tokenizer has no token that begins or ends a text, so a text needs a prompt")
-        return [found]
+        return [token]
 
     def continuations(self, pairs: Sequence[Pair]) -> list[Scored]:
         """ln p(continuation | prompt) of each pair.
 
-        What does not fit the context loses the beginning of its prompt, and says so in `cut`.
+        A prompt that does not fit the context loses its beginning; `Scored.cut` counts the tokens.
         Raises SboraxError for an empty prompt or continuation, an unknown id, and a continuation beyond the context.
         """
         fitted = [self._fit(pair) for pair in pairs]
-        found: list[Scored | None] = [None] * len(pairs)
-        lengths = [(len(one.prompt) + len(one.continuation) - 1, len(one.continuation)) for one, _ in fitted]
+        scores: list[Scored | None] = [None] * len(pairs)
+        lengths = [(len(pair.prompt) + len(pair.continuation) - 1, len(pair.continuation)) for pair, _ in fitted]
         for batch in self._batches(lengths, 1):
             members = [fitted[i][0] for i in batch.members]
-            # A row of padding is a prompt of one token with a target.
-            whole = [[*one.prompt, *one.continuation[:-1]] for one in members]
-            tokens = _rows(whole, batch.rows, batch.width)
-            lasts = np.array([len(one.prompt) for one in members], np.int32)
-            targets = _rows([one.continuation for one in members], batch.rows, batch.continuation)
-            counts = np.array([len(one.continuation) for one in members], np.int32)
-            done = self._run(alone, tokens, _padded(lasts, batch.rows), targets, _padded(counts, batch.rows))
+            # A row of padding counts as a prompt of one token with one target.
+            tokens = _rows([[*pair.prompt, *pair.continuation[:-1]] for pair in members], batch.rows, batch.width)
+            prompt_lengths = np.array([len(pair.prompt) for pair in members], np.int32)
+            targets = _rows([pair.continuation for pair in members], batch.rows, batch.continuation)
+            counts = np.array([len(pair.continuation) for pair in members], np.int32)
+            logprobs, greedy = self._run(
+                score_rows, tokens, _padded(prompt_lengths, batch.rows), targets, _padded(counts, batch.rows)
+            )  # fmt: skip
             for row, i in enumerate(batch.members):
-                found[i] = Scored(float(done[0][row]), bool(done[1][row]), int(counts[row]), fitted[i][1])
-        return [one for one in found if one is not None]
+                scores[i] = Scored(float(logprobs[row]), bool(greedy[row]), int(counts[row]), fitted[i][1])
+        return [score for score in scores if score is not None]
 
     def options(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
-        """`continuations` for the options of each question; where they have one prompt, it is read once."""
-        alike = [self._alike(own) for own in questions]
-        found: list[list[Scored]] = [[] for _ in questions]
-        together = [i for i, same in enumerate(alike) if same and not self.routed]
+        """`continuations` for the options of each question. A prompt that they share goes through the model once."""
+        scores: list[list[Scored]] = [[] for _ in questions]
+        together = [i for i, options in enumerate(questions) if self._share_prompt(options) and not self.routed]
         apart = [i for i in range(len(questions)) if i not in set(together)]
-        done = iter(self.continuations([pair for i in apart for pair in questions[i]]))
+        continuations = iter(self.continuations([pair for i in apart for pair in questions[i]]))
         for i in apart:
-            found[i] = [next(done) for _ in questions[i]]
+            scores[i] = [next(continuations) for _ in questions[i]]
         for i, scored in zip(together, self._together([questions[i] for i in together]), strict=True):
-            found[i] = scored
-        return found
+            scores[i] = scored
+        return scores
 
-    def _alike(self, options: Sequence[Pair]) -> bool:
-        """Whether options have one prompt, which all of it fits before the longest of them."""
+    def _share_prompt(self, options: Sequence[Pair]) -> bool:
+        """Whether there are several options of one prompt, which fits the context together with the longest."""
         prompt, longest = list(options[0].prompt), max(len(pair.continuation) for pair in options)
         fits = len(prompt) + longest - 1 <= self.model.config.context
         return fits and len(options) > 1 and all(list(pair.prompt) == prompt for pair in options)
 
     @property
     def routed(self) -> bool:
-        """Whether a router weighs adapters by the prompt."""
+        """Whether a router weighs some adapters by the prompt."""
         return any(routed_parts(node.method) for node in nodes(self.adapters or {}).values())
 
     def _together(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
-        most = max((len(own) for own in questions), default=1)
-        fitted = [[self._fit(pair)[0] for pair in own] for own in questions]
-        lengths = [(len(own[0].prompt), max(len(pair.continuation) for pair in own)) for own in fitted]
-        found: list[list[Scored]] = [[] for _ in questions]
+        """`options` of questions whose options share a prompt."""
+        most = max((len(options) for options in questions), default=1)
+        fitted = [[self._fit(pair)[0] for pair in options] for options in questions]
+        lengths = [(len(options[0].prompt), max(len(pair.continuation) for pair in options)) for options in fitted]
+        scores: list[list[Scored]] = [[] for _ in questions]
         for batch in self._batches(lengths, most):
             members = [fitted[i] for i in batch.members]
-            prompts = _rows([own[0].prompt for own in members], batch.rows, batch.width)
-            lasts = np.array([len(own[0].prompt) for own in members], np.int32)
+            prompts = _rows([options[0].prompt for options in members], batch.rows, batch.width)
+            prompt_lengths = np.array([len(options[0].prompt) for options in members], np.int32)
             targets = np.zeros((batch.rows, most, batch.continuation), np.int32)
             counts = np.ones((batch.rows, most), np.int32)
-            for row, own in enumerate(members):
-                for place, pair in enumerate(own):
-                    targets[row, place, : len(pair.continuation)] = pair.continuation
-                    counts[row, place] = len(pair.continuation)
-            done = self._run(shared, prompts, _padded(lasts, batch.rows), targets, counts)
+            for row, options in enumerate(members):
+                for column, pair in enumerate(options):
+                    targets[row, column, : len(pair.continuation)] = pair.continuation
+                    counts[row, column] = len(pair.continuation)
+            logprobs, greedy = self._run(score_options, prompts, _padded(prompt_lengths, batch.rows), targets, counts)
             for row, i in enumerate(batch.members):
-                found[i] = [
-                    Scored(float(done[0][row, place]), bool(done[1][row, place]), len(pair.continuation), 0)
-                    for place, pair in enumerate(fitted[i])
+                scores[i] = [
+                    Scored(float(logprobs[row, column]), bool(greedy[row, column]), len(pair.continuation), 0)
+                    for column, pair in enumerate(fitted[i])
                 ]
-        return found
+        return scores
 
     def write(
         self,
@@ -191,36 +208,39 @@ class Scorer:
         beams: int = 1,
         stop: Sequence[str] = (),
     ) -> list[list[int]]:
-        """New tokens for each prompt, up to and including the first that ends a text; greedy at temperature 0.
+        """Generate new tokens for each prompt, up to and including the first end token.
 
-        beams: two or more search, and nothing is drawn.
-        stop: strings after which a text needs no more; it may go on nevertheless, so cut it (`tokenizer.until`).
+        A prompt that does not fit the context together with `new_tokens` loses its beginning.
 
-        A prompt too long for the context beside `new_tokens` loses its beginning.
+        - new_tokens: the most tokens of a text.
+        - temperature, top_k, top_p, seed: of sampling; a temperature of 0 is greedy.
+        - beams: 2 or more for beam search, which samples nothing.
+        - stop: strings after which a text may end early. Cut the text after them all the same (`tokenizer.until`).
+
         Raises SboraxError as `generate` does.
         """
         room = self.model.config.context - new_tokens
         if room < 1:
             raise SboraxError(f"{new_tokens} new tokens leave no room in a context of {self.model.config.context}")
         fitted = [list(prompt)[-room:] for prompt in prompts]
-        found: list[list[int]] = [[] for _ in prompts]
+        texts: list[list[int]] = [[] for _ in prompts]
         lengths = [(len(prompt) + new_tokens, 1) for prompt in fitted]
         for number, batch in enumerate(self._batches(lengths, 1, beams)):
             rows = [fitted[i] for i in batch.members]
-            # Rows of padding are copies, which end no later than what they are copies of.
+            # Rows of padding are copies of a prompt, so they end no later than it.
             rows += rows[-1:] * (batch.rows - len(rows))
             key = jax.random.fold_in(jax.random.key(seed), number)
             with self.layout.context():
                 if beams > 1:
-                    done = beam_search(self.model, self.params, self.adapters, rows, new_tokens, beams)
+                    new = beam_search(self.model, self.params, self.adapters, rows, new_tokens, beams)
                 else:
-                    done = generate(
+                    new = generate(
                         self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, top_k=top_k,
                         top_p=top_p, key=key, finished=finished(self.model.tokenizer, stop),
                     )  # fmt: skip
-            for i, new in zip(batch.members, done, strict=False):
-                found[i] = new
-        return found
+            for i, text in zip(batch.members, new, strict=False):
+                texts[i] = text
+        return texts
 
     def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[Batch]:
         mesh = self.layout.mesh
@@ -229,6 +249,7 @@ class Scorer:
         return tqdm(listed, unit="batch", leave=False, disable=None)
 
     def _fit(self, pair: Pair) -> tuple[Pair, int]:
+        """The pair with its prompt cut to fit the context, and how many tokens were cut."""
         prompt, continuation = list(pair.prompt), list(pair.continuation)
         context, vocab = self.model.config.context, self.model.config.vocab_size
         if not prompt or not continuation:
@@ -250,7 +271,7 @@ class Scorer:
 
 
 def _rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
-    """Token ids on the left of an array of zeros."""
+    """Token ids in rows, padded on the right with zeros."""
     out = np.zeros((rows, width), np.int32)
     for row, text in enumerate(texts):
         out[row, : len(text)] = text

@@ -1,14 +1,20 @@
-"""Requests of mixed lengths as batches of few shapes."""
+"""Groups requests of mixed lengths into batches of few shapes."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 LEAST = 16
-"""Shortest row, in tokens."""
+"""Tokens of the shortest row."""
 
 
 class Batch(NamedTuple):
-    """Which requests go into one forward pass. rows: of the array, at least as many as there are requests."""
+    """The requests of one forward pass, and the shape of its arrays.
+
+    - members: indices of the requests.
+    - rows: at least as many as requests.
+    - width: tokens of a row.
+    - continuation: tokens of a continuation.
+    """
 
     members: tuple[int, ...]
     rows: int
@@ -17,7 +23,7 @@ class Batch(NamedTuple):
 
 
 def padded(length: int, limit: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length` tokens, and no more than `limit`."""
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`, but no more than `limit`."""
     width = LEAST
     while width < length:
         width = width * 3 // 2 if width & (width - 1) == 0 else width // 3 * 4
@@ -27,11 +33,13 @@ def padded(length: int, limit: int) -> int:
 def batches(
     lengths: Sequence[tuple[int, int]], limit: int, budget: int, multiple: int = 1, copies: int = 1
 ) -> Iterator[Batch]:
-    """Requests from the longest to the shortest; rows next to each other share a shape, and only the last is not full.
+    """Batches of requests, from the longest to the shortest. Neighbours share a shape; only the last batch is not full.
 
-    lengths: tokens of the row, and of the continuation, of each request. limit: the model's context.
-    budget: tokens of one forward pass, a row at least. multiple: of which the number of rows is one.
-    copies: continuations that a row has.
+    - lengths: of each request, tokens of the row and of the continuation.
+    - limit: the model's context, in tokens.
+    - budget: tokens of one forward pass; a batch has at least one row.
+    - multiple: the number of rows is a multiple of this.
+    - copies: continuations of each row.
     """
     order = sorted(range(len(lengths)), key=lambda i: (*lengths[i], i), reverse=True)
     tails: dict[int, int] = {}

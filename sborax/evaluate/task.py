@@ -1,4 +1,4 @@
-"""What a task is: data, a protocol, and scores with their errors."""
+"""Tasks: data with a protocol that scores a model, and scores with standard errors."""
 
 import abc
 import dataclasses
@@ -14,20 +14,25 @@ from sborax.evaluate.scorer import Scorer
 
 Record = Mapping[str, Any]
 FOLDS = 20
-"""Parts that are left out in turn to see how much a score of a whole set varies."""
+"""Parts that `jackknife` leaves out in turn."""
 
 Item = TypeVar("Item")
 
 
 class Metric(NamedTuple):
-    """A score and its standard error, None for a single item."""
+    """A score and its standard error; None for a single item."""
 
     value: float
     stderr: float | None
 
 
 class Measured(NamedTuple):
-    """The metrics of a task, the first being its score; what became of each item; and what has to be said with it."""
+    """The result of a task.
+
+    - metrics: by name; the first is the task's score.
+    - items: what the model made of each item, as JSON.
+    - remarks: what one must know to interpret the score.
+    """
 
     metrics: dict[str, Metric]
     items: list[dict[str, Any]]
@@ -36,12 +41,14 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractTask(abc.ABC):
-    """A data set with a protocol. A class that extends it, and has a default for each field, is a task by its name.
+    """A data set with a protocol. A class of yours with a default for each field is a task that commands find by name.
 
-    name: what the command line calls it. data, split: as `sborax.data.source.read` takes them.
-    about: the protocol and where it is from. full: items that the published set has.
-    notes: what must be known to read the score, such as contamination.
-    template: the prompt around an instruction (see `Data.template`), None where the protocol leaves no choice.
+    - name: its name on the command line.
+    - data, split: as `sborax.data.source.read` takes them.
+    - about: the protocol and its source.
+    - full: items of the published data set; None if not known.
+    - notes: what one must know to interpret the score, such as contamination.
+    - template: the prompt around an instruction (see `Data.template`); None where the protocol fixes it.
     """
 
     name: str
@@ -54,14 +61,20 @@ class AbstractTask(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
-        """The scores on these units. Raises SboraxError for records that the protocol cannot read."""
+        """Score the model on some units.
+
+        - units: of those that `units` returns.
+        - seed: of anything that is drawn.
+
+        Raises SboraxError for records that the protocol cannot read.
+        """
 
     def check(self) -> None:
-        """Raise SboraxError for data that is not at hand, before a model is loaded. What the hub may have is taken."""
+        """Raise SboraxError for data that is not found, before a model is loaded. The hub is not asked."""
         check_there(self.data, self.split)
 
     def units(self, scorer: Scorer) -> Sequence[Record]:
-        """All that is scored, one by one. Raises SboraxError for data that is missing or unreadable."""
+        """The units to score. Raises SboraxError for data that is missing or unreadable."""
         return records(self.data, self.split)
 
 
@@ -72,13 +85,13 @@ def records(data: str, split: str) -> list[Record]:
 
 
 def check_there(data: str, split: str) -> None:
-    """Raise SboraxError for data that is not at hand, unless it may be on the hub."""
+    """Raise SboraxError for data that is not found, unless its name may be one on the hub."""
     if "/" not in data and find(data, split) is None:
         raise SboraxError(f"{data}: not under $SBORAX_DATA; --data TASK=PATH names a file, a directory or a hub id")
 
 
 def field(record: Record, name: str) -> Any:
-    """A column. Raises SboraxError naming the columns there are."""
+    """The value of a column. Raises SboraxError if it is missing."""
     if name not in record:
         raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
     return record[name]
@@ -91,20 +104,23 @@ def mean(values: Sequence[float]) -> Metric:
     return Metric(float(array.mean()), error)
 
 
-def of_whole(items: Sequence[Item], score: Callable[[Sequence[Item]], float]) -> Metric:
-    """A score that is no mean over items, and its standard error by a jackknife that leaves out `FOLDS` parts in turn.
+def jackknife(items: Sequence[Item], score: Callable[[Sequence[Item]], float]) -> Metric:
+    """A score of a whole set, such as BLEU, with its standard error by a jackknife over g = `FOLDS` parts.
 
-    sqrt((g - 1) / g * sum_k (score_k - mean)^2) with g parts.
+    sqrt((g - 1) / g * sum_k (score_k - mean)^2), where score_k leaves out part k.
     """
     folds = min(FOLDS, len(items))
     if folds < 2:
         return Metric(score(items), None)
-    left = [score([item for i, item in enumerate(items) if i % folds != fold]) for fold in range(folds)]
-    return Metric(score(items), float(math.sqrt((folds - 1) * np.var(left))))
+    scores = [score([item for i, item in enumerate(items) if i % folds != fold]) for fold in range(folds)]
+    return Metric(score(items), float(math.sqrt((folds - 1) * np.var(scores))))
 
 
 def cut_remark(cut: Sequence[int]) -> tuple[str, ...]:
-    """What to say where prompts lost tokens to fit the context."""
+    """A remark if prompts lost tokens to fit the context.
+
+    - cut: tokens that each prompt lost.
+    """
     lost = [count for count in cut if count]
     if not lost:
         return ()

@@ -1,4 +1,4 @@
-"""Every task by name, in one list."""
+"""The list of all tasks."""
 
 import difflib
 
@@ -49,7 +49,7 @@ COMMONSENSE = {
     "arc_challenge": ("ARC-Challenge", ANSWER, 1172, ()),
     "openbookqa": ("openbookqa", ANSWER, 500, ()),
 }
-"""Name: data, what is looked for in a text, published size, notes."""
+"""By name: data, a function that extracts the answer from a text, published size, notes."""
 _ASK = {
     "boolq": yes_no,
     "piqa": cloze("Question: {question}\nAnswer:"),
@@ -166,30 +166,30 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def chosen(names: str) -> list[AbstractTask]:
-    """The tasks in a list of names with commas between them, a group's name standing for its tasks.
+    """The tasks of a comma-separated list of names. The name of a group stands for its tasks.
 
-    Raises SboraxError for a name that is not known.
+    Raises SboraxError for an unknown name.
     """
-    known = {task.name: task for task in every_task()}
-    listed = [one for name in names.split(",") if name for one in GROUPS.get(name.strip(), (name.strip(),))]
-    if any(name not in known for name in listed) and load_plugins():
-        known = {task.name: task for task in every_task()}
-    unknown = next((name for name in listed if name not in known), None)
+    tasks = {task.name: task for task in every_task()}
+    listed = [task for name in names.split(",") if name for task in GROUPS.get(name.strip(), (name.strip(),))]
+    if any(name not in tasks for name in listed) and load_plugins():
+        tasks = {task.name: task for task in every_task()}
+    unknown = next((name for name in listed if name not in tasks), None)
     if unknown is not None or not listed:
-        close = difflib.get_close_matches(unknown or names, [*known, *GROUPS], n=3)
+        close = difflib.get_close_matches(unknown or names, [*tasks, *GROUPS], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`sborax tasks` lists them"
         raise SboraxError(f"there is no task {unknown or names!r}; {hint}")
-    return [known[name] for name in dict.fromkeys(listed)]
+    return [tasks[name] for name in dict.fromkeys(listed)]
 
 
 def every_task() -> list[AbstractTask]:
-    """Those in `TASKS`, and one of every class of the user's that extends `AbstractTask` and has all its defaults.
+    """`TASKS`, and an instance of each imported class of a user's that extends `AbstractTask` with all defaults.
 
-    Raises SboraxError for two of one name.
+    Raises SboraxError for two tasks of one name.
     """
     tasks = [*TASKS, *instances(AbstractTask)]
     names = [task.name for task in tasks]
-    twice = next((task for number, task in enumerate(tasks) if task.name in [*names[:number], *GROUPS]), None)
-    if twice is not None:
-        raise SboraxError(f"{name_of(type(twice))}: there is a task {twice.name!r} already; choose another name")
+    repeated = next((task for number, task in enumerate(tasks) if task.name in [*names[:number], *GROUPS]), None)
+    if repeated is not None:
+        raise SboraxError(f"{name_of(type(repeated))}: there is a task {repeated.name!r} already; choose another name")
     return tasks

@@ -1,4 +1,4 @@
-"""Tasks scored by an answer that is looked for in generated text."""
+"""Tasks scored by an answer that is extracted from generated text."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ from sborax.models.tokenizer import text_of, until
 def texts(
     prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str], scorer: Scorer, beams: int = 1
 ) -> list[str]:
-    """What the model writes after each prompt, special tokens left out, up to the first of the `stop` strings."""
-    found = []
-    for new in scorer.write(prompts, new_tokens, beams=beams, stop=stop):
-        text = text_of(scorer.model.tokenizer, new)
-        found.append(until(text, stop))
-    return found
+    """The text generated after each prompt, without special tokens, up to the first of the `stop` strings."""
+    generated = scorer.write(prompts, new_tokens, beams=beams, stop=stop)
+    return [until(text_of(scorer.model.tokenizer, tokens), stop) for tokens in generated]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written(AbstractTask):
-    """The share of generated answers that are right.
+    """Scores the share of generated answers that are right.
 
-    new_tokens: at most so many. beams: 1 for greedy text. stop: what ends a text.
-    extract: the answer in a text, "" or None if there is none. right: whether it is the record's.
+    - new_tokens: the most tokens of a text.
+    - beams: of the search; 1 for greedy text.
+    - stop: strings that end a text.
+    - extract: the answer in a text; "" or None if there is none.
+    - right: whether an answer is the record's.
     """
 
     new_tokens: int
@@ -37,12 +37,12 @@ class Written(AbstractTask):
     right: Callable[[Any, Record], bool]
 
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
-        """Accuracy, and how many texts hold an answer at all."""
+        """The accuracy, and the share of texts that contain an answer."""
         prompts = [self._prompt(number, record, scorer) for number, record in enumerate(units)]
         ids = [self._ids(prompt, scorer) for prompt in prompts]
         items = []
-        written = texts(ids, self.new_tokens, self.stop, scorer, self.beams)
-        for prompt, text, record in zip(prompts, written, units, strict=True):
+        generated = texts(ids, self.new_tokens, self.stop, scorer, self.beams)
+        for prompt, text, record in zip(prompts, generated, units, strict=True):
             answer = self.extract(text)
             right = self.right(answer, record)
             items.append({"prompt": prompt, "text": text, "answer": answer, "gold": record["answer"], "right": right})
@@ -51,7 +51,7 @@ class Written(AbstractTask):
             "acc": mean([float(item["right"]) for item in items]),
             "answered": mean([float(item["answer"] not in ("", None)) for item in items]),
         }
-        return Measured(metrics, items, cut_remark([max(0, len(own) - room) for own in ids]))
+        return Measured(metrics, items, cut_remark([max(0, len(prompt) - room) for prompt in ids]))
 
     def _prompt(self, number: int, record: Record, scorer: Scorer) -> str:
         assert self.template is not None

@@ -1,6 +1,6 @@
-"""A run's step before there is a run: its arguments as shapes, and the program that it would be.
+"""The step of a run, planned: its arguments as shapes, and its compiled program.
 
-Nothing is read or computed, and no device that the step is for need be there.
+No weights are read, nothing is computed, and the devices of the step need not exist.
 """
 
 import dataclasses
@@ -29,15 +29,21 @@ from sborax.train.experiment import Experiment
 from sborax.train.prepare import Prepared, prepare
 
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-"""What libtpu asks of its surroundings where there is no TPU; the topology is named apart from that."""
+"""Environment variables that libtpu needs on a machine without a TPU. They do not choose the topology."""
 
 UNKNOWN_STEPS = 2**31 - 1
-"""Steps of a run that is given in epochs: a plan reads no data, and more steps than any run has refuse nothing."""
+"""Steps assumed for a run given in epochs, since a plan reads no data. No check refuses a run for so many steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """The arguments of a run's step as shapes, on a mesh with where they lie. prepared: what the step is made of."""
+    """The arguments of a run's step as shapes, with their shardings if there is a mesh.
+
+    - prepared: the prepared run, which makes the step.
+    - parts, state, batch: the arguments.
+    - mesh: None for one device.
+    - shardings: of the state; None for one device.
+    """
 
     prepared: Prepared
     parts: Parts
@@ -53,39 +59,40 @@ class Outline:
 
     @property
     def plan(self) -> Plan:
-        """What is adapted."""
+        """The plan of the adapters."""
         return self.prepared.plan
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What the step is called with."""
+        """The arguments of the step, in order."""
         return self.state, self.parts.frozen, self.parts.base, self.batch
 
 
 def outline(
     experiment: Experiment, config: LlamaConfig, length: int | None = None, device: str | None = None
 ) -> Outline:
-    """The step of `experiment` on a model of this config, on one device.
+    """The step of an experiment on one device.
 
+    - config: of the model.
     - length: tokens of a row; by default the longest that the run's data may have.
-    - device: what `attention` is chosen for, such as "tpu"; by default it is XLA's.
+    - device: the kind of device that `attention` is chosen for, such as "tpu"; by default attention is XLA's.
 
     Raises SboraxError as planning does, for attention that the device cannot compute, and for what the procedure
     refuses before the first step.
     """
     params = abstract(config, experiment.precision)
-    chosen = "xla"
+    attention = "xla"
     if device is not None:
-        chosen = choose(experiment.attention, device, experiment.precision, config.head_dim)
-    module = Llama(config, jnp.dtype(experiment.precision), experiment.remat, attention=chosen)
-    # What a procedure keeps in a run directory is kept between steps alone.
+        attention = choose(experiment.attention, device, experiment.precision, config.head_dim)
+    module = Llama(config, jnp.dtype(experiment.precision), experiment.remat, attention=attention)
+    # Without a run directory: procedures write to it only between steps, of which a plan makes none.
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
 
     def zeros(params: Any, site: Site) -> Hint:
         return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
 
     parts = jax.eval_shape(lambda params: prepared.adapt(params, zeros), params)
-    # Made outside of a trace, since its constants are kept.
+    # Made outside of the trace, since the optimiser keeps its constants.
     tx = prepared.tx
     state = jax.eval_shape(lambda parts: start(parts, tx), parts)
     shape = (experiment.accumulate, experiment.batch_size, length or longest_row(experiment, config))
@@ -95,65 +102,71 @@ def outline(
 
 
 def longest_row(experiment: Experiment, config: LlamaConfig) -> int:
-    """Tokens of the longest row that a run may see: its largest bucket, else the longest sample."""
+    """Tokens of the longest row that a run may have: its largest bucket, else the longest sample allowed."""
     return max(experiment.data.buckets, default=min(experiment.data.max_length, config.context))
 
 
-def on_mesh(one: Outline, mesh: Mesh | AbstractMesh) -> Outline:
-    """The same step with its arguments on the devices of `mesh`, which need not exist.
+def on_mesh(planned: Outline, mesh: Mesh | AbstractMesh) -> Outline:
+    """The same step with its arguments sharded over `mesh`, whose devices need not exist.
 
     Raises SboraxError for rows, heads and leaves that cannot be cut evenly.
     """
-    check_rows(one.batch["tokens"].shape[1], mesh.shape)
-    parts = _placed(one.parts, parts_shardings(mesh, one.model.config, one.parts))
-    state = dataclasses.replace(one.state, train=parts.train)
+    check_rows(planned.batch["tokens"].shape[1], mesh.shape)
+    parts = _placed(planned.parts, parts_shardings(mesh, planned.model.config, planned.parts))
+    state = dataclasses.replace(planned.state, train=parts.train)
     shardings = state_shardings(mesh, state)
     rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
-    batch = _placed(one.batch, dict.fromkeys(one.batch, rows))
+    batch = _placed(planned.batch, dict.fromkeys(planned.batch, rows))
     return dataclasses.replace(
-        one, parts=parts, state=_placed(state, shardings), batch=batch, mesh=mesh, shardings=shardings
+        planned, parts=parts, state=_placed(state, shardings), batch=batch, mesh=mesh, shardings=shardings
     )
 
 
-def _placed(tree: Any, where: Any) -> Any:
-    return jax.tree.map(lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), tree, where)
+def _placed(tree: Any, shardings: Any) -> Any:
+    def placed_leaf(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed_leaf, tree, shardings)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that the leaves of `tree`, shapes or arrays, take on each of their devices."""
+    """The bytes that the leaves of `tree`, shapes or arrays, take on each of their devices."""
 
-    def one(leaf: Any) -> int:
+    def leaf_bytes(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def argument_bytes(one: Outline) -> dict[str, int]:
-    """Exact bytes of the step's arguments on each device, by what they are."""
+def argument_bytes(planned: Outline) -> dict[str, int]:
+    """The exact bytes of the step's arguments on each device, by kind."""
     return {
-        "base": device_bytes(one.parts.base),
-        "trained": device_bytes(one.state.train),
-        "indices, scales": device_bytes(one.parts.frozen),
-        "optimizer": device_bytes((one.state.opt, one.state.step)),
-        "batch": device_bytes(one.batch),
+        "base": device_bytes(planned.parts.base),
+        "trained": device_bytes(planned.state.train),
+        "indices, scales": device_bytes(planned.parts.frozen),
+        "optimizer": device_bytes((planned.state.opt, planned.state.step)),
+        "batch": device_bytes(planned.batch),
     }
 
 
-def compiled(one: Outline) -> Any:
-    """The step as a program for the devices of its mesh, which is a `Mesh` then, or for the first of this process."""
-    assert not isinstance(one.mesh, AbstractMesh)
-    step = one.prepared.make_step(one.shardings)
-    if one.mesh is None:
-        return step.lower(*one.arguments).compile()
-    with jax.set_mesh(one.mesh):
-        return step.lower(*one.arguments).compile()
+def compiled(planned: Outline) -> Any:
+    """The step compiled for the devices of its mesh, which must not be abstract, or for this process's first device."""
+    assert not isinstance(planned.mesh, AbstractMesh)
+    step = planned.prepared.make_step(planned.shardings)
+    if planned.mesh is None:
+        return step.lower(*planned.arguments).compile()
+    with jax.set_mesh(planned.mesh):
+        return step.lower(*planned.arguments).compile()
 
 
 def pod_mesh(topology: str, sizes: Mapping[str, int] | None) -> Mesh:
-    """The mesh over the chips of a TPU slice that need not be there, such as "v5e:16x16"; by default fsdp over all.
+    """The mesh over the chips of a TPU slice, which need not exist.
 
-    Raises SboraxError without the package libtpu, for a topology that it does not know, and for sizes whose product
+    - topology: such as "v5e:16x16".
+    - sizes: of the axes; by default fsdp over all chips.
+
+    Raises SboraxError without the package libtpu, for a topology that libtpu does not know, and for sizes whose product
     is not the number of chips.
     """
     if importlib.util.find_spec("libtpu") is None:
@@ -167,6 +180,6 @@ def pod_mesh(topology: str, sizes: Mapping[str, int] | None) -> Mesh:
         raise SboraxError(f"topology {topology}: libtpu does not know it ({reason}); such as v5e:16x16") from None
     sizes = sizes or {"fsdp": len(chips)}
     if math.prod(sizes.values()) != len(chips):
-        told = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise SboraxError(f"mesh: {told} is {math.prod(sizes.values())} devices, {topology} has {len(chips)} chips")
+        axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise SboraxError(f"mesh: {axes} is {math.prod(sizes.values())} devices, {topology} has {len(chips)} chips")
     return make_mesh(sizes, chips)

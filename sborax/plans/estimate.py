@@ -1,4 +1,4 @@
-"""What a step's temporaries come to where no program can be compiled: a formula, and no more than that."""
+"""A formula for the temporary memory of a step, for devices that nothing can be compiled for."""
 
 import math
 
@@ -10,25 +10,25 @@ from sborax.plans.ahead import Outline, device_bytes
 from sborax.train.head_loss import CHUNK
 
 
-def temporary_bytes(one: Outline) -> int:
-    """About how many bytes of temporaries the step takes on each device.
+def temporary_bytes(planned: Outline) -> int:
+    """An estimate of the bytes of temporaries on each device.
 
-    gradients + what layers keep for the backward pass + one layer's workspace + the head: the sizes of the arrays that
-    exist at one time, without what a compiler adds or saves.
+    gradients + values kept for the backward pass + one layer's workspace + the head: the sizes of the arrays that exist
+    at one time, without what a compiler adds or saves.
     """
-    return round(device_bytes(one.state.train) + _kept(one) + _layer(one) + _head(one))
+    return round(device_bytes(planned.state.train) + _kept(planned) + _layer(planned) + _head(planned))
 
 
-def _cut(one: Outline) -> tuple[int, int, int]:
-    """Rows of a device, tokens of a row, and devices that share heads and channels."""
-    _, rows, length = one.batch["tokens"].shape
-    sizes = {} if one.mesh is None else one.mesh.shape
+def _cut(planned: Outline) -> tuple[int, int, int]:
+    """Rows on a device, tokens of a row, and the number of devices that share heads and channels."""
+    _, rows, length = planned.batch["tokens"].shape
+    sizes = {} if planned.mesh is None else planned.mesh.shape
     return rows // math.prod(sizes.get(axis, 1) for axis in ROWS), length, sizes.get("tensor", 1)
 
 
-def _kept(one: Outline) -> float:
-    """The stream of states, and the values that `remat` keeps, of every layer."""
-    config, (rows, length, tensor) = one.model.config, _cut(one)
+def _kept(planned: Outline) -> float:
+    """Bytes of the hidden states and of the values that `remat` keeps, of all layers."""
+    config, (rows, length, tensor) = planned.model.config, _cut(planned)
     heads = config.head_dim * config.num_attention_heads
     pairs = config.head_dim * config.num_key_value_heads
     widths = {
@@ -36,33 +36,38 @@ def _kept(one: Outline) -> float:
         "attended": heads / tensor,
         "mixed": config.hidden_size,
         "gate_up": 2 * config.intermediate_size / tensor,
-        HIDDEN: sum(width(site.method.rank) for site in one.plan.sites),
+        HIDDEN: sum(width(site.method.rank) for site in planned.plan.sites),
     }
-    names = kept_names(one.model.module.remat)
-    item = one.model.module.dtype.itemsize
-    one_token = config.hidden_size + sum(widths[name] for name in (widths if names is None else names))
-    total = rows * length * one_token * item
+    names = kept_names(planned.model.module.remat)
+    item = planned.model.module.dtype.itemsize
+    per_token = config.hidden_size + sum(widths[name] for name in (widths if names is None else names))
+    total = rows * length * per_token * item
     if names is None:
-        # Norms in float32, rotated heads, the gated unit's activations, scores and their softmax.
+        # Also norms in float32, rotated heads, the gated unit's activations, scores and their softmax.
         total += rows * length * (2 * 4 * config.hidden_size + item * (widths["qkv"] + 1.5 * widths["gate_up"]))
         total += rows * config.num_attention_heads / tensor * length**2 * (4 + item)
     return config.num_hidden_layers * total
 
 
-def _layer(one: Outline) -> float:
-    """Attention's scores with their gradients, the gated unit with its own, and kernels put together from shards."""
-    config, (rows, length, tensor) = one.model.config, _cut(one)
-    item = one.model.module.dtype.itemsize
+def _layer(planned: Outline) -> float:
+    """Bytes of one layer: attention's scores or the gated unit, with gradients, and the largest kernel, if gathered."""
+    config, (rows, length, tensor) = planned.model.config, _cut(planned)
+    item = planned.model.module.dtype.itemsize
     scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item)
     gated = 4 * rows * length * config.intermediate_size / tensor * item
-    kernels = [leaf for path, leaf in one.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")]
-    quantised, sharded = any(is_weight(leaf) for leaf in kernels), one.mesh is not None and one.mesh.shape["fsdp"] > 1
-    whole = max((math.prod(leaf.shape[1:]) for leaf in kernels), default=0) / tensor
-    return max(scores, gated) + (whole * (item + 4 * quantised) if quantised or sharded else 0)
+    kernels = [
+        leaf for path, leaf in planned.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")
+    ]
+    quantised, sharded = (
+        any(is_weight(leaf) for leaf in kernels),
+        planned.mesh is not None and planned.mesh.shape["fsdp"] > 1,
+    )
+    largest = max((math.prod(leaf.shape[1:]) for leaf in kernels), default=0) / tensor
+    return max(scores, gated) + (largest * (item + 4 * quantised) if quantised or sharded else 0)
 
 
-def _head(one: Outline) -> float:
-    """Some chunks of logits in float32, and copies of the hidden states that are sorted for them."""
-    config, (rows, length, tensor) = one.model.config, _cut(one)
+def _head(planned: Outline) -> float:
+    """Bytes of the head: chunks of logits in float32, and sorted copies of the hidden states."""
+    config, (rows, length, tensor) = planned.model.config, _cut(planned)
     chunk = min(CHUNK, rows * length)
     return 3 * 4 * chunk * config.vocab_size / tensor + 3 * rows * length * config.hidden_size * 4

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""The bytes that a compiled program sends between devices, read from its HLO text."""
 
 import collections
 import math
@@ -12,30 +12,30 @@ _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of the results of collectives by kind in one run on one device, loops counted as often as they turn.
+    """The bytes of the results of collectives on one device, by kind. Loops count once for every iteration.
 
-    An operation with several results counts with all of them. A loop that ends by its data is counted once.
+    An operation with several results counts with all of them. A loop whose end depends on data counts once.
     """
     lines, entry = _computations(text)
 
     def sent(computation: str) -> dict[tuple[str, str], int]:
-        """Bytes by kind and channel. One that overlaps with computations stands in each of them: counted once."""
-        found: dict[tuple[str, str], int] = {}
+        """Bytes by kind and channel. A channel that appears in several computations is one operation."""
+        sizes: dict[tuple[str, str], int] = {}
         for line in lines.get(computation, []):
             operation = _OPERATION.search(line)
             if not operation:
                 continue
-            shape, what = operation.groups()
-            if what.removesuffix("-start") in KINDS:
+            shape, opcode = operation.groups()
+            if opcode.removesuffix("-start") in KINDS:
                 channel = re.search(r"channel_id=(\d+)", line)
-                key = (what.removesuffix("-start"), channel.group(1) if channel else f"{computation}:{len(found)}")
-                found[key] = _result(shape, what.endswith("-start"))
-            if what in ("while", "call", "fusion", "conditional", "async-start"):
-                times = _turns(line, lines) if what == "while" else 1
+                key = (opcode.removesuffix("-start"), channel.group(1) if channel else f"{computation}:{len(sizes)}")
+                sizes[key] = _result(shape, opcode.endswith("-start"))
+            if opcode in ("while", "call", "fusion", "conditional", "async-start"):
+                times = _iterations(line, lines) if opcode == "while" else 1
                 for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{)=?%?([\w.-]+)", line):
                     for key, size in sent(called).items():
-                        found[key] = max(found.get(key, 0), size * times)
-        return found
+                        sizes[key] = max(sizes.get(key, 0), size * times)
+        return sizes
 
     totals: dict[str, int] = collections.Counter()
     for (kind, _), size in sent(entry).items():
@@ -44,7 +44,7 @@ def collective_bytes(text: str) -> dict[str, int]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by its name, and the name of the one that is run."""
+    """The lines of every computation by name, and the name of the entry computation."""
     lines: dict[str, list[str]] = {}
     entry, name = "", ""
     for line in text.splitlines():
@@ -59,36 +59,40 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _result(shape: str, starts: bool) -> int:
-    """Bytes of an operation's results. One that starts asynchronously has its operands before them, and semaphores."""
-    found = _ARRAY.findall(re.sub(r"u32\[\]", "", shape) if starts else shape)
-    sizes = [BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side) for kind, sides in found]
+    """Bytes of an operation's results.
+
+    - shape: as the text has it. That of an asynchronous start lists operands, results and semaphores (u32[]).
+    - starts: whether it is an asynchronous start.
+    """
+    arrays = _ARRAY.findall(re.sub(r"u32\[\]", "", shape) if starts else shape)
+    sizes = [BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side) for kind, sides in arrays]
     return sum(sizes[len(sizes) // 2 :] if starts and shape[0] == "(" else sizes)
 
 
-def _turns(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a loop turns: as annotated, else from 0 to what its counter is compared with, by its own step."""
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-    if known:
-        return int(known.group(1))
+def _iterations(line: str, lines: dict[str, list[str]]) -> int:
+    """A loop's number of iterations: its annotation, else (limit - 0) / step of its counter; 1 if unknown."""
+    annotated = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+    if annotated:
+        return int(annotated.group(1))
     condition, body = (re.search(rf"{part}=%?([\w.-]+)", line) for part in ("condition", "body"))
     if condition is None or body is None:
         return 1
     within = lines[condition.group(1)]
     limits = _constants(within)
-    compared = [limits[name] for name in limits if any("compare(" in own and f"%{name}" in own for own in within)]
+    compared = [limits[name] for name in limits if any("compare(" in text and f"%{name}" in text for text in within)]
     if len(compared) != 1:
         return 1
     return -(-compared[0] // _step(within, lines[body.group(1)]))
 
 
 def _constants(computation: list[str]) -> dict[str, int]:
-    """The whole numbers that a computation names."""
-    found = (re.search(r"%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)", line) for line in computation)
-    return {match.group(1): int(match.group(2)) for match in found if match}
+    """The integer constants of a computation, by name."""
+    matches = (re.search(r"%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)", line) for line in computation)
+    return {match.group(1): int(match.group(2)) for match in matches if match}
 
 
 def _step(condition: list[str], body: list[str]) -> int:
-    """What a turn adds to the counter that the condition reads; an unrolled loop adds more than 1."""
+    """What an iteration adds to the counter that the condition reads; more than 1 in an unrolled loop."""
     read = [match for line in condition if (match := re.search(r"get-tuple-element\(.*index=(\d+)", line))]
     root = next((line for line in body if "ROOT" in line and " tuple(" in line), None)
     if len(read) != 1 or root is None:

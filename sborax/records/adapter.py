@@ -32,13 +32,14 @@ from sborax.records.disk import replace, writing
 LEAVES = "adapter.safetensors"
 PLAN = "plan.json"
 SAMPLED = 4096
-"""Values of each base leaf that enter its fingerprint."""
+"""How many values of a base leaf enter its fingerprint."""
 
 
 def fingerprint(params: Params) -> dict[str, str]:
-    """By path, a digest of shape and of evenly spaced values in bfloat16: tells base models apart, not tampering.
+    """A digest of each base leaf by path, from its shape and evenly spaced values in bfloat16.
 
-    The same for float32 and bfloat16 copies of one model. Quantised leaves are left out.
+    It tells base models apart; it does not detect tampering. It is the same for float32 and bfloat16 copies of a model.
+    Quantised leaves are left out.
     """
     prints = {}
     for path, leaf in flatten(params).items():
@@ -52,7 +53,10 @@ def fingerprint(params: Params) -> dict[str, str]:
 
 @jax.jit
 def _bits(leaf: Array, places: tuple[Array, ...]) -> Array:
-    """The bits of some values. Gathered from shards they are summed, which as a number would lose the sign of zero."""
+    """The bits of the values at `places`.
+
+    A gather from shards sums the parts; a sum of floats would lose the sign of zero, a sum of bits does not.
+    """
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     return whole(jax.lax.bitcast_convert_type(leaf, unsigned)[places])
 
@@ -66,11 +70,17 @@ def save_adapter(
     trained_base: Mapping[str, Array] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter directory.
+    """Write an adapter directory: `adapter.safetensors` and `plan.json`.
 
-    rules: those it was made by, for the record. base: `fingerprint` of the parameters before `attach`.
-    trained_base: trained leaves of the base by path. about: more for `plan.json`, such as the model's name.
-    Raises SboraxError if the disk refuses.
+    Args:
+    - directory: where to write; it is made if missing, and an adapter in it is replaced.
+    - adapters: the tree, as `attach` makes it.
+    - rules: the rules that made it, for the record.
+    - base: `fingerprint` of the base parameters before `attach`; `load_adapter` refuses a base that differs from it.
+    - trained_base: leaves of the base that were trained, by path.
+    - about: further entries of `plan.json`, such as the model's name.
+
+    Raises SboraxError if a file cannot be written.
     """
     place = epath.Path(directory)
     with writing(place):
@@ -92,7 +102,7 @@ def save_adapter(
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
     plan["digests"] = {name: _digest(leaf) for name, leaf in contiguous.items()}
     replace(place / LEAVES, save_safetensors(contiguous))
-    # Last: where there is a plan, the leaves are whole.
+    # The plan comes last: an adapter with a plan is complete.
     replace(place / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
@@ -113,7 +123,7 @@ class Saved:
 
 
 def read_adapter(directory: str | epath.PathLike) -> Saved:
-    """What `save_adapter` wrote; needs no model.
+    """Read what `save_adapter` wrote, without a model.
 
     Raises SboraxError for a missing or damaged file, and for a leaf that is not finite.
     """
@@ -124,7 +134,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         check_plain(place / name)
     try:
         leaves = load_safetensors((place / LEAVES).read_bytes())
-    # KeyError: a dtype that numpy has not.
+    # KeyError: a dtype that NumPy lacks.
     except (ValueError, KeyError, SafetensorError) as error:
         raise SboraxError(f"{place}: not a readable adapter ({error})") from error
     plan = read_object(place / PLAN)
@@ -132,11 +142,11 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         raise SboraxError(f"{place / PLAN}: not format 1, which this version reads")
     for name, kind in (("sites", list), ("trained_base", list), ("rules", list), ("base", dict)):
         if not isinstance(plan.get(name), kind):
-            raise SboraxError(f"{place / PLAN}: {name} is missing, or of another kind")
+            raise SboraxError(f"{place / PLAN}: {name} is missing or has the wrong type")
     _check_values(place, leaves, plan.get("digests"))
     used, adapters = set[str](), {}
 
-    def part(prefix: str) -> dict[str, Array]:
+    def leaves_under(prefix: str) -> dict[str, Array]:
         names = [name for name in leaves if name.startswith(prefix)]
         used.update(names)
         return {name.removeprefix(prefix): jnp.asarray(leaves[name]) for name in names}
@@ -145,11 +155,11 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         path, in_axes = _site(site, f"{place / PLAN}: sites")
         method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
         where = f"{place / PLAN}: {path}"
-        train, frozen = _nested(where, part(f"{path}/train/")), _nested(where, part(f"{path}/frozen/"))
+        train, frozen = _nested(where, leaves_under(f"{path}/train/")), _nested(where, leaves_under(f"{path}/frozen/"))
         adapters[path] = Adapter(train, frozen, method, in_axes)
         for half in (train, frozen):
             _check_leaves(where, method, method.axes, half, None)
-    trained_base = part("base/")
+    trained_base = leaves_under("base/")
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
     rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
@@ -159,15 +169,15 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
 
 
 def _check_values(place: epath.Path, leaves: Mapping[str, np.ndarray], digests: Any) -> None:
-    """Raise SboraxError for a leaf whose bytes are not those that were written, and for one that is not finite.
+    """Raise SboraxError for a leaf that has changed since it was written, and for one that is not finite.
 
-    digests: of every leaf; None in files that were written without.
+    - digests: of every leaf, by name; None in files from before there were digests.
     """
     if digests is not None and (not isinstance(digests, dict) or digests.keys() != leaves.keys()):
-        raise SboraxError(f"{place / PLAN}: digests are not those of the leaves in {LEAVES}; restore both from a copy")
+        raise SboraxError(f"{place / PLAN}: digests do not fit the leaves in {LEAVES}; restore both from a copy")
     for name, leaf in leaves.items():
         if digests is not None and digests[name] != _digest(leaf):
-            raise SboraxError(f"{place / LEAVES}: {name} is damaged, its digest is another; restore a copy")
+            raise SboraxError(f"{place / LEAVES}: {name} is damaged, its digest does not match; restore a copy")
         if not np.issubdtype(leaf.dtype, np.integer) and not np.isfinite(leaf).all():
             raise SboraxError(f"{place / LEAVES}: {name} is not finite; a training that diverged, or damage")
 
@@ -178,50 +188,58 @@ def _site(site: Any, where: str) -> tuple[str, int]:
         raise SboraxError(f"{where}: expected a path, a method and in_axes, got {shown(site)}")
     path, in_axes = site["path"], site["in_axes"]
     if not isinstance(path, str) or type(in_axes) is not int or not 1 <= in_axes < 10:
-        raise SboraxError(f"{where}: {shown(path)} with in_axes {shown(in_axes)} is no place of an adapter")
+        raise SboraxError(f"{where}: {shown(path)} with in_axes {shown(in_axes)} cannot hold an adapter")
     return path, in_axes
 
 
 def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`nest`, where no path may go on below another."""
-    above = {path[:at] for path in flat for at, letter in enumerate(path) if letter == "/"}
-    if clash := above & flat.keys():
+    """`nest`, but SboraxError where one path is the parent of another."""
+    parents = {path[:at] for path in flat for at, letter in enumerate(path) if letter == "/"}
+    if clash := parents & flat.keys():
         raise SboraxError(f"{where}: {shown(min(clash))} is given, and something below it")
     return nest(flat)
 
 
-def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, own: Mapping[str, int] | None) -> None:
-    """Raise SboraxError for a leaf that the method has not, or that cannot be one of a weight of these sizes.
+def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: Mapping[str, int] | None) -> None:
+    """Raise SboraxError for a leaf that the method lacks, or whose shape does not fit the weight.
 
-    own: the sizes "in" and "out" of the weight, of which a leaf has as many entries or one a block; None if not known.
+    - axes: names of each leaf's axes, as the method declares them.
+    - sizes: the weight's "in" and "out"; an axis of that name has this size or divides it (one entry a block). None if
+      not known.
     """
     for name, leaf in leaves.items():
         names = axes.get(name)
         if names is None or isinstance(names, dict) != isinstance(leaf, dict):
             raise SboraxError(f"{where}: {type(method).__name__} has no leaf {shown(name)}")
         if isinstance(leaf, dict):
-            _check_leaves(where, method, names, leaf, own)
+            _check_leaves(where, method, names, leaf, sizes)
             continue
         if leaf.ndim < len(names):
             raise SboraxError(f"{where}: {name} has shape {leaf.shape}, which lacks an axis")
         for axis, size in zip(names, leaf.shape[leaf.ndim - len(names) :], strict=True):
-            if own is not None and axis in own and (size < 1 or own[axis] % size):
-                raise SboraxError(f"{where}: {name} has shape {leaf.shape}, the weight {own['in']} x {own['out']}")
+            if sizes is not None and axis in sizes and (size < 1 or sizes[axis] % size):
+                raise SboraxError(f"{where}: {name} has shape {leaf.shape}, the weight {sizes['in']} x {sizes['out']}")
 
 
 def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
-    """`(params, adapters)` as they were when the adapter was saved, from the base model `params`.
+    """`(params, adapters)` as they were when the adapter was saved.
 
-    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did. What follows from the base
-    is that of `params`, which may be in other bits (4, say) than the adapter was trained on.
-    Raises SboraxError for another base model, and as `read_adapter` does.
+    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did. Leaves that follow from the
+    base, such as DoRA's norms, are computed from `params`, which may be in other bits (4, say) than in training.
+
+    Args:
+    - directory: an adapter directory, such as `adapter/` or `best/` of a run.
+    - params: the base model's parameters, before any adapter rewrote them.
+
+    Returns the parameters to run with, and the adapters.
+    Raises SboraxError for a base model other than the adapter's, and as `read_adapter` does.
     """
     saved = read_adapter(directory)
-    flat, own = flatten(params), fingerprint(params)
+    flat, prints = flatten(params), fingerprint(params)
     for path, print_ in saved.base.items():
         if path not in flat:
             raise SboraxError(f"{directory}: was trained on a base with {path}, which this model lacks")
-        if path in own and own[path] != print_:
+        if path in prints and prints[path] != print_:
             raise SboraxError(f"{directory}: was trained on another base model ({path} differs); load that one")
     for path, node in nodes(saved.adapters).items():
         if isinstance(node.method, AbstractRouter):

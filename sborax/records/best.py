@@ -17,28 +17,35 @@ BEST = "best"
 
 @dataclasses.dataclass
 class Best:
-    """`offer` takes every adapter whose loss was measured, and keeps the best."""
+    """Keeps the best of all adapters that `offer` is given.
+
+    - place: the directory of the best adapter.
+    - data: the held-out data. A loss on other data cannot be compared.
+    - loss: the lowest loss so far, in nats per token.
+    - writes: whether this process moves files. All processes decide, since writing may need all of them.
+    """
 
     place: epath.Path
     data: Any
-    """What the losses are of: a loss on other data cannot be compared."""
     loss: float = math.inf
     writes: bool = True
-    """Of several processes one moves files; all of them decide, and `write` may need all."""
 
     def offer(self, step: int, loss: float, write: Callable[..., None]) -> bool:
-        """Whether `loss` is the lowest so far; if so `write(directory, **notes)` has written the adapter.
+        """Keep the adapter if `loss` is the lowest so far.
 
-        Raises SboraxError if the disk refuses; the former best stays.
+        - write: `write(directory, **notes)` writes the adapter.
+
+        Returns whether it was kept.
+        Raises SboraxError if a file cannot be written; the former best stays.
         """
         if not loss < self.loss:
             return False
         new, old = self.place.with_name(f".{BEST}.new"), self.place.with_name(f".{BEST}.old")
         if self.writes:
             with writing(self.place):
-                for left in (new, old):
-                    if left.exists():
-                        left.rmtree()
+                for leftover in (new, old):
+                    if leftover.exists():
+                        leftover.rmtree()
         write(new, step=step, eval_loss=loss, eval_data=self.data)
         if self.writes:
             with writing(self.place):
@@ -52,20 +59,21 @@ class Best:
 
 
 def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None], writes: bool = True) -> Best:
-    """The best of the run directory `run`, which an earlier process may have begun.
+    """The best adapter of the run directory `run`, which an earlier process may have begun.
 
-    data: the held-out data as it stands in `config.json`. A best that cannot be read is said and replaced.
+    - data: the held-out data as `config.json` has it.
+    - echo: told of a best adapter that cannot be read; it will be replaced.
     """
     place, old = run / BEST, run / f".{BEST}.old"
     if old.exists() and not place.exists():
-        # The process was killed between two moves.
+        # A process was killed between the two moves of `offer`.
         on_first(lambda: old.rename(place))
     if not place.exists():
         return Best(place, data, writes=writes)
     try:
         about = read_adapter(place).about
     except SboraxError as error:
-        echo(f"{error}; the best is sought anew")
+        echo(f"{error}; starting without a best adapter")
         return Best(place, data, writes=writes)
     loss, comparable = about.get("eval_loss"), about.get("eval_data") == data
     return Best(place, data, float(loss) if comparable and isinstance(loss, (int, float)) else math.inf, writes)

@@ -1,6 +1,6 @@
-"""Checkpoints of what a run trains: orbax writes them, digests of our own say whether they came back whole.
+"""Checkpoints of a run's trained state, written by orbax, with digests that detect damage.
 
-The base is never in one. orbax restores arrays whose bytes have flipped without noticing, hence the digests.
+The base model is never part of a checkpoint. orbax does not notice bytes that flipped on the disk; the digests do.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from sborax.layout.sharding import put
 from sborax.layout.state import TrainState
 from sborax.records.disk import refusal
 
-# orbax reports every save, and every failure at length; failures are our own to word.
+# orbax logs every save, and every failure at length. Failures are reported by this module.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER = "checkpoints"
 
 
 def digest(leaf: np.ndarray) -> str:
-    """sha256 of dtype, shape and bytes."""
+    """The sha256 of an array's dtype, shape and bytes."""
     head = f"{leaf.dtype.name} {leaf.shape} ".encode()
     return hashlib.sha256(head + np.ascontiguousarray(leaf).tobytes()).hexdigest()
 
 
 def flat(tree: PyTree) -> dict[str, Any]:
-    """Leaves by dotted path, the form in which a checkpoint holds them."""
+    """Leaves by dotted path, the names they have in a checkpoint."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/").replace("/", "."): leaf for path, leaf in leaves}
 
@@ -51,14 +51,19 @@ class Checkpoints:
     manager: ocp.training.Checkpointer
 
     def save(self, step: int, tree: PyTree, position: dict[str, int]) -> None:
-        """Write one checkpoint in the background; a former one still being written is awaited.
+        """Write a checkpoint in the background, after the one before is on disk.
 
-        Raises SboraxError if the disk refuses.
+        Args:
+        - step: steps made so far.
+        - tree: what to keep, such as a `TrainState`. It is copied before this returns.
+        - position: of the data, for people to read: epoch and row.
+
+        Raises SboraxError if a file cannot be written.
         """
-        # A copy, since the next step overwrites the buffers that a view would show.
+        # A copy: the next step donates, hence overwrites, these buffers.
         if several():
             host = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), flat(tree))
-            # Digests are of whole leaves, on however many hosts these are read later.
+            # Digests of whole leaves: the checkpoint may be read on another number of hosts.
             digests = {name: digest(gathered(leaf)) for name, leaf in host.items()}
         else:
             host = {name: np.array(leaf, copy=True) for name, leaf in jax.device_get(flat(tree)).items()}
@@ -69,19 +74,23 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until every checkpoint is on disk.
 
-        Raises SboraxError if the disk refuses.
+        Raises SboraxError if a file cannot be written.
         """
         self._attempt(self.manager.wait)
 
     @property
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, ascending."""
-        return [one.step for one in self.manager.checkpoints]
+        """The steps that have a checkpoint, ascending."""
+        return [checkpoint.step for checkpoint in self.manager.checkpoints]
 
     def restore(self, like: PyTree, echo: Callable[[str], None]) -> tuple[PyTree, int] | None:
-        """The newest checkpoint that is whole, in the structure and on the devices of `like`, and its step.
+        """The newest undamaged checkpoint.
 
-        A damaged one is passed over with a message; None if there is none at all.
+        Args:
+        - like: a tree with the structure, shapes, dtypes and shardings that the result has.
+        - echo: told of each damaged checkpoint, which is skipped.
+
+        Returns the tree and its step; None if there is no checkpoint.
         Raises SboraxError if all are damaged, or if they belong to another experiment.
         """
         steps = self.steps
@@ -101,28 +110,28 @@ class Checkpoints:
         try:
             about = self.manager.metadata(step)
             notes = about.custom_metadata
-            # Whole and on the host, by whichever devices they were written.
-            found = self.manager.load(step, jax.tree.map(_on_host, about.metadata))
+            # Whole arrays on the host, whatever devices wrote them.
+            leaves = self.manager.load(step, jax.tree.map(_on_host, about.metadata))
         # orbax and tensorstore raise whatever their parsers raise.
         except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise _Damaged(str(error).strip().partition("\n")[0] or type(error).__name__) from error
         digests = notes.get("digests") if isinstance(notes, dict) else None
-        if not isinstance(digests, dict) or not isinstance(found, dict):
+        if not isinstance(digests, dict) or not isinstance(leaves, dict):
             raise _Damaged("its digests are missing")
         for name, expected in digests.items():
-            if name not in found or digest(np.asarray(found[name])) != expected:
+            if name not in leaves or digest(np.asarray(leaves[name])) != expected:
                 raise _Damaged(f"{name} has changed since it was written")
-        _compare(wanted, found, f"{self.manager.directory}: checkpoint {step}")
-        made = _steps_of(jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted]))
+        _compare(wanted, leaves, f"{self.manager.directory}: checkpoint {step}")
+        made = _steps_of(jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted]))
         if made not in (None, step):
             raise _Damaged(f"it holds the state after step {made}")
-        leaves = [put(found[name], leaf.sharding) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        placed = [put(leaves[name], leaf.sharding) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), placed)
 
     def close(self) -> None:
-        """Wait for what is being written and stop.
+        """Wait until every checkpoint is on disk, then stop orbax.
 
-        Raises SboraxError if the disk refuses.
+        Raises SboraxError if a file cannot be written.
         """
         try:
             self.wait()
@@ -145,9 +154,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """orbax treats leaves side by side. Where several fail it forgets all errors but one, which Python would print.
+    """Suppress what Python prints for errors that nobody retrieved.
 
-    It does so when the errors are collected, so that whoever meets one collects garbage in this block.
+    orbax handles leaves concurrently and raises the first error of several. Python prints the others once they are
+    garbage, so whoever catches an error collects garbage inside this block.
     """
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     log.disabled, sys.unraisablehook = True, lambda _: None
@@ -159,7 +169,7 @@ def _quietly() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _OnHost:
-    """What orbax reads as an array of numpy: a shape and a dtype without a sharding."""
+    """A shape and a dtype without a sharding, which orbax restores as a NumPy array."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -170,33 +180,41 @@ def _on_host(leaf: Any) -> _OnHost:
 
 
 class _Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """The checkpoint differs from what was written."""
 
 
 def _steps_of(tree: PyTree) -> int | None:
-    """How many steps the run in `tree` has made, of several the one that went on the longest; None without a run."""
+    """Steps made by the `TrainState` in `tree`, the most of several members; None without a `TrainState`."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, TrainState))
     return max((int(np.max(node.step)) for node in leaves if isinstance(node, TrainState)), default=None)
 
 
-def _compare(wanted: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    for name in sorted(wanted.keys() ^ found.keys()):
+def _compare(wanted: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+    """Raise SboraxError unless the leaves have the names, shapes and dtypes of those wanted."""
+    for name in sorted(wanted.keys() ^ stored.keys()):
         what = "lacks" if name in wanted else "holds an unknown"
         raise SboraxError(f"{where} {what} {name}; resume with the config that the run was started with")
     for name, leaf in wanted.items():
-        if found[name].shape != leaf.shape or found[name].dtype != leaf.dtype:
+        if stored[name].shape != leaf.shape or stored[name].dtype != leaf.dtype:
             raise SboraxError(
-                f"{where}: {name} is {found[name].dtype}{list(found[name].shape)}, this experiment has "
+                f"{where}: {name} is {stored[name].dtype}{list(stored[name].shape)}, this experiment has "
                 f"{leaf.dtype}{list(leaf.shape)}; resume with the config that the run was started with"
             )
 
 
 def open_checkpoints(run: str | epath.PathLike, keep: int) -> Checkpoints:
-    """The checkpoints of the run directory `run`, of which the newest `keep` stay."""
+    """The checkpoints of a run.
+
+    Args:
+    - run: the run directory; checkpoints are in `checkpoints/` of it.
+    - keep: how many of the newest to keep; older ones are deleted.
+
+    Returns an object with `save`, `restore`, `wait` and `close`.
+    """
     policy = ocp.training.preservation_policies.LatestN(keep)
     folder = epath.Path(run) / FOLDER
     manager = ocp.training.Checkpointer(
-        # orbax refuses relative paths, and a remote one is absolute as it is.
+        # orbax refuses relative paths; a remote one is absolute already.
         folder if folder.is_absolute() else folder.absolute(),
         preservation_policy=policy,  # type: ignore[arg-type]  (orbax's own policies do not fit its own annotation)
         cleanup_tmp_directories=True,

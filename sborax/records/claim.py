@@ -1,4 +1,4 @@
-"""The directory of a run: which process writes there, what it may hold already, and what a failed start leaves."""
+"""Claims a run directory: one process writes to it, resuming needs a run, and a failed start leaves nothing behind."""
 
 import contextlib
 import errno
@@ -19,21 +19,26 @@ from sborax.records.disk import CONFIG
 from sborax.records.report import METRICS
 
 LOCK = ".lock"
-"""Locked by the process that writes to the directory; its content says which that is."""
+"""A file that the writing process locks; its content names that process."""
 START = "start"
-"""Adapters whose start depended on more than the weights, as they were then."""
+"""The first state of adapters whose initialisation depends on data, such as LoRA-GA's."""
 WRITTEN = (CONFIG, METRICS, FOLDER, START, BEST, "profile", "tensorboard", "wandb", "wandb.json")
-"""What a run may have written before its first step has ended."""
+"""What a run may have written before the end of its first step."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""How file systems say that they have none."""
+"""Errors of file systems without locks."""
 
 
 @contextlib.contextmanager
 def claimed(place: epath.Path, resume: bool, form: str = CONFIG, written: tuple[str, ...] = WRITTEN) -> Iterator[None]:
-    """The directory, made and held by this process alone. A start that fails takes back what it has written.
+    """Make and lock a directory. If the block fails before the first step of a new run, its files are removed.
 
-    form: the file that tells what the directory is of. written: names of what a start writes.
-    Raises SboraxError for a directory that another process holds, or that may not be written to.
+    - place: the directory of a run or of a sweep.
+    - resume: whether to go on with what is there; else it must be empty.
+    - form: the file that a run (`config.json`) or a sweep (`sweep.json`) always has.
+    - written: names of what may be written before the first step.
+
+    Raises SboraxError for a directory that another process holds or that cannot be written to, for one that is not
+    empty, and, to resume, for one without `form`.
     """
     _check_place(place, resume, form)
     try:
@@ -61,7 +66,7 @@ def _check_place(place: epath.Path, resume: bool, form: str) -> None:
         raise SboraxError(f"{place}: is a file; choose another run directory")
     if not resume and _content(place):
         raise SboraxError(f"{place}: exists and is not empty; --resume goes on with that run, or choose another --out")
-    # A job that a launcher starts again, or one in a bucket, may have ended before it wrote anything.
+    # A launcher may restart a job that ended before it wrote anything, and a bucket has no empty directories.
     if resume and not place.exists() and _is_local(place) and not jax.distributed.is_initialized():
         raise SboraxError(f"{place}: there is no run to resume; leave --resume out to begin one there")
     if resume and _content(place) and not (place / form).exists():
@@ -73,9 +78,9 @@ def _is_local(place: epath.Path) -> bool:
 
 
 def _has_steps(place: epath.Path) -> bool:
-    """Whether the run, or a member of the sweep, has come through a step: it has told of it."""
-    told = [place / METRICS, *(entry / METRICS for entry in place.iterdir() if entry.is_dir())]
-    return any(file.exists() and file.stat().length for file in told)
+    """Whether the run, or a member of the sweep, has recorded a step."""
+    metrics = [place / METRICS, *(entry / METRICS for entry in place.iterdir() if entry.is_dir())]
+    return any(file.exists() and file.stat().length for file in metrics)
 
 
 def _remove(place: epath.Path, written: tuple[str, ...]) -> None:
@@ -89,10 +94,10 @@ def _remove(place: epath.Path, written: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def locked(place: epath.Path) -> Iterator[None]:
-    """Hold a directory by a lock of the operating system, which ends with the process however that ends.
+    """Lock a directory. The operating system releases the lock when the process ends, however it ends.
 
-    Where there are no such locks, as in a bucket, the directory is not held.
-    Raises SboraxError, which says who holds it.
+    Where there are no locks, as in a bucket, this does nothing.
+    Raises SboraxError naming the process that holds the lock.
     """
     if not _is_local(place) or importlib.util.find_spec("fcntl") is None:
         yield
@@ -103,13 +108,13 @@ def locked(place: epath.Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # While it is held: a process that has opened this file finds that it is gone, and opens another.
+            # Removed while locked: a process that waits for this file sees that it is gone, and opens a new one.
             file.unlink(missing_ok=True)
             os.close(descriptor)
 
 
 def _lock(file: Path) -> int | None:
-    """The open file, None where the file system has no locks."""
+    """Open and lock the file; the descriptor, or None where the file system has no locks."""
     import fcntl
 
     while True:

@@ -1,4 +1,4 @@
-"""Files of a run, each written whole or not at all, and what to say when the disk refuses."""
+"""Atomic writes of a run's files, and one-line errors for failed writes."""
 
 import errno
 import os
@@ -11,17 +11,17 @@ from etils import epath
 from sborax.adapters.core import SboraxError
 
 CONFIG = "config.json"
-"""The experiment of a run, in its directory."""
+"""The file of a run directory that holds its experiment."""
 
 _CODE = re.compile(r"os_error_code='(\d+)'")
-"""What tensorstore hands on of the operating system's answer."""
+"""How tensorstore's messages quote the operating system's error number."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Answers of the operating system that room would change."""
+"""Errors of the operating system that more room would mend."""
 
 
 def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
-    """One line for a write that failed."""
+    """The error for a failed write, in one line."""
     code = _CODE.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
     reason = str(error).strip().partition("\n")[0] if number is None else os.strerror(number)
@@ -31,7 +31,7 @@ def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
 
 @contextmanager
 def writing(place: epath.PathLike) -> Iterator[None]:
-    """Raises SboraxError, with `place` in it, for an error of the operating system."""
+    """Turn an OSError of the block into a SboraxError that names `place`."""
     try:
         yield
     except OSError as error:
@@ -39,17 +39,18 @@ def writing(place: epath.PathLike) -> Iterator[None]:
 
 
 def replace(path: epath.Path, content: str | bytes) -> None:
-    """Write a file in one move: whoever reads it, after a crash too, finds the old content or the new one.
+    """Write a file atomically: a reader sees the old content or the new one, even after a crash.
 
-    Raises SboraxError if the disk refuses; the old content stays.
+    A local file that has this content already is left alone.
+    Raises SboraxError if it cannot be written; the old content stays.
     """
+    data = content.encode() if isinstance(content, str) else content
     new = path.with_name(f".{path.name}.new")
     with writing(path):
+        if os.path.isfile(path) and os.path.getsize(path) == len(data) and path.read_bytes() == data:
+            return
         try:
-            if isinstance(content, str):
-                new.write_text(content)
-            else:
-                new.write_bytes(content)
+            new.write_bytes(data)
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run tells: lines and a progress bar while it runs, `metrics.jsonl` and `summary.json` for later."""
+"""What a run reports: lines and a progress bar on the terminal, `metrics.jsonl` and `summary.json` on disk."""
 
 import dataclasses
 import functools
@@ -25,11 +25,16 @@ from sborax.records.disk import replace, writing
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PLAIN_EVERY = 10.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines of progress where there is no terminal."""
 
 
 class Metrics:
-    """The lines of `metrics.jsonl`, which one process `writes`. Lines after a restored step are taken back."""
+    """The lines of `metrics.jsonl`.
+
+    - run: the run directory.
+    - restored: the step that the run resumes from; later lines are dropped. 0 for a new run.
+    - writes: whether this process writes the file.
+    """
 
     def __init__(self, run: epath.Path, restored: int, writes: bool = True) -> None:
         self.path, self.writes = run / METRICS, writes
@@ -37,12 +42,12 @@ class Metrics:
         if restored and writes and self.path.exists():
             check_plain(self.path)
             for text in self.path.read_bytes().splitlines():
-                # A killed run may leave half a line, which belongs to a step that is done again.
+                # A killed run may leave half a line. Its step is made again.
                 try:
                     line = parse(text, str(self.path))
                 except SboraxError:
                     break
-                if not _sound(line):
+                if not _is_valid(line):
                     break
                 if line["step"] <= restored:
                     self.lines.append(line)
@@ -50,9 +55,9 @@ class Metrics:
             replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append one line, on disk at once.
+        """Append a line and write it at once.
 
-        Raises SboraxError if the disk refuses.
+        Raises SboraxError if it cannot be written.
         """
         self.lines.append(line)
         if self.writes:
@@ -68,8 +73,8 @@ class Metrics:
         return [float(line["loss"]) for line in self.lines if "loss" in line]
 
 
-def _sound(line: Any) -> bool:
-    """Whether a line says a step, and numbers where it says losses."""
+def _is_valid(line: Any) -> bool:
+    """Whether a line has a step, and whether its losses are numbers."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
     losses = [line.get(name, 0.0) for name in ("loss", "eval_loss")]
@@ -77,7 +82,12 @@ def _sound(line: Any) -> bool:
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """Progress of a run: a bar on a terminal, elsewhere a line every `PLAIN_EVERY` seconds.
+
+    - steps: of the whole run.
+    - done: made by earlier processes.
+    - echo: prints a line.
+    """
 
     def __init__(self, steps: int, done: int, echo: Callable[[str], None]) -> None:
         self.steps, self.echo = steps, echo
@@ -85,7 +95,7 @@ class Progress:
         self.started, self.first, self.spoke = time.monotonic(), done, 0.0
 
     def say(self, text: str) -> None:
-        """A line that a bar does not overwrite."""
+        """Print a line that the bar does not overwrite."""
         if self.bar is None:
             self.echo(text)
         else:
@@ -93,7 +103,7 @@ class Progress:
                 self.echo(text)
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """The state after `step` steps."""
+        """Show the state after `step` steps."""
         numbers = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.set_postfix_str(numbers, refresh=False)
@@ -106,33 +116,35 @@ class Progress:
             self.echo(f"step {step:,}/{self.steps:,}: {numbers}, {clock(left)} left")
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 class Speed:
-    """Tokens a second, steps that compiled left out."""
+    """Tokens per second, without the steps that compiled."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.last = 0, 0.0, 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """One step."""
+        """Count a step."""
         self.tokens += tokens
         self.seconds += seconds
         self.last = tokens / seconds
 
     def mean(self) -> float | None:
-        """Over all steps; None before the first."""
+        """The mean over all steps; None before the first."""
         return self.tokens / self.seconds if self.seconds else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came out of a run. Times in seconds, memory in bytes, losses in nats per token.
+    """The results of a run, as in `summary.json`. Seconds, bytes, nats per token.
 
-    tokens_per_second: padding and steps that compiled left out. finished: False if stopped by a signal.
+    - finished: False if a signal stopped the run.
+    - tokens_per_second: without padding, and without the steps that compiled.
+    - samples: what became of the records of the data, in words.
     """
 
     finished: bool
@@ -155,7 +167,11 @@ class Summary:
         cls, metrics: Metrics, speed: Speed, began: float, finished: bool, steps: int, trained: int, total: int,
         samples: str, devices: int,
     ) -> "Summary":  # fmt: skip
-        """Of a run that ends now. began: by `time.monotonic`; trained, total: parameters, these of the base."""
+        """The summary of a run that ends now.
+
+        - began: when the process began, by `time.monotonic`.
+        - trained, total: numbers of trained parameters and of the base's.
+        """
         losses = metrics.losses()
         return cls(
             finished=finished,
@@ -176,7 +192,7 @@ class Summary:
 
     @classmethod
     def read(cls, run: epath.Path) -> "Summary | None":
-        """What `write` wrote; None if nothing is there, or something else."""
+        """Read what `write` wrote; None if there is no file or it has other fields."""
         if not (run / SUMMARY).exists():
             return None
         try:
@@ -187,33 +203,33 @@ class Summary:
         return cls(**content) if content.keys() == names else None
 
     def write(self, run: epath.Path) -> None:
-        """Write `summary.json`. Raises SboraxError if the disk refuses."""
+        """Write `summary.json`. Raises SboraxError if it cannot be written."""
         replace(run / SUMMARY, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """A time such as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def name(method: AbstractMethod) -> str:
-    """A method in one line: the options that differ from their defaults."""
+    """A method in one line: its rank, and the options that differ from their defaults."""
     if isinstance(method, AbstractComposite):
         return type(method).__name__
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method)  # type: ignore[arg-type]
-    given = [(field, getattr(method, field.name)) for field in fields]
+    options = [(field, getattr(method, field.name)) for field in fields]
     shown = [
         f"{field.name}={name(value) if isinstance(value, AbstractMethod) else value}"
-        for field, value in given
+        for field, value in options
         if field.name == "rank" or value != field.default
     ]
     return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def describe(plan: Plan) -> list[str]:
-    """One line for every adapted kernel and one for those left alone."""
+    """A line for every adapted kernel, and one for the kernels that no rule adapts."""
     lines = []
     for site in plan.sites:
         stack = "".join(f"{size} x " for size in site.stack)
@@ -225,20 +241,20 @@ def describe(plan: Plan) -> list[str]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide the numbers."""
+    """The versions of Python and of the packages that determine results."""
     packages = ("sborax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from a checkout
             continue
-    return found
+    return installed
 
 
 @functools.cache
 def git_revision() -> str | None:
-    """The commit of the checkout that this package runs from, if it is one."""
+    """The git commit of the checkout that this package runs from; None elsewhere."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -247,7 +263,7 @@ def git_revision() -> str | None:
 
 
 def peak_memory() -> int:
-    """Bytes: of the device where it says so, else of this process."""
+    """The peak memory in bytes: of the device where JAX reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -10,7 +10,7 @@ from sborax.adapters.core import SboraxError
 
 FOLDER = "profile"
 SKIPPED, TRACED = 2, 3
-"""Steps before the trace, the first of which compiles, and steps in it."""
+"""Steps before the trace (the first compiles), and steps in the trace."""
 
 
 @dataclasses.dataclass
@@ -22,7 +22,7 @@ class Trace:
     running: bool = False
 
     def before(self, number: int, state: PyTree) -> None:
-        """Begin or end with step `number`, which is about to be dispatched, once all earlier ones have ended."""
+        """Begin or end the trace before step `number` is dispatched, once `state`, of the step before, is computed."""
         if number == self.first:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.place))
@@ -39,9 +39,9 @@ class Trace:
 
 
 def make_trace(run: epath.Path, done: int, steps: int) -> Trace:
-    """The trace of a run of which `done` steps have been made.
+    """The trace of a run that has made `done` of its `steps`.
 
-    Raises SboraxError if there are too few left.
+    Raises SboraxError if too few steps are left.
     """
     if steps - done <= SKIPPED:
         raise SboraxError(f"--profile: skips {SKIPPED} steps for compilation, and only {steps - done} are left to make")

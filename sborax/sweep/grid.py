@@ -1,4 +1,4 @@
-"""What a sweep is: an experiment and the values that some of its fields take, one member for every combination."""
+"""A sweep: an experiment, and a grid of values for some of its fields. Every combination is a member."""
 
 import dataclasses
 import itertools
@@ -17,12 +17,17 @@ from sborax.train.optimizer import AbstractOptimizer
 MAY_VARY = "optimizer.*, seed_adapter, and numbers of a method that are no shapes, such as alpha"
 
 MOST = 512
-"""Members of a sweep."""
+"""The most members that a sweep may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One run of a sweep. name: what is its own, as a directory name: `lr=1e-4,seed_adapter=1`."""
+    """One run of a sweep.
+
+    - name: the values that it does not share with all others, as a directory name: `lr=1e-4,seed_adapter=1`.
+    - changes: `key=value` for every key of the grid.
+    - experiment: the sweep's experiment with these changes.
+    """
 
     name: str
     changes: tuple[str, ...]
@@ -33,10 +38,14 @@ class Member:
 class Sweep:
     """Several runs over one base that share data, model and the structure of their adapters.
 
-    grid: values by dotted key, `{"optimizer.lr": (1e-4, 3e-4), "seed_adapter": (0, 1)}`; every combination is a member.
-        Text is read as on the command line.
-    at_once: how many members a step computes together, by `vmap`, the others in turn, by `lax.map`. None (default): one
-        on a CPU, all elsewhere. The more, the more memory for activations.
+    Args:
+    - experiment: what all members have in common.
+    - grid: values by dotted key, `{"optimizer.lr": (1e-4, 3e-4), "seed_adapter": (0, 1)}`; every combination is a
+      member. A text is read as on the command line.
+    - at_once: how many members a step computes together, by `vmap`; groups of that size follow one another, by
+      `lax.map`. More need more memory for activations. None (default): one on a CPU, all elsewhere.
+
+    Raises SboraxError for a grid without alternatives, with a value given twice, or with more than 512 members.
     """
 
     experiment: Experiment
@@ -53,27 +62,27 @@ class Sweep:
         if (count := math.prod(map(len, self.grid.values()))) > MOST:
             raise SboraxError(f"{count:,} members are more than the {MOST} of a sweep; leave out some values")
         for key, values in self.grid.items():
-            twice = [value for number, value in enumerate(values) if value in values[:number]]
-            if twice or not values:
-                raise SboraxError(f"{key}: {f'{twice[0]} is given twice' if twice else 'has no value'}")
+            repeated = [value for number, value in enumerate(values) if value in values[:number]]
+            if repeated or not values:
+                raise SboraxError(f"{key}: {f'{repeated[0]} is given twice' if repeated else 'has no value'}")
 
     def members(self) -> tuple[Member, ...]:
         """Every combination, the last key varying fastest.
 
-        Raises SboraxError as `override` does, for members that are the same, and for what members may not differ in.
+        Raises SboraxError as `override` does, for equal members, and for a key in which members may not differ.
         """
-        made = []
+        members = []
         for values in itertools.product(*self.grid.values()):
-            given = list(zip(self.grid, map(_text, values), strict=True))
-            changes = tuple(f"{key}={text}" for key, text in given)
-            own = [f"{_short(key, self.grid)}={text}" for key, text in given if len(self.grid[key]) > 1]
-            made.append(Member(",".join(own).replace("/", "_"), changes, override(self.experiment, changes)))
-        _check(made)
-        return tuple(made)
+            pairs = list(zip(self.grid, map(_text, values), strict=True))
+            changes = tuple(f"{key}={text}" for key, text in pairs)
+            varied = [f"{_short(key, self.grid)}={text}" for key, text in pairs if len(self.grid[key]) > 1]
+            members.append(Member(",".join(varied).replace("/", "_"), changes, override(self.experiment, changes)))
+        _check(members)
+        return tuple(members)
 
 
 def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """`key=value` changes to the experiment, and those of `key=value,value` by key.
+    """Split command-line words into changes of the experiment, `key=value`, and the grid, `key=value,value`.
 
     Commas in brackets and quotes belong to a value: `optimizer.betas=[0.9,0.99],[0.9,0.999]`.
     Raises SboraxError for a key given twice.
@@ -92,28 +101,29 @@ def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...
     return changes, grid
 
 
-def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
     """Dotted keys at which two encoded configs differ."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        parts = [(name, one[name], other[name]) for name in one]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        parts = [(str(number), *both) for number, both in enumerate(zip(one, other, strict=True))]
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        items = [(name, left[name], right[name]) for name in left]
+    elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        items = [(str(number), *pair) for number, pair in enumerate(zip(left, right, strict=True))]
     else:
-        if one != other:
+        if left != right:
             yield where
         return
-    for name, mine, its in parts:
-        yield from differences(mine, its, f"{where}.{name}" if where else name)
+    for name, left_item, right_item in items:
+        yield from differences(left_item, right_item, f"{where}.{name}" if where else name)
 
 
 def varying(members: Sequence[Member]) -> list[str]:
-    """Dotted keys in which some member differs from the first."""
+    """Dotted keys at which some member differs from the first."""
     first, *rest = (encode(member.experiment) for member in members)
     return list(dict.fromkeys(key for other in rest for key in differences(first, other)))
 
 
 def _values(text: str) -> Iterator[str]:
-    depth, quote, begun = 0, "", 0
+    """The parts of a text between commas that are in no brackets and no quotes."""
+    depth, quote, start = 0, "", 0
     for place, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote else quote
@@ -124,9 +134,9 @@ def _values(text: str) -> Iterator[str]:
         elif letter in "])}":
             depth -= 1
         elif letter == "," and depth == 0:
-            yield text[begun:place].strip()
-            begun = place + 1
-    yield text[begun:].strip()
+            yield text[start:place].strip()
+            start = place + 1
+    yield text[start:].strip()
 
 
 def _text(value: Any) -> str:
@@ -134,7 +144,7 @@ def _text(value: Any) -> str:
 
 
 def _short(key: str, keys: Mapping[str, Any]) -> str:
-    """The last part of a key, if no other ends in it."""
+    """The last part of a key, or the whole key if another one ends in the same part."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
 
@@ -150,7 +160,7 @@ def _check(members: Sequence[Member]) -> None:
         (first.mesh is not None, "mesh: a sweep runs on one device; leave mesh at None"),
         (
             not isinstance(first.optimizer, AbstractOptimizer),
-            "optimizer: a sweep needs learning rates step by step, which an optax transformation does not tell; "
+            "optimizer: a sweep needs the learning rate of every step, which an optax transformation does not give; "
             "give an Optimizer, or a class of yours that extends AbstractOptimizer",
         ),
         (first.save.best, "save.best: a sweep keeps the last adapter of each member; set save.best=false"),
@@ -165,13 +175,13 @@ def _check(members: Sequence[Member]) -> None:
     moved = [key for key in keys if not key.startswith("optimizer.")]
     if rewriting and moved:
         raise SboraxError(
-            f"{moved[0]}: {type(rewriting[0]).__name__} takes its start out of the base, of which a sweep has one; "
+            f"{moved[0]}: {type(rewriting[0]).__name__} rewrites the base, which all members share; "
             f"vary optimizer.* alone, or run each value of {moved[0]} alone"
         )
 
 
 def _in_leaves(key: str, members: Sequence[Member]) -> bool:
-    """Whether what differs at `key` is a number that a method keeps in its leaves."""
+    """Whether `key` is a hyper-parameter that a method keeps in its leaves, so that it does not change the program."""
     where, number, what = (*key.split(".", 2), "", "")[:3]
     if where != "rules" or not what.startswith("method."):
         return False

@@ -1,4 +1,4 @@
-"""The members of a sweep as one program: what is theirs stacked, what they share once, the step over all of them."""
+"""The members of a sweep as one program: their own leaves are stacked, shared ones are passed once."""
 
 import dataclasses
 import functools
@@ -25,11 +25,11 @@ from sborax.train.streams import Streams
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SweepState:
-    """What a step changes. Every leaf has an axis of members in front.
+    """What a step changes. Every leaf has a leading axis of members.
 
-    run: as of a single run, but that `opt` is the list of its leaves.
-    diverged: int32, the step whose loss or gradient was not finite, 0 for a member that goes on. The state of a member
-        that diverged stays as it was before that step.
+    - run: the `TrainState` of a single run, with `opt` as the list of its leaves.
+    - diverged: int32, the step whose loss or gradient was not finite; 0 for a member that goes on. A member that
+      diverged keeps its state from before that step.
     """
 
     run: Any
@@ -38,33 +38,43 @@ class SweepState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Own:
-    """What is a member's own and constant, with an axis of members in front.
+class MemberConstants:
+    """Inputs of the step that differ between members and stay constant. Every leaf has a leading axis of members.
 
-    frozen: those leaves of the adapters' frozen halves that differ between members, or may. key: of dropout.
-    lr: learning rate of every step. rule: number of its optimiser among the different ones.
-    base: kernels of the base by path that a procedure changes member by member.
+    - frozen: the frozen leaves of the adapters that differ between members, or may come to differ.
+    - key: of dropout.
+    - lr: learning rates by step.
+    - optimizer: index into `StackedMembers.optimizers`.
+    - base: kernels of the base, by path, that a procedure changes member by member.
     """
 
     frozen: Any
     key: Any
     lr: Any
-    rule: Any
+    optimizer: Any
     base: Any = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class Crew:
-    """All members. shared: frozen leaves that are the same in all. join: the frozen half from leaves of both kinds.
+class StackedMembers:
+    """All members of a sweep, stacked.
 
-    txs: the optimiser of each of `rules`, without its learning rates. watch: what sees the gradients of every member
-        first. observe: whether it is given norms of inputs.
+    - constants: what differs between members.
+    - shared: frozen leaves that are the same in all members.
+    - join: `join(shared, frozen)` is the frozen half of one member's adapters.
+    - optimizers: the distinct optimisers, without their learning rates.
+    - count: how many members.
+    - at_once: how many of them a step computes together.
+    - txs: an optax transformation for each of `optimizers`, without learning rates.
+    - watch: sees the gradients before the optimiser does, as a procedure wants.
+    - observe: whether `watch` is given norms of inputs.
+    - loss: of all members.
     """
 
-    own: Own
+    constants: MemberConstants
     shared: list[Array]
     join: Callable[[list[Array], list[Array]], PyTree]
-    rules: tuple[AbstractOptimizer, ...]
+    optimizers: tuple[AbstractOptimizer, ...]
     count: int
     at_once: int
     txs: tuple[optax.GradientTransformation, ...] = ()
@@ -74,10 +84,10 @@ class Crew:
 
     def tx(self, number: int) -> optax.GradientTransformation:
         """The optimiser of a member, without its learning rates."""
-        return self.txs[int(self.own.rule[number])]
+        return self.txs[int(self.constants.optimizer[number])]
 
     def over(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`function` of one member, for all: `at_once` of them together."""
+        """Map `function` of one member over all of them, `at_once` at a time."""
         if self.at_once >= self.count:
             return jax.vmap(function)
         if self.at_once == 1:
@@ -87,28 +97,31 @@ class Crew:
 
 def rates(optimizer: AbstractOptimizer, steps: int) -> Float[Array, " steps"]:
     """The learning rate of every step of a run."""
-    each = optimizer.rate(steps)(jnp.arange(steps, dtype=jnp.int32))
-    return jnp.broadcast_to(jnp.asarray(each, jnp.float32), (steps,))
+    values = optimizer.rate(steps)(jnp.arange(steps, dtype=jnp.int32))
+    return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (steps,))
 
 
 def optimizer_of(member: Member) -> AbstractOptimizer:
-    """The optimiser of a member, which a sweep has checked."""
+    """The optimiser of a member; `Sweep.members` has checked its type."""
     optimizer = member.experiment.optimizer
     assert isinstance(optimizer, AbstractOptimizer)
     return optimizer
 
 
 def make_member_optimizer(
-    rules: Sequence[AbstractOptimizer],
+    optimizers: Sequence[AbstractOptimizer],
     lr: Float[Array, " steps"],
-    rule: Int[Array, ""],
+    index: Int[Array, ""],
     watch: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of one member: `rules[rule]` on its own learning rates. Its state is a list of leaves.
+    """The optimiser of one member: `optimizers[index]` at its own learning rates. Its state is a list of leaves.
 
-    The numbers of every rule are constants of the program, as in a single run.
+    Each optimiser is a branch of the program with its numbers as constants, so rounding is that of a single run.
     """
-    made = [optax.with_extra_args_support(make_optimizer(one, 1, watch, lambda count: lr[count])) for one in rules]
+    txs = [
+        optax.with_extra_args_support(make_optimizer(optimizer, 1, watch, lambda count: lr[count]))
+        for optimizer in optimizers
+    ]
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, list[Array]]:
         def branch(tx: optax.GradientTransformationExtraArgs) -> Callable[[], tuple[PyTree, list[Array]]]:
@@ -120,72 +133,85 @@ def make_member_optimizer(
 
             return apply
 
-        branches = [branch(tx) for tx in made]
-        return branches[0]() if len(branches) == 1 else jax.lax.switch(rule, branches)
+        branches = [branch(tx) for tx in txs]
+        return branches[0]() if len(branches) == 1 else jax.lax.switch(index, branches)
 
-    return optax.GradientTransformationExtraArgs(lambda params: jax.tree.leaves(made[0].init(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: jax.tree.leaves(txs[0].init(params)), update)
 
 
 def gather(
-    members: Sequence[Member], each: Sequence[Parts], steps: int, at_once: int, procedure: ActiveProcedure | None = None
-) -> tuple[Crew, SweepState]:
-    """Members with their parts as one crew, and its state before the first step.
+    members: Sequence[Member],
+    parts: Sequence[Parts],
+    steps: int,
+    at_once: int,
+    procedure: ActiveProcedure | None = None,
+) -> tuple[StackedMembers, SweepState]:
+    """Stack the members, and make their state before the first step.
 
-    procedure: of one member. It may change any frozen leaf.
+    - parts: of every member.
+    - procedure: of one member. With a procedure no frozen leaf is shared, since it may change any.
+
     Raises SboraxError where adapters or optimisers do not have the same leaves.
     """
-    for member, parts in zip(members, each, strict=True):
-        _check_alike(members[0], member, (each[0].train, each[0].frozen), (parts.train, parts.frozen), "adapters have")
-    structure = jax.tree.structure(each[0].frozen)
-    columns = list(zip(*(jax.tree.leaves(parts.frozen) for parts in each), strict=True))
-    same = [procedure is None and all(_equal(leaf, column[0]) for leaf in column) for column in columns]
+    for member, part in zip(members, parts, strict=True):
+        _check_alike(members[0], member, (parts[0].train, parts[0].frozen), (part.train, part.frozen), "adapters have")
+    structure = jax.tree.structure(parts[0].frozen)
+    columns = list(zip(*(jax.tree.leaves(part.frozen) for part in parts), strict=True))
+    is_shared = [procedure is None and all(_equal(leaf, column[0]) for leaf in column) for column in columns]
 
-    def join(shared: list[Array], own: list[Array]) -> PyTree:
-        common, theirs = iter(shared), iter(own)
-        return jax.tree.unflatten(structure, [next(common) if once else next(theirs) for once in same])
+    def join(shared: list[Array], frozen: list[Array]) -> PyTree:
+        common, individual = iter(shared), iter(frozen)
+        return jax.tree.unflatten(structure, [next(common if once else individual) for once in is_shared])
 
-    given = [optimizer_of(member) for member in members]
-    optimizers = [optimizer.without_rate() for optimizer in given]
-    rules = tuple(dict.fromkeys(optimizers))
+    with_rates = [optimizer_of(member) for member in members]
+    without_rates = [optimizer.without_rate() for optimizer in with_rates]
+    distinct = tuple(dict.fromkeys(without_rates))
     watch = None if procedure is None else procedure.watch()
-    txs = {one: make_optimizer(one, 1, watch) for one in rules}
-    opts = [jax.jit(txs[one].init)(parts.train) for one, parts in zip(optimizers, each, strict=True)]
-    leaves = [jax.tree.leaves(opt) for opt in opts]
-    for member, own in zip(members, leaves, strict=True):
-        _check_alike(members[0], member, leaves[0], own, "optimisers keep")
+    txs = {optimizer: make_optimizer(optimizer, 1, watch) for optimizer in distinct}
+    opts = [jax.jit(txs[optimizer].init)(part.train) for optimizer, part in zip(without_rates, parts, strict=True)]
+    opt_leaves = [jax.tree.leaves(opt) for opt in opts]
+    for member, leaves in zip(members, opt_leaves, strict=True):
+        _check_alike(members[0], member, opt_leaves[0], leaves, "optimisers keep")
     keys = [Streams.of(member.experiment.seed_adapter).dropout for member in members]
     folded = () if procedure is None else procedure.folded
-    own = Own(
-        frozen=[jnp.stack(column) for column, once in zip(columns, same, strict=True) if not once],
+    constants = MemberConstants(
+        frozen=[jnp.stack(column) for column, once in zip(columns, is_shared, strict=True) if not once],
         key=jnp.stack(keys),
-        lr=jnp.stack([rates(optimizer, steps) for optimizer in given]),
-        rule=jnp.asarray([rules.index(one) for one in optimizers], jnp.int32),
-        base={path: _stack([parts.base[path] for parts in each]) for path in folded},
+        lr=jnp.stack([rates(optimizer, steps) for optimizer in with_rates]),
+        optimizer=jnp.asarray([distinct.index(optimizer) for optimizer in without_rates], jnp.int32),
+        base={path: _stack([part.base[path] for part in parts]) for path in folded},
     )
-    shared = [column[0] for column, once in zip(columns, same, strict=True) if once]
+    shared = [column[0] for column, once in zip(columns, is_shared, strict=True) if once]
     count = len(members)
     zero = jnp.zeros((count,), jnp.int32)
-    run = TrainState(zero, _stack([parts.train for parts in each]), _stack(leaves))
+    run = TrainState(zero, _stack([part.train for part in parts]), _stack(opt_leaves))
     observe = procedure is not None and procedure.method.observes
     loss = members[0].experiment.loss
-    crew = Crew(own, shared, join, rules, count, at_once, tuple(txs.values()), watch, observe, loss)
-    return crew, SweepState(run, jnp.zeros_like(zero))
+    stacked = StackedMembers(
+        constants, shared, join, distinct, count, at_once, tuple(txs.values()), watch, observe, loss
+    )  # fmt: skip
+    return stacked, SweepState(run, jnp.zeros_like(zero))
 
 
 def make_sweep_step(
-    model: LanguageModel, crew: Crew
-) -> Callable[[SweepState, Own, list[Array], Flat, dict[str, Any]], tuple[SweepState, dict[str, Any]]]:
-    """The compiled step of all members on one batch: `step(state, own, shared, base, batch) -> (state, numbers)`.
+    model: LanguageModel, stacked: StackedMembers
+) -> Callable[[SweepState, MemberConstants, list[Array], Flat, dict[str, Any]], tuple[SweepState, dict[str, Any]]]:
+    """The compiled step of all members on one batch: `step(state, constants, shared, base, batch)`.
 
-    numbers: as of a single step, with an axis of members. Only `state` is donated.
+    It returns `(state, numbers)`; numbers are those of a single step, with a leading axis of members. Only `state` is
+    donated.
     """
 
-    def step(state: SweepState, own: Own, shared: list[Array], base: Flat, batch: dict[str, Array]):
-        def one(member: tuple[TrainState, Array, Own]) -> tuple[TrainState, Array, dict[str, Any]]:
-            before, diverged, mine = member
-            tx = make_member_optimizer(crew.rules, mine.lr, mine.rule, crew.watch)
-            frozen, weights = crew.join(shared, mine.frozen), {**base, **mine.base}
-            single = make_step(model, tx, mine.key, crew.observe, loss=crew.loss)
+    def step(
+        state: SweepState, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]
+    ) -> tuple[SweepState, dict[str, Any]]:
+        def member_step(
+            member: tuple[TrainState, Array, MemberConstants],
+        ) -> tuple[TrainState, Array, dict[str, Any]]:
+            before, diverged, of_member = member
+            tx = make_member_optimizer(stacked.optimizers, of_member.lr, of_member.optimizer, stacked.watch)
+            frozen, weights = stacked.join(shared, of_member.frozen), {**base, **of_member.base}
+            single = make_step(model, tx, of_member.key, stacked.observe, loss=stacked.loss)
             after, numbers = single(before, frozen, weights, batch)
             watched = jnp.stack([numbers[name] for name in WATCHED])
             finite = jnp.all(jnp.isfinite(watched))
@@ -193,81 +219,86 @@ def make_sweep_step(
             kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
             return kept, jnp.where((diverged == 0) & ~finite, after.step, diverged), numbers
 
-        run, diverged, numbers = crew.over(one)((state.run, state.diverged, own))
+        run, diverged, numbers = stacked.over(member_step)((state.run, state.diverged, constants))
         return SweepState(run, diverged), numbers
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_sweep_loss(model: LanguageModel, crew: Crew) -> Callable[..., tuple[Float[Array, " members"], Array]]:
-    """The compiled evaluation of all members: `(train, own, shared, base, batch) -> (sums of losses, tokens)`."""
-    loss = make_loss(model, crew.loss)
+def make_sweep_loss(
+    model: LanguageModel, stacked: StackedMembers
+) -> Callable[..., tuple[Float[Array, " members"], Array]]:
+    """The compiled evaluation of all members: `(train, constants, shared, base, batch) -> (sums of losses, tokens)`."""
+    loss = make_loss(model, stacked.loss)
 
     @jax.jit
-    def losses(train: PyTree, own: Own, shared: list[Array], base: Flat, batch: dict[str, Array]):
-        def one(member: tuple[PyTree, list[Array], Flat]) -> tuple[Array, Array]:
+    def losses(train: PyTree, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]):
+        def member_loss(member: tuple[PyTree, list[Array], Flat]) -> tuple[Array, Array]:
             train, frozen, kernels = member
-            return loss(train, crew.join(shared, frozen), {**base, **kernels}, batch)
+            return loss(train, stacked.join(shared, frozen), {**base, **kernels}, batch)
 
-        return crew.over(one)((train, own.frozen, own.base))
+        return stacked.over(member_loss)((train, constants.frozen, constants.base))
 
     return losses
 
 
-Theirs = tuple[TrainState, list[Array], Flat]
-"""What changes of a member: its state, and its frozen leaves and kernels that are not shared."""
+MemberLeaves = tuple[TrainState, list[Array], Flat]
+"""The leaves of a member that can change: its state, and the frozen leaves and kernels that it does not share."""
 
 
-def stacked(crew: Crew, state: SweepState) -> Theirs:
-    """`Theirs` with an axis of members in front."""
-    return state.run, crew.own.frozen, crew.own.base
+def _leaves(stacked: StackedMembers, state: SweepState) -> MemberLeaves:
+    """`MemberLeaves` of all members, with a leading axis of members."""
+    return state.run, stacked.constants.frozen, stacked.constants.base
 
 
 @jax.jit
-def one_of(members: PyTree, number: Int[Array, ""]) -> PyTree:
-    """One member of leaves with an axis of members in front."""
+def _take(members: PyTree, number: Int[Array, ""]) -> PyTree:
+    """One member out of leaves with a leading axis of members."""
     return jax.tree.map(lambda leaf: leaf[number], members)
 
 
-def member_of(crew: Crew, state: SweepState, base: Flat, number: int) -> tuple[TrainState, Parts]:
-    """A member's state and constant parts, as a single run has them. base: what all members share of it."""
-    run, frozen, kernels = one_of(stacked(crew, state), jnp.int32(number))
-    structure = jax.tree.structure(jax.eval_shape(crew.tx(number).init, run.train))
+def member_of(stacked: StackedMembers, state: SweepState, base: Flat, number: int) -> tuple[TrainState, Parts]:
+    """A member's state and constant parts, as a single run has them.
+
+    - base: the part of the base that all members share.
+    """
+    run, frozen, kernels = _take(_leaves(stacked, state), jnp.int32(number))
+    structure = jax.tree.structure(jax.eval_shape(stacked.tx(number).init, run.train))
     single = TrainState(run.step, run.train, jax.tree.unflatten(structure, run.opt))
     adapters, trained_base = run.train["adapters"], run.train["base"]
-    return single, Parts(adapters, crew.join(crew.shared, frozen), {**base, **kernels}, trained_base)
+    return single, Parts(adapters, stacked.join(stacked.shared, frozen), {**base, **kernels}, trained_base)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _replaced(members: PyTree, number: Int[Array, ""], one: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, own: leaf.at[number].set(own), members, one)
+def _put(members: PyTree, number: Int[Array, ""], member: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, part: leaf.at[number].set(part), members, member)
 
 
 def with_member(
-    crew: Crew, state: SweepState, number: int, single: TrainState, parts: Parts
-) -> tuple[Crew, SweepState]:
-    """The inverse of `member_of`: one member is another, in the buffers of `crew` and `state`."""
+    stacked: StackedMembers, state: SweepState, number: int, single: TrainState, parts: Parts
+) -> tuple[StackedMembers, SweepState]:
+    """The inverse of `member_of`: replace a member, in the buffers of `stacked` and `state`."""
     run = TrainState(single.step, single.train, jax.tree.leaves(single.opt))
-    # Where something acts on members, no frozen leaf is shared.
-    theirs = run, jax.tree.leaves(parts.frozen), {path: parts.base[path] for path in crew.own.base}
-    run, frozen, base = _replaced(stacked(crew, state), jnp.int32(number), theirs)
-    own = dataclasses.replace(crew.own, frozen=frozen, base=base)
-    return dataclasses.replace(crew, own=own), SweepState(run, state.diverged)
+    # A member is only replaced where a procedure acts, and there no frozen leaf is shared.
+    leaves = run, jax.tree.leaves(parts.frozen), {path: parts.base[path] for path in stacked.constants.base}
+    run, frozen, base = _put(_leaves(stacked, state), jnp.int32(number), leaves)
+    constants = dataclasses.replace(stacked.constants, frozen=frozen, base=base)
+    return dataclasses.replace(stacked, constants=constants), SweepState(run, state.diverged)
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _equal(one: Array, other: Array) -> bool:
-    return one is other or np.array_equal(np.asarray(one), np.asarray(other))
+def _equal(left: Array, right: Array) -> bool:
+    return left is right or np.array_equal(np.asarray(left), np.asarray(right))
 
 
-def _check_alike(first: Member, member: Member, one: PyTree, other: PyTree, what: str) -> None:
+def _check_alike(first: Member, member: Member, of_first: PyTree, of_member: PyTree, what: str) -> None:
     def form(tree: PyTree) -> Any:
         return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
-    if form(one) != form(other):
+    if form(of_first) != form(of_member):
         raise SboraxError(
             f"{first.name} and {member.name}: their {what} different leaves, as with and without dropout or momentum; "
             "members need the same ones, run one of the two alone"

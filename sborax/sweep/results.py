@@ -1,4 +1,4 @@
-"""What a sweep tells in the end: `sweep.json`, and a table with the best member marked."""
+"""The results of a sweep: `sweep.json`, and a table with the best member marked."""
 
 import dataclasses
 import json
@@ -18,7 +18,10 @@ SWEEP = "sweep.json"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a member. diverged: the step whose loss was not finite, if one was; losses in nats per token."""
+    """The result of a member. Losses are in nats per token.
+
+    - diverged: the step whose loss or gradient was not finite; None if there was none.
+    """
 
     name: str
     changes: tuple[str, ...]
@@ -29,14 +32,18 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """What members are compared by: the loss on held-out data, else the last one; infinite once diverged."""
+        """The loss to compare members by: on held-out data, else the last training loss; infinite if it diverged."""
         known = self.last_loss if self.eval_loss is None else self.eval_loss
         return math.inf if self.diverged or known is None else known
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What came out of a sweep. finished: False if stopped by a signal. seconds: of this process."""
+    """The results of a sweep.
+
+    - finished: False if a signal stopped the sweep.
+    - seconds: of this process.
+    """
 
     finished: bool
     seconds: float
@@ -49,7 +56,7 @@ class Results:
         return first.name if math.isfinite(first.loss) else None
 
     def table(self) -> list[str]:
-        """One line a member, the best marked."""
+        """A line for each member, with a mark at the best."""
         width = max(len("member"), *(len(result.name) for result in self.members))
         lines = [f"{'member':{width}}  {'last loss':>9}  {'held-out':>9}"]
         for result in self.members:
@@ -61,16 +68,31 @@ class Results:
 
 
 def write_results(place: epath.Path, members: Sequence[Member], results: Results | None = None) -> None:
-    """Write `sweep.json`: the members, and what became of them where that is known."""
+    """Write `sweep.json`: the members, and the results once there are any."""
     if results is None:
-        content: dict[str, Any] = {"members": [{"name": one.name, "changes": one.changes} for one in members]}
+        content: dict[str, Any] = {"members": [{"name": member.name, "changes": member.changes} for member in members]}
     else:
         content = {"best": results.best, **dataclasses.asdict(results)}
     replace(place / SWEEP, json.dumps(content, indent=2) + "\n")
 
 
+def read_results(place: epath.Path) -> Results | None:
+    """Read the results in `sweep.json`; None if it has none yet, or other fields.
+
+    Raises SboraxError for a file that is no JSON object.
+    """
+    content = read_object(place / SWEEP)
+    best = content.pop("best", None)
+    names, member_names = ({field.name for field in dataclasses.fields(kind)} for kind in (Results, Result))
+    if content.keys() != names or any(member.keys() != member_names for member in content["members"]):
+        return None
+    members = tuple(Result(**{**member, "changes": tuple(member["changes"])}) for member in content["members"])
+    results = Results(content["finished"], content["seconds"], members)
+    return results if results.best == best else None
+
+
 def check_same(place: epath.Path, members: Sequence[Member]) -> None:
-    """Raise SboraxError if `place` holds a sweep with other members."""
+    """Raise SboraxError if `place` holds a sweep over other members."""
     try:
         names = [str(member["name"]) for member in read_object(place / SWEEP)["members"]]
     except (ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ from sborax.data.batches import Batch
 from sborax.layout.state import Flat, Parts, TrainState
 from sborax.records.report import Progress, Speed
 from sborax.sweep.grid import Member
-from sborax.sweep.members import Crew, SweepState, make_sweep_loss, make_sweep_step, member_of, with_member
+from sborax.sweep.members import StackedMembers, SweepState, make_sweep_loss, make_sweep_step, member_of, with_member
 from sborax.train.prepare import Prepared
 from sborax.train.record import Made, Record
 from sborax.train.step import check_alive, not_finite
@@ -20,32 +20,33 @@ from sborax.train.stepper import AbstractStepper
 
 
 class SweepStepper(AbstractStepper):
-    """All members of a sweep.
+    """Steps all members of a sweep.
 
     - prepared: of every member.
-    - base: what all members share of it.
-    - diverged: the step at which a member was stopped, by its number.
+    - base: the part of the base that all members share.
+    - diverged: the step at which a member was stopped, by the member's number.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
         prepared: Sequence[Prepared],
-        crew: Crew,
+        stacked: StackedMembers,
         state: SweepState,
         base: Flat,
         records: Sequence[Record],
         progress: Progress,
     ) -> None:
-        self.members, self.prepared, self.crew, self.state, self.base = members, prepared, crew, state, base
+        self.members, self.prepared, self.stacked, self.state, self.base = members, prepared, stacked, state, base
         self.records, self.progress, self.speed = records, progress, Speed()
         self.diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
-        self.rates = np.asarray(crew.own.lr)
+        self.rates = np.asarray(stacked.constants.lr)
         model = prepared[0].model
-        self._step, self._loss = make_sweep_step(model, crew), make_sweep_loss(model, crew)
+        self._step, self._loss = make_sweep_step(model, stacked), make_sweep_loss(model, stacked)
 
     def step(self, number: int, batch: Batch) -> dict[str, Any]:
-        self.state, numbers = self._step(self.state, self.crew.own, self.crew.shared, self.base, batch)
+        stacked = self.stacked
+        self.state, numbers = self._step(self.state, stacked.constants, stacked.shared, self.base, batch)
         return numbers
 
     def programs(self) -> int:
@@ -86,14 +87,14 @@ class SweepStepper(AbstractStepper):
         return procedure is not None and procedure.due(step)
 
     def act(self, step: int) -> None:
-        """Every member that goes on, one after the other."""
+        """Apply the procedure to every member that has not diverged, one after the other."""
         for number, prepared in enumerate(self.prepared):
             if number not in self.diverged and prepared.procedure is not None:
                 single, parts = self.member(number)
-                self._replace(number, *prepared.procedure.apply(step, single, parts, self.crew.tx(number)))
+                self._replace(number, *prepared.procedure.apply(step, single, parts, self.stacked.tx(number)))
 
     def replay(self) -> None:
-        """Give every member the constant parts that the procedure had made, after a restored checkpoint."""
+        """Make every member's constant parts again as the procedure had made them, after a checkpoint is restored."""
         for number, prepared in enumerate(self.prepared):
             if prepared.procedure is not None:
                 single, parts = self.member(number)
@@ -101,16 +102,17 @@ class SweepStepper(AbstractStepper):
 
     def member(self, number: int) -> tuple[TrainState, Parts]:
         """The state and the constant parts of a member, as a single run has them."""
-        return member_of(self.crew, self.state, self.base, number)
+        return member_of(self.stacked, self.state, self.base, number)
 
     def _replace(self, number: int, single: TrainState, parts: Parts) -> None:
-        self.crew, self.state = with_member(self.crew, self.state, number, single, parts)
+        self.stacked, self.state = with_member(self.stacked, self.state, number, single, parts)
 
     def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
-        totals, items = np.zeros(self.crew.count), np.zeros(self.crew.count)
+        stacked, train = self.stacked, self.state.run.train
+        totals, items = np.zeros(stacked.count), np.zeros(stacked.count)
         for batch in held_out:
-            part, counted = self._loss(self.state.run.train, self.crew.own, self.crew.shared, self.base, batch)
-            totals, items = totals + np.asarray(part, np.float64), items + np.asarray(counted, np.float64)
+            losses, counted = self._loss(train, stacked.constants, stacked.shared, self.base, batch)
+            totals, items = totals + np.asarray(losses, np.float64), items + np.asarray(counted, np.float64)
         values = totals / np.maximum(items, 1)
         for place, value in enumerate(values):
             if place not in self.diverged:

@@ -11,6 +11,7 @@ from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import PLAN, read_adapter, save_adapter
 from sborax.records.claim import START
 from sborax.records.report import describe
+from sborax.train.experiment import save_experiment
 from sborax.train.hints import gradients
 from sborax.train.prepare import Prepared
 from sborax.train.read import Echo
@@ -39,6 +40,8 @@ def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath
     total = parameters(model.params)
     params, adapters = prepared.attach(model.params, hint, begun)
     if hint is not None:
+        # They are valid for this config alone, so it is written first.
+        save_experiment(prepared.experiment, run)
         # Before a procedure acts on them, as it will again on a resumed run's.
         save_adapter(run / START, nest({path: nodes(adapters)[path] for path in paths}))
     parts = prepared.take_apart(params, adapters)

@@ -22,6 +22,7 @@ from sborax.records.adapter import PLAN, fingerprint, save_adapter
 from sborax.records.best import best_so_far
 from sborax.records.checkpoint import Checkpoints, open_checkpoints
 from sborax.records.claim import claimed
+from sborax.records.disk import CONFIG
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.records.trace import make_trace
 from sborax.train.begin import begin
@@ -31,7 +32,7 @@ from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import prepare
 from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import Made, Record
-from sborax.train.resume import check_config, has_computed
+from sborax.train.resume import check_config, check_steps, has_computed
 from sborax.train.stepper import AbstractStepper, RunStepper
 from sborax.train.stop import Stop, stopping
 
@@ -86,7 +87,6 @@ def _train(
         echo(f"weights: {here:,} of {everywhere:,} bytes on this host")
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
-    on_first(lambda: save_experiment(experiment, run))
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
 
     # Prepare the run: adapters on the base, the optimiser's state, and where both lie.
@@ -100,17 +100,20 @@ def _train(
     state, shardings = layout.state(prepared.start(parts))
 
     # Restore what an earlier process has made of it.
+    # A run directory has a config before it has anything else.
+    on_first(lambda: None if (run / CONFIG).exists() else save_experiment(experiment, run))
     checkpoints = open_checkpoints(run, experiment.save.keep)
     done = 0
     if resume:
         restored = checkpoints.restore(state, echo)
         check_alike("checkpoints", 0 if restored is None else restored[1])
+        check_steps(run, 0 if restored is None else restored[1], steps)
+        # A changed config replaces that of the run once nothing refuses it any more.
+        on_first(lambda: save_experiment(experiment, run))
         if restored is None:
             echo("no checkpoint yet: starting from step 0")
         else:
             state, done = restored
-            if done > steps:
-                raise SboraxError(f"{run}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
             summary = ending(run, steps)
             if done == steps and summary is not None:
                 checkpoints.close()

@@ -32,6 +32,12 @@ def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> Non
         )
 
 
+def check_steps(place: epath.Path, done: int, steps: int) -> None:
+    """Raise SboraxError if a run or a sweep has made more steps than it is to make."""
+    if done > steps:
+        raise SboraxError(f"{place}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
+
+
 def has_computed(place: epath.Path) -> bool:
     """Whether a directory has checkpoints, or a start that depended on data."""
     folders = (place / FOLDER, place / START)
