@@ -47,7 +47,7 @@ def part_context(method: AbstractComposite, ctx: Context, part: int) -> Context:
 
 
 def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
-    """A copy with other fields. Not through the constructor: the hyper-parameters of a node's method are None."""
+    """A copy with other fields. Not through the constructor: a node's method holds no hyper-parameters."""
     changed = copy.copy(method)
     for name, value in fields.items():
         object.__setattr__(changed, name, value)

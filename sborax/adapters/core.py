@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from sborax.adapters.constraints import by_rows
+from sborax.adapters.stripped import STRIPPED
 from sborax.adapters.weight import AbstractWeight as AbstractWeight
 from sborax.adapters.weight import Weight, dense, matmul
 from sborax.adapters.weight import is_weight as is_weight
@@ -363,17 +364,17 @@ def _fields(method: AbstractMethod) -> dict[str, dataclasses.Field]:
 
 
 def structure(method: AbstractMethod) -> AbstractMethod:
-    """The static part of a method: every `hyper` field is None, parts included."""
+    """The static part of a method: every `hyper` field, parts included, holds `STRIPPED`."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, AbstractMethod):
             return structure(value)
         return tuple(strip(part) for part in value) if isinstance(value, tuple) else value
 
-    # Not through the constructor: None is no legal value of a field, so that reading one by mistake fails.
+    # Not through the constructor, which would check values.
     bare = object.__new__(type(method))
     for name, field in _fields(method).items():
-        value = None if field.metadata.get("hyper") else strip(getattr(method, name))
+        value = STRIPPED if field.metadata.get("hyper") else strip(getattr(method, name))
         object.__setattr__(bare, name, value)
     return bare
 

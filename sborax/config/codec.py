@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import sborax.methods  # noqa: F401  (a method is found by name among the classes that exist)
 import sborax.methods.masked  # noqa: F401
 from sborax.adapters.core import SboraxError
+from sborax.adapters.stripped import STRIPPED
 from sborax.config.classes import concrete, find_class, is_builtin, is_known, is_offered, name_of, source_of
 from sborax.config.documents import DEEPEST, shown
 from sborax.config.schema import in_words
@@ -64,6 +65,8 @@ def encode(value: Any) -> Any:
 def _encode(value: Any, live: Callable[[LiveObject], Any]) -> Any:
     if isinstance(value, LiveObject):
         return live(value)
+    if value is STRIPPED:
+        return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         fields = {field.name: _encode(getattr(value, field.name), live) for field in dataclasses.fields(value)}
@@ -101,7 +104,7 @@ def sources(value: Any) -> Iterator[str]:
 def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = False) -> T:
     """The config of class `kind` that `value` says.
 
-    structural: hyper-parameters that live in arrays are null, as in the method of an attached adapter.
+    structural: for the method of an attached adapter, in which null, or nothing, stands for `STRIPPED`.
     Raises SboraxError naming the key for an unknown one, a missing one, a value of the wrong type, an unknown class.
     """
     return _decode(kind, value, where, structural)
@@ -329,13 +332,14 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
             raise SboraxError(_unknown(prefix + name, name, list(fields)))
     given = {}
     for name, field in fields.items():
-        if name in value:
-            null = structural and value[name] is None and field.metadata.get("hyper")
-            given[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
+        if structural and field.metadata.get("hyper") and value.get(name) is None:
+            given[name] = STRIPPED
+        elif name in value:
+            given[name] = _decode(hints[name], value[name], prefix + name, structural)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SboraxError(f"{prefix}{name}: missing")
     if structural:
-        # As `core.structure` makes it: null is no legal value for the constructor.
+        # As `core.structure` makes it: the constructor would check values.
         bare = object.__new__(kind)
         for name, item in given.items():
             object.__setattr__(bare, name, item)
