@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int, Key
 from sborax.adapters.arithmetic import side_by_side
 from sborax.adapters.compose import Sum
 from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
-from sborax.adapters.tree import Adapters, nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import Adapters, nodes
 
 DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
 """What `index_block` lets a gather or scatter assume."""

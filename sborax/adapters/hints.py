@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.adapters.core import Hint, SboraxError, dense, is_weight
+from sborax.adapters.core import Hint, SboraxError, dense
+from sborax.adapters.leaves import replace_leaves
 from sborax.adapters.paths import kernels, module_path
 from sborax.adapters.tree import Params
 
@@ -46,7 +47,7 @@ def gradient_hints(
 
 def _mean(loss: Callable[..., Any], params: Params, path: str, batches: list[Any]) -> Float[np.ndarray, "..."]:
     def of_kernel(weight: Array, params: Params, batch: Any) -> Float[Array, ""]:
-        return loss(_with(params, path, weight), batch)
+        return loss(replace_leaves(params, {path: weight}), batch)
 
     weight = dense(kernels(params)[path])
     gradient = jax.jit(jax.grad(of_kernel))
@@ -56,10 +57,3 @@ def _mean(loss: Callable[..., Any], params: Params, path: str, batches: list[Any
     if not np.isfinite(total).all():
         raise SboraxError(f"{path}: its gradient is not finite; check the loss and the batches")
     return total / np.float32(len(batches))
-
-
-def _with(params: Params, path: str, weight: Array) -> Params:
-    def one(keys: Any, leaf: Any) -> Any:
-        return weight if jax.tree_util.keystr(keys, simple=True, separator="/") == path else leaf
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)

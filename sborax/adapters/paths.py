@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from sborax.adapters.compose import ByLayer
-from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight
+from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense
+from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import AbstractRouter, Expert, routers
 from sborax.adapters.weight import check_finite
@@ -135,15 +136,9 @@ def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
     return found.get(path.removesuffix("/kernel"), found.get(module_path(path)[0]))
 
 
-def leaves_by_path(params: Any) -> dict[str, Any]:
-    """Every leaf by its full path, in tree order; a weight that is no plain array is one leaf."""
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
 def kernels(params: Any) -> dict[str, Any]:
     """Every leaf named `kernel` by its full path, in tree order."""
-    return {path: leaf for path, leaf in leaves_by_path(params).items() if path.rpartition("/")[2] == "kernel"}
+    return {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] == "kernel"}
 
 
 def bias_path(kernel: str) -> str:

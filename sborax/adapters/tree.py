@@ -28,12 +28,12 @@ from sborax.adapters.core import (
     Weight,
     dense,
     is_adapter,
-    is_weight,
     leaf_axes,
     structure,
 )
 from sborax.adapters.depth import axes_leaves, over_stack, stack_of
-from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, leaves_by_path, plan, weight_keys
+from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
+from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
 from sborax.adapters.routing import AbstractRouter
@@ -44,29 +44,9 @@ Adapters = dict[str, Any]
 """Nested dicts with an `Adapter` at every leaf."""
 
 
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def nodes(adapters: PyTree) -> dict[str, Adapter]:
     """Every adapter by the path of its kernel."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapters, is_leaf=is_adapter)
-    return {_path(path): leaf for path, leaf in leaves if is_adapter(leaf)}
-
-
-def nest(flat: Mapping[str, Any]) -> Adapters:
-    """`{"a/b": x}` as `{"a": {"b": x}}`."""
-    tree: Adapters = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda branch, part: branch.setdefault(part, {}), parents, tree)[last] = leaf
-    return tree
-
-
-def _replace(params: Params, new: Mapping[str, Any]) -> Params:
-    if not new:
-        return params
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_path(path), leaf), params, is_leaf=is_weight)
+    return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
@@ -109,7 +89,7 @@ def attach(
         if site.method.rewrites_base:
             rewritten[site.path] = rewrite(found[site.path], node)
             check_finite(site.path, rewritten[site.path])
-    params = _replace(params, rewritten)
+    params = replace_leaves(params, rewritten)
     return params, rebase(params, nest(adapters))
 
 
@@ -175,7 +155,7 @@ def link(adapters: PyTree) -> PyTree:
     layers are not linked (`ResLoRA`'s are), nor when done again.
     """
     linked = depth.link(nodes(adapters))
-    return jax.tree_util.tree_map_with_path(lambda path, node: linked[_path(path)], adapters, is_leaf=is_adapter)
+    return map_with_path(lambda path, node: linked[path], adapters, is_leaf=is_adapter)
 
 
 def merge(params: Params, adapters: PyTree) -> Params:
@@ -188,7 +168,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     Raises SboraxError for a method without a merged form, for an adapter whose kernel is not in `params`, and, unless
     traced, for a method that rewrites the base and stands on one that was not rewritten.
     """
-    found = leaves_by_path(params)
+    found = flatten(params)
     linked = nodes(link(adapters))
     new = {}
     for path, node in linked.items():
@@ -202,7 +182,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
         beside = bias_path(path)
         if node.method.adapts_bias and beside in found:
             new[beside] = merge_bias(beside, found[beside], weight, node).astype(found[beside].dtype)
-    return _replace(params, new)
+    return replace_leaves(params, new)
 
 
 def check_base(path: str, weight: Weight, node: Adapter) -> None:
@@ -248,11 +228,10 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
 
     "in" and "out" copy the kernel's entry, stack axes copy theirs, "rank" and None are replicated, and so are routers.
     """
-    is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)  # noqa: E731
-    flat = {_path(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(base_specs, is_leaf=is_spec)}
+    flat = flatten(base_specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
-    def one(path: tuple[Any, ...], node: Adapter) -> Adapter:
-        spec = () if isinstance(node.method, AbstractRouter) else tuple(flat[_path(path)])
+    def one(path: str, node: Adapter) -> Adapter:
+        spec = () if isinstance(node.method, AbstractRouter) else tuple(flat[path])
         stack = len(stack_of(node))
         whole = spec + (None,) * (stack + 2)
         entries: dict[str | None, Any] = {"in": whole[stack], "out": whole[stack + 1], "rank": None, None: None}
@@ -266,7 +245,7 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
 
         return Adapter(halves(node.train), halves(node.frozen), node.method, node.in_axes)
 
-    return jax.tree_util.tree_map_with_path(one, adapters, is_leaf=is_adapter)
+    return map_with_path(one, adapters, is_leaf=is_adapter)
 
 
 def trainable(tree: PyTree) -> PyTree:
@@ -390,7 +369,6 @@ __all__ = [
     "labels",
     "link",
     "merge",
-    "nest",
     "nodes",
     "plan",
     "scale",

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sborax.adapters.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError
-from sborax.adapters.paths import bias_path, leaves_by_path
-from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nest, nodes
+from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.paths import bias_path
+from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,11 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
     """
     if not parts:
         raise SboraxError("there is nothing to merge: give one or more adapters")
-    flat = leaves_by_path(params)
+    flat = flatten(params)
     sums: dict[str, Float[Array, "..."]] = {}
     for part in parts:
         own, base = (params if tree is None else tree for tree in (part.params, part.base))
-        own, base, found = leaves_by_path(own), leaves_by_path(base), nodes(link(part.adapters))
+        own, base, found = flatten(own), flatten(base), nodes(link(part.adapters))
         for tree in (own, base):
             _check_same_model(flat, tree)
         for path, node in found.items():
@@ -70,7 +71,7 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
 
     Raises SboraxError where they differ, with the largest difference.
     """
-    again, given = leaves_by_path(merge(params, adapters)), leaves_by_path(merged)
+    again, given = flatten(merge(params, adapters)), flatten(merged)
     _check_same_model(again, given)
     for path, leaf in again.items():
         one, other = np.asarray(_array(leaf)), np.asarray(_array(given[path]))
