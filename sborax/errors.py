@@ -1,8 +1,11 @@
-"""The one error of this package, and how those of another kind are known."""
+"""The error that this package raises for mistakes of users, and a test for errors of Rust libraries."""
 
 
 class SboraxError(ValueError):
-    """A mistake the user can mend; its message is one line that says what, where and how, of 2,000 letters at most."""
+    """A mistake that the user can mend. The message says in one line what is wrong, where, and how to mend it.
+
+    Unprintable characters are escaped. A message longer than 2,000 characters is cut in the middle.
+    """
 
     def __init__(self, message: str) -> None:
         text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
@@ -10,5 +13,5 @@ class SboraxError(ValueError):
 
 
 def is_panic(failure: BaseException) -> bool:
-    """Whether an error is the end of a library in Rust, of which Python makes no `Exception`."""
+    """Whether an error is a panic of a Rust library, which is a `BaseException` but no `Exception`."""
     return type(failure).__name__ == "PanicException"

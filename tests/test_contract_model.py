@@ -18,7 +18,8 @@ from torch_pair import shaken
 
 import sborax as sx
 from sborax.adapters.core import Hint, dense, is_weight
-from sborax.adapters.paths import kernels, leaves_by_path
+from sborax.adapters.leaves import flatten
+from sborax.adapters.paths import kernels
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import nest
 from sborax.layout.state import take_apart
@@ -109,7 +110,7 @@ def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, params, adapt
 
 @by_case
 def test_a_step_on_four_bits_is_one_on_what_they_mean(case, params, adapted):
-    flat = leaves_by_path(adapted[0])
+    flat = flatten(adapted[0])
     packed = nest(
         {path: quantise(leaf) if re.search(f"{TARGETS}/kernel", path) else leaf
          for path, leaf in flat.items()}

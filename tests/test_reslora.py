@@ -499,7 +499,7 @@ def test_blocks_are_exported_as_plain_lora(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
-        (("lm_head", sx.ResLoRA(2)), "lm_head/kernel: ResLoRA links layers, and this is none of a stack"),
+        (("lm_head", sx.ResLoRA(2)), "lm_head/kernel: ResLoRA links layers, so the kernel must be stacked"),
         (sx.Rule("q_proj", sx.ResLoRA(2), stack_axes=0, in_axes=1), "q_proj/kernel: ResLoRA links layers"),
         (("q_proj", sx.ResLoRA(2, pre_num=-2)), "pre_num >= -1"),
         (("q_proj", sx.ResLoRA(200)), r"rank must lie in 1\.\.64"),

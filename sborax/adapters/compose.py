@@ -32,7 +32,7 @@ from sborax.adapters.core import (
 )
 
 TAKEN = frozenset({"a0", "b0", "scale"})
-"""Frozen leaves of a method that rewrites the base: what it took is s a0 b0."""
+"""Frozen leaves of a method that rewrites the base: it took s a0 b0 out of it."""
 
 
 def _key(key: Key[Array, ""] | None, part: int) -> Key[Array, ""] | None:
@@ -47,7 +47,7 @@ def part_context(method: AbstractComposite, ctx: Context, part: int) -> Context:
 
 
 def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
-    """A copy with other fields. Not through the constructor: the hyper-parameters of a node's method are None."""
+    """A copy with other fields, made without the constructor: an adapter's method has no hyper-parameters to check."""
     changed = copy.copy(method)
     for name, value in fields.items():
         object.__setattr__(changed, name, value)
@@ -55,7 +55,7 @@ def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:
 
 
 def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
-    """The composed `adapter` with other parts, in the order of its `children`."""
+    """The adapter of a composite method with other parts, in the order of its `children`."""
     method = adapter.method
     if hasattr(method, "part"):
         names, fields = ["part"], {"part": parts[0].method}
@@ -78,7 +78,7 @@ def taken(adapter: Adapter) -> list[tuple[Float[Array, "in r"], Float[Array, "r 
 
 @dataclasses.dataclass(frozen=True)
 class Sum(AbstractAdditive, AbstractComposite):
-    """Several adapters on one kernel: y = x W + sum_i delta_i(x). Leaves nest under "0", "1", ..."""
+    """y = x W + sum_i delta_i(x): several methods on one kernel. Leaves nest under "0", "1", ..."""
 
     paper = "composition"
     rank = 1
@@ -127,8 +127,8 @@ class Sum(AbstractAdditive, AbstractComposite):
 class Scaled(AbstractAdditive, AbstractComposite):
     """y = x W + factor * delta(x): factor 1 is the part itself, factor 0 the base.
 
-    delta is the change since before the part took anything out of the base, so that what it took is put back:
-    y = x W + factor * term(x) + rest * s (x a0) b0, rest = 1 - factor. Nodes without `rest` put nothing back.
+    Where the part took s a0 b0 out of the base, delta is the change since before that, so a share of it is put back:
+    y = x W + factor * term(x) + rest * s (x a0) b0, rest = 1 - factor. Adapters without a leaf `rest` put nothing back.
     """
 
     paper = "composition"
@@ -192,7 +192,7 @@ class Scaled(AbstractAdditive, AbstractComposite):
 
 @dataclasses.dataclass(frozen=True)
 class Chain(AbstractMethod):
-    """An initialiser, then a reparametrisation that stands on its factors. Leaves of both share one node."""
+    """The factors that `first` initialises, trained as `second` does. One adapter has the leaves of both."""
 
     paper = "composition"
     first: AbstractMethod
@@ -249,7 +249,7 @@ class Chain(AbstractMethod):
         self._check_leaves(shape)
 
     def _check_fields(self) -> None:
-        """The first link makes the factors, so a field of the second must be left out, or agree."""
+        """Raise SboraxError for a field of the second link that has no effect, since the first makes the factors."""
         first, second = type(self.first).__name__, type(self.second).__name__
         for field in dataclasses.fields(self.second):  # type: ignore[arg-type]
             value, of_first = getattr(self.second, field.name), getattr(self.first, field.name, None)
@@ -260,7 +260,7 @@ class Chain(AbstractMethod):
                 )
 
     def _check_leaves(self, shape: tuple[int, int]) -> None:
-        """The second link must know what every leaf of the first means."""
+        """Raise SboraxError for a leaf of the first link that the second does not know."""
 
         def make(key: Key[Array, ""], weight: Array) -> tuple[Leaves, Leaves]:
             return self.first.init(key, weight, Hint(grad=weight))[:2]
@@ -279,9 +279,9 @@ class Chain(AbstractMethod):
         fitted = self.first.init(key, weight, hint)
         if fitted.weight is None:
             return self.second.refit(weight, fitted)
-        # The second link must see the base as it will be: quantised again, where it was.
-        stands_on = weight.encode(fitted.weight) if isinstance(weight, AbstractWeight) else fitted.weight
-        return self.second.refit(stands_on, fitted)
+        # The second link must see the base that will be kept: quantised again, if it was.
+        base = weight.encode(fitted.weight) if isinstance(weight, AbstractWeight) else fitted.weight
+        return self.second.refit(base, fitted)
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
@@ -299,7 +299,10 @@ class Chain(AbstractMethod):
 class ByLayer(AbstractComposite):
     """Different methods, or none, on different layers of one stack.
 
-    `frozen["branch"]` chooses at run time, so a layer that no part covers computes the base projection, bit for bit.
+    The leaf `frozen["branch"]` selects the part at run time; branch 0 is the base projection, bit for bit.
+
+    - parts: the methods.
+    - layers: for each part, the positions of the stack that it acts on.
     """
 
     paper = "composition"
@@ -320,17 +323,17 @@ class ByLayer(AbstractComposite):
         return all(part.identity_at_init for part in self.parts)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        branches = np.zeros(1 + max(max(own) for own in self.layers), np.int32)
-        for i, own in enumerate(self.layers):
-            branches[list(own)] = i + 1
-        # Layers beyond the last covered one read branch 0 as well.
+        branches = np.zeros(1 + max(map(max, self.layers)), np.int32)
+        for i, positions in enumerate(self.layers):
+            branches[list(positions)] = i + 1
+        # Layers after the last covered one have branch 0, too.
         branch = jnp.asarray(branches).at[hint.layer].get(mode="fill", fill_value=0)
         train: Leaves = {}
         frozen: Leaves = {"branch": branch}
-        # Other layers stand on the weight as it is held, a rewritten one starts from what it is now.
-        base, held = None, weight.stored() if isinstance(weight, AbstractWeight) else weight
+        # Only a part that rewrites the weight sees it as it is now; the others see it as it will be stored.
+        base, stored = None, weight.stored() if isinstance(weight, AbstractWeight) else weight
         for i, part in enumerate(self.parts):
-            fitted = part.init(key, weight if part.rewrites_base else held, hint)
+            fitted = part.init(key, weight if part.rewrites_base else stored, hint)
             train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
             if fitted.weight is not None:
                 kept = dense(weight).astype(fitted.weight.dtype) if base is None else base
@@ -339,8 +342,8 @@ class ByLayer(AbstractComposite):
 
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
         return [
-            (Adapter(adapter.train.get(str(i), {}), adapter.frozen.get(str(i), {}), part, adapter.in_axes), own)
-            for i, (part, own) in enumerate(zip(self.parts, self.layers, strict=True))
+            (Adapter(adapter.train.get(str(i), {}), adapter.frozen.get(str(i), {}), part, adapter.in_axes), positions)
+            for i, (part, positions) in enumerate(zip(self.parts, self.layers, strict=True))
         ]
 
     def apply(
@@ -372,9 +375,13 @@ class ByLayer(AbstractComposite):
 
 
 def chain(first: AbstractMethod, second: AbstractMethod) -> Chain:
-    """`chain(PiSSA(...), DoRA(...))`: the factors that `first` starts from, trained the way `second` does.
+    """The factors that `first` initialises, trained as `second` does: `chain(PiSSA(...), DoRA(...))`.
 
-    Raises SboraxError if `second` cannot stand on the leaves of `first`.
+    Args:
+    - first: a method that trains two factors, such as LoRA, PiSSA or OLoRA. Its options apply to them.
+    - second: a method that can take over the factors of another one, such as DoRA.
+
+    Raises SboraxError if `second` cannot take over the leaves of `first`.
     """
     if not isinstance(second, AbstractReparametrisation):
         raise SboraxError(f"chain: {type(second).__name__} cannot stand on another method's factors")

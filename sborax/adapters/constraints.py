@@ -12,13 +12,13 @@ from sborax.errors import SboraxError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-"""Mesh axes that the rows of a batch lie on, and so tokens."""
+"""Mesh axes that the rows of a batch, and so tokens, are cut over."""
 
 
 def compiled_axes() -> dict[str, int]:
-    """Sizes of those of `AXES` that the mesh at hand has and the compiler cuts along; none without a mesh.
+    """Sizes of the axes in `AXES` that the current mesh has and that the compiler cuts along; none without a mesh.
 
-    The mesh may be a user's own: its other axes, and those of a `shard_map` around, are no business of ours.
+    The mesh may be a user's: its other axes, and those of a surrounding `shard_map`, are left alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -28,7 +28,7 @@ def compiled_axes() -> dict[str, int]:
 
 
 def check_axis_types() -> None:
-    """Raise SboraxError inside a mesh whose axes are Explicit: where a model's values lie is left to the compiler."""
+    """Raise SboraxError inside a mesh with Explicit axes, since the compiler decides where a model's values lie."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
         names = ", ".join(mesh.axis_names)
@@ -39,25 +39,25 @@ def check_axis_types() -> None:
 
 
 def dividing(size: int, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the mesh axes `names` that the compiler may cut an axis of this size along, and cuts evenly."""
-    sizes, kept = compiled_axes(), ()
+    """The mesh axes among `names` over which the compiler can cut an array axis of `size` evenly."""
+    sizes, chosen = compiled_axes(), ()
     for name in names:
-        if name in sizes and size % math.prod(sizes[own] for own in (*kept, name)) == 0:
-            kept = (*kept, name)
-    return kept
+        if name in sizes and size % math.prod(sizes[axis] for axis in (*chosen, name)) == 0:
+            chosen = (*chosen, name)
+    return chosen
 
 
 def cut(x: Shaped[Array, "..."], *entries: Any) -> Shaped[Array, "..."]:
-    """`x` cut over the mesh at hand, as far as that has our axes and they divide it.
+    """`x` cut over the current mesh, as far as the mesh has our axes and they divide `x`.
 
-    entries: for each axis of `x` a name of `AXES`, several, None to keep it whole, or UNCONSTRAINED to leave it open.
-        On a mesh with axes that are not ours nothing is kept whole: it may be cut along those.
+    - entries: for each axis of `x` a name of `AXES`, several names, None to keep it whole, or UNCONSTRAINED to leave it
+      to the compiler. If the mesh has other axes than ours, None leaves it to the compiler, too.
     """
-    ours = compiled_axes()
-    if not ours:
+    axes = compiled_axes()
+    if not axes:
         return x
-    alone = len(ours) == len(jax.sharding.get_abstract_mesh().axis_names)
-    rest = None if alone else jax.P.UNCONSTRAINED
+    only_ours = len(axes) == len(jax.sharding.get_abstract_mesh().axis_names)
+    rest = None if only_ours else jax.P.UNCONSTRAINED
 
     def entry(size: int, names: Any) -> Any:
         if names is jax.P.UNCONSTRAINED:
@@ -68,20 +68,20 @@ def cut(x: Shaped[Array, "..."], *entries: Any) -> Shaped[Array, "..."]:
 
 
 def sharing() -> int:
-    """Devices that share the features of a projection: the size of mesh axis "tensor", 1 without one."""
+    """How many devices share the features of a projection: the size of mesh axis "tensor", 1 without one."""
     return compiled_axes().get("tensor", 1)
 
 
 def by_rows(x: Float[Array, "tokens _"]) -> Float[Array, "tokens _"]:
-    """`x` with its tokens cut over `ROWS` where there is such a mesh; whether features are cut is left open.
+    """`x` with its tokens cut over `ROWS`, if there is a mesh. Whether features are cut is left to the compiler.
 
-    Without it the compiler may cut an activation as a weight beside it lies, and send the activation.
+    Without this the compiler may cut an activation like a weight next to it, and send the activation.
     """
     return cut(x, ROWS, jax.P.UNCONSTRAINED)
 
 
 def whole(tree: PyTree) -> PyTree:
-    """The arrays, uncut on every device of a mesh, so that what is computed from them has the bits of one device."""
+    """The arrays, whole on every device of the mesh, so that results have the bits of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree

@@ -1,8 +1,8 @@
 """The contract between a method and a model: what it means to adapt one (in, out) weight.
 
-A method is a frozen dataclass of hyper-parameters with a few pure functions. An `Adapter` is a pytree node
-that holds what a method made of one weight: `train` leaves are differentiated, `frozen` leaves never are.
-`linear` is the only place where an adapter meets a model. This module depends on JAX alone.
+A method is a frozen dataclass of hyper-parameters with a few pure functions. An `Adapter` is a pytree node with the
+leaves that a method made for one weight: `train` leaves are differentiated, `frozen` leaves never are. `linear` is the
+only place where an adapter meets a model. This module depends on JAX alone.
 """
 
 import abc
@@ -16,15 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from sborax.adapters.constraints import by_rows
+from sborax.adapters.stripped import STRIPPED
 from sborax.adapters.weight import AbstractWeight as AbstractWeight
 from sborax.adapters.weight import Weight, dense, matmul
 from sborax.adapters.weight import is_weight as is_weight
 from sborax.errors import SboraxError
 
 Leaves = dict[str, Any]
-"""Arrays by name; composed methods nest one level per part."""
+"""Arrays by name. Methods made of methods nest one level per part."""
 Axes = Mapping[str, Any]
-"""The logical axes of every leaf, without the stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
+"""The logical axes of every leaf, without stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,10 +68,11 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hint:
-    """What `init` may know beyond the weight. `method.needs` names the fields that must be given.
+    """What `init` knows beyond the weight. A method's `needs` names the fields that must be given.
 
-    layer: position of this weight in its stack, flattened; 0 where none is stacked. Ranks of a tuple go by it.
-    grad: gradient of the loss in the un-adapted weight, of its shape; on the host it costs the device nothing yet.
+    - layer: position of the weight in its stack, which is flattened; 0 without a stack. Indexes a tuple of ranks.
+    - grad: gradient of the loss in the un-adapted weight, of the weight's shape. A NumPy array uses no device memory
+      until it is needed.
     """
 
     layer: Int[Array, "*stack"] | int = 0
@@ -78,7 +80,7 @@ class Hint:
 
 
 class Fitted(NamedTuple):
-    """What `init` made of one weight. `weight` is what it left of the base, or None where the base is untouched."""
+    """What `init` made of one weight. `weight` is what it left of the base; None if it left the base as it was."""
 
     train: Leaves
     frozen: Leaves
@@ -86,11 +88,16 @@ class Fitted(NamedTuple):
 
 
 class RankPolicy(abc.ABC):
-    """Chooses ranks on the host, at planning, for all weights of one kernel. Subclasses are frozen dataclasses."""
+    """Chooses the ranks of all weights of one kernel, on the host, at planning. Subclasses are frozen dataclasses."""
 
     @abc.abstractmethod
     def ranks(self, weights: Sequence[Callable[[], np.ndarray]], layers: Sequence[int], depth: int) -> tuple[int, ...]:
-        """One rank per weight. `weights` are read only when called; `layers` has the layer of each, among `depth`."""
+        """One rank per weight.
+
+        - weights: functions that read one weight each, as a float32 (in, out) array.
+        - layers: the layer of each weight.
+        - depth: how many layers there are.
+        """
 
 
 Rank = int | RankPolicy | tuple[int, ...]
@@ -99,14 +106,16 @@ Rank = int | RankPolicy | tuple[int, ...]
 def hyper(default: Any = dataclasses.MISSING, above: float | None = None) -> Any:
     """A field that `init` turns into an array leaf, so that it may differ inside one compiled program.
 
-    It is left out of a node's static structure: two values of it share a treedef, a compilation and a sweep.
-    above: a bound that planning holds a value against; a method never trains with, say, a scale of zero.
+    The field is no part of a node's static structure (see `structure`): two values of it share a treedef, a compilation
+    and a sweep.
+
+    - above: values must be above this bound, else planning raises SboraxError. A scale of zero would never train.
     """
     return dataclasses.field(default=default, metadata={"hyper": True, "above": above})
 
 
 class AbstractMethod(abc.ABC):
-    """Hyper-parameters plus pure functions over one (in, out) weight.
+    """Hyper-parameters, declarations for shared code, and pure functions over one (in, out) weight.
 
     Concrete methods are final: frozen dataclasses that override nothing concrete but the declarations below.
     """
@@ -114,39 +123,41 @@ class AbstractMethod(abc.ABC):
     paper: str
     """Title and arXiv id."""
     rank: Rank
-    """An int or a policy; one int a layer once planned. Methods without a rank say 1."""
+    """An int, or a policy, which planning replaces by one int, or one per layer. Methods without a rank say 1."""
     rewrites_base: bool = False
-    """`init` takes s a0 b0 out of the base weight, and keeps frozen leaves `a0`, `b0`, `scale`; see `rebase.LEFT`."""
+    """`init` takes s a0 b0 out of the base weight and keeps frozen leaves `a0`, `b0`, `scale`. See `rebase.LEFT`."""
     base_leaves: Mapping[str, Callable[[Weight, Leaves], Array]] = {}
-    """Frozen leaves that follow from the base weight, each from (base, frozen leaves): made anew on another base."""
+    """Functions of (base weight, frozen leaves) that make frozen leaves, by leaf. Another base makes them anew."""
     identity_at_init: bool = True
-    """The adapted function equals the base function before training."""
+    """Before training, the adapted function equals the base function."""
     no_merge: str = ""
-    """Why no weight equals the adapted function; empty where one does."""
+    """Empty, or the reason why no weight equals the adapted function."""
     materialises: str = ""
     """Empty, or the reason why `apply` must form an (in, out) value that depends on a trained leaf."""
     ragged: bool = False
-    """Leaves may be padded to the largest rank of a stack: zero padding trains to zero."""
+    """Layers of one stack may have different ranks: leaves are padded with zeros, which stay zero in training."""
     needs: frozenset[str] = frozenset()
-    """Fields of `Hint` without which `init` cannot run."""
+    """Fields of `Hint` that `init` requires."""
     sends: str = ""
-    """Empty, or what devices that share a projection send beside `summed`, the leaves and their gradients."""
+    """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
     group_b: frozenset[str] = frozenset()
-    """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies; PEFT's, where PEFT has the method."""
+    """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies. As in PEFT, if it has the method."""
     linked: bool = False
-    """Layers read what earlier layers of the same projection have or saw: see `depth.AbstractLinked`."""
+    """Layers read weights or activations of earlier layers of the same projection. See `depth.AbstractLinked`."""
     adapts_bias: bool = False
-    """A bias of the projection changes too, as `merge_bias` says. Otherwise it is added as it is."""
+    """The method changes the projection's bias, too; see `merge_bias`. Otherwise the bias is added as it is."""
 
     @property
     @abc.abstractmethod
     def axes(self) -> Axes:
-        """Logical axes of every leaf that a node of this method may have: "in", "out", "rank" or None."""
+        """Logical axes of every leaf that an adapter of this method may have: "in", "out", "rank" or None."""
 
     @property
     def summed(self) -> int:
-        """Floats a token that devices which share a projection sum once a step, beside what they sum for the base: the
-        width between two thin factors."""
+        """Floats per token that devices which share a projection sum once a step, beyond what they sum for the base.
+
+        By default the width between two thin factors.
+        """
         return width(self.rank) if any("rank" in names for names in self.axes.values()) else 0
 
     @abc.abstractmethod
@@ -155,7 +166,7 @@ class AbstractMethod(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        """Leaves for one weight (float32; indices int32)."""
+        """Leaves for one weight: float32, indices int32."""
 
     @abc.abstractmethod
     def apply(
@@ -168,42 +179,46 @@ class AbstractMethod(abc.ABC):
         """The float32 weight whose plain projection is the adapted one."""
 
     def merge_bias(self, bias: Float[Array, " out"], adapter: "Adapter") -> Float[Array, " out"]:
-        """The float32 bias that goes with the weight of `merge`. Methods that declare `adapts_bias` say which."""
+        """The float32 bias that goes with the weight of `merge`: the same one, unless `adapts_bias` is declared."""
         return bias.astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapted weight. Leaves may carry leading stack axes; `method` holds structure only (see `hyper`)."""
+    """The adapter of one weight, or of a stack of them: leaves may have leading stack axes.
+
+    - train, frozen: the leaves that are trained, and those that are not.
+    - method: the method without its hyper-parameters (see `structure`).
+    - in_axes: how many of the kernel's axes, after the stack axes, belong to the input.
+    """
 
     train: Leaves
     frozen: Leaves
     method: AbstractMethod = dataclasses.field(metadata={"static": True})
     in_axes: int = dataclasses.field(default=1, metadata={"static": True})
-    """How many kernel axes, after the stack axes, belong to the input."""
 
 
 def is_adapter(node: Any) -> bool:
-    """Whether `node` is one adapter (for `is_leaf`)."""
+    """Whether `node` is an adapter; for `is_leaf`."""
     return isinstance(node, Adapter)
 
 
 class AbstractAdditive(AbstractMethod):
-    """y = x W + delta(x), with a delta that never looks at W: the methods that can be added and scaled.
+    """y = x W + delta(x), where delta does not depend on W. Such methods can be added and scaled.
 
-    A bias is no part of delta, so these leave it as it is.
+    They leave a bias as it is, since it is no part of delta.
     """
 
     @abc.abstractmethod
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        """`y + delta(x)`. The sum is the method's, since some deltas touch few columns of `y`."""
+        """`y + delta(x)`. Methods add delta themselves, since some touch only a few columns of `y`."""
 
     @abc.abstractmethod
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        """`weight` (float32) plus the delta, with the bits of untouched entries left alone."""
+        """The float32 `weight` plus delta. Entries that delta does not touch keep their bits."""
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
@@ -215,30 +230,31 @@ class AbstractAdditive(AbstractMethod):
 
 
 class AbstractFactored(AbstractAdditive):
-    """An additive method whose change of the *original* base weight is a product of thin factors."""
+    """An additive method that changes the *original* base weight by a product of thin factors."""
 
     pair: bool = False
-    """`merge` is W + s a b, with W as `init` left it and a constant s; a and b are trained, and nothing else is."""
+    """`merge` is W + s a b, with W as `init` left it and a constant s. Only a and b are trained."""
 
     @abc.abstractmethod
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
-        """`(a, b)` with `a @ b` the change since before `init`, scale included: a plain LoRA of scale 1."""
+        """`(a, b)`, scale included, such that `a @ b` is the change since before `init`: a plain LoRA of scale 1."""
 
 
 class AbstractReparametrisation(AbstractMethod):
-    """A method that can stand on the factors of another one: the second link of `chain`."""
+    """A method that can take over the factors of another one: the second link of `chain`."""
 
     factors_trained: frozenset[str]
+    """The leaves that the first link must train. It may train no others."""
     factors_frozen: frozenset[str]
-    """What the first link must train and keep, and nothing beside but `dropout` and what it took out of the base."""
+    """The leaves that the first link must keep frozen. It may only add `dropout` and what it took out of the base."""
 
     @abc.abstractmethod
     def refit(self, weight: Weight, fitted: Fitted) -> Fitted:
-        """`fitted` completed by this method's own leaves; `weight` is the base that `fitted` stands on."""
+        """`fitted` with this method's leaves added; `weight` is the base that `fitted` belongs to."""
 
 
 class AbstractComposite(AbstractMethod):
-    """A method made of methods. What it declares follows from its members."""
+    """A method made of methods. Its declarations follow from those of its members."""
 
     @property
     @abc.abstractmethod
@@ -247,7 +263,7 @@ class AbstractComposite(AbstractMethod):
 
     @abc.abstractmethod
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
-        """The parts as adapters, each with the layers of the stack it acts on (None: all)."""
+        """The adapter's parts, each with the positions of the stack that it acts on; None for all."""
 
     @property
     def rewrites_base(self) -> bool:
@@ -297,13 +313,17 @@ def linear(
     ctx: Context = Context(),
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
-    """Project `x`, adapted or not. The only place where an adapter meets a model.
+    """y = x W + bias, adapted or not. The only place where an adapter meets a model.
 
-    A bias is given here and not added to the result, because some methods adapt it, too (IA3 scales it).
-
-    Tokens are flattened first: with more than two axes XLA:CPU copies transposed operands for thin gradients.
+    Args:
+    - x: inputs, any float dtype, which is that of the result.
+    - weight: the base weight, a plain array or a quantised one.
+    - adapter: the adapter of this weight; None for the base projection.
+    - ctx: dropout key and what else the adapter reads. Default: nothing, hence no dropout.
+    - bias: give it here rather than add it to the result, because some methods adapt it, too (IA3 scales it).
     """
     batch = x.shape[:-1]
+    # With more than two axes XLA:CPU copies transposed operands for thin gradients.
     flat = by_rows(x.reshape(-1, x.shape[-1]))
     if adapter is None:
         y = matmul(flat, weight)
@@ -318,7 +338,7 @@ def linear(
 
 
 def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens in"]:
-    """`x` with entries dropped at the adapter's rate: only if it has one and the context carries a key."""
+    """`x` with entries dropped at the adapter's rate, if it has one and the context has a key."""
     if ctx.key is None or "dropout" not in adapter.frozen:
         return x
     rate = adapter.frozen["dropout"]
@@ -327,7 +347,7 @@ def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Flo
 
 
 def dropout_leaf(rate: float) -> Leaves:
-    """The frozen leaf read by `dropout`; a rate of 0 has no leaf and costs nothing.
+    """The frozen leaf that `dropout` reads. A rate of 0 makes no leaf and costs nothing.
 
     Raises SboraxError for a rate outside [0, 1).
     """
@@ -337,21 +357,21 @@ def dropout_leaf(rate: float) -> Leaves:
 
 
 def width(rank: Rank) -> int:
-    """The padded rank: the largest of a stack."""
+    """The largest rank of a stack, to which leaves are padded. Raises SboraxError for a policy."""
     if isinstance(rank, RankPolicy):
         raise SboraxError("the rank policy is resolved by `plan`; attach through it")
     return max(rank) if isinstance(rank, tuple) else rank
 
 
 def live(rank: Rank, hint: Hint) -> tuple[Float[Array, ""], Float[Array, " r"]]:
-    """The rank of this weight, and a 0/1 mask of its columns among the padded ones."""
+    """The rank of this weight, and a 0/1 mask that is 0 in padded columns."""
     columns = jnp.arange(width(rank))
-    own = jnp.asarray(rank)[hint.layer] if isinstance(rank, tuple) else jnp.asarray(rank)
-    return own.astype(jnp.float32), (columns < own).astype(jnp.float32)
+    of_layer = jnp.asarray(rank)[hint.layer] if isinstance(rank, tuple) else jnp.asarray(rank)
+    return of_layer.astype(jnp.float32), (columns < of_layer).astype(jnp.float32)
 
 
 def check_rank(rank: Rank, limit: int, of: str) -> None:
-    """Raise SboraxError unless 1 <= rank <= limit, the size of what `of` names."""
+    """Raise SboraxError unless 1 <= rank <= limit; `of` says in words what the limit is."""
     ranks = rank if isinstance(rank, tuple) else (width(rank),)
     if not ranks or min(ranks) < 1 or max(ranks) > limit:
         raise SboraxError(f"rank must lie in 1..{limit} ({of}), got {rank}")
@@ -363,23 +383,23 @@ def _fields(method: AbstractMethod) -> dict[str, dataclasses.Field]:
 
 
 def structure(method: AbstractMethod) -> AbstractMethod:
-    """The static part of a method: every `hyper` field is None, parts included."""
+    """The static part of a method: every `hyper` field, parts included, holds `STRIPPED`."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, AbstractMethod):
             return structure(value)
         return tuple(strip(part) for part in value) if isinstance(value, tuple) else value
 
-    # Not through the constructor: None is no legal value of a field, so that reading one by mistake fails.
+    # Not through the constructor, which would check values.
     bare = object.__new__(type(method))
     for name, field in _fields(method).items():
-        value = None if field.metadata.get("hyper") else strip(getattr(method, name))
+        value = STRIPPED if field.metadata.get("hyper") else strip(getattr(method, name))
         object.__setattr__(bare, name, value)
     return bare
 
 
 def leaf_axes(axes: Axes, leaves: Leaves) -> Any:
-    """`axes` restricted to `leaves`: the same nesting, a tuple of axis names for every leaf."""
+    """The axes of `leaves`, nested alike: a tuple of axis names for every leaf."""
     return {
         name: leaf_axes(axes[name], leaf) if isinstance(leaf, dict) else tuple(axes[name])
         for name, leaf in leaves.items()

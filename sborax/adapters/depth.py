@@ -1,7 +1,7 @@
-"""Layers linked in depth: methods whose layers read what earlier layers of the same projection have, or saw.
+"""Layers linked in depth: methods whose layers read weights or activations of earlier layers of the same projection.
 
-What a layer *has* is weights: `link` puts them into every layer's own leaves before the model runs. What it *saw* is
-values: the model hands what a projection remembers to the same projection of the next layer, in `Context.tokens`.
+Weights are copied: `link` puts those of other layers into a layer's own leaves before the model runs. Activations are
+handed on: the model passes what a projection remembers to the same projection of the next layer, in `Context.tokens`.
 """
 
 import abc
@@ -17,26 +17,28 @@ from sborax.adapters.compose import ByLayer, part_context, with_parts
 from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Context, leaf_axes
 
 Memory = dict[str, Any]
-"""What a projection remembers of every token, (batch, seq, ...); all zeros where a chain begins."""
+"""What a projection remembers of every token, (batch, seq, ...). All zeros where a chain begins."""
 Chained = Callable[[Adapter, tuple[int, ...], Any], Adapter]
 
 
 class AbstractLinked(AbstractMethod):
-    """A method whose layers are linked: it declares `linked`, and a layer by itself is the first of its chain.
+    """A method whose layers are linked. It declares `linked`.
 
-    A chain is a run of adjacent layers with one method on one projection, as one rule makes it.
+    A chain is a run of adjacent layers with the same method on the same projection, as one rule makes it. A layer on
+    its own is the first of a chain.
     """
 
     @abc.abstractmethod
     def link(self, adapter: Adapter, earlier: tuple[int, ...]) -> Adapter:
-        """An adapter of the same stack whose layers need the weights of no other. Differentiable.
+        """An equivalent adapter of the same stack whose layers do not need each other's weights. Differentiable.
 
-        adapter: leaves with one stack axis. earlier: how many layers of its chain lie before each layer.
+        - adapter: an adapter whose leaves have one stack axis.
+        - earlier: for each layer, how many layers of its chain come before it.
         """
 
     @abc.abstractmethod
     def remember(self, x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Memory:
-        """What the next layer finds in its `ctx.tokens`, one entry a token. Empty if it needs no values."""
+        """What the next layer finds in its `ctx.tokens`, one entry per token. Empty if it needs no activations."""
 
 
 def axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:
@@ -46,19 +48,19 @@ def axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:
 
 def stack_of(node: Adapter) -> tuple[int, ...]:
     """The leading stack axes of an adapter's leaves."""
-    both = {**node.train, **node.frozen}
-    leaves, names = jax.tree.leaves(both), axes_leaves(leaf_axes(node.method.axes, both))
+    by_name = {**node.train, **node.frozen}
+    leaves, names = jax.tree.leaves(by_name), axes_leaves(leaf_axes(node.method.axes, by_name))
     return next((leaf.shape[: leaf.ndim - len(name)] for leaf, name in zip(leaves, names, strict=True)), ())
 
 
 def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
-    """`function` of one layer, run for every layer of a stack in turn, so that workspace is that of one layer."""
+    """`function` of one layer, run for the layers of a stack one after the other, with the workspace of one layer."""
     if not stack:
         return function
 
     def mapped(*args: Any) -> Any:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(stack) :]), args)
-        out = jax.lax.map(lambda one: function(*one), flat)
+        out = jax.lax.map(lambda layer: function(*layer), flat)
         return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
 
     return mapped
@@ -71,13 +73,13 @@ def continues(before: Adapter, after: Adapter) -> bool:
 
 
 def remember(x: Float[Array, "*batch in"], adapter: Adapter, ctx: Context) -> Memory:
-    """What the projection of the next layer is to find in its context; empty for most methods.
+    """What the same projection of the next layer will find in its `ctx.tokens`. Empty for most methods.
 
-    Parts of a composed method keep theirs under their number, and a part that does not act on this layer forgets.
+    Parts of a composite method remember under their number; a part that does not act on this layer forgets.
     """
     batch = x.shape[:-1]
-    kept = _remember(x.reshape(-1, x.shape[-1]), adapter, ctx.flatten(batch))
-    return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), kept)
+    memory = _remember(x.reshape(-1, x.shape[-1]), adapter, ctx.flatten(batch))
+    return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), memory)
 
 
 def _remember(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Memory:
@@ -86,49 +88,55 @@ def _remember(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> M
         return method.remember(x, adapter, ctx)
     if not isinstance(method, AbstractComposite):
         return {}
-    kept = {}
+    memory = {}
     for i, (child, _) in enumerate(method.children(adapter)):
-        own = _remember(x, child, part_context(method, ctx, i))
+        of_part = _remember(x, child, part_context(method, ctx, i))
         if isinstance(method, ByLayer):
             acts = adapter.frozen["branch"] == i + 1
-            own = jax.tree.map(lambda leaf, acts=acts: jnp.where(acts, leaf, jnp.zeros_like(leaf)), own)
-        if own:
-            kept[str(i)] = own
-    return kept
+            of_part = jax.tree.map(lambda leaf, acts=acts: jnp.where(acts, leaf, jnp.zeros_like(leaf)), of_part)
+        if of_part:
+            memory[str(i)] = of_part
+    return memory
 
 
-def link(found: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Adapters by path, of which no layer needs the weights of another any more: the same function of x."""
+def link(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Equivalent adapters by path, in which no layer needs the weights of another one."""
 
-    def one(node: Adapter, earlier: tuple[int, ...], _: Any) -> Adapter:
+    def linked(node: Adapter, earlier: tuple[int, ...], _: Any) -> Adapter:
         assert isinstance(node.method, AbstractLinked)
         return node.method.link(node, earlier)
 
-    return over_chains(found, one)
+    return over_chains(adapters, linked)
 
 
 def over_chains(
-    found: Mapping[str, Adapter], function: Chained, beside: Mapping[str, Any] | None = None
+    adapters: Mapping[str, Adapter], function: Chained, beside: Mapping[str, Any] | None = None
 ) -> dict[str, Adapter]:
     """`function(stacked adapter, earlier, beside)` in place of every adapter whose method is linked.
 
-    Layers that are nodes of their own are stacked for it and taken apart again.
-    beside: by path, arrays with the same leading axes as the adapter. What lies under "0" is lifted for part 0.
+    Layers that are adapters of their own are stacked first and separated again.
+
+    - adapters: by path.
+    - function: gets an adapter whose leaves have one stack axis, for each layer how many of its chain come before it,
+      and the entry of `beside`.
+    - beside: further arrays by path, with the leading axes of the adapter. Part 0 of a composite method gets the
+      entries under "0".
     """
-    done, given = dict(found), beside or {}
-    for run in _runs(found):
-        together = [(found[path], given.get(path, {})) for path in run]
-        if stack_of(together[0][0]):
-            (whole,), depth = together, stack_of(together[0][0])[0]
-            done[run[0]] = _inside(whole[0], tuple(range(depth)), whole[1], function)
+    changed, given = dict(adapters), beside or {}
+    for run in _runs(adapters):
+        layers = [(adapters[path], given.get(path, {})) for path in run]
+        if stack := stack_of(layers[0][0]):
+            ((node, arrays),) = layers
+            changed[run[0]] = _over_parts(node, tuple(range(stack[0])), arrays, function)
         else:
-            whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
-            node = _inside(whole[0], tuple(range(len(run))), whole[1], function)
-            done |= {path: jax.tree.map(lambda leaf, i=i: leaf[i], node) for i, path in enumerate(run)}
-    return done
+            node, arrays = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+            node = _over_parts(node, tuple(range(len(run))), arrays, function)
+            changed |= {path: jax.tree.map(lambda leaf, i=i: leaf[i], node) for i, path in enumerate(run)}
+    return changed
 
 
-def _inside(node: Adapter, earlier: tuple[int, ...], beside: Any, function: Chained) -> Adapter:
+def _over_parts(node: Adapter, earlier: tuple[int, ...], beside: Any, function: Chained) -> Adapter:
+    """`over_chains` for one stacked adapter, or for the parts that it has."""
     method = node.method
     if isinstance(method, AbstractLinked):
         return function(node, earlier, beside) if method.linked else node
@@ -136,24 +144,24 @@ def _inside(node: Adapter, earlier: tuple[int, ...], beside: Any, function: Chai
         return node
     parts = []
     for i, (child, layers) in enumerate(method.children(node)):
-        own = earlier if layers is None else _earlier(layers, len(earlier))
-        parts.append(_inside(child, own, {**beside, **beside.get(str(i), {})}, function))
+        of_part = earlier if layers is None else _earlier(layers, len(earlier))
+        parts.append(_over_parts(child, of_part, {**beside, **beside.get(str(i), {})}, function))
     return with_parts(node, parts)
 
 
 def _earlier(layers: Iterable[int], depth: int) -> tuple[int, ...]:
-    """For each layer, how many of `layers` lie directly before it, if it is one of them."""
+    """For each layer, how many of `layers` come directly before it; 0 for a layer that is none of them."""
     counts = np.full(depth + 1, -1)
     for layer in sorted(layers):
         counts[layer] = counts[layer - 1] + 1
     return tuple(int(count) for count in np.maximum(counts[:depth], 0))
 
 
-def _runs(found: Mapping[str, Adapter]) -> list[list[str]]:
-    """The paths of linked adapters: a stack alone, layers that are nodes of their own with those they continue."""
+def _runs(adapters: Mapping[str, Adapter]) -> list[list[str]]:
+    """The paths of linked adapters in groups: each stack on its own, and adapters of single layers chain by chain."""
     numbered: dict[tuple[str, ...], dict[int, str]] = {}
     runs: list[list[str]] = []
-    for path, node in found.items():
+    for path, node in adapters.items():
         parts = path.split("/")
         place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         if not node.method.linked:
@@ -164,7 +172,7 @@ def _runs(found: Mapping[str, Adapter]) -> list[list[str]]:
             numbered.setdefault((*parts[:place], "*", *parts[place + 1 :]), {})[int(parts[place])] = path
     for layers in numbered.values():
         for number in sorted(layers):
-            if number - 1 in layers and continues(found[layers[number - 1]], found[layers[number]]):
+            if number - 1 in layers and continues(adapters[layers[number - 1]], adapters[layers[number]]):
                 runs[-1].append(layers[number])
             else:
                 runs.append([layers[number]])

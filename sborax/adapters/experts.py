@@ -1,4 +1,4 @@
-"""Experts trained apart that live together: each owns a subspace of one kernel that no other expert touches."""
+"""Experts that are trained separately and combined: each has a subspace of a kernel that no other expert touches."""
 
 import abc
 from collections.abc import Sequence
@@ -11,22 +11,23 @@ from jaxtyping import Array, Bool, Int, Key
 from sborax.adapters.arithmetic import side_by_side
 from sborax.adapters.compose import ByLayer, Sum
 from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
-from sborax.adapters.tree import Adapters, nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import Adapters, nodes
 
 DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
-"""What `index_block` lets a gather or scatter assume."""
+"""What a gather or scatter may assume of the indices of `index_block`."""
 
 
 class AbstractExpert(AbstractFactored):
     """A factored method whose frozen factor is one of many mutually orthogonal blocks."""
 
     @abc.abstractmethod
-    def overlaps(self, mine: Adapter, other: Adapter) -> Bool[Array, ""]:
-        """Whether two adapters of this class, on one kernel, share a direction."""
+    def overlaps(self, adapter: Adapter, other: Adapter) -> Bool[Array, ""]:
+        """Whether two adapters of this class, on the same kernel, share a direction."""
 
 
 def check_block(expert: int | None, experts: int, rank: int, size: int) -> None:
-    """Raise SboraxError unless 0 <= expert < experts and that many blocks of `rank` fit into `size`; None: no block."""
+    """Raise SboraxError unless 0 <= expert < experts and experts * rank <= size; None goes with one."""
     if expert is None and experts == 1:
         return
     if expert is None or not 0 <= expert < experts:
@@ -36,12 +37,16 @@ def check_block(expert: int | None, experts: int, rank: int, size: int) -> None:
 
 
 def basis_key(seed: int, size: int) -> Key[Array, ""]:
-    """The key of what all experts on kernels of one size share: of the seed and the size alone."""
+    """The key of what all experts on kernels of one size share. It depends on the seed and the size alone."""
     return jax.random.fold_in(jax.random.key(seed), size)
 
 
 def index_block(key: Key[Array, ""], size: int, rank: int, expert: int | None, basis_seed: int) -> Int[Array, " rank"]:
-    """`rank` distinct indices below `size`, ascending: drawn by `key`, or an expert's share of one permutation."""
+    """`rank` distinct indices below `size`, ascending.
+
+    - expert: None draws them by `key`; a number takes that expert's block of a permutation, which depends on
+      `basis_seed` and `size` alone.
+    """
     first = 0 if expert is None else expert * rank
     shuffled = jax.random.permutation(key if expert is None else basis_key(basis_seed, size), size)
     return jnp.sort(shuffled[first : first + rank]).astype(jnp.int32)
@@ -62,48 +67,55 @@ def _parts(path: str, node: Adapter) -> list[Adapter]:
     return parts
 
 
-def _overlap(mine: Adapter, other: Adapter) -> bool:
-    assert isinstance(mine.method, AbstractExpert)
-    return type(mine.method) is not type(other.method) or bool(mine.method.overlaps(mine, other))
+def _overlap(adapter: Adapter, other: Adapter) -> bool:
+    assert isinstance(adapter.method, AbstractExpert)
+    return type(adapter.method) is not type(other.method) or bool(adapter.method.overlaps(adapter, other))
 
 
 def combine_experts(experts: Sequence[Adapters]) -> Adapters:
-    """One tree of adapters that is all the experts at once: delta = sum of their deltas.
+    """One tree of adapters for several experts: delta = sum of their deltas.
 
-    The experts' blocks are disjoint, so each delta can be told from the sum, and none changes what another wrote:
-    with SBoRA every entry of the weight is one expert's or the base's, bit for bit. A combined tree may be given too.
-    `remove_expert` takes one out again.
+    The experts' blocks are disjoint, so no expert changes what another one wrote: with SBoRA every entry of a weight is
+    that of one expert or of the base, bit for bit. `remove_expert` takes an expert out again.
 
-    Raises SboraxError for no experts, an adapter that owns no block, and two experts whose blocks overlap.
+    Args:
+    - experts: trees of adapters of the same model, with the same method, rank and basis_seed, and each with its own
+      `expert=`. A tree that was combined before counts as its experts.
+
+    Raises SboraxError for no experts, for a method that has no blocks, and for two experts whose blocks overlap.
     """
     if not experts:
         raise SboraxError("combine_experts needs at least one expert")
     by_path: dict[str, list[Adapter]] = {}
     for number, expert in enumerate(experts):
         for path, node in nodes(expert).items():
-            earlier, own = by_path.setdefault(path, []), _parts(path, node)
-            if any(_overlap(mine, other) for mine in own for other in earlier):
+            earlier, parts = by_path.setdefault(path, []), _parts(path, node)
+            if any(_overlap(part, other) for part in parts for other in earlier):
                 raise SboraxError(
                     f"{path}: expert number {number} of the list overlaps an earlier one; give each its own expert=, "
                     "and all the same method, rank and basis_seed"
                 )
-            earlier.extend(own)
+            earlier.extend(parts)
     return nest({path: _together(parts) for path, parts in by_path.items()})
 
 
 def remove_expert(combined: Adapters, expert: Adapters) -> Adapters:
-    """`combined` without the expert that owns the same blocks as `expert`: bit for bit what the others alone make.
+    """`combined` without one expert: bit for bit what `combine_experts` makes of the others.
 
-    Raises SboraxError for a kernel on which no part of `combined` has those blocks.
+    Args:
+    - combined: what `combine_experts` returned.
+    - expert: a tree of adapters with the blocks of the expert to remove, such as the one that was combined.
+
+    Raises SboraxError for a kernel on which no expert in `combined` has those blocks.
     """
-    kept = {path: _parts(path, node) for path, node in nodes(combined).items()}
+    remaining = {path: _parts(path, node) for path, node in nodes(combined).items()}
     for path, node in nodes(expert).items():
-        for gone in _parts(path, node):
-            before = kept.get(path, [])
-            kept[path] = [part for part in before if not _overlap(part, gone)]
-            if len(kept[path]) == len(before):
+        for removed in _parts(path, node):
+            before = remaining.get(path, [])
+            remaining[path] = [part for part in before if not _overlap(part, removed)]
+            if len(remaining[path]) == len(before):
                 raise SboraxError(f"{path}: no such expert among the {len(before)} combined here")
-    return nest({path: _together(parts) for path, parts in kept.items() if parts})
+    return nest({path: _together(parts) for path, parts in remaining.items() if parts})
 
 
 def _together(parts: list[Adapter]) -> Adapter:

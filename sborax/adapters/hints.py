@@ -1,4 +1,4 @@
-"""What some initialisations want to know about a model: gradients of its own, un-adapted weights."""
+"""Gradients of a model's un-adapted weights, for initialisations that need them."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.adapters.core import Hint, SboraxError, dense, is_weight
+from sborax.adapters.core import Hint, SboraxError, dense
+from sborax.adapters.leaves import replace_leaves
 from sborax.adapters.paths import kernels, module_path
 from sborax.adapters.tree import Params
 
@@ -20,33 +21,31 @@ def gradient_hints(
     patterns: str | Iterable[str],
     batches: Iterable[Any],
 ) -> dict[str, Hint]:
-    """The mean of dL/dW over `batches` for every kernel that a pattern matches: `Hint(grad)` by path, for `attach`.
+    """The mean of dL/dW over `batches`, a `Hint(grad=...)` by path, for the `hints` of `attach`.
 
-    loss: `(params, batch) -> scalar`, of the un-adapted model, jit-able.
-    patterns: regular expressions over module paths, as in rules.
-    batches: a few; every one weighs the same. They are read once a kernel, so the list is held.
+    Kernels, which may be whole stacks of layers, are differentiated one at a time: the device holds one gradient at
+    once, and the means are NumPy arrays in float32. A quantised kernel is differentiated at its dense value.
 
-    One kernel (a whole stack of layers) at a time: one gradient is on the device at once, the sum is kept on the host
-    in float32. A quantised kernel is differentiated at its dense value.
+    Args:
+    - loss: `(params, batch) -> scalar`, the loss of the un-adapted model. It is jitted.
+    - params: the parameters of the un-adapted model.
+    - patterns: regular expressions; kernels whose module path one of them matches get a hint, as in rules.
+    - batches: a few batches, which all weigh the same. Each is used once per kernel, so they are held in a list.
+
     Raises SboraxError for no match, no batch, and a gradient that is not finite.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    found = {
-        path: weight
-        for path, weight in kernels(params).items()
-        if any(re.search(pattern, module_path(path)[0]) for pattern in wanted)
-    }
-    if not found:
-        raise SboraxError(f"no kernel matches {wanted}; the kernels are {', '.join(kernels(params)) or 'none'}")
-    held = list(batches)
-    if not held:
+    patterns, batches = [patterns] if isinstance(patterns, str) else list(patterns), list(batches)
+    paths = [path for path in kernels(params) if any(re.search(pattern, module_path(path)[0]) for pattern in patterns)]
+    if not paths:
+        raise SboraxError(f"no kernel matches {patterns}; the kernels are {', '.join(kernels(params)) or 'none'}")
+    if not batches:
         raise SboraxError("gradient_hints needs at least one batch")
-    return {path.removesuffix("/kernel"): Hint(grad=_mean(loss, params, path, held)) for path in found}
+    return {path.removesuffix("/kernel"): Hint(grad=_mean(loss, params, path, batches)) for path in paths}
 
 
 def _mean(loss: Callable[..., Any], params: Params, path: str, batches: list[Any]) -> Float[np.ndarray, "..."]:
     def of_kernel(weight: Array, params: Params, batch: Any) -> Float[Array, ""]:
-        return loss(_with(params, path, weight), batch)
+        return loss(replace_leaves(params, {path: weight}), batch)
 
     weight = dense(kernels(params)[path])
     gradient = jax.jit(jax.grad(of_kernel))
@@ -56,10 +55,3 @@ def _mean(loss: Callable[..., Any], params: Params, path: str, batches: list[Any
     if not np.isfinite(total).all():
         raise SboraxError(f"{path}: its gradient is not finite; check the loss and the batches")
     return total / np.float32(len(batches))
-
-
-def _with(params: Params, path: str, weight: Array) -> Params:
-    def one(keys: Any, leaf: Any) -> Any:
-        return weight if jax.tree_util.keystr(keys, simple=True, separator="/") == path else leaf
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)

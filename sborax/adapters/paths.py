@@ -1,6 +1,6 @@
 """Which weights a run adapts: rules over module paths, resolved on the host into a plan.
 
-Planning reads shapes alone (a `RankPolicy` may ask for weights), so every mistake is found before memory is used.
+Planning needs shapes alone, unless a `RankPolicy` reads weights. So mistakes are found before memory is used.
 """
 
 import dataclasses
@@ -16,25 +16,31 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from sborax.adapters.compose import ByLayer
-from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense, is_weight
+from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense
+from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import AbstractRouter, Expert, routers
 from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
-"""A kernel below a module of this name carries one leading stack axis when it has three axes or more."""
+"""A kernel of three axes or more under a module of this name has one leading stack axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Adapt every kernel whose module path matches `pattern` (`re.search`, first match wins).
+    """Adapt every kernel whose module path matches `pattern`.
 
-    method: the method, or None to leave what matches as it is.
-    layers: which layers (a slice, or numbers; negative from the end); None for all. Layers are counted by the number
-        in a path (`layers/3/...`), where there is none by the first stack axis. What else is stacked, such as the
-        experts of a layer, goes with its layer.
-    stack_axes: leading axes that stack weights; None: one below `layers/`, else none.
-    in_axes: how many of a kernel's own axes belong to the input; required for kernels of more than two.
+    Rules are tried in order, and the first that covers a kernel's layer gets it.
+
+    - pattern: a regular expression, searched for (`re.search`) in the module path: `layers/mlp/up_proj`.
+    - method: the method; None leaves what matches as it is.
+    - layers: which layers: a slice, or numbers, negative ones from the end. Default None: all. A layer's number is the
+      one in the path (`layers/3/...`), else the position on the first stack axis. Other stacked weights, such as the
+      experts of a layer, go with their layer.
+    - stack_axes: how many leading axes stack weights. Default None: one under `layers/`, else none.
+    - in_axes: how many of the kernel's other axes belong to the input. Required if these are more than two.
+
+    Raises SboraxError for a pattern that is no regular expression.
     """
 
     pattern: str
@@ -52,7 +58,7 @@ class Rule:
             object.__setattr__(self, "layers", tuple(self.layers))
 
     def covers(self, layer: int, depth: int) -> bool:
-        """Whether this rule acts on layer number `layer` of `depth`."""
+        """Whether the rule acts on layer number `layer` of `depth`."""
         if self.layers is None:
             return True
         if isinstance(self.layers, slice):
@@ -65,9 +71,14 @@ RuleLike = Rule | tuple[str, AbstractMethod | None]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One kernel to be adapted: where it is, how its axes are read, and the method with its ranks settled.
+    """One kernel to adapt, or a router to place.
 
-    Or a router, which stands at its layer's path and has no kernel: `shape` is then that of its choice.
+    - path: of the kernel; of a router, `layers/router`.
+    - method: the method with its ranks resolved.
+    - stack: the leading axes that stack weights.
+    - shape: (in, out) of one weight; of a router, (width of the layer, number of experts).
+    - in_axes: how many of the kernel's other axes belong to the input.
+    - layer: the number of the layer in the path, 0 if it has none.
     """
 
     path: str
@@ -76,34 +87,37 @@ class Site:
     shape: tuple[int, int]
     in_axes: int
     layer: int
-    """Number of the layer in the path; 0 for a path without one."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layer of every weight in the stack, which is flattened."""
+        """The layer of every weight of the flattened stack."""
         return _layers(self.path, self.stack, self.layer)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `attach` will do. `untouched` are the kernels that no rule covers: they keep their base weight."""
+    """What `attach` will do.
+
+    - sites: the kernels to adapt, and routers.
+    - untouched: paths of the kernels that no rule covers.
+    """
 
     sites: tuple[Site, ...]
     untouched: tuple[str, ...]
 
 
 def module_path(path: str) -> tuple[str, int | None]:
-    """`layers/3/mlp/up_proj/kernel` -> (`layers/mlp/up_proj`, 3): what rules read, and the layer number if any."""
+    """`layers/3/mlp/up_proj/kernel` -> (`layers/mlp/up_proj`, 3): the path that rules match, and its layer or None."""
     parts = path.removesuffix("/kernel").split("/")
     numbers = [int(part) for part in parts if part.isdecimal()]
     return "/".join(part for part in parts if not part.isdecimal()), numbers[0] if numbers else None
 
 
 def stacks_layers(path: str, stack: Sequence[int]) -> bool:
-    """Whether the first stack axis of a kernel counts layers: not if its path has their number, `layers/3/experts`."""
+    """Whether the first stack axis of a kernel counts layers: not if its path has a number, `layers/3/experts`."""
     parts = path.split("/")
-    below = STACKED_UNDER in parts and not parts[parts.index(STACKED_UNDER) + 1].isdecimal()
-    return bool(stack) and (below or module_path(path)[1] is None)
+    under_layers = STACKED_UNDER in parts and not parts[parts.index(STACKED_UNDER) + 1].isdecimal()
+    return bool(stack) and (under_layers or module_path(path)[1] is None)
 
 
 def _layers(path: str, stack: Sequence[int], number: int) -> tuple[int, ...]:
@@ -115,8 +129,8 @@ def _layers(path: str, stack: Sequence[int], number: int) -> tuple[int, ...]:
 def weight_keys(key: Key[Array, ""], path: str, stack: Sequence[int]) -> Key[Array, "*stack"]:
     """One key for each weight of a kernel's stack.
 
-    They depend on the kernel's path alone, so that adding a target never reshuffles another: on its names, then on its
-    numbers, then on the position in the stack. So a stack equals its layers.
+    `key` is folded with the names in the kernel's path, its numbers and the position in the stack. So adding a target
+    changes the keys of no other kernel, and a stack has the keys of its layers.
     """
     digest = hashlib.sha1(module_path(path)[0].encode()).digest()
     key = jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
@@ -130,133 +144,137 @@ def weight_keys(key: Key[Array, ""], path: str, stack: Sequence[int]) -> Key[Arr
 
 
 def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
-    """The hint for one kernel: by its own path without `/kernel`, else by the module path of rules, else None."""
-    found = hints or {}
-    return found.get(path.removesuffix("/kernel"), found.get(module_path(path)[0]))
-
-
-def leaves_by_path(params: Any) -> dict[str, Any]:
-    """Every leaf by its full path, in tree order; a weight that is no plain array is one leaf."""
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    """The hint for one kernel: by its path without `/kernel`, else by its module path, else None."""
+    by_path = hints or {}
+    return by_path.get(path.removesuffix("/kernel"), by_path.get(module_path(path)[0]))
 
 
 def kernels(params: Any) -> dict[str, Any]:
-    """Every leaf named `kernel` by its full path, in tree order."""
-    return {path: leaf for path, leaf in leaves_by_path(params).items() if path.rpartition("/")[2] == "kernel"}
+    """Every leaf named `kernel` by its path, in tree order."""
+    return {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] == "kernel"}
 
 
 def bias_path(kernel: str) -> str:
-    """Where the bias of the projection with this kernel lies, if it has one."""
+    """The path of the bias beside a kernel, whether there is one or not."""
     return f"{kernel.removesuffix('kernel')}bias"
 
 
 def as_rules(rules: Iterable[RuleLike]) -> tuple[Rule, ...]:
-    """Tuples `(pattern, method)` as rules for all layers."""
+    """The rules, with a `Rule` for every tuple `(pattern, method)`."""
     return tuple(rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules)
 
 
 def _axes(path: str, ndim: int, rule: Rule) -> tuple[int, int]:
-    """How many leading axes are stack axes and how many of the rest are input axes."""
-    below_layers = STACKED_UNDER in path.split("/") and module_path(path)[1] is None
-    stack = rule.stack_axes if rule.stack_axes is not None else int(below_layers and ndim > 2)
-    own = ndim - stack
-    if own < 2:
+    """How many leading axes are stack axes, and how many of the others are input axes."""
+    under_layers = STACKED_UNDER in path.split("/") and module_path(path)[1] is None
+    stack = rule.stack_axes if rule.stack_axes is not None else int(under_layers and ndim > 2)
+    others = ndim - stack
+    if others < 2:
         raise SboraxError(f"{path}: a kernel of {ndim} axes has no (in, out) pair after {stack} stack axes")
-    if own > 2 and rule.in_axes is None:
+    if others > 2 and rule.in_axes is None:
         raise SboraxError(
-            f"{path}: {ndim} axes, of which {stack} stack layers: say which are input and output with "
+            f"{path}: {ndim} axes, {stack} of them stack axes: say which are input and output with "
             f"Rule({rule.pattern!r}, ..., in_axes=...) or stack_axes=..."
         )
     in_axes = rule.in_axes or 1
-    if not 0 < in_axes < own:
-        raise SboraxError(f"{path}: in_axes={in_axes} leaves no output axis among {own}")
+    if not 0 < in_axes < others:
+        raise SboraxError(f"{path}: in_axes={in_axes} leaves no output axis among {others}")
     return stack, in_axes
 
 
 def _ranks(
     site: str, weight: Any, layers: Sequence[int], stack: Sequence[int], shape: tuple[int, int], depth: int
 ) -> Callable[[RankPolicy], int | tuple[int, ...]]:
-    def read(position: int) -> Callable[[], np.ndarray]:
+    """A function that asks a policy for the ranks of one kernel."""
+
+    def reader(position: int) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:
             if isinstance(weight, jax.ShapeDtypeStruct):
                 raise SboraxError(f"{site}: this rank policy reads the weights; plan on a loaded model")
             place = tuple(int(index) for index in np.unravel_index(position, stack)) if stack else ()
-            one = jax.tree.map(lambda leaf: leaf[place], weight) if stack else weight
-            check_finite(site, one)
-            return np.asarray(dense(one), np.float32).reshape(shape)
+            layer = jax.tree.map(lambda leaf: leaf[place], weight) if stack else weight
+            check_finite(site, layer)
+            return np.asarray(dense(layer), np.float32).reshape(shape)
 
         return load
 
     def choose(policy: RankPolicy) -> int | tuple[int, ...]:
-        ranks = policy.ranks([read(position) for position in range(len(layers))], layers, depth)
+        ranks = policy.ranks([reader(position) for position in range(len(layers))], layers, depth)
         return ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
 
     return choose
 
 
 def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | None = None) -> Plan:
-    """Match rules against kernels, settle ranks and check shapes. Arrays or `ShapeDtypeStruct`s will do.
+    """Matches rules with kernels, resolves ranks and checks shapes.
 
-    hints: `Hint` by module path, for methods that need one; `layers/3/mlp/up_proj` goes before `layers/mlp/up_proj`.
-    Raises SboraxError for a rule that matches nothing, a shape that a method refuses, a missing hint.
+    Args:
+    - params: the parameters of a model, or their `jax.ShapeDtypeStruct`s. A rank policy may need the arrays.
+    - rules: `Rule`s, or tuples `(pattern, method)`, in order: the first match wins.
+    - hints: a `Hint` by module path, for methods that need one. `layers/3/mlp/up_proj` wins over `layers/mlp/up_proj`.
+
+    Raises SboraxError for a rule that matches nothing, a shape that a method refuses, and a missing hint.
     """
     rules = as_rules(rules)
-    found = kernels(params)
-    numbered = [module_path(path)[1] for path in found]
-    flat_depth = 1 + max((number for number in numbered if number is not None), default=0)
+    weights = kernels(params)
+    numbers = [module_path(path)[1] for path in weights]
+    numbered_depth = 1 + max((number for number in numbers if number is not None), default=0)
     used: set[int] = set()
     sites, untouched = [], []
-    for path, weight in found.items():
+    for path, weight in weights.items():
         name, number = module_path(path)
         matching = [(i, rule) for i, rule in enumerate(rules) if search(rule.pattern, name)]
         if not matching:
             untouched.append(path)
             continue
         axes, in_axes = _axes(path, len(weight.shape), matching[0][1])
-        stack, own = tuple(weight.shape[:axes]), weight.shape[axes:]
+        stack, sizes = tuple(weight.shape[:axes]), weight.shape[axes:]
         layers = _layers(path, stack, number or 0)
-        depth = stack[0] if stacks_layers(path, stack) else flat_depth
-        owner: dict[int, list[int]] = {}
+        depth = stack[0] if stacks_layers(path, stack) else numbered_depth
+        by_rule: dict[int, list[int]] = {}
         for position, layer in enumerate(layers):
             first = next((i for i, rule in matching if rule.covers(layer, depth)), None)
             if first is not None:
                 used.add(first)
-                owner.setdefault(first, []).append(position)
-        chosen = {i: positions for i, positions in owner.items() if rules[i].method is not None}
+                by_rule.setdefault(first, []).append(position)
+        chosen = {i: positions for i, positions in by_rule.items() if rules[i].method is not None}
         if not chosen:
             untouched.append(path)
             continue
-        shape = (math.prod(own[:in_axes]), math.prod(own[in_axes:]))
-        settle = _ranks(name, weight, layers, stack, shape, depth)
+        shape = (math.prod(sizes[:in_axes]), math.prod(sizes[in_axes:]))
+        choose = _ranks(name, weight, layers, stack, shape, depth)
         parts = []
         for i, positions in chosen.items():
             method = rules[i].method
             assert method is not None
-            method = _resolved(method, settle)
+            method = _resolved(method, choose)
             if method.linked and not (stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None):
                 raise SboraxError(
-                    f"{path}: {type(method).__name__} links layers, and this is none of a stack (one leading axis) nor "
-                    "below a layer number (layers/3/...); give it to the kernels of layers alone"
+                    f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
+                    "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
                 )
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
-        whole = len(parts) == 1 and len(parts[0][1]) == len(layers)
-        method = parts[0][0] if whole else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
+        everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)
+        method = parts[0][0] if everywhere else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
         sites.append(Site(path, method, stack, shape, in_axes, number or 0))
     unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
     if unused:
         raise SboraxError(
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
-            f"the kernels are {', '.join(sorted({module_path(path)[0] for path in found})) or 'none'}"
+            f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
     experts = {site.path: Expert(site.method, site.stack, not isinstance(site.method, ByLayer)) for site in sites}
-    for path, method, stack, shape in routers(experts, found, STACKED_UNDER):
+    for path, method, stack, shape in routers(experts, weights, STACKED_UNDER):
         sites.append(Site(path, method, stack, shape, 1, module_path(path)[1] or 0))
     return Plan(tuple(sites), tuple(untouched))
 
 
-def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, whole: Sequence[int]) -> None:
+def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, kernel: Sequence[int]) -> None:
+    """Raise SboraxError for a method that cannot adapt a weight of this shape, or lacks a hint.
+
+    - kernel: the shape of the kernel, stack axes included.
+    """
     if isinstance(method, AbstractRouter):
         raise SboraxError(f"{path}: {type(method).__name__} is placed by the method it belongs to; give that one")
     if isinstance(method.rank, tuple) and not method.ragged:
@@ -269,12 +287,12 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
     missing = [need for need in sorted(method.needs) if hint is None or getattr(hint, need) is None]
     if missing:
         raise SboraxError(f"{path}: {type(method).__name__} needs hint {missing[0]!r} for this kernel")
-    if hint is not None and "grad" in method.needs and tuple(hint.grad.shape) != tuple(whole):
-        raise SboraxError(f"{path}: the gradient has shape {tuple(hint.grad.shape)}, the kernel {tuple(whole)}")
+    if hint is not None and "grad" in method.needs and tuple(hint.grad.shape) != tuple(kernel):
+        raise SboraxError(f"{path}: the gradient has shape {tuple(hint.grad.shape)}, the kernel {tuple(kernel)}")
 
 
 def _check_bounds(value: Any) -> None:
-    """Raise SboraxError for a hyper-parameter, of a method or of its parts, that is not above its bound."""
+    """Raise SboraxError for a hyper-parameter of a method, or of its parts, that is not above its bound."""
     if isinstance(value, tuple):
         for part in value:
             _check_bounds(part)
@@ -288,7 +306,7 @@ def _check_bounds(value: Any) -> None:
 
 
 def has_policy(method: AbstractMethod) -> bool:
-    """Whether a rank of the method, or of a part of it, is left to a policy."""
+    """Whether a policy chooses a rank of the method or of one of its parts."""
 
     def is_open(value: Any) -> bool:
         if isinstance(value, tuple):
@@ -301,11 +319,11 @@ def has_policy(method: AbstractMethod) -> bool:
 def _resolved(method: AbstractMethod, choose: Callable[[RankPolicy], int | tuple[int, ...]]) -> AbstractMethod:
     """The method with every rank policy, parts included, replaced by what `choose` returns."""
 
-    def settle(value: Any) -> Any:
+    def resolve(value: Any) -> Any:
         if isinstance(value, RankPolicy):
             return choose(value)
         if isinstance(value, AbstractMethod):
             return _resolved(value, choose)
-        return tuple(settle(part) for part in value) if isinstance(value, tuple) else value
+        return tuple(resolve(part) for part in value) if isinstance(value, tuple) else value
 
-    return type(method)(**{name: settle(value) for name, value in vars(method).items()})
+    return type(method)(**{name: resolve(value) for name, value in vars(method).items()})

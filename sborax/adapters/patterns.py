@@ -1,4 +1,4 @@
-"""Regular expressions out of configs, matched within a time limit: a hostile one may take for ever."""
+"""Regular expressions from configs, matched within a time limit, since a hostile one may take forever."""
 
 import functools
 import re
@@ -11,14 +11,14 @@ from sborax.adapters.core import SboraxError
 SECONDS = 0.2
 """Time limit per match, in seconds."""
 LENGTH = 2**16
-"""Length limit of a pattern, in characters. A list of all modules of a large model takes a third of it."""
+"""Length limit of a pattern, in characters. A list of all modules of a large model has a third of it."""
 
 
 @functools.lru_cache(4096)
 def compiled(pattern: str) -> Any:
-    """A pattern of `re`, compiled by `regex`, whose matches have time limits.
+    """A pattern of `re`, compiled by `regex`, whose matches can have a time limit.
 
-    Raises SboraxError for an invalid pattern, and for one above `LENGTH`, since compiling has no time limit.
+    Raises SboraxError for an invalid pattern, and for one longer than `LENGTH`, since compiling has no time limit.
     """
     if len(pattern) > LENGTH:
         raise SboraxError(f"the pattern {pattern[:60]!r}... has {len(pattern):,} characters; {LENGTH:,} are the most")
@@ -30,7 +30,7 @@ def compiled(pattern: str) -> Any:
 
 
 def search(pattern: str, text: str) -> bool:
-    """As `re.search`. Raises SboraxError for a pattern that takes too long."""
+    """Whether `re.search` finds the pattern. Raises SboraxError for a pattern that takes too long."""
     return _timed(compiled(pattern).search, pattern, text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Rank policies: one rank per weight, chosen on the host while a run is planned. Any method with a rank takes one."""
+"""Rank policies choose one rank per weight, on the host, while a run is planned. Any method with a rank takes one."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,10 +12,15 @@ Reader = Callable[[], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class SingularMass(RankPolicy):
-    """The fewest leading singular values whose sum reaches `threshold` of the sum of all, arXiv:2408.03290.
+    """The least rank whose leading singular values sum to `threshold` of the sum of all, arXiv:2408.03290.
 
-    k = min(max_rank, 1 + #{j : s_1 + ... + s_j < threshold * sum_i s_i}), s descending: values, not squares.
-    Reads one layer's weight at a time. Raises SboraxError for a threshold outside (0, 1] or max_rank below 1.
+    k = min(max_rank, 1 + #{j : s_1 + ... + s_j < threshold * sum_i s_i}), s the singular values, descending.
+    The values themselves count, not their squares. One layer's weight is read at a time.
+
+    - threshold: a share in (0, 1].
+    - max_rank: an upper bound on the rank, at least 1. Default None: no bound.
+
+    Raises SboraxError for values outside of these ranges.
     """
 
     threshold: float
@@ -28,7 +33,7 @@ class SingularMass(RankPolicy):
             raise SboraxError(f"max_rank must be None or at least 1, got {self.max_rank}")
 
     def ranks(self, weights: Sequence[Reader], layers: Sequence[int], depth: int) -> tuple[int, ...]:
-        """The rank of every layer."""
+        """One rank per weight."""
         return tuple(self._rank(np.linalg.svd(read(), compute_uv=False)) for read in weights)
 
     def _rank(self, singular: np.ndarray) -> int:
@@ -39,10 +44,14 @@ class SingularMass(RankPolicy):
 
 @dataclasses.dataclass(frozen=True)
 class LinearRanks(RankPolicy):
-    """From `first` in the first layer to `last` in the last, linear in depth, halves rounded up, arXiv:2401.11316.
+    """Ranks that grow, or shrink, linearly with depth, arXiv:2401.11316.
 
     r_i = floor(first + (last - first) i / (depth - 1) + 1/2), i = 0 .. depth - 1. 4 to 12 over 12 layers sums to 96.
-    A model of one layer gets `first`. Raises SboraxError for an end below 1.
+
+    - first: rank of the first layer, at least 1, and of a model with one layer.
+    - last: rank of the last layer, at least 1.
+
+    Raises SboraxError for an end below 1.
     """
 
     first: int
@@ -53,25 +62,28 @@ class LinearRanks(RankPolicy):
             raise SboraxError(f"both ends must be at least 1, got {self.first} and {self.last}")
 
     def ranks(self, weights: Sequence[Reader], layers: Sequence[int], depth: int) -> tuple[int, ...]:
-        """The rank of every layer."""
+        """One rank per weight."""
         gaps = max(depth - 1, 1)
-        # In whole numbers: a float would round some halves down.
+        # In integers, since a float would round some halves down.
         return tuple((2 * (self.first * gaps + (self.last - self.first) * i) + gaps) // (2 * gaps) for i in layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShuffledRanks(RankPolicy):
-    """The ranks of `policy` dealt to the layers of the same kernel at random: the control for an adaptive rank.
+    """The ranks of another policy, shuffled among the layers of each kernel: the control for an adaptive rank.
 
-    Raises SboraxError for a kernel that is not stacked over layers: with one layer there is nothing to shuffle.
+    - policy: the policy whose ranks are shuffled.
+    - seed: of the shuffle. Default 0.
+
+    Raises SboraxError for a kernel that is not stacked over layers, since there is nothing to shuffle.
     """
 
     policy: RankPolicy
     seed: int = 0
 
     def ranks(self, weights: Sequence[Reader], layers: Sequence[int], depth: int) -> tuple[int, ...]:
-        """The rank of every layer."""
-        own = self.policy.ranks(weights, layers, depth)
+        """One rank per weight."""
+        ranks = self.policy.ranks(weights, layers, depth)
         if len(set(layers)) < 2:
             raise SboraxError("ShuffledRanks needs a kernel stacked over layers: there is one layer's rank to shuffle")
-        return tuple(own[i] for i in np.random.default_rng(self.seed).permutation(len(own)))
+        return tuple(ranks[i] for i in np.random.default_rng(self.seed).permutation(len(ranks)))

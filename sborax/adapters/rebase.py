@@ -1,4 +1,4 @@
-"""One adapter and the weight it stands on: the base that it leaves, its leaves that follow from it, and a wrong one."""
+"""One adapter and its base weight: rewriting the base, leaves that depend on the base, and noticing a wrong base."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from sborax.adapters.core import (
     AbstractMethod,
     AbstractWeight,
     Adapter,
+    Leaves,
     SboraxError,
     Weight,
     dense,
@@ -24,52 +25,54 @@ from sborax.adapters.core import (
 from sborax.adapters.depth import over_stack, stack_of
 
 LEFT = "left"
-"""The frozen leaf <W, s a0 b0> / |s a0 b0|^2 of the base W that such a method left. It is larger by 1 for the base
-before, whatever the two are rounded to."""
+"""A frozen leaf of methods that rewrite the base: <W, s a0 b0> / |s a0 b0|^2 of the rewritten base W.
+
+For the original base, W + s a0 b0, the number is larger by 1, however the two are rounded. That tells them apart.
+"""
 
 
 def as_matrix(weight: Any, stack: int, in_axes: int) -> Any:
     """A kernel as `(*stack, in, out)`."""
     if isinstance(weight, AbstractWeight):
         return weight
-    own = weight.shape[stack:]
-    return weight.reshape(*weight.shape[:stack], math.prod(own[:in_axes]), math.prod(own[in_axes:]))
+    sizes = weight.shape[stack:]
+    return weight.reshape(*weight.shape[:stack], math.prod(sizes[:in_axes]), math.prod(sizes[in_axes:]))
 
 
 @jax.jit
 def rewrite(weight: Weight, node: Adapter) -> Weight:
-    """The base that an adapter stands on, from the original one: W <- W - s a0 b0, part by part.
+    """The rewritten base of an adapter, from the original one: W <- W - s a0 b0, part by part.
 
-    One program makes it for `attach` and for all who load the leaves later, so both have the same bits. Layers of which
-    no part takes anything keep theirs, quantised or not.
+    `attach`, and all code that loads adapters, run this same program, so all get the same bits. Layers that no part
+    rewrites keep their bits, quantised or not.
 
-    Raises SboraxError for a method that rewrites the base and keeps no `a0`, `b0`, `scale` to do it again.
+    Raises SboraxError for a method that rewrites the base but has no leaves `a0`, `b0`, `scale`.
     """
     stack = stack_of(node)
 
-    def one(layer: Array, own: Any, adapter: Adapter) -> tuple[Array, Array]:
-        own, adapter = whole((own, adapter))
-        before = dense(own).astype(jnp.float32)
+    def rewrite_layer(layer: Array, kernel: Any, adapter: Adapter) -> tuple[Array, Array]:
+        kernel, adapter = whole((kernel, adapter))
+        before = dense(kernel).astype(jnp.float32)
         residual = _residual(before, adapter, layer)
         # Rounded once at the end, however many parts there are.
-        new = residual if isinstance(own, AbstractWeight) else residual.astype(own.dtype)
+        new = residual if isinstance(kernel, AbstractWeight) else residual.astype(kernel.dtype)
         return new, jnp.any(residual != before)
 
     layers = jnp.arange(math.prod(stack)).reshape(stack)
     with jax.default_matmul_precision("highest"):
-        new, changed = over_stack(one, stack)(layers, as_matrix(weight, len(stack), node.in_axes), node)
+        new, changed = over_stack(rewrite_layer, stack)(layers, as_matrix(weight, len(stack), node.in_axes), node)
     return encode(weight, new, changed) if isinstance(weight, AbstractWeight) else new.reshape(weight.shape)
 
 
 def encode(
     weight: AbstractWeight, new: Float[Array, "*stack in out"], changed: Bool[Array, "*stack"]
 ) -> AbstractWeight:
-    """`weight` with other values in the layers that changed. Quantising is not idempotent, so the others are left."""
+    """`weight` with new values in the layers that changed. Quantising is not idempotent, so others keep their bits."""
 
-    def one(leaf: Array, old: Array) -> Array:
+    def changed_layers(leaf: Array, old: Array) -> Array:
         return jnp.where(changed.reshape(*changed.shape, *[1] * (leaf.ndim - changed.ndim)), leaf, old)
 
-    return jax.tree.map(one, weight.encode(new), weight)
+    return jax.tree.map(changed_layers, weight.encode(new), weight)
 
 
 def _residual(weight: Float[Array, "in out"], node: Adapter, layer: Array) -> Float[Array, "in out"]:
@@ -86,36 +89,34 @@ def _residual(weight: Float[Array, "in out"], node: Adapter, layer: Array) -> Fl
 
 
 def reads_base(method: AbstractMethod) -> bool:
-    """Whether the adapted function depends on a frozen leaf that follows from the base."""
+    """Whether the adapted function depends on a frozen leaf that is computed from the base."""
     if isinstance(method, AbstractComposite):
         return any(reads_base(part) for part in method.members)
     return bool(method.base_leaves)
 
 
 def rebase(weight: Weight, node: Adapter) -> Adapter:
-    """The adapter with the leaves that follow from its base taken from `weight`, the base as it stands there.
+    """The adapter with the frozen leaves that depend on the base computed from `weight`, its base from now on.
 
-    One program makes them wherever an adapter meets a base: on the same base they are the same bits.
+    The same program computes them wherever an adapter meets a base: on the same base they have the same bits.
     """
     return _rebase(weight, node) if node.method.rewrites_base or reads_base(node.method) else node
 
 
 @jax.jit
 def _rebase(weight: Weight, node: Adapter) -> Adapter:
-    def one(own: Any, adapter: Adapter) -> Adapter:
-        return _on(*whole((own, adapter)))
+    def frozen_of_layer(kernel: Any, adapter: Adapter) -> Leaves:
+        return _rebase_layer(*whole((kernel, adapter))).frozen
 
     stack = stack_of(node)
     with jax.default_matmul_precision("highest"):
-        frozen = over_stack(lambda own, adapter: one(own, adapter).frozen, stack)(
-            as_matrix(weight, len(stack), node.in_axes), node
-        )
+        frozen = over_stack(frozen_of_layer, stack)(as_matrix(weight, len(stack), node.in_axes), node)
     return dataclasses.replace(node, frozen=frozen)
 
 
-def _on(weight: Weight, node: Adapter) -> Adapter:
+def _rebase_layer(weight: Weight, node: Adapter) -> Adapter:
     if isinstance(node.method, AbstractComposite):
-        return with_parts(node, [_on(weight, child) for child, _ in node.method.children(node)])
+        return with_parts(node, [_rebase_layer(weight, child) for child, _ in node.method.children(node)])
     leaves = {name: leaf(weight, node.frozen) for name, leaf in node.method.base_leaves.items()}
     if _knows_base(node.method):
         leaves[LEFT] = _left(weight, node)
@@ -135,9 +136,9 @@ def _left(weight: Weight, node: Adapter) -> Float[Array, ""]:
 
 @jax.jit
 def astray(weight: Weight, node: Adapter) -> Bool[Array, ""]:
-    """Whether the node stands on another weight than it left: that before it was attached, say.
+    """Whether `weight` is not the base that the adapter left when it was attached: the original base, say.
 
-    Adapters that rewrite nothing stand anywhere, and of those without the leaf `left` it is not known.
+    False for adapters that rewrite nothing, and for those without the leaf `left`.
     """
     stack = stack_of(node)
     layers = jnp.arange(math.prod(stack)).reshape(stack)

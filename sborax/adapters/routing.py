@@ -1,7 +1,7 @@
-"""Routers: what decides, once a sequence, how much of each adapter of a layer is used.
+"""Routers: once per sequence, a router decides how much of each adapter of its layer is used.
 
-A router is an adapter without a kernel. Its leaves lie at the path of its layer, `layers/router`, so that it is split,
-saved, counted and vmapped like every other one. The model asks it once a layer, and hands the answer on in a `Context`.
+A router is an adapter without a kernel. Its path is that of its layer, `layers/router`, so it is split, saved, counted
+and vmapped like every other adapter. The model calls it once per layer and passes its weights on in a `Context`.
 """
 
 import abc
@@ -14,29 +14,30 @@ from jaxtyping import Array, Bool, Float
 from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Context, SboraxError, Weight
 
 ROUTER = "router"
-"""Name of a layer's router among its modules."""
+"""The name of a router among the modules of its layer."""
 PROMPT = "prompt"
-"""Name in `Context.tokens` of the (batch, seq) mask of the tokens that a router may read."""
+"""The name in `Context.tokens` of a (batch, seq) mask of the tokens that a router may read."""
 GATE = "gate"
-"""Name in `Context.rows` of a projection's own weight, (batch,): absent where nothing routes, which means 1."""
+"""The name in `Context.rows` of a projection's weight, (batch,). Without a router it is absent, and the weight is 1."""
 
 
 class AbstractRouter(AbstractMethod):
-    """Weighs the adapters of one layer. `init` is given zeros of shape (width of the layer, number of experts)."""
+    """Weighs the adapters of one layer, its experts. `init` gets zeros of shape (width of the layer, experts)."""
 
     rank = 1
     no_merge = "it weighs the adapters of its layer anew for every prompt"
 
     experts: tuple[str, ...]
-    """Paths of the projections that it weighs, below its layer."""
+    """Paths of the projections that it weighs, relative to its layer."""
 
     @abc.abstractmethod
     def route(
         self, x: Float[Array, "batch seq d"], prompt: Bool[Array, "batch seq"], adapter: Adapter
     ) -> tuple[Float[Array, "batch experts"], Float[Array, ""]]:
-        """The weight of every expert, from those tokens of the layer's input that `prompt` marks.
+        """The weight of every expert, and a loss per token that keeps the experts in balance.
 
-        Also a loss that keeps the experts in balance, to be added to that of the step (per token).
+        - x: the layer's input.
+        - prompt: marks the tokens that the router may read.
         """
 
     def apply(
@@ -49,30 +50,30 @@ class AbstractRouter(AbstractMethod):
 
 
 class AbstractRouted(AbstractMethod):
-    """A method whose adapters are the experts of a router: those of one layer share it.
+    """A method whose adapters are the experts of a router. Those of one layer share a router.
 
-    An expert reads its weight from `ctx.rows[GATE]`. One that is alone in its layer has no router and a weight of 1.
+    An expert reads its weight from `ctx.rows[GATE]`. An expert alone in its layer has no router, and a weight of 1.
     """
 
     @abc.abstractmethod
     def router(self, experts: tuple[str, ...]) -> AbstractRouter:
-        """The router of a layer with these experts; methods with equal routers may share a layer."""
+        """The router of a layer with these experts. Methods may share a layer if their routers are equal."""
 
 
 def routed_parts(method: AbstractMethod) -> tuple[AbstractRouted, ...]:
-    """The routed methods in `method`: itself, or those that it is made of."""
+    """The routed methods among `method` and its parts."""
     if isinstance(method, AbstractComposite):
         return tuple(part for member in method.members for part in routed_parts(member))
     return (method,) if isinstance(method, AbstractRouted) else ()
 
 
 def selective(method: AbstractMethod) -> bool:
-    """Whether a step may leave the adapter without any gradient, because no sequence chose it."""
+    """Whether an adapter may get no gradient in a step, because no sequence selected it."""
     return isinstance(method, AbstractRouter) or bool(routed_parts(method))
 
 
 class Expert(NamedTuple):
-    """A planned projection: its method, the leading axes of its kernel, and whether it is adapted in every layer."""
+    """A planned projection: its method, the stack axes of its kernel, and whether every layer of it is adapted."""
 
     method: AbstractMethod
     stack: tuple[int, ...]
@@ -89,7 +90,7 @@ class Placed(NamedTuple):
 
 
 def layer_of(path: str, layers: str) -> str:
-    """`layers/3/mlp/up_proj/kernel` -> `layers/3`; a stack of layers is one; outside of layers, the path itself."""
+    """`layers/3/mlp/up_proj/kernel` -> `layers/3`, and `layers/mlp/...` -> `layers`. Elsewhere the path itself."""
     parts = path.split("/")
     if layers not in parts:
         return path
@@ -98,10 +99,15 @@ def layer_of(path: str, layers: str) -> str:
 
 
 def routers(planned: Mapping[str, Expert], kernels: Mapping[str, Any], layers: str) -> list[Placed]:
-    """A router for every layer with two or more experts among the `planned` projections (by path of their kernels).
+    """A router for every layer with two or more experts.
 
-    Its width is the input size that most kernels of the layer have: what most of them read is the residual stream.
-    Raises SboraxError for experts of one layer with different routers or that are not in every layer of a stack.
+    Its width is the most frequent input size among the kernels of the layer: most kernels read the residual stream.
+
+    - planned: projections by the path of their kernel.
+    - kernels: all kernels by path.
+    - layers: the name of the module that layers are under.
+
+    Raises SboraxError for experts of one layer with different routers, or that are not in every layer of a stack.
     """
     by_layer: dict[str, list[str]] = {}
     for path, expert in planned.items():

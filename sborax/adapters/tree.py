@@ -1,7 +1,26 @@
-"""The verbs over whole trees: plan -> attach -> split / combine -> merge. All pure.
+"""Pure functions over whole trees: plan -> attach -> split / combine -> merge.
 
-`adapters` is a nested dict with the paths of the kernels it adapts, an `Adapter` at every leaf. It travels beside
-the parameters and never inside them, so a base checkpoint loads unchanged and the optimiser never sees the base.
+`attach` leaves the parameters alone and makes a second tree: nested dicts with an `Adapter` at the path of every kernel
+that a rule covers. For `params, adapters = attach(key, params, [("q_proj", LoRA(rank=8))])`:
+
+    params                              adapters
+
+    layers                              layers
+      self_attn                           self_attn
+        q_proj                              q_proj
+          kernel (22, 2048, 2048)             kernel Adapter
+        o_proj                                         train  {a: (22, 2048, 8), b: (22, 8, 2048)}
+          kernel (22, 2048, 2048)                      frozen {scale: (22,)}
+      mlp                                              method LoRA(rank=8)
+        ...
+    norm
+      scale (2048,)
+
+A base checkpoint loads unchanged, and an optimiser never sees the base:
+
+    train, frozen = split(adapters)     two trees with these paths, one with the train leaves, one with the frozen ones
+    adapters = combine(train, frozen)   and back
+    merged = merge(params, adapters)    `params` with W + s a b for layers/self_attn/q_proj/kernel, the rest as it was
 """
 
 import functools
@@ -28,12 +47,12 @@ from sborax.adapters.core import (
     Weight,
     dense,
     is_adapter,
-    is_weight,
     leaf_axes,
     structure,
 )
 from sborax.adapters.depth import axes_leaves, over_stack, stack_of
-from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, leaves_by_path, plan, weight_keys
+from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
+from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
 from sborax.adapters.routing import AbstractRouter
@@ -44,29 +63,9 @@ Adapters = dict[str, Any]
 """Nested dicts with an `Adapter` at every leaf."""
 
 
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def nodes(adapters: PyTree) -> dict[str, Adapter]:
     """Every adapter by the path of its kernel."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapters, is_leaf=is_adapter)
-    return {_path(path): leaf for path, leaf in leaves if is_adapter(leaf)}
-
-
-def nest(flat: Mapping[str, Any]) -> Adapters:
-    """`{"a/b": x}` as `{"a": {"b": x}}`."""
-    tree: Adapters = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda branch, part: branch.setdefault(part, {}), parents, tree)[last] = leaf
-    return tree
-
-
-def _replace(params: Params, new: Mapping[str, Any]) -> Params:
-    if not new:
-        return params
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_path(path), leaf), params, is_leaf=is_weight)
+    return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
@@ -76,14 +75,14 @@ def _fit(
     matrix = as_matrix(weight, len(stack), in_axes)
     positions = jnp.arange(math.prod(stack)).reshape(stack)
 
-    def one(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
+    def fit_layer(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
         kernel, grad = whole((kernel, grad))
         return method.init(key, kernel, Hint(position, grad))
 
     with jax.default_matmul_precision("highest"):
         grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
-        fitted = over_stack(one, stack)(keys, positions, matrix, grad)
+        fitted = over_stack(fit_layer, stack)(keys, positions, matrix, grad)
     return fitted.train, fitted.frozen
 
 
@@ -93,44 +92,53 @@ def attach(
     rules: Iterable[RuleLike] | Plan,
     hints: Mapping[str, Hint] | None = None,
 ) -> tuple[Params, Adapters]:
-    """Fit an adapter to every kernel that a rule covers: `(params, adapters)`.
+    """Makes an adapter for every kernel that a rule covers, and returns `(params, adapters)`.
 
-    The base comes back untouched (the same arrays) unless a method declares `rewrites_base`. Keys are folded from
-    the module path, its numbers and the position in a stack: adding a target reshuffles no other, and a stack equals
-    its layers.
+    The parameters come back as the same arrays, but for kernels whose method declares `rewrites_base`.
+
+    Args:
+    - key: each weight gets a key folded from this one, the names and numbers in its path and its position in a stack.
+      Adding a target changes no other adapter, and a stack gets the adapters that its layers would get one by one.
+    - params: the parameters of a model, any tree with a leaf `kernel` per projection.
+    - rules: which kernels get which method, in order, as for `plan`; or a plan.
+    - hints: gradients for methods that need them, by module path; see `gradient_hints`.
 
     Raises SboraxError as `plan` does, and for a kernel or a gradient that is not finite.
     """
-    settled = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
-    found = kernels(params)
+    resolved = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
+    weights = kernels(params)
     adapters, rewritten = {}, {}
-    for site in settled.sites:
-        node = adapters[site.path] = fit(key, found.get(site.path), site, hint_of(hints, site.path) or Hint())
+    for site in resolved.sites:
+        node = adapters[site.path] = fit(key, weights.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
-            rewritten[site.path] = rewrite(found[site.path], node)
+            rewritten[site.path] = rewrite(weights[site.path], node)
             check_finite(site.path, rewritten[site.path])
-    params = _replace(params, rewritten)
+    params = replace_leaves(params, rewritten)
     return params, rebase(params, nest(adapters))
 
 
 def rebase(params: Params, adapters: PyTree) -> PyTree:
-    """The same adapters on another base: their frozen leaves that follow from it are taken from `params`.
+    """The same adapters with frozen leaves that depend on the base, such as DoRA's norms, computed from `params`.
 
-    `attach`, `load_adapter` and `load_peft` do it themselves; it is for who then rounds or quantises `params`. On the
-    same base every bit stays. What a method trains, and what it took out of its first base, is never touched.
+    Call it after rounding or quantising `params`; `attach`, `load_adapter` and `load_peft` do it themselves. On the
+    same base every bit stays. Trained leaves, and what a method took out of its first base, never change.
+
+    Args:
+    - params: the parameters that the adapters are used with from now on.
+    - adapters: a tree of adapters. Those whose kernel is not in `params` stay as they are.
     """
-    found = kernels(params)
+    weights = kernels(params)
 
-    def one(path: str, node: Adapter) -> Adapter:
-        return rebase_node(found[path], node) if path in found else node
+    def rebased(path: str, node: Adapter) -> Adapter:
+        return rebase_node(weights[path], node) if path in weights else node
 
-    return nest({path: one(path, node) for path, node in nodes(adapters).items()})
+    return nest({path: rebased(path, node) for path, node in nodes(adapters).items()})
 
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
     """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight.
 
-    Raises SboraxError for a weight or a gradient that is not finite: a decomposition of it might never end.
+    Raises SboraxError for a weight or a gradient that is not finite, since decomposing it might never end.
     """
     check_finite(site.path, weight)
     check_finite(f"{site.path}: its gradient", hint.grad)
@@ -141,7 +149,10 @@ def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> A
 
 
 def split(adapters: PyTree) -> tuple[PyTree, PyTree]:
-    """`(train, frozen)`: two trees of the same nodes, one without frozen leaves, one without trained ones."""
+    """`(train, frozen)`: the tree without its frozen leaves, and without its trained ones.
+
+    `train` is what to differentiate and to give to an optimiser.
+    """
 
     def half(train: bool) -> PyTree:
         return jax.tree.map(
@@ -154,59 +165,67 @@ def split(adapters: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def combine(train: PyTree, frozen: PyTree) -> PyTree:
-    """The inverse of `split`, also where the frozen half holds some of the leaves that a method trains."""
+    """The inverse of `split`.
 
-    def joined(half: Adapter, rest: Adapter) -> Adapter:
-        return Adapter(_union(rest.train, half.train), rest.frozen, half.method, half.in_axes)
+    Args:
+    - train, frozen: the halves of a tree. `frozen` may also hold trained leaves that are missing in `train`, since some
+      optimisers hold a part of them fixed.
+    """
+
+    def joined(train_half: Adapter, frozen_half: Adapter) -> Adapter:
+        leaves = _union(frozen_half.train, train_half.train)
+        return Adapter(leaves, frozen_half.frozen, train_half.method, train_half.in_axes)
 
     return jax.tree.map(joined, train, frozen, is_leaf=is_adapter)
 
 
-def _union(held: Leaves, trained: Leaves) -> Leaves:
-    """The leaves of both, nested alike; no leaf is in both."""
-    shared = {name: _union(held[name], trained[name]) for name in held.keys() & trained.keys()}
-    return {**held, **trained, **shared}
+def _union(first: Leaves, second: Leaves) -> Leaves:
+    """The leaves of two nested dicts that have no leaf in common."""
+    shared = {name: _union(first[name], second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **shared}
 
 
 def link(adapters: PyTree) -> PyTree:
-    """The same adapters, with what a layer needs of other layers' weights in its own leaves. For models of your own.
+    """Equivalent adapters in which every layer has a copy of the weights that it needs of other layers.
 
-    `LanguageModel`, `merge` and `save_peft` do it themselves. Differentiable; nothing changes for methods whose
-    layers are not linked (`ResLoRA`'s are), nor when done again.
+    Only methods whose layers are linked change (ResLoRA). Call it in models of your own, before the adapters are used;
+    `LanguageModel`, `merge` and `save_peft` do it themselves. Differentiable; linking twice changes nothing.
     """
     linked = depth.link(nodes(adapters))
-    return jax.tree_util.tree_map_with_path(lambda path, node: linked[_path(path)], adapters, is_leaf=is_adapter)
+    return map_with_path(lambda path, node: linked[path], adapters, is_leaf=is_adapter)
 
 
 def merge(params: Params, adapters: PyTree) -> Params:
-    """Parameters whose plain model is the adapted one: W' = method.merge(W, adapter), computed in float32.
+    """Plain parameters of the adapted model: W' = method.merge(W, adapter) for every adapted kernel.
 
-    Pure and differentiable, over any parameter tree with the same paths; kernels that no adapter touches are the
-    same arrays. Quantised kernels come back dense. A method that adapts the bias changes the leaf `bias` beside its
-    kernel.
+    Computed in float32, then cast to the dtype of W. Differentiable. Other leaves are the same arrays. Quantised
+    kernels come back dense. A method that adapts the bias changes the leaf `bias` beside its kernel.
 
-    Raises SboraxError for a method without a merged form, for an adapter whose kernel is not in `params`, and, unless
-    traced, for a method that rewrites the base and stands on one that was not rewritten.
+    Args:
+    - params: what `attach` returned, or any parameters with the same paths, such as a copy in another precision.
+    - adapters: a tree of adapters.
+
+    Raises SboraxError for a method without a merged form, for an adapter whose kernel is not in `params`, and for
+    `params` from before `attach` if a method rewrote them. The last is not noticed inside a trace.
     """
-    found = leaves_by_path(params)
-    linked = nodes(link(adapters))
-    new = {}
-    for path, node in linked.items():
+    leaves = flatten(params)
+    merged = {}
+    for path, node in nodes(link(adapters)).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
-        if path not in found:
+        if path not in leaves:
             raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
-        weight = found[path]
+        weight = leaves[path]
         check_base(path, weight, node)
-        new[path] = merged_node(weight, node)
-        beside = bias_path(path)
-        if node.method.adapts_bias and beside in found:
-            new[beside] = merge_bias(beside, found[beside], weight, node).astype(found[beside].dtype)
-    return _replace(params, new)
+        merged[path] = merged_node(weight, node)
+        bias = bias_path(path)
+        if node.method.adapts_bias and bias in leaves:
+            merged[bias] = merge_bias(bias, leaves[bias], weight, node).astype(leaves[bias].dtype)
+    return replace_leaves(params, merged)
 
 
 def check_base(path: str, weight: Weight, node: Adapter) -> None:
-    """Raise SboraxError if `weight` is not what a method that rewrites the base left. Traced values tell nothing."""
+    """Raise SboraxError if a method rewrites the base and `weight` is not what it left. Traced values always pass."""
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((weight, node)))
     if node.method.rewrites_base and not traced and bool(astray(weight, node)):
         method = node.method
@@ -219,7 +238,7 @@ def check_base(path: str, weight: Weight, node: Adapter) -> None:
 
 
 def merged_node(weight: Weight, node: Adapter) -> Array:
-    """One kernel whose plain projection is the adapted one, in the dtype of `weight`."""
+    """The merged kernel of one adapter, in the shape and dtype of `weight`."""
     stack = stack_of(node)
     matrix = as_matrix(weight, len(stack), node.in_axes)
     with jax.default_matmul_precision("highest"):
@@ -228,9 +247,12 @@ def merged_node(weight: Weight, node: Adapter) -> Array:
 
 
 def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapter) -> Float[Array, "..."]:
-    """The float32 bias at `path` that goes with the merged `weight` of `node`, in its shape.
+    """The float32 bias that goes with the merged kernel, in the shape of `bias`.
 
-    Raises SboraxError for a bias that has not one entry an output.
+    - path: where the bias is, for the error.
+    - weight: the kernel before merging.
+
+    Raises SboraxError for a bias that does not have one entry per output.
     """
     stack = stack_of(node)
     expected = weight.shape[: len(stack)] + weight.shape[len(stack) + node.in_axes :]
@@ -244,35 +266,39 @@ def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapt
 
 
 def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
-    """Partition specs of every adapter leaf, derived from those of the kernels: `base_specs` mirrors the params.
+    """Partition specs of every adapter leaf, a tree like `adapters`, from those of the kernels.
 
-    "in" and "out" copy the kernel's entry, stack axes copy theirs, "rank" and None are replicated, and so are routers.
+    Axes "in" and "out" of a leaf are cut as those of the kernel, stack axes as the kernel's. Axes "rank" and None are
+    replicated, and so are routers.
+
+    Args:
+    - adapters: a tree of adapters; their shapes will do.
+    - base_specs: a `jax.sharding.PartitionSpec` for every parameter, a tree like the parameters.
     """
-    is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)  # noqa: E731
-    flat = {_path(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(base_specs, is_leaf=is_spec)}
+    kernel_specs = flatten(base_specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
-    def one(path: tuple[Any, ...], node: Adapter) -> Adapter:
-        spec = () if isinstance(node.method, AbstractRouter) else tuple(flat[_path(path)])
+    def node_specs(path: str, node: Adapter) -> Adapter:
+        given = () if isinstance(node.method, AbstractRouter) else tuple(kernel_specs[path])
         stack = len(stack_of(node))
-        whole = spec + (None,) * (stack + 2)
-        entries: dict[str | None, Any] = {"in": whole[stack], "out": whole[stack + 1], "rank": None, None: None}
+        spec = given + (None,) * (stack + 2)
+        entries: dict[str | None, Any] = {"in": spec[stack], "out": spec[stack + 1], "rank": None, None: None}
 
-        def leaf(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
-            return jax.sharding.PartitionSpec(*whole[:stack], *(entries[name] for name in names))
+        def leaf_spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
+            return jax.sharding.PartitionSpec(*spec[:stack], *(entries[name] for name in names))
 
-        def halves(leaves):
+        def half_specs(leaves):
             axes = leaf_axes(node.method.axes, leaves)
-            return jax.tree.map(leaf, axes, is_leaf=lambda item: isinstance(item, tuple))
+            return jax.tree.map(leaf_spec, axes, is_leaf=lambda item: isinstance(item, tuple))
 
-        return Adapter(halves(node.train), halves(node.frozen), node.method, node.in_axes)
+        return Adapter(half_specs(node.train), half_specs(node.frozen), node.method, node.in_axes)
 
-    return jax.tree_util.tree_map_with_path(one, adapters, is_leaf=is_adapter)
+    return map_with_path(node_specs, adapters, is_leaf=is_adapter)
 
 
 def trainable(tree: PyTree) -> PyTree:
-    """Booleans, True for the trained leaves of adapters. Whatever else is in the tree, the base say, is False."""
+    """A tree like `tree` of booleans: True for trained leaves of adapters, False for all others, such as the base."""
 
-    def one(node: Any) -> Any:
+    def flags(node: Any) -> Any:
         if not is_adapter(node):
             return jax.tree.map(lambda _: False, node)
         return Adapter(
@@ -282,19 +308,29 @@ def trainable(tree: PyTree) -> PyTree:
             node.in_axes,
         )
 
-    return jax.tree.map(one, tree, is_leaf=is_adapter)
+    return jax.tree.map(flags, tree, is_leaf=is_adapter)
 
 
 def labels(tree: PyTree, train: str = "train", freeze: str = "freeze") -> PyTree:
-    """`trainable` as labels for `optax.partition`."""
+    """A tree like `tree` of labels for `optax.partition`.
+
+    Args:
+    - tree: adapters, or any tree that has them in it.
+    - train: the label of trained leaves of adapters.
+    - freeze: the label of all other leaves.
+    """
     return jax.tree.map(lambda flag: train if flag else freeze, trainable(tree))
 
 
 def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
-    """`jax.value_and_grad` in the first argument, for a tree that mixes trained, frozen and integer leaves.
+    """`jax.value_and_grad` for a function of a tree with trained, frozen and integer leaves.
 
-    Only the trained leaves of adapters are differentiated; every other leaf's gradient is zeros of its own dtype,
-    so the result fits `optax.partition` with `labels`.
+    Only the trained leaves of adapters are differentiated. The gradient of every other leaf is zeros of its dtype, so
+    that the result fits `optax.partition` with `labels`.
+
+    Args:
+    - function: its first argument is the tree, and it returns a scalar loss.
+    - has_aux: whether it returns `(loss, aux)`. Default False.
     """
 
     def wrapped(tree: PyTree, *args: Any, **kwargs: Any) -> Any:
@@ -316,33 +352,39 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
 
 
 def count_node(node: Adapter, layers: tuple[int, ...] | None = None) -> int:
-    """Trained parameters of one adapter at the given positions of its stack, padding left out."""
+    """Trained parameters of one adapter at some positions of its stack (None: all), padding left out."""
     if isinstance(node.method, AbstractComposite):
-        return sum(count_node(child, layers if own is None else own) for child, own in node.method.children(node))
+        parts = node.method.children(node)
+        return sum(count_node(child, layers if positions is None else positions) for child, positions in parts)
     rank = node.method.rank
     total = 0
-    names = axes_leaves(leaf_axes(node.method.axes, node.train))
-    for leaf, name in zip(jax.tree.leaves(node.train), names, strict=True):
-        stack = leaf.shape[: leaf.ndim - len(name)]
-        one, ranked = math.prod(leaf.shape[len(stack) :]), name.count("rank")
-        chosen = layers if layers is not None else range(math.prod(stack))
+    leaves_names = axes_leaves(leaf_axes(node.method.axes, node.train))
+    for leaf, names in zip(jax.tree.leaves(node.train), leaves_names, strict=True):
+        stack = leaf.shape[: leaf.ndim - len(names)]
+        size, ranked = math.prod(leaf.shape[len(stack) :]), names.count("rank")
+        positions = layers if layers is not None else range(math.prod(stack))
         if isinstance(rank, tuple):
-            total += sum(one // max(rank) ** ranked * rank[layer] ** ranked for layer in chosen)
+            total += sum(size // max(rank) ** ranked * rank[position] ** ranked for position in positions)
         else:
-            total += one * len(chosen)
+            total += size * len(positions)
     return total
 
 
 def count(adapters: PyTree) -> int:
-    """Trainable parameters, from static ranks: padded columns and unselected layers do not count."""
+    """How many parameters a tree of adapters trains. Padding, and layers that no rule covers, do not count."""
     return sum(count_node(node) for node in nodes(adapters).values())
 
 
 def add(*items: Any) -> Any:
-    """The sum of methods (one method), or of adapter trees (one tree, with what each has where only some have it).
+    """The sum of methods, a method, or the sum of adapter trees, a tree. Its delta is the sum of the deltas.
 
-    Delta of the result = sum of the deltas. A tree that rewrote its base stands on that; so does the sum.
-    Raises SboraxError unless every method involved is additive, and if several trees rewrote the base of one kernel.
+    A kernel may have adapters in some of the trees only. A tree whose method rewrote the base belongs to that base, and
+    so does the sum.
+
+    Args:
+    - items: methods, or trees of adapters.
+
+    Raises SboraxError for a method that is not additive, and if several trees rewrote the base of one kernel.
     """
     if all(isinstance(item, AbstractMethod) for item in items):
         return add_methods(*items)
@@ -350,31 +392,38 @@ def add(*items: Any) -> Any:
     for item in items:
         for path, node in nodes(item).items():
             by_path.setdefault(path, []).append(node)
-    return nest({path: _summed(path, found) if len(found) > 1 else found[0] for path, found in by_path.items()})
+    return nest({path: _summed(path, terms) if len(terms) > 1 else terms[0] for path, terms in by_path.items()})
 
 
-def _summed(path: str, found: Sequence[Adapter]) -> Adapter:
-    if isinstance(found[0].method, AbstractRouter):
+def _summed(path: str, terms: Sequence[Adapter]) -> Adapter:
+    if isinstance(terms[0].method, AbstractRouter):
         raise SboraxError(f"{path}: each tree has its own router, and a layer has one; add the methods instead")
     try:
-        return add_adapters(found, stack_of(found[0]))
+        return add_adapters(terms, stack_of(terms[0]))
     except SboraxError as error:
         raise SboraxError(f"{path}: {error}") from None
 
 
 def scale(item: Any, factor: float) -> Any:
-    """A method, or a tree of adapters, with its delta multiplied by `factor` (0: the base as it was before `attach`).
+    """A method, or a tree of adapters, whose delta is multiplied by `factor`.
 
-    Raises SboraxError unless every method involved is additive.
+    Delta is the change since before `attach`: with factor 0 the result is the original base, also for methods that
+    rewrite it.
+
+    Args:
+    - item: a method or a tree of adapters.
+    - factor: any number; for a tree it may be traced.
+
+    Raises SboraxError for a method that is not additive.
     """
     if isinstance(item, AbstractMethod):
         return scale_method(item, factor)
 
-    def one(node: Adapter) -> Adapter:
-        # A router has no delta: those that it weighs are scaled.
+    def scaled(node: Adapter) -> Adapter:
+        # A router has no delta; the adapters that it weighs are scaled.
         return node if isinstance(node.method, AbstractRouter) else scale_adapter(node, factor, stack_of(node))
 
-    return nest({path: one(node) for path, node in nodes(item).items()})
+    return nest({path: scaled(node) for path, node in nodes(item).items()})
 
 
 __all__ = [
@@ -390,7 +439,6 @@ __all__ = [
     "labels",
     "link",
     "merge",
-    "nest",
     "nodes",
     "plan",
     "scale",

@@ -1,4 +1,4 @@
-"""What a method may know of a base weight: a plain array, or one in another form that can stand for it."""
+"""Base weights as methods see them: plain arrays, or other forms, such as quantised ones, behind one interface."""
 
 import abc
 from typing import Any
@@ -14,7 +14,7 @@ from sborax.errors import SboraxError
 
 
 class AbstractWeight(abc.ABC):
-    """A base weight that is not a plain array, such as a quantised one. Every method sees it through this."""
+    """A base weight that is not a plain array, such as a quantised one. Methods use this interface alone."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -25,22 +25,22 @@ class AbstractWeight(abc.ABC):
 
     @abc.abstractmethod
     def rmatmul(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens out"]:
-        """`x @ self` without keeping the dense weight for the backward pass."""
+        """`x @ self`. The dense weight is not kept for the backward pass."""
 
     @abc.abstractmethod
     def encode(self, dense: Float[Array, "*stack in out"]) -> "AbstractWeight":
-        """A weight of this kind that holds `dense`, for methods that rewrite the base."""
+        """A weight of this kind with the values `dense`, for methods that rewrite the base."""
 
     @abc.abstractmethod
     def stored(self) -> "AbstractWeight":
-        """The weight as it is held where no method rewrites it."""
+        """The weight as it is stored if no method rewrites it."""
 
 
 Weight = Array | AbstractWeight
 
 
 def is_weight(node: Any) -> bool:
-    """Whether `node` is one base weight (for `is_leaf`)."""
+    """Whether `node` is a base weight that is no plain array; for `is_leaf`."""
     return isinstance(node, AbstractWeight)
 
 
@@ -55,13 +55,13 @@ def matmul(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens
 
 
 def check_finite(name: str, tree: PyTree) -> None:
-    """Raise SboraxError that names `name` if a float among the leaves of `tree` is NaN or infinite.
+    """Raise SboraxError, which begins with `name`, if a float leaf of `tree` has a NaN or an infinity.
 
-    Leaves that are traced have no values yet and pass. Each is reduced where it lies, on all hosts that share it.
+    Traced leaves pass, since they have no values yet. Leaves on devices are reduced there, by all hosts with a share.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     known = [leaf for leaf in leaves if not isinstance(leaf, Tracer)]
-    # Inside a trace too, arrays that it closes over have values.
+    # Inside a trace, too, arrays that it closes over have values.
     with jax.ensure_compile_time_eval():
         finite = [np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _finite(leaf) for leaf in known]
         if not all(finite):

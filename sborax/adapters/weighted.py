@@ -1,4 +1,4 @@
-"""Several adapters merged into one base, each with a weight, and the way back to the base."""
+"""Merges several adapters into one base, each with a weight, and goes back to the base."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.adapters.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError
-from sborax.adapters.paths import bias_path, leaves_by_path
-from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nest, nodes
+from sborax.adapters.core import AbstractAdditive, Adapter, SboraxError, dense
+from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.paths import bias_path
+from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nodes
 
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """What one training made of a base, times `weight`.
+    """One term of `merge_weighted`: what a training made of a base, times `weight`.
 
-    params: what the adapters stand on: the base, or what `attach` or training left of it; None: the base itself.
-    base: the base it was trained on; None: the one it is merged into. Another one where that was quantised.
+    - weight: the factor of the change.
+    - adapters: a tree of adapters.
+    - params: the parameters that go with the adapters, as `attach` or training left them. Default None: the base.
+    - base: the base that they were trained on. Default None: the base that they are merged into. Give it if it differs
+      from that, because it was quantised, say.
     """
 
     weight: float
@@ -28,107 +32,117 @@ class Weighted:
 
 
 def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
-    """W + sum_i weight_i (W_i - W), where W_i is what `merge` makes of part i alone: kernels, and base leaves trained
-    beside adapters. Computed in float32 and rounded once to the dtype of W.
+    """W + sum_i weight_i (W_i - W), where W_i is what `merge` makes of part i alone.
 
-    For additive methods W_i - W is the adapter's delta, whatever the weight: with PEFT's words, combination "cat", and
-    "svd" of full rank. ("linear" weighs the factors instead, which is something else.) For the others, DoRA say,
-    it is the change that the whole adapter made. Entries that no part changes keep their bits.
+    W are kernels, and base leaves that were trained beside adapters. Computed in float32, then rounded once to the
+    dtype of W. Entries that no part changes keep their bits.
+
+    For additive methods W_i - W is the adapter's delta. PEFT calls this combination "cat", or "svd" with full rank; its
+    "linear" weighs the factors instead, which is another function. For other methods, such as DoRA, W_i - W is the
+    change that the whole adapter makes.
+
+    Args:
+    - params: the parameters W of the base.
+    - parts: adapters, each with its weight and, if they are not W, the parameters that go with it.
 
     Raises SboraxError for a tree of another model, for a method without a merged form, and for a part whose method
     rewrites the base and whose `params` are not what it left.
     """
     if not parts:
         raise SboraxError("there is nothing to merge: give one or more adapters")
-    flat = leaves_by_path(params)
+    leaves = flatten(params)
     sums: dict[str, Float[Array, "..."]] = {}
     for part in parts:
-        own, base = (params if tree is None else tree for tree in (part.params, part.base))
-        own, base, found = leaves_by_path(own), leaves_by_path(base), nodes(link(part.adapters))
-        for tree in (own, base):
-            _check_same_model(flat, tree)
-        for path, node in found.items():
+        trained = flatten(params if part.params is None else part.params)
+        base = flatten(params if part.base is None else part.base)
+        adapters = nodes(link(part.adapters))
+        for tree in (trained, base):
+            _check_same_model(leaves, tree)
+        for path, node in adapters.items():
             if node.method.no_merge:
                 raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
-            if path not in flat:
+            if path not in leaves:
                 raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
-            check_base(path, own[path], node)
-        for path in own:
-            change = _change(path, own, base, found)
+            check_base(path, trained[path], node)
+        for path in trained:
+            change = _change(path, trained, base, adapters)
             if change is not None:
                 change = jnp.float32(part.weight) * change
                 sums[path] = sums[path] + change if path in sums else change
-    return nest({path: leaf if path not in sums else _moved(leaf, sums[path]) for path, leaf in flat.items()})
+    return nest({path: leaf if path not in sums else _moved(leaf, sums[path]) for path, leaf in leaves.items()})
 
 
 def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
-    """`params`, if `merged` is what merging `adapters` into them gives, bit for bit.
+    """`params`, if merging `adapters` into them gives `merged`, bit for bit.
 
-    Adding the delta rounds, so several bases have the same merged weight, and none can be told from that weight alone:
-    the way back that is exact begins at the base. (`merge(merged, scale(adapters, -1.0))` needs no base; it is off by
-    the rounding of the sum, and right where the adapter changes nothing. For methods that leave the base as it is.)
+    A merged weight alone does not determine its base, because adding the delta rounds. So an exact way back needs the
+    base. `merge(merged, scale(adapters, -1.0))` needs none. It is off by the rounding of the sum, exact where the
+    adapter changes nothing, and only for additive methods that do not rewrite the base.
 
-    Raises SboraxError where they differ, with the largest difference.
+    Args:
+    - merged: merged parameters.
+    - adapters: the tree of adapters that was merged.
+    - params: the parameters that it was merged into.
+
+    Raises SboraxError where `merged` differs, with the largest difference.
     """
-    again, given = leaves_by_path(merge(params, adapters)), leaves_by_path(merged)
-    _check_same_model(again, given)
-    for path, leaf in again.items():
-        one, other = np.asarray(_array(leaf)), np.asarray(_array(given[path]))
-        if one.dtype != other.dtype or one.tobytes() != other.tobytes():
-            apart = np.abs(one.astype(np.float32) - other.astype(np.float32)).max()
+    expected, given = flatten(merge(params, adapters)), flatten(merged)
+    _check_same_model(expected, given)
+    for path, leaf in expected.items():
+        ours, theirs = np.asarray(dense(leaf)), np.asarray(dense(given[path]))
+        if ours.dtype != theirs.dtype or ours.tobytes() != theirs.tobytes():
+            apart = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
             raise SboraxError(
-                f"{path}: the merged weight is not that of this base and these adapters ({one.dtype} and "
-                f"{other.dtype}, {apart:.3g} apart at most); it was merged from others, or changed since"
+                f"{path}: the merged weight is not that of this base and these adapters ({ours.dtype} and "
+                f"{theirs.dtype}, {apart:.3g} apart at most); it was merged from others, or changed since"
             )
     return params
 
 
-def _check_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    for path in sorted(one.keys() | other.keys()):
-        if path not in one or path not in other:
+def _check_same_model(leaves: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    for path in sorted(leaves.keys() | others.keys()):
+        if path not in leaves or path not in others:
             raise SboraxError(f"{path}: in one of the two models only; adapters of another model do not fit this one")
-        if tuple(one[path].shape) != tuple(other[path].shape):
-            shapes = f"{tuple(one[path].shape)} and {tuple(other[path].shape)}"
+        if tuple(leaves[path].shape) != tuple(others[path].shape):
+            shapes = f"{tuple(leaves[path].shape)} and {tuple(others[path].shape)}"
             raise SboraxError(f"{path}: {shapes}; adapters of another model do not fit this one")
 
 
-def _array(leaf: Any) -> Float[Array, "..."]:
-    return leaf.dense() if isinstance(leaf, AbstractWeight) else leaf
-
-
 def _wide(leaf: Any) -> Float[Array, "..."]:
-    return _array(leaf).astype(jnp.float32)
+    return dense(leaf).astype(jnp.float32)
 
 
 def _change(
-    path: str, own: Mapping[str, Any], base: Mapping[str, Any], found: Mapping[str, Adapter]
+    path: str, trained: Mapping[str, Any], base: Mapping[str, Any], adapters: Mapping[str, Adapter]
 ) -> Float[Array, "..."] | None:
-    """What one part makes of the base leaf at `path`, less that leaf, in float32; None for nothing.
+    """The float32 change that one part makes to the base leaf at `path`; None for no change.
 
-    own: what its adapters, `found`, stand on. base: what it was trained on. All by path.
+    - trained: by path, the parameters that go with the adapters.
+    - base: by path, the parameters before training.
+    - adapters: by path.
     """
-    leaf = own[path]
+    leaf = trained[path]
     moved = None if leaf is base[path] else _wide(leaf) - _wide(base[path])
-    added = _added(path, own, found)
+    added = _added(path, trained, adapters)
     return added if moved is None else moved if added is None else moved + added
 
 
-def _added(path: str, own: Mapping[str, Any], found: Mapping[str, Adapter]) -> Float[Array, "..."] | None:
-    """What the adapters add to the leaf at `path` that they stand on; None for nothing."""
-    if path in found:
-        node = found[path]
-        # A delta that never looks at W is not rounded to its digits.
-        start = jnp.zeros(own[path].shape) if isinstance(node.method, AbstractAdditive) else _wide(own[path])
+def _added(path: str, trained: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> Float[Array, "..."] | None:
+    """What the adapters add to the leaf at `path`; None for nothing."""
+    if path in adapters:
+        node = adapters[path]
+        # A delta that does not depend on W is not rounded to the digits of W.
+        start = jnp.zeros(trained[path].shape) if isinstance(node.method, AbstractAdditive) else _wide(trained[path])
         return merged_node(start, node) - start
-    kernel = next((kernel for kernel in found if bias_path(kernel) == path), None)
-    if kernel is None or not found[kernel].method.adapts_bias:
+    kernel = next((kernel for kernel in adapters if bias_path(kernel) == path), None)
+    if kernel is None or not adapters[kernel].method.adapts_bias:
         return None
-    start = _wide(own[path])
-    return merge_bias(path, start, own[kernel], found[kernel]) - start
+    start = _wide(trained[path])
+    return merge_bias(path, start, trained[kernel], adapters[kernel]) - start
 
 
 def _moved(leaf: Any, change: Float[Array, "..."]) -> Array:
-    """A leaf moved by a float32 change. Quantised ones come back dense."""
-    own = _array(leaf)
-    # Adding zero would turn a negative zero.
-    return jnp.where(change == 0, own, (own.astype(jnp.float32) + change).astype(own.dtype))
+    """A leaf plus a float32 change, in the leaf's dtype. Quantised leaves come back dense."""
+    old = dense(leaf)
+    # Adding zero would turn a negative zero into a positive one.
+    return jnp.where(change == 0, old, (old.astype(jnp.float32) + change).astype(old.dtype))

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import sborax.methods  # noqa: F401  (a method is found by name among the classes that exist)
 import sborax.methods.masked  # noqa: F401
 from sborax.adapters.core import SboraxError
+from sborax.adapters.stripped import STRIPPED
 from sborax.config.classes import concrete, find_class, is_builtin, is_known, is_offered, name_of, source_of
 from sborax.config.documents import DEEPEST, shown
 from sborax.config.schema import in_words
@@ -68,6 +69,8 @@ def encode(value: Any) -> Any:
 def _encode(value: Any, live: Callable[[LiveObject], Any]) -> Any:
     if isinstance(value, LiveObject):
         return live(value)
+    if value is STRIPPED:
+        return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         fields = {field.name: _encode(getattr(value, field.name), live) for field in dataclasses.fields(value)}
@@ -107,7 +110,7 @@ def decode(kind: type[T], value: Any, where: str = "", *, structural: bool = Fal
 
     - kind: the class of the config.
     - where: the place of the value, for errors.
-    - structural: whether hyper-parameters that live in arrays are null, as in the method of an attached adapter.
+    - structural: for the method of an attached adapter: a hyper-parameter that is null or missing is `STRIPPED`.
 
     Raises SboraxError, naming the key, for an unknown or missing key, a value of the wrong type, or an unknown class.
     """
@@ -337,13 +340,14 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
             raise SboraxError(_unknown(prefix + name, name, list(fields)))
     values = {}
     for name, field in fields.items():
-        if name in value:
-            null = structural and value[name] is None and field.metadata.get("hyper")
-            values[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
+        if structural and field.metadata.get("hyper") and value.get(name) is None:
+            values[name] = STRIPPED
+        elif name in value:
+            values[name] = _decode(hints[name], value[name], prefix + name, structural)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SboraxError(f"{prefix}{name}: missing")
     if structural:
-        # Without the constructor, for which null is no legal value; as `core.structure` does.
+        # As `core.structure` makes it: the constructor would check values.
         bare = object.__new__(kind)
         for name, item in values.items():
             object.__setattr__(bare, name, item)

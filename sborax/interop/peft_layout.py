@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from sborax.adapters.core import AbstractWeight, is_weight
+from sborax.adapters.core import AbstractWeight
+from sborax.adapters.leaves import flatten
 from sborax.models.names import hf_module, row, unlayered
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -65,15 +66,9 @@ class Layout:
         return hf_module(path, layer)
 
 
-def leaves_of(params: Any) -> dict[str, Any]:
-    """Every leaf by its path; a quantised weight is one leaf."""
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
 def layout_of(params: Any) -> Layout:
     """The layout of a parameter tree of ours. Raises SboraxError for a leaf that the model's table does not name."""
-    leaves, slots, depths = leaves_of(params), {}, {}
+    leaves, slots, depths = flatten(params), {}, {}
     for path, leaf in leaves.items():
         entry, number = row(path), unlayered(path)[1]
         stacked = "{layer}" in entry.hf and number is None

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site
-from sborax.adapters.tree import attach, nest, nodes
-from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, Layout, layout_of, leaves_of, tied_copies
+from sborax.adapters.tree import attach, nodes
+from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, Layout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import row_for
 from sborax.interop.peft_targets import saved_whole, targeted, value_for
@@ -90,7 +91,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         residual = new.pop(f"{HEAD}.weight", None) if row.method.rewrites_base and HEAD in modules else None
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
-            _check_residual(residual, leaves_of(params)[layout.slots[f"{HEAD}.weight"].path])
+            _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
         filled = {}
         for path, node in nodes(adapters).items():
             filled[path] = _filled(node, path, row, adapted, layout, read)
@@ -241,13 +242,7 @@ def _replaced(params: Any, layout: Layout, new: Mapping[str, np.ndarray]) -> Any
             raise SboraxError(f"{name} is stored whole, but it is quantised in this model; load the model unquantised")
         target = changed.setdefault(path, np.array(leaf))
         (target if layer is None else target[layer])[...] = tensor.T if transposed else tensor
-    leaves, treedef = (
-        leaves_of(params),
-        jax.tree.structure(params, is_leaf=lambda node: isinstance(node, AbstractWeight)),
-    )
-    return jax.tree.unflatten(
-        treedef, [jnp.asarray(changed[path]) if path in changed else leaf for path, leaf in leaves.items()]
-    )
+    return replace_leaves(params, {path: jnp.asarray(leaf) for path, leaf in changed.items()})
 
 
 def _plan(fits: Mapping[str, Fit], layout: Layout) -> Plan:

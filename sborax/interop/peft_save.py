@@ -11,6 +11,7 @@ from etils import epath
 from safetensors.numpy import save
 
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError
+from sborax.adapters.leaves import flatten
 from sborax.adapters.paths import bias_path
 from sborax.adapters.tree import link, nodes
 from sborax.adapters.weight import check_finite
@@ -22,7 +23,6 @@ from sborax.interop.peft_layout import (
     TYING,
     Layout,
     layout_of,
-    leaves_of,
     same,
     tied_copies,
     wide,
@@ -94,7 +94,7 @@ def save_peft(
     if rank is not None and (as_ == "native" or rank < 1):
         raise SboraxError(f"rank={rank}: must be 1 or more, and goes with as_='lora', which may truncate")
     check_card(epath.Path(directory))
-    layout, given, found = layout_of(model.params), leaves_of(params), nodes(link(adapters))
+    layout, given, found = layout_of(model.params), flatten(params), nodes(link(adapters))
     if not found:
         raise SboraxError("there is no adapter to save: the tree is empty")
     entries: dict[str, _Entry] = {}

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from sborax.adapters.core import Adapter, SboraxError, dense
 from sborax.adapters.depth import over_chains
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import kernels
-from sborax.adapters.tree import Adapters, Params, merge, nest, nodes
+from sborax.adapters.tree import Adapters, Params, merge, nodes
 from sborax.methods.lora import lora_of
 from sborax.methods.lowrank import pair_weight
 from sborax.methods.reslora import ResLoRA

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import STACKED_UNDER
-from sborax.adapters.tree import Adapters, merge, nest, nodes, stack_of
+from sborax.adapters.tree import Adapters, merge, nodes, stack_of
 from sborax.methods.masked import Masked
 from sborax.models.config import LlamaConfig
 from sborax.models.families import UNEQUAL
@@ -33,8 +33,7 @@ def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageMo
     if not masked:
         raise SboraxError("slim: nothing is masked in these adapters; train them with procedure=LoRAPrune(...)")
     live = {path: np.asarray(node.frozen["mask"]) > 0 for path, node in masked.items()}
-    leaves = jax.tree_util.tree_leaves_with_path(merge(params, adapters))
-    flat = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+    flat = flatten(merge(params, adapters))
     if any(stack_of(node) for node in masked.values()):
         flat, live = _unstacked(flat), _unstacked(live)
     kept = {path: np.flatnonzero(mask) for path, mask in live.items()}

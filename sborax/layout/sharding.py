@@ -13,9 +13,10 @@ from jaxtyping import PyTree
 
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import SboraxError, is_weight
-from sborax.adapters.tree import Adapters, Params, combine, nest, specs
+from sborax.adapters.leaves import flatten, map_with_path, nest
+from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
-from sborax.layout.state import Flat, Parts, TrainState, flatten, take_apart
+from sborax.layout.state import Flat, Parts, TrainState, take_apart
 from sborax.models.config import LlamaConfig
 from sborax.models.sharding import base_specs, check_heads, quantised_specs
 
@@ -31,11 +32,11 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
 def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, found: PyTree) -> PyTree:
     """`NamedSharding` for every leaf of `tree`, from a tree of specs of the same structure."""
 
-    def one(keys: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding:
-        check_divisible(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, spec, mesh)
+    def one(path: str, leaf: Any, spec: PartitionSpec) -> NamedSharding:
+        check_divisible(path, leaf.shape, spec, mesh)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, tree, found)
+    return map_with_path(one, tree, found, is_leaf=None)
 
 
 def _flat_specs(leaves: Flat, own: Flat) -> Flat:

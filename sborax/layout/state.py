@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from sborax.adapters.core import AbstractWeight, SboraxError, is_weight
+from sborax.adapters.core import AbstractWeight, SboraxError
+from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.rebase import reads_base
-from sborax.adapters.tree import Adapters, Params, count, nest, nodes, split
+from sborax.adapters.tree import Adapters, Params, count, nodes, split
 
 Flat = dict[str, Any]
 """Leaves by path; a quantised weight is one leaf."""
@@ -53,12 +54,6 @@ class Parts:
     def count(self) -> int:
         """Trained parameters."""
         return count(self.adapters) + sum(leaf.size for leaf in self.trained_base.values())
-
-
-def flatten(params: Params) -> Flat:
-    """Every leaf of a parameter tree by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> list[str]:

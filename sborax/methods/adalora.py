@@ -34,7 +34,7 @@ class AdaLoRA(AbstractFactored):
     Trained with `procedures.adalora.orthogonality` in the loss, which keeps the columns of a and the rows of b
     orthonormal, and with its allocator, which zeroes the least important e between steps.
 
-    rank: the rank at the start, of which the allocator leaves a part (PEFT's `init_r`: 12).
+    rank: the initial rank, which the allocator reduces (PEFT's `init_r`: 12).
     alpha: s = alpha / rank; None (default) is s = 1. s stays as it is when e is pruned.
     dropout: rate on x; default 0.
 

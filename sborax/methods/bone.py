@@ -96,7 +96,7 @@ class Bone(AbstractFactored):
         """S(x)."""
         fan_in, rank, devices = x.shape[1], self.rank, sharing()
         if devices > 1 and (self.grouping == "contiguous" or fan_in % (rank * devices)):
-            # Groups that cross from one device's inputs to the next one's: as a sum they would have x gathered.
+            # Groups span devices. A sum over reshaped x would gather x; a product with a 0/1 matrix is cut as x is.
             return x @ jax.nn.one_hot(_row_of(rank, self.grouping, fan_in), rank, dtype=x.dtype)
         shards = -(-fan_in // rank)
         padded = jnp.pad(x, ((0, 0), (0, shards * rank - fan_in)))

@@ -34,7 +34,7 @@ class DeLoRA(AbstractFactored):
     Each of the rank directions is normalised, so `strength` alone bounds the change, and it is trained.
 
     rank: width of the factors (PEFT: 8).
-    strength: starting value of the bound, one number a kernel (PEFT's `delora_lambda`: 15).
+    strength: starting value of the bound, one number per kernel (PEFT's `delora_lambda`: 15).
     dropout: rate on x; default 0.
 
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0, as PEFT; norms below 1e-4 count as 1e-4. Identity at init. Exact merge.

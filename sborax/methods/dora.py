@@ -27,7 +27,7 @@ from sborax.adapters.core import (
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
 SMALLEST = 1e-2
-"""Least length of a column, beside that of the base weight: squares are known to some 1e-7 of the base's."""
+"""Lower bound on a column's norm, relative to the base column's: float32 knows squares to 1e-7 of the base's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DoRA(AbstractReparametrisation):
         base, dropped = matmul(x, weight), dropout(x, adapter, ctx)
         low = (cast(adapter.frozen["scale"], x) * (dropped @ cast(train["a"], x))) @ cast(train["b"], x)
         if dropped is x:
-            # Kept for the gradient of m, else rematerialised layers would multiply by W once more.
+            # Saved for the gradient of m, else rematerialised layers would multiply by W once more.
             return ratio * checkpoint_name(base + low, HIDDEN)
         return base + (ratio - 1) * matmul(dropped, weight) + ratio * low
 
@@ -99,7 +99,7 @@ def _squares(weight: Weight) -> Float[Array, " out"]:
 
 
 def _root(n2: Float[Array, " out"], w2: Float[Array, " out"]) -> Float[Array, " out"]:
-    """The square root of n2, bounded below: that of a column which cancels to nothing is rounding, or below zero."""
+    """The square root of n2, bounded below: in a column that cancels, n2 is a rounding error and may be negative."""
     return jnp.sqrt(jnp.maximum(n2, jnp.maximum(SMALLEST**2 * w2, jnp.finfo(jnp.float32).tiny)))
 
 

@@ -34,7 +34,7 @@ class HiRA(AbstractMethod):
     rank: width of the factors (PEFT: 32), an int or a `RankPolicy`.
     dropout: rate on x in the second term; default 0.
 
-    The step forms W * (a b), whose rank is up to that of W: without it, x would meet W once for every rank.
+    The step forms W * (a b), whose rank is up to that of W. The alternative would multiply by W once for every rank.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0. Identity at init. Exact merge W * (1 + a b). There is no alpha.
     Trained parameters: rank (in + out).
     """
@@ -61,7 +61,7 @@ class HiRA(AbstractMethod):
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        # The product is made again in the backward pass: keeping one a layer would be a second model.
+        # The product is recomputed in the backward pass: saving one per layer would be a second model.
         @jax.checkpoint
         def update(x: Array, a: Array, b: Array) -> Array:
             return x @ (cast(dense(weight), x) * (cast(a, x) @ cast(b, x)))

@@ -23,13 +23,13 @@ from sborax.adapters.core import (
 
 @dataclasses.dataclass(frozen=True)
 class IA3(AbstractMethod):
-    """y = (x W + bias) * m, or y = (x * m) W + bias: one trained factor an output or an input feature.
+    """y = (x W + bias) * m, or y = (x * m) W + bias: one trained factor per output or input feature.
 
-    side: "out" (default), the paper's keys and values; "in", its feed-forward activations: there, use it on the
-        projection back to the residual stream (PEFT's `feedforward_modules`).
+    side: "out" (default), the paper's keys and values; "in", its feed-forward activations, for the projection back to
+        the residual stream (PEFT's `feedforward_modules`).
 
-    m = 1 at init: identity. Exact merge: W[:, j] m[j] and bias[j] m[j], or m[i] W[i, :]. Trained parameters: out, or
-    in.
+    m = 1 at init: identity. Exact merge: W[:, j] m[j] and bias[j] m[j], or m[i] W[i, :]. Trained
+    parameters: out, or in.
     """
 
     paper = (

@@ -45,8 +45,8 @@ class LoHa(AbstractFactored):
         of_a1, of_b1, of_b2 = jax.random.split(key, 3)
         bound = 1.0 / math.sqrt(self.rank)
 
-        def right(own: Key[Array, ""]) -> Array:
-            return jax.random.uniform(own, (self.rank, fan_out), jnp.float32, -bound, bound)
+        def right(key: Key[Array, ""]) -> Array:
+            return jax.random.uniform(key, (self.rank, fan_out), jnp.float32, -bound, bound)
 
         a1, a2 = kaiming_uniform(of_a1, fan_in, self.rank, hint), jnp.zeros((fan_in, self.rank))
         train = {"a1": a1, "b1": right(of_b1), "a2": a2, "b2": right(of_b2)}

@@ -17,14 +17,14 @@ class LoKr(AbstractAdditive):
 
     W'[i1 n + i2, o1 k + o2] = W[...] + s c[i1, o1] w[i2, o2]. The step contracts x with w, then with c: no weight.
 
-    rank: w = a b with a (n, rank), b (rank, k), unless rank >= max(n, k) / 2: then w is trained whole (PEFT: 8).
+    rank: w = a b with a (n, rank), b (rank, k), or w itself if rank >= max(n, k) / 2 (PEFT: 8).
     alpha: s = alpha / rank; None (default) is s = 1.
     factor: m and p are this number where it divides the side, else the largest divisor of the side up to it and up
         to its square root; -1 (default): the divisor nearest to the square root, as PEFT's `decompose_factor`.
     both: factor c = c_a c_b as well, if rank < max(m, p) / 2; default False.
 
     c = 0 (c_b = 0), the rest uniform in +-1/sqrt of what it sums over, as PEFT. Identity at init. Exact merge.
-    Trained parameters: m p + rank (n + k), with m p or n k in place of a pair that is whole.
+    Trained parameters: m p + rank (n + k), with n k for a w without factors, rank (m + p) for a c with factors.
     """
 
     paper = "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, arXiv:2309.14859"
@@ -37,8 +37,8 @@ class LoKr(AbstractAdditive):
 
     @property
     def axes(self) -> Axes:
-        left, right, whole = (None, "rank"), ("rank", None), (None, None)
-        return {"c": whole, "c_a": left, "c_b": right, "w": whole, "a": left, "b": right, "scale": ()}
+        left, right, full = (None, "rank"), ("rank", None), (None, None)
+        return {"c": full, "c_a": left, "c_b": right, "w": full, "a": left, "b": right, "scale": ()}
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")

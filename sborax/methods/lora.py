@@ -63,11 +63,11 @@ class LoRA(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
-        own, mask = live(self.rank, hint)
+        rank, mask = live(self.rank, hint)
         if self.init_a == "kaiming":
             a = kaiming_uniform(key, fan_in, self.rank, hint)
         else:
-            a = jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / own
+            a = jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / rank
         b = jnp.zeros((width(self.rank), fan_out))
         scale = scaling(self.alpha, self.rank, hint, self.rslora)
         return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})

@@ -68,7 +68,7 @@ class LoRAGA(AbstractFactored):
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape) // 2, "half the smaller side")
         chosen = (self.direction, self.scale, self.formula)
-        if not all(one in known for one, known in zip(chosen, _KNOWN, strict=True)):
+        if not all(option in known for option, known in zip(chosen, _KNOWN, strict=True)):
             raise SboraxError(f"direction, scale and formula must be of {_KNOWN}, got {chosen}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
@@ -100,17 +100,17 @@ class LoRAGA(AbstractFactored):
         ]
 
     def _scales(self, weight: Float[Array, "in out"], spectrum: Float[Array, " r"], s: Array) -> tuple[Array, Array]:
-        one, authors = jnp.float32(1.0), self.formula == "authors"
+        unit, authors = jnp.float32(1.0), self.formula == "authors"
         if self.scale == "gd":
             return 1.0 / s, 1.0 / s
         if self.scale == "stable":
-            c = one * weight.shape[1] ** 0.25 / self.gamma**0.5
+            c = unit * weight.shape[1] ** 0.25 / self.gamma**0.5
         elif self.scale == "weightS":
             sigma = jnp.linalg.svd(weight, compute_uv=False)[: self.rank]
             c = jnp.mean(jnp.sqrt(sigma / s)) if authors else sigma[0] / spectrum[0]
         else:
-            c = one
-        return (c if authors else one), c
+            c = unit
+        return (c if authors else unit), c
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

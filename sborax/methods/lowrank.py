@@ -1,4 +1,4 @@
-"""What every method with a pair of thin factors shares: s (x a) b, its weight form, and starting values."""
+"""Shared by methods with a pair of thin factors: s (x a) b, its weight form, and initial values."""
 
 import math
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from sborax.adapters.core import Adapter, Context, Fitted, Hint, Leaves, Rank, cast, dropout, live, width
 
 HIDDEN = "adapter_h"
-"""Name of the thin activation for rematerialisation policies: cheap to keep, (tokens, rank)."""
+"""Name of the thin activation (tokens, rank) for rematerialisation policies, since it is cheap to save."""
 
 
 def scaling(alpha: float | None, rank: Rank, hint: Hint, stabilised: bool = False) -> Float[Array, ""]:
@@ -20,15 +20,15 @@ def scaling(alpha: float | None, rank: Rank, hint: Hint, stabilised: bool = Fals
     """
     if alpha is None:
         return jnp.float32(1.0)
-    own, _ = live(rank, hint)
-    return jnp.float32(alpha) / (jnp.sqrt(own) if stabilised else own)
+    of_layer, _ = live(rank, hint)
+    return jnp.float32(alpha) / (jnp.sqrt(of_layer) if stabilised else of_layer)
 
 
 def kaiming_uniform(key: Key[Array, ""], fan_in: int, rank: Rank, hint: Hint) -> Float[Array, "in rank"]:
     """a ~ U(-1/sqrt(in), 1/sqrt(in)), LoRA's released initialiser; padded columns are zero."""
     _, mask = live(rank, hint)
     bound = 1.0 / math.sqrt(fan_in)
-    # Drawn row by row of a^T: a column does not depend on how many pad the stack behind it.
+    # Drawn as a^T, row by row, so that a column of a does not depend on the padded width.
     return jax.random.uniform(key, (width(rank), fan_in), jnp.float32, -bound, bound).T * mask[None, :]
 
 
@@ -45,14 +45,14 @@ def pair_weight(a: Float[Array, "in rank"], b: Float[Array, "rank out"], scale: 
 
 
 def offset_factors(adapter: Adapter) -> tuple[Float[Array, "in r2"], Float[Array, "r2 out"]]:
-    """`([s a, -s a0], [b; b0])`: the change since before the base gave up s a0 b0, at twice the rank."""
+    """`([s a, -s a0], [b; b0])`: the change of the original base, which still had s a0 b0, with twice the rank."""
     scale = adapter.frozen["scale"]
     a = jnp.concatenate([scale * adapter.train["a"], -scale * adapter.frozen["a0"]], axis=-1)
     return a, jnp.concatenate([adapter.train["b"], adapter.frozen["b0"]], axis=-2)
 
 
 def taken_from_base(weight: Float[Array, "in out"], a: Array, b: Array, scale: Array, extra: Leaves) -> Fitted:
-    """Leaves and residual of a method that moves s a b from the base into its factors: W <- W - s a b."""
+    """The leaves and the rewritten base W <- W - s a b of a method that moves s a b from the base into its factors."""
     residual = weight.astype(jnp.float32) - pair_weight(a, b, scale)
     return Fitted({"a": a, "b": b}, {"a0": a, "b0": b, "scale": scale, **extra}, residual)
 

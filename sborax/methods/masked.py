@@ -1,4 +1,4 @@
-"""An adapter some of whose outputs are switched off, for pruning."""
+"""Multiplies an adapter's output by a 0/1 mask, for pruning."""
 
 import dataclasses
 

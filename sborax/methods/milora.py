@@ -44,11 +44,11 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
     renormalise: divide g by the sum of those kept (default: no).
     alpha: s = alpha / rank; None (default, the paper's) is s = 1. dropout: rate on the adapter's input (default 0).
 
-    Experts are the adapted projections of a layer, at most one router for all. Decided once a prompt and kept while
-    text is generated; in training the prompt ends where the first answer begins. Without a router g = 1: plain LoRA.
+    The adapted projections of a layer are its experts, which share one router. It decides once per prompt, also for
+    the text generated from it; in training the prompt ends at the first answer. Without a router g = 1: plain LoRA.
     a as in LoRA, b = 0, pool = 0, w ~ N(0, 0.01 / in). Identity at init. No merge: weights depend on the prompt.
     ra is trained along with the rest (the paper alternates it on held-out batches). Trained parameters:
-    rank (in + out) an expert, d N + 12 a router and d more for attention; d the layer's width, N its experts.
+    rank (in + out) per expert, d N + 12 per router and d more for attention; d the layer's width, N its experts.
     """
 
     paper = "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning, arXiv:2410.18035"
@@ -70,7 +70,7 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        # The router's options are looked at even where no router follows.
+        # The router's options are checked even if the layer gets no router.
         least = max(self.top_k, 1)
         self.router(("",) * least).check((shape[0], least))
 

@@ -67,11 +67,11 @@ class MoSARA(AbstractAdditive):
             )
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        own, mask = live(self.rank, hint)
+        rank, mask = live(self.rank, hint)
         k = width(self.rank)
         u, _, vt = jnp.linalg.svd(dense(weight).astype(jnp.float32), full_matrices=False)
         lam_key, down, up = jax.random.split(key, 3)
-        lam = jax.random.normal(lam_key, (k, self.sets)).T * (mask / jnp.sqrt(own))[None, :]
+        lam = jax.random.normal(lam_key, (k, self.sets)).T * (mask / jnp.sqrt(rank))[None, :]
         first = 0.02 * jax.random.normal(down, (k, 1 if self.router == "rank1" else self.sets)) * mask[:, None]
         router = {"w1": first}
         if self.router == "rank1":
@@ -97,7 +97,7 @@ def _gates(z: Float[Array, "tokens k"], adapter: Adapter) -> Float[Array, "token
 
 
 def mean_gates(x: Float[Array, "tokens in"], adapter: Adapter) -> Float[Array, " n"]:
-    """The gates of one layer averaged over the inputs `x` of its projection (leave padding out)."""
+    """The mean gates of one layer over `x`, the inputs of its projection without padding."""
     return jnp.mean(_gates(x @ cast(adapter.frozen["a"], x), adapter), axis=0)
 
 

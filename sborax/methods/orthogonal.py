@@ -28,14 +28,14 @@ class OrthogonalAdaptation(AbstractExpert):
     """y = x W + s (x a) b, one factor frozen to this expert's columns of an orthogonal basis Q that all experts share.
 
     side="in" (default): a = Q[:, block], b trained.  side="out": b = Q[:, block]^T, a trained.
-    The frozen factors of two experts are orthogonal, so from a sum of experts q^T (sum_i delta_i) = s b of the one
-    that owns q (side "in"; (sum_i delta_i) q = s a for "out").
+    The frozen factors q of two experts are orthogonal, so each expert can be read from a sum of experts:
+    q^T (sum_i delta_i) = s b for side "in", (sum_i delta_i) q = s a for "out".
 
     rank: width of a block; the paper's was not found.
     alpha: s = alpha / rank; None (default) is s = 1. For the paper's merging weights use `scale` on each expert.
     side: which factor is frozen.
     expert, experts: block `expert` of `experts`; all blocks must fit into the side.
-    basis_seed: experts that are to be combined share it. Q = qr(N(0, 1)) by basis_seed and the size of the side alone.
+    basis_seed: the same for experts that will be combined. Q = qr(N(0, 1)) depends on it and the side's size alone.
     dropout: default 0.
 
     The trained factor starts at zero. Identity at init. Exact merge. Trained parameters: rank out, or rank in.
@@ -73,7 +73,7 @@ class OrthogonalAdaptation(AbstractExpert):
     def _block(self, size: int) -> Float[Array, "size r"]:
         # Column j of Q needs columns 0..j of the Gaussian alone, so a block costs no size x size matrix.
         keys = jax.random.split(basis_key(self.basis_seed, size), size)[: (self.expert + 1) * self.rank]
-        gaussian = jax.vmap(lambda own: jax.random.normal(own, (size,)))(keys).T
+        gaussian = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys).T
         return jnp.linalg.qr(gaussian)[0][:, self.expert * self.rank :]
 
     def add_to(
@@ -89,12 +89,12 @@ class OrthogonalAdaptation(AbstractExpert):
         both = _both(adapter)
         return both.frozen["scale"] * both.train["a"], both.train["b"]
 
-    def overlaps(self, mine: Adapter, other: Adapter) -> Bool[Array, ""]:
+    def overlaps(self, adapter: Adapter, other: Adapter) -> Bool[Array, ""]:
         assert isinstance(other.method, OrthogonalAdaptation)
         if self.side != other.method.side:
             return jnp.array(True)
         name, product = ("a", "...ir,...is->...rs") if self.side == "in" else ("b", "...ro,...so->...rs")
-        cross = jnp.einsum(product, mine.frozen[name], other.frozen[name], precision="highest")
+        cross = jnp.einsum(product, adapter.frozen[name], other.frozen[name], precision="highest")
         return jnp.max(jnp.abs(cross)) > 1e-4
 
 

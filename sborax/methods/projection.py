@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key
 def shared_rows(key: Key[Array, ""], rows: int, width: int) -> Float[Array, "rows width"]:
     """The first `rows` rows of one endless random matrix, its entries uniform with mean 0 and variance 1.
 
-    Row i is drawn from `key` and i alone, so a wide kernel and a narrow one see the same rows: slices of one matrix.
+    Row i depends on `key` and i alone, so kernels of all sizes get slices of the same matrix.
     """
     bound = 3.0**0.5
 

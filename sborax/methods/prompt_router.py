@@ -1,4 +1,4 @@
-"""The router of prompt-aware mixtures: pool the prompt, a learnable activation, softmax, the largest few."""
+"""The router of prompt-aware mixtures: pooling over the prompt, a learnable activation, softmax, top k."""
 
 import dataclasses
 from typing import Literal
@@ -12,13 +12,13 @@ from sborax.adapters.routing import AbstractRouter
 
 NUMERATOR = (2.8e-5, 0.5, 0.398502, 0.162302, 0.064052, 0.018317, 0.0021)
 DENOMINATOR = (0.0, 0.324603, 0.0, 0.036634, 0.0)
-"""GELU within 1.3e-4 on [-3, 3]; the paper gives none."""
+"""Initial coefficients of `rational`: GELU within 1.3e-4 on [-3, 3]. The paper gives none."""
 Pooler = Literal["attention", "mean", "max", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptRouter(AbstractRouter):
-    """What `MiLoRA` puts into every layer with two experts or more; options and equation are explained there."""
+    """The router that `MiLoRA` puts into every layer with two or more experts. See there for equation and options."""
 
     paper = "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning, arXiv:2410.18035"
 
@@ -50,16 +50,16 @@ class PromptRouter(AbstractRouter):
     def route(
         self, x: Float[Array, "batch seq d"], prompt: Bool[Array, "batch seq"], adapter: Adapter
     ) -> tuple[Float[Array, "batch experts"], Float[Array, ""]]:
-        wide, some = x.astype(jnp.float32), jnp.any(prompt, axis=1)
+        wide, has_prompt = x.astype(jnp.float32), jnp.any(prompt, axis=1)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        # A row that only fills up a batch has no prompt: it counts nowhere, and must not be NaN.
-        pooled = jnp.where(some[:, None], self._pool(wide, prompt, adapter), 0.0)
+        # Rows that only fill up a batch have no prompt. They do not count, and must not be NaN.
+        pooled = jnp.where(has_prompt[:, None], self._pool(wide, prompt, adapter), 0.0)
         chances = jax.nn.softmax(rational(pooled, adapter) @ adapter.train["w"], axis=-1)
         places = jax.lax.top_k(chances, self.top_k)[1]
         gates = chances * jnp.sum(jax.nn.one_hot(places, len(self.experts)), axis=1)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        share = some.astype(jnp.float32) / jnp.maximum(jnp.sum(some), 1).astype(jnp.float32)
+        share = has_prompt.astype(jnp.float32) / jnp.maximum(jnp.sum(has_prompt), 1).astype(jnp.float32)
         first = jax.nn.one_hot(jnp.argmax(chances, axis=-1), len(self.experts))
         loss = adapter.frozen["balance"] * len(self.experts) * jnp.sum((share @ first) * (share @ chances))
         return gates, loss

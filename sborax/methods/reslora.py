@@ -29,7 +29,7 @@ from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weig
 
 @dataclasses.dataclass(frozen=True)
 class ResLoRA(AbstractAdditive, AbstractLinked):
-    """LoRA with shortcuts between the layers n of one projection. For shortcut
+    """LoRA with shortcuts between the layers n of one projection. The option `shortcut` is one of
 
     "block":  y_n = x_n W_n + s x_n sum_k a_{n-k} b_{n-k}, k = 0..m: merges exactly (default),
     "input":  y_n = x_n W_n + s (x_n + x_{n-1}) a_n b_n, with x_{-1} = x_0: merges approximately,
@@ -40,8 +40,8 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         back whatever it is. 0: plain LoRA.
     alpha: s = alpha / rank; None (default) is s = 1 (authors: 8 or 16). dropout: on what a multiplies (authors: 0.1).
 
-    The chain of layers starts again after a layer that the rule leaves out; a layer by itself is the first of one.
-    `LanguageModel` and `merge` link the layers. For a model of your own: `link` the adapters, and hand what
+    After a layer that the rule leaves out a new chain begins; a layer on its own is the first of a chain.
+    `LanguageModel` and `merge` link the layers. In a model of your own, `link` the adapters, and pass what
     `sborax.adapters.depth.remember` returns to the next layer in `Context.tokens`. Approximate merges are in
     `sborax.interop.reslora`.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0: identity at init. Trained parameters: rank (in + out).
@@ -64,7 +64,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
     def no_merge(self) -> str:
         if self.shortcut == "block" or not self.linked:
             return ""
-        return "a layer reads values of earlier ones; approximate it: `sborax merge --approximate`, procedures.reslora"
+        return "a layer reads values of earlier ones; approximate it: `sborax merge --approximate`, interop.reslora"
 
     @property
     def axes(self) -> Axes:
@@ -101,18 +101,18 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
             return {}
         if self.shortcut == "input":
             return {"input": x, "linked": jnp.ones(x.shape[:1], x.dtype)}
-        own = _hidden(x, adapter, ctx)[:, None]
+        hidden = _hidden(x, adapter, ctx)[:, None]
         before = ctx.tokens.get("hidden", jnp.zeros((len(x), 2 if self.pre_num == -1 else self.pre_num, self.rank)))
-        # The newest first; with all layers in reach, what is older than it is one sum.
+        # Newest first. If all layers are in reach, the older ones are one sum.
         older = before.sum(1, keepdims=True) if self.pre_num == -1 else before[:, :-1]
-        return {"hidden": jnp.concatenate([own, cast(older, x)], axis=1)}
+        return {"hidden": jnp.concatenate([hidden, cast(older, x)], axis=1)}
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         if self.shortcut == "input" and self.linked:
-            seen = {"linked": jnp.zeros(x.shape[:1]), "input": x, **ctx.tokens}
-            x = x + jnp.where(seen["linked"][:, None] != 0, seen["input"], x)
+            before = {"linked": jnp.zeros(x.shape[:1]), "input": x, **ctx.tokens}
+            x = x + jnp.where(before["linked"][:, None] != 0, before["input"], x)
         hidden = _hidden(x, adapter, ctx)
         if self.shortcut == "middle" and self.linked and "hidden" in ctx.tokens:
             hidden = hidden + ctx.tokens["hidden"].sum(1)

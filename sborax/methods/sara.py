@@ -67,24 +67,24 @@ class SARA(AbstractFactored):
             raise SboraxError(f"({self.factor_init!r}, {self.lam_init!r}) is no (factor_init, lam_init) of {_STARTS}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        own, mask = live(self.rank, hint)
+        rank, mask = live(self.rank, hint)
         k, wide = width(self.rank), dense(weight).astype(jnp.float32)
         if self.factor_init == "svd":
             u, _, vt = jnp.linalg.svd(wide, full_matrices=False)
             a, b, lam = u[:, :k] * mask[None, :], vt[:k] * mask[:, None], jnp.zeros(k)
         else:
             a, b = kaiming_uniform(key, weight.shape[0], self.rank, hint), jnp.zeros((k, weight.shape[1]))
-            lam = mask * self._lam(jax.random.fold_in(key, 1), wide, own, mask)
+            lam = mask * self._lam(jax.random.fold_in(key, 1), wide, rank, mask)
         scale = self.gamma * scaling(self.alpha, self.rank, hint, self.rslora)
         return Fitted({"a": a, "lam": lam, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})
 
-    def _lam(self, key: Key[Array, ""], weight: Array, own: Array, mask: Float[Array, " k"]) -> Float[Array, " k"]:
+    def _lam(self, key: Key[Array, ""], weight: Array, rank: Array, mask: Float[Array, " k"]) -> Float[Array, " k"]:
         if self.lam_init == "ones":
             return jnp.ones_like(mask)
         if self.lam_init == "normal":
             return jax.random.normal(key, mask.shape)
         leading = mask * jnp.linalg.svd(weight, compute_uv=False)[: len(mask)]
-        mean = jnp.sum(leading) / own
+        mean = jnp.sum(leading) / rank
         return jnp.where(mean > 0, leading / mean, 1.0)
 
     def add_to(

@@ -94,7 +94,7 @@ class SBoRA(AbstractExpert):
             return jax.nn.one_hot(idx, shape[0], axis=0), scale * adapter.train["b"]
         return scale * adapter.train["a"], jax.nn.one_hot(idx, shape[1], axis=1)
 
-    def overlaps(self, mine: Adapter, other: Adapter) -> Bool[Array, ""]:
+    def overlaps(self, adapter: Adapter, other: Adapter) -> Bool[Array, ""]:
         assert isinstance(other.method, SBoRA)
-        own, theirs = mine.frozen["idx"], other.frozen["idx"]
-        return jnp.logical_or(self.variant != other.method.variant, jnp.any(own[..., :, None] == theirs[..., None, :]))
+        ours, theirs = adapter.frozen["idx"], other.frozen["idx"]
+        return jnp.logical_or(self.variant != other.method.variant, jnp.any(ours[..., :, None] == theirs[..., None, :]))

@@ -27,7 +27,7 @@ class SHiRA(AbstractAdditive):
     rank: sets the number of entries, as many as a LoRA of this rank has (PEFT: 32).
 
     The places are drawn without replacement per kernel: entry n is at row idx[1, n], column idx[0, n] (PEFT's order).
-    The step forms S: gathering the inputs of every entry would take rank (in + out) numbers a token.
+    The step forms S: gathering the inputs of every entry would take rank (in + out) numbers per token.
     values = 0 at init: identity. Exact merge, and entries without a trained value keep their bits.
     Trained parameters: rank (in + out).
     """
@@ -61,7 +61,7 @@ class SHiRA(AbstractAdditive):
     ) -> Float[Array, "tokens out"]:
         columns, rows = adapter.frozen["idx"]
 
-        # S is made again in the backward pass: keeping one a layer would be a second model.
+        # S is recomputed in the backward pass: saving one per layer would be a second model.
         @jax.checkpoint
         def sparse(x: Array, values: Array) -> Array:
             empty = jnp.zeros((x.shape[1], y.shape[1]), x.dtype)

@@ -19,14 +19,15 @@ from safetensors.numpy import save as save_safetensors
 from sborax.adapters.constraints import whole
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.depth import stack_of
+from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
 from sborax.adapters.routing import AbstractRouter
-from sborax.adapters.tree import Adapters, Params, nest, nodes, rebase
+from sborax.adapters.tree import Adapters, Params, nodes, rebase
 from sborax.adapters.weight import check_finite
 from sborax.config.codec import decode, encode
 from sborax.config.documents import check_plain, read_object, shown
-from sborax.layout.state import flatten, put_together
+from sborax.layout.state import put_together
 from sborax.records.disk import replace, writing
 
 LEAVES = "adapter.safetensors"

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.leaves import flatten
 from sborax.layout.hosts import gathered, several
 from sborax.layout.sharding import put
 from sborax.layout.state import TrainState
@@ -39,9 +40,8 @@ def digest(leaf: np.ndarray) -> str:
 
 
 def flat(tree: PyTree) -> dict[str, Any]:
-    """Leaves by dotted path, the names they have in a checkpoint."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").replace("/", "."): leaf for path, leaf in leaves}
+    """Leaves by dotted path, the form in which a checkpoint holds them."""
+    return {path.replace("/", "."): leaf for path, leaf in flatten(tree, is_leaf=None).items()}
 
 
 @dataclasses.dataclass(frozen=True)
