@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sborax.adapters.core import Context
 from sborax.adapters.routing import PROMPT
 from sborax.adapters.tree import link
-from sborax.models.llama import Llama
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.memory import run
 
 CHUNK = 256
@@ -19,7 +19,7 @@ CHUNK = 256
 
 @functools.partial(jax.jit, static_argnums=0)
 def alone(
-    module: Llama,
+    module: AbstractDecoder,
     variables: dict[str, Any],
     tokens: Int[Array, "rows width"],
     lengths: Int[Array, " rows"],
@@ -45,7 +45,7 @@ def alone(
 
 @functools.partial(jax.jit, static_argnums=0)
 def shared(
-    module: Llama,
+    module: AbstractDecoder,
     variables: dict[str, Any],
     prompts: Int[Array, "rows width"],
     lengths: Int[Array, " rows"],
@@ -84,7 +84,7 @@ def shared(
     return _over_row(logprobs, likeliest, counts)
 
 
-def _head(module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"]) -> Any:
+def _head(module: AbstractDecoder, variables: dict[str, Any], states: Float[Array, "rows new d"]) -> Any:
     return module.apply(variables, states, method="head")
 
 
@@ -97,7 +97,10 @@ def _over_row(
 
 
 def _of_tokens(
-    module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"], targets: Int[Array, "rows new"]
+    module: AbstractDecoder,
+    variables: dict[str, Any],
+    states: Float[Array, "rows new d"],
+    targets: Int[Array, "rows new"],
 ) -> tuple[Float[Array, "rows new"], Bool[Array, "rows new"]]:
     """ln p of each target, and whether it is the likeliest, from the states before it."""
     rows, new, d = states.shape

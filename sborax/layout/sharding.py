@@ -16,7 +16,7 @@ from sborax.adapters.core import SboraxError, is_weight
 from sborax.adapters.tree import Adapters, Params, combine, nest, specs
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.state import Flat, Parts, TrainState, flatten, take_apart
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import DecoderConfig
 from sborax.models.sharding import base_specs, check_heads, quantised_specs
 
 
@@ -42,7 +42,7 @@ def _flat_specs(leaves: Flat, own: Flat) -> Flat:
     return {path: quantised_specs(leaf, own[path]) if is_weight(leaf) else own[path] for path, leaf in leaves.items()}
 
 
-def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts) -> Parts:
+def parts_shardings(mesh: Mesh | AbstractMesh, config: DecoderConfig, parts: Parts) -> Parts:
     """Where the parts of a model lie: adapter leaves follow the kernel they adapt.
 
     Raises SboraxError for heads and leaves that cannot be cut evenly.
@@ -119,7 +119,7 @@ class Layout:
         """Where steps are traced and run."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def of_params(self, config: LlamaConfig, shapes: Params) -> Params:
+    def of_params(self, config: DecoderConfig, shapes: Params) -> Params:
         """Where each parameter of these shapes lies, from the moment that it is read.
 
         Raises SboraxError for heads and leaves that cannot be cut evenly.
@@ -129,13 +129,13 @@ class Layout:
         own = flatten(base_specs(shapes, self.mesh.shape))
         return _shardings(self.mesh, shapes, nest(_flat_specs(flatten(shapes), own)))
 
-    def place(self, parts: Parts, config: LlamaConfig) -> Parts:
+    def place(self, parts: Parts, config: DecoderConfig) -> Parts:
         """The parts on their devices."""
         if self.mesh is None:
             return parts
         return put(parts, parts_shardings(self.mesh, config, parts))
 
-    def model(self, params: Params, adapters: Adapters | None, config: LlamaConfig) -> tuple[Params, Adapters | None]:
+    def model(self, params: Params, adapters: Adapters | None, config: DecoderConfig) -> tuple[Params, Adapters | None]:
         """A model and its adapters on their devices.
 
         Raises SboraxError as `parts_shardings` does.

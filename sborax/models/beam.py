@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.routing import PROMPT, routed_parts
 from sborax.adapters.tree import link, nodes
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.generate import BUCKET, _check, _until
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.llama import Llama
 from sborax.models.memory import run
 
 NEVER = -1e9
@@ -122,7 +122,7 @@ def _extend(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _search(
-    module: Llama,
+    module: AbstractDecoder,
     new: int,
     beams: int,
     routed: bool,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import check_plain, parse, read_object, shown
 from sborax.config.terminal import say
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import DecoderConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
 from sborax.models.nf4 import NF4Array, check, quantise, quantise_numpy
 from sborax.models.shards import aligned, read_sharded
@@ -146,7 +146,7 @@ def _lists_only(index: Path, shard: str) -> bool:
 
 
 def load_params(
-    config: LlamaConfig,
+    config: DecoderConfig,
     shapes: dict[str, Any],
     tensors: AbstractTensors,
     quantised: Callable[[str], bool] = lambda path: False,
@@ -249,7 +249,7 @@ def _quantised(
 
 
 def _tied_copy(
-    config: LlamaConfig, params: dict[str, Any], tensors: AbstractTensors, available: frozenset[str]
+    config: DecoderConfig, params: dict[str, Any], tensors: AbstractTensors, available: frozenset[str]
 ) -> set[str]:
     """The head that some tied checkpoints store a second time, if it equals the embedding."""
     name = tensors.name(row("lm_head/kernel"))

@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
 
 MOST_LAYERS, MOST_UNEQUAL = 1 << 12, 1 << 8
@@ -113,6 +114,11 @@ class LlamaConfig:
     def family(self) -> Family:
         """What sets the model apart from LLaMA."""
         return family_of(self.model_type)
+
+    @property
+    def decoder(self) -> type[AbstractDecoder] | None:
+        """The class of the family's module; None for `Llama`."""
+        return self.family.decoder
 
     @property
     def qkv_bias(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from sborax.adapters.core import SboraxError
 from sborax.config.classes import instances, load_plugins
+from sborax.models.decoder import AbstractDecoder
 
 UNEQUAL = "sborax_"
 """Before the `model_type` of a decoder whose layers differ in size: transformers says that it does not know it."""
@@ -50,6 +51,7 @@ class Family:
     defaults: what transformers takes for keys that a file leaves out.
     neutral: keys of `NEUTRAL` for this family alone. inert: those of `INERT`.
     gguf: llama.cpp's name where such files are read. interleaved: whether they turn neighbouring features together.
+    decoder: the class of the module; None for `Llama`, which reads the fields above.
     """
 
     model_type: ClassVar[str] = ""
@@ -65,6 +67,7 @@ class Family:
     inert: frozenset[str] = frozenset()
     gguf: str | None = None
     interleaved: bool = False
+    decoder: type[AbstractDecoder] | None = None
 
     @property
     def keys(self) -> Mapping[str, tuple[Any, ...]]:

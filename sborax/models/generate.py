@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.routing import PROMPT
 from sborax.adapters.tree import link
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.llama import Llama
 from sborax.models.memory import run
 
 BUCKET = 32
@@ -137,7 +137,7 @@ def _keep(logits: Float[Array, "batch vocab"], kept: Bool[Array, "batch vocab"])
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(
-    module: Llama,
+    module: AbstractDecoder,
     new: int,
     choice: Choice,
     variables: dict[str, Any],
@@ -161,7 +161,7 @@ def _begin(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _go_on(
-    module: Llama,
+    module: AbstractDecoder,
     choice: Choice,
     variables: dict[str, Any],
     rule: Rule,
@@ -193,7 +193,7 @@ def _go_on(
 
 
 def _pick(
-    module: Llama,
+    module: AbstractDecoder,
     choice: Choice,
     variables: dict[str, Any],
     rule: Rule,

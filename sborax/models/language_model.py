@@ -13,24 +13,34 @@ from sborax.adapters import core
 from sborax.adapters.paths import STACKED_UNDER
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import AbstractDecoder, DecoderConfig
 from sborax.models.llama import Llama
 from sborax.models.memory import run, values_at
 
 Params = dict[str, Any]
 
 
-def abstract(config: LlamaConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
+def decoder_of(
+    config: DecoderConfig, dtype: Any = "float32", remat: str = "none", scan: bool = True, attention: str = "xla"
+) -> AbstractDecoder:
+    """The module of a config: `Llama`, unless the config names another class. See `AbstractDecoder` for the fields."""
+    return (config.decoder or Llama)(config, jnp.dtype(dtype), remat, scan, attention=attention)
+
+
+def abstract(config: DecoderConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
     """The param tree as shapes and dtypes, from the config alone."""
-    module = Llama(config, jnp.dtype(dtype), scan=scan)
+    return _shapes(decoder_of(config, dtype, scan=scan))
+
+
+def _shapes(module: AbstractDecoder) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
 
 
 @functools.cache
-def projections(config: LlamaConfig, scan: bool) -> frozenset[str]:
+def projections(module: AbstractDecoder) -> frozenset[str]:
     """Paths of every adapter that the model reads: of kernels behind `core.linear`, and of a router in each layer."""
-    flat = jax.tree_util.tree_flatten_with_path(abstract(config, scan=scan))[0]
+    flat = jax.tree_util.tree_flatten_with_path(_shapes(module))[0]
     paths = (_path(keys) for keys, _ in flat)
     kernels = [path for path in paths if path.endswith("/kernel")]
     layers = {layer_of(path, STACKED_UNDER) for path in kernels if path.startswith(f"{STACKED_UNDER}/")}
@@ -66,9 +76,9 @@ class Collected:
 class LanguageModel:
     """A Linen module, its params, and what else belongs to a checkpoint."""
 
-    module: Llama
+    module: AbstractDecoder
     params: Params
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: Any
 
     def apply(
@@ -151,23 +161,21 @@ class LanguageModel:
         """Logits of `hidden`, float32."""
         return self._call("head", params, adapters, dropout_key, hidden)
 
-    def head_kernel(self, params: Params) -> core.Weight:
-        """The (d, vocab) kernel of the head: the transposed embedding where they are tied."""
-        if self.config.tie_word_embeddings:
-            return params["embed_tokens"]["embedding"].T
-        return params["lm_head"]["kernel"]
-
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path where the model has no projection."""
-        known = projections(self.config, self.module.scan)
+        known = projections(self._plain())
         flat = jax.tree_util.tree_flatten_with_path(adapters or {}, is_leaf=core.is_adapter)[0]
         for path in (_path(keys) for keys, _ in flat):
             if path not in known:
                 raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
 
-    def abstract(self, config: LlamaConfig | None = None) -> Params:
-        """The param tree as shapes and dtypes, from the config alone."""
-        return abstract(config or self.config, self.module.dtype, scan=self.module.scan)
+    def abstract(self) -> Params:
+        """The param tree as shapes and dtypes."""
+        return _shapes(self._plain())
+
+    def _plain(self) -> AbstractDecoder:
+        """The module without the options that its params do not depend on, and that not every device can trace."""
+        return self.module.clone(remat="none", keep=False, attention="xla")
 
     def _call(
         self, method: str, params: Params, adapters: Params | None, dropout_key: Any, *inputs: Any, **options: Any

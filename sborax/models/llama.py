@@ -14,6 +14,7 @@ from sborax.adapters.constraints import check_axis_types
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
@@ -196,17 +197,10 @@ def positions_of(
     return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
-class Llama(nn.Module):
+class Llama(AbstractDecoder):
     """The decoder. Its params follow the table in `sborax.models.names`. Layers of unequal size are never scanned."""
 
     config: LlamaConfig
-    dtype: Any = jnp.dtype(jnp.float32)
-    remat: str = "none"
-    scan: bool = True
-    keep: bool = False
-    """Whether the hidden states come with every layer's keys and values."""
-    attention: str = "xla"
-    """The back end, see `sborax.models.backends`."""
 
     def setup(self) -> None:
         """The parts, under the names of their params."""
@@ -237,11 +231,8 @@ class Llama(nn.Module):
         ctx: core.Context = core.Context(),
         past: tuple[Any, Int[Array, "batch slots"]] | None = None,
     ) -> tuple[Float[Array, "batch seq d"], Any]:
-        """The normed hidden states, and the keys and values of `tokens` (stacked over layers) if `keep`.
+        """See `AbstractDecoder`. Layers of unequal size have a tuple of keys and values.
 
-        segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
-        positions: rotary positions, in tokens; by default counted from the start of each segment.
-        past: keys and values of earlier tokens, and their segments.
         Raises SboraxError for more tokens than the model's context, and inside a mesh of Explicit axes.
         """
         check_axis_types()
@@ -270,13 +261,3 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return core.linear(hidden, self.embed_tokens.embedding.T).astype(jnp.float32)
         return self.lm_head(hidden, ctx).astype(jnp.float32)
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch seq"],
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        ctx: core.Context = core.Context(),
-    ) -> Float[Array, "batch seq vocab"]:
-        """Logits of every position, float32. See `hidden`."""
-        return self.head(self.hidden(tokens, segment_ids, positions, ctx)[0], ctx)

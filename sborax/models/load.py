@@ -17,9 +17,10 @@ from sborax.config.documents import read_object
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig, ends
+from sborax.models.decoder import DecoderConfig
 from sborax.models.gguf import open_gguf
-from sborax.models.language_model import LanguageModel, Params, abstract
-from sborax.models.llama import Llama, kept_names
+from sborax.models.language_model import LanguageModel, Params, abstract, decoder_of
+from sborax.models.llama import kept_names
 from sborax.models.tokenizer import check_vocabulary, read_tokenizer
 
 ADAPTER = "adapter_config.json"
@@ -88,7 +89,7 @@ def load_model(
     quant: Literal["nf4"] | None = None,
     keep: Callable[[str], bool] = lambda path: False,
     attention: str = "auto",
-    shardings: Callable[[LlamaConfig, Params], Params] | None = None,
+    shardings: Callable[[DecoderConfig, Params], Params] | None = None,
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
@@ -117,7 +118,7 @@ def load_model(
     if config.num_hidden_layers > len(tensors.names()):
         raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
     backend = choose(attention, platform(), dtype, config.head_dim)
-    module = Llama(config, jnp.dtype(dtype), remat, scan, attention=backend)
+    module = decoder_of(config, dtype, remat, scan, backend)
 
     def quantised(path: str) -> bool:
         return quant is not None and is_layer_kernel(path) and not keep(path)

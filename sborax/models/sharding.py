@@ -15,7 +15,7 @@ from jaxtyping import Array
 from sborax.adapters.constraints import ROWS, compiled_axes, cut
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, is_weight
 from sborax.adapters.tree import specs
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import DecoderConfig
 
 ROW_PARALLEL = ("o_proj", "down_proj")
 
@@ -67,7 +67,7 @@ def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
     return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else PartitionSpec(), weight)
 
 
-def check_heads(config: LlamaConfig, tensor: int) -> None:
+def check_heads(config: DecoderConfig, tensor: int) -> None:
     """Raise SboraxError where heads cannot be dealt out to `tensor` chips."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name)

@@ -22,9 +22,9 @@ from sborax.adapters.paths import Plan, Site, kernels
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.sharding import parts_shardings, state_shardings
 from sborax.layout.state import Parts, TrainState, start
-from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose
-from sborax.models.language_model import abstract
+from sborax.models.decoder import DecoderConfig
+from sborax.models.language_model import LanguageModel, abstract, decoder_of
 from sborax.train.experiment import Experiment
 from sborax.train.prepare import Prepared, prepare
 
@@ -63,7 +63,7 @@ class Outline:
 
 
 def outline(
-    experiment: Experiment, config: LlamaConfig, length: int | None = None, device: str | None = None
+    experiment: Experiment, config: DecoderConfig, length: int | None = None, device: str | None = None
 ) -> Outline:
     """The step of `experiment` on a model of this config, on one device.
 
@@ -77,7 +77,7 @@ def outline(
     chosen = "xla"
     if device is not None:
         chosen = choose(experiment.attention, device, experiment.precision, config.head_dim)
-    module = Llama(config, jnp.dtype(experiment.precision), experiment.remat, attention=chosen)
+    module = decoder_of(config, experiment.precision, experiment.remat, attention=chosen)
     # What a procedure keeps in a run directory is kept between steps alone.
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
 
@@ -94,7 +94,7 @@ def outline(
     return Outline(prepared, parts, state, batch)
 
 
-def longest_row(experiment: Experiment, config: LlamaConfig) -> int:
+def longest_row(experiment: Experiment, config: DecoderConfig) -> int:
     """Tokens of the longest row that a run may see: its largest bucket, else the longest sample."""
     return max(experiment.data.buckets, default=min(experiment.data.max_length, config.context))
 
