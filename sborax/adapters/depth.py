@@ -1,7 +1,7 @@
 """Layers linked in depth: methods whose layers read what earlier layers of the same projection have, or saw.
 
 What a layer *has* is weights: `link` puts them into every layer's own leaves before the model runs. What it *saw* is
-values: the model hands what a projection remembers to the same projection of the next layer, in `Context.tokens`.
+values: the model hands what a projection remembers to the same projection of the next layer, in `Context.memory`.
 """
 
 import abc
@@ -36,7 +36,7 @@ class AbstractLinked(AbstractMethod):
 
     @abc.abstractmethod
     def remember(self, x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Memory:
-        """What the next layer finds in its `ctx.tokens`, one entry a token. Empty if it needs no values."""
+        """What the next layer finds in its `ctx.memory`, one entry a token. Empty if it needs no values."""
 
 
 def axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:

@@ -15,8 +15,6 @@ from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Con
 
 ROUTER = "router"
 """Name of a layer's router among its modules."""
-PROMPT = "prompt"
-"""Name in `Context.tokens` of the (batch, seq) mask of the tokens that a router may read."""
 GATE = "gate"
 """Name in `Context.rows` of a projection's own weight, (batch,): absent where nothing routes, which means 1."""
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters.core import Context
-from sborax.adapters.routing import PROMPT
 from sborax.adapters.tree import link
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.memory import run
@@ -34,7 +33,7 @@ def alone(
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     prompt = (slots < lengths[:, None]).astype(jnp.int32)
     segments = (slots < (lengths + counts - 1)[:, None]).astype(jnp.int32)
-    ctx = Context(tokens={PROMPT: prompt})
+    ctx = Context(prompt=prompt)
     (hidden, _), _ = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     steps = jnp.arange(targets.shape[1], dtype=jnp.int32)[None]
     places = jnp.minimum((lengths - 1)[:, None] + steps, tokens.shape[1] - 1)

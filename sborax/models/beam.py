@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters.core import Context, SboraxError
-from sborax.adapters.routing import PROMPT, routed_parts
+from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import link, nodes
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.generate import BUCKET, _check, _until
@@ -137,7 +137,7 @@ def _search(
     # What a router decides belongs to a row, so there each beam reads the prompt.
     before, after = (beams, 1) if routed else (1, beams)
     tokens, segments = (jnp.repeat(array, before, axis=0) for array in (tokens, segments))
-    ctx = Context(tokens={PROMPT: segments})
+    ctx = Context(prompt=segments)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     decided = {**variables, **routing}
 

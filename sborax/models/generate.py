@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import Context, SboraxError
-from sborax.adapters.routing import PROMPT
 from sborax.adapters.tree import link
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.language_model import LanguageModel, Params
@@ -148,7 +147,7 @@ def _begin(
 ) -> tuple[Texts, dict[str, Any]]:
     """The first token of each text, and what routers decided on its prompt, which holds for every token after it."""
     variables = {**variables, "adapters": link(variables["adapters"])}
-    ctx = Context(tokens={PROMPT: segments})
+    ctx = Context(prompt=segments)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     last = tokens.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

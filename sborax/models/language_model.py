@@ -129,14 +129,13 @@ class LanguageModel:
     ) -> tuple[Float[Array, "batch seq d"], Collected]:
         """`hidden`, with what one forward pass tells of itself beside: names of `Collected`.
 
-        - ctx: for `balance` its `tokens["prompt"]`, (batch, seq), marks what routers read: neither padding nor the
-          answer, and of one segment a row.
+        - ctx: `balance` needs its `prompt`, of one segment a row.
 
         Norms are over all tokens of the batch, padding left out, before an adapter's dropout. They have no gradient.
         """
         if not {"balance"}.issuperset(what):
             mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-            ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, "mask": mask})
+            ctx = dataclasses.replace(ctx, mask=mask)
         inputs, mutable = (tokens, segment_ids, positions, ctx), [_COLLECTIONS[name] for name in what]
         made = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
         # Flax returns collections only where some are mutable.

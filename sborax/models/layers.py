@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
 from sborax.adapters.depth import remember
-from sborax.adapters.routing import GATE, PROMPT, ROUTER
+from sborax.adapters.routing import GATE, ROUTER
 from sborax.models.sharding import used_whole
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -44,26 +44,26 @@ class Linear(nn.Module):
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         if self.has_rng("dropout"):
-            ctx = core.Context(self.make_rng("dropout"), ctx.rows, ctx.tokens)
+            ctx = dataclasses.replace(ctx, key=self.make_rng("dropout"))
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
-            self.put_variable("observations", "kernel", feature_norms(x, ctx.tokens.get("mask")))
+            self.put_variable("observations", "kernel", feature_norms(x, ctx.mask))
         adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
         adapter = None if adapter is None else used_whole(adapter, self.path[-1])
         if adapter is not None and memory is not None:
             # Flax merges a dict that is put into a collection into the one that was got from it.
-            ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})
+            ctx = dataclasses.replace(ctx, memory=jax.tree.map(lambda leaf: leaf, memory))
             self._remember(x, adapter, ctx)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
         return core.linear(x, kernel, adapter, ctx, bias)
 
     def _remember(self, x: Float[Array, "batch seq in"], adapter: core.Adapter, ctx: core.Context) -> None:
         """Put what the next layer is to find into collection `memory`, and the norms of that where they are wanted."""
-        kept, mask = remember(x, adapter, ctx), ctx.tokens.get("mask")
+        kept = remember(x, adapter, ctx)
         self.put_variable("memory", "kernel", kept)
         if self.is_mutable_collection("remembered"):
             flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
-            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, mask), flat))
+            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, ctx.mask), flat))
 
 
 def feature_norms(x: Float[Array, "*batch in"], mask: Array | None = None) -> Float[Array, " in"]:
@@ -93,17 +93,17 @@ def routed(layer: nn.Module, x: Float[Array, "batch seq d"], ctx: core.Context) 
     if layer.has_variable("routing", "gates"):
         gates = layer.get_variable("routing", "gates")
     else:
-        if PROMPT not in ctx.tokens:
+        if ctx.prompt is None:
             raise core.SboraxError(
                 f"{place}/{ROUTER} decides by the prompt: say which tokens belong to it, "
-                f"ctx=Context(tokens={{{PROMPT!r}: mask}}) with a (batch, seq) mask without padding and answer"
+                "ctx=Context(prompt=mask) with a (batch, seq) mask without padding and answer"
             )
-        gates, loss = node.method.route(x, ctx.tokens[PROMPT].astype(bool), node)
+        gates, loss = node.method.route(x, ctx.prompt.astype(bool), node)
         if layer.is_mutable_collection("routing"):
             layer.put_variable("routing", "gates", gates)
             layer.put_variable("routing", "loss", loss)
     rows = {f"{place}/{expert}": gates[:, i] for i, expert in enumerate(node.method.experts)}
-    return core.Context(ctx.key, {**ctx.rows, **rows}, ctx.tokens)
+    return dataclasses.replace(ctx, rows={**ctx.rows, **rows})
 
 
 class RMSNorm(nn.Module):
