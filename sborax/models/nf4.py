@@ -351,18 +351,3 @@ def encode_blocks(
             raise SboraxError(f"a weight of shape {weight.shape} holds values that are not finite: mend the checkpoint")
         codes[:, part], absmax[:, part] = _encode(np, weight[:, part], _LEAST)
     return codes, absmax
-
-
-def logical_axes(weight: NF4Array, in_shards: int = 1) -> NF4Array:
-    """The logical axes of every leaf as a tuple, without the stack axes, in a tree like `weight`.
-
-    `nested` and `offset`, a 4096th of the weight, are replicated: their groups run across shards.
-    Raises SboraxError unless each of `in_shards` shards of the input axis holds whole blocks.
-    """
-    size = weight.shape[-2]
-    if size % (in_shards * BLOCK):
-        raise SboraxError(
-            f"an NF4 weight of shape {weight.shape} cannot be cut into {in_shards} shards along `in`: each must hold "
-            f"whole blocks of {BLOCK}; shard it along `out` or use fewer shards"
-        )
-    return NF4Array(("in", "out"), ("in", "out"), (None,), (), dtype=weight.dtype)
