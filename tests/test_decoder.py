@@ -115,7 +115,7 @@ class AveragingFamily(Family):
 
     model_type: ClassVar[str] = "averaging"
     causal_lm: str = "AveragingForCausalLM"
-    own: frozenset[str] = frozenset({"attention_bias", "mlp_bias"})
+    optional: frozenset[str] = frozenset({"attention_bias", "mlp_bias"})
     decoder: type[AbstractDecoder] | None = Averaging
 
 

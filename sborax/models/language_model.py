@@ -39,7 +39,7 @@ def _shapes(module: AbstractDecoder) -> Params:
 
 @functools.cache
 def projections(module: AbstractDecoder) -> frozenset[str]:
-    """Paths of every adapter that the model reads: of kernels behind `core.linear`, and of a router in each layer."""
+    """Every path at which the model reads an adapter: kernels behind `core.linear`, and a router in each layer."""
     flat = jax.tree_util.tree_flatten_with_path(_shapes(module))[0]
     paths = (_path(keys) for keys, _ in flat)
     kernels = [path for path in paths if path.endswith("/kernel")]
@@ -58,12 +58,12 @@ _COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance":
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What a forward pass tells of itself; fields that were not asked for are empty.
+    """Values from inside a forward pass. Fields that were not asked for are empty.
 
     - inputs: ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
-    - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel;
-      values of more axes a token as one axis. Empty for adapters that remember nothing.
-    - balance: the mean over the layers of the losses of their routers; 0 without any.
+    - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel.
+      The axes of a token's values are flattened. Empty for adapters that remember nothing.
+    - balance: mean over the layers of their routers' losses; 0 without routers.
     """
 
     # Any: a pytree node also holds arrays with other axes in front.
@@ -74,7 +74,7 @@ class Collected:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A Linen module, its params, and what else belongs to a checkpoint."""
+    """A Linen module with its params, config and tokenizer."""
 
     module: AbstractDecoder
     params: Params
@@ -94,9 +94,11 @@ class LanguageModel:
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of every position, float32.
 
-        segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
-        positions: rotary positions; by default counted from the start of each segment.
-        dropout_key: without one the call is deterministic.
+        - segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
+        - positions: rotary positions; by default counted from the start of each segment.
+        - dropout_key: without one the call is deterministic.
+        - ctx: models with routers need its `prompt`.
+
         Raises SboraxError for an adapter that the model never reads and for tokens beyond the context.
         """
         return self._call("__call__", params, adapters, dropout_key, tokens, segment_ids, positions, ctx)
@@ -127,25 +129,26 @@ class LanguageModel:
         dropout_key: Key[Array, ""] | None = None,
         ctx: core.Context = core.Context(),
     ) -> tuple[Float[Array, "batch seq d"], Collected]:
-        """`hidden`, with what one forward pass tells of itself beside: names of `Collected`.
+        """`hidden`, and values from inside the same forward pass.
 
+        Norms are over all tokens of the batch but padding, before an adapter's dropout. They have no gradient.
+
+        - what: the fields of `Collected` to fill.
         - ctx: `balance` needs its `prompt`, of one segment a row.
-
-        Norms are over all tokens of the batch, padding left out, before an adapter's dropout. They have no gradient.
         """
         if not {"balance"}.issuperset(what):
             mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
             ctx = dataclasses.replace(ctx, mask=mask)
         inputs, mutable = (tokens, segment_ids, positions, ctx), [_COLLECTIONS[name] for name in what]
-        made = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
-        # Flax returns collections only where some are mutable.
-        (hidden, _), kept = made if mutable else (made, {})
-        norms = jax.tree_util.tree_leaves_with_path(kept.get(_COLLECTIONS["inputs"], {}))
-        routing = jax.tree_util.tree_leaves_with_path(kept.get(_COLLECTIONS["balance"], {}))
+        out = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
+        # Flax returns collections only if some are mutable.
+        (hidden, _), collections = out if mutable else (out, {})
+        norms = jax.tree_util.tree_leaves_with_path(collections.get(_COLLECTIONS["inputs"], {}))
+        routing = jax.tree_util.tree_leaves_with_path(collections.get(_COLLECTIONS["balance"], {}))
         losses = [leaf.reshape(-1) for keys, leaf in routing if _path(keys).endswith("/loss")]
         return hidden, Collected(
             inputs={_path(keys): leaf for keys, leaf in norms},
-            remembered=values_at(kept.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
+            remembered=values_at(collections.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
             balance=jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0),
         )
 
@@ -161,7 +164,7 @@ class LanguageModel:
         return self._call("head", params, adapters, dropout_key, hidden)
 
     def check_adapters(self, adapters: Params | None) -> None:
-        """Raise SboraxError for an adapter at a path where the model has no projection."""
+        """Raise SboraxError for an adapter at a path at which the model has no projection."""
         known = projections(self._plain())
         flat = jax.tree_util.tree_flatten_with_path(adapters or {}, is_leaf=core.is_adapter)[0]
         for path in (_path(keys) for keys, _ in flat):
@@ -173,7 +176,7 @@ class LanguageModel:
         return _shapes(self._plain())
 
     def _plain(self) -> AbstractDecoder:
-        """The module without the options that its params do not depend on, and that not every device can trace."""
+        """The module without options that its params do not depend on. Not every device can trace these."""
         return self.module.clone(remat="none", keep=False, attention="xla")
 
     def _call(
