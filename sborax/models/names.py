@@ -75,13 +75,3 @@ def hf_module(path: str, layer: int | None = None) -> str:
     if "{layer}" in pattern and number is None:
         raise SboraxError(f"{path}: say which layer")
     return pattern.format(layer=number)
-
-
-def our_module(module: str) -> tuple[str, int | None]:
-    """The inverse of `hf_module`: `model.layers.3.self_attn.q_proj` -> (`layers/self_attn/q_proj`, 3)."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", module)
-    pattern = f"model.layers.{{layer}}.{match[2]}" if match else module
-    for entry in TABLE:
-        if entry.hf == f"{pattern}.weight":
-            return entry.ours.rpartition("/")[0], int(match[1]) if match else None
-    raise SboraxError(f"{module}: not a module of this model")
