@@ -200,7 +200,9 @@ def test_a_family_names_its_decoder(tmp_path):
     loaded = sx.load_model(place)
     assert isinstance(loaded.module, Averaging) and config.decoder is Averaging
     assert jax.tree.map(jnp.shape, loaded.params) == jax.tree.map(lambda leaf: leaf.shape, abstract(config))
-    data = sx.Data(str(write_data(tmp_path / "data.jsonl")), max_length=64)
+    data = sx.Data(
+        str(write_data(tmp_path / "data.jsonl")), template="{instruction} ", answer="{output}", max_length=64
+    )
     experiment = sx.Experiment(str(place), data, RULES, steps=2, batch_size=2)
     planned = outline(experiment, config)
     assert isinstance(planned.model.module, Averaging)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ def decoder_of(
     config: DecoderConfig, dtype: Any = "float32", remat: str = "none", scan: bool = True, attention: str = "xla"
 ) -> AbstractDecoder:
     """The module of a config: `Llama`, unless the config names another class. See `AbstractDecoder` for the fields."""
-    return (config.decoder or Llama)(config, jnp.dtype(dtype), remat, scan, attention=attention)
+    kind = cast(type[AbstractDecoder], config.decoder or Llama)
+    return kind(config, jnp.dtype(dtype), remat, scan, attention=attention)
 
 
 def abstract(config: DecoderConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
@@ -165,7 +166,8 @@ class LanguageModel:
 
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path at which the model has no projection."""
-        known = projections(self._plain())
+        # Flax makes modules hashable.
+        known = projections(self._plain())  # pyright: ignore[reportArgumentType]
         flat = jax.tree_util.tree_flatten_with_path(adapters or {}, is_leaf=core.is_adapter)[0]
         for path in (_path(keys) for keys, _ in flat):
             if path not in known:
