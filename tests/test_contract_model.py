@@ -18,10 +18,9 @@ from torch_pair import shaken
 
 import sborax as sx
 from sborax.adapters.core import Hint, dense, is_weight
-from sborax.adapters.leaves import flatten
+from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import kernels
 from sborax.adapters.routing import routed_parts
-from sborax.adapters.tree import nest
 from sborax.layout.state import take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, generate
 from sborax.models.nf4 import quantise
@@ -129,7 +128,7 @@ def test_adapters_side_by_side_are_each_alone(case, params, adapted):
     train, frozen = sx.split(adapters)
     twice = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), train)
     model = model_of()
-    ctx = sx.Context(tokens={"prompt": BATCH["counts"][0] == 0})
+    ctx = sx.Context(prompt=BATCH["counts"][0] == 0)
 
     def hidden(train):
         return model.hidden(base, sx.combine(train, frozen), BATCH["tokens"][0], ctx=ctx)
@@ -151,7 +150,7 @@ def test_text_with_a_cache_is_text_without(case, params, adapted):
     for _ in range(4):
         padded = jnp.asarray([text + [0] * (9 - len(text))], jnp.int32)
         segments = jnp.asarray([[1] * len(text) + [0] * (9 - len(text))], jnp.int32)
-        ctx = sx.Context(tokens={"prompt": mask[None]})
+        ctx = sx.Context(prompt=mask[None])
         logits = model.apply(base, adapters, padded, segment_ids=segments, ctx=ctx)
         text.append(int(logits[0, len(text) - 1].argmax()))
     assert list(made)[-4:] == text[-4:]

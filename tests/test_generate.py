@@ -12,7 +12,7 @@ import sborax as sx
 from sborax.cli.chat import AnswerPrinter
 from sborax.evaluate.scorer import Scorer
 from sborax.models import generate, load_model
-from sborax.models.generate import STRIDE, Choice, _go_on, choose, narrowed
+from sborax.models.generate import STRIDE, Choice, _decode, choose, narrowed
 from sborax.models.tokenizer import finished, until
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -195,9 +195,9 @@ def test_an_answer_is_shown_as_it_grows(model, greedy, texts, stops, capsys):
 
 
 def test_prompts_of_similar_length_share_a_compilation(model, prompts, greedy):
-    before = _go_on._cache_size()
+    before = _decode._cache_size()
     other = generate(model, model.params, None, [prompt[:-1] for prompt in prompts], NEW)
-    assert other != greedy and _go_on._cache_size() == before
+    assert other != greedy and _decode._cache_size() == before
 
 
 ERRORS = {

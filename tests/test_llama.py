@@ -126,7 +126,7 @@ def test_adapted_equals_merged_and_hidden_feeds_the_head(model, adapted, logits,
     @jax.jit
     def parts(params, adapters, tokens):
         hidden = model.hidden(params, adapters, tokens)
-        return model.head(params, adapters, hidden), hidden @ model.head_kernel(params)
+        return model.head(params, adapters, hidden), hidden @ params["lm_head"]["kernel"]
 
     assert relative(parts(params, adapters, tokens)[0], ours) < 1e-6
     assert relative(parts(params, {"layers": adapters["layers"]}, tokens)[1], ours) > 1e-2
@@ -149,7 +149,7 @@ def unrolled(model, tree):
 def test_scanned_equals_unrolled(model, adapted, logits, tokens):
     loop = dataclasses.replace(model, module=Llama(model.config, scan=False))
     flat, flat_adapters = (unrolled(model, tree) for tree in adapted)
-    chex.assert_trees_all_equal_shapes_and_dtypes(flat, loop.abstract(model.config))
+    chex.assert_trees_all_equal_shapes_and_dtypes(flat, loop.abstract())
     assert relative(jax.jit(loop.apply)(flat, flat_adapters, tokens), logits(*adapted, tokens)) < TOLERANCE
 
 

@@ -13,7 +13,7 @@ import transformers
 from sborax_models import make, relative, tokens_of, torch_logits
 
 import sborax as sx
-from sborax.models import hf_module, load_config, load_model, our_module, save_hf
+from sborax.models import hf_module, load_config, load_model, save_hf
 from sborax.models.load import find
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -76,14 +76,14 @@ def test_models_are_found_by_name(original, monkeypatch):
     assert load_config(place.name) == load_model(place).config
 
 
-def test_module_names_go_both_ways():
+def test_names_of_modules():
     assert hf_module("layers/self_attn/q_proj", 3) == "model.layers.3.self_attn.q_proj"
     assert hf_module("layers/7/mlp/up_proj") == "model.layers.7.mlp.up_proj"
     assert hf_module("lm_head") == "lm_head"
-    assert our_module("model.layers.3.self_attn.q_proj") == ("layers/self_attn/q_proj", 3)
-    assert our_module("lm_head") == ("lm_head", None)
     with pytest.raises(sx.SboraxError, match="qkv_proj"):
-        our_module("model.layers.3.self_attn.qkv_proj")
+        hf_module("layers/3/self_attn/qkv_proj")
+    with pytest.raises(sx.SboraxError, match="say which layer"):
+        hf_module("layers/self_attn/q_proj")
 
 
 CONFIG_ERRORS = {

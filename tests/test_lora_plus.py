@@ -13,7 +13,8 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 import sborax as sx
 from sborax.adapters.core import SboraxError
-from sborax.adapters.tree import nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import nodes
 from sborax.optim import groups, lora_fa, lora_plus, project_lora_fa
 from sborax.train.optimizer import make_optimizer
 

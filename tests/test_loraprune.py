@@ -16,8 +16,9 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax.adapters.core import SboraxError, linear, structure
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
-from sborax.adapters.tree import nest, nodes
+from sborax.adapters.tree import nodes
 from sborax.cli import main
 from sborax.interop.slim import slim
 from sborax.methods.masked import Masked

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import sborax as sx
 from sborax.adapters.core import Adapter, Context, SboraxError, dense, structure
-from sborax.adapters.tree import nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import nodes
 from sborax.cli import main
 from sborax.layout.state import start, take_apart
 from sborax.methods.prompt_router import DENOMINATOR, NUMERATOR, PromptRouter, rational
@@ -83,7 +84,7 @@ def losses_and_grads(model, parts):
     @jax.jit
     def of(train, batch):
         segments, counts = batch["segments"], batch["counts"]
-        ctx = Context(tokens={"prompt": prompt_of(segments, counts)})
+        ctx = Context(prompt=prompt_of(segments, counts))
 
         def both(train):
             own = sx.combine(train["adapters"], parts.frozen)
@@ -115,7 +116,7 @@ def run(model):
     @jax.jit
     def call(params, adapters, tokens, prompt, segments, routing):
         variables = {"params": params, "adapters": adapters, "routing": routing}
-        ctx = Context(tokens={"prompt": prompt})
+        ctx = Context(prompt=prompt)
         return model.module.apply(variables, tokens, segments, None, ctx, mutable=["routing"])
 
     def of(adapters, tokens, prompt=None, segments=None, routing=None, params=model.params):
@@ -249,7 +250,7 @@ def test_each_layer_routes_by_its_own_input(adapters):
 
     @jax.jit
     def call(variables, tokens, mask):
-        ctx = Context(tokens={"prompt": mask})
+        ctx = Context(prompt=mask)
         shown, kept = (lambda module, _: isinstance(module, Block)), ["routing", "intermediates"]
         return model.module.apply(variables, tokens, mask, None, ctx, capture_intermediates=shown, mutable=kept)
 
@@ -264,7 +265,7 @@ def test_each_layer_routes_by_its_own_input(adapters):
         np.testing.assert_allclose(got["gates"], [gates for _, gates in want], atol=1e-5)
         np.testing.assert_allclose(got["loss"], 1e-2 * balance_of([chances for chances, _ in want]), rtol=1e-4)
     assert not np.allclose(*(seen["routing"]["layers"][i]["gates"] for i in "01"))
-    ctx = Context(tokens={"prompt": jnp.asarray(mask)})
+    ctx = Context(prompt=jnp.asarray(mask))
     whole = stacked.apply(stacked.params, adapters, jnp.asarray(tokens), segment_ids=jnp.asarray(mask), ctx=ctx)
     np.testing.assert_allclose(logits[mask > 0], whole[mask > 0], atol=2e-4)
 
@@ -352,7 +353,7 @@ def test_one_decoded_token_equals_the_full_forward(model, run, adapters):
     module = model.module.clone(keep=True)
     variables = {"params": model.params, "adapters": adapters}
     tokens, mask = padded(PROMPTS, "left")
-    ctx = Context(tokens={"prompt": jnp.asarray(mask)})
+    ctx = Context(prompt=jnp.asarray(mask))
     (_, cache), routing = module.apply(
         variables, jnp.asarray(tokens), jnp.asarray(mask), None, ctx, mutable=["routing"], method="hidden"
     )
@@ -377,7 +378,7 @@ def test_one_decoded_token_equals_the_full_forward(model, run, adapters):
 def test_rematerialised_layers_route_alike(model, adapters):
     other = dataclasses.replace(model, module=model.module.clone(remat="full"))
     tokens, mask = padded(PROMPTS, "left")
-    ctx = Context(tokens={"prompt": jnp.asarray(mask)})
+    ctx = Context(prompt=jnp.asarray(mask))
 
     def loss(train, model):
         own = sx.combine(train, sx.split(adapters)[1])
@@ -396,7 +397,7 @@ def test_many_adapters_over_one_base(model):
     tokens, mask = padded(PROMPTS, "left")
 
     def logits(adapters):
-        ctx = Context(tokens={"prompt": jnp.asarray(mask)})
+        ctx = Context(prompt=jnp.asarray(mask))
         return model.apply(model.params, adapters, jnp.asarray(tokens), segment_ids=jnp.asarray(mask), ctx=ctx)
 
     together = jax.jit(jax.vmap(logits))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))

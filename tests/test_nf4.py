@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 from nightly import nightly_unless
 
 from sborax.adapters import core
+from sborax.layout.mesh import make_mesh
 from sborax.models import nf4
 from sborax.models.gguf import open_gguf
 from sborax.models.nf4 import NF4Array, quantise, quantise_numpy
+from sborax.models.sharding import base_specs, quantised_specs
 
 pytestmark = pytest.mark.usefixtures("strict", "compiled_fully")
 
@@ -262,23 +265,27 @@ def test_encode_keeps_kind_dtype_and_nearly_the_values():
     chex.assert_trees_all_close(mapped, again, rtol=1e-6)
 
 
-def test_logical_axes_and_sharding():
+def test_a_weight_on_a_mesh():
     weight = quantise(normal(3, 256, 64))
-    axes = nf4.logical_axes(weight, in_shards=4)
-    assert (axes.codes, axes.absmax, axes.nested, axes.offset) == (("in", "out"), ("in", "out"), (None,), ())
-    mesh = jax.make_mesh((4, 2), ("in", "out"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    is_tuple = lambda node: isinstance(node, tuple)  # noqa: E731
-    places = jax.tree.map(
-        lambda names: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *names)), axes, is_leaf=is_tuple
+    params = {"layers": {"mlp": {"up_proj": {"kernel": weight}}}}
+
+    def spec(mesh):
+        return base_specs(params, mesh.shape)["layers"]["mlp"]["up_proj"]["kernel"]
+
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    assert spec(mesh) == PartitionSpec(None, "fsdp", "tensor")
+    placed = jax.device_put(
+        weight, jax.tree.map(lambda leaf: NamedSharding(mesh, leaf), quantised_specs(weight, spec(mesh)))
     )
-    placed = jax.device_put(weight, places)
     assert placed.codes.addressable_shards[0].data.shape == (3, 32, 32)
+    assert placed.absmax.addressable_shards[0].data.shape == (3, 1, 32)
+    assert placed.nested.is_fully_replicated and placed.offset.is_fully_replicated
     x = jnp.asarray(normal(5, 256, seed=1))
     of = jax.jit(jax.vmap(core.matmul, in_axes=(None, 0)))
     np.testing.assert_allclose(of(x, placed), of(x, weight), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(jax.jit(NF4Array.dense)(placed), weight.dense())
-    with pytest.raises(core.SboraxError, match="8 shards along `in`"):
-        nf4.logical_axes(weight, in_shards=8)
+    # Four blocks are too few for eight devices, so the output is cut.
+    assert spec(make_mesh({"fsdp": 8})) == PartitionSpec(None, None, ("fsdp", "tensor"))
 
 
 def test_a_shard_of_a_weight_is_refused():

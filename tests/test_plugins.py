@@ -297,7 +297,7 @@ class Lengths(AbstractTask):
 class Newer(Family):
     model_type: ClassVar[str] = "newer"
     causal_lm: str = "NewerForCausalLM"
-    own: frozenset = frozenset({"attention_bias", "mlp_bias"})
+    optional: frozenset = frozenset({"attention_bias", "mlp_bias"})
 """
 
 

@@ -15,7 +15,8 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax.adapters.core import SboraxError, linear
-from sborax.adapters.tree import nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import nodes
 from sborax.config.codec import decode, encode
 from sborax.models import load_model
 from sborax.models.nf4 import quantise

@@ -56,7 +56,7 @@ def by_hand(params, adapters, x):
     inputs, outputs, memory, seen = [], [], {}, []
     for n in range(LAYERS):
         layer = jax.tree.map(lambda leaf, n=n: leaf[n], node)
-        ctx = Context(tokens=memory)
+        ctx = Context(memory=memory)
         inputs.append(x)
         outputs.append(linear(x, weights[n], layer, ctx))
         memory = remember(x, layer, ctx)
@@ -162,7 +162,7 @@ def test_equal_inputs_merge_exactly_with_alpha_one(double):
     memory = {}
     for n in range(LAYERS):
         own, other = (jax.tree.map(lambda leaf, n=n: leaf[n], tree) for tree in (node, plain))
-        ctx = Context(tokens=memory)
+        ctx = Context(memory=memory)
         close(linear(x, weights[n], own, ctx), linear(x, weights[n], other))
         memory = remember(x, own, ctx)
 
@@ -174,8 +174,8 @@ def test_the_gradient_goes_through_the_layer_before(double):
     last = jax.tree.map(lambda leaf: leaf[2], node)
 
     def loss(before):
-        tokens = {"input": before, "linked": jnp.ones(before.shape[:-1])}
-        return jnp.sum(linear(x, weights[2], last, Context(tokens=tokens)) * GOLDEN["ct"])
+        memory = {"input": before, "linked": jnp.ones(before.shape[:-1])}
+        return jnp.sum(linear(x, weights[2], last, Context(memory=memory)) * GOLDEN["ct"])
 
     close(jax.grad(loss)(before), GOLDEN["scaling"] * GOLDEN["ct"] @ GOLDEN["B2"] @ GOLDEN["A2"])
 

@@ -126,7 +126,7 @@ def test_routed_adapters_are_weighed_by_the_prompt_alone(model, questions):
     (found,) = scorer.options([questions[1]])
     for one, pair in zip(found[:2], questions[1][:2], strict=True):
         tokens = jnp.array([[*pair.prompt, *pair.continuation]], jnp.int32)
-        ctx = sx.Context(tokens={"prompt": (jnp.arange(tokens.shape[1]) < len(pair.prompt))[None].astype(jnp.int32)})
+        ctx = sx.Context(prompt=(jnp.arange(tokens.shape[1]) < len(pair.prompt))[None].astype(jnp.int32))
         logits = model.apply(params, sx.combine(train, frozen), tokens, ctx=ctx)[0, len(pair.prompt) - 1 : -1]
         wanted = tokens[0, len(pair.prompt) :]
         each = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=1)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch_pair import build, shake, shaken, with_peft
 
 import sborax as sx
-from sborax.adapters.tree import nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft
 from sborax.layout.state import flatten
 from sborax.models.nf4 import quantise

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sborax.models import LanguageModel, Llama, LlamaConfig, save_hf
+from sborax.models import LanguageModel, LlamaConfig, save_hf
+from sborax.models.language_model import decoder_of
 
 CONTEXT = 128
 CHAT = (
@@ -46,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(directory: Path, **changes: int) -> Path:
+def write_model(directory: Path, **changes: Any) -> Path:
     """A Hugging Face directory that `sborax` and transformers load."""
     plain = LlamaConfig(
         vocab_size=258,
@@ -63,7 +65,7 @@ def write_model(directory: Path, **changes: int) -> Path:
         eos_token_id=(1,),
     )
     config = dataclasses.replace(plain, **changes)
-    module = Llama(config, jnp.dtype("float32"))
+    module = decoder_of(config)
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     save_hf(directory, LanguageModel(module, params, config, tokenizer()), params)
     return directory

@@ -40,10 +40,9 @@ def _key(key: Key[Array, ""] | None, part: int) -> Key[Array, ""] | None:
 
 
 def part_context(method: AbstractComposite, ctx: Context, part: int) -> Context:
-    """The context of one part: its own dropout in a sum, and of what parts remember (by number) its own alone."""
+    """The context of one part: its own memory, and in a sum its own dropout."""
     key = _key(ctx.key, part) if isinstance(method, Sum) else ctx.key
-    shared = {name: value for name, value in ctx.tokens.items() if not isinstance(value, dict)}
-    return dataclasses.replace(ctx, key=key, tokens=shared | ctx.tokens.get(str(part), {}))
+    return dataclasses.replace(ctx, key=key, memory=ctx.memory.get(str(part), {}))
 
 
 def with_fields(method: AbstractMethod, **fields: Any) -> AbstractMethod:

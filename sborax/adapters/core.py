@@ -31,38 +31,46 @@ Axes = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a forward pass may hand to an adapter beside `x`. Every field may be absent; absent means deterministic.
+    """What a forward pass hands to an adapter beside `x`. Every field is optional; without a key nothing is dropped.
 
-    key: dropout key of this projection, or None.
-    rows: one entry a sequence, `(batch, ...)`: routing weights; under a path, for the projection there alone.
-    tokens: one entry a token, `(batch, seq, ...)`: padding mask, a neighbour's activations.
+    - key: dropout key of this projection, or None.
+    - rows: arrays with one entry per sequence, `(batch, ...)`, such as routing weights. If the name is a path, it
+      is for the projection at that path alone.
+    - prompt: `(batch, seq)`, nonzero at the tokens that routers read: neither padding nor answer.
+    - mask: `(batch, seq)`, zero at padding.
+    - memory: arrays `(batch, seq, ...)` by name, what the previous layer remembered of each token (see `depth`). The
+      parts of a composed method have theirs one level deeper, under their number.
     """
 
     key: Key[Array, ""] | None = None
     rows: dict[str, Array] = dataclasses.field(default_factory=dict)
-    tokens: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Any: a pytree node also holds shapes and specs.
+    prompt: Any = None
+    mask: Any = None
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def at(self, path: str, name: str) -> "Context":
-        """The context of the projection at `path`: the row of that path is called `name`, others' are left out."""
-        common = {key: leaf for key, leaf in self.rows.items() if "/" not in key}
-        own = {name: self.rows[path]} if path in self.rows else {}
-        return dataclasses.replace(self, rows=common | own)
+        """The context of the projection at `path`: its row is called `name`, and rows of other paths are left out."""
+        shared = {key: leaf for key, leaf in self.rows.items() if "/" not in key}
+        row = {name: self.rows[path]} if path in self.rows else {}
+        return dataclasses.replace(self, rows=shared | row)
 
     def flatten(self, batch: tuple[int, ...]) -> "Context":
         """The same context for `x` flattened from `(*batch, in)` to `(tokens, in)`."""
-        if not self.rows and not self.tokens:
+        tokens = (self.prompt, self.mask, self.memory)
+        if not jax.tree.leaves((self.rows, tokens)):
             return self
         count = int(np.prod(batch))
 
         def per_row(leaf: Array) -> Array:
-            own = leaf.shape[1:]
-            spread = leaf.reshape(batch[0], *(1,) * (len(batch) - 1), *own)
-            return jnp.broadcast_to(spread, (*batch, *own)).reshape(count, *own)
+            features = leaf.shape[1:]
+            spread = leaf.reshape(batch[0], *(1,) * (len(batch) - 1), *features)
+            return jnp.broadcast_to(spread, (*batch, *features)).reshape(count, *features)
 
         def per_token(leaf: Array) -> Array:
             return leaf.reshape(count, *leaf.shape[len(batch) :])
 
-        return Context(self.key, jax.tree.map(per_row, self.rows), jax.tree.map(per_token, self.tokens))
+        return Context(self.key, jax.tree.map(per_row, self.rows), *jax.tree.map(per_token, tokens))
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,7 @@
 """Layers linked in depth: methods whose layers read weights or activations of earlier layers of the same projection.
 
 Weights are copied: `link` puts those of other layers into a layer's own leaves before the model runs. Activations are
-handed on: the model passes what a projection remembers to the same projection of the next layer, in `Context.tokens`.
+handed on: the model passes what a projection remembers to the same projection of the next layer, in `Context.memory`.
 """
 
 import abc
@@ -38,7 +38,7 @@ class AbstractLinked(AbstractMethod):
 
     @abc.abstractmethod
     def remember(self, x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Memory:
-        """What the next layer finds in its `ctx.tokens`, one entry per token. Empty if it needs no activations."""
+        """What the next layer finds in its `ctx.memory`, one entry per token. Empty if it needs no activations."""
 
 
 def axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:
@@ -73,7 +73,7 @@ def continues(before: Adapter, after: Adapter) -> bool:
 
 
 def remember(x: Float[Array, "*batch in"], adapter: Adapter, ctx: Context) -> Memory:
-    """What the same projection of the next layer will find in its `ctx.tokens`. Empty for most methods.
+    """What the same projection of the next layer will find in its `ctx.memory`. Empty for most methods.
 
     Parts of a composite method remember under their number; a part that does not act on this layer forgets.
     """

@@ -14,9 +14,7 @@ from jaxtyping import Array, Bool, Float
 from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Context, SboraxError, Weight
 
 ROUTER = "router"
-"""The name of a router among the modules of its layer."""
-PROMPT = "prompt"
-"""The name in `Context.tokens` of a (batch, seq) mask of the tokens that a router may read."""
+"""Name of a layer's router among its modules."""
 GATE = "gate"
 """The name in `Context.rows` of a projection's weight, (batch,). Without a router it is absent, and the weight is 1."""
 

@@ -19,6 +19,7 @@ from sborax.interop.peft import save_peft
 from sborax.interop.slim import slim as cut
 from sborax.layout.state import parameters
 from sborax.models import save_hf
+from sborax.models.families import UNEQUAL
 from sborax.train.experiment import load_experiment
 from sborax.train.loop import train as fine_tune
 from sborax.train.measure import loss_on
@@ -62,7 +63,7 @@ def slim(run: str, out: str) -> None:
         loss = loss_on(measured, params, adapters, batches)
         say(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
     made = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
-    uniform = not small.config.layer_sizes
+    uniform = not small.config.model_type.startswith(UNEQUAL)
     card = model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=uniform)
     save_hf(out, small, small.params)
     write_card(out, card)

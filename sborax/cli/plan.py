@@ -21,7 +21,8 @@ from sborax.data.options import Data
 from sborax.layout.mesh import abstract_mesh, make_mesh
 from sborax.layout.state import parameters
 from sborax.methods import LoRA
-from sborax.models import LlamaConfig, abstract, load_config
+from sborax.models import abstract, load_config
+from sborax.models.decoder import DecoderConfig
 from sborax.plans.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
 from sborax.plans.estimate import temporary_bytes
 from sborax.plans.hlo import collective_bytes
@@ -88,7 +89,7 @@ def _is_model(file: Path) -> bool:
     return file.is_file() and "model_type" in read_object(file)
 
 
-def describe_model(target: str, config: LlamaConfig) -> str:
+def describe_model(target: str, config: DecoderConfig) -> str:
     """A table of a model's kernels, by the names that rules match."""
     params = abstract(config)
     rows: Rows = [("module", "layers", "in x out", "parameters")]
@@ -99,7 +100,7 @@ def describe_model(target: str, config: LlamaConfig) -> str:
 
 def describe_experiment(
     experiment: Experiment,
-    config: LlamaConfig,
+    config: DecoderConfig,
     mesh: Mesh | AbstractMesh | None = None,
     topology: str | None = None,
     length: int | None = None,
@@ -153,7 +154,7 @@ def _rows(sent: dict[str, int]) -> Rows:
     return [(kind, f"{size:,}") for kind, size in sorted(sent.items())]
 
 
-def _heading(source: str, config: LlamaConfig, params: Any) -> str:
+def _heading(source: str, config: DecoderConfig, params: Any) -> str:
     return (
         f"{source}: {config.model_type}, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"context {config.context}, {parameters(params):,} parameters"

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters.core import Context
-from sborax.adapters.routing import PROMPT
 from sborax.adapters.tree import link
-from sborax.models.llama import Llama
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.memory import run
 
 CHUNK = 256
@@ -19,7 +18,7 @@ CHUNK = 256
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_rows(
-    module: Llama,
+    module: AbstractDecoder,
     variables: dict[str, Any],
     tokens: Int[Array, "rows width"],
     lengths: Int[Array, " rows"],
@@ -36,7 +35,7 @@ def score_rows(
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     prompt = (slots < lengths[:, None]).astype(jnp.int32)
     segments = (slots < (lengths + counts - 1)[:, None]).astype(jnp.int32)
-    ctx = Context(tokens={PROMPT: prompt})
+    ctx = Context(prompt=prompt)
     (hidden, _), _ = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     steps = jnp.arange(targets.shape[1], dtype=jnp.int32)[None]
     places = jnp.minimum((lengths - 1)[:, None] + steps, tokens.shape[1] - 1)
@@ -47,7 +46,7 @@ def score_rows(
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_options(
-    module: Llama,
+    module: AbstractDecoder,
     variables: dict[str, Any],
     prompts: Int[Array, "rows width"],
     lengths: Int[Array, " rows"],
@@ -86,7 +85,7 @@ def score_options(
     return _sum_row(logprobs, likeliest, counts)
 
 
-def _head(module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"]) -> Any:
+def _head(module: AbstractDecoder, variables: dict[str, Any], states: Float[Array, "rows new d"]) -> Any:
     return module.apply(variables, states, method="head")
 
 
@@ -99,7 +98,10 @@ def _sum_row(
 
 
 def _token_logprobs(
-    module: Llama, variables: dict[str, Any], states: Float[Array, "rows new d"], targets: Int[Array, "rows new"]
+    module: AbstractDecoder,
+    variables: dict[str, Any],
+    states: Float[Array, "rows new d"],
+    targets: Int[Array, "rows new"],
 ) -> tuple[Float[Array, "rows new"], Bool[Array, "rows new"]]:
     """ln p of each target, and whether it is the likeliest token, from the hidden states before it."""
     rows, new, d = states.shape

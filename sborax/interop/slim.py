@@ -38,6 +38,8 @@ def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageMo
         flat, live = _unstacked(flat), _unstacked(live)
     kept = {path: np.flatnonzero(mask) for path, mask in live.items()}
     flat = {path: _cut(path, leaf, kept) for path, leaf in flat.items()}
+    if not isinstance(model.config, LlamaConfig):
+        raise SboraxError(f"slim: cuts models with a LlamaConfig alone, not with a {type(model.config).__name__}")
     config = _config(model.config, kept)
     restacked = model.module.scan and not config.layer_sizes
     small = nest(_stacked(flat) if restacked else flat)

@@ -1,1 +1,1 @@
-"""Where arrays lie: meshes, shardings, hosts, and what a step holds."""
+"""Where arrays lie: meshes, shardings, hosts, and the state of a run."""

@@ -25,31 +25,32 @@ def check_mesh(sizes: Mapping[str, int]) -> None:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of these sizes over the first of `devices`, by default all that there are; absent axes have size 1.
+    """The mesh of these sizes over the first of `devices`, by default JAX's. Absent axes have size 1.
 
-    "slices" multiplies "data": so many slices, or hosts, have a mesh of the other sizes each, and nothing but sums over
-    the data axis goes from one to another.
+    "slices" multiplies "data": that many slices, or hosts, have a mesh of the other sizes each, and nothing but sums
+    over the data axis goes from one to another.
+
     Raises SboraxError as `check_mesh` does, for more devices than there are, and for fewer than all processes have.
     """
     check_mesh(sizes)
     slices, shape = sizes.get(SLICES, 1), [sizes.get(name, 1) for name in AXES]
     needed, devices = slices * math.prod(shape), jax.devices() if devices is None else devices
-    told = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if needed > len(devices):
-        raise SboraxError(f"mesh: {told} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
+        raise SboraxError(f"mesh: {shown} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
     if jax.process_count() > 1 and needed < len(devices):
-        raise SboraxError(f"mesh: {told} takes {needed} devices of {len(devices)}; several processes need all of them")
+        raise SboraxError(f"mesh: {shown} takes {needed} devices of {len(devices)}; several processes need all of them")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
-    # Devices of one slice name it; where none do, the network between processes is the slow one.
+    # If devices have no `slice_index`, the slow network is the one between processes.
     named = all(isinstance(getattr(device, "slice_index", None), int) for device in devices)
     try:
         laid = mesh_utils.create_hybrid_device_mesh(
             shape, [slices, 1, 1], devices[:needed], process_is_granule=not named
         )
     except ValueError as error:
-        raise SboraxError(f"mesh: {told} does not fit the slices or hosts that there are ({error})") from error
+        raise SboraxError(f"mesh: {shown} does not fit the slices or hosts that there are ({error})") from error
     return Mesh(laid, AXES, axis_types=types)
 
 
@@ -64,7 +65,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def check_rows(batch_size: int, sizes: Mapping[str, int]) -> None:
-    """Raise SboraxError for a batch whose rows cannot be dealt out evenly over a mesh of these sizes."""
+    """Raise SboraxError for a batch whose rows cannot be divided evenly over a mesh of these sizes."""
     shards = math.prod(sizes[name] for name in ROWS)
     if batch_size % shards:
         raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")

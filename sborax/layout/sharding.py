@@ -1,4 +1,4 @@
-"""A run over several devices: its mesh, and where everything that a step reads and writes lies."""
+"""A run over several devices: its mesh, and the shardings of everything that a step reads and writes."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from sborax.adapters.core import SboraxError, is_weight
 from sborax.adapters.leaves import flatten, map_with_path, nest
 from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
-from sborax.layout.state import Flat, Parts, TrainState, take_apart
-from sborax.models.config import LlamaConfig
+from sborax.layout.state import Flat, Parts, TrainState, flatten, take_apart
+from sborax.models.decoder import DecoderConfig
 from sborax.models.sharding import base_specs, check_heads, quantised_specs
 
 
 def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
-    """Raise SboraxError naming the axis where a leaf cannot be cut evenly."""
+    """Raise SboraxError, which names the axis, for a leaf that cannot be cut evenly."""
     for axis, names in enumerate(spec):
         size = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
         if shape[axis] % size:
@@ -39,12 +39,16 @@ def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, found: PyTree) -> PyTree
     return map_with_path(one, tree, found, is_leaf=None)
 
 
-def _flat_specs(leaves: Flat, own: Flat) -> Flat:
-    return {path: quantised_specs(leaf, own[path]) if is_weight(leaf) else own[path] for path, leaf in leaves.items()}
+def _flat_specs(leaves: Flat, kernels: Flat) -> Flat:
+    """Specs of leaves by path. A quantised weight has a tree of them, from the spec of its kernel in `kernels`."""
+    return {
+        path: quantised_specs(leaf, kernels[path]) if is_weight(leaf) else kernels[path]
+        for path, leaf in leaves.items()
+    }
 
 
-def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts) -> Parts:
-    """Where the parts of a model lie: adapter leaves follow the kernel they adapt.
+def parts_shardings(mesh: Mesh | AbstractMesh, config: DecoderConfig, parts: Parts) -> Parts:
+    """Shardings of the parts of a model. Adapter leaves follow the kernel that they adapt.
 
     Raises SboraxError for heads and leaves that cannot be cut evenly.
     """
@@ -60,42 +64,45 @@ def parts_shardings(mesh: Mesh | AbstractMesh, config: LlamaConfig, parts: Parts
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
-    """Where the state of a run lies: statistics of the optimiser beside the trained leaves they are of.
+    """Shardings of the state of a run. Statistics of the optimiser lie like the trained leaf that they belong to.
 
-    A statistic is of the leaf in whose path its own path ends; those of another shape than their leaf are small.
+    The path of a statistic ends in the path of its leaf. Statistics of another shape are small and on every device.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     trained = dict(jax.tree_util.tree_leaves_with_path(state.train))
 
     def beside(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        ends = (trained.get(keys[begin:]) for begin in range(len(keys)))
-        return next((own.sharding for own in ends if own is not None and own.shape == leaf.shape), whole)
+        named = (trained.get(keys[begin:]) for begin in range(len(keys)))
+        return next((other.sharding for other in named if other is not None and other.shape == leaf.shape), replicated)
 
-    where = jax.tree.map(lambda leaf: leaf.sharding, state.train)
-    return TrainState(whole, where, jax.tree_util.tree_map_with_path(beside, state.opt))
+    train = jax.tree.map(lambda leaf: leaf.sharding, state.train)
+    return TrainState(replicated, train, jax.tree_util.tree_map_with_path(beside, state.opt))
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """The leaves where they should lie. What every process has of its own, equal in all, is dealt out without talk."""
+    """The leaves on their shardings. Leaves that every process has a copy of are sharded without communication."""
 
-    def one(leaf: Any, where: Any) -> Any:
-        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
-            return jax.device_put(leaf, where)
-        own = np.asarray(leaf)
-        return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
+    def put_leaf(leaf: Any, sharding: Any) -> Any:
+        if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, sharding)
+        copy = np.asarray(leaf)
+        return jax.make_array_from_callback(copy.shape, sharding, lambda index: copy[index])
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(put_leaf, tree, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a run lies on a mesh; without one everything is on one device."""
+    """The layout of a run on a mesh. Without a mesh everything is on one device."""
 
     mesh: Mesh | None = None
 
     @classmethod
     def of(cls, sizes: Mapping[str, int] | None, batch_size: int) -> "Layout":
-        """Raises SboraxError as `make_mesh` does, and for a batch whose rows cannot be dealt out evenly."""
+        """The layout on a mesh of these sizes; None for no mesh.
+
+        Raises SboraxError as `make_mesh` does, and for a batch whose rows cannot be divided evenly.
+        """
         if sizes is None:
             if jax.process_count() > 1:
                 raise SboraxError(
@@ -113,30 +120,30 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        """How many devices take part."""
+        """The number of devices."""
         return 1 if self.mesh is None else self.mesh.size
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Where steps are traced and run."""
+        """The context in which steps are traced and run."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def of_params(self, config: LlamaConfig, shapes: Params) -> Params:
-        """Where each parameter of these shapes lies, from the moment that it is read.
+    def of_params(self, config: DecoderConfig, shapes: Params) -> Params:
+        """Shardings of parameters of these shapes, for reading them.
 
         Raises SboraxError for heads and leaves that cannot be cut evenly.
         """
         assert self.mesh is not None
         check_heads(config, self.mesh.shape["tensor"])
-        own = flatten(base_specs(shapes, self.mesh.shape))
-        return _shardings(self.mesh, shapes, nest(_flat_specs(flatten(shapes), own)))
+        kernels = flatten(base_specs(shapes, self.mesh.shape))
+        return _shardings(self.mesh, shapes, nest(_flat_specs(flatten(shapes), kernels)))
 
-    def place(self, parts: Parts, config: LlamaConfig) -> Parts:
+    def place(self, parts: Parts, config: DecoderConfig) -> Parts:
         """The parts on their devices."""
         if self.mesh is None:
             return parts
         return put(parts, parts_shardings(self.mesh, config, parts))
 
-    def model(self, params: Params, adapters: Adapters | None, config: LlamaConfig) -> tuple[Params, Adapters | None]:
+    def model(self, params: Params, adapters: Adapters | None, config: DecoderConfig) -> tuple[Params, Adapters | None]:
         """A model and its adapters on their devices.
 
         Raises SboraxError as `parts_shardings` does.
@@ -147,14 +154,14 @@ class Layout:
         return nest(parts.base), combine(parts.adapters, parts.frozen) if adapters else None
 
     def state(self, state: TrainState) -> tuple[TrainState, TrainState | None]:
-        """The state on its devices, and its shardings where there is a mesh."""
+        """The state on its devices, and its shardings if there is a mesh."""
         if self.mesh is None:
             return state, None
-        where = state_shardings(self.mesh, state)
-        return put(state, where), where
+        shardings = state_shardings(self.mesh, state)
+        return put(state, shardings), shardings
 
     def beside(self, tree: PyTree, other: PyTree) -> PyTree:
-        """The leaves of `tree` where those of `other`, of the same structure, lie."""
+        """The leaves of `tree` on the devices of the leaves of `other`, which has the same structure."""
         if self.mesh is None:
             return tree
         return put(tree, jax.tree.map(lambda leaf: leaf.sharding, other))
@@ -163,12 +170,12 @@ class Layout:
         """The rows of a batch that lie on devices of this process; None for all."""
         if self.mesh is None:
             return None
-        own = NamedSharding(self.mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((batch_size,))
-        return frozenset(row for index in own.values() if index for row in range(*index[0].indices(batch_size)))
+        shards = NamedSharding(self.mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((batch_size,))
+        return frozenset(row for index in shards.values() if index for row in range(*index[0].indices(batch_size)))
 
     def batch(self, batch: Any, axis: int = 1) -> Any:
-        """A batch (accumulate, batch, length) on its devices; axis: that of its rows."""
+        """A batch (accumulate, batch, length) on its devices; `axis` is that of its rows."""
         if self.mesh is None:
             return batch
-        where = NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, ROWS))
-        return put(batch, jax.tree.map(lambda _: where, batch))
+        sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, ROWS))
+        return put(batch, jax.tree.map(lambda _: sharding, batch))

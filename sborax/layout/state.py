@@ -1,4 +1,4 @@
-"""What a run trains, holds and reads: the split of a model and its adapters into arguments of the step."""
+"""The arguments of a step: a model and its adapters, taken apart into what is trained and what is constant."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ Flat = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The state that a step changes.
 
-    step: int32, steps made.
-    train: `{"adapters": the trained halves, "base": float32 master copies of trained base leaves by path}`.
-    opt: the state of the optimiser.
+    - step: int32, the number of steps made.
+    - train: `{"adapters": trained halves, "base": float32 master copies of trained base leaves by path}`.
+    - opt: state of the optimiser.
     """
 
     # Any: a pytree node also holds shapes, specs and numpy arrays.
@@ -38,7 +38,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A model and its adapters, taken apart. `base` has no leaf that is in `trained_base`."""
+    """A model and its adapters, taken apart. `base` has none of the leaves in `trained_base`."""
 
     adapters: Any
     frozen: Any
@@ -52,14 +52,16 @@ class Parts:
 
     @property
     def count(self) -> int:
-        """Trained parameters."""
+        """The number of trained parameters."""
         return count(self.adapters) + sum(leaf.size for leaf in self.trained_base.values())
 
 
 def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> list[str]:
     """Paths of the base leaves that are trained.
 
-    norm: scales of norms; bias: biases; embed_tokens, lm_head: the modules of that name.
+    - train_base: whether all are.
+    - train_also: "norm" for the scales of norms, "bias" for biases, "embed_tokens" and "lm_head" for these modules.
+
     Raises SboraxError for a name that matches nothing.
     """
     if train_base:
@@ -67,16 +69,16 @@ def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> l
     chosen: set[str] = set()
     for name in train_also:
         leaf = {"norm": "scale", "bias": "bias"}.get(name)
-        found = {path for path in paths if (path.split("/")[-1] == leaf if leaf else path.split("/")[0] == name)}
-        if not found:
+        matched = {path for path in paths if (path.split("/")[-1] == leaf if leaf else path.split("/")[0] == name)}
+        if not matched:
             why = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
             raise SboraxError(f"train_also: the model has no {name}{why}")
-        chosen |= found
+        chosen |= matched
     return [path for path in paths if path in chosen]
 
 
 Halves = Callable[[Adapters], tuple[PyTree, PyTree]]
-"""Takes adapters apart into what is trained and what is not, as `split` does."""
+"""Splits adapters into trained and constant leaves, as `split` does."""
 
 
 def take_apart(
@@ -88,9 +90,11 @@ def take_apart(
 ) -> Parts:
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
-    halves: the split of the adapters; some optimisers hold leaves fixed that a method trains.
-    Raises SboraxError as `selected` does, for a trained leaf that is quantised, and for one below a method that keeps
-    leaves which follow from it.
+    - train_base, train_also: which base leaves are trained, see `selected`.
+    - halves: the split of the adapters. Some optimisers hold leaves fixed that a method trains.
+
+    Raises SboraxError as `selected` does, for a trained leaf that is quantised, and for one whose adapter keeps leaves
+    that follow from it.
     """
     flat = flatten(params)
     chosen = set(selected(list(flat), train_base, train_also))
@@ -104,22 +108,22 @@ def take_apart(
                 "itself; leave one of the two out"
             )
     train, frozen = halves(adapters)
-    # A leaf that is float32 already is copied: the step donates its buffer.
+    # Leaves in float32 are copied too, because the step donates their buffers.
     masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
     return Parts(train, frozen, {path: leaf for path, leaf in flat.items() if path not in chosen}, masters)
 
 
 def put_together(base: Flat, trained_base: Mapping[str, Array], dtype: Any = None) -> Params:
-    """The parameter tree, with trained leaves in the compute dtype (None: their own)."""
+    """The parameter tree, with trained leaves in `dtype`; None keeps their dtypes."""
     return nest({**base, **{path: leaf.astype(dtype or leaf.dtype) for path, leaf in trained_base.items()}})
 
 
 def start(parts: Parts, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Owns its buffers: nothing of `parts` is donated with it."""
+    """The state before the first step. It has its own buffers, so that donating it leaves `parts` alone."""
     train = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), parts.train)
     return TrainState(jnp.zeros((), jnp.int32), train, jax.jit(tx.init)(train))
 
 
 def parameters(params: Params) -> int:
-    """How many parameters a tree holds; a quantised weight counts by its logical shape."""
+    """The number of parameters in a tree. A quantised weight counts by its logical shape."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())

@@ -1,8 +1,8 @@
 """The XLA flag without which sums on a CPU can be wrong.
 
-jaxlib from 0.10.2 on has YNNPACK compute sums on CPUs, some of them fused with the product before them. Such a sum can
-be wrong from 32,769 rows on (`tests/test_xla_flags.py` has one that is off by 0.95 of the largest value). The flag
-leaves products with YNNPACK and takes sums away from it. Processes that are started later inherit it.
+From version 0.10.2 on, jaxlib computes sums on CPUs with YNNPACK, and fuses some with the product before them. Such a
+sum can be wrong from 32,769 rows on (one in `tests/test_xla_flags.py` is off by 0.95 of the largest value). The flag
+leaves products to YNNPACK and takes sums away from it. Processes that are started later inherit it.
 """
 
 import mmap
@@ -19,15 +19,15 @@ from jaxlib.version import __version__ as JAXLIB
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 RIGHT_SUMS = f"{FLAG}=-reduce"
 SWITCH = "SBORAX_XLA_GUARD"
-"""The environment variable that leaves XLA's flags alone if it is 0."""
+"""The environment variable that turns `guard` off if it is 0."""
 AFFECTED = ((0, 10, 2), (0, 12))
-"""Versions of jaxlib: the first with wrong sums, and the first of which nothing is known."""
+"""Versions of jaxlib: the first with wrong sums, and the first that has not been tried."""
 
 
 def guard() -> None:
-    """Put the flag into XLA_FLAGS, unless JAX has read them: then warn. A value of the user's own stays.
+    """Put the flag into XLA_FLAGS, or warn if JAX has read these already. A value that the user has set stays.
 
-    XLA ends a process that gives it a flag it does not know, so a jaxlib without this one is left alone.
+    XLA ends a process that has an unknown flag, so nothing is done for a jaxlib without this one.
     """
     flags = _flags()
     if os.environ.get(SWITCH) == "0" or FLAG in flags or not affected(JAXLIB) or not _is_known():
@@ -49,13 +49,13 @@ def affected(version: str) -> bool:
 
 
 def _flags() -> str:
-    """What XLA reads as its flags: the variable, or the file that it names."""
+    """The flags that XLA reads: the variable, or the file that it names."""
     value = os.environ.get("XLA_FLAGS", "").strip()
     return value if value.startswith("-") or not Path(value).is_file() else Path(value).read_text().strip()
 
 
 def _is_known() -> bool:
-    """Whether the largest file of jaxlib, which is XLA, has the flag's name in it."""
+    """Whether the flag's name is in the largest file of jaxlib, which is XLA."""
     library = max(Path(jaxlib.__file__).parent.iterdir(), key=lambda path: path.stat().st_size)
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(FLAG.removeprefix("--").encode()) >= 0

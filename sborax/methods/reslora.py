@@ -42,7 +42,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
 
     After a layer that the rule leaves out a new chain begins; a layer on its own is the first of a chain.
     `LanguageModel` and `merge` link the layers. In a model of your own, `link` the adapters, and pass what
-    `sborax.adapters.depth.remember` returns to the next layer in `Context.tokens`. Approximate merges are in
+    `sborax.adapters.depth.remember` returns to the next layer in `Context.memory`. Approximate merges are in
     `sborax.interop.reslora`.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0: identity at init. Trained parameters: rank (in + out).
     """
@@ -102,7 +102,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         if self.shortcut == "input":
             return {"input": x, "linked": jnp.ones(x.shape[:1], x.dtype)}
         hidden = _hidden(x, adapter, ctx)[:, None]
-        before = ctx.tokens.get("hidden", jnp.zeros((len(x), 2 if self.pre_num == -1 else self.pre_num, self.rank)))
+        before = ctx.memory.get("hidden", jnp.zeros((len(x), 2 if self.pre_num == -1 else self.pre_num, self.rank)))
         # Newest first. If all layers are in reach, the older ones are one sum.
         older = before.sum(1, keepdims=True) if self.pre_num == -1 else before[:, :-1]
         return {"hidden": jnp.concatenate([hidden, cast(older, x)], axis=1)}
@@ -111,11 +111,11 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         if self.shortcut == "input" and self.linked:
-            before = {"linked": jnp.zeros(x.shape[:1]), "input": x, **ctx.tokens}
+            before = {"linked": jnp.zeros(x.shape[:1]), "input": x, **ctx.memory}
             x = x + jnp.where(before["linked"][:, None] != 0, before["input"], x)
         hidden = _hidden(x, adapter, ctx)
-        if self.shortcut == "middle" and self.linked and "hidden" in ctx.tokens:
-            hidden = hidden + ctx.tokens["hidden"].sum(1)
+        if self.shortcut == "middle" and self.linked and "hidden" in ctx.memory:
+            hidden = hidden + ctx.memory["hidden"].sum(1)
         hidden = checkpoint_name(cast(adapter.frozen["scale"], x) * hidden, HIDDEN)
         return y + hidden @ cast(adapter.train["b"], x)
 

@@ -5,7 +5,7 @@ from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.llama import Llama
 from sborax.models.load import load_config, load_model
-from sborax.models.names import hf_module, our_module
+from sborax.models.names import hf_module
 from sborax.models.save import save_hf
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "hf_module",
     "load_config",
     "load_model",
-    "our_module",
     "save_hf",
 ]

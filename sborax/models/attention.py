@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 256
-"""Queries whose scores are one array, at least: below it, what keys after them would cost is little."""
+"""Smallest number of queries in a block. Smaller blocks would save little."""
 BLOCKS = 8
-"""Blocks at most: twice as many would save 3 % of the scores."""
+"""Largest number of blocks. Twice as many would save 3 % of the scores."""
 
 
 def visible(
@@ -16,9 +16,9 @@ def visible(
     query_segments: Int[Array, "batch queries"] | None,
     key_segments: Int[Array, "batch keys"] | None,
 ) -> Bool[Array, "#batch queries keys"]:
-    """Which keys each query sees: not later than itself, and of its own segment.
+    """Mask of the keys that each query sees: those of its own segment that are not later than itself.
 
-    The queries are the last ones among the keys. Segment 0 is padding; without segments all is one segment.
+    The queries are the last of the keys. Segment 0 is padding. Without segments all tokens are in one segment.
     """
     slots = jnp.arange(keys - queries, keys)
     causal = slots[None, :, None] >= jnp.arange(keys)[None, None, :]
@@ -36,20 +36,20 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """softmax(q k' / sqrt(head_dim) + mask) v, each key head serving heads / kv_heads query heads.
 
-    Padding rows see padding alone, so that no row is empty. Scores and softmax are float32. Many queries are taken in
-    blocks, and the keys after a block are left out of its products: no query of it sees them.
+    Padding sees padding, so that no row of scores is empty. Scores and softmax are float32. Many queries are computed
+    in blocks. A block is multiplied by the keys up to its end alone, since none of its queries sees later ones.
     """
     queries = query.shape[1]
     size = max(BLOCK, -(-queries // BLOCKS))
     earlier = key.shape[1] - queries
-    done = []
+    blocks = []
     for start in range(0, queries, size):
-        own, seen = slice(start, start + size), slice(0, min(start + size, queries) + earlier)
+        block, visible_keys = slice(start, start + size), slice(0, min(start + size, queries) + earlier)
         segments = (None, None)
         if query_segments is not None and key_segments is not None:
-            segments = (query_segments[:, own], key_segments[:, seen])
-        done.append(_block(query[:, own], key[:, seen], value[:, seen], *segments))
-    return jnp.concatenate(done, axis=1)
+            segments = (query_segments[:, block], key_segments[:, visible_keys])
+        blocks.append(_block(query[:, block], key[:, visible_keys], value[:, visible_keys], *segments))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def _block(
@@ -61,7 +61,7 @@ def _block(
 ) -> Float[Array, "batch queries heads head_dim"]:
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    # Heads before tokens: contracted as they come, XLA would transpose the scores, the largest array here.
+    # Heads before tokens, or else XLA would transpose the scores, the largest array here.
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkgqh,bkth->bkgqt", grouped, key, preferred_element_type=jnp.float32)

@@ -1,6 +1,7 @@
-"""Which program computes attention: XLA's own on any device, cuDNN's on NVIDIA GPUs, splash on TPUs.
+"""Attention back ends: XLA on any device, cuDNN on NVIDIA GPUs, splash on TPUs.
 
-All three keep packed samples apart and give padding on either side no influence. What a back end cannot do is an error.
+All three keep packed samples apart, and padding on either side has no influence. Inputs that a back end cannot compute
+are errors.
 """
 
 import functools
@@ -23,11 +24,11 @@ from sborax.models.attention import attention, visible
 Backend = Literal["xla", "cudnn", "splash"]
 BACKENDS: tuple[Backend, ...] = ("xla", "cudnn", "splash")
 ATTENDED = "attended"
-"""The name under which `remat` keeps what attention gives."""
+"""The name under which `remat` keeps the output of attention."""
 _LANES = 128
 """Splash's tiles are multiples of this many tokens."""
 _TILE = 512
-"""Its largest tile here, in tokens."""
+"""The largest tile of splash here, in tokens."""
 _AMPERE = 8.0
 """Compute capability of the first GPUs with cuDNN's flash attention."""
 
@@ -35,7 +36,7 @@ Kernel = Callable[..., Float[Array, "batch seq heads head_dim"]]
 
 
 def platform() -> str:
-    """What the devices of this process are: "cpu", "tpu", "cuda" from Ampere on, or another name of JAX's."""
+    """The kind of this process's devices: "cpu", "tpu", "cuda" from Ampere on, or another platform name of JAX."""
     backend = get_backend()
     if "cuda" in backend.platform_version and float(backend.devices()[0].compute_capability) >= _AMPERE:
         return "cuda"
@@ -43,7 +44,7 @@ def platform() -> str:
 
 
 def obstacle(name: Backend, device: str, dtype: Any, head_dim: int) -> str | None:
-    """Why a back end cannot compute attention there, or None if it can."""
+    """Why a back end cannot compute attention on such a device, or None if it can."""
     narrow = jnp.dtype(dtype).name in ("bfloat16", "float16")
     if name == "cudnn" and device != "cuda":
         return f"runs on NVIDIA GPUs from Ampere on, these devices are {device}"
@@ -59,9 +60,9 @@ def obstacle(name: Backend, device: str, dtype: Any, head_dim: int) -> str | Non
 
 
 def choose(name: str, device: str, dtype: Any, head_dim: int) -> Backend:
-    """The back end that `name` means: itself, or with "auto" the fastest that can.
+    """The back end called `name`, or for "auto" the fastest that can compute this attention.
 
-    Raises SboraxError for a name that there is not, and for a named back end that cannot.
+    Raises SboraxError for an unknown name, and for a named back end that cannot compute it.
     """
     if name == "auto":
         native: dict[str, Backend] = {"cuda": "cudnn", "tpu": "splash"}
@@ -84,7 +85,7 @@ def attend(
     query_segments: Int[Array, "batch queries"] | None = None,
     key_segments: Int[Array, "batch keys"] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """`attention`, by the named back end. Queries that read a cache, whose keys are more than they, are left to XLA."""
+    """`attention` by the named back end. Queries over a cache, which has more keys than queries, are left to XLA."""
     if backend == "xla" or query.shape[1] != key.shape[1]:
         return checkpoint_name(attention(query, key, value, query_segments, key_segments), ATTENDED)
     return _on_each_device(KERNELS[backend])(query, key, value, query_segments)
@@ -96,14 +97,14 @@ def cudnn(
     value: Float[Array, "batch seq kv_heads head_dim"],
     segments: Int[Array, "batch seq"] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """cuDNN's flash attention. Segments are a bias (seq, seq) of each row: its packed layout is for Hopper alone."""
+    """cuDNN's flash attention. Segments become a bias (seq, seq) per row: its packed layout runs on Hopper alone."""
     length = query.shape[1]
-    # Its backward pass takes no odd length with a bias.
+    # The backward pass with a bias takes even lengths alone.
     query, key, value = (_padded(x, 2) for x in (query, key, value))
     mask = None
     if segments is not None:
-        own = _padded(segments, 2)
-        mask = visible(own.shape[1], own.shape[1], own, own)[:, None]
+        padded = _padded(segments, 2)
+        mask = visible(padded.shape[1], padded.shape[1], padded, padded)[:, None]
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")
     return checkpoint_name(out[:, :length], ATTENDED)
@@ -116,11 +117,10 @@ def splash(
     segments: Int[Array, "batch seq"] | None,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """JAX's splash attention, on rows filled up to whole tiles; tiles above the diagonal are never computed."""
+    """JAX's splash attention, on rows padded to whole tiles. Tiles above the diagonal are not computed."""
     length, (heads, head_dim) = query.shape[1], query.shape[2:]
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
     inputs = (_padded(x, _LANES).transpose(0, 2, 1, 3) for x in (scaled, key, value))
-    own = None if segments is None else _padded(segments, _LANES)
     tokens = length + -length % _LANES
     causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((tokens, tokens))] * heads)
     kernel = splash_attention_kernel.make_splash_mha(
@@ -128,11 +128,14 @@ def splash(
         block_sizes=_tiles(math.gcd(tokens, _TILE)),
         head_shards=1,
         q_seq_shards=1,
-        # What the backward pass needs carries the name too, so that it is not computed again.
+        # Residuals of the backward pass have this name too, so that `remat` can keep them.
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
-    ids = None if own is None else splash_attention_kernel.SegmentIds(own, own)
+    ids = None
+    if segments is not None:
+        padded = _padded(segments, _LANES)
+        ids = splash_attention_kernel.SegmentIds(padded, padded)
     out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
     return out.transpose(0, 2, 1, 3)[:, :length]
 
@@ -152,13 +155,13 @@ def _tiles(size: int) -> splash_attention_kernel.BlockSizes:
 
 
 def _padded(x: Array, multiple: int) -> Array:
-    """`x` (batch, seq, ...) filled up with zeros, which as segments are padding; later keys are seen by no query."""
+    """`x` (batch, seq, ...) padded with zeros: segment 0 is padding, and no query sees keys behind it."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
 
 def _on_each_device(kernel: Kernel) -> Kernel:
-    """`kernel`; on a mesh every device computes its own rows and heads, which the compiler could not cut by itself."""
+    """`kernel`; on a mesh each device computes its own rows and heads, since the compiler cannot partition a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     if not free:
@@ -166,15 +169,15 @@ def _on_each_device(kernel: Kernel) -> Kernel:
 
     @functools.wraps(kernel)
     def mapped(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
-        own = () if segments is None else (segments,)
+        given = () if segments is None else (segments,)
 
-        def part(query: Array, key: Array, value: Array, *own: Array) -> Array:
-            return kernel(query, key, value, *(own or (None,)))
+        def shard(query: Array, key: Array, value: Array, *given: Array) -> Array:
+            return kernel(query, key, value, *(given or (None,)))
 
         rows = dividing(query.shape[0], ROWS)
         heads = PartitionSpec(rows, None, dividing(math.gcd(query.shape[2], key.shape[2]), ("tensor",)), None)
-        specs = (heads, heads, heads, *(PartitionSpec(rows, None) for _ in own))
-        each = jax.shard_map(part, in_specs=specs, out_specs=heads, axis_names=free, check_vma=False)
-        return each(query, key, value, *own)
+        specs = (heads, heads, heads, *(PartitionSpec(rows, None) for _ in given))
+        sharded = jax.shard_map(shard, in_specs=specs, out_specs=heads, axis_names=free, check_vma=False)
+        return sharded(query, key, value, *given)
 
     return mapped

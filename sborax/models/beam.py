@@ -10,15 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters.core import Context, SboraxError
-from sborax.adapters.routing import PROMPT, routed_parts
+from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import link, nodes
-from sborax.models.generate import BUCKET, _check, _until
+from sborax.models.decoder import AbstractDecoder
+from sborax.models.generate import BUCKET, check_request, until_end
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.llama import Llama
 from sborax.models.memory import run
 
 NEVER = -1e9
-"""What keeps a text from being chosen."""
+"""The score of a text that must not be chosen, or an addend of that."""
 
 
 def beam_search(
@@ -31,14 +31,16 @@ def beam_search(
     *,
     eos: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """The text of the largest mean ln p of a token that `beams` beams find for each prompt, with its end token.
+    """The best text that `beams` beams find for each prompt, with its end token. Scores are means of ln p over tokens.
 
-    The search ends where the best running beam, at its present length, is no better than the worst of `beams` finished
-    ones (transformers' `early_stopping=False`, `length_penalty=1`).
-    eos: ids that end a text; by default the config's.
+    The search of a prompt ends when its best running beam, at its present length, is no better than the worst of
+    `beams` finished texts (transformers' `early_stopping=False`, `length_penalty=1`).
+
+    - eos: ids that end a text; by default the config's.
+
     Raises SboraxError as `generate` does, and for fewer than two beams.
     """
-    _check(model, prompts, max_new_tokens, 0.0, 0, 1.0, "left")
+    check_request(model, prompts, max_new_tokens, 0.0, 0, 1.0, "left")
     if beams < 2:
         raise SboraxError(f"a search needs 2 beams or more, got {beams}; generate is greedy")
     model.check_adapters(adapters)
@@ -60,11 +62,11 @@ def beam_search(
         jnp.asarray(lengths),
         jnp.asarray(ends),
     )
-    return [_until(row, set(ends.tolist())) for row in np.asarray(out).tolist()]
+    return [until_end(row, set(ends.tolist())) for row in np.asarray(out).tolist()]
 
 
 class Beams(NamedTuple):
-    """Running and finished texts of each row, best first. scores: sum of ln p, of finished texts its mean."""
+    """Running and finished texts of each row, best first. `scores` are sums of ln p, `done_scores` means."""
 
     tokens: Int[Array, "rows beams new"]
     scores: Float[Array, "rows beams"]
@@ -78,7 +80,7 @@ class Beams(NamedTuple):
 
 
 def _empty(rows: int, beams: int, new: int) -> Beams:
-    # One beam at first: all would find the same.
+    # One beam at first, or else all would find the same texts.
     scores = jnp.full((rows, beams), NEVER).at[:, 0].set(0.0)
     tokens = jnp.zeros((rows, beams, new), jnp.int32)
     unfinished = jnp.zeros((rows, beams), bool)
@@ -94,7 +96,7 @@ def _take(array: Array, index: Int[Array, "rows chosen"]) -> Array:
 def _extend(
     old: Beams, logprobs: Float[Array, "rows beams vocab"], step: Int[Array, ""], ends: Int[Array, " ends"]
 ) -> tuple[Beams, Int[Array, "rows beams"]]:
-    """The beams with one more token, the `step`-th, and which beam each running one goes on from."""
+    """The beams with one more token, the `step`-th, and the beam that each running one continues."""
     rows, beams, vocab = logprobs.shape
     new = old.tokens.shape[2]
     kept = min(max(2, 1 + ends.shape[0]) * beams, beams * vocab)
@@ -104,7 +106,7 @@ def _extend(
     length = step + 1
     ended = jnp.any(chosen[:, :, None] == ends[None, None], axis=-1) | (length >= new)
     running, places = jax.lax.top_k(top + jnp.where(ended, NEVER, 0.0), beams)
-    # Only the best beams count as finished; the others are there so that enough can run on.
+    # Finished texts come from the best candidates alone; the others are there so that enough beams run on.
     counted = ended & (jnp.arange(kept) < beams)[None]
     mean = top / length.astype(jnp.float32)
     mean = mean + jnp.where(old.hopeful, 0.0, NEVER)[:, None] + jnp.where(counted, 0.0, NEVER)
@@ -122,7 +124,7 @@ def _extend(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _search(
-    module: Llama,
+    module: AbstractDecoder,
     new: int,
     beams: int,
     routed: bool,
@@ -134,10 +136,10 @@ def _search(
 ) -> Int[Array, "batch new"]:
     rows, width = tokens.shape
     variables = {**variables, "adapters": link(variables["adapters"])}
-    # What a router decides belongs to a row, so there each beam reads the prompt.
+    # A router decides for each row, so each beam needs the prompt in a row of its own.
     before, after = (beams, 1) if routed else (1, beams)
     tokens, segments = (jnp.repeat(array, before, axis=0) for array in (tokens, segments))
-    ctx = Context(tokens={PROMPT: segments})
+    ctx = Context(prompt=segments)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     decided = {**variables, **routing}
 
@@ -157,17 +159,19 @@ def _search(
         return jnp.any(state[1].hopeful) & ~state[1].exhausted
 
     def advance(state: Any) -> Any:
-        step, found, cache, live = state
-        token = jax.lax.dynamic_index_in_dim(found.tokens, step - 1, axis=2).reshape(rows * beams, 1)
-        hidden, own = run(
+        step, texts, cache, live = state
+        token = jax.lax.dynamic_index_in_dim(texts.tokens, step - 1, axis=2).reshape(rows * beams, 1)
+        hidden, new_cache = run(
             module, decided, token, positions=(starts + step - 1)[:, None], past=(cache, live), method="hidden"
         )
         slot = width + step - 1
-        cache = jax.tree.map(lambda all_, new_: jax.lax.dynamic_update_slice_in_dim(all_, new_, slot, 2), cache, own)
+        cache = jax.tree.map(
+            lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, slot, 2), cache, new_cache
+        )
         live = jax.lax.dynamic_update_slice_in_dim(live, jnp.ones_like(token), slot, 1)
-        found, parents = _extend(found, logprobs(hidden), step, ends)
+        texts, parents = _extend(texts, logprobs(hidden), step, ends)
         flat = (parents + beams * jnp.arange(rows, dtype=parents.dtype)[:, None]).reshape(-1)
-        return step + 1, found, jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=1), cache), live
+        return step + 1, texts, jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=1), cache), live
 
-    found = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), first, cache, live))[1]
-    return found.done[:, 0]
+    _, texts, _, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), first, cache, live))
+    return texts.done[:, 0]

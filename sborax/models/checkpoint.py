@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import check_plain, parse, read_object, shown
 from sborax.config.terminal import say
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import DecoderConfig
 from sborax.models.names import DERIVED, Row, row, unlayered
 from sborax.models.nf4 import NF4Array, check, quantise, quantise_numpy
 from sborax.models.shards import aligned, read_sharded
@@ -36,15 +36,15 @@ class AbstractTensors(abc.ABC):
 
     @abc.abstractmethod
     def names(self) -> frozenset[str]:
-        """Every tensor there is, but those that follow from the config."""
+        """All tensors but those that follow from the config."""
 
     @abc.abstractmethod
     def name(self, entry: Row) -> str:
-        """The pattern by which this kind of file names a tensor."""
+        """The name of a tensor in this kind of file, with `{layer}` for the number of the layer."""
 
     @abc.abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor; reads none of it."""
+        """The shape of one tensor, without reading it."""
 
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
@@ -52,7 +52,7 @@ class AbstractTensors(abc.ABC):
 
 
 class Entry(NamedTuple):
-    """One tensor of a shard: the format's name of its dtype, and where its data begin, in bytes."""
+    """One tensor of a shard. dtype: the format's name. start: offset of the data in the file, in bytes."""
 
     file: Path
     dtype: str
@@ -62,13 +62,13 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Safetensors(AbstractTensors):
-    """One or many `.safetensors` shards, and which tensor lies where."""
+    """The tensors of one or more `.safetensors` shards."""
 
     where: str
     entries: Mapping[str, Entry]
 
     def names(self) -> frozenset[str]:
-        """Every tensor but the rotary frequencies of old checkpoints."""
+        """All tensors but the rotary frequencies of old checkpoints."""
         return frozenset(name for name in self.entries if not DERIVED.fullmatch(name))
 
     def name(self, entry: Row) -> str:
@@ -76,11 +76,11 @@ class Safetensors(AbstractTensors):
         return entry.hf
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As the header says, within the bounds of the file."""
+        """The shape in the header, which is within the bounds of the file."""
         return self.entries[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file, whose pages it is: the reader of safetensors would make a copy."""
+        """One tensor in the dtype of the file, as a memory map: the reader of safetensors would make a copy."""
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
             raise SboraxError(f"{entry.file}: {name} has dtype {entry.dtype}; known: {', '.join(FLOATS)}")
@@ -94,21 +94,21 @@ def _entries(file: Path) -> dict[str, Entry]:
             names = shard.keys()
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            # Of a size that `safe_open` has found to be sound.
+            # `safe_open` has checked the length.
             header = parse(stream.read(length), f"{file}: header")
     except (SafetensorError, OSError) as failure:
         raise SboraxError(f"{file}: not a readable safetensors file ({failure}); fetch it again") from failure
-    listed = {name: header[name] for name in names}
+    tensors = {name: header[name] for name in names}
     return {
-        name: Entry(file, one["dtype"], tuple(one["shape"]), 8 + length + one["data_offsets"][0])
-        for name, one in listed.items()
+        name: Entry(file, tensor["dtype"], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
+        for name, tensor in tensors.items()
     }
 
 
 def open_safetensors(directory: Path) -> Safetensors:
-    """The directory's `model.safetensors`, else the shards that its index lists: the order of transformers.
+    """The directory's `model.safetensors`, else the shards that its index lists, as transformers does.
 
-    An index that is not read, and lists other files, is reported in a line on stderr.
+    An index that lists other files than the one that is read is reported on stderr.
     Raises SboraxError for a missing, truncated or unlisted shard.
     """
     index, single = directory / INDEX, (directory / SINGLE).exists()
@@ -127,12 +127,12 @@ def open_safetensors(directory: Path) -> Safetensors:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which shard holds which tensor, as an index says."""
+    """The shard of every tensor, from an index."""
     listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict):
         raise SboraxError(f"{index}: not an index with a weight_map")
     for shard in listed.values():
-        # A name with a folder in it could lead anywhere.
+        # A name with a folder could lead out of the directory.
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise SboraxError(f"{index}: {shown(shard)} is not the name of a safetensors file beside it")
     return listed
@@ -146,16 +146,18 @@ def _lists_only(index: Path, shard: str) -> bool:
 
 
 def load_params(
-    config: LlamaConfig,
+    config: DecoderConfig,
     shapes: dict[str, Any],
     tensors: AbstractTensors,
     quantised: Callable[[str], bool] = lambda path: False,
     place: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The params shaped like `shapes`, read tensor by tensor: the host holds one stacked tensor beside them.
+    """Params of the shapes `shapes`, read tensor by tensor: the host holds one stacked tensor beside them.
 
-    quantised: which paths are held in NF4, each tensor quantised as soon as it is read. place: the shardings of the
-        params from their shapes; then this host reads, quantises and holds what its devices hold, and nothing else.
+    - quantised: whether the kernel at a path is held in NF4. Each tensor is quantised as soon as it is read.
+    - place: the shardings of the params from their shapes. With them this host reads, quantises and holds what its
+      devices hold, and nothing else.
+
     Raises SboraxError for a missing, unused or ill-shaped tensor, and for one that cannot be quantised.
     """
     available, used = tensors.names(), set[str]()
@@ -164,45 +166,45 @@ def load_params(
     def is_stacked(path: str) -> bool:
         return "{layer}" in tensors.name(row(path)) and unlayered(path)[1] is None
 
-    def named(path: str) -> Iterator[str]:
+    def names_of(path: str) -> Iterator[str]:
         pattern = tensors.name(row(path))
         for layer in range(config.num_hidden_layers) if is_stacked(path) else [unlayered(path)[1]]:
             yield pattern.format(layer=layer)
 
-    def fit(keys: Any, want: jax.ShapeDtypeStruct) -> None:
+    def check_leaf(keys: Any, want: jax.ShapeDtypeStruct) -> None:
         path = "/".join(key.key for key in keys)
-        one = want.shape[1:] if is_stacked(path) else want.shape
-        for name in named(path):
+        shape = want.shape[1:] if is_stacked(path) else want.shape
+        for name in names_of(path):
             if name not in available:
                 raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
             used.add(name)
-            found = tensors.shape(name)[:: -1 if row(path).transposed else 1]
-            if found != one:
-                raise SboraxError(f"{tensors.where}: {name} gives {path} shape {found}, config says {one}")
+            given = tensors.shape(name)[:: -1 if row(path).transposed else 1]
+            if given != shape:
+                raise SboraxError(f"{tensors.where}: {name} gives {path} shape {given}, config says {shape}")
 
-    # All of it before anything is allocated by what a config says.
-    jax.tree_util.tree_map_with_path(fit, shapes)
+    # Check all leaves before memory is allocated for the shapes of a config.
+    jax.tree_util.tree_map_with_path(check_leaf, shapes)
 
-    def fill(keys: Any, want: jax.ShapeDtypeStruct, lies: Any) -> Any:
+    def read_leaf(keys: Any, want: jax.ShapeDtypeStruct, sharding: Any) -> Any:
         path = "/".join(key.key for key in keys)
         entry, stacked = row(path), is_stacked(path)
 
         def read() -> Iterator[tuple[str, np.ndarray]]:
-            for name in named(path):
-                found = tensors.read(name)
-                yield name, found.T if entry.transposed else found
+            for name in names_of(path):
+                tensor = tensors.read(name)
+                yield name, tensor.T if entry.transposed else tensor
 
-        if lies is not None:
-            own_layers = enumerate(read()) if stacked else ((None, one) for one in read())
-            return read_sharded(own_layers, want, lies)
+        if sharding is not None:
+            layers = enumerate(read()) if stacked else ((None, tensor) for tensor in read())
+            return read_sharded(layers, want, sharding)
         if quantised(path):
             return _quantised(path, want, read(), stacked)
         target = aligned(want.shape, want.dtype)
-        for slot, (_, found) in zip(target if stacked else [target], read(), strict=True):
-            slot[...] = found
+        for slot, (_, tensor) in zip(target if stacked else [target], read(), strict=True):
+            slot[...] = tensor
         return jax.device_put(target)
 
-    params = jax.tree_util.tree_map_with_path(fill, shapes, where)
+    params = jax.tree_util.tree_map_with_path(read_leaf, shapes, where)
     unused = sorted(available - used - _tied_copy(config, params, tensors, available))
     if unused:
         raise SboraxError(f"{tensors.where}: {len(unused)} tensors the model does not use, such as {unused[0]!r}")
@@ -210,16 +212,16 @@ def load_params(
 
 
 def _held(shapes: dict[str, Any], quantised: Callable[[str], bool]) -> dict[str, Any]:
-    """The shapes of what is held: those in 4 bits as `NF4Array`."""
+    """The shapes in memory: weights in 4 bits are an `NF4Array`."""
 
-    def one(keys: Any, want: jax.ShapeDtypeStruct) -> Any:
+    def held_leaf(keys: Any, want: jax.ShapeDtypeStruct) -> Any:
         path = "/".join(key.key for key in keys)
         if not quantised(path):
             return want
         _check(path, want)
         return jax.eval_shape(quantise, want)
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    return jax.tree_util.tree_map_with_path(held_leaf, shapes)
 
 
 def _check(path: str, want: jax.ShapeDtypeStruct) -> None:
@@ -232,26 +234,26 @@ def _check(path: str, want: jax.ShapeDtypeStruct) -> None:
 def _quantised(
     path: str, want: jax.ShapeDtypeStruct, layers: Iterator[tuple[str, np.ndarray]], stacked: bool
 ) -> NF4Array:
-    """What `quantise` makes of the dense tensor, which never exists: one layer at a time."""
+    """`quantise` of a stack that is never dense in memory: one layer at a time."""
     _check(path, want)
     target: Any = None
     depth = want.shape[:1] if stacked else (1,)
-    for number, (name, found) in enumerate(layers):
+    for number, (name, tensor) in enumerate(layers):
         try:
-            one = quantise_numpy(found.astype(want.dtype, copy=False))
+            layer = quantise_numpy(tensor.astype(want.dtype, copy=False))
         except SboraxError as error:
             raise SboraxError(f"quant: {name}: {error}") from None
         if target is None:
-            target = jax.tree.map(lambda leaf: aligned((*depth, *np.shape(leaf)), leaf.dtype), one)
-        for slots, leaf in zip(jax.tree.leaves(target), jax.tree.leaves(one), strict=True):
+            target = jax.tree.map(lambda leaf: aligned((*depth, *np.shape(leaf)), leaf.dtype), layer)
+        for slots, leaf in zip(jax.tree.leaves(target), jax.tree.leaves(layer), strict=True):
             slots[number] = leaf
     return jax.device_put(target if stacked else jax.tree.map(lambda leaf: leaf[0], target))
 
 
 def _tied_copy(
-    config: LlamaConfig, params: dict[str, Any], tensors: AbstractTensors, available: frozenset[str]
+    config: DecoderConfig, params: dict[str, Any], tensors: AbstractTensors, available: frozenset[str]
 ) -> set[str]:
-    """The head that some tied checkpoints store a second time, if it equals the embedding."""
+    """The head that some tied checkpoints store beside the embedding, if the two are equal."""
     name = tensors.name(row("lm_head/kernel"))
     if not config.tie_word_embeddings or name not in available:
         return set()

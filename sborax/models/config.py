@@ -1,4 +1,4 @@
-"""The architecture of a LLaMA-family model, as its `config.json` states it."""
+"""The architecture of a LLaMA-family model, as in its `config.json`."""
 
 import dataclasses
 import math
@@ -10,21 +10,23 @@ from jaxtyping import Float32
 
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
-from sborax.models.families import INERT, NEUTRAL, OWN, UNEQUAL, Family, family_of
+from sborax.models.decoder import AbstractDecoder
+from sborax.models.families import INERT, NEUTRAL, OPTIONAL, UNEQUAL, Family, family_of
 
-MOST_LAYERS, MOST_UNEQUAL = 1 << 12, 1 << 8
+MOST_LAYERS = 1 << 12
+MOST_UNEQUAL = 1 << 8
 WIDEST = 1 << 23
 WIDEST_HEAD = 1 << 16
-"""Layers of a model, those of unequal size, which are traced one by one, an axis of its arrays, and a head: far beyond
-any real one's."""
+"""Bounds of the number of layers, of layers of unequal size (traced one by one), of an axis of an array, and of a head.
+They are far beyond real models."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary embedding: its base, and how its frequencies are scaled.
 
-    kind: "default", "linear" (arXiv:2306.15595) or "llama3" (arXiv:2407.21783; the fields below `factor`).
-    original_length: context length of the pre-training, in tokens.
+    - kind: "default", "linear" (arXiv:2306.15595) or "llama3" (arXiv:2407.21783; the fields below `factor`).
+    - original_length: context length of the pre-training, in tokens.
     """
 
     theta: float = 10_000.0
@@ -54,13 +56,13 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shapes and constants of a LLaMA-family decoder; the names are those of Hugging Face's `config.json`.
+    """Shapes and constants of a LLaMA-family decoder. The names are those of Hugging Face's `config.json`.
 
-    attention_bias: q, k, v and o have biases; see `qkv_bias` for families in which the first three always have.
-    sliding_window: longest sequence whose attention is plainly causal, in tokens, or None.
-    model_type: a row of `families.FAMILIES`.
-    layer_sizes: (attention heads, key-value heads, intermediate size) of every layer; empty where all are alike.
-    eos_token_id: every id that ends a text.
+    - attention_bias: q, k, v and o have biases. In some families q, k and v always have them: see `qkv_bias`.
+    - sliding_window: longest sequence with plainly causal attention, in tokens, or None.
+    - model_type: a row of `families.FAMILIES`.
+    - layer_sizes: (attention heads, key-value heads, intermediate size) of every layer; empty if all are alike.
+    - eos_token_id: every id that ends a text.
     """
 
     vocab_size: int
@@ -111,8 +113,13 @@ class LlamaConfig:
 
     @property
     def family(self) -> Family:
-        """What sets the model apart from LLaMA."""
+        """How the model differs from LLaMA."""
         return family_of(self.model_type)
+
+    @property
+    def decoder(self) -> type[AbstractDecoder] | None:
+        """The class of the family's module; None for `Llama`."""
+        return self.family.decoder
 
     @property
     def qkv_bias(self) -> bool:
@@ -121,16 +128,16 @@ class LlamaConfig:
 
     @property
     def embedding_scale(self) -> float | None:
-        """What the embedding's vectors are multiplied by, if by anything."""
+        """The factor of the embedding's vectors, if there is one."""
         return math.sqrt(self.hidden_size) if self.family.scaled else None
 
     @property
     def context(self) -> int:
-        """The longest sequence the model is defined for here, in tokens."""
+        """The longest sequence that the model computes here, in tokens."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     def of_layer(self, layer: int) -> "LlamaConfig":
-        """The config of a model all of whose layers are like this one."""
+        """The config of a model with all layers like this one."""
         if not self.layer_sizes:
             return self
         heads, kv_heads, width = self.layer_sizes[layer]
@@ -140,43 +147,43 @@ class LlamaConfig:
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> "LlamaConfig":
-        """Read the contents of a `config.json`; `where` names the file in errors.
+        """The config from the contents of a `config.json`. `where` names the file in errors.
 
-        Raises SboraxError for a missing or ill-typed field and for anything asked for that this model does not do.
+        Raises SboraxError for a missing or ill-typed field and for anything that this model does not do.
         """
         kind = raw.get("model_type")
         family = family_of(kind, where)
         for key, allowed in family.keys.items():
             given = raw.get(key, allowed[0])
-            if any(one not in allowed for one in (given if isinstance(given, list) else [given])):
+            if any(value not in allowed for value in (given if isinstance(given, list) else [given])):
                 raise SboraxError(f"{where}: {key} = {str(given)[:80]} is not supported, only {allowed[0]}")
-        known = {field.name for field in dataclasses.fields(LlamaConfig)} - OWN | family.own
+        known = {field.name for field in dataclasses.fields(LlamaConfig)} - OPTIONAL | family.optional
         known |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
         unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
         if unknown:
             raise SboraxError(f"{where}: unknown field {unknown[0]!r}; remove it if it does not change the model")
         read = _Reader({**family.defaults, **raw}, where)
-        heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
-        if read.optional_whole("head_dim") is None and width % heads:
+        heads, width = read.integer("num_attention_heads"), read.integer("hidden_size")
+        if read.optional_integer("head_dim") is None and width % heads:
             raise SboraxError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
-        length, vocabulary = read.whole("max_position_embeddings"), read.whole("vocab_size")
-        # In the first LLaMA's files -1 says that there is no padding token.
+        length, vocabulary = read.integer("max_position_embeddings"), read.integer("vocab_size")
+        # The first LLaMA's files say -1 for no padding token.
         pad = None if raw.get("pad_token_id") == -1 else next(iter(read.tokens("pad_token_id", vocabulary)), None)
         given: dict[str, Any] = dict(
             vocab_size=vocabulary,
             hidden_size=width,
-            intermediate_size=read.whole("intermediate_size"),
-            num_hidden_layers=read.whole("num_hidden_layers"),
+            intermediate_size=read.integer("intermediate_size"),
+            num_hidden_layers=read.integer("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=read.optional_whole("num_key_value_heads") or heads,
-            head_dim=read.optional_whole("head_dim") or width // heads,
+            num_key_value_heads=read.optional_integer("num_key_value_heads") or heads,
+            head_dim=read.optional_integer("head_dim") or width // heads,
             max_position_embeddings=length,
             rms_norm_eps=read.number("rms_norm_eps"),
             rope=_read_rope(raw, where, length),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            attention_bias="attention_bias" in family.own and read.flag("attention_bias"),
-            mlp_bias="mlp_bias" in family.own and read.flag("mlp_bias"),
-            sliding_window=read.optional_whole("sliding_window") if "sliding_window" in family.own else None,
+            attention_bias="attention_bias" in family.optional and read.flag("attention_bias"),
+            mlp_bias="mlp_bias" in family.optional and read.flag("mlp_bias"),
+            sliding_window=read.optional_integer("sliding_window") if "sliding_window" in family.optional else None,
             model_type=str(kind),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocabulary)), None),
             eos_token_id=read.tokens("eos_token_id", vocabulary),
@@ -189,8 +196,8 @@ class LlamaConfig:
             raise SboraxError(f"{where}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a `config.json` that `from_hf` reads back, and transformers if all layers are alike."""
-        names = {field.name for field in dataclasses.fields(self)} - OWN - {"rope"} | self.family.own
+        """The contents of a `config.json` for `from_hf`, and for transformers if all layers are alike."""
+        names = {field.name for field in dataclasses.fields(self)} - OPTIONAL - {"rope"} | self.family.optional
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
         raw["eos_token_id"] = (
             list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
@@ -213,15 +220,15 @@ class LlamaConfig:
 
 
 def ends(raw: Mapping[str, Any], where: str, vocabulary: int) -> tuple[int, ...]:
-    """Every id that ends a text, of a `config.json` or `generation_config.json`; `where` names the file in errors.
+    """Every id that ends a text, from a `config.json` or `generation_config.json`. `where` names the file in errors.
 
-    Raises SboraxError for what is no id in a vocabulary of this size.
+    Raises SboraxError for anything that is no id in a vocabulary of this size.
     """
     return _Reader(raw, where).tokens("eos_token_id", vocabulary)
 
 
 def _check_tokens(key: str, given: int | Sequence[int] | None, vocabulary: int) -> None:
-    """Raise SboraxError for an id outside of the vocabulary: as an index it would mean another token."""
+    """Raise SboraxError for an id outside the vocabulary. As an index it would mean another token."""
     for token in [] if given is None else [given] if isinstance(given, int) else given:
         if not 0 <= token < vocabulary:
             raise SboraxError(f"{key}: {token} is no token of a vocabulary of {vocabulary:,}; correct it")
@@ -239,16 +246,16 @@ class _Reader:
             raise SboraxError(f"{self.where}: field {key!r} is missing")
         return self.raw[key]
 
-    def whole(self, key: str) -> int:
+    def integer(self, key: str) -> int:
         value = self._given(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise SboraxError(f"{self.where}: {key} must be a positive whole number below 2**31, got {shown(value)}")
         return value
 
-    def optional_whole(self, key: str, default: int | None = None) -> int | None:
+    def optional_integer(self, key: str, default: int | None = None) -> int | None:
         if key not in self.raw:
             return default
-        return None if self.raw[key] is None else self.whole(key)
+        return None if self.raw[key] is None else self.integer(key)
 
     def number(self, key: str) -> float:
         value = self._given(key)
@@ -263,33 +270,33 @@ class _Reader:
         return value
 
     def tokens(self, key: str, vocabulary: int) -> tuple[int, ...]:
-        """None, one id or a list of them, in a vocabulary of this size."""
+        """The ids of a field that is null, one id or a list of ids, in a vocabulary of this size."""
         value = self.raw.get(key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(number) is int and abs(number) < 2**31 for number in found):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and abs(number) < 2**31 for number in ids):
             raise SboraxError(f"{self.where}: {key} must be the number of a token, got {shown(value)}")
         try:
-            _check_tokens(key, found, vocabulary)
+            _check_tokens(key, ids, vocabulary)
         except SboraxError as error:
             raise SboraxError(f"{self.where}: {error}") from None
-        return tuple(found)
+        return tuple(ids)
 
 
 def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], ...]:
-    found = raw.get("layer_sizes", [])
-    if raw["model_type"].startswith(UNEQUAL) != bool(found):
+    layers = raw.get("layer_sizes", [])
+    if raw["model_type"].startswith(UNEQUAL) != bool(layers):
         raise SboraxError(f"{where}: layer_sizes and a model_type that begins with {UNEQUAL!r} go together")
-    sound = isinstance(found, list) and all(
+    valid = isinstance(layers, list) and all(
         isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int and 0 < size < 2**31 for size in sizes)
-        for sizes in found
+        for sizes in layers
     )
-    if not sound:
+    if not valid:
         raise SboraxError(f"{where}: layer_sizes must list [heads, key-value heads, intermediate size] of every layer")
-    return tuple((heads, kv_heads, width) for heads, kv_heads, width in found)
+    return tuple((heads, kv_heads, width) for heads, kv_heads, width in layers)
 
 
 def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
-    """The rotary part, in transformers' form before version 5 (`rope_theta`, `rope_scaling`) or since."""
+    """The rotary embedding, in the form of transformers before version 5 (`rope_theta`, `rope_scaling`) or since."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise SboraxError(f"{where}: rope scaling must be an object, got {shown(given)}")
@@ -306,7 +313,7 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
     if not isinstance(kind, str) or kind not in needed:
         raise SboraxError(f"{where}: rope type {shown(kind)} is not supported; known: {', '.join(needed)}")
     allowed = {"rope_theta", "original_max_position_embeddings", "partial_rotary_factor", *needed[kind]}
-    # A plain rope may carry the fields of a scaling that is switched off.
+    # A plain rope may have the fields of a scaling that is switched off.
     unknown = sorted(scaling.keys() - allowed) if kind != "default" else []
     if unknown:
         raise SboraxError(f"{where}: rope scaling has an unknown field {unknown[0]!r}")
@@ -327,5 +334,5 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
         rope,
         low_freq_factor=low,
         high_freq_factor=high,
-        original_length=read.optional_whole("original_max_position_embeddings", length) or length,
+        original_length=read.optional_integer("original_max_position_embeddings", length) or length,
     )

@@ -1,4 +1,4 @@
-"""The families of decoders that are LLaMA up to what their row of one table says."""
+"""The families of decoders: one table says how each differs from LLaMA."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 from sborax.adapters.core import SboraxError
 from sborax.config.classes import instances, load_plugins
+from sborax.models.decoder import AbstractDecoder
 
 UNEQUAL = "sborax_"
-"""Before the `model_type` of a decoder whose layers differ in size: transformers says that it does not know it."""
+"""Prefix of the `model_type` of a decoder whose layers differ in size, so that transformers refuses it by name."""
 
 OFF = (False, None)
 INERT = frozenset(
@@ -18,7 +19,7 @@ INERT = frozenset(
     torch_dtype transformers_version transformers.js_config unk_token_id use_cache
     """.split()
 )
-"""Keys that do not change the function a model of any family computes, nor do those that begin with an underscore."""
+"""Keys of `config.json` that change no model's function. Keys that begin with an underscore change none either."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, 0, None),
@@ -29,32 +30,35 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": OFF,
     "layer_types": ("full_attention", None),
 }
-"""Keys whose other values ask of any family for something that it does not do here; of a list, every entry's."""
+"""Keys with their supported values. Other values ask for something that no family does here, also within a list."""
 
-OWN = frozenset({"attention_bias", "mlp_bias", "sliding_window"})
+OPTIONAL = frozenset({"attention_bias", "mlp_bias", "sliding_window"})
 """Fields of a config that not every family has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What its models do that LLaMA does not, and how their files say it.
+    """How the models of a family differ from LLaMA, and how their files say so.
 
     A class of yours that extends this, with defaults and a `model_type`, is a family beside those of the table.
-    causal_lm: the class that transformers builds for it.
-    own: which fields in `OWN` its `config.json` has; the others are false.
-    qkv_bias: q, k and v have biases, whatever `attention_bias` says; o has not.
-    qk_norm: heads of q and k go through an RMSNorm each before they are rotated.
-    centred: norms multiply by 1 + weight.
-    scaled: vectors of the embedding are multiplied by sqrt(hidden_size); those of a tied head are not.
-    activations: of the gated unit; what is computed first, then names that mean the same.
-    defaults: what transformers takes for keys that a file leaves out.
-    neutral: keys of `NEUTRAL` for this family alone. inert: those of `INERT`.
-    gguf: llama.cpp's name where such files are read. interleaved: whether they turn neighbouring features together.
+
+    - causal_lm: the class that transformers builds.
+    - optional: the fields in `OPTIONAL` that its `config.json` has; the others are false.
+    - qkv_bias: q, k and v have biases, whatever `attention_bias` says; o has none.
+    - qk_norm: an RMSNorm on each head of q and k before they are rotated.
+    - centred: norms multiply by 1 + weight.
+    - scaled: vectors of the embedding are multiplied by sqrt(hidden_size); those of a tied head are not.
+    - activations: of the gated unit: the one that is computed, then other names that mean it.
+    - defaults: transformers' values of keys that a file leaves out.
+    - neutral, inert: further entries of `NEUTRAL` and `INERT` for this family.
+    - gguf: llama.cpp's name of the architecture; None if GGUF files are not read.
+    - interleaved: GGUF files rotate neighbouring features together.
+    - decoder: the class of the module; None for `Llama`, which reads the fields above.
     """
 
     model_type: ClassVar[str] = ""
     causal_lm: str
-    own: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     qkv_bias: bool = False
     qk_norm: bool = False
     centred: bool = False
@@ -65,10 +69,11 @@ class Family:
     inert: frozenset[str] = frozenset()
     gguf: str | None = None
     interleaved: bool = False
+    decoder: type[AbstractDecoder] | None = None
 
     @property
     def keys(self) -> Mapping[str, tuple[Any, ...]]:
-        """Every key of which some values alone are understood, and these."""
+        """Every key that is supported with some values alone, with these values."""
         return {"hidden_act": self.activations, **NEUTRAL, **self.neutral}
 
 
@@ -79,7 +84,7 @@ _WINDOW = frozenset({"sliding_window", "max_window_layers"})
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
-        own=frozenset({"attention_bias", "mlp_bias"}),
+        optional=frozenset({"attention_bias", "mlp_bias"}),
         inert=frozenset({"sliding_window"}),
         gguf="llama",
         interleaved=True,
@@ -87,7 +92,7 @@ FAMILIES: Mapping[str, Family] = {
     # Its GGUF files are of architecture llama.
     "mistral": Family(
         "MistralForCausalLM",
-        own=frozenset({"sliding_window"}),
+        optional=frozenset({"sliding_window"}),
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         neutral={"attention_bias": OFF, "mlp_bias": OFF},
     ),
@@ -101,7 +106,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        own=frozenset({"attention_bias"}),
+        optional=frozenset({"attention_bias"}),
         qk_norm=True,
         defaults={"head_dim": 128},
         neutral=_QWEN,
@@ -110,7 +115,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma": Family(
         "GemmaForCausalLM",
-        own=frozenset({"attention_bias"}),
+        optional=frozenset({"attention_bias"}),
         centred=True,
         scaled=True,
         # Its first files say gelu and mean the approximation by tanh that it was trained with.
@@ -129,7 +134,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(model_type: Any, where: str = "config") -> Family:
-    """The row of a `model_type`, also for layers of unequal size; `where` names the file in errors.
+    """The row of a `model_type`, with the prefix `UNEQUAL` or without it. `where` names the file in errors.
 
     Raises SboraxError for one that is not in the table.
     """
@@ -141,5 +146,5 @@ def family_of(model_type: Any, where: str = "config") -> Family:
 
 
 def _of_class(model_type: str) -> Family | None:
-    """The family that a class of the user's is."""
+    """The family that a class of the user defines."""
     return next((family for family in instances(Family) if family.model_type == model_type), None)

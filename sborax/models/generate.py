@@ -10,16 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import Context, SboraxError
-from sborax.adapters.routing import PROMPT
 from sborax.adapters.tree import link
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.llama import Llama
 from sborax.models.memory import run
 
 BUCKET = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 STRIDE = 8
-"""So many tokens are written between two looks at the texts, where someone looks."""
+"""Tokens that are written between two calls of `finished`."""
 
 
 def generate(
@@ -39,15 +38,16 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and including the first end token.
 
-    temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled with `key`.
-    top_k, top_p: sample among the k likeliest (0: all), then among the likeliest that together reach p.
-    eos: ids that end a text; by default the config's.
-    padding: "left" or "right", the side on which shorter prompts are filled up; the result does not depend on it.
-    finished: is given the tokens of every text after each STRIDE of them and says which texts need no more; all end
-    once each is at an end, so that a finished one may go on while others do.
+    - temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled with `key`.
+    - top_k, top_p: sample among the k likeliest (0: all), then among the likeliest that together reach p.
+    - eos: ids that end a text; by default the config's.
+    - padding: "left" or "right", the side on which shorter prompts are padded. The result does not depend on it.
+    - finished: called with the tokens of every text after each STRIDE of them; says which texts need no more. Writing
+      stops when all have ended, so that a finished text may go on while others do.
+
     Raises SboraxError for an empty prompt, an id outside the vocabulary, and text beyond the model's context.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, padding)
+    check_request(model, prompts, max_new_tokens, temperature, top_k, top_p, padding)
     if temperature > 0 and key is None:
         raise SboraxError(f"temperature {temperature} samples: give a key, or 0 for greedy text")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -63,13 +63,13 @@ def generate(
     module, variables = model.module.clone(keep=True, remat="none"), {"params": params, "adapters": adapters or {}}
     rule = Rule(jnp.asarray(ends), jnp.float32(temperature), jax.random.key(0) if key is None else key)
     inputs = [jnp.asarray(array) for array in (tokens, segments, lengths)]
-    texts, routing = _begin(module, max_new_tokens, choice, variables, rule, *inputs)
+    texts, routing = _prefill(module, max_new_tokens, choice, variables, rule, *inputs)
     endings = set(ends.tolist())
     stride = max_new_tokens if finished is None else STRIDE
     for until in range(stride, max_new_tokens + stride, stride):
         until = min(until, max_new_tokens)
-        texts = _go_on(module, choice, variables, rule, routing, texts, jnp.int32(until))
-        rows = [_until(row, endings) for row in np.asarray(texts.out)[:, :until].tolist()]
+        texts = _decode(module, choice, variables, rule, routing, texts, jnp.int32(until))
+        rows = [until_end(row, endings) for row in np.asarray(texts.out)[:, :until].tolist()]
         if finished is not None:
             texts = texts._replace(done=texts.done | np.array(finished(rows), bool))
             if texts.done.all():
@@ -78,7 +78,7 @@ def generate(
 
 
 class Choice(NamedTuple):
-    """How the next token is drawn; static in the compiled program."""
+    """How the next token is drawn: the static part of the program."""
 
     greedy: bool
     top_k: int
@@ -86,7 +86,7 @@ class Choice(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What ends a text, and the rest of how its tokens are drawn."""
+    """The tokens that end a text, and how tokens are drawn: arguments of the program."""
 
     ends: Int[Array, " ends"]
     temperature: Float[Array, ""]
@@ -94,7 +94,7 @@ class Rule(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What is written so far, `step` tokens of each text, and the keys and values of all tokens before."""
+    """The first `step` tokens of each text, and the keys and values of all tokens before the last."""
 
     step: Int[Array, ""]
     done: Bool[Array, " batch"]
@@ -118,7 +118,7 @@ def choose(
 def narrowed(
     logits: Float[Array, "batch vocab"], choice: Choice, temperature: Float[Array, ""]
 ) -> Float[Array, "batch vocab"]:
-    """Logits divided by the temperature, -inf for tokens that are not to be drawn."""
+    """Logits divided by the temperature; -inf for tokens that must not be drawn."""
     logits = logits / temperature
     if choice.top_k:
         logits = _keep(logits, logits >= jax.lax.top_k(logits, choice.top_k)[0][:, -1:])
@@ -136,8 +136,8 @@ def _keep(logits: Float[Array, "batch vocab"], kept: Bool[Array, "batch vocab"])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
-    module: Llama,
+def _prefill(
+    module: AbstractDecoder,
     new: int,
     choice: Choice,
     variables: dict[str, Any],
@@ -146,9 +146,9 @@ def _begin(
     segments: Int[Array, "batch width"],
     lengths: Int[Array, " batch"],
 ) -> tuple[Texts, dict[str, Any]]:
-    """The first token of each text, and what routers decided on its prompt, which holds for every token after it."""
+    """The first token of each text, and what routers decide on its prompt, which holds for all its tokens."""
     variables = {**variables, "adapters": link(variables["adapters"])}
-    ctx = Context(tokens={PROMPT: segments})
+    ctx = Context(prompt=segments)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     last = tokens.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
@@ -160,8 +160,8 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _go_on(
-    module: Llama,
+def _decode(
+    module: AbstractDecoder,
     choice: Choice,
     variables: dict[str, Any],
     rule: Rule,
@@ -169,7 +169,7 @@ def _go_on(
     texts: Texts,
     until: Int[Array, ""],
 ) -> Texts:
-    """The texts with `until` tokens each, or fewer where all have ended."""
+    """The texts with `until` tokens each, or fewer if all have ended."""
     width = texts.live.shape[1] - texts.out.shape[1] + 1
     decided = {**variables, **routing, "adapters": link(variables["adapters"])}
 
@@ -179,11 +179,13 @@ def _go_on(
     def advance(texts: Texts) -> Texts:
         step, done, out, lengths, cache, live = texts
         token = jax.lax.dynamic_index_in_dim(out, step - 1, axis=1)
-        hidden, own = run(
+        hidden, new_cache = run(
             module, decided, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
         )
         slot = width + step - 1
-        cache = jax.tree.map(lambda all_, new_: jax.lax.dynamic_update_slice_in_dim(all_, new_, slot, 2), cache, own)
+        cache = jax.tree.map(
+            lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, slot, 2), cache, new_cache
+        )
         live = jax.lax.dynamic_update_slice_in_dim(live, jnp.ones_like(token), slot, 1)
         following = _pick(module, choice, decided, rule, hidden, step)
         out = jax.lax.dynamic_update_slice_in_dim(out, following[:, None], step, 1)
@@ -193,7 +195,7 @@ def _go_on(
 
 
 def _pick(
-    module: Llama,
+    module: AbstractDecoder,
     choice: Choice,
     variables: dict[str, Any],
     rule: Rule,
@@ -208,12 +210,13 @@ def _ended(token: Int[Array, " batch"], rule: Rule) -> Bool[Array, " batch"]:
     return jnp.any(token[:, None] == rule.ends[None], axis=-1)
 
 
-def _until(row: list[int], ends: set[int]) -> list[int]:
+def until_end(row: list[int], ends: set[int]) -> list[int]:
+    """A row of tokens up to its first end token, which stays."""
     stop = next((place for place, token in enumerate(row) if token in ends), len(row))
     return row[: stop + 1]
 
 
-def _check(
+def check_request(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     new: int,
@@ -222,6 +225,7 @@ def _check(
     top_p: float,
     padding: str,
 ) -> None:
+    """Raise SboraxError for what `generate` refuses."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise SboraxError("every prompt must have at least one token")
     vocab, context = model.config.vocab_size, model.config.context

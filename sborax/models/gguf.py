@@ -25,9 +25,9 @@ KNOWN = frozenset(
     rope.scaling.type rope.scaling.factor vocab_size
     """.split()
 )
-"""Fields of an architecture that `config` reads; any other may change the model."""
+"""Fields of an architecture that `config` reads. Other fields may change the model, so they are refused."""
 ARCHITECTURES = {family.gguf: model_type for model_type, family in FAMILIES.items() if family.gguf}
-"""llama.cpp's name -> ours."""
+"""`model_type` by llama.cpp's name of the architecture."""
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -46,11 +46,11 @@ PRE_TOKENIZERS = {
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ),
 }
-"""By `tokenizer.ggml.pre`: how text is cut before byte-pair merging."""
+"""How text is cut before byte-pair merging, by `tokenizer.ggml.pre`."""
 NORMALIZERS = {"qwen2": normalizers.NFC()}
-"""By the same: what is done to text before that."""
+"""How text is normalised before it is cut, by `tokenizer.ggml.pre`."""
 CONTROL, USER_DEFINED = 3, 4
-"""Token types whose text is matched whole."""
+"""Types of tokens whose text is never cut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class GGUF(AbstractTensors):
         return entry.gguf
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As the header says; the data are there."""
+        """The shape in the header, which is within the bounds of the file."""
         return tuple(int(size) for size in self.tensors[name].shape[::-1])
 
     def read(self, name: str) -> np.ndarray:
@@ -81,16 +81,16 @@ class GGUF(AbstractTensors):
             dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as failure:
             raise SboraxError(f"{self.where}: {name} has type {tensor.tensor_type.name}, not supported") from failure
-        heads = {"attn_q": self._own("attention.head_count"), "attn_k": self._kv_heads()}
+        heads = {"attn_q": self._architecture_field("attention.head_count"), "attn_k": self._kv_heads()}
         part = name.split(".")[-2]
         if part not in heads or not self.family.interleaved:
             return dense
-        # Hugging Face turns halves of a head together.
+        # Hugging Face rotates the halves of a head together.
         pairs = dense.reshape(heads[part], dense.shape[0] // heads[part] // 2, 2, *dense.shape[1:])
         return pairs.swapaxes(1, 2).reshape(dense.shape)
 
     def config(self) -> LlamaConfig:
-        """The config that the file's metadata states.
+        """The config, from the file's metadata.
 
         Raises SboraxError for another architecture and for fields that this model does not implement.
         """
@@ -98,11 +98,11 @@ class GGUF(AbstractTensors):
         fields = {key.removeprefix(prefix) for key in self.reader.fields if key.startswith(prefix)}
         if unknown := sorted(fields - KNOWN):
             raise SboraxError(f"{self.where}: field '{prefix}{unknown[0]}' is not supported")
-        heads = self._own("attention.head_count")
-        scaling = self._own("rope.scaling.type", "none")
+        heads = self._architecture_field("attention.head_count")
+        scaling = self._architecture_field("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise SboraxError(f"{self.where}: rope scaling {shown(scaling)} is not supported from GGUF")
-        factor = {"factor": _short(self._own("rope.scaling.factor"))} if scaling == "linear" else {}
+        factor = {"factor": _short(self._architecture_field("rope.scaling.factor"))} if scaling == "linear" else {}
         table = self.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise SboraxError(f"{self.where}: has no matrix 'token_embd.weight'")
@@ -111,15 +111,15 @@ class GGUF(AbstractTensors):
         raw = {
             "model_type": ARCHITECTURES[self.architecture],
             "vocab_size": int(table.shape[1]),
-            "hidden_size": self._own("embedding_length"),
-            "intermediate_size": self._own("feed_forward_length"),
-            "num_hidden_layers": self._own("block_count"),
+            "hidden_size": self._architecture_field("embedding_length"),
+            "intermediate_size": self._architecture_field("feed_forward_length"),
+            "num_hidden_layers": self._architecture_field("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._own("attention.head_count_kv", heads),
-            "head_dim": self._own("attention.key_length", None),
-            "max_position_embeddings": self._own("context_length"),
-            "rms_norm_eps": _short(self._own("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _short(self._own("rope.freq_base", 10_000.0)),
+            "num_key_value_heads": self._architecture_field("attention.head_count_kv", heads),
+            "head_dim": self._architecture_field("attention.key_length", None),
+            "max_position_embeddings": self._architecture_field("context_length"),
+            "rms_norm_eps": _short(self._architecture_field("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _short(self._architecture_field("rope.freq_base", 10_000.0)),
             "rope_scaling": {"rope_type": "linear", **factor} if factor else None,
             "tie_word_embeddings": "output.weight" not in self.tensors,
             **{key: True for key, name in biases.items() if name in self.tensors},
@@ -129,7 +129,7 @@ class GGUF(AbstractTensors):
         }
         config = LlamaConfig.from_hf(raw, self.where)
         for key in ("attention.value_length", "rope.dimension_count"):
-            if self._own(key, config.head_dim) != config.head_dim:
+            if self._architecture_field(key, config.head_dim) != config.head_dim:
                 raise SboraxError(
                     f"{self.where}: {prefix}{key} differs from the head width {config.head_dim}; not supported"
                 )
@@ -154,7 +154,7 @@ class GGUF(AbstractTensors):
         lost = next((merge for merge in merges if not {*merge, "".join(merge)} <= vocab.keys()), None)
         if lost is not None:
             raise SboraxError(f"{self.where}: the merge {shown(' '.join(lost))} is not of tokens in the vocabulary")
-        # Llama 3 takes a whole word that is a token as it is, before any merge.
+        # Llama 3 takes a word that is a token as one token, before any merge.
         made = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama-bpe"))
         if cut in NORMALIZERS:
             made.normalizer = NORMALIZERS[cut]
@@ -173,7 +173,7 @@ class GGUF(AbstractTensors):
             made.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
             )
-        template, length = self.field("tokenizer.chat_template", None), self._own("context_length")
+        template, length = self.field("tokenizer.chat_template", None), self._architecture_field("context_length")
         if template is not None and not isinstance(template, str):
             raise SboraxError(f"{self.where}: tokenizer.chat_template is no text")
         return PreTrainedTokenizerFast(
@@ -186,18 +186,18 @@ class GGUF(AbstractTensors):
 
     @property
     def family(self) -> Family:
-        """The row of its models."""
+        """The family of the model."""
         return FAMILIES[ARCHITECTURES[self.architecture]]
 
-    def _own(self, key: str, *default: Any) -> Any:
+    def _architecture_field(self, key: str, *default: Any) -> Any:
         """A field of the architecture."""
         return self.field(f"{self.architecture}.{key}", *default)
 
     def _texts(self, key: str) -> list[str]:
-        found = self.field(f"tokenizer.ggml.{key}")
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        texts = self.field(f"tokenizer.ggml.{key}")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise SboraxError(f"{self.where}: tokenizer.ggml.{key} is no list of texts")
-        return found
+        return texts
 
     def _token(self, role: str, texts: list[str]) -> str:
         number = self.field(f"tokenizer.ggml.{role}_token_id")
@@ -209,14 +209,17 @@ class GGUF(AbstractTensors):
         return f"tokenizer.ggml.{role}_token_id" in self.reader.fields
 
     def _kv_heads(self) -> int:
-        return self._own("attention.head_count_kv", self._own("attention.head_count"))
+        return self._architecture_field("attention.head_count_kv", self._architecture_field("attention.head_count"))
 
     def field(self, key: str, *default: Any) -> Any:
-        """One metadata value, or the default; SboraxError if there is neither, or text that is not UTF-8."""
-        found = self.reader.fields.get(key)
-        if found is not None:
+        """One value of the metadata, or the default.
+
+        Raises SboraxError if there is neither, and for text that is not UTF-8.
+        """
+        field = self.reader.fields.get(key)
+        if field is not None:
             try:
-                return found.contents()
+                return field.contents()
             except UnicodeDecodeError as failure:
                 raise SboraxError(f"{self.where}: field {key!r} is not UTF-8 text ({failure.reason})") from None
         if default:
@@ -225,7 +228,7 @@ class GGUF(AbstractTensors):
 
 
 def _short(number: Any) -> Any:
-    """A float32 as the decimal that was meant: 9.99999975e-06 -> 1e-05; anything else as it is."""
+    """A float32 as its shortest decimal: 9.99999975e-06 -> 1e-05. Other values stay as they are."""
     return float(str(np.float32(number))) if isinstance(number, float) else number
 
 

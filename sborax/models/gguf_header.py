@@ -1,4 +1,4 @@
-"""The counts and lengths in a GGUF file's header, checked against its size before the package `gguf` believes them."""
+"""Counts and lengths in the header of a GGUF file, checked against its size before the package `gguf` uses them."""
 
 import mmap
 import struct
@@ -8,35 +8,35 @@ from sborax.adapters.core import SboraxError
 from sborax.config.documents import check_plain
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value by the number of its type: integers, floats and booleans."""
+"""Bytes of a value, by the number of its type: integers, floats and booleans."""
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MOST_VALUES = 1 << 22
-"""Values of an array: the package makes an object of each. The largest vocabularies have 2^18 entries."""
+"""Bound of the values in arrays: the package makes an object of each. The largest vocabularies have 2^18 entries."""
 MOST_FIELDS = 1 << 16
 MOST_TENSORS = 1 << 17
-"""Of a file. Real ones have some dozens of fields, and a few thousand tensors."""
+"""Bounds for a file. Real files have some dozens of fields and a few thousand tensors."""
 LEAST_FIELD, LEAST_TENSOR = 13, 24
-"""Bytes that the shortest ones take: lengths, types, sizes and offsets without a name."""
+"""Bytes of the shortest field and tensor: lengths, types, sizes and offsets without a name."""
 MOST_AXES = 4
-"""What llama.cpp allows."""
+"""The bound of llama.cpp."""
 
 
 class _Walk:
-    """A place in the header that never leaves the file."""
+    """A position in the header that never leaves the file."""
 
     def __init__(self, raw: mmap.mmap) -> None:
-        self.raw, self.place, self.values = raw, 0, 0
+        self.raw, self.position, self.values = raw, 0, 0
 
     def skip(self, size: int) -> None:
-        if size > len(self.raw) - self.place:
+        if size > len(self.raw) - self.position:
             raise ValueError("it ends within its header")
-        self.place += size
+        self.position += size
 
     def number(self, form: str) -> int:
-        begun = self.place
+        start = self.position
         self.skip(struct.calcsize(form))
-        return struct.unpack_from(f"<{form}", self.raw, begun)[0]
+        return struct.unpack_from(f"<{form}", self.raw, start)[0]
 
     def text(self) -> None:
         self.skip(self.number("Q"))
@@ -78,7 +78,7 @@ def _walk(walk: _Walk) -> None:
     if (version := walk.number("I")) not in VERSIONS:
         raise ValueError(f"its version is {version}, known: 2, 3")
     tensors, fields = walk.number("Q"), walk.number("Q")
-    if fields * LEAST_FIELD + tensors * LEAST_TENSOR > len(walk.raw) - walk.place:
+    if fields * LEAST_FIELD + tensors * LEAST_TENSOR > len(walk.raw) - walk.position:
         raise ValueError("it ends within its header")
     if fields > MOST_FIELDS or tensors > MOST_TENSORS:
         raise ValueError(f"its header announces more than {MOST_FIELDS:,} fields or {MOST_TENSORS:,} tensors")

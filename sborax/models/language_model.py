@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +13,35 @@ from sborax.adapters import core
 from sborax.adapters.paths import STACKED_UNDER
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import AbstractDecoder, DecoderConfig
 from sborax.models.llama import Llama
 from sborax.models.memory import run, values_at
 
 Params = dict[str, Any]
 
 
-def abstract(config: LlamaConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
+def decoder_of(
+    config: DecoderConfig, dtype: Any = "float32", remat: str = "none", scan: bool = True, attention: str = "xla"
+) -> AbstractDecoder:
+    """The module of a config: `Llama`, unless the config names another class. See `AbstractDecoder` for the fields."""
+    kind = cast(type[AbstractDecoder], config.decoder or Llama)
+    return kind(config, jnp.dtype(dtype), remat, scan, attention=attention)
+
+
+def abstract(config: DecoderConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
     """The param tree as shapes and dtypes, from the config alone."""
-    module = Llama(config, jnp.dtype(dtype), scan=scan)
+    return _shapes(decoder_of(config, dtype, scan=scan))
+
+
+def _shapes(module: AbstractDecoder) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
 
 
 @functools.cache
-def projections(config: LlamaConfig, scan: bool) -> frozenset[str]:
-    """Paths of every adapter that the model reads: of kernels behind `core.linear`, and of a router in each layer."""
-    flat = jax.tree_util.tree_flatten_with_path(abstract(config, scan=scan))[0]
+def projections(module: AbstractDecoder) -> frozenset[str]:
+    """Every path at which the model reads an adapter: kernels behind `core.linear`, and a router in each layer."""
+    flat = jax.tree_util.tree_flatten_with_path(_shapes(module))[0]
     paths = (_path(keys) for keys, _ in flat)
     kernels = [path for path in paths if path.endswith("/kernel")]
     layers = {layer_of(path, STACKED_UNDER) for path in kernels if path.startswith(f"{STACKED_UNDER}/")}
@@ -48,12 +59,12 @@ _COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance":
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What a forward pass tells of itself; fields that were not asked for are empty.
+    """Values from inside a forward pass. Fields that were not asked for are empty.
 
     - inputs: ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
-    - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel;
-      values of more axes a token as one axis. Empty for adapters that remember nothing.
-    - balance: the mean over the layers of the losses of their routers; 0 without any.
+    - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel.
+      The axes of a token's values are flattened. Empty for adapters that remember nothing.
+    - balance: mean over the layers of their routers' losses; 0 without routers.
     """
 
     # Any: a pytree node also holds arrays with other axes in front.
@@ -64,11 +75,11 @@ class Collected:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A Linen module, its params, and what else belongs to a checkpoint."""
+    """A Linen module with its params, config and tokenizer."""
 
-    module: Llama
+    module: AbstractDecoder
     params: Params
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: Any
 
     def apply(
@@ -84,9 +95,11 @@ class LanguageModel:
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of every position, float32.
 
-        segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
-        positions: rotary positions; by default counted from the start of each segment.
-        dropout_key: without one the call is deterministic.
+        - segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
+        - positions: rotary positions; by default counted from the start of each segment.
+        - dropout_key: without one the call is deterministic.
+        - ctx: models with routers need its `prompt`.
+
         Raises SboraxError for an adapter that the model never reads and for tokens beyond the context.
         """
         return self._call("__call__", params, adapters, dropout_key, tokens, segment_ids, positions, ctx)
@@ -117,26 +130,26 @@ class LanguageModel:
         dropout_key: Key[Array, ""] | None = None,
         ctx: core.Context = core.Context(),
     ) -> tuple[Float[Array, "batch seq d"], Collected]:
-        """`hidden`, with what one forward pass tells of itself beside: names of `Collected`.
+        """`hidden`, and values from inside the same forward pass.
 
-        - ctx: for `balance` its `tokens["prompt"]`, (batch, seq), marks what routers read: neither padding nor the
-          answer, and of one segment a row.
+        Norms are over all tokens of the batch but padding, before an adapter's dropout. They have no gradient.
 
-        Norms are over all tokens of the batch, padding left out, before an adapter's dropout. They have no gradient.
+        - what: the fields of `Collected` to fill.
+        - ctx: `balance` needs its `prompt`, of one segment a row.
         """
         if not {"balance"}.issuperset(what):
             mask = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-            ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, "mask": mask})
+            ctx = dataclasses.replace(ctx, mask=mask)
         inputs, mutable = (tokens, segment_ids, positions, ctx), [_COLLECTIONS[name] for name in what]
-        made = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
-        # Flax returns collections only where some are mutable.
-        (hidden, _), kept = made if mutable else (made, {})
-        norms = jax.tree_util.tree_leaves_with_path(kept.get(_COLLECTIONS["inputs"], {}))
-        routing = jax.tree_util.tree_leaves_with_path(kept.get(_COLLECTIONS["balance"], {}))
+        out = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
+        # Flax returns collections only if some are mutable.
+        (hidden, _), collections = out if mutable else (out, {})
+        norms = jax.tree_util.tree_leaves_with_path(collections.get(_COLLECTIONS["inputs"], {}))
+        routing = jax.tree_util.tree_leaves_with_path(collections.get(_COLLECTIONS["balance"], {}))
         losses = [leaf.reshape(-1) for keys, leaf in routing if _path(keys).endswith("/loss")]
         return hidden, Collected(
             inputs={_path(keys): leaf for keys, leaf in norms},
-            remembered=values_at(kept.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
+            remembered=values_at(collections.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
             balance=jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0),
         )
 
@@ -151,23 +164,22 @@ class LanguageModel:
         """Logits of `hidden`, float32."""
         return self._call("head", params, adapters, dropout_key, hidden)
 
-    def head_kernel(self, params: Params) -> core.Weight:
-        """The (d, vocab) kernel of the head: the transposed embedding where they are tied."""
-        if self.config.tie_word_embeddings:
-            return params["embed_tokens"]["embedding"].T
-        return params["lm_head"]["kernel"]
-
     def check_adapters(self, adapters: Params | None) -> None:
-        """Raise SboraxError for an adapter at a path where the model has no projection."""
-        known = projections(self.config, self.module.scan)
+        """Raise SboraxError for an adapter at a path at which the model has no projection."""
+        # Flax makes modules hashable.
+        known = projections(self._plain())  # pyright: ignore[reportArgumentType]
         flat = jax.tree_util.tree_flatten_with_path(adapters or {}, is_leaf=core.is_adapter)[0]
         for path in (_path(keys) for keys, _ in flat):
             if path not in known:
                 raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
 
-    def abstract(self, config: LlamaConfig | None = None) -> Params:
-        """The param tree as shapes and dtypes, from the config alone."""
-        return abstract(config or self.config, self.module.dtype, scan=self.module.scan)
+    def abstract(self) -> Params:
+        """The param tree as shapes and dtypes."""
+        return _shapes(self._plain())
+
+    def _plain(self) -> AbstractDecoder:
+        """The module without options that its params do not depend on. Not every device can trace these."""
+        return self.module.clone(remat="none", keep=False, attention="xla")
 
     def _call(
         self, method: str, params: Params, adapters: Params | None, dropout_key: Any, *inputs: Any, **options: Any

@@ -1,4 +1,4 @@
-"""The Flax Linen layers that every model here is made of."""
+"""The Flax Linen layers of the models."""
 
 import dataclasses
 import functools
@@ -12,22 +12,22 @@ from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
 from sborax.adapters.depth import remember
-from sborax.adapters.routing import GATE, PROMPT, ROUTER
+from sborax.adapters.routing import GATE, ROUTER
 from sborax.models.sharding import used_whole
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-"""By transformers' name: what a gated unit applies to its gate."""
+"""Activations of a gated unit by their names in transformers."""
 
 
 class Linear(nn.Module):
     """A projection whose kernel may be adapted, quantised or both.
 
-    The kernel lives in collection `params`; its adapter, if any, at the same path in collection `adapters`. Norms of
-    the input features go to collection `observations` in a call that makes it mutable. Collection `memory` holds, for
-    an adapter that asks for it, what the same projection of the layer before remembers: see `depth`.
+    The kernel is in collection `params`, its adapter, if any, at the same path in collection `adapters`. A call that
+    makes collection `observations` mutable puts the norms of the input features there. Collection `memory` exists for
+    adapters that ask for it, and holds what the same projection of the previous layer remembers: see `depth`.
     """
 
     features: int
@@ -44,72 +44,75 @@ class Linear(nn.Module):
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         if self.has_rng("dropout"):
-            ctx = core.Context(self.make_rng("dropout"), ctx.rows, ctx.tokens)
+            ctx = dataclasses.replace(ctx, key=self.make_rng("dropout"))
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
-            self.put_variable("observations", "kernel", feature_norms(x, ctx.tokens.get("mask")))
+            self.put_variable("observations", "kernel", feature_norms(x, ctx.mask))
         adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
         adapter = None if adapter is None else used_whole(adapter, self.path[-1])
         if adapter is not None and memory is not None:
-            # Flax merges a dict that is put into a collection into the one that was got from it.
-            ctx = dataclasses.replace(ctx, tokens={**ctx.tokens, **jax.tree.map(lambda leaf: leaf, memory)})
+            # A copy, since Flax merges a dict that is put into a collection into the one that was read from it.
+            ctx = dataclasses.replace(ctx, memory=jax.tree.map(lambda leaf: leaf, memory))
             self._remember(x, adapter, ctx)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
         return core.linear(x, kernel, adapter, ctx, bias)
 
     def _remember(self, x: Float[Array, "batch seq in"], adapter: core.Adapter, ctx: core.Context) -> None:
-        """Put what the next layer is to find into collection `memory`, and the norms of that where they are wanted."""
-        kept, mask = remember(x, adapter, ctx), ctx.tokens.get("mask")
+        """Put what the next layer reads into collection `memory`, and the norms into `remembered` if it is mutable."""
+        kept = remember(x, adapter, ctx)
         self.put_variable("memory", "kernel", kept)
         if self.is_mutable_collection("remembered"):
             flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
-            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, mask), flat))
+            self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, ctx.mask), flat))
 
 
 def feature_norms(x: Float[Array, "*batch in"], mask: Array | None = None) -> Float[Array, " in"]:
-    """||X_j|| over all tokens of a batch, per input feature j, float32, without a gradient.
+    """||X_j|| over all tokens of a batch for each input feature j, float32, without a gradient.
 
     mask: (*batch), zero at padding.
     """
-    # At a norm of zero the gradient would not be a number, even where nothing asks for it.
+    # The gradient of a zero norm is NaN, even if nothing uses it.
     wide = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(-1, x.shape[-1])
     if mask is not None:
-        # Not by multiplication: padding may hold what is not finite.
+        # Not a product: padding may hold values that are not finite.
         wide = jnp.where((mask != 0).reshape(-1, 1), wide, 0.0)
     return jnp.sqrt(jnp.sum(jnp.square(wide), axis=0))
 
 
 def routed(layer: nn.Module, x: Float[Array, "batch seq d"], ctx: core.Context) -> core.Context:
-    """`ctx` with the weight of every adapter that the router of `layer` weighs, if it has one; `x` is its input.
+    """`ctx` with the weights of the adapters that the router of `layer` weighs, if it has one.
 
-    Collection `routing` keeps them where it is mutable. Where it holds them from an earlier call, as beside a cache of
-    keys and values, nothing is decided again.
+    A call that makes collection `routing` mutable puts the weights there. A call that finds them there, such as that of
+    a token over a cache of keys and values, uses these.
+
+    - x: input of the layer.
+
     Raises SboraxError without a mask of the prompt.
     """
     node = layer.get_variable("adapters", ROUTER)
     if node is None:
         return ctx
-    place = "/".join(layer.path)
+    path = "/".join(layer.path)
     if layer.has_variable("routing", "gates"):
         gates = layer.get_variable("routing", "gates")
     else:
-        if PROMPT not in ctx.tokens:
+        if ctx.prompt is None:
             raise core.SboraxError(
-                f"{place}/{ROUTER} decides by the prompt: say which tokens belong to it, "
-                f"ctx=Context(tokens={{{PROMPT!r}: mask}}) with a (batch, seq) mask without padding and answer"
+                f"{path}/{ROUTER} decides by the prompt: say which tokens belong to it, "
+                "ctx=Context(prompt=mask) with a (batch, seq) mask without padding and answer"
             )
-        gates, loss = node.method.route(x, ctx.tokens[PROMPT].astype(bool), node)
+        gates, loss = node.method.route(x, ctx.prompt.astype(bool), node)
         if layer.is_mutable_collection("routing"):
             layer.put_variable("routing", "gates", gates)
             layer.put_variable("routing", "loss", loss)
-    rows = {f"{place}/{expert}": gates[:, i] for i, expert in enumerate(node.method.experts)}
-    return core.Context(ctx.key, {**ctx.rows, **rows}, ctx.tokens)
+    rows = {f"{path}/{expert}": gates[:, i] for i, expert in enumerate(node.method.experts)}
+    return dataclasses.replace(ctx, rows={**ctx.rows, **rows})
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale, the mean in float32. [arXiv:1910.07467]
 
-    centred: the factor is 1 + scale, and is multiplied in float32, too.
+    centred: the factor is 1 + scale, and the product is float32, too.
     """
 
     eps: float
@@ -129,7 +132,7 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of token vectors, multiplied by `factor` if there is one when they are looked up."""
+    """A table of token vectors. Vectors that are looked up are multiplied by `factor`, if there is one."""
 
     count: int
     features: int
@@ -137,14 +140,14 @@ class Embed(nn.Module):
     factor: float | None = None
 
     def setup(self) -> None:
-        """The table, also read by a tied head."""
+        """The table, which a tied head reads too."""
         shape = (self.count, self.features)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.dtype)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """The vectors of `tokens`."""
-        found = jnp.take(self.embedding, tokens, axis=0)
-        return found if self.factor is None else found * jnp.asarray(self.factor, found.dtype)
+        vectors = jnp.take(self.embedding, tokens, axis=0)
+        return vectors if self.factor is None else vectors * jnp.asarray(self.factor, vectors.dtype)
 
 
 def rotate(

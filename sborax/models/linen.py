@@ -1,7 +1,7 @@
 """Adapters inside Linen models that are not ours."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from sborax.adapters.core import Adapter, Context, SboraxError, linear
+from sborax.adapters.leaves import nest
 from sborax.adapters.routing import AbstractRouter
-from sborax.adapters.tree import Adapters, Params, merge, nest, nodes
+from sborax.adapters.tree import Adapters, Params, merge, nodes
 
 MARK = "kernel of an adapter"
-"""Where the leaves of an adapter stand beside its kernel, so that what splits the kernel by layers splits them, too."""
+"""Name of an adapter's leaves beside its kernel, so that whatever splits the kernel by layers splits them too."""
 
 
 def apply_linen(
@@ -28,31 +29,29 @@ def apply_linen(
     """`module.apply(variables, *args, method=method, **options)` with adapters on its projections.
 
     Equal to `module.apply` on `merge(params, adapters)`, without forming merged weights in `Dense` and `DenseGeneral`.
-    Gradients are those of `linear` (DoRA takes its norms as constants). Other modules, and projections with a product
-    of their own, get the merged kernel. Layers stacked by `nn.scan` or `nn.vmap` along the first axis of "params" are
-    adapted one by one.
+    Gradients are those of `linear` (DoRA takes its norms as constants). Other modules, and projections with another
+    product (`dot_general`), get the merged kernel. Layers stacked by `nn.scan` or `nn.vmap` along the first axis of
+    "params" are adapted one by one.
 
         params, adapters = sx.attach(key, variables["params"], [("query|value", sx.LoRA(rank=8))])
         logits = sx.apply_linen(model, {"params": params}, adapters, images)
 
     - variables: the collections of the model; "params" is the base that `attach` returned.
     - adapters: by the paths of the kernels, as `attach` returns them.
-    - options: as of `module.apply`. An rng "dropout" turns the adapters' dropout on, too.
+    - options: those of `module.apply`. An rng "dropout" turns the adapters' dropout on, too.
 
     Raises SboraxError for an adapter that the call never reaches, for routers and for methods that link layers.
     """
     flat = nodes(adapters)
-    for path, node in flat.items():
-        if isinstance(node.method, AbstractRouter) or node.method.linked:
-            raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
+    check_independent(flat)
     params, reached = variables["params"], {}
 
-    def run(params: Params, inside: Mapping[str, Adapter], seen: dict[str, bool]) -> Any:
+    def run(params: Params, inside: Mapping[str, Adapter], reached: dict[str, bool]) -> Any:
         collections = {**variables, "params": _beside(params, inside)}
-        with nn.intercept_methods(_interceptor(inside, seen)):
+        with nn.intercept_methods(_interceptor(inside, reached)):
             return module.apply(collections, *args, method=method, **options)
 
-    # A first look, without computing, at which projections can take their adapter as it is.
+    # Find out, without computing, which projections can take their adapter as it is.
     jax.eval_shape(lambda params: run(params, flat, reached), params)
     lost = sorted(flat.keys() - reached.keys())
     if lost:
@@ -61,18 +60,28 @@ def apply_linen(
     return run(merge(params, nest({path: flat[path] for path in flat.keys() - inside.keys()})), inside, {})
 
 
+def check_independent(adapters: Mapping[str, Adapter]) -> None:
+    """Raise SboraxError for adapters (by path) that need more of the model than their own projection."""
+    for path, node in adapters.items():
+        if isinstance(node.method, AbstractRouter) or node.method.linked:
+            raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
+
+
 def _beside(params: Params, inside: Mapping[str, Adapter]) -> Params:
     """The parameters with the leaves of adapters beside their kernels."""
     marked = nest({f"{path.removesuffix('kernel')}{MARK}": (node.train, node.frozen) for path, node in inside.items()})
 
-    def joined(one: Any, other: Any) -> Any:
-        return {**one, **{name: joined(one[name], leaf) if name in one else leaf for name, leaf in other.items()}}
+    def joined(tree: Any, other: Any) -> Any:
+        return {**tree, **{name: joined(tree[name], leaf) if name in tree else leaf for name, leaf in other.items()}}
 
     return joined(params, marked)
 
 
-def _interceptor(inside: Mapping[str, Adapter], seen: dict[str, bool]) -> Callable[..., Any]:
-    """What Flax calls in place of every method. seen: whether a projection takes its adapter, by path of its kernel."""
+def _interceptor(inside: Mapping[str, Adapter], reached: dict[str, bool]) -> Callable[..., Any]:
+    """The function that Flax calls in place of every method.
+
+    - reached: by path of its kernel, whether a projection takes its adapter; filled by the call.
+    """
 
     def intercept(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         layer = context.module
@@ -82,34 +91,34 @@ def _interceptor(inside: Mapping[str, Adapter], seen: dict[str, bool]) -> Callab
         train, frozen = layer.get_variable("params", MARK)
         node = Adapter(train, frozen, inside[path].method, inside[path].in_axes)
         (x,) = args or tuple(kwargs.values())
-        seen[path] = _takes(layer, x, node)
-        return _project(layer, x, node) if seen[path] else proceed(*args, **kwargs)
+        reached[path] = _is_plain_product(layer, x, node)
+        return _project(layer, x, node) if reached[path] else proceed(*args, **kwargs)
 
     return intercept
 
 
-def _takes(layer: nn.Module, x: Any, node: Adapter) -> bool:
-    """Whether a module is a plain product over its last axes, of a single kernel."""
+def _is_plain_product(layer: nn.Module, x: Any, node: Adapter) -> bool:
+    """Whether a module multiplies the last axes of `x` by a single kernel."""
     if type(layer) not in (nn.Dense, nn.DenseGeneral) or layer.dot_general or layer.dot_general_cls:
         return False
-    axes = _axes(layer, x.ndim)
     kernel = layer.get_variable("params", "kernel")
     features = 1 if isinstance(layer, nn.Dense) or isinstance(layer.features, int) else len(layer.features)
     return (
         layer.precision is None
         and not getattr(layer, "batch_dims", ())
-        and axes == tuple(range(x.ndim - node.in_axes, x.ndim))
-        and kernel.ndim == len(axes) + features
+        and are_last(getattr(layer, "axis", -1), node.in_axes, x.ndim)
+        and kernel.ndim == node.in_axes + features
     )
 
 
-def _axes(layer: nn.Module, ndim: int) -> tuple[int, ...]:
-    axes = getattr(layer, "axis", -1)
-    return tuple(axis % ndim for axis in ((axes,) if isinstance(axes, int) else axes))
+def are_last(axes: int | Sequence[int], count: int, ndim: int) -> bool:
+    """Whether `axes`, one or several, are the last `count` of `ndim` axes, in order."""
+    listed = (axes,) if isinstance(axes, int) else axes
+    return tuple(axis % ndim for axis in listed) == tuple(range(ndim - count, ndim))
 
 
 def _project(layer: Any, x: Float[Array, "..."], node: Adapter) -> Float[Array, "..."]:
-    """What the module computes, by `linear`."""
+    """The module's output, by `linear`."""
     kernel, bias = layer.get_variable("params", "kernel"), layer.get_variable("params", "bias")
     x, kernel, bias = layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)
     ctx = Context(layer.make_rng("dropout")) if layer.has_rng("dropout") else Context()

@@ -1,4 +1,4 @@
-"""The LLaMA decoder in Flax Linen, and the families in `families.FAMILIES` that are nearly it."""
+"""The LLaMA decoder in Flax Linen, with the options of the families in `families.FAMILIES`."""
 
 import functools
 from typing import Any
@@ -14,6 +14,7 @@ from sborax.adapters.constraints import check_axis_types
 from sborax.methods.lowrank import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
+from sborax.models.decoder import AbstractDecoder
 from sborax.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
@@ -23,12 +24,12 @@ Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*
 
 OFFLOAD = "offload:"
 SAVEABLE = ("qkv", ATTENDED, "mixed", "gate_up", HIDDEN)
-"""Names of intermediate values that `remat` may keep: projections before rotation, attention's output before `o_proj`,
-the stream of states after attention, both halves of the gated unit, and the thin value inside an adapter."""
+"""Intermediate values that `remat` may keep, by name: projections before rotation, attention's output before `o_proj`,
+the residual stream after attention, both halves of the gated unit, and the thin value inside an adapter."""
 
 
 def norm_of(config: LlamaConfig, dtype: Any, name: str | None = None) -> RMSNorm:
-    """The kind of norm that the model has."""
+    """The norm of the config's family."""
     return RMSNorm(config.rms_norm_eps, dtype, config.family.centred, name=name)
 
 
@@ -48,24 +49,24 @@ class Attention(nn.Module):
         past: Cache | None,
         ctx: core.Context,
     ) -> tuple[Float[Array, "batch seq d"], Cache]:
-        """Attend to the past and to `x` itself; returns the keys and values of `x` too."""
+        """Attention over the past and `x`. The keys and values of `x` are returned too."""
         cfg = self.config
 
         def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
             flat = Linear(heads * cfg.head_dim, cfg.qkv_bias, self.dtype, name=name)(x, ctx)
             return checkpoint_name(flat, "qkv").reshape(*x.shape[:2], heads, cfg.head_dim)
 
-        def turned(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
+        def rotated(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
             plain = project(f"{name}_proj", heads)
             return rotate(norm_of(cfg, self.dtype, f"{name}_norm")(plain) if cfg.family.qk_norm else plain, *rope)
 
-        query, key = turned("q", cfg.num_attention_heads), turned("k", cfg.num_key_value_heads)
+        query, key = rotated("q", cfg.num_attention_heads), rotated("k", cfg.num_key_value_heads)
         value = project("v_proj", cfg.num_key_value_heads)
-        own = (key, value)
+        new = (key, value)
         if past is not None:
-            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
+            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, new, strict=True))
         attended = attend(self.attention, query, key, value, *segments).reshape(*x.shape[:2], -1)
-        return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), own
+        return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), new
 
 
 class MLP(nn.Module):
@@ -87,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer, in the shape that `nn.scan` wants: carry, shared inputs, per-layer input -> carry, output."""
+    """One decoder layer with the signature of `nn.scan`: carry, shared inputs, input of the layer -> carry, output."""
 
     config: LlamaConfig
     dtype: Any
@@ -98,18 +99,18 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Cache | None
     ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
-        """The layer's output, and its keys and values if they are to be kept."""
+        """The layer's output, and its keys and values if `keep`."""
         cfg, norm = self.config, functools.partial(norm_of, self.config, self.dtype)
         ctx = routed(self, x, ctx)
         attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
-        mixed, own = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
+        mixed, cache = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
         x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
-        return over_rows(x), own if self.keep else None
+        return over_rows(x), cache if self.keep else None
 
 
 class Unrolled(nn.Module):
-    """Blocks "0", "1", ... one after the other: faster to run and slower to compile than the scanned stack."""
+    """Blocks "0", "1", ... in a Python loop: faster to run and slower to compile than the scanned stack."""
 
     block: Any
     config: LlamaConfig
@@ -121,7 +122,7 @@ class Unrolled(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Any
     ) -> tuple[Float[Array, "batch seq d"], Any]:
-        """What the scanned stack returns; a cache of layers of unequal size is a tuple of stacks of one."""
+        """What the scanned stack returns. The cache of layers of unequal size is a tuple of stacks of one layer."""
         kept = []
         for layer in range(self.config.num_hidden_layers):
             if self.config.layer_sizes and past is not None:
@@ -129,33 +130,33 @@ class Unrolled(nn.Module):
             else:
                 before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
             block = self.block(self.config.of_layer(layer), self.dtype, self.keep, self.attention, name=str(layer))
-            x, own = block(x, rope, segments, ctx, before)
-            kept.append(own)
+            x, cache = block(x, rope, segments, ctx, before)
+            kept.append(cache)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
         if self.config.layer_sizes and self.keep:
-            # Layers of unequal size do not stack: each is a stack of its own.
-            return x, tuple(jax.tree.map(lambda leaf: leaf[None], own) for own in kept)
+            return x, tuple(jax.tree.map(lambda leaf: leaf[None], cache) for cache in kept)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
     def _hand_on(self, layer: int) -> None:
-        """What the projections of `layer` remember, to those of the next one that continue their chain."""
+        """Hand the memory of the projections of `layer` to those of the next layer that continue their chain."""
         before, after = (self.get_variable("memory", str(number), {}) for number in (layer, layer + 1))
         adapters = [self.get_variable("adapters", str(number), {}) for number in (layer, layer + 1)]
         self.put_variable("memory", str(layer + 1), handed_on(before, after, *adapters))
 
 
 def kept_names(remat: str) -> tuple[str, ...] | None:
-    """What `remat` keeps of a layer for the backward pass: the names in `SAVEABLE` that it lists, separated by commas.
+    """Names of the values of a layer that are kept for the backward pass; None if nothing is recomputed.
 
-    A name after "offload:" is kept in the host's memory instead of the device's; on a CPU these are one.
-    "none" recomputes nothing (None), "full" everything, "cheap" all but what comes out of matmuls: norms, rotations,
-    softmax and the gated unit.
+    - remat: "none" recomputes nothing, "full" everything, "cheap" everything but the results of matmuls: norms,
+      rotations, softmax and the gated unit. Or names in `SAVEABLE` to keep, separated by commas. A name after
+      "offload:" is kept in the host's memory instead of the device's; on a CPU the two are one.
+
     Raises SboraxError for a name that is not in `SAVEABLE`.
     """
-    whole = {"none": None, "full": (), "cheap": SAVEABLE}
-    if remat in whole:
-        return whole[remat]
+    presets = {"none": None, "full": (), "cheap": SAVEABLE}
+    if remat in presets:
+        return presets[remat]
     names = tuple(remat.split(","))
     if not {name.removeprefix(OFFLOAD) for name in names} <= set(SAVEABLE):
         raise core.SboraxError(
@@ -166,16 +167,16 @@ def kept_names(remat: str) -> tuple[str, ...] | None:
 
 
 def rematerialised(remat: str, scan: bool) -> Any:
-    """`Block`, recomputed in the backward pass as `remat` says."""
+    """`Block`, whose backward pass recomputes all but the values that `remat` keeps."""
     names = kept_names(remat)
     if names is None:
         return Block
-    away = [name.removeprefix(OFFLOAD) for name in names if name.startswith(OFFLOAD)]
+    offloaded = [name.removeprefix(OFFLOAD) for name in names if name.startswith(OFFLOAD)]
     policies = jax.checkpoint_policies
-    if away:
+    if offloaded:
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[name for name in names if not name.startswith(OFFLOAD)],
-            names_which_can_be_offloaded=away,
+            names_which_can_be_offloaded=offloaded,
             offload_src="device",
             offload_dst="pinned_host",
         )
@@ -188,7 +189,7 @@ def rematerialised(remat: str, scan: bool) -> Any:
 def positions_of(
     tokens: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None
 ) -> Int[Array, "batch seq"]:
-    """Positions counted from the first token of each run of one segment, so that padding on the left counts nothing."""
+    """Positions counted from the first token of each run of one segment, so that padding on the left is not counted."""
     slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segment_ids is None:
         return slots
@@ -196,17 +197,10 @@ def positions_of(
     return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
-class Llama(nn.Module):
+class Llama(AbstractDecoder):
     """The decoder. Its params follow the table in `sborax.models.names`. Layers of unequal size are never scanned."""
 
     config: LlamaConfig
-    dtype: Any = jnp.dtype(jnp.float32)
-    remat: str = "none"
-    scan: bool = True
-    keep: bool = False
-    """Whether the hidden states come with every layer's keys and values."""
-    attention: str = "xla"
-    """The back end, see `sborax.models.backends`."""
 
     def setup(self) -> None:
         """The parts, under the names of their params."""
@@ -237,11 +231,8 @@ class Llama(nn.Module):
         ctx: core.Context = core.Context(),
         past: tuple[Any, Int[Array, "batch slots"]] | None = None,
     ) -> tuple[Float[Array, "batch seq d"], Any]:
-        """The normed hidden states, and the keys and values of `tokens` (stacked over layers) if `keep`.
+        """See `AbstractDecoder`. Layers of unequal size have a tuple of keys and values.
 
-        segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
-        positions: rotary positions, in tokens; by default counted from the start of each segment.
-        past: keys and values of earlier tokens, and their segments.
         Raises SboraxError for more tokens than the model's context, and inside a mesh of Explicit axes.
         """
         check_axis_types()
@@ -258,8 +249,8 @@ class Llama(nn.Module):
         cache, segments = None, (segment_ids, segment_ids)
         if past is not None:
             cache, earlier = past
-            own = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
-            segments = (own, jnp.concatenate([earlier, own], axis=1))
+            queries = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
+            segments = (queries, jnp.concatenate([earlier, queries], axis=1))
         x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache)
         return self.norm(x), kept
 
@@ -270,13 +261,3 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return core.linear(hidden, self.embed_tokens.embedding.T).astype(jnp.float32)
         return self.lm_head(hidden, ctx).astype(jnp.float32)
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch seq"],
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        ctx: core.Context = core.Context(),
-    ) -> Float[Array, "batch seq vocab"]:
-        """Logits of every position, float32. See `hidden`."""
-        return self.head(self.hidden(tokens, segment_ids, positions, ctx)[0], ctx)

@@ -17,21 +17,23 @@ from sborax.config.documents import read_object
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig, ends
+from sborax.models.decoder import DecoderConfig
 from sborax.models.gguf import open_gguf
-from sborax.models.language_model import LanguageModel, Params, abstract
-from sborax.models.llama import Llama, kept_names
+from sborax.models.language_model import LanguageModel, Params, abstract, decoder_of
+from sborax.models.llama import kept_names
 from sborax.models.tokenizer import check_vocabulary, read_tokenizer
 
 ADAPTER = "adapter_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 FILES = ["model*.safetensors", "*.json", "*.jinja"]
-"""What is fetched from the hub: no pickles, no code."""
+"""Files that are fetched from the hub: no pickles and no code."""
 
 
 def find(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """The directory or `.gguf` file that `source` names: a path, a name under `$SBORAX_MODELS`, or a hub id.
 
-    weights: whether a hub id's weights are fetched too.
+    - weights: whether a hub id's weights are fetched too.
+
     Raises SboraxError if there is no such model.
     """
     text = os.fspath(source)
@@ -51,7 +53,7 @@ def find(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
 
 
 def is_layer_kernel(path: str) -> bool:
-    """Whether a leaf is what `quant` holds in 4 bits: a projection inside a layer."""
+    """Whether `quant` holds a leaf in 4 bits: kernels of projections inside layers."""
     return path.startswith("layers/") and path.endswith("/kernel")
 
 
@@ -68,7 +70,7 @@ def read_config(place: Path) -> LlamaConfig:
     if not file.exists():
         raise SboraxError(f"{file}: missing; is this a Hugging Face model directory?")
     config = LlamaConfig.from_hf(read_object(file), str(file))
-    # Where the turn of a chat has an end mark of its own, it is often named here alone.
+    # An end mark of a chat's turns is often named here alone.
     generation = place / "generation_config.json"
     more = ends(read_object(generation), str(generation), config.vocab_size) if generation.exists() else ()
     return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *more])))
@@ -88,19 +90,20 @@ def load_model(
     quant: Literal["nf4"] | None = None,
     keep: Callable[[str], bool] = lambda path: False,
     attention: str = "auto",
-    shardings: Callable[[LlamaConfig, Params], Params] | None = None,
+    shardings: Callable[[DecoderConfig, Params], Params] | None = None,
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
 
-    dtype: of params and activations; norms, softmax and logits are float32 in any case.
-    remat: "none", "full", or comma-separated names of values to keep for the backward pass (`llama.SAVEABLE`),
-        those after "offload:" in the host's memory.
-    scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
-    quant: "nf4" holds the kernels of the layers in 4 bits; each tensor is quantised as it is read, so that no dense
-        model is ever in memory. keep: paths of kernels that stay dense all the same.
-    attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for what suits the device.
-    shardings: from shapes, for a model that lies on a mesh: a host reads the shards of its own devices alone.
-    Raises SboraxError for whatever is missing, broken, superfluous or unsupported.
+    - dtype: of params and activations; norms, softmax and logits are float32 in any case.
+    - remat: values that are kept for the backward pass, see `sborax.models.llama.kept_names`.
+    - scan: stack the layers and loop over them; otherwise unroll, which compiles slowly and runs a little faster.
+    - quant: "nf4" holds the kernels of the layers in 4 bits. Each tensor is quantised as it is read, so that no dense
+      model is ever in memory.
+    - keep: whether the kernel at a path stays dense all the same.
+    - attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for what suits the device.
+    - shardings: for a model on a mesh, from its config and shapes. Each host reads the shards of its own devices alone.
+
+    Raises SboraxError for anything that is missing, broken, superfluous or unsupported.
     """
     if jnp.dtype(dtype).name not in DTYPES:
         raise SboraxError(f"dtype {jnp.dtype(dtype).name} is not supported; known: {', '.join(DTYPES)}")
@@ -117,7 +120,7 @@ def load_model(
     if config.num_hidden_layers > len(tensors.names()):
         raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
     backend = choose(attention, platform(), dtype, config.head_dim)
-    module = Llama(config, jnp.dtype(dtype), remat, scan, attention=backend)
+    module = decoder_of(config, dtype, remat, scan, backend)
 
     def quantised(path: str) -> bool:
         return quant is not None and is_layer_kernel(path) and not keep(path)

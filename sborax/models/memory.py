@@ -1,4 +1,4 @@
-"""Running a model whose adapters read what the layer before saw: collection `memory` goes from layer to layer."""
+"""Models whose adapters read values of the previous layer: collection `memory` is handed from layer to layer."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,9 @@ from jaxtyping import Array, Int
 
 from sborax.adapters.core import Adapter, Context
 from sborax.adapters.depth import Memory, continues, remember, stack_of
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import kernels
-from sborax.adapters.tree import link, nest, nodes
+from sborax.adapters.tree import link, nodes
 
 
 def run(
@@ -23,7 +24,7 @@ def run(
     mutable: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """`module.apply` with linked adapters. Nothing else is added for those that remember nothing."""
+    """`module.apply` with linked adapters. Collection `memory` is added only if an adapter remembers something."""
     adapters = link(variables["adapters"])
     variables = {**variables, "adapters": adapters}
     memory = _empty(variables["params"], adapters, tokens)
@@ -36,14 +37,14 @@ def run(
 
 
 def _empty(params: Any, adapters: Any, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:
-    """What the first layer of every chain finds: zeros."""
-    found, memory = kernels(params), {}
+    """The memory that the first layer of every chain finds: zeros."""
+    weights, memory = kernels(params), {}
     for path, node in nodes(adapters).items():
-        if not node.method.linked or path not in found:
+        if not node.method.linked or path not in weights:
             continue
-        one = functools.partial(_of_layer, stacked=bool(stack_of(node)))
-        x = jax.ShapeDtypeStruct((*tokens.shape, found[path].shape[-2]), params["embed_tokens"]["embedding"].dtype)
-        shapes = jax.eval_shape(one, x, node)
+        of_layer = functools.partial(_of_layer, stacked=bool(stack_of(node)))
+        x = jax.ShapeDtypeStruct((*tokens.shape, weights[path].shape[-2]), params["embed_tokens"]["embedding"].dtype)
+        shapes = jax.eval_shape(of_layer, x, node)
         if shapes:
             memory[path] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return nest(memory)
@@ -54,16 +55,20 @@ def _of_layer(x: Array, node: Adapter, stacked: bool) -> Memory:
 
 
 def handed_on(before: Memory, after: Memory, adapters: Any, following: Any) -> Memory:
-    """`after`, the memory of one layer before it runs, with that of the layer `before` wherever a chain goes on."""
-    ours, theirs = nodes(adapters), nodes(following)
-    kept, found = values_at(before, ours), values_at(after, theirs)
-    goes_on = [path for path in found if path in kept and continues(ours[path], theirs[path])]
-    return nest({**found, **{path: kept[path] for path in goes_on}})
+    """The memory that a layer finds: that of the previous layer where its chain goes on, else `after`.
+
+    - before: memory of the previous layer, whose adapters are `adapters`.
+    - after: memory of the layer, whose adapters are `following`, as it is without a previous one.
+    """
+    earlier, later = nodes(adapters), nodes(following)
+    handed, initial = values_at(before, earlier), values_at(after, later)
+    goes_on = [path for path in initial if path in handed and continues(earlier[path], later[path])]
+    return nest({**initial, **{path: handed[path] for path in goes_on}})
 
 
 def values_at(collection: Memory, paths: Iterable[str]) -> dict[str, Any]:
-    """What a collection holds at those of the paths where it holds something."""
-    found = {
+    """The entries of a collection at these paths, without those that are empty."""
+    entries = {
         path: functools.reduce(lambda tree, name: tree.get(name, {}), path.split("/"), collection) for path in paths
     }
-    return {path: own for path, own in found.items() if own}
+    return {path: entry for path, entry in entries.items() if entry}

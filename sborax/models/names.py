@@ -1,4 +1,4 @@
-"""How Hugging Face names the tensors of this model, and how we do: one table for loading, saving and exporting.
+"""Names of LLaMA's tensors here, in Hugging Face's files and in GGUF: one table for reading, writing and exporting.
 
 Our kernels are `(in, out)`, Hugging Face's weights `(out, in)`. Paths of stacked params carry no layer number
 (`layers/self_attn/q_proj/kernel`); those of an unrolled model do (`layers/3/self_attn/q_proj/kernel`).
@@ -11,7 +11,7 @@ from sborax.adapters.core import SboraxError
 
 
 class Row(NamedTuple):
-    """One tensor. `{layer}` stands for the number of the layer."""
+    """The names of one tensor. `{layer}` stands for the number of the layer."""
 
     ours: str
     hf: str
@@ -49,7 +49,7 @@ TABLE = (
 )
 
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors in old checkpoints that follow from the config."""
+"""Tensors of old checkpoints that follow from the config."""
 
 
 def unlayered(path: str) -> tuple[str, int | None]:
@@ -68,20 +68,10 @@ def row(path: str) -> Row:
 
 
 def hf_module(path: str, layer: int | None = None) -> str:
-    """Hugging Face's module for ours: (`layers/self_attn/q_proj`, 3) -> `model.layers.3.self_attn.q_proj`."""
-    plain, own = unlayered(path.removesuffix("/kernel"))
+    """Hugging Face's name of a module: (`layers/self_attn/q_proj`, 3) -> `model.layers.3.self_attn.q_proj`."""
+    plain, numbered = unlayered(path.removesuffix("/kernel"))
     pattern = row(f"{plain}/kernel").hf.removesuffix(".weight")
-    number = own if own is not None else layer
+    number = numbered if numbered is not None else layer
     if "{layer}" in pattern and number is None:
         raise SboraxError(f"{path}: say which layer")
     return pattern.format(layer=number)
-
-
-def our_module(module: str) -> tuple[str, int | None]:
-    """The inverse of `hf_module`: `model.layers.3.self_attn.q_proj` -> (`layers/self_attn/q_proj`, 3)."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", module)
-    pattern = f"model.layers.{{layer}}.{match[2]}" if match else module
-    for entry in TABLE:
-        if entry.hf == f"{pattern}.weight":
-            return entry.ours.rpartition("/")[0], int(match[1]) if match else None
-    raise SboraxError(f"{module}: not a module of this model")

@@ -35,9 +35,9 @@ LEVELS = np.array(
     np.float32,
 )
 MIDPOINTS = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
-# Elements of a host chunk: bounds the float32 copies that `quantise_numpy` holds at once.
+# Elements of a chunk on the host: bounds the float32 copies of `quantise_numpy`.
 _CHUNK = 1 << 16
-# What bitsandbytes divides by at least; it is subnormal, which numpy does not flush.
+# The smallest divisor of bitsandbytes. It is subnormal, which numpy does not flush to 0.
 _LEAST = np.float32(1e-38)
 
 
@@ -61,8 +61,8 @@ def dynamic_map() -> Float32[np.ndarray, "256"]:
 def _dynamic_thresholds() -> Float32[np.ndarray, "255"]:
     """Entry k is the least float32 in [-1, 1] that bitsandbytes gives a code above k.
 
-    It looks codes up in 65,536 bins, at bin int(fma((v + 1) / 2, 65535, 1/2)). That is a step function of v, so its
-    steps say the same without depending on how a compiler contracts the multiply and the add.
+    bitsandbytes looks codes up in 65,536 bins, at bin int(fma((v + 1) / 2, 65535, 1/2)). That is a step function of v.
+    Its steps give the same codes, however a compiler contracts the multiply and the add.
     """
     codes = dynamic_map()
     centres = np.arange(65536).astype(np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
@@ -89,13 +89,13 @@ def _dynamic_thresholds() -> Float32[np.ndarray, "255"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NF4Array(AbstractWeight):
-    """An NF4 weight of logical shape `(*stack, in, out)`; slicing every leaf on its stack axes gives NF4 weights.
+    """An NF4 weight of logical shape `(*stack, in, out)`. Slicing every leaf on its stack axes gives an NF4 weight.
 
-    codes: uint8 `(*stack, in / 2, out)`; row i holds input 2i in the high nibble and input 2i + 1 in the low one.
-    absmax: uint8 `(*stack, in / 64, out)`; codes of the blocks' absmax less `offset`, in units of `nested`.
-    nested: float32 `(*stack, ceil(in * out / 16384))`; scales of 256 blocks each, numbered along `in` first.
-    offset: float32 `stack`; the mean absmax.
-    dtype: logical dtype, that of `dense`.
+    - codes: uint8 `(*stack, in / 2, out)`. Row i holds input 2i in the high nibble and input 2i + 1 in the low one.
+    - absmax: uint8 `(*stack, in / 64, out)`. Codes of the blocks' absmax less `offset`, in units of `nested`.
+    - nested: float32 `(*stack, ceil(in * out / 16384))`. Scales of 256 blocks each, numbered along `in` first.
+    - offset: float32 `stack`. The mean absmax.
+    - dtype: logical dtype, that of `dense`.
     """
 
     codes: Any
@@ -112,15 +112,15 @@ class NF4Array(AbstractWeight):
     def dense(self) -> Float[Array, "*stack in out"]:
         """w = level[code] * (nested * dynamic[absmax code] + offset), rounded once to `dtype`.
 
-        Raises SboraxError where the leaves are one shard of a weight.
+        Raises SboraxError if the leaves are one shard of a weight.
         """
-        one = _dequantise
+        dequantise = _dequantise
         for _ in self.shape[:-2]:
-            one = jax.vmap(one)
-        return one(self.codes, self.absmax, self.nested, self.offset).astype(self.dtype)
+            dequantise = jax.vmap(dequantise)
+        return dequantise(self.codes, self.absmax, self.nested, self.offset).astype(self.dtype)
 
     def rmatmul(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens out"]:
-        """`x @ dense()` in the dtype of `x`. Backward dequantises anew: neither `x` nor a dense weight is kept."""
+        """`x @ dense()` in the dtype of `x`. Backward dequantises again: neither `x` nor a dense weight is kept."""
         return _rmatmul(x, self)
 
     def encode(self, dense: Float[Array, "*stack in out"]) -> "NF4Array":
@@ -135,7 +135,7 @@ class NF4Array(AbstractWeight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unquantised(AbstractWeight):
-    """A dense weight that is to be held in NF4: methods start from its values, and what they leave is quantised."""
+    """A dense weight that will be held in NF4: methods start from its values, and what they leave is quantised."""
 
     weight: Any
 
@@ -158,7 +158,7 @@ class Unquantised(AbstractWeight):
     def encode(self, dense: Float[Array, "*stack in out"]) -> NF4Array:
         """`dense` in the dtype of this weight, quantised."""
         info = jnp.finfo(self.dtype)
-        # A plain cast there and back is one that the compiler leaves out.
+        # The compiler would leave out a plain cast there and back.
         return quantise(lax.reduce_precision(dense, info.nexp, info.nmant).astype(self.dtype))
 
     def stored(self) -> NF4Array:
@@ -178,8 +178,8 @@ def _scales(
         )
     unit = jnp.broadcast_to(nested[:, None], (*nested.shape, GROUP)).reshape(-1)[: blocks * out].reshape(out, blocks).T
     product = jnp.asarray(dynamic_map()).at[absmax].get(mode="promise_in_bounds") * unit
-    # No code exceeds 1, so the minimum changes nothing, but it keeps the compiler from contracting the product and
-    # the sum to one rounding, where bitsandbytes rounds twice.
+    # No code exceeds 1, so the minimum changes no value. It keeps the compiler from rounding product and sum once,
+    # where bitsandbytes rounds twice.
     return jnp.minimum(product, unit) + offset
 
 
@@ -205,7 +205,7 @@ def _rmatmul_forward(x: Float[Array, "tokens in"], weight: NF4Array) -> tuple[Fl
 
 
 def _rmatmul_backward(weight: NF4Array, g: Float[Array, "tokens out"]) -> tuple[Float[Array, "tokens in"], None]:
-    # Without the barrier the compiler finds the dense weight of the forward pass equal and keeps it until here.
+    # Without the barrier the compiler would keep the equal dense weight of the forward pass until here.
     weight, g = lax.optimization_barrier((weight, g))
     return g @ weight.dense().astype(g.dtype).T, None
 
@@ -214,7 +214,7 @@ _rmatmul.defvjp(_rmatmul_forward, _rmatmul_backward)
 
 
 def check(shape: tuple[int, ...], dtype: Any) -> None:
-    """Raise SboraxError unless a weight of this shape and dtype can be held in NF4."""
+    """Raise SboraxError unless NF4 can hold a weight of this shape and dtype."""
     if len(shape) < 2 or shape[-2] % BLOCK or 0 in shape:
         raise SboraxError(
             f"NF4 cuts the input axis into blocks of {BLOCK}, which a weight of shape (..., in, out) = {shape} does "
@@ -230,7 +230,7 @@ def _encode(xp: ModuleType, weight: Any, least: np.float32) -> tuple[Any, Any]:
     blocks = weight.astype(np.float32).reshape(size // BLOCK, BLOCK, out)
     absmax = xp.abs(blocks).max(axis=1)
     scaled = blocks * (np.float32(1) / xp.maximum(absmax, least))[:, None, :]
-    # Counting the midpoints below: a tie goes to the lower level.
+    # The code is the number of midpoints below, so a tie goes to the lower level.
     codes = xp.zeros(scaled.shape, np.uint8)
     for midpoint in MIDPOINTS:
         codes = codes + (scaled > midpoint).astype(np.uint8)
@@ -252,7 +252,7 @@ def _nest(xp: ModuleType, absmax: Any, offset: Any, least: np.float32) -> tuple[
 
 
 def _mean(values: Float32[Array, "blocks out"]) -> Float32[Array, ""]:
-    """The mean from a sum rounded once: the rounding error of every addition is carried along."""
+    """The mean. The sum carries the rounding error of every addition along, so that it is rounded once."""
 
     def add(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
         total = left[0] + right[0]
@@ -276,8 +276,8 @@ def quantise(weight: Shaped[Array, "..."] | Shaped[np.ndarray, "..."]) -> NF4Arr
     weights that are 0 or of magnitude 1e-36 to 1e37.
 
     Raises SboraxError if `in` is not a multiple of 64 (bitsandbytes would let blocks run across outputs there), if the
-    weight is not of at most 32-bit floats, or if it is not finite: by its scales one value would spoil all others.
-    Inside a compiled program, where values are not known, the last is up to the caller.
+    weight is not of floats of at most 32 bits, or if it is not finite, since one value would spoil all others through
+    the scales. The caller must make sure of the last inside a compiled program, where values are not known.
     """
     check(weight.shape, weight.dtype)
     check_finite(f"a weight of shape {weight.shape}", weight)
@@ -288,19 +288,19 @@ def quantise(weight: Shaped[Array, "..."] | Shaped[np.ndarray, "..."]) -> NF4Arr
 def _quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     least = np.finfo(np.float32).tiny
 
-    def one(matrix: Float[Array, "in out"]) -> tuple[Array, ...]:
+    def encode(matrix: Float[Array, "in out"]) -> tuple[Array, ...]:
         codes, absmax = _encode(jnp, whole(matrix), least)
         return codes, *_nested(absmax)
 
-    return NF4Array(*_each(one, weight), dtype=jnp.dtype(weight.dtype))
+    return NF4Array(*_over_stack(encode, weight), dtype=jnp.dtype(weight.dtype))
 
 
-def _each(one: Callable[[Any], tuple[Array, ...]], matrices: Any) -> tuple[Array, ...]:
-    """`one` of every matrix of a stack, in turn."""
+def _over_stack(function: Callable[[Any], tuple[Array, ...]], matrices: Any) -> tuple[Array, ...]:
+    """`function` of every matrix of a stack, in turn."""
     stack = matrices.shape[:-2]
     if not stack:
-        return one(matrices)
-    leaves = lax.map(one, matrices.reshape(-1, *matrices.shape[-2:]))
+        return function(matrices)
+    leaves = lax.map(function, matrices.reshape(-1, *matrices.shape[-2:]))
     return tuple(leaf.reshape(*stack, *leaf.shape[1:]) for leaf in leaves)
 
 
@@ -312,19 +312,19 @@ def _nested(absmax: Float32[Array, "blocks out"]) -> tuple[Array, ...]:
 
 @jax.jit
 def _all_nested(absmax: Float32[Array, "*stack blocks out"]) -> tuple[Array, ...]:
-    return _each(lambda one: _nested(whole(one)), absmax)
+    return _over_stack(lambda matrix: _nested(whole(matrix)), absmax)
 
 
 def join(codes: UInt8[Array, "*stack half out"], absmax: Float32[Array, "*stack blocks out"], dtype: Any) -> NF4Array:
-    """The weight whose blocks `encode_blocks` has encoded; on a mesh they may lie anywhere."""
+    """The weight with the blocks that `encode_blocks` made. On a mesh they may lie anywhere."""
     return NF4Array(codes, *_all_nested(absmax), dtype=jnp.dtype(dtype))
 
 
 def quantise_numpy(weight: Shaped[np.ndarray, "..."]) -> NF4Array:
-    """`quantise` on the host with numpy leaves: nothing is compiled, and temporaries stay at a few MiB.
+    """`quantise` on the host, with numpy leaves. Nothing is compiled, and temporaries take a few MiB.
 
-    Equal to bitsandbytes for subnormal weights too. A transposed view of a torch-ordered array is read in
-    place. Raises SboraxError as `quantise` does, and for weights that are not finite.
+    Equal to bitsandbytes for subnormal weights too. A transposed view of a torch-ordered array is read in place.
+    Raises SboraxError as `quantise` does.
     """
     check(weight.shape, weight.dtype)
     if weight.ndim > 2:
@@ -338,7 +338,7 @@ def quantise_numpy(weight: Shaped[np.ndarray, "..."]) -> NF4Array:
 def encode_blocks(
     weight: Shaped[np.ndarray, "in out"],
 ) -> tuple[UInt8[np.ndarray, "half out"], Float32[np.ndarray, "blocks out"]]:
-    """Codes and absmax of a weight on the host, or of a part of one that has whole blocks: no block knows another.
+    """Codes and absmax of a weight, or of a part of one with whole blocks, on the host. Blocks are independent.
 
     Raises SboraxError for weights that are not finite.
     """
@@ -351,18 +351,3 @@ def encode_blocks(
             raise SboraxError(f"a weight of shape {weight.shape} holds values that are not finite: mend the checkpoint")
         codes[:, part], absmax[:, part] = _encode(np, weight[:, part], _LEAST)
     return codes, absmax
-
-
-def logical_axes(weight: NF4Array, in_shards: int = 1) -> NF4Array:
-    """The logical axes of every leaf as a tuple, without the stack axes, in a tree like `weight`.
-
-    `nested` and `offset`, a 4096th of the weight, are replicated: their groups run across shards.
-    Raises SboraxError unless each of `in_shards` shards of the input axis holds whole blocks.
-    """
-    size = weight.shape[-2]
-    if size % (in_shards * BLOCK):
-        raise SboraxError(
-            f"an NF4 weight of shape {weight.shape} cannot be cut into {in_shards} shards along `in`: each must hold "
-            f"whole blocks of {BLOCK}; shard it along `out` or use fewer shards"
-        )
-    return NF4Array(("in", "out"), ("in", "out"), (None,), (), dtype=weight.dtype)

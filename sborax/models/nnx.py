@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sborax.adapters.core import Adapter, Context, SboraxError
-from sborax.adapters.routing import AbstractRouter
-from sborax.adapters.tree import Adapters, merge_bias, merged_node, nest, nodes
-from sborax.models.linen import project
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import Adapters, merge_bias, merged_node, nodes
+from sborax.models.linen import are_last, check_independent, project
 
 
 class Trained(nnx.Variable):
@@ -33,16 +33,15 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters) -> Any:
         adapted = sx.adapt_nnx(model, adapters)
         optimizer = nnx.Optimizer(adapted, optax.adam(1e-3), wrt=sx.Trained)
 
-    - model: its kernels are the base. Where `attach` rewrote it, replace them before.
+    - model: its kernels are the base. If `attach` rewrote the base, replace the kernels first.
     - adapters: by the paths of the kernels, as `attach` returns them.
 
     Raises SboraxError for an adapter without a module, for routers and for methods that link layers.
     """
-    model = nnx.clone(model)
+    model, flat = nnx.clone(model), nodes(adapters)
+    check_independent(flat)
     modules = {"/".join(map(str, (*path, "kernel"))): module for path, module in nnx.iter_modules(model)}
-    for path, node in nodes(adapters).items():
-        if isinstance(node.method, AbstractRouter) or node.method.linked:
-            raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
+    for path, node in flat.items():
         if path not in modules:
             raise SboraxError(f"{path}: the model has no module with this kernel")
         _equip(modules[path], node)
@@ -50,7 +49,7 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters) -> Any:
 
 
 def adapters_nnx(model: nnx.Module) -> Adapters:
-    """The adapters of a model that `adapt_nnx` made, with what they have learnt."""
+    """The adapters of a model that `adapt_nnx` made, as they are trained so far."""
     modules = ((path, module) for path, module in nnx.iter_modules(model) if hasattr(module, "adapter_method"))
     return nest({"/".join(map(str, (*path, "kernel"))): _adapter(module) for path, module in modules})
 
@@ -59,7 +58,7 @@ def _equip(module: Any, node: Adapter) -> None:
     module.adapter_train = nnx.data(jax.tree.map(Trained, node.train))
     module.adapter_frozen = nnx.data(jax.tree.map(Constant, node.frozen))
     module.adapter_method, module.adapter_in_axes = node.method, node.in_axes
-    # The class alone changes, so that paths and names of parameters stay.
+    # Only the class changes, so that paths and names of parameters stay.
     module.__class__ = _adapted(type(module))
 
 
@@ -76,12 +75,12 @@ def _adapter(module: Any) -> Adapter:
 def _adapted(kind: type) -> type:
     """The class of an adapted module of this kind.
 
-    Instances of `kind` may become those of it: Python allows that for a single base without slots of its own.
+    An instance of `kind` can become one of it, because it has no other base and adds no slots.
     """
 
     def call(self: Any, inputs: Float[Array, "..."], *args: Any, **options: Any) -> Float[Array, "..."]:
         node, kernel, bias = _adapter(self), self.kernel, getattr(self, "bias", None)
-        if not args and not options and _takes(self, inputs, node):
+        if not args and not options and _is_plain_product(self, inputs, node):
             arrays = inputs, kernel[...], None if bias is None else bias[...]
             x, weight, offset = self.promote_dtype(arrays, dtype=self.dtype)
             return project(x, weight, offset, node, Context())
@@ -98,16 +97,15 @@ def _adapted(kind: type) -> type:
     return type(f"Adapted{kind.__name__}", (kind,), {"__call__": call})
 
 
-def _takes(module: Any, x: Any, node: Adapter) -> bool:
-    """Whether a module is a plain product over its last axes, of a single kernel."""
+def _is_plain_product(module: Any, x: Any, node: Adapter) -> bool:
+    """Whether a module multiplies the last axes of `x` by a single kernel."""
     if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
         return False
-    axes = tuple(axis % x.ndim for axis in getattr(module, "axis", (-1,)))
     return (
         module.dot_general is jax.lax.dot_general
         and getattr(module, "dot_general_cls", None) is None
         and module.precision is None
         and module.preferred_element_type is None
         and not getattr(module, "batch_axis", ())
-        and axes == tuple(range(x.ndim - node.in_axes, x.ndim))
+        and are_last(getattr(module, "axis", -1), node.in_axes, x.ndim)
     )

@@ -20,11 +20,11 @@ from sborax.models.language_model import LanguageModel, Params
 from sborax.models.names import row, unlayered
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""numpy's names -> those of the safetensors format."""
+"""The safetensors format's names of numpy's dtypes."""
 
 
 class Tensor(NamedTuple):
-    """One tensor to be written; `read` fetches it when its turn comes."""
+    """One tensor to be written. `read` fetches it when it is written."""
 
     name: str
     dtype: str
@@ -42,8 +42,10 @@ def save_hf(
 ) -> None:
     """Write `params` as a Hugging Face directory: `config.json`, tokenizer files, `model*.safetensors`.
 
-    Tensors are fetched and written one by one; quantised weights are written dense. The directory may be remote.
-    shard_bytes: largest size of one file, in bytes (transformers' 5 GB).
+    Tensors are fetched and written one by one. Quantised weights are written dense. The directory may be remote.
+
+    - shard_bytes: largest size of one file, in bytes (transformers' 5 GB).
+
     Raises SboraxError if the directory already holds a model.
     """
     place = epath.Path(directory)
@@ -68,9 +70,9 @@ def save_hf(
 
 
 def write_safetensors(file: epath.Path, tensors: list[Tensor]) -> None:
-    """One `.safetensors` file, written under another name until it is whole.
+    """Write one `.safetensors` file, under another name until it is complete.
 
-    safetensors' own writer wants all tensors of a file in memory at once, and knows local files only.
+    safetensors' own writer needs all tensors of a file in memory at once, and writes local files only.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -93,15 +95,15 @@ def write_safetensors(file: epath.Path, tensors: list[Tensor]) -> None:
 
 def _tensors(model: LanguageModel, params: Params) -> Iterator[Tensor]:
     """Every tensor of `params` under Hugging Face's name, leaf by leaf."""
-    known = jax.tree_util.tree_flatten_with_path(model.abstract())[0]
+    expected = jax.tree_util.tree_flatten_with_path(model.abstract())[0]
     given = jax.tree_util.tree_flatten_with_path(params, is_leaf=core.is_weight)[0]
-    if [keys for keys, _ in known] != [keys for keys, _ in given]:
+    if [keys for keys, _ in expected] != [keys for keys, _ in given]:
         raise SboraxError("params: not the param tree of this model")
     for keys, leaf in given:
         path = "/".join(key.key for key in keys)
-        entry, own = row(path), unlayered(path)[1]
-        stacked = "{layer}" in entry.hf and own is None
-        for layer in range(model.config.num_hidden_layers) if stacked else [own]:
+        entry, number = row(path), unlayered(path)[1]
+        stacked = "{layer}" in entry.hf and number is None
+        for layer in range(model.config.num_hidden_layers) if stacked else [number]:
             shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
 
             def read(

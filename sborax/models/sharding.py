@@ -15,16 +15,16 @@ from jaxtyping import Array
 from sborax.adapters.constraints import ROWS, compiled_axes, cut
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, is_weight
 from sborax.adapters.tree import specs
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import DecoderConfig
 
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-def _own(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
-    """The entries of a parameter's own axes, stack axes left out."""
+def _mesh_axes(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """The mesh axes of a parameter's axes without its stack axes."""
     module, leaf = path.split("/")[-2:]
     if leaf == "embedding":
-        # Whole vectors: a look-up of cut ones would have to be put together again.
+        # Whole vectors, since a look-up of cut vectors would have to gather them.
         return (_dividing(shape[0], sizes, ("tensor", "fsdp"), ("fsdp",), ("tensor",)), None)
     if module == "lm_head" and leaf == "kernel":
         return ("fsdp", _dividing(shape[1], sizes, ("tensor",)))
@@ -36,39 +36,39 @@ def _own(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[A
 
 
 def _dividing(vocab: int, sizes: Mapping[str, int], *choices: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The first choice by which a vocabulary, a number as odd as one added token makes it, can be cut; or none."""
+    """The first choice that divides the vocabulary, which one added token can make odd; None if there is none."""
     return next((names for names in choices if vocab % math.prod(sizes[name] for name in names) == 0), None)
 
 
 def base_specs(params: Any, sizes: Mapping[str, int]) -> Any:
     """The spec of every parameter on a mesh of these sizes, in a tree of the same paths.
 
-    A quantised weight has the one of its kernel; where its blocks could not be cut evenly along the input, the output
-    is cut in its stead. A vocabulary is cut over as many axes as divide it.
+    A quantised weight has the spec of its kernel. If its blocks cannot be cut evenly along the input, the output is cut
+    instead. A vocabulary is cut over as many axes as divide it.
     """
 
-    def one(keys: Any, leaf: Any) -> PartitionSpec:
-        own = _own("/".join(key.key for key in keys), leaf.shape, sizes)
-        if is_weight(leaf) and any(part.shape[-2] % sizes[own[0]] for part in _matrices(leaf)):
-            own = (None, own)
-        return PartitionSpec(*(None,) * (len(leaf.shape) - len(own)), *own)
+    def leaf_spec(keys: Any, leaf: Any) -> PartitionSpec:
+        axes = _mesh_axes("/".join(key.key for key in keys), leaf.shape, sizes)
+        if is_weight(leaf) and any(part.shape[-2] % sizes[axes[0]] for part in _matrices(leaf)):
+            axes = (None, axes)
+        return PartitionSpec(*(None,) * (len(leaf.shape) - len(axes)), *axes)
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+    return jax.tree_util.tree_map_with_path(leaf_spec, params, is_leaf=is_weight)
 
 
 def _matrices(weight: AbstractWeight) -> list[Any]:
-    """The leaves of a quantised weight that have its axes."""
+    """The leaves of a quantised weight with as many axes as it has."""
     return [leaf for leaf in jax.tree.leaves(weight) if len(leaf.shape) == len(weight.shape)]
 
 
 def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
-    """The specs of the leaves of a quantised kernel: matrices are cut as it is, shared scales are on every device."""
+    """Specs of a quantised kernel's leaves: matrices are cut as the kernel is, shared scales are on every device."""
     axes = len(weight.shape)
     return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else PartitionSpec(), weight)
 
 
-def check_heads(config: LlamaConfig, tensor: int) -> None:
-    """Raise SboraxError where heads cannot be dealt out to `tensor` chips."""
+def check_heads(config: DecoderConfig, tensor: int) -> None:
+    """Raise SboraxError if heads cannot be divided among `tensor` devices."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name)
         if heads % tensor:
@@ -76,17 +76,17 @@ def check_heads(config: LlamaConfig, tensor: int) -> None:
 
 
 def over_rows(x: Array) -> Array:
-    """`x`, its first axis cut over the rows' mesh axes and the others whole, where there is such a mesh."""
+    """`x` with its first axis cut over the mesh axes of rows and the others whole, if there is such a mesh."""
     return cut(x, ROWS, *(None,) * (x.ndim - 1))
 
 
 def used_whole(adapter: Adapter, module: str) -> Adapter:
-    """`adapter` as the projection `module` uses it on a mesh: put together along fsdp, as its kernel is.
+    """`adapter` as the projection `module` uses it on a mesh: gathered along fsdp, as its kernel is.
 
-    Left to choose, the compiler may rather cut activations as the leaves lie, and send these. On tensor they stay cut.
+    Otherwise the compiler may cut activations like the leaves, and send activations. Leaves stay cut along tensor.
     """
     if not compiled_axes():
         return adapter
     spec = PartitionSpec("tensor", None) if module in ROW_PARALLEL else PartitionSpec(None, "tensor")
-    found = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
-    return jax.tree.map(lambda leaf, own: cut(leaf, *own), adapter, found)
+    leaf_specs = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
+    return jax.tree.map(lambda leaf, leaf_spec: cut(leaf, *leaf_spec), adapter, leaf_specs)

@@ -1,4 +1,4 @@
-"""Arrays read from files straight into the shards that the devices of this process hold."""
+"""Arrays read from files straight into the shards of this process's devices."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ _ALIGNMENT = 64
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array so aligned that a CPU device takes it over as it is."""
+    """An empty array that is aligned so that JAX on a CPU adopts it without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -26,13 +26,13 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _region(index: Iterable[slice], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(
-        (own.start or 0, size if own.stop is None else own.stop) for own, size in zip(index, shape, strict=True)
+        (part.start or 0, size if part.stop is None else part.stop) for part, size in zip(index, shape, strict=True)
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """What the devices of this process hold of an array: every part once, however many devices have it."""
+    """The parts of an array that this process's devices hold. A part is kept once, however many devices hold it."""
 
     shape: tuple[int, ...]
     sharding: Sharding
@@ -40,53 +40,56 @@ class Shards:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> "Shards":
-        """Room for the parts."""
+        """Empty parts."""
         regions = {_region(index, shape) for index in sharding.addressable_devices_indices_map(shape).values() if index}
         sizes = {region: tuple(stop - start for start, stop in region) for region in regions}
         return cls(shape, sharding, {region: aligned(size, dtype) for region, size in sizes.items()})
 
     def slots(self, layer: int | None) -> list[tuple[Region, np.ndarray]]:
-        """For every part, where it lies in a layer of the stack (None: in the array) and the room for it."""
-        found = []
+        """The region of every part and the buffer for it, in a layer of the stack or, with None, in the whole array."""
+        slots = []
         for region, part in self.parts.items():
             if layer is None:
-                found.append((tuple(slice(*bounds) for bounds in region), part))
+                slots.append((tuple(slice(*bounds) for bounds in region), part))
             elif region[0][0] <= layer < region[0][1]:
-                found.append((tuple(slice(*bounds) for bounds in region[1:]), part[layer - region[0][0]]))
-        return found
+                slots.append((tuple(slice(*bounds) for bounds in region[1:]), part[layer - region[0][0]]))
+        return slots
 
     def array(self) -> jax.Array:
-        """The array of all processes."""
+        """The array, across all processes."""
         return jax.make_array_from_callback(
             self.shape, self.sharding, lambda index: self.parts[_region(index or (), self.shape)]
         )
 
 
 def read_sharded(layers: Iterable[tuple[int | None, tuple[str, np.ndarray]]], want: Any, where: Any) -> Any:
-    """An array of which each process reads, of every tensor, what its devices hold.
+    """An array read from tensors. Each process reads the regions that its devices hold.
 
-    layers: the tensors by number in the stack, or one without a number. where: its sharding, or for a weight in
-    4 bits those of an `NF4Array`: the blocks that this process holds are quantised here.
+    - layers: pairs of the number in the stack and (name, tensor), or one tensor without a number.
+    - want: shape and dtype of the array.
+    - where: its sharding, or for a weight in 4 bits the shardings of an `NF4Array`. Each process quantises the blocks
+      that it holds.
+
     Raises SboraxError for a weight in 4 bits that is not finite.
     """
     if isinstance(where, AbstractWeight):
         return _read_nf4(layers, want, where)
     shards = Shards.of(want.shape, want.dtype, where)
-    for layer, (_, found) in layers:
+    for layer, (_, tensor) in layers:
         for region, part in shards.slots(layer):
-            part[...] = found[region]
+            part[...] = tensor[region]
     return shards.array()
 
 
 def _read_nf4(layers: Iterable[tuple[int | None, tuple[str, np.ndarray]]], want: Any, where: Any) -> NF4Array:
     *stack, size, out = want.shape
     codes = Shards.of((*stack, size // 2, out), np.uint8, where.codes)
-    # Of a matrix, both are cut into the same whole blocks.
+    # Codes and absmax of a matrix are cut into the same whole blocks.
     absmax = Shards.of((*stack, size // BLOCK, out), np.float32, where.absmax)
-    for layer, (name, found) in layers:
-        scales = {(own[0].start * BLOCK, own[1].start): part for own, part in absmax.slots(layer)}
+    for layer, (name, tensor) in layers:
+        scales = {(rows.start * BLOCK, columns.start): part for (rows, columns), part in absmax.slots(layer)}
         for (rows, columns), part in codes.slots(layer):
-            blocks = found[2 * rows.start : 2 * rows.stop, columns].astype(want.dtype, copy=False)
+            blocks = tensor[2 * rows.start : 2 * rows.stop, columns].astype(want.dtype, copy=False)
             try:
                 part[...], scales[2 * rows.start, columns.start][...] = encode_blocks(blocks)
             except SboraxError as error:

@@ -1,4 +1,4 @@
-"""Tokenizers, as the fast ones of transformers."""
+"""Tokenizers: the fast ones of transformers."""
 
 import contextlib
 import json
@@ -14,20 +14,20 @@ from sborax.adapters.core import SboraxError
 from sborax.config.documents import check_plain, read_object, shown
 from sborax.errors import is_panic
 
-ABOUT = "tokenizer_config.json"
+CONFIG = "tokenizer_config.json"
 ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "__slow_tokenizer", "tokenizer_object")
-"""Keys of `tokenizer_config.json` by which transformers would read another file than `tokenizer.json`."""
+"""Keys of `tokenizer_config.json` that make transformers read another file than `tokenizer.json`."""
 
 MOST_STEPS = 128
-"""Of a normalizer or a decoder; real ones have some ten."""
+"""Bound of the steps of a normalizer or a decoder. Real ones have about ten."""
 MOST_LETTERS = 4096
-"""What a normalizer or a decoder may make of one letter."""
+"""Bound of the letters that a normalizer or a decoder makes of one."""
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a model directory with its chat template, or None if the directory has no tokenizer.
 
-    Raises SboraxError for a broken one, for one that is not in `tokenizer.json`, and for one that points elsewhere.
+    Raises SboraxError for a tokenizer that is broken, not in `tokenizer.json`, or refers to other files.
     """
     for pattern in ("*.json", "*.jinja", "additional_chat_templates/*"):
         for file in directory.glob(pattern):
@@ -36,33 +36,33 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
         if (directory / "tokenizer.model").exists():
             raise SboraxError(f"{directory}: only tokenizer.model; convert it to tokenizer.json with transformers")
         return None
-    if (directory / ABOUT).exists():
-        about = read_object(directory / ABOUT)
-        if named := next((key for key in ELSEWHERE if about.get(key)), None):
-            raise SboraxError(f"{directory / ABOUT}: {named} = {shown(about[named])}: only tokenizer.json is read here")
-    whole = read_object(directory / "tokenizer.json")
+    if (directory / CONFIG).exists():
+        config = read_object(directory / CONFIG)
+        if key := next((key for key in ELSEWHERE if config.get(key)), None):
+            raise SboraxError(f"{directory / CONFIG}: {key} = {shown(config[key])}: only tokenizer.json is read here")
+    content = read_object(directory / "tokenizer.json")
     try:
-        _check_growth("normalizer", whole.get("normalizer"))
-        _check_growth("decoder", whole.get("decoder"))
-        del whole
-        found = PreTrainedTokenizerFast.from_pretrained(directory)
-        # Some fields are not looked at before they are used.
-        tokens_of(found, "a", return_offsets_mapping=True)
-    except BaseException as failure:  # tokenizers raises bare `Exception`, and less
+        _check_growth("normalizer", content.get("normalizer"))
+        _check_growth("decoder", content.get("decoder"))
+        del content
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        # Some fields are checked only when they are used.
+        tokens_of(tokenizer, "a", return_offsets_mapping=True)
+    except BaseException as failure:  # tokenizers raises bare `Exception`, and panics, which are none
         if not isinstance(failure, Exception) and not is_panic(failure):
             raise
         raise SboraxError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({failure})") from failure
-    given = found.chat_template
+    given = tokenizer.chat_template
     templates = given if isinstance(given, dict) else {} if given is None else {"default": given}
     for name, text in templates.items():
-        # Saving a tokenizer makes a file of each name.
+        # Saving a tokenizer writes a file of this name.
         if not isinstance(text, str) or not re.fullmatch(r"[\w-]+", str(name)):
             raise SboraxError(f"{directory}: {shown(name)} is no chat template, or has no plain name")
-    return found
+    return tokenizer
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str | list[str], **options: Any) -> BatchEncoding:
-    """What the tokenizer makes of a text or several, without a warning that a text is long.
+    """The tokens of a text or several, without a warning that a text is long.
 
     Raises SboraxError for a text on which a pattern of the tokenizer gives up.
     """
@@ -71,7 +71,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str | list[str], **optio
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
-    """The text of tokens, special ones left out.
+    """The text of tokens, without special ones.
 
     Raises SboraxError for tokens on which a pattern of the tokenizer gives up.
     """
@@ -93,9 +93,9 @@ def _patience(what: str) -> Iterator[None]:
 
 
 def _check_growth(kind: str, described: Any) -> None:
-    """Raise SboraxError for a normalizer or decoder whose steps make too much of one letter.
+    """Raise SboraxError for a normalizer or decoder that makes too many letters of one.
 
-    A letter of a text is replaced by one step. What it is replaced by is in the file: later steps are tried on that.
+    One step replaces a letter of a text. Its replacement is in the file, so later steps are tried on that.
     """
     steps = list(_steps(described))
     if len(steps) > MOST_STEPS:
@@ -125,15 +125,15 @@ def _steps(described: Any) -> Iterator[dict[str, Any]]:
 def _applied(kind: str, step: dict[str, Any]) -> Callable[[str], str]:
     """One step as a function."""
     bare = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}, kind: step}
-    made = Tokenizer.from_str(json.dumps(bare))
-    return made.normalizer.normalize_str if kind == "normalizer" else lambda text: made.decoder.decode([text])
+    tokenizer = Tokenizer.from_str(json.dumps(bare))
+    return tokenizer.normalizer.normalize_str if kind == "normalizer" else lambda text: tokenizer.decoder.decode([text])
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, size: int, where: str) -> None:
-    """Raise SboraxError for a token beyond a model's vocabulary of this size, in which it would mean another one.
+    """Raise SboraxError for a token beyond a model's vocabulary of this size. It would mean another token there.
 
-    A token that was added is let pass where nothing adds it by itself: some tokenizers have a mark for padding that
-    their model never knew. Whoever meets it in a text refuses that text.
+    An added token passes if the tokenizer does not add it by itself: some tokenizers have a padding token that their
+    model does not know. Texts with such a token are refused where they are read.
     """
     used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     may_be_beyond = tokenizer.added_tokens_decoder.keys() - used
@@ -146,12 +146,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, size: int, where: str) 
 
 
 def until(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of the `stop` strings, which is left out. An empty one, as the harness has it, is none."""
+    """A text before the first of the `stop` strings. An empty string, which the harness may give, stops nothing."""
     return text[: min((text.index(mark) for mark in stop if mark and mark in text), default=len(text))]
 
 
 def finished(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> Callable[[list[list[int]]], list[bool]] | None:
-    """Which texts, given as their tokens, hold one of the `stop` strings; None if there are no such strings."""
+    """A function that says which texts, given as tokens, hold one of the `stop` strings; None if there are none."""
 
     def holds(texts: list[list[int]]) -> list[bool]:
         decoded = [text_of(tokenizer, text) for text in texts]

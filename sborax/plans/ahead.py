@@ -22,9 +22,9 @@ from sborax.adapters.paths import Plan, Site, kernels
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.sharding import parts_shardings, state_shardings
 from sborax.layout.state import Parts, TrainState, start
-from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.backends import choose
-from sborax.models.language_model import abstract
+from sborax.models.decoder import DecoderConfig
+from sborax.models.language_model import LanguageModel, abstract, decoder_of
 from sborax.train.experiment import Experiment
 from sborax.train.prepare import Prepared, prepare
 
@@ -69,7 +69,7 @@ class Outline:
 
 
 def outline(
-    experiment: Experiment, config: LlamaConfig, length: int | None = None, device: str | None = None
+    experiment: Experiment, config: DecoderConfig, length: int | None = None, device: str | None = None
 ) -> Outline:
     """The step of an experiment on one device.
 
@@ -84,7 +84,7 @@ def outline(
     attention = "xla"
     if device is not None:
         attention = choose(experiment.attention, device, experiment.precision, config.head_dim)
-    module = Llama(config, jnp.dtype(experiment.precision), experiment.remat, attention=attention)
+    module = decoder_of(config, experiment.precision, experiment.remat, attention=attention)
     # Without a run directory: procedures write to it only between steps, of which a plan makes none.
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
 
@@ -101,7 +101,7 @@ def outline(
     return Outline(prepared, parts, state, batch)
 
 
-def longest_row(experiment: Experiment, config: LlamaConfig) -> int:
+def longest_row(experiment: Experiment, config: DecoderConfig) -> int:
     """Tokens of the longest row that a run may have: its largest bucket, else the longest sample allowed."""
     return max(experiment.data.buckets, default=min(experiment.data.max_length, config.context))
 

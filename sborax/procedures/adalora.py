@@ -12,7 +12,8 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters.core import Adapter, SboraxError, is_adapter, width
-from sborax.adapters.tree import Adapters, nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import Adapters, nodes
 from sborax.methods.adalora import AdaLoRA
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Key
 
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import Adapter, SboraxError
-from sborax.adapters.tree import Adapters, nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import Adapters, nodes
 from sborax.optim.pairs import sides
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
 from sborax.procedures.segment import check_segments, fold, fresh, one_adapter, replay_segments, widened

@@ -12,8 +12,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, width
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import STACKED_UNDER, Site
-from sborax.adapters.tree import Adapters, nest, nodes, stack_of
+from sborax.adapters.tree import Adapters, nodes, stack_of
 from sborax.methods.prilora import PRILoRA
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
 

@@ -11,8 +11,9 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
-from sborax.adapters.tree import Adapters, nest, nodes
+from sborax.adapters.tree import Adapters, nodes
 from sborax.methods.masked import Masked
 from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers

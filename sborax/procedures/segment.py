@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Key
 from sborax.adapters.arithmetic import by_layer, joined, scale_adapter
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractFactored, AbstractWeight, Adapter, SboraxError, structure
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
 from sborax.adapters.rebase import encode
-from sborax.adapters.tree import Adapters, attach, merge, nest, nodes, stack_of
+from sborax.adapters.tree import Adapters, attach, merge, nodes, stack_of
 from sborax.methods.lora import LoRA
 from sborax.optim.pairs import over_pairs
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run

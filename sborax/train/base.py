@@ -6,10 +6,11 @@ from typing import Any
 from jaxtyping import Array, Key
 
 from sborax.adapters.core import Adapter, Hint, SboraxError
+from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Plan, Rule, Site, module_path
 from sborax.adapters.patterns import search
 from sborax.adapters.rebase import rewrite
-from sborax.adapters.tree import Adapters, Params, fit, nest, rebase
+from sborax.adapters.tree import Adapters, Params, fit, rebase
 from sborax.adapters.weight import check_finite
 from sborax.layout.state import flatten
 from sborax.models.load import is_layer_kernel

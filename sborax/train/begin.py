@@ -3,7 +3,8 @@
 from etils import epath
 
 from sborax.adapters.core import SboraxError
-from sborax.adapters.tree import nest, nodes
+from sborax.adapters.leaves import nest
+from sborax.adapters.tree import nodes
 from sborax.data.batches import Batches
 from sborax.layout.hosts import several
 from sborax.layout.state import Parts, parameters

@@ -10,7 +10,7 @@ import jax
 from sborax.adapters.core import AbstractComposite, AbstractMethod
 from sborax.adapters.tree import nodes
 from sborax.layout.state import Parts
-from sborax.models.config import LlamaConfig
+from sborax.models.decoder import DecoderConfig
 from sborax.records.report import peak_memory
 from sborax.train.outputs import TABLE
 
@@ -36,7 +36,7 @@ BASE = "base"
 """The group of trained leaves of the base."""
 
 
-def model_flops(config: LlamaConfig, parts: Parts) -> float:
+def model_flops(config: DecoderConfig, parts: Parts) -> float:
     """FLOPs of the model for each token of a step, attention's own left out.
 
     2N forward, 2N back to the activations, and, where the base is trained, 2N more for the weights: 4N or 6N, N being
@@ -95,7 +95,7 @@ class Figures:
         return {group: math.hypot(*own) for group, own in parts.items()}
 
 
-def figures(config: LlamaConfig, parts: Parts, devices: int) -> Figures:
+def figures(config: DecoderConfig, parts: Parts, devices: int) -> Figures:
     """The figures of a run over so many devices of the first one's kind."""
     adapters = {path: label(node.method) for path, node in nodes(parts.adapters).items()}
     peak = PEAKS.get(jax.devices()[0].device_kind)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 from sborax.adapters.core import Context, SboraxError
-from sborax.adapters.routing import PROMPT, AbstractRouter
+from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import combine, nodes
 from sborax.layout.state import Flat, TrainState, put_together
 from sborax.models.language_model import LanguageModel
@@ -59,7 +59,7 @@ def sums(
     adapters = combine(train["adapters"], frozen)
     tokens, segments = batch["tokens"], batch["segments"]
     routed = any(isinstance(node.method, AbstractRouter) for node in nodes(adapters).values())
-    ctx = Context(tokens={PROMPT: prompt_of(segments, batch["counts"])}) if routed else Context()
+    ctx = Context(prompt=prompt_of(segments, batch["counts"])) if routed else Context()
     what = ["balance"] * routed + ["inputs"] * observe
     hidden, told = model.collect(params, adapters, tokens, what, segment_ids=segments, dropout_key=key, ctx=ctx)
     total, items = loss(Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key))

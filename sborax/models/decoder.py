@@ -1,0 +1,119 @@
+"""What the package needs of a decoder and of its config. `Llama` and `LlamaConfig` are one such pair."""
+
+import abc
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sborax.adapters import core
+
+
+@runtime_checkable
+class DecoderConfig(Protocol):
+    """What the package reads of a decoder's config. Hashable, because programs are compiled for it.
+
+    The names are those of Hugging Face's `config.json`, except for:
+
+    - context: the longest sequence of the model, in tokens.
+    - eos_token_id: every id that ends a text.
+    - decoder: the class of the module; None for `Llama`.
+    - to_hf: the contents of a `config.json`.
+    """
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]: ...
+
+    @property
+    def decoder(self) -> "type[AbstractDecoder] | None": ...
+
+    def to_hf(self) -> dict[str, Any]: ...
+
+
+class AbstractDecoder(nn.Module, abc.ABC):
+    """A decoder in Flax Linen.
+
+    Its projections are `layers.Linear`, through which adapters reach them. Its params hold the table of the embedding
+    at `embed_tokens/embedding`, the layers below `layers` and, unless the config ties it, the head at `lm_head/kernel`.
+
+    - config: a `DecoderConfig`.
+    - dtype: of params and activations.
+    - remat: values that are kept for the backward pass, see `llama.kept_names`.
+    - scan: whether the params of the layers are stacked; otherwise each layer has a number (`layers/0`).
+    - keep: whether `hidden` returns keys and values.
+    - attention: the back end, see `sborax.models.backends`.
+    """
+
+    config: Any
+    dtype: Any = jnp.dtype(jnp.float32)
+    remat: str = "none"
+    scan: bool = True
+    keep: bool = False
+    attention: str = "xla"
+
+    @abc.abstractmethod
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        ctx: core.Context = core.Context(),
+        past: tuple[Any, Int[Array, "batch slots"]] | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], Any]:
+        """The normed hidden states, and with `keep` the keys and values of `tokens`.
+
+        Keys and values are a pytree of arrays (layers, batch, seq, heads, head_dim).
+
+        - segment_ids: tokens see earlier tokens of their own segment; 0 is padding. By default all is one segment.
+        - positions: rotary positions, in tokens; by default counted from the start of each segment.
+        - past: keys and values of earlier tokens, and their segments.
+
+        Raises SboraxError for more tokens than the model's context.
+        """
+
+    @abc.abstractmethod
+    def head(
+        self, hidden: Float[Array, "batch seq d"], ctx: core.Context = core.Context()
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of normed hidden states, float32."""
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        ctx: core.Context = core.Context(),
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of every position, float32. See `hidden`."""
+        return self.head(self.hidden(tokens, segment_ids, positions, ctx)[0], ctx)
