@@ -331,7 +331,8 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
     for name, field in fields.items():
         if name in value:
             null = structural and value[name] is None and field.metadata.get("hyper")
-            given[name] = None if null else _decode(hints[name], value[name], prefix + name, structural)
+            item = _with_type(field, value[name])
+            given[name] = None if null else _decode(hints[name], item, prefix + name, structural)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SboraxError(f"{prefix}{name}: missing")
     if structural:
@@ -344,6 +345,14 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
         return kind(**given)
     except SboraxError as error:
         raise SboraxError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _with_type(field: dataclasses.Field, value: Any) -> Any:
+    """`value`; an object that leaves "type" out is of the class of the field's default, if that is one of several."""
+    default, plain = type(field.default), _parse(value) if isinstance(value, Literal) else value
+    if _family(default) is None or not isinstance(plain, dict) or {"type", GIVEN} & plain.keys():
+        return value
+    return {"type": name_of(default), **plain}
 
 
 def _parse(text: Literal) -> Any:

@@ -21,7 +21,8 @@ from sborax.layout.mesh import check_mesh
 from sborax.procedures import AbstractProcedure
 from sborax.records.disk import CONFIG, replace
 from sborax.train.loss import AbstractLoss, CrossEntropy
-from sborax.train.optimizer import AnyOptimizer, Optimizer, halves
+from sborax.train.optimizer import AnyOptimizer, halves
+from sborax.train.optimizers import Optimizer
 
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
 
@@ -77,8 +78,9 @@ class Experiment:
         there are, such as {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp. "slices"
         is how many groups, with a slow network between them, hold a mesh of the other sizes each.
     log: "tensorboard" and "wandb" beside `metrics.jsonl`.
-    optimizer: an `Optimizer`, a class of yours that extends `AbstractOptimizer`, or an optax transformation, which no
-        `config.json` holds: a run with one is repeated and resumed from Python alone.
+    optimizer: an optimiser such as `AdamW(lr=1e-4)`, an `Optimizer`, which picks one by name, a class of yours that
+        extends `AbstractOptimizer`, or an optax transformation, which no `config.json` holds: a run with one is
+        repeated and resumed from Python alone.
     loss: what is minimised, a `CrossEntropy` or a class of yours that extends `AbstractLoss`.
     imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
         that stand in the experiment are added to them.
