@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, width
 from sborax.adapters.paths import STACKED_UNDER, Site
-from sborax.adapters.tree import Adapters, nest, nodes, stack_of
+from sborax.adapters.tree import nest, nodes, stack_of
 from sborax.methods.prilora import PRILoRA
 from sborax.procedures.in_place import AbstractInPlace, find_state, replace_state
 from sborax.procedures.procedure import Boundary, Run
@@ -156,31 +155,6 @@ def kept(
     return ~pruned | ~jnp.any(norms > 0)
 
 
-def after_step(
-    adapters: Adapters,
-    norms: Mapping[str, Float[Array, "*stack in"]],
-    step: Int[Array, ""] | int,
-    pruning: PRILoRAPruning,
-) -> Adapters:
-    """The adapters after optimiser step number `step` (from 1): running norms updated, a pruned where it is due.
-
-    norms: of input features in this step by path of the kernel, as `LanguageModel.collect` gives them. Moments of the
-    optimiser are left alone, so pruned entries may grow again, unless the adapter has a mask. jit-able.
-    Raises SboraxError if there is no PRILoRA adapter, one inside a composite, or one whose norms are missing.
-    """
-    found = nodes(adapters)
-    for path, node in found.items():
-        if isinstance(node.method, AbstractComposite) and _inside(node.method):
-            raise SboraxError(f"{path}: {_ALONE}")
-    own = {path: node for path, node in found.items() if isinstance(node.method, PRILoRA)}
-    if not own:
-        raise SboraxError("no adapter is PRILoRA: there is nothing to prune")
-    missing = sorted(set(own) - set(norms))
-    if missing:
-        raise SboraxError(f"{missing[0]}: there are no input norms for this adapter")
-    return nest(found | {path: _node(node, norms[path], step, pruning) for path, node in own.items()})
-
-
 def _inside(value: Any) -> bool:
     """Whether a method, or a part of it, is PRILoRA."""
     if isinstance(value, tuple):
@@ -188,12 +162,6 @@ def _inside(value: Any) -> bool:
     if isinstance(value, AbstractComposite):
         return any(_inside(getattr(value, field.name)) for field in dataclasses.fields(value))  # type: ignore[arg-type]
     return isinstance(value, PRILoRA)
-
-
-def _node(node: Adapter, norms: Array, step: Int[Array, ""] | int, pruning: PRILoRAPruning) -> Adapter:
-    node = _with_norm(node, ema(node.frozen["norm"], norms, pruning.beta))
-    due = (jnp.asarray(step) > 0) & (jnp.asarray(step) % pruning.every == 0)
-    return _pruned(node, jax.lax.cond(due, lambda: _keep(node, pruning), lambda: jnp.ones_like(node.train["a"])))
 
 
 def _with_norm(node: Adapter, norms: Float[Array, "*stack in"]) -> Adapter:
