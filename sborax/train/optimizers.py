@@ -22,7 +22,7 @@ class AbstractScheduled(AbstractOptimizer):
     - lr: peak learning rate. 2e-4 is LoRA's usual one (arXiv:2305.14314); in LoRA+ that of a.
     - schedule: after the warm-up: "constant", or "linear" or "cosine" decay down to `final` times the peak.
     - warmup: number of steps if 1 or more, else the fraction of all steps.
-    - final: learning rate of the last step over the peak.
+    - final: learning rate after the decay over the peak.
     - clip: largest global norm of the gradient, above 0; None for no clipping.
     - b_ratio: LoRA+'s learning rate of b over that of a (arXiv:2402.12354; 16 is usual there); 1 for plain LoRA.
 
