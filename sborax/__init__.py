@@ -58,9 +58,20 @@ from sborax.methods import (
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.sweep.grid import Sweep
-from sborax.train.experiment import Eval, Experiment, Optimizer, Save, load_experiment
+from sborax.train.experiment import Eval, Experiment, Save, load_experiment
 from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AbstractOptimizer
+from sborax.train.optimizers import (
+    SGD,
+    AbstractScheduled,
+    Adafactor,
+    Adam,
+    AdamW,
+    Lion,
+    LoRAFA,
+    LoRARITE,
+    Optimizer,
+)
 
 if TYPE_CHECKING:
     from sborax.data.batches import Batches
@@ -131,8 +142,12 @@ __all__ = [
     "read_held_out",
     "read_model",
     "AbstractOptimizer",
+    "AbstractScheduled",
     "AdaLoRA",
     "AdaLoRABudget",
+    "Adafactor",
+    "Adam",
+    "AdamW",
     "Adapter",
     "Bat",
     "Bone",
@@ -149,11 +164,14 @@ __all__ = [
     "Hint",
     "IA3",
     "LinearRanks",
+    "Lion",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAFA",
     "LoRAGA",
     "LoRAPrune",
+    "LoRARITE",
     "MiLoRA",
     "MoSARA",
     "OFT",
@@ -169,6 +187,7 @@ __all__ = [
     "Rule",
     "SARA",
     "SBoRA",
+    "SGD",
     "SHiRA",
     "Save",
     "SboraxError",

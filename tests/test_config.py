@@ -99,7 +99,7 @@ def test_changes_are_checked_together():
         ("eval.data=x", r'eval.data: must be an object with keys of Data, such as {"name": ...} or null, got'),
         ("log=tensorboard", r'log: must be a list such as \["tensorboard"\], got'),
         ("mesh=8", 'mesh: must be an object such as {"name": 8} or null'),
-        ("optimizer=adam", "optimizer: must be one of Optimizer, got"),
+        ("optimizer=adamax", "optimizer: must be one of Adafactor, Adam, AdamW, .*, Optimizer, SGD.*, got"),
         ("procedure=chain", "procedure: there is no .chain.; did you mean"),
         ("attention=flash", "attention: must be one of 'auto', 'xla', 'cudnn', 'splash'"),
         ("log=['mlflow']", "log.0: must be one of 'tensorboard', 'wandb'"),

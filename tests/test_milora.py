@@ -24,7 +24,7 @@ from sborax.models.nf4 import quantise
 from sborax.records.adapter import load_adapter, save_adapter
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer
-from sborax.train.step import make_loss, make_step, prompt_of
+from sborax.train.step import make_loss, make_step, prompt_mask
 from tests.tiny_model import write_data, write_model
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -84,7 +84,7 @@ def losses_and_grads(model, parts):
     @jax.jit
     def of(train, batch):
         segments, counts = batch["segments"], batch["counts"]
-        ctx = Context(prompt=prompt_of(segments, counts))
+        ctx = Context(prompt=prompt_mask(segments, counts))
 
         def both(train):
             own = sx.combine(train["adapters"], parts.frozen)
@@ -558,7 +558,7 @@ def test_the_prompt_ends_where_the_first_answer_begins():
     segments = jnp.asarray([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]])
     counts = jnp.asarray([[0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1], [0] * 7], bool)
     want = [[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(prompt_of(segments, counts), np.array(want, bool))
+    np.testing.assert_array_equal(prompt_mask(segments, counts), np.array(want, bool))
 
 
 def test_gradients_reach_every_leaf_and_balance_is_part_of_the_loss(model, run, adapters, parts, losses_and_grads):
@@ -567,7 +567,7 @@ def test_gradients_reach_every_leaf_and_balance_is_part_of_the_loss(model, run, 
     for path, leaf in jax.tree_util.tree_leaves_with_path(found["loss"][1]["adapters"]["layers"]["router"]):
         assert (np.abs(leaf).reshape(2, -1).max(axis=1) > 0).all(), jax.tree_util.keystr(path)
     counted = int(batch["counts"].sum())
-    prompt = prompt_of(batch["segments"], batch["counts"])
+    prompt = prompt_mask(batch["segments"], batch["counts"])
     _, kept = run(adapters, batch["tokens"], prompt, batch["segments"])
     np.testing.assert_allclose(found["balance_loss"][0], counted * np.mean(kept["loss"]), rtol=1e-5)
 

@@ -17,8 +17,8 @@ from sborax.adapters.tree import nodes
 from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
 from sborax.models.layers import feature_norms
-from sborax.procedures import Run
-from sborax.procedures.prilora import PRILoRAPruning, after_step, ema, kept
+from sborax.procedures import Boundary, PRILoRAPruning, Run
+from sborax.procedures.prilora import ema, kept
 from sborax.records.adapter import read_adapter
 from sborax.train.loop import train
 from sborax.train.step import make_step
@@ -29,11 +29,28 @@ pytestmark = pytest.mark.usefixtures("strict", "compiled_fully")
 PATH = "layers/proj/kernel"
 IN, OUT, LAYERS = 20, 12, 3
 WEIGHT = jax.random.normal(jax.random.key(1), (LAYERS, IN, OUT))
+PARAMS = {"layers": {"proj": {"kernel": WEIGHT}}}
 
 
 def attached(method, seed=0):
-    _, adapters = sx.attach(jax.random.key(seed), {"layers": {"proj": {"kernel": WEIGHT}}}, [("proj", method)])
+    _, adapters = sx.attach(jax.random.key(seed), PARAMS, [("proj", method)])
     return adapters
+
+
+def after_steps(plan, adapters, pruning, norms, numbers, state=None):
+    """Adapters and the state of the procedure after steps whose inputs had these norms, as a run makes them."""
+    run = Run(plan, 90, 1)
+    pruning.check(run, {})
+    watch, trained = pruning.watch(run), sx.split(adapters)[0]
+    state = watch.init(trained) if state is None else state
+    for number in numbers:
+        _, state = watch.update(trained, state, trained, norms=norms)
+        boundary = Boundary(adapters, {}, state)
+        if pruning.due(number, run):
+            boundary = pruning.apply(jax.random.key(0), number, run, boundary)
+        boundary = pruning.settle(boundary)
+        adapters, state = boundary.adapters, boundary.opt
+    return adapters, state
 
 
 def test_linear_ranks_of_the_paper():
@@ -60,11 +77,13 @@ def test_layers_get_their_own_rank_and_scale_stacked_and_flat():
 
 
 def test_equal_ranks_and_no_pruning_are_lora():
-    ours, lora = attached(sx.PRILoRA(rank=4, alpha=8.0)), attached(sx.LoRA(rank=4, alpha=8.0))
+    method = sx.PRILoRA(rank=4, alpha=8.0)
+    ours, lora = attached(method), attached(sx.LoRA(rank=4, alpha=8.0))
     left, right = nodes(ours)[PATH], nodes(lora)[PATH]
     chex.assert_trees_all_equal(left.train, right.train)
     chex.assert_trees_all_equal(left.frozen["scale"], right.frozen["scale"])
-    after = after_step(ours, {PATH: jnp.ones((LAYERS, IN))}, 40, PRILoRAPruning(fraction=0.0))
+    plan, norms = sx.plan(PARAMS, [("proj", method)]), {PATH: jnp.ones((LAYERS, IN))}
+    after, _ = after_steps(plan, ours, PRILoRAPruning(fraction=0.0), norms, [40])
     chex.assert_trees_all_equal(nodes(after)[PATH].train, left.train)
 
 
@@ -104,24 +123,24 @@ def test_the_least_important_fraction_goes(group, fraction):
 
 @pytest.mark.parametrize("group", ["per_rank", "matrix"])
 def test_pruning_is_due_every_so_often_and_exact_on_a_ragged_stack(group):
-    adapters = attached(sx.PRILoRA(rank=sx.LinearRanks(2, 6)))
+    method = sx.PRILoRA(rank=sx.LinearRanks(2, 6))
+    plan, adapters = sx.plan(PARAMS, [("proj", method)]), attached(method)
     before = nodes(adapters)[PATH]
     pruning = PRILoRAPruning(fraction=0.25, every=3, group=group)
     norms = jnp.exp(jax.random.normal(jax.random.key(4), (LAYERS, IN)))
-    step = jax.jit(lambda tree, number: after_step(tree, {PATH: norms}, number, pruning))
-    for number in (0, 1, 2, 4):
-        node = nodes(step(adapters, jnp.int32(number)))[PATH]
+    for number in (1, 2, 4):
+        node = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [number])[0])[PATH]
         chex.assert_trees_all_equal(node.train, before.train)
         np.testing.assert_allclose(node.frozen["norm"], 0.1 * norms, rtol=1e-5)
-    node = nodes(step(adapters, jnp.int32(3)))[PATH]
+    node = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [3])[0])[PATH]
     chex.assert_trees_all_equal(node.train["b"], before.train["b"])
     for layer, rank in enumerate((2, 4, 6)):
-        own = np.asarray(node.train["a"][layer, :, :rank])
+        a = np.asarray(node.train["a"][layer, :, :rank])
         if group == "per_rank":
-            assert ((own == 0).sum(axis=0) == IN // 4).all()
-        assert (own == 0).sum() == IN * rank // 4
-        np.testing.assert_array_equal(own[own != 0], np.asarray(before.train["a"])[layer, :, :rank][own != 0])
-    again = nodes(after_step(step(adapters, jnp.int32(3)), {PATH: norms}, 4, pruning))[PATH]
+            assert ((a == 0).sum(axis=0) == IN // 4).all()
+        assert (a == 0).sum() == IN * rank // 4
+        np.testing.assert_array_equal(a[a != 0], np.asarray(before.train["a"])[layer, :, :rank][a != 0])
+    again = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [3, 4])[0])[PATH]
     np.testing.assert_allclose(again.frozen["norm"], 0.19 * norms, rtol=1e-5)
 
 
@@ -142,12 +161,14 @@ def update(node, x):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_pruned_entries_grow_again_unless_masked(persistent):
-    adapters = attached(sx.PRILoRA(rank=4, persistent_mask=persistent))
+    method = sx.PRILoRA(rank=4, persistent_mask=persistent)
+    plan, adapters = sx.plan(PARAMS, [("proj", method)]), attached(method)
     x = jax.random.normal(jax.random.key(5), (7, IN))
     norms = {PATH: jnp.broadcast_to(feature_norms(x)[None], (LAYERS, IN))}
     node = nodes(adapters)[PATH]
     node = dataclasses.replace(node, train={**node.train, "b": jax.random.normal(jax.random.key(6), (LAYERS, 4, OUT))})
-    pruned = nodes(after_step({"layers": {"proj": {"kernel": node}}}, norms, 40, PRILoRAPruning()))[PATH]
+    after, state = after_steps(plan, {"layers": {"proj": {"kernel": node}}}, PRILoRAPruning(), norms, [40])
+    pruned = nodes(after)[PATH]
     gone = np.asarray(pruned.train["a"]) == 0
     assert gone.sum() == LAYERS * 4 * IN // 2
     grown = update(pruned, x)
@@ -160,8 +181,8 @@ def test_pruned_entries_grow_again_unless_masked(persistent):
     if persistent:
         np.testing.assert_array_equal(np.asarray(pruned.frozen["mask"]) == 0, gone)
         moved = dataclasses.replace(grown, train={**grown.train, "a": grown.train["a"] + 9.0 * gone})
-        later = nodes(after_step({"layers": {"proj": {"kernel": moved}}}, norms, 80, PRILoRAPruning()))[PATH]
-        np.testing.assert_array_equal(later.train["a"] == 0, gone)
+        later, _ = after_steps(plan, {"layers": {"proj": {"kernel": moved}}}, PRILoRAPruning(), norms, [80], state)
+        np.testing.assert_array_equal(nodes(later)[PATH].train["a"] == 0, gone)
 
 
 def a_model(scan=True, remat="none"):
@@ -226,20 +247,14 @@ def test_mistakes_are_told():
     for rules, told in (
         ([("proj", sx.LoRA(rank=2))], "no rule gives PRILoRA"),
         ([("proj", sx.scale(sx.PRILoRA(rank=2), 0.5))], "not inside a composition"),
+        ([("proj", sx.scale(sx.add(sx.LoRA(rank=2), sx.PRILoRA(rank=2)), 0.5))], "not inside a composition"),
     ):
-        run = Run(sx.plan({"layers": {"proj": {"kernel": WEIGHT}}}, rules), 90, 1)
+        run = Run(sx.plan(PARAMS, rules), 90, 1)
         with pytest.raises(sx.SboraxError, match=told):
             PRILoRAPruning().check(run, {})
     head = Run(sx.plan({"lm_head": {"kernel": WEIGHT[0]}}, [("head", sx.PRILoRA(rank=2))]), 90, 1)
     with pytest.raises(sx.SboraxError, match="those of the layers alone"):
         PRILoRAPruning().check(head, {})
-    norms = {PATH: jnp.ones((LAYERS, IN))}
-    with pytest.raises(sx.SboraxError, match="no adapter is PRILoRA"):
-        after_step(attached(sx.LoRA(rank=2)), norms, 1, PRILoRAPruning())
-    with pytest.raises(sx.SboraxError, match="not inside a composition"):
-        after_step(attached(sx.scale(sx.add(sx.LoRA(rank=2), sx.PRILoRA(rank=2)), 0.5)), norms, 1, PRILoRAPruning())
-    with pytest.raises(sx.SboraxError, match="no input norms"):
-        after_step(attached(sx.PRILoRA(rank=2)), {}, 1, PRILoRAPruning())
     for wrong in ({"fraction": 1.0}, {"beta": -0.1}, {"every": 0}):
         with pytest.raises(sx.SboraxError):
             PRILoRAPruning(**wrong)
@@ -252,7 +267,8 @@ def test_norms_of_a_models_own_inputs(scan):
     tokens = jax.random.randint(jax.random.key(3), (2, 6), 2, 32, jnp.int32)
     segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
     norms = jax.jit(lambda tokens: norms_of(model, params, adapters, tokens, segments))(tokens)
-    after = after_step(adapters, norms, 1, PRILoRAPruning(beta=0.0))
+    plan = sx.plan(params, [("proj", sx.PRILoRA(rank=2))])
+    after, _ = after_steps(plan, adapters, PRILoRAPruning(beta=0.0), norms, [1])
     chex.assert_trees_all_equal({path: node.frozen["norm"] for path, node in nodes(after).items()}, norms)
     # By hand: what enters the first layer's attention is the embedding, normed.
     x = np.asarray(params["embed_tokens"]["embedding"], np.float64)[np.asarray(tokens)]

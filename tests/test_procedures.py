@@ -20,8 +20,20 @@ from sborax.adapters.tree import nodes
 from sborax.config.codec import decode, encode
 from sborax.models import load_model
 from sborax.models.nf4 import quantise
-from sborax.procedures import COLA, AbstractProcedure, AdaLoRABudget, Boundary, LoRAPrune, PRILoRAPruning, Run, XGBLoRA
-from sborax.records.adapter import LEAVES, load_adapter
+from sborax.procedures import (
+    COLA,
+    AbstractInPlace,
+    AbstractProcedure,
+    AbstractSegmented,
+    AdaLoRABudget,
+    Boundary,
+    LoRAPrune,
+    PRILoRAPruning,
+    Run,
+    XGBLoRA,
+)
+from sborax.procedures.segment import fold, fresh
+from sborax.records.adapter import LEAVES, load_adapter, read_adapter
 from sborax.train.active import restarted
 from sborax.train.loop import train
 
@@ -88,8 +100,8 @@ def go(procedure, steps=12, rank=2, kernel=KERNEL, rules=None):
     return trail
 
 
-def whole_of(procedure, trail):
-    return procedure.whole([*trail.kept.values(), trail.boundary.adapters], trail.run)
+def joined(procedure, trail):
+    return procedure.joined([*trail.kept.values(), trail.boundary.adapters], trail.run)
 
 
 @by_procedure
@@ -131,7 +143,7 @@ def test_rank_of_the_whole_change(procedure):
         assert len({tuple(row) for row in drawn}) > 1
 
     # One plain LoRA of the summed rank on the untouched base says the same.
-    whole = whole_of(procedure, trail)
+    whole = joined(procedure, trail)
     np.testing.assert_allclose(
         sx.merge(nest({PATH: KERNEL}), whole)["layers"]["p"]["kernel"],
         merged["layers"]["p"]["kernel"],
@@ -152,7 +164,7 @@ def test_a_rate_scales_every_merged_booster():
     both = first + 0.5 * second.frozen["scale"][:, None, None] * (second.train["a"] @ second.train["b"])
     np.testing.assert_allclose(trail.boundary.base[PATH], KERNEL + both, rtol=0, atol=1e-6)
     merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
-    same = sx.merge(nest({PATH: KERNEL}), whole_of(procedure, trail))
+    same = sx.merge(nest({PATH: KERNEL}), joined(procedure, trail))
     np.testing.assert_allclose(merged["layers"]["p"]["kernel"], same["layers"]["p"]["kernel"], rtol=0, atol=2e-6)
 
 
@@ -209,7 +221,7 @@ def test_a_chain_on_rules_for_some_layers_leaves_the_others_alone():
     trail = go(procedure, rules=BY_LAYER)
     for before, after in trail.seams:
         np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
-    whole = whole_of(procedure, trail)
+    whole = joined(procedure, trail)
     np.testing.assert_allclose(
         outputs({PATH: KERNEL}, whole), outputs(trail.boundary.base, trail.boundary.adapters), rtol=0, atol=2e-5
     )
@@ -286,6 +298,66 @@ def test_configs_come_back(procedure):
     assert decode(AbstractProcedure, json.loads(json.dumps(encode(procedure)))) == procedure
 
 
+@dataclasses.dataclass(frozen=True)
+class Shrinking(AbstractInPlace):
+    """Scales all trained leaves by `factor` after every step."""
+
+    paper = "an example"
+    factor: float = 0.5
+
+    def check(self, run, base):
+        pass
+
+    def due(self, step, run):
+        return True
+
+    def apply(self, key, step, run, boundary):
+        trained, frozen = sx.split(boundary.adapters)
+        smaller = jax.tree.map(lambda leaf: leaf * self.factor, trained)
+        return dataclasses.replace(boundary, adapters=sx.combine(smaller, frozen))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare(AbstractProcedure):
+    """The same without either base."""
+
+    paper = "an example"
+    resets = False
+    factor: float = 0.5
+
+    def check(self, run, base):
+        pass
+
+    def due(self, step, run):
+        return True
+
+    def apply(self, key, step, run, boundary):
+        return Shrinking(self.factor).apply(key, step, run, boundary)
+
+    def replay(self, key_of, done, run, boundary, kept):
+        return boundary
+
+    def joined(self, segments, run):
+        return segments[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(AbstractSegmented):
+    """One merge, half-way."""
+
+    paper = "an example"
+
+    def check(self, run, base):
+        pass
+
+    def due(self, step, run):
+        return 2 * step == run.steps
+
+    def apply(self, key, step, run, boundary):
+        base = fold(boundary.base, boundary.adapters)
+        return dataclasses.replace(boundary, base=base, adapters=fresh(key, run, base))
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A tiny model and a tiny data set."""
@@ -340,3 +412,21 @@ def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
     assert np.isfinite(model.apply(params, adapters, jnp.zeros((1, 4), jnp.int32))).all()
     with pytest.raises(SboraxError, match="steps differs"):
         train(dataclasses.replace(experiment, steps=9), tmp_path / "run", resume=True, echo=lambda _: None)
+
+
+@pytest.mark.parametrize("procedure", [Shrinking(0.9), Bare(0.9), Halves()], ids=str)
+def test_procedures_of_ones_own_resume_to_the_same_bits(procedure, places, tmp_path):
+    data = sx.Data(places[1], template="{instruction}", answer=" {output}", max_length=32, buckets=(32,))
+    rules, keep_all = [("self_attn", sx.LoRA(rank=2))], sx.Save(every=1, keep=9)
+    experiment = sx.Experiment(places[0], data, rules, procedure=procedure, steps=4, save=keep_all)
+    train(experiment, tmp_path / "run", echo=lambda _: None)
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for step in ("3", "4"):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / step)
+    train(experiment, tmp_path / "cut", resume=True, echo=lambda _: None)
+    first, second = ((tmp_path / name / "adapter" / LEAVES).read_bytes() for name in ("run", "cut"))
+    assert first == second
+    ranks = {node.method.rank for node in nodes(read_adapter(tmp_path / "run" / "adapter").adapters).values()}
+    assert ranks == {4 if procedure.resets else 2}
+    train(dataclasses.replace(experiment, procedure=None), tmp_path / "plain", echo=lambda _: None)
+    assert (tmp_path / "plain" / "adapter" / LEAVES).read_bytes() != first

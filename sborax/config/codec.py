@@ -343,7 +343,7 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
         if structural and field.metadata.get("hyper") and value.get(name) is None:
             values[name] = STRIPPED
         elif name in value:
-            values[name] = _decode(hints[name], value[name], prefix + name, structural)
+            values[name] = _decode(hints[name], _with_type(field, value[name]), prefix + name, structural)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SboraxError(f"{prefix}{name}: missing")
     if structural:
@@ -356,6 +356,14 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
         return kind(**values)
     except SboraxError as error:
         raise SboraxError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _with_type(field: dataclasses.Field, value: Any) -> Any:
+    """`value`; an object that leaves "type" out is of the class of the field's default, if that is one of several."""
+    default, plain = type(field.default), _parse(value) if isinstance(value, Literal) else value
+    if _family(default) is None or not isinstance(plain, dict) or {"type", GIVEN} & plain.keys():
+        return value
+    return {"type": name_of(default), **plain}
 
 
 def _parse(text: Literal) -> Any:

@@ -16,7 +16,7 @@ from sborax.adapters.core import SboraxError, is_weight
 from sborax.adapters.leaves import flatten, map_with_path, nest
 from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
-from sborax.layout.state import Flat, Parts, TrainState, flatten, take_apart
+from sborax.layout.state import Flat, Parts, TrainState, take_apart
 from sborax.models.decoder import DecoderConfig
 from sborax.models.sharding import base_specs, check_heads, quantised_specs
 

@@ -1,4 +1,4 @@
-"""Optimisers that know a from b: optax transformations over the trained halves of adapters."""
+"""Optimisers that treat a and b differently: optax transformations over the trained halves of adapters."""
 
 from sborax.optim.lora_fa import lora_fa, project_lora_fa, split_lora_fa
 from sborax.optim.lora_plus import groups, lora_plus

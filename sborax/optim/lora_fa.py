@@ -1,4 +1,4 @@
-"""LoRA-FA: a frozen, b trained along the projected gradient, arXiv:2308.03303; the projection as in PEFT."""
+"""LoRA-FA, arXiv:2308.03303: a is frozen, b follows the projected gradient. The projection is that of PEFT."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ RIDGE = 1e-8
 
 
 def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
-    """`split` for LoRA-FA: a of every pair a, b is in the frozen half, so that it has no gradient.
+    """`split` for LoRA-FA: a of every pair a, b goes into the frozen half, so that it has no gradient.
 
-    `combine` puts the halves together again, and `lora_fa` reads a from `frozen=`:
+    `combine` joins the halves again, and `lora_fa` reads a from `frozen=`:
 
         train, frozen = split_lora_fa(adapters)
         tx = optax.chain(optax.clip_by_global_norm(1.0), lora_fa(1e-3))  # clips by the gradient of b alone
@@ -40,7 +40,7 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _chosen(leaves: Leaves, flags: Leaves, value: bool) -> Leaves:
-    """The leaves whose flag is `value`, nested as before."""
+    """The leaves whose flag is `value`, nested as they were."""
     return {
         name: _chosen(leaf, flags[name], value) if isinstance(leaf, dict) else leaf
         for name, leaf in leaves.items()
@@ -55,16 +55,22 @@ def lora_fa(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on b alone, along (a^T a + 1e-8 I)^-1 g_b / s^2; a never moves and has no moments.
+    """AdamW on b alone, along (a^T a + 1e-8 I)^-1 g_b / s^2; a never moves and has no moments. arXiv:2308.03303
 
     Moments are corrected for bias, eps is not, and decay acts after the step: b <- (b + u)(1 - lr weight_decay).
-    Leaves that are in no pair get the same AdamW without the projection. Defaults: PEFT's.
+    Leaves that are in no pair get the same AdamW without the projection.
 
     Split adapters with `split_lora_fa`, so that a costs no gradient and does not count in clipping. With `split`, a is
     in the trained half and its updates are zero.
 
-    `update` needs `params`, and `frozen=` the frozen halves of the adapters, for a and the scales s.
-    Raises SboraxError without them, and if there is no pair a, b. arXiv:2308.03303
+    Args:
+    - learning_rate: a number, or a schedule by step.
+    - b1, b2: decay rates of the moments. Defaults: PEFT's.
+    - eps: added to the root of the second moment. Default: PEFT's.
+    - weight_decay: decoupled. Default: PEFT's.
+
+    `update` needs `params` and `frozen=`, the frozen halves of the adapters, which hold a and the scales s.
+    Raises SboraxError without them, and if there is no pair a, b.
     """
     trained = optax.chain(_scale_by_adam(b1, b2, eps), _descend_then_decay(learning_rate, weight_decay))
 
@@ -77,9 +83,9 @@ def lora_fa(
 
 
 def project_lora_fa() -> optax.GradientTransformationExtraArgs:
-    """g_b <- (a^T a + 1e-8 I)^-1 g_b / s^2, the b whose step is nearest to that of full fine-tuning for fixed a.
+    """g_b <- (a^T a + 1e-8 I)^-1 g_b / s^2: for fixed a, the step of b that is nearest to that of full fine-tuning.
 
-    Stateless. `update` needs `params` and `frozen=` as in `lora_fa`. Padded ranks keep a zero gradient.
+    Stateless. `update` needs `params` and `frozen=`, as in `lora_fa`. Padded ranks keep a zero gradient.
     """
 
     def update(
@@ -120,7 +126,7 @@ def _by_path(tree: PyTree) -> dict[str, Array]:
 
 
 def _at(leaves: dict[str, Array], path: str) -> Array | None:
-    """The leaf whose path is the end of `path`: the frozen half may be a branch of what `path` starts from."""
+    """The leaf whose path `path` ends with: `path` starts at the training state, `leaves` at the adapters in it."""
     return next((leaf for name, leaf in leaves.items() if f"/{path}".endswith(f"/{name}")), None)
 
 
@@ -131,7 +137,7 @@ def _project(
         live = jnp.any(a != 0, axis=0)
         gram = a.T @ a + RIDGE * jnp.eye(a.shape[1], dtype=a.dtype)
         inverse = jnp.linalg.pinv(gram, hermitian=True)
-        # Rounding in the inverse would move padded rows, which Adam would then blow up.
+        # Rounding in the inverse would move padded rows, and Adam would make the movement large.
         inverse = jnp.where(live[:, None] & live[None, :], inverse, 0)
         return inverse @ grad / jnp.square(scale).astype(a.dtype)
 
@@ -143,7 +149,7 @@ class _AdamState(NamedTuple):
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam with an eps that is not corrected for bias: sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)."""
+    """Adam whose eps is not corrected for bias: sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)."""
 
     def init(params: PyTree) -> _AdamState:
         return _AdamState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
@@ -163,7 +169,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 
 def _descend_then_decay(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransformation:
-    """u = -lr d, then decay of what the step has reached: u - lr decay (p + u)."""
+    """u = -lr d, then decay of the new value: u - lr decay (p + u)."""
 
     def init(params: PyTree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
@@ -171,11 +177,11 @@ def _descend_then_decay(rate: optax.ScalarOrSchedule, decay: float) -> optax.Gra
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.ScaleByScheduleState]:
         lr = rate(state.count) if callable(rate) else rate
 
-        def one(direction: Array, leaf: Array) -> Array:
-            own = jnp.asarray(lr, leaf.dtype)
-            step = -own * direction
-            return step - own * decay * (leaf + step)
+        def decayed_step(direction: Array, leaf: Array) -> Array:
+            leaf_lr = jnp.asarray(lr, leaf.dtype)
+            step = -leaf_lr * direction
+            return step - leaf_lr * decay * (leaf + step)
 
-        return jax.tree.map(one, updates, params), optax.ScaleByScheduleState(state.count + 1)
+        return jax.tree.map(decayed_step, updates, params), optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)

@@ -11,18 +11,20 @@ from sborax.adapters.compose import with_parts
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, is_adapter
 
 ONE_AXIS = ("scale", "bias")
-"""Base leaves of one axis, stacks left out: scales of norms and biases."""
+"""Base leaves that have one axis apart from stacks: scales of norms, and biases."""
 
 
 def groups(tree: PyTree) -> PyTree:
     """The group of every trained leaf, by PEFT's rules: "a", "b" or "b_no_decay".
 
-    "b": leaves of adapters that their method declares in `group_b`, and scales of norms.
-    "b_no_decay": biases, which weight decay should leave alone. "a": everything else.
-    PEFT's fourth group is adapters of embedding tables, which sborax has not.
+    - "b": leaves of adapters that their method declares in `group_b`, and scales of norms.
+    - "b_no_decay": biases, which should not decay.
+    - "a": everything else.
+
+    PEFT has a fourth group, adapters of embedding tables, which sborax does not have.
     """
 
-    def of_leaf(path: tuple, node: Any) -> Any:
+    def group_of(path: tuple, node: Any) -> Any:
         if is_adapter(node):
             return _of_adapter(node)
         name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
@@ -30,7 +32,7 @@ def groups(tree: PyTree) -> PyTree:
             return "b_no_decay" if name == "bias" else "b"
         return "a"
 
-    return jax.tree_util.tree_map_with_path(of_leaf, tree, is_leaf=is_adapter)
+    return jax.tree_util.tree_map_with_path(group_of, tree, is_leaf=is_adapter)
 
 
 def _of_adapter(node: Adapter) -> Any:
@@ -42,13 +44,15 @@ def _of_adapter(node: Adapter) -> Any:
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
-    """The last link of a chain: updates of the leaves in group b (see `groups`) times `ratio`.
+    """Multiplies the updates of the leaves in group b (see `groups`) by `ratio`. arXiv:2402.12354
 
-    lr_b = ratio * lr_a for every optimiser whose update is linear in its rate, decoupled weight decay included:
-    `optax.chain(optax.adamw(lr), lora_plus(16.0))`.
+    As the last link of a chain, `optax.chain(optax.adamw(lr), lora_plus(16.0))`, it makes lr_b = ratio * lr_a for every
+    optimiser whose update, including decoupled weight decay, is linear in its learning rate.
 
-    ratio: lr_b / lr_a, at least 1 (PEFT's example: 16; the harder the task the larger, with half the usual lr).
-    Raises SboraxError for a ratio below 1, and in `init` if every leaf is in group "a". arXiv:2402.12354
+    Args:
+    - ratio: lr_b / lr_a, at least 1 (PEFT's example: 16; the harder the task the larger, with half the usual lr).
+
+    Raises SboraxError for a ratio below 1, and in `init` if every leaf is in group "a".
     """
     if ratio < 1.0:
         raise SboraxError(f"lora_plus: ratio must be at least 1, got {ratio}")

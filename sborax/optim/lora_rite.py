@@ -1,7 +1,7 @@
 """LoRA-RITE: LoRA Done RITE, Robust Invariant Transformation Equilibration, arXiv:2410.20625.
 
-A step that depends on a and b through their product alone: replacing (a, b) by (a R, R^-1 b) changes no update of
-a b. Each factor's gradient is read in an orthonormal basis of the other one, where its size no longer matters.
+Steps depend on a and b through their product alone: replacing (a, b) by (a R, R^-1 b) changes no update of a b. Each
+factor's gradient is expressed in an orthonormal basis of the other factor, so that the size of that factor cancels.
 """
 
 import functools
@@ -17,10 +17,12 @@ from sborax.optim.pairs import Pair, over_pairs, pairs, replace_pairs, sides
 
 
 class Side(NamedTuple):
-    """Statistics of one factor, held in the basis of the other one.
+    """Statistics of one factor, in the basis of the other one.
 
-    v: (rank, rank) second moment. m: (rows, rank) first moment. u: (rows, rank) this factor's own former basis.
-    rho: second moment that left with former bases, per entry of v's diagonal.
+    - v: second moment, (rank, rank).
+    - m: first moment, (rows, rank).
+    - u: this factor's basis in the step before, (rows, rank).
+    - rho: second moment lost with former bases, per entry of v's diagonal.
     """
 
     v: Float[Array, "*stack rank rank"]
@@ -30,14 +32,19 @@ class Side(NamedTuple):
 
 
 class LoRARiteState(NamedTuple):
-    """Steps made, and both sides of every pair by its path."""
+    """The number of steps made, and both sides of every pair by its path."""
 
     count: Int[Array, ""]
     sides: dict[str, tuple[Side, Side]]
 
 
 class _Unmagnified(NamedTuple):
-    """One factor in this step. grad: in the other's basis. basis: its own. inverse: pseudo-inverse of its triangle."""
+    """One factor in this step.
+
+    - grad: in the other factor's basis.
+    - basis: orthonormal basis of this factor's columns.
+    - inverse: pseudo-inverse of the triangle R in factor = basis R.
+    """
 
     grad: Float[Array, "rows rank"]
     basis: Float[Array, "rows rank"]
@@ -54,19 +61,23 @@ def scale_by_lora_rite(
     cap: float | None = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Directions of LoRA-RITE for every pair of leaves a, b; `rest` (Adam by default) for other leaves.
+    """Directions of LoRA-RITE for every pair of leaves a, b, and of `rest` for other leaves. arXiv:2410.20625
 
     With a = U_a R_a and b^T = U_b R_b (QR; the polar factors give the same trajectory), for a, and for b alike:
     g = grad_a R_b^+, zero if RMS(g) > skip, all pairs scaled to global norm <= clip;  P = U_b^T U_b,former;
     V <- b2_t P V P^T + (1 - b2_t) g^T g / in;  S = g (V + rho I)^(-1/2);  M <- b1_t M P^T + (1 - b1_t) S;
     direction M R_b^+T.  b_t = b (1 - b^(t-1)) / (1 - b^t) corrects for bias.
 
-    b1, b2, eps, clip, skip: authors' defaults; None for no clipping, no skipping. Put no other clipping in front:
+    Args:
+    - b1, b2, eps: decay rates of the moments, and what is added to roots of eigenvalues. Defaults: the authors'.
+    - clip: largest global norm of all g; None for no clipping. Default: the authors'. Put no other clipping in front:
         it would depend on the sizes of a and b.
-    escape: add the second moment that a changed basis left behind, rho (paper: on; authors' code: off).
-    cap: largest RMS of the applied M, or None.
+    - skip: largest RMS of a g that is not skipped; None for no skipping. Default: the authors'.
+    - escape: add rho, the second moment that is lost when a basis changes (paper: on; authors' code: off).
+    - cap: largest RMS of the applied M; None (default) for no cap.
+    - rest: for leaves that are in no pair; None (default) for Adam with b1 and b2.
 
-    `update` needs `params`. Stacks are mapped over; padded ranks stay zero. Leaves of 32 bits or more.
+    `update` needs `params`. Stacks are mapped over; padded ranks stay zero. Leaves must have 32 bits or more.
     Raises SboraxError for a rank above either side, for a tree without a pair, and without `params`.
     """
     pair = _pairs_alone(b1, b2, eps, clip, skip, escape, cap)
@@ -92,12 +103,16 @@ def lora_rite(
     rest: optax.GradientTransformation | None = None,
     mask: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA-RITE as an optimiser: `scale_by_lora_rite`, decoupled weight decay, the learning rate.
+    """LoRA-RITE as an optimiser: `scale_by_lora_rite`, decoupled weight decay, the learning rate. arXiv:2410.20625
 
-    learning_rate: authors' 1e-3. A step moves a b by about lr sqrt(in rank), however large a and b are, so that rates
-        do not compare with Adam's; leaves in no pair can be given another one: `rest=chain(scale_by_adam(), scale(f))`.
-    balance: after each step give a and b the same norm, a b unchanged (`balance_pairs`).
-    mask: which leaves decay, as in `optax.adamw`. Others as in `scale_by_lora_rite`. arXiv:2410.20625
+    Args:
+    - learning_rate: a number, or a schedule by step; the authors' is 1e-3. A step moves a b by about lr sqrt(in rank),
+        however large a and b are, so that rates do not compare with Adam's. Leaves in no pair can have another rate:
+        `rest=chain(scale_by_adam(), scale(factor))`.
+    - weight_decay: decoupled weight decay.
+    - balance: after each step give a and b the same norm without changing a b (`balance_pairs`).
+    - mask: the leaves that decay, as in `optax.adamw`.
+    - b1, b2, eps, clip, skip, escape, cap, rest: as in `scale_by_lora_rite`.
     """
     links = [
         scale_by_lora_rite(b1, b2, eps, clip, skip, escape, cap, rest),
@@ -108,19 +123,23 @@ def lora_rite(
 
 
 def balance_pairs() -> optax.GradientTransformation:
-    """After the step, a <- a sqrt(|b| / |a|), b <- b sqrt(|a| / |b|) (Frobenius norms + 1e-6): the last of a chain."""
+    """As the last link of a chain: after the step, a <- a sqrt(|b| / |a|) and b <- b sqrt(|a| / |b|).
 
-    def one(step_a: Array, step_b: Array, a: Array, b: Array) -> Pair:
+    |x| is the Frobenius norm plus 1e-6.
+    """
+
+    def balanced_steps(step_a: Array, step_b: Array, a: Array, b: Array) -> Pair:
         new_a, new_b = a + step_a, b + step_b
         norm_a, norm_b = jnp.linalg.norm(new_a) + 1e-6, jnp.linalg.norm(new_b) + 1e-6
         target = jnp.sqrt(norm_a * norm_b)
         return new_a * (target / norm_a) - a, new_b * (target / norm_b) - b
 
     def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
-        known, steps = pairs(params), pairs(updates)
-        return replace_pairs(
-            updates, {path: over_pairs(one, known[path][0].ndim - 2)(*steps[path], *known[path]) for path in steps}
-        )
+        factors, balanced = pairs(params), {}
+        for path, steps in pairs(updates).items():
+            a, b = factors[path]
+            balanced[path] = over_pairs(balanced_steps, a.ndim - 2)(*steps, a, b)
+        return replace_pairs(updates, balanced)
 
     return optax.stateless(update)
 
@@ -129,44 +148,44 @@ def _pairs_alone(
     b1: float, b2: float, eps: float, clip: float | None, skip: float | None, escape: bool, cap: float | None
 ) -> optax.GradientTransformation:
     def init(params: PyTree) -> LoRARiteState:
-        known = pairs(params)
-        if not known:
+        factors = pairs(params)
+        if not factors:
             raise SboraxError("lora_rite: no adapter has a pair of trained factors a, b; use another optimizer")
-        for path, (a, b) in known.items():
+        for path, (a, b) in factors.items():
             if a.shape[-1] > min(a.shape[-2], b.shape[-1]):
                 raise SboraxError(
                     f"lora_rite: {path}: rank {a.shape[-1]} is above a side of ({a.shape[-2]}, {b.shape[-1]})"
                 )
         return LoRARiteState(
-            jnp.zeros((), jnp.int32), {path: (_zero(a), _zero(b.mT)) for path, (a, b) in known.items()}
+            jnp.zeros((), jnp.int32), {path: (_zero(a), _zero(b.mT)) for path, (a, b) in factors.items()}
         )
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, LoRARiteState]:
         if params is None:
             raise SboraxError("lora_rite: update needs params")
-        grads, known = pairs(updates), pairs(params)
+        grads, factors = pairs(updates), pairs(params)
         count = state.count + 1
         with jax.default_matmul_precision("highest"):
-            read = {}
-            for path, pair in known.items():
-                unmagnified = over_pairs(functools.partial(_unmagnify, skip=skip), pair[0].ndim - 2)
-                read[path] = unmagnified(grads[path], pair)
-            factor = _clip_factor([side.grad for both in read.values() for side in both], clip)
-            new, kept = {}, {}
-            for path, (side_a, side_b) in read.items():
-                a, _ = known[path]
+            unmagnified = {}
+            for path, pair in factors.items():
+                unmagnify = over_pairs(functools.partial(_unmagnify, skip=skip), pair[0].ndim - 2)
+                unmagnified[path] = unmagnify(grads[path], pair)
+            shrink = _clip_factor([side.grad for both in unmagnified.values() for side in both], clip)
+            directions, new_sides = {}, {}
+            for path, (side_a, side_b) in unmagnified.items():
+                a, _ = factors[path]
 
-                def one(own: _Unmagnified, other: _Unmagnified, state: Side, former: Array) -> tuple[Array, Side]:
-                    t = count.astype(own.grad.dtype)
+                def direct(this: _Unmagnified, other: _Unmagnified, old: Side, former: Array) -> tuple[Array, Side]:
+                    t = count.astype(this.grad.dtype)
                     first, second = _decay(b1, t), _decay(b2, t)
-                    return _direct(own, other, state, former, factor.astype(t.dtype), first, second, eps, escape, cap)
+                    return _direct(this, other, old, former, shrink.astype(t.dtype), first, second, eps, escape, cap)
 
-                mapped = over_pairs(one, a.ndim - 2)
+                mapped = over_pairs(direct, a.ndim - 2)
                 old_a, old_b = state.sides[path]
                 step_a, new_a = mapped(side_a, side_b, old_a, old_b.u)
                 step_b, new_b = mapped(side_b, side_a, old_b, old_a.u)
-                new[path], kept[path] = (step_a, step_b.mT), (new_a, new_b)
-        return replace_pairs(updates, new), LoRARiteState(count, kept)
+                directions[path], new_sides[path] = (step_a, step_b.mT), (new_a, new_b)
+        return replace_pairs(updates, directions), LoRARiteState(count, new_sides)
 
     return optax.GradientTransformation(init, update)
 
@@ -178,7 +197,7 @@ def _zero(factor: Float[Array, "*stack rows rank"]) -> Side:
 
 
 def _unmagnify(grads: Pair, factors: Pair, skip: float | None) -> tuple[_Unmagnified, _Unmagnified]:
-    """Both factors decomposed, with their gradients in each other's bases."""
+    """Both factors, decomposed, with their gradients in each other's basis."""
     (grad_a, grad_b), (a, b) = grads, factors
     # Padding is a tail of columns that are zero in both factors, but QR would give them a direction.
     used = jnp.any(a != 0, axis=0) | jnp.any(b != 0, axis=1)
@@ -186,22 +205,23 @@ def _unmagnify(grads: Pair, factors: Pair, skip: float | None) -> tuple[_Unmagni
     basis_a, inverse_a = _decompose(a, live)
     basis_b, inverse_b = _decompose(b.T, live)
 
-    def read(grad: Array, inverse: Array) -> Array:
-        own = grad @ inverse
+    def in_basis(grad: Array, inverse: Array) -> Array:
+        unmagnified = grad @ inverse
         if skip is None:
-            return own
-        return jnp.where(jnp.sqrt(jnp.mean(jnp.square(own))) > skip, jnp.zeros_like(own), own)
+            return unmagnified
+        rms = jnp.sqrt(jnp.mean(jnp.square(unmagnified)))
+        return jnp.where(rms > skip, jnp.zeros_like(unmagnified), unmagnified)
 
     return (
-        _Unmagnified(read(grad_a, inverse_b), basis_a, inverse_a),
-        _Unmagnified(read(grad_b.T, inverse_a), basis_b, inverse_b),
+        _Unmagnified(in_basis(grad_a, inverse_b), basis_a, inverse_a),
+        _Unmagnified(in_basis(grad_b.T, inverse_a), basis_b, inverse_b),
     )
 
 
 def _decompose(
     factor: Float[Array, "rows rank"], live: Bool[Array, " rank"]
 ) -> tuple[Float[Array, "rows rank"], Float[Array, "rank rank"]]:
-    """Basis and pseudo-inverse of the triangle of a QR decomposition, zero at padded ranks."""
+    """The basis of a QR decomposition and the pseudo-inverse of its triangle, both zero at padded ranks."""
     basis, triangle = jnp.linalg.qr(factor)
     both = live[:, None] & live[None, :]
     inverse = jnp.linalg.pinv(jnp.where(both, triangle, 0), rtol=factor.shape[1] * jnp.finfo(factor.dtype).eps)
@@ -209,7 +229,7 @@ def _decompose(
 
 
 def _clip_factor(grads: list[Array], clip: float | None) -> Float[Array, ""]:
-    """What brings the global norm of the unmagnified gradients down to `clip`."""
+    """The factor, at most 1, that brings the global norm of the unmagnified gradients down to `clip`."""
     if clip is None or not grads:
         return jnp.ones(())
     norm = optax.tree.norm(grads)
@@ -221,34 +241,34 @@ def _decay(beta: float, t: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _direct(
-    own: _Unmagnified,
+    this: _Unmagnified,
     other: _Unmagnified,
-    state: Side,
+    old: Side,
     former: Float[Array, "cols rank"],
-    factor: Float[Array, ""],
+    shrink: Float[Array, ""],
     first: Float[Array, ""],
     second: Float[Array, ""],
     eps: float,
     escape: bool,
     cap: float | None,
 ) -> tuple[Float[Array, "rows rank"], Side]:
-    """Direction and new statistics of one factor; `former` is the other's basis in the step before."""
-    grad = factor * own.grad
+    """Direction and new statistics of one factor; `former` is the other factor's basis in the step before."""
+    grad = shrink * this.grad
     move = other.basis.T @ former
-    carried = _symmetric(move @ state.v @ move.T)
-    rho = state.rho
+    carried = _symmetric(move @ old.v @ move.T)
+    rho = old.rho
     if escape:
-        rho = second * (rho + _escaped(state.v, carried))
+        rho = second * (rho + _escaped(old.v, carried))
     v = _symmetric(second * carried + (1 - second) * (grad.T @ grad) / grad.shape[0])
-    m = first * (state.m @ move.T) + (1 - first) * (grad @ _inverse_root(v, rho, eps))
+    m = first * (old.m @ move.T) + (1 - first) * (grad @ _inverse_root(v, rho, eps))
     applied = m
     if cap is not None:
         applied = m / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(m))) / cap)
-    return applied @ other.inverse.T, Side(v, m, own.basis, rho)
+    return applied @ other.inverse.T, Side(v, m, this.basis, rho)
 
 
 def _escaped(before: Float[Array, "rank rank"], after: Float[Array, "rank rank"]) -> Float[Array, ""]:
-    """The largest fall of an eigenvalue, at most that of the trace."""
+    """The largest decrease of an eigenvalue, but at most that of the trace, and at least 0."""
     fall = jnp.max(jnp.linalg.eigvalsh(before) - jnp.linalg.eigvalsh(after))
     return jnp.maximum(jnp.minimum(fall, jnp.trace(before) - jnp.trace(after)), 0)
 

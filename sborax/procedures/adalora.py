@@ -1,8 +1,8 @@
-"""AdaLoRA's budget: singular values are zeroed over the run, the least important first, arXiv:2303.10512."""
+"""AdaLoRA's budget: the least important singular values are zeroed over the run, arXiv:2303.10512."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +13,19 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters.core import Adapter, SboraxError, is_adapter, width
 from sborax.adapters.leaves import nest
-from sborax.adapters.tree import Adapters, nodes
+from sborax.adapters.tree import nodes
 from sborax.methods.adalora import AdaLoRA
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
+from sborax.procedures.in_place import AbstractInPlace, adapters_by_path, check_layers, find_state, replace_state
+from sborax.procedures.procedure import Boundary, Run
 
 
 class BudgetState(NamedTuple):
-    """The last gradient, the running importance of every trained entry and its uncertainty, and 0/1 for every e."""
+    """What the budget is decided by.
+
+    - grads: of the last step.
+    - importance, uncertainty: running means of every trained entry.
+    - kept: by path of the kernel, 0 for every e that is pruned, else 1.
+    """
 
     grads: PyTree
     importance: PyTree
@@ -28,23 +34,23 @@ class BudgetState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaLoRABudget(AbstractProcedure):
+class AdaLoRABudget(AbstractInPlace):
     """Zero e where the score of (column of a, e, row of b) is low, so that `target` ranks a weight are left on average.
 
     I = |p dp|, S <- beta1 S + (1 - beta1) I, U <- beta2 U + (1 - beta2) |I - S|; score = S U of e + mean of S U over
     the column of a + mean over the row of b. p is taken after the step, dp before it, as in PEFT.
 
-    target: ranks left a weight, on average over all of them (PEFT's `target_r`: 8).
-    warmup, cooldown: steps before the budget falls and after it has (PEFT's `tinit`, `tfinal`: 0).
-    every: steps between two prunings (PEFT's `deltaT`: 1).
-    beta1, beta2: of the running means (paper and PEFT: 0.85).
-    orthogonality: weight of `orthogonality` in the loss (PEFT: 0.5); its gradient joins after clipping.
+    - target: ranks left a weight, on average over all of them (PEFT's `target_r`: 8).
+    - warmup, cooldown: steps before the budget falls and after it has (PEFT's `tinit`, `tfinal`: 0).
+    - every: steps between two prunings (PEFT's `deltaT`: 1).
+    - beta1, beta2: of the running means (paper and PEFT: 0.85).
+    - orthogonality: weight of `orthogonality` in the loss (PEFT: 0.5); its gradient is added after clipping.
 
-    What was zeroed may grow again and be kept at the next pruning, until the cool-down. All adapters must be `AdaLoRA`.
+    Entries that were zeroed may grow again and be kept at the next pruning, until the cool-down. All adapters must be
+    `AdaLoRA`.
     """
 
     paper = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv:2303.10512"
-    resets = False
 
     target: int = 8
     warmup: int = 0
@@ -84,7 +90,7 @@ class AdaLoRABudget(AbstractProcedure):
             def zeros() -> PyTree:
                 return jax.tree.map(jnp.zeros_like, params)
 
-            kept = {path: jnp.ones_like(node.train["e"]) for path, node in _by_path(params).items()}
+            kept = {path: jnp.ones_like(node.train["e"]) for path, node in adapters_by_path(params).items()}
             return BudgetState(zeros(), zeros(), zeros(), kept)
 
         def update(
@@ -96,14 +102,11 @@ class AdaLoRABudget(AbstractProcedure):
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
-        return boundary
-
     def due(self, step: int, run: Run) -> bool:
         return True
 
     def budget(self, step: int, steps: int, first: int, weights: int) -> int:
-        """How many ranks are left after `step` of `steps` steps, of `first` in all `weights` weights: cubic decay."""
+        """The ranks left in all `weights` weights after `step` of `steps` steps, from `first` down: cubic decay."""
         last = self.target * weights
         if step <= self.warmup:
             return first
@@ -111,59 +114,40 @@ class AdaLoRABudget(AbstractProcedure):
         return int((first - last) * left**3 + last)
 
     def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
-        found = nodes(boundary.adapters)
-        live = {path: _live(node) for path, node in found.items()}
+        adapters = nodes(boundary.adapters)
+        live = {path: _live(node) for path, node in adapters.items()}
         first = int(sum(mask.sum() for mask in live.values()))
         weights = sum(mask[..., 0].size for mask in live.values())
         end = run.steps - self.cooldown
         prunes = step == end or (self.warmup < step < end and step % self.every == 0)
-        gone = first - min(first, self.budget(step, run.steps, first, weights))
-
-        def one(state: Any) -> Any:
-            if not isinstance(state, BudgetState):
-                return state
-            state = self._seen(state, found) if step < end else state
-            return state._replace(kept=pruned(_scores(state), live, gone)) if prunes else state
-
-        opt = jax.tree.map(one, boundary.opt, is_leaf=_is_state)
-        boundary = dataclasses.replace(boundary, opt=opt)
+        state = find_state(boundary.opt, BudgetState)
+        assert state is not None
+        if step < end:
+            state = self._with_means(state, adapters)
+        if prunes:
+            zeroed = first - min(first, self.budget(step, run.steps, first, weights))
+            state = state._replace(kept=pruned(_scores(state), live, zeroed))
+        boundary = dataclasses.replace(boundary, opt=replace_state(boundary.opt, state))
         if not prunes and step < end:
             return boundary
-        (state,) = [leaf for leaf in jax.tree.leaves(opt, is_leaf=_is_state) if _is_state(leaf)]
-        zeroed = {path: _with_e(node, node.train["e"] * state.kept[path]) for path, node in found.items()}
-        return dataclasses.replace(boundary, adapters=nest(zeroed))
+        masked = {path: _with_e(node, node.train["e"] * state.kept[path]) for path, node in adapters.items()}
+        return dataclasses.replace(boundary, adapters=nest(masked))
 
-    def replay(
-        self,
-        key_of: Callable[[int], Key[Array, ""]],
-        done: int,
-        run: Run,
-        boundary: Boundary,
-        kept: Callable[[int], Adapters],
-    ) -> Boundary:
-        return boundary
-
-    def settle(self, boundary: Boundary) -> Boundary:
-        return boundary
-
-    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
-        return segments[-1]
-
-    def _seen(self, state: BudgetState, found: dict[str, Adapter]) -> BudgetState:
+    def _with_means(self, state: BudgetState, adapters: Mapping[str, Adapter]) -> BudgetState:
         """The running means after one more step."""
 
-        def now(path: tuple[Any, ...], grads: Any) -> Any:
+        def trained_now(path: tuple[Any, ...], grads: Any) -> Any:
             if not is_adapter(grads):
                 return grads
-            where = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("adapters/")
-            return Adapter(found[where].train, grads.frozen, grads.method, grads.in_axes)
+            kernel = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("adapters/")
+            return Adapter(adapters[kernel].train, grads.frozen, grads.method, grads.in_axes)
 
-        params = jax.tree_util.tree_map_with_path(now, state.grads, is_leaf=is_adapter)
-        own = jax.tree.map(lambda p, grad: jnp.abs(p * grad), params, state.grads)
-        mean = jax.tree.map(lambda old, new: self.beta1 * old + (1 - self.beta1) * new, state.importance, own)
+        params = jax.tree_util.tree_map_with_path(trained_now, state.grads, is_leaf=is_adapter)
+        importance = jax.tree.map(lambda p, grad: jnp.abs(p * grad), params, state.grads)
+        mean = jax.tree.map(lambda old, new: self.beta1 * old + (1 - self.beta1) * new, state.importance, importance)
         spread = jax.tree.map(
             lambda old, new, centre: self.beta2 * old + (1 - self.beta2) * jnp.abs(new - centre),
-            state.uncertainty, own, mean,
+            state.uncertainty, importance, mean,
         )  # fmt: skip
         return state._replace(importance=mean, uncertainty=spread)
 
@@ -174,43 +158,34 @@ def orthogonality(adapters: PyTree) -> Float[Array, ""]:
     The regulariser of arXiv:2303.10512, eq. 4, averaged as PEFT does; padded ranks do not count.
     Raises SboraxError if there is no such adapter.
     """
-    own = [node for node in nodes(adapters).values() if isinstance(node.method, AdaLoRA)]
-    if not own:
+    adapted = [node for node in nodes(adapters).values() if isinstance(node.method, AdaLoRA)]
+    if not adapted:
         raise SboraxError("no adapter is AdaLoRA: there is nothing to keep orthogonal")
 
-    def off(gram: Float[Array, "*stack r r"], live: np.ndarray) -> Float[Array, "..."]:
+    def distance(gram: Float[Array, "*stack r r"], live: np.ndarray) -> Float[Array, "..."]:
         square = jnp.sum(jnp.square(gram - live[..., None] * np.eye(gram.shape[-1], dtype=np.float32)), axis=(-2, -1))
         # The gradient of a norm at zero is not a number.
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny)).reshape(-1)
 
     parts = []
-    for node in own:
+    for node in adapted:
         a, b, live = node.train["a"], node.train["b"], _live(node)
         with jax.default_matmul_precision("highest"):
-            parts += [off(a.mT @ a, live), off(b @ b.mT, live)]
+            parts += [distance(a.mT @ a, live), distance(b @ b.mT, live)]
     return jnp.mean(jnp.concatenate(parts))
 
 
 def pruned(
-    scores: Mapping[str, Float[Array, "*stack rank"]], live: Mapping[str, np.ndarray], gone: int
+    scores: Mapping[str, Float[Array, "*stack rank"]], live: Mapping[str, np.ndarray], count: int
 ) -> dict[str, Float[Array, "*stack rank"]]:
-    """0 for the `gone` lowest scores of all weights together, and for what equals the highest of them, as PEFT."""
+    """0 for the `count` lowest scores of all weights together, and for ties with the highest of them, as in PEFT."""
     flat = jnp.concatenate([jnp.where(live[path] > 0, score, jnp.inf).reshape(-1) for path, score in scores.items()])
-    bound = jnp.sort(flat)[gone - 1] if gone else -jnp.inf
+    bound = jnp.sort(flat)[count - 1] if count else -jnp.inf
     return {path: (score > bound).astype(jnp.float32) for path, score in scores.items()}
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, BudgetState)
-
-
-def _by_path(tree: PyTree) -> dict[str, Adapter]:
-    """Adapters by path, whether the tree is theirs alone or a training state's."""
-    return {path.removeprefix("adapters/"): node for path, node in nodes(tree).items()}
-
-
 def _scores(state: BudgetState) -> dict[str, Float[Array, "*stack rank"]]:
-    product = _by_path(jax.tree.map(jnp.multiply, state.importance, state.uncertainty))
+    product = adapters_by_path(jax.tree.map(jnp.multiply, state.importance, state.uncertainty))
     return {
         path: node.train["e"] + node.train["a"].mean(axis=-2) + node.train["b"].mean(axis=-1)
         for path, node in product.items()
@@ -218,7 +193,7 @@ def _scores(state: BudgetState) -> dict[str, Float[Array, "*stack rank"]]:
 
 
 def _live(node: Adapter) -> np.ndarray:
-    """1 for the ranks in use, 0 for padding, (*stack, rank) float32."""
+    """1 for ranks in use, 0 for padding: (*stack, rank), float32."""
     rank, shape = node.method.rank, node.train["e"].shape
     if not isinstance(rank, tuple):
         return np.ones(shape, np.float32)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,29 +14,27 @@ from sborax.adapters.core import Adapter, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.tree import Adapters, nodes
 from sborax.optim.pairs import sides
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
-from sborax.procedures.segment import check_segments, fold, fresh, one_adapter, replay_segments, widened
+from sborax.procedures.procedure import Boundary, Run
+from sborax.procedures.segment import AbstractSegmented, check_segments, fold, fresh, widened
 
 
 @dataclasses.dataclass(frozen=True)
-class XGBLoRA(AbstractProcedure):
+class XGBLoRA(AbstractSegmented):
     """Boosters one after the other: a few steps on some random layers, W <- W + rate s a b in float32, discard.
 
-    every: steps of a booster, kappa (the paper's values are not known; default 8).
-    layers: how many layers a booster has, drawn anew without replacement; None (default): a third of them, the paper's
-        best being 11 of LLaMA3-8B's 32.
-    rate: of the merge, alpha_t (paper: 1). With 1 the function does not change at a boundary.
-    penalty: of |a|^2 / 2 and |b|^2 / 2 in the loss (paper's eq. 7, value unknown; default 0).
-    requantise: allow a quantised base, whose rounding errors then add up.
+    - every: steps of a booster, kappa (the paper's values are not known; default 8).
+    - layers: how many layers a booster has, drawn anew without replacement; None (default): a third of them, the
+        paper's best being 11 of LLaMA3-8B's 32.
+    - rate: of the merge, alpha_t (paper: 1). With 1 the function does not change at a boundary.
+    - penalty: of |a|^2 / 2 and |b|^2 / 2 in the loss (paper's eq. 7, value unknown; default 0).
+    - requantise: allow a quantised base, whose rounding errors then add up.
 
-    Use `LoRA(rank=1)`, the paper's best rank. Layers that are not drawn have a = b = 0, which trains to zero. Adapted
-    kernels are held in float32. A weight's whole change has at most the rank of the boosters that drew its layer. One
-    booster with all layers is plain LoRA.
+    Use `LoRA(rank=1)`, the paper's best rank. Layers that are not drawn have a = b = 0, which stay zero in training.
+    Adapted kernels are held in float32. The total change of a weight has at most the rank of the boosters that drew its
+    layer. One booster with all layers is plain LoRA.
     """
 
     paper = "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs, arXiv:2410.19694"
-    resets = True
-    folds = True
 
     every: int = 8
     layers: int | None = None
@@ -70,7 +67,7 @@ class XGBLoRA(AbstractProcedure):
 
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
         for path, node in nodes(boundary.adapters).items():
-            # With one of them frozen, the other would train in layers that are not drawn, too.
+            # If one of them were frozen, the other would train in layers that are not drawn, too.
             if not {"a", "b"} <= set(node.train):
                 raise SboraxError(f"XGBLoRA: {path}: {type(node.method).__name__} trains no pair a, b; use LoRA")
         drawn = self._draw(key, run, boundary.adapters)
@@ -84,46 +81,29 @@ class XGBLoRA(AbstractProcedure):
         drawn = self._draw(jax.random.fold_in(key, 1), run, fresh(key, run, base))
         return dataclasses.replace(boundary, adapters=drawn, base=base)
 
-    def replay(
-        self,
-        key_of: Callable[[int], Key[Array, ""]],
-        done: int,
-        run: Run,
-        boundary: Boundary,
-        kept: Callable[[int], Adapters],
-    ) -> Boundary:
-        return replay_segments(self, key_of, done, run, boundary, kept)
-
-    def settle(self, boundary: Boundary) -> Boundary:
-        return boundary
-
-    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
-        # The last booster was never merged: the model that was trained has it at full size.
-        return one_adapter(segments, [self.rate] * (len(segments) - 1) + [1.0], run)
-
     def _draw(self, key: Key[Array, ""], run: Run, adapters: Adapters) -> Adapters:
         count = self.layers or math.ceil(depth(run) / 3)
         order = jax.random.permutation(key, depth(run))
         drawn = jnp.zeros(depth(run), bool).at[order[:count]].set(True)
         sites = {site.path: site for site in run.plan.sites}
 
-        def one(path: str, node: Adapter) -> Adapter:
-            own = jnp.asarray(sites[path].layers).reshape(sites[path].stack)
-            return _only(drawn[own], node)
+        def zero_others(path: str, node: Adapter) -> Adapter:
+            layers = jnp.asarray(sites[path].layers).reshape(sites[path].stack)
+            return _only(drawn[layers], node)
 
-        return nest({path: one(path, node) for path, node in nodes(adapters).items()})
+        return nest({path: zero_others(path, node) for path, node in nodes(adapters).items()})
 
 
 def depth(run: Run) -> int:
-    """How many layers there are up to the last adapted one."""
+    """The number of layers up to the last adapted one."""
     return 1 + max(max(site.layers) for site in run.plan.sites)
 
 
 def _only(drawn: Bool[Array, "*stack"], node: Adapter) -> Adapter:
     """The adapter with zeros in the layers that are not drawn."""
 
-    def one(leaf: Array) -> Array:
-        spread = drawn.reshape(*drawn.shape, *[1] * (leaf.ndim - drawn.ndim))
-        return jnp.where(spread, leaf, jnp.zeros_like(leaf))
+    def masked_leaf(leaf: Array) -> Array:
+        mask = drawn.reshape(*drawn.shape, *[1] * (leaf.ndim - drawn.ndim))
+        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
-    return dataclasses.replace(node, train=jax.tree.map(one, node.train))
+    return dataclasses.replace(node, train=jax.tree.map(masked_leaf, node.train))

@@ -1,4 +1,4 @@
-"""How much a model's loss depends on its attention heads and MLP channels, from the gradients of LoRA alone."""
+"""Importance of attention heads and MLP channels to the loss, from the gradients of LoRA alone."""
 
 import functools
 from collections.abc import Mapping
@@ -11,14 +11,15 @@ from jaxtyping import Array, Float, PyTree
 
 from sborax.adapters.core import Adapter
 from sborax.adapters.paths import Site
-from sborax.adapters.tree import nodes, over_stack, stack_of
+from sborax.adapters.tree import over_stack, stack_of
 from sborax.methods.masked import Masked
+from sborax.procedures.in_place import adapters_by_path
 
 BLOCKS: Mapping[str, Mapping[str, Literal["in", "out"]]] = {
     "self_attn": {"q_proj": "out", "k_proj": "out", "v_proj": "out", "o_proj": "in"},
     "mlp": {"gate_proj": "out", "up_proj": "out", "down_proj": "in"},
 }
-"""For the projections of each block, on which side their groups are. Outputs are masked, inputs follow."""
+"""The side of each block's projections that is cut into groups. Outputs are masked; inputs follow from them."""
 
 
 def block_of(path: str) -> tuple[str, str, str]:
@@ -28,7 +29,11 @@ def block_of(path: str) -> tuple[str, str, str]:
 
 
 class LoRAPruneState(NamedTuple):
-    """scores: running importance of every group. masks: 0 where it is pruned. By block, `(*stack, groups)`."""
+    """What pruning is decided by, by path of the block, `(*stack, groups)`.
+
+    - scores: running importance of every group.
+    - masks: 0 where a group is pruned, else 1.
+    """
 
     scores: dict[str, Float[Array, "*stack groups"]]
     masks: dict[str, Float[Array, "*stack groups"]]
@@ -55,8 +60,10 @@ def group_scores(
 ) -> Float[Array, " groups"]:
     """sum over each group of |change * weight|^power, the groups' vector scaled to length 1 (plus 1e-8).
 
-    change: gradient of the weight, or what stands for it; ones for importance by magnitude.
-    side: which axis is cut into `groups` runs of equal length.
+    Args:
+    - change: gradient of the weight, or an estimate of it; ones for importance by magnitude.
+    - side: the axis that is cut into `groups` runs of equal length.
+    - normalise: False for the sums as they are.
     """
     channels = jnp.sum(jnp.abs(change * weight) ** power, axis=1 if side == "in" else 0)
     scores = jnp.sum(channels.reshape(groups, -1), axis=1)
@@ -76,9 +83,13 @@ def block_scores(
     power: int,
     metric: Literal["lora", "magnitude"],
 ) -> dict[str, Float[Array, "*stack groups"]]:
-    """Sum of the scores of a block's projections, for every block and layer. All by the path of the kernel."""
+    """The sum of the scores of a block's projections, for every block and layer.
 
-    def one(weight: Any, node: Adapter, grad: Any, *, side: Literal["in", "out"], count: int) -> Array:
+    `sites`, `adapters`, `grads` and `base` are by path of the kernel; `groups`, how many there are, by path of the
+    block.
+    """
+
+    def score_layer(weight: Any, node: Adapter, grad: Any, *, side: Literal["in", "out"], count: int) -> Array:
         merged = node.method.merge(weight, node)
         if metric == "lora":
             change = lora_change(node.train["a"], node.train["b"], grad["a"], grad["b"])
@@ -92,7 +103,7 @@ def block_scores(
             continue
         parent, block, module = block_of(path)
         inner, grad = _inner(node), _inner(grads[path]).train
-        scored = functools.partial(one, side=BLOCKS[block][module], count=groups[parent])
+        scored = functools.partial(score_layer, side=BLOCKS[block][module], count=groups[parent])
         # One layer at a time: a dense gradient of every layer at once would be as large as the model.
         scores = over_stack(scored, stack_of(inner))(base[path], inner, grad)
         totals[parent] = totals[parent] + scores if parent in totals else scores
@@ -106,9 +117,9 @@ def watch_importance(
     power: int = 1,
     metric: Literal["lora", "magnitude"] = "lora",
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets gradients pass and keeps score <- decay score + (1 - decay) s of every group in its state.
+    """Passes gradients on, and keeps score <- decay score + (1 - decay) s of every group in its state.
 
-    A step with a NaN in any score changes none. `update` needs `params`, `frozen=` and `base=`.
+    A step with a NaN in any score changes no score. `update` needs `params`, `frozen=` and `base=`.
     """
     parents = {block_of(path)[0]: site.stack for path, site in sites.items()}
 
@@ -128,22 +139,17 @@ def watch_importance(
         base: Any = None,
         **others: Any,
     ) -> tuple[PyTree, LoRAPruneState]:
-        train, grads = _nodes(params), _nodes(updates)
-        whole = {
+        train, grads = adapters_by_path(params), adapters_by_path(updates)
+        adapters = {
             path: Adapter(train[path].train, node.frozen, node.method, node.in_axes)
-            for path, node in _nodes(frozen).items()
+            for path, node in adapters_by_path(frozen).items()
         }
-        fresh = block_scores(sites, groups, whole, grads, base, power, metric)
-        sound = jnp.all(jnp.stack([jnp.all(~jnp.isnan(leaf)) for leaf in fresh.values()]))
+        step_scores = block_scores(sites, groups, adapters, grads, base, power, metric)
+        sound = jnp.all(jnp.stack([jnp.all(~jnp.isnan(leaf)) for leaf in step_scores.values()]))
         scores = {
             parent: jnp.where(sound, decay * state.scores[parent] + (1 - decay) * new, state.scores[parent])
-            for parent, new in fresh.items()
+            for parent, new in step_scores.items()
         }
         return updates, LoRAPruneState(scores, state.masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _nodes(tree: PyTree) -> dict[str, Adapter]:
-    """Adapters by path, whether the tree is theirs alone or a training state's."""
-    return {path.removeprefix("adapters/"): node for path, node in nodes(tree).items()}

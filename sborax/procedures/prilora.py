@@ -1,8 +1,7 @@
-"""PRILoRA's pruning in training: the least important entries of a are set to zero every so often, arXiv:2401.11316."""
+"""PRILoRA's pruning: every so many steps the least important entries of a are set to zero, arXiv:2401.11316."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,35 +13,41 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, width
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import STACKED_UNDER, Site
-from sborax.adapters.tree import Adapters, nodes, stack_of
+from sborax.adapters.tree import nodes, stack_of
 from sborax.methods.prilora import PRILoRA
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
+from sborax.procedures.in_place import AbstractInPlace, find_state, replace_state
+from sborax.procedures.procedure import Boundary, Run
 
 Group = Literal["per_rank", "matrix"]
 
 
 class PruningState(NamedTuple):
-    """Running norms of the input features, and 0 where a persistent mask has pruned, by path of the kernel."""
+    """What pruning is decided by, by path of the kernel.
+
+    - norms: running norms of the input features.
+    - kept: 0 where a persistent mask has pruned, else 1; only kernels with such a mask are there.
+    """
 
     norms: dict[str, Float[Array, "*stack in"]]
     kept: dict[str, Float[Array, "*stack in rank"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class PRILoRAPruning(AbstractProcedure):
+class PRILoRAPruning(AbstractInPlace):
     """Every so many steps, zero the entries of a where |a_ji| x_j is low, x_j a running norm of input feature j.
 
-    fraction: of the entries of a in a group; default 0.5. every: steps between two prunings; default 40.
-    beta: of the running input norms; default 0.9. group: entries are compared within each column of a ("per_rank",
-    default) or all together ("matrix"). The defaults are remembered from the paper, not confirmed.
+    - fraction: share of the entries of a in a group that are pruned; default 0.5.
+    - every: steps between two prunings; default 40.
+    - beta: of the running input norms; default 0.9.
+    - group: "per_rank" (default) compares entries within each column of a, "matrix" all of them together.
 
-    Norms are those of a whole step, of the forward pass that is made anyway; padding does not count. Moments of the
-    optimiser are left alone, so pruned entries may grow again, unless `PRILoRA` has a persistent mask.
+    The defaults are remembered from the paper, not confirmed. Norms are taken in the forward pass of the step, over all
+    its microbatches; padding does not count. Moments of the optimiser are left alone, so pruned entries may grow again,
+    unless `PRILoRA` has a persistent mask.
     Raises SboraxError for a fraction or beta outside [0, 1), every below 1, an unknown group.
     """
 
     paper = "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation, arXiv:2401.11316"
-    resets = False
     observes = True
 
     fraction: float = 0.5
@@ -94,54 +99,34 @@ class PRILoRAPruning(AbstractProcedure):
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
-        return boundary
-
     def due(self, step: int, run: Run) -> bool:
         return step % self.every == 0
 
     def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
-        found = nodes(boundary.adapters)
-
-        def one(state: Any) -> Any:
-            if not isinstance(state, PruningState):
-                return state
-            held = dict(state.kept)
-            for path, norms in state.norms.items():
-                node = _with_norm(found[path], norms)
-                keep = _keep(node, self)
-                found[path] = _pruned(node, keep)
-                held |= {path: held[path] * keep} if path in held else {}
-            return state._replace(kept=held)
-
-        opt = jax.tree.map(one, boundary.opt, is_leaf=_is_state)
-        return self.settle(dataclasses.replace(boundary, adapters=nest(found), opt=opt))
-
-    def replay(
-        self,
-        key_of: Callable[[int], Key[Array, ""]],
-        done: int,
-        run: Run,
-        boundary: Boundary,
-        kept: Callable[[int], Adapters],
-    ) -> Boundary:
-        return self.settle(boundary)
+        adapters, state = nodes(boundary.adapters), find_state(boundary.opt, PruningState)
+        assert state is not None
+        masks = dict(state.kept)
+        for path, norms in state.norms.items():
+            node = _with_norm(adapters[path], norms)
+            keep = _keep(node, self)
+            adapters[path] = _pruned(node, keep)
+            if path in masks:
+                masks[path] = masks[path] * keep
+        opt = replace_state(boundary.opt, state._replace(kept=masks))
+        return self.settle(dataclasses.replace(boundary, adapters=nest(adapters), opt=opt))
 
     def settle(self, boundary: Boundary) -> Boundary:
-        found = nodes(boundary.adapters)
-        for state in filter(_is_state, jax.tree.leaves(boundary.opt, is_leaf=_is_state)):
-            for path, norms in state.norms.items():
-                node = found[path]
-                # Zeros stay zeros: a mask that has been settled before does not change.
-                mask = {"mask": node.frozen["mask"] * state.kept[path]} if path in state.kept else {}
-                # A copy: the next step takes over the buffers of the optimiser's state.
-                found[path] = _with_norm(
-                    dataclasses.replace(node, frozen={**node.frozen, **mask}), jnp.array(norms, copy=True)
-                )
-        return dataclasses.replace(boundary, adapters=nest(found))
-
-    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
-        return segments[-1]
+        adapters, state = nodes(boundary.adapters), find_state(boundary.opt, PruningState)
+        assert state is not None
+        for path, norms in state.norms.items():
+            node = adapters[path]
+            # Zeros stay zeros: a mask that has been settled before does not change.
+            mask = {"mask": node.frozen["mask"] * state.kept[path]} if path in state.kept else {}
+            # A copy: the next step takes over the buffers of the optimiser's state.
+            adapters[path] = _with_norm(
+                dataclasses.replace(node, frozen={**node.frozen, **mask}), jnp.array(norms, copy=True)
+            )
+        return dataclasses.replace(boundary, adapters=nest(adapters))
 
 
 def ema(old: Float[Array, "..."], new: Float[Array, "..."], beta: float) -> Float[Array, "..."]:
@@ -150,50 +135,29 @@ def ema(old: Float[Array, "..."], new: Float[Array, "..."], beta: float) -> Floa
 
 
 def kept(
-    a: Float[Array, "in rank"], norms: Float[Array, " in"], own: Int[Array, ""], fraction: float, group: Group
+    a: Float[Array, "in rank"], norms: Float[Array, " in"], rank: Int[Array, ""], fraction: float, group: Group
 ) -> Bool[Array, "in rank"]:
     """False at the floor(fraction * size) least important entries of every group; importance |a_ji| norms_j.
 
-    own: how many columns of a are in use. Of equals the first go. Norms that are all zero prune nothing.
+    Ties: the earlier entry is pruned. Norms that are all zero prune nothing.
+
+    Args:
+    - rank: how many columns of a are in use; the others are padding.
     """
-    fan_in, padded = a.shape
+    fan_in, columns = a.shape
     score = jnp.abs(a) * norms[:, None]
     if group == "per_rank":
         place = jnp.argsort(jnp.argsort(score, axis=0), axis=0)
-        gone = place < math.floor(fraction * fan_in)
+        pruned = place < math.floor(fraction * fan_in)
     else:
-        score = jnp.where((jnp.arange(padded) < own)[None, :], score, jnp.inf)
+        score = jnp.where((jnp.arange(columns) < rank)[None, :], score, jnp.inf)
         place = jnp.argsort(jnp.argsort(score.reshape(-1))).reshape(score.shape)
-        gone = place < jnp.floor(fraction * fan_in * own.astype(jnp.float32)).astype(place.dtype)
-    return ~gone | ~jnp.any(norms > 0)
-
-
-def after_step(
-    adapters: Adapters,
-    norms: Mapping[str, Float[Array, "*stack in"]],
-    step: Int[Array, ""] | int,
-    pruning: PRILoRAPruning,
-) -> Adapters:
-    """The adapters after optimiser step number `step` (from 1): running norms updated, a pruned where it is due.
-
-    norms: of input features in this step by path of the kernel, as `LanguageModel.collect` gives them. Moments of the
-    optimiser are left alone, so pruned entries may grow again, unless the adapter has a mask. jit-able.
-    Raises SboraxError if there is no PRILoRA adapter, one inside a composite, or one whose norms are missing.
-    """
-    found = nodes(adapters)
-    for path, node in found.items():
-        if isinstance(node.method, AbstractComposite) and _inside(node.method):
-            raise SboraxError(f"{path}: {_ALONE}")
-    own = {path: node for path, node in found.items() if isinstance(node.method, PRILoRA)}
-    if not own:
-        raise SboraxError("no adapter is PRILoRA: there is nothing to prune")
-    missing = sorted(set(own) - set(norms))
-    if missing:
-        raise SboraxError(f"{missing[0]}: there are no input norms for this adapter")
-    return nest(found | {path: _node(node, norms[path], step, pruning) for path, node in own.items()})
+        pruned = place < jnp.floor(fraction * fan_in * rank.astype(jnp.float32)).astype(place.dtype)
+    return ~pruned | ~jnp.any(norms > 0)
 
 
 def _inside(value: Any) -> bool:
+    """Whether a method, or a part of it, is PRILoRA."""
     if isinstance(value, tuple):
         return any(_inside(item) for item in value)
     if isinstance(value, AbstractComposite):
@@ -201,18 +165,12 @@ def _inside(value: Any) -> bool:
     return isinstance(value, PRILoRA)
 
 
-def _node(node: Adapter, norms: Array, step: Int[Array, ""] | int, pruning: PRILoRAPruning) -> Adapter:
-    node = _with_norm(node, ema(node.frozen["norm"], norms, pruning.beta))
-    due = (jnp.asarray(step) > 0) & (jnp.asarray(step) % pruning.every == 0)
-    return _pruned(node, jax.lax.cond(due, lambda: _keep(node, pruning), lambda: jnp.ones_like(node.train["a"])))
-
-
 def _with_norm(node: Adapter, norms: Float[Array, "*stack in"]) -> Adapter:
     return dataclasses.replace(node, frozen={**node.frozen, "norm": norms})
 
 
 def _held(node: Adapter) -> Float[Array, "*stack in rank"]:
-    """What a mask holds back counts as zero, whatever momentum made of it."""
+    """a with zeros where a mask has pruned, whatever momentum has made of these entries."""
     return node.train["a"] * node.frozen.get("mask", jnp.ones_like(node.train["a"]))
 
 
@@ -221,22 +179,18 @@ def _keep(node: Adapter, pruning: PRILoRAPruning) -> Float[Array, "*stack in ran
     stack, rank = stack_of(node), node.method.rank
     ranks = jnp.asarray(np.reshape(rank, stack) if isinstance(rank, tuple) else np.full(stack, rank), jnp.int32)
 
-    def one(a: Array, own_norms: Array, own: Array) -> Array:
-        return kept(a, own_norms, own, pruning.fraction, pruning.group)
+    def keep_layer(a: Array, norms: Array, rank: Array) -> Array:
+        return kept(a, norms, rank, pruning.fraction, pruning.group)
 
     for _ in stack:
-        one = jax.vmap(one)
-    return one(_held(node), node.frozen["norm"], ranks).astype(jnp.float32)
+        keep_layer = jax.vmap(keep_layer)
+    return keep_layer(_held(node), node.frozen["norm"], ranks).astype(jnp.float32)
 
 
 def _pruned(node: Adapter, keep: Float[Array, "*stack in rank"]) -> Adapter:
     masks = {"mask": node.frozen["mask"] * keep} if "mask" in node.frozen else {}
     train = {**node.train, "a": _held(node) * keep}
     return dataclasses.replace(node, train=train, frozen={**node.frozen, **masks})
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, PruningState)
 
 
 def _sites(run: Run) -> dict[str, Site]:

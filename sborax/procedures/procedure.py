@@ -9,15 +9,13 @@ import jax
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from sborax.adapters.compose import ByLayer
-from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import Plan
 from sborax.adapters.tree import Adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a procedure may know of a run: its plan, its number of steps, the model's key-value heads."""
+    """What a procedure knows of a run: its plan, its number of steps, the model's key-value heads."""
 
     plan: Plan
     steps: int
@@ -27,7 +25,7 @@ class Run:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Boundary:
-    """A run between two steps: whole adapters, base weights by path, state of the optimiser."""
+    """A run between two steps: adapters (both halves), base weights by path, state of the optimiser."""
 
     adapters: Adapters
     base: dict[str, Any]
@@ -35,14 +33,18 @@ class Boundary:
 
 
 class AbstractProcedure(abc.ABC):
-    """Changes a run between steps. Concrete procedures are frozen dataclasses of hyper-parameters."""
+    """Changes a run between steps. Concrete procedures are frozen dataclasses of hyper-parameters.
+
+    Extend `AbstractSegmented` if adapters are merged and made anew, `AbstractInPlace` if they are changed as they are:
+    then `check`, `due` and `apply` are all that is left to write.
+    """
 
     paper: str
     """Title and arXiv id."""
     resets: bool
-    """`apply` makes the adapters anew: the optimiser starts again, and what was trained so far is kept beside."""
+    """`apply` makes the adapters anew: the optimiser restarts, and the adapters so far are kept as a segment."""
     folds: bool = False
-    """`apply` changes the adapted kernels of the base, which no two runs can then share."""
+    """`apply` changes the adapted kernels of the base, so that members of a sweep cannot share them."""
     observes: bool = False
     """`watch` is given `norms=`, those of every projection's input features over the step's tokens, by path."""
 
@@ -50,16 +52,16 @@ class AbstractProcedure(abc.ABC):
     def check(self, run: Run, base: dict[str, Any]) -> None:
         """Raise `SboraxError` if this procedure cannot act on such a run."""
 
-    @abc.abstractmethod
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
-        """What sees every step's gradient, after clipping and before the optimiser.
+        """The transformation that gets every step's gradients after clipping and before the optimiser.
 
-        Its `update` is given `params`, and as keywords `frozen` and `base`.
+        Its `update` is given `params`, and as keywords `frozen` and `base`. By default it passes gradients on.
         """
+        return optax.with_extra_args_support(optax.identity())
 
-    @abc.abstractmethod
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
-        """The run before its first step, from freshly attached adapters."""
+        """The run before its first step, from freshly attached adapters. By default unchanged."""
+        return boundary
 
     @abc.abstractmethod
     def due(self, step: int, run: Run) -> bool:
@@ -67,7 +69,7 @@ class AbstractProcedure(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
-        """The run after what is due after `step` steps."""
+        """The run after the procedure has acted on it, between step `step` and the next."""
 
     @abc.abstractmethod
     def replay(
@@ -80,30 +82,24 @@ class AbstractProcedure(abc.ABC):
     ) -> Boundary:
         """The frozen adapters and the base as they were after `done` steps, bit for bit.
 
-        boundary: that of `start`, with the restored state of the optimiser.
-        key_of: the key that `apply` had after a step. kept: the adapters that it was given.
+        Args:
+        - key_of: the key that `apply` had after a step.
+        - boundary: that of `start`, with the restored state of the optimiser.
+        - kept: the adapters that `apply` was given after a step, if the procedure `resets`.
         """
 
-    @abc.abstractmethod
     def settle(self, boundary: Boundary) -> Boundary:
-        """The same with the frozen leaves that follow from the state of the optimiser.
+        """The run with the frozen leaves that follow from the state of the optimiser. By default unchanged.
 
         Adapters are written after it, so that a file never depends on when `apply` was last called.
         """
+        return boundary
 
     @abc.abstractmethod
-    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
+    def joined(self, segments: list[Adapters], run: Run) -> Adapters:
         """One tree of adapters for the base that the run began with.
 
-        segments: the adapters of every `apply`, in order, and those of the end.
+        Args:
+        - segments: the adapters that every `apply` was given, in order, and those of the end. Those of the end alone
+            unless the procedure `resets`.
         """
-
-
-def check_layers(procedure: AbstractProcedure, run: Run) -> None:
-    """Raise SboraxError unless every stack is adapted as a whole, by one method."""
-    for site in run.plan.sites:
-        if isinstance(site.method, ByLayer):
-            raise SboraxError(
-                f"{type(procedure).__name__}: {site.path}: rules with layers= leave some of its layers out, or adapt "
-                "them by several methods; give all layers one method"
-            )

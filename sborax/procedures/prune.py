@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
@@ -13,33 +11,35 @@ from jaxtyping import Array, Float, Key, PyTree
 from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
-from sborax.adapters.tree import Adapters, nodes
+from sborax.adapters.tree import nodes
 from sborax.methods.masked import Masked
 from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
-from sborax.procedures.procedure import AbstractProcedure, Boundary, Run, check_layers
+from sborax.procedures.in_place import AbstractInPlace, check_layers, find_state, replace_state
+from sborax.procedures.procedure import Boundary, Run
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAPrune(AbstractProcedure):
+class LoRAPrune(AbstractInPlace):
     """Prune heads and MLP channels while LoRA trains; importance |G * (W + s a b)|, G from LoRA's gradients.
 
     Groups: key-value heads with all query heads that read them (q, k, v, o), and hidden channels (gate, up, down). In
     each layer the share of pruned groups follows `sparsity`, cubic in time; pruned groups stay pruned.
 
-    ratio: share pruned in the end (authors: 0.5). initial: share at first.
-    warmup, cooldown: fractions of the run before and after the pruning (authors: 0.1).
-    every: steps between two prunings (authors: 10); one more brings the share to `ratio` exactly.
-    decay: of the running scores (authors: 0.9).
-    power: 1 as the authors' code, 2 as the paper. metric: "lora", or "magnitude" for G = 1.
-    protect: fraction of first layers never pruned; above 0 the last layer is spared too (authors: 0.1). With 0 all
-        layers shrink alike and transformers loads the result.
+    - ratio: share pruned in the end (authors: 0.5).
+    - initial: share pruned at first.
+    - warmup, cooldown: fractions of the run before and after the pruning (authors: 0.1).
+    - every: steps between two prunings (authors: 10); one more brings the share to `ratio` exactly.
+    - decay: of the running scores (authors: 0.9).
+    - power: 1 as in the authors' code, 2 as in the paper.
+    - metric: "lora", or "magnitude" for G = 1.
+    - protect: fraction of the layers, counted from the first, that are never pruned; above 0 the last layer is spared
+        too (authors: 0.1). With 0 all layers shrink alike and transformers loads the result.
 
     All seven projections of a layer are adapted, for "lora" by methods whose change is s a b (`pair`), such as LoRA,
     for "magnitude" by any that merge. The model has no biases.
     """
 
     paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
-    resets = False
 
     ratio: float = 0.5
     initial: float = 0.0
@@ -98,8 +98,8 @@ class LoRAPrune(AbstractProcedure):
             mask = jnp.ones((*site.stack, site.shape[1]))
             return Adapter({"part": node.train}, {"part": node.frozen, "mask": mask}, Masked(node.method), node.in_axes)
 
-        flat = nodes(boundary.adapters)
-        return dataclasses.replace(boundary, adapters=nest({path: wrapped(path, node) for path, node in flat.items()}))
+        adapters = {path: wrapped(path, node) for path, node in nodes(boundary.adapters).items()}
+        return dataclasses.replace(boundary, adapters=nest(adapters))
 
     def due(self, step: int, run: Run) -> bool:
         share, last = self.sparsity(step, run.steps), self._last(run)
@@ -117,53 +117,36 @@ class LoRAPrune(AbstractProcedure):
 
     def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
         share = self.ratio if step == self._last(run) else self.sparsity(step, run.steps)
-
-        def one(state: Any) -> Any:
-            if not isinstance(state, LoRAPruneState):
-                return state
-            spared = {parent: self._spared(parent, run) for parent in state.masks}
-            masks = {
-                parent: jnp.where(spared[parent], mask, pruned(state.scores[parent], mask, share))
-                for parent, mask in state.masks.items()
-            }
-            return LoRAPruneState(state.scores, masks)
-
-        opt = jax.tree.map(one, boundary.opt, is_leaf=lambda node: isinstance(node, LoRAPruneState))
+        state = find_state(boundary.opt, LoRAPruneState)
+        assert state is not None
+        spared = {parent: self._spared(parent, run) for parent in state.masks}
+        masks = {
+            parent: jnp.where(spared[parent], mask, pruned(state.scores[parent], mask, share))
+            for parent, mask in state.masks.items()
+        }
+        opt = replace_state(boundary.opt, LoRAPruneState(state.scores, masks))
         return with_masks(dataclasses.replace(boundary, opt=opt))
-
-    def replay(
-        self,
-        key_of: Callable[[int], Key[Array, ""]],
-        done: int,
-        run: Run,
-        boundary: Boundary,
-        kept: Callable[[int], Adapters],
-    ) -> Boundary:
-        return self.settle(boundary)
 
     def settle(self, boundary: Boundary) -> Boundary:
         return with_masks(boundary)
 
-    def whole(self, segments: list[Adapters], run: Run) -> Adapters:
-        return segments[-1]
-
     def _last(self, run: Run) -> int:
-        """The first step at the final share: the authors' schedule stops just short of it."""
+        """The first step at the final share, of which the authors' schedule stops just short."""
         return min(math.ceil(run.steps - self.cooldown * run.steps), run.steps)
 
     def _spared(self, parent: str, run: Run) -> Array:
-        """Which layers of a block are never pruned, `(*stack, 1)`."""
+        """True for the layers of a block that are never pruned, `(*stack, 1)`."""
         sites = _sites(run)
         depth = 1 + max(max(site.layers) for site in sites.values())
-        own = next(site for path, site in sites.items() if block_of(path)[0] == parent)
-        number = jnp.asarray(own.layers).reshape(*own.stack, 1)
+        site = next(site for path, site in sites.items() if block_of(path)[0] == parent)
+        number = jnp.asarray(site.layers).reshape(*site.stack, 1)
         return (number < int(self.protect * depth)) | ((number == depth - 1) & (self.protect > 0))
 
 
 def pruned(
     scores: Float[Array, "*stack groups"], mask: Float[Array, "*stack groups"], share: float
 ) -> Float[Array, "*stack groups"]:
-    """A mask without the int(share * groups) groups of least score, in every layer; pruned ones stay so."""
+    """The mask with the int(share * groups) groups of least score zeroed in every layer; pruned groups stay pruned."""
     # Pruned groups sort before live ones whose score is zero too.
     order = jnp.argsort(jnp.where(mask > 0, scores, -1), axis=-1)
     rank = jnp.argsort(order, axis=-1)
@@ -172,23 +155,23 @@ def pruned(
 
 def masks_of(opt: PyTree) -> dict[str, Float[Array, "*stack groups"]]:
     """The masks that LoRAPrune keeps in the state of an optimiser, by block; empty without it."""
-    leaves = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, LoRAPruneState))
-    return next((leaf.masks for leaf in leaves if isinstance(leaf, LoRAPruneState)), {})
+    state = find_state(opt, LoRAPruneState)
+    return {} if state is None else state.masks
 
 
 def with_masks(boundary: Boundary) -> Boundary:
-    """The masks in the optimiser's state, spread over the outputs of the adapters they concern."""
+    """The boundary with the masks of the optimiser's state written into the adapters that they mask."""
     masks = masks_of(boundary.opt)
 
-    def one(path: str, node: Adapter) -> Adapter:
+    def masked_adapter(path: str, node: Adapter) -> Adapter:
         if not isinstance(node.method, Masked):
             return node
         mask, old = masks[block_of(path)[0]], node.frozen["mask"]
-        spread = jnp.repeat(mask, old.shape[-1] // mask.shape[-1], axis=-1)
-        return dataclasses.replace(node, frozen={**node.frozen, "mask": spread.astype(old.dtype)})
+        outputs = jnp.repeat(mask, old.shape[-1] // mask.shape[-1], axis=-1)
+        return dataclasses.replace(node, frozen={**node.frozen, "mask": outputs.astype(old.dtype)})
 
-    flat = nodes(boundary.adapters)
-    return dataclasses.replace(boundary, adapters=nest({path: one(path, node) for path, node in flat.items()}))
+    adapters = {path: masked_adapter(path, node) for path, node in nodes(boundary.adapters).items()}
+    return dataclasses.replace(boundary, adapters=nest(adapters))
 
 
 def _sites(run: Run) -> dict[str, Site]:
@@ -202,7 +185,7 @@ def _in_block(path: str) -> bool:
 
 
 def _groups(sites: dict[str, Site], kv_heads: int) -> dict[str, int]:
-    """How many groups each block has."""
+    """The number of groups of each block, by its path."""
     counts = {}
     for path, site in sites.items():
         parent, block, module = block_of(path)

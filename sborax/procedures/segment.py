@@ -1,5 +1,6 @@
-"""What chains and boosters share: merge a trained segment into the base, start another, keep all as one adapter."""
+"""Procedures that merge trained adapters into the base and start others: chains and boosters."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,39 @@ from sborax.optim.pairs import over_pairs
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
 
 
+class AbstractSegmented(AbstractProcedure):
+    """A procedure that merges each segment of a run into the base and goes on with new adapters.
+
+    Segments are kept: a resumed run merges them again, and all of them together are one LoRA on the base before.
+    """
+
+    resets = True
+    folds = True
+    rate: float = 1.0
+    """What a segment is multiplied by when it is merged."""
+
+    def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
+        return dataclasses.replace(boundary, base=widened(boundary.base, run))
+
+    def replay(
+        self,
+        key_of: Callable[[int], Key[Array, ""]],
+        done: int,
+        run: Run,
+        boundary: Boundary,
+        kept: Callable[[int], Adapters],
+    ) -> Boundary:
+        for step in range(1, done + 1):
+            if self.due(step, run):
+                before = dataclasses.replace(boundary, adapters=kept(step))
+                boundary = self.apply(key_of(step), step, run, before)
+        return boundary
+
+    def joined(self, segments: list[Adapters], run: Run) -> Adapters:
+        # The last segment was never merged: the trained model has it at full size.
+        return join_segments(segments, [self.rate] * (len(segments) - 1) + [1.0], run)
+
+
 def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any], requantise: bool) -> None:
     """Raise SboraxError unless every adapted weight can be merged into, again and again."""
     name = type(procedure).__name__
@@ -31,11 +65,11 @@ def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any],
             raise SboraxError(f"{name}: {site.path} is trained itself, so that nothing can be merged into it")
         # Methods that share a stack by layers are merged each on its own.
         for method in site.method.members if isinstance(site.method, ByLayer) else (site.method,):
-            own = type(method).__name__
+            kind = type(method).__name__
             if not isinstance(method, AbstractFactored) or not method.identity_at_init or method.needs:
-                raise SboraxError(f"{name}: {site.path}: {own} is no plain product that starts at zero; use LoRA")
+                raise SboraxError(f"{name}: {site.path}: {kind} is no plain product that starts at zero; use LoRA")
             if method.rewrites_base:
-                raise SboraxError(f"{name}: {site.path}: {own} rewrites the base at every start; use LoRA")
+                raise SboraxError(f"{name}: {site.path}: {kind} rewrites the base at every start; use LoRA")
         if isinstance(base[site.path], AbstractWeight) and not requantise:
             raise SboraxError(
                 f"{name}: {site.path}: each merge into a quantised weight rounds again, and the errors add up; "
@@ -44,7 +78,7 @@ def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any],
 
 
 def widened(base: dict[str, Any], run: Run) -> dict[str, Any]:
-    """`base` with float32 copies of the adapted kernels: a segment is lost in the rounding of bfloat16."""
+    """`base` with float32 copies of the adapted kernels, since bfloat16 would round a segment away."""
     wide = {site.path: base[site.path] for site in run.plan.sites}
     return base | {
         path: leaf if isinstance(leaf, AbstractWeight) else leaf.astype(jnp.float32) for path, leaf in wide.items()
@@ -66,46 +100,32 @@ def fold(base: dict[str, Any], adapters: Adapters, rate: float = 1.0) -> dict[st
 
 
 def fresh(key: Key[Array, ""], run: Run, base: dict[str, Any]) -> Adapters:
-    """Adapters as `attach` makes them, with another key."""
+    """New adapters of the run, as `attach` makes them with this key."""
     return attach(key, nest(base), run.plan)[1]
 
 
-def replay_segments(
-    procedure: AbstractProcedure,
-    key_of: Callable[[int], Key[Array, ""]],
-    done: int,
-    run: Run,
-    boundary: Boundary,
-    kept: Callable[[int], Adapters],
-) -> Boundary:
-    """Every merge again, from the kept segments."""
-    for step in range(1, done + 1):
-        if procedure.due(step, run):
-            again = Boundary(kept(step), boundary.base, boundary.opt)
-            boundary = procedure.apply(key_of(step), step, run, again)
-    return boundary
-
-
-def one_adapter(segments: Sequence[Adapters], rates: Sequence[float], run: Run) -> Adapters:
+def join_segments(segments: Sequence[Adapters], rates: Sequence[float], run: Run) -> Adapters:
     """One LoRA whose delta is sum_j rate_j delta_j: the factors side by side, those that are zero left out.
 
     Its rank is that of the sum, layer by layer; it stands on the base before the first merge.
     """
     flat = [nodes(segment) for segment in segments]
-    return nest({site.path: _joined(site, [own[site.path] for own in flat], rates) for site in run.plan.sites})
+    return nest({site.path: _join(site, [adapters[site.path] for adapters in flat], rates) for site in run.plan.sites})
 
 
-def _joined(site: Site, parts: Sequence[Adapter], rates: Sequence[float]) -> Adapter:
-    lists = []
-    rated = zip(parts, rates, strict=True)
-    for part, layers, rate in ((*own, rate) for node, rate in rated for own in by_layer(node)):
+def _join(site: Site, segments: Sequence[Adapter], rates: Sequence[float]) -> Adapter:
+    """`join_segments` of the adapters of one kernel."""
+    factors_of_parts = []
+    rated = zip(segments, rates, strict=True)
+    for part, layers, rate in ((*part, rate) for node, rate in rated for part in by_layer(node)):
         method = part.method
         assert isinstance(method, AbstractFactored)
         factors = over_pairs(functools.partial(method.factors, shape=site.shape), len(site.stack))(part)
         a, b = (np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[-2:]) for leaf in factors)
         acts = np.ones(len(a), bool) if layers is None else np.isin(np.arange(len(a)), layers)
-        lists.append((np.float32(rate) * a * acts[:, None, None], b))
-    a, b = np.concatenate([own for own, _ in lists], axis=2), np.concatenate([own for _, own in lists], axis=1)
+        factors_of_parts.append((np.float32(rate) * a * acts[:, None, None], b))
+    a = np.concatenate([a for a, _ in factors_of_parts], axis=2)
+    b = np.concatenate([b for _, b in factors_of_parts], axis=1)
     used = a.any(axis=1) & b.any(axis=2)
     ranks = np.maximum(used.sum(axis=1), 1)
     # Live columns first, in their order; the tail beyond the largest rank is zero in every layer.
@@ -119,4 +139,5 @@ def _joined(site: Site, parts: Sequence[Adapter], rates: Sequence[float]) -> Ada
     node = Adapter(train, {"scale": scale}, structure(LoRA(rank=rank)), site.in_axes)
     if not isinstance(site.method, ByLayer):
         return node
-    return joined([node], [tuple(sorted(layer for own in site.method.layers for layer in own))], site.stack)
+    adapted = sorted(layer for layers in site.method.layers for layer in layers)
+    return joined([node], [tuple(adapted)], site.stack)

@@ -1,4 +1,4 @@
-"""A procedure in a run: called between steps, its segments kept in the run directory."""
+"""A procedure in a run: it is called between steps, and its segments are kept in the run directory."""
 
 import dataclasses
 
@@ -19,13 +19,14 @@ SEGMENTS = "segments"
 
 @dataclasses.dataclass(frozen=True)
 class ActiveProcedure:
-    """What a procedure does to the state and the parts of a run.
+    """A procedure that acts on the state and the parts of a run.
 
-    - method: the procedure. run: what it may know.
+    - method: the procedure.
+    - run: what it knows of the run.
     - key: of everything it draws.
     - place: the run directory.
-    - halves: how adapters are split into what is trained and what is not.
-    - layout: what `apply` makes lies where it lay before, so that the compiled step stays the same.
+    - halves: splits adapters into what is trained and what is not.
+    - layout: of the run. `apply` puts what it makes where it lay before, so that the compiled step stays the same.
     """
 
     method: AbstractProcedure
@@ -36,7 +37,7 @@ class ActiveProcedure:
     layout: Layout = Layout()
 
     def watch(self) -> optax.GradientTransformationExtraArgs:
-        """What stands between clipping and the optimiser."""
+        """The transformation between clipping and the optimiser."""
         return self.method.watch(self.run)
 
     @property
@@ -54,47 +55,46 @@ class ActiveProcedure:
         Raises SboraxError if the procedure cannot act on it.
         """
         self.method.check(self.run, parts.base)
-        whole = combine(parts.adapters, parts.frozen)
-        boundary = self.method.start(self._key(0), self.run, Boundary(whole, parts.base))
+        before = Boundary(combine(parts.adapters, parts.frozen), parts.base)
+        boundary = self.method.start(self._key(0), self.run, before)
         train, frozen = self.halves(boundary.adapters)
         return dataclasses.replace(parts, adapters=train, frozen=frozen, base=boundary.base)
 
     def apply(
         self, step: int, state: TrainState, parts: Parts, tx: optax.GradientTransformation
     ) -> tuple[TrainState, Parts]:
-        """The run after what is due after `step` steps."""
-        whole = combine(state.train["adapters"], parts.frozen)
+        """The run after the procedure has acted on it, between step `step` and the next."""
+        before = Boundary(combine(state.train["adapters"], parts.frozen), parts.base, state.opt)
         if self.method.resets:
-            segment = gathered(whole)
+            segment = gathered(before.adapters)
             on_first(lambda: save_adapter(self._segment(step), segment))
-        before = Boundary(whole, parts.base, state.opt)
         boundary = self.method.apply(self._key(step), step, self.run, before)
         adapters, frozen = self.halves(boundary.adapters)
         train = {**state.train, "adapters": adapters}
         opt = restarted(tx, boundary.opt, train) if self.method.resets else boundary.opt
-        made = TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
-        return self.layout.beside(made, (state, parts))
+        after = TrainState(state.step, train, opt), dataclasses.replace(parts, frozen=frozen, base=boundary.base)
+        return self.layout.beside(after, (state, parts))
 
     def replay(self, done: int, state: TrainState, parts: Parts) -> Parts:
-        """The constant parts of a run as they were after `done` steps, from those at its beginning.
+        """The constant parts of a run as they were after `done` steps, from those before its first step.
 
         Raises SboraxError for a missing or damaged segment.
         """
-        begun = Boundary(combine(parts.adapters, parts.frozen), parts.base, state.opt)
+        first = Boundary(combine(parts.adapters, parts.frozen), parts.base, state.opt)
 
         def kept(step: int) -> Adapters:
-            return self.layout.beside(self._kept(step), begun.adapters)
+            return self.layout.beside(self._kept(step), first.adapters)
 
-        boundary = self.method.replay(self._key, done, self.run, begun, kept)
-        made = dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
-        return self.layout.beside(made, parts)
+        boundary = self.method.replay(self._key, done, self.run, first, kept)
+        after = dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
+        return self.layout.beside(after, parts)
 
     def adapters(self, state: TrainState, parts: Parts) -> Adapters:
-        """All that was trained, as adapters of the base that the run began with."""
+        """Everything trained so far, as adapters of the base that the run began with."""
         steps = [step for step in range(1, int(state.step) + 1) if self.method.resets and self.due(step)]
         last = Boundary(combine(state.train["adapters"], parts.frozen), parts.base, state.opt)
         segments = [*(self._kept(step) for step in steps), gathered(self.method.settle(last).adapters)]
-        return self.method.whole(segments, self.run)
+        return self.method.joined(segments, self.run)
 
     def _key(self, step: int) -> Key[Array, ""]:
         return jax.random.fold_in(self.key, step)
@@ -107,12 +107,10 @@ class ActiveProcedure:
 
 
 def restarted(tx: optax.GradientTransformation, opt: PyTree, train: PyTree) -> PyTree:
-    """A fresh state of the optimiser that is as far along its schedule of learning rates as `opt`."""
+    """A new state of the optimiser that is as far along its schedule of learning rates as `opt`."""
 
     def is_clock(node: PyTree) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    def one(old: PyTree, new: PyTree) -> PyTree:
-        return old if is_clock(old) else new
-
-    return jax.tree.map(one, opt, jax.jit(tx.init)(train), is_leaf=is_clock)
+    new = jax.jit(tx.init)(train)
+    return jax.tree.map(lambda old, new: old if is_clock(old) else new, opt, new, is_leaf=is_clock)

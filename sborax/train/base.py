@@ -18,9 +18,9 @@ from sborax.models.nf4 import Unquantised, check, quantise
 
 
 def quantise_base(params: Params, quant: str | None) -> Params:
-    """The kernels of the layers in 4 bits if `quant` is "nf4"; embeddings, norms and head stay as they are.
+    """`params` with the layers' kernels in 4 bits if `quant` is "nf4"; embeddings, norms and head stay as they are.
 
-    Raises SboraxError naming the kernel whose shape does not allow it, or whose values are not finite.
+    Raises SboraxError naming a kernel whose shape does not allow it, or whose values are not finite.
     """
     if quant is None:
         return params
@@ -55,10 +55,13 @@ def _check(path: str, leaf: Array) -> None:
 
 
 def rewritten(rules: Iterable[Rule]) -> Callable[[str], bool]:
-    """Whether a rule gives the kernel at a path a method that rewrites the base: such a kernel is loaded dense."""
+    """A function that tells whether a rule gives the kernel at a path a method that rewrites the base.
+
+    Such a kernel is loaded dense.
+    """
     listed = tuple(rules)
 
-    def one(path: str) -> bool:
+    def is_rewritten(path: str) -> bool:
         for rule in listed:
             if search(rule.pattern, module_path(path)[0]):
                 if rule.method is not None and rule.method.rewrites_base:
@@ -67,7 +70,7 @@ def rewritten(rules: Iterable[Rule]) -> Callable[[str], bool]:
                     return False
         return False
 
-    return one
+    return is_rewritten
 
 
 def adapt(
@@ -80,9 +83,13 @@ def adapt(
 ) -> tuple[Params, Adapters]:
     """`attach`, on a base that may be quantised, one kernel after the other.
 
-    A method that rewrites the base starts from the dense weight, and what it leaves is quantised (QPiSSA,
-    arXiv:2404.02948); every other one starts from the quantised weight that it will stand on.
-    hint: what `init` is told of a kernel whose method needs it. begun: adapters by path that were made before.
+    A method that rewrites the base starts from the dense weight, and the residual is quantised (QPiSSA,
+    arXiv:2404.02948); every other method starts from the quantised weight that it adapts.
+
+    Args:
+    - quant: "nf4" to quantise the kernels of the layers; None leaves them dense.
+    - hint: gives `init` the hint of a site whose method needs one.
+    - begun: adapters that were made before, by path.
     """
     flat = flatten(params)
     if quant is not None:
@@ -93,11 +100,11 @@ def adapt(
         if begun is not None and site.path in begun:
             adapters[site.path] = begun[site.path]
             continue
-        # Not every site has a kernel of its own.
+        # Not every site has a kernel: a router has none.
         weight = flat.get(site.path)
         weight = weight if quant is None else _unquantised(site.path, weight)
-        told = hint(unadapted, site) if hint is not None and site.method.needs else Hint()
-        adapters[site.path] = fit(key, weight, site, told)
+        site_hint = hint(unadapted, site) if hint is not None and site.method.needs else Hint()
+        adapters[site.path] = fit(key, weight, site, site_hint)
     del unadapted
     for site in plan.sites:
         if site.method.rewrites_base:

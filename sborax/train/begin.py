@@ -21,9 +21,9 @@ from sborax.train.read import Echo
 def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath.Path, echo: Echo) -> Parts:
     """`Prepared.adapt` on the parameters of `model`, with gradients where a method starts from them.
 
-    Such adapters are kept in the run directory: made anew they might differ in the last bit, and singular vectors
-    then in all of them.
-    Raises SboraxError as `Prepared.adapt` does, and where several processes would compute gradients.
+    Adapters that start from gradients are kept in the run directory: gradients computed anew could differ in the last
+    bit, and singular vectors would then differ in every bit.
+    Raises SboraxError as `Prepared.adapt` does, and if several processes would have to compute gradients.
     """
     for line in ["adapting:"] * bool(prepared.plan.sites) + describe(prepared.plan):
         echo(line)
@@ -43,7 +43,7 @@ def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath
     if hint is not None:
         # They are valid for this config alone, so it is written first.
         save_experiment(prepared.experiment, run)
-        # Before a procedure acts on them, as it will again on a resumed run's.
+        # Before the procedure's start, which a resumed run makes again.
         save_adapter(run / START, nest({path: nodes(adapters)[path] for path in paths}))
     parts = prepared.take_apart(params, adapters)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")

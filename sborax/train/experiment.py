@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass, built in a Python file or read from an earlier run's `config.json`."""
+"""The description of a run: one frozen dataclass, built in a Python file or read from an earlier `config.json`."""
 
 import dataclasses
 import json
@@ -21,16 +21,20 @@ from sborax.layout.mesh import check_mesh
 from sborax.procedures import AbstractProcedure
 from sborax.records.disk import CONFIG, replace
 from sborax.train.loss import AbstractLoss, CrossEntropy
-from sborax.train.optimizer import AnyOptimizer, Optimizer, halves
+from sborax.train.optimizer import AnyOptimizer, halves
+from sborax.train.optimizers import Optimizer
 
 Also = Literal["norm", "bias", "embed_tokens", "lm_head"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Loss on held-out data (`data`), at the end and every so many steps; scores on tasks at the end.
+    """What a run is measured on.
 
-    tasks: names as `sborax eval --tasks` takes them; `sborax train` and `sborax sweep` score runs that have ended.
+    Args:
+    - data: held-out data; its loss is measured at the end of the run. None (default) for none.
+    - every: steps between two measurements of that loss during the run; None (default) for none.
+    - tasks: names as `sborax eval --tasks` takes them; `sborax train` and `sborax sweep` score finished runs on them.
     """
 
     data: Data | None = None
@@ -43,9 +47,12 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """Checkpoints every so many steps and at the end; the newest `keep` stay.
+    """When a run is saved.
 
-    best: whenever the held-out loss is the lowest so far, the adapter is written to `best/` of the run directory.
+    Args:
+    - every: steps between two checkpoints (default 100); another is made at the end.
+    - keep: how many checkpoints stay, the newest ones (default 2).
+    - best: whenever the held-out loss is the lowest so far, write the adapter to `best/` of the run directory.
     """
 
     every: int = 100
@@ -58,30 +65,44 @@ class Save:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A fine-tuning run. Give `steps` or `epochs`.
+    """A fine-tuning run.
 
-    model: a Hugging Face directory, hub id or `.gguf` file. rules: what is adapted and how, first match wins.
-    batch_size: rows of one forward pass; accumulate: passes of one step, exactly a batch that many times as large.
-    precision: of the base and of activations; trained leaves are float32. quant: "nf4" for a 4-bit base.
-    remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and on a
-        CPU faster), "none", "full", or everything but names to keep, such as "attended,offload:gate_up" (the
-        second in the host's memory).
-    attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
-        TPUs, or "auto" for the one that suits the device. Packed samples are kept apart by each.
-    train_base: full fine-tuning. train_also: base leaves to train beside the adapters.
-    seed_data: order of the data. seed_adapter: initial adapters and dropout.
-    procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`.
-    hint_batches: microbatches of the run's own data over which methods that start from gradients, such as LoRAGA,
-        have them averaged (its authors: 8 of one sample, later 64 of two).
-    mesh: sizes of the axes "data", "fsdp" and "tensor" over which devices are laid out, of one process or of all that
-        there are, such as {"fsdp": 4, "tensor": 2}; None for one device. Rows of a batch lie on data and fsdp. "slices"
-        is how many groups, with a slow network between them, hold a mesh of the other sizes each.
-    log: "tensorboard" and "wandb" beside `metrics.jsonl`.
-    optimizer: an `Optimizer`, a class of yours that extends `AbstractOptimizer`, or an optax transformation, which no
-        `config.json` holds: a run with one is repeated and resumed from Python alone.
-    loss: what is minimised, a `CrossEntropy` or a class of yours that extends `AbstractLoss`.
-    imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
-        that stand in the experiment are added to them.
+    Args:
+    - model: a Hugging Face directory, hub id or `.gguf` file.
+    - data: the training data, a `Data`.
+    - rules: which kernels are adapted and how; the first match wins. `("q_proj", LoRA(rank=8))` is a rule.
+    - optimizer: an optimiser such as `AdamW(lr=1e-4)`, an `Optimizer`, which picks one by name, a class of yours that
+        extends `AbstractOptimizer`, or an optax transformation, which no `config.json` holds: a run with one is
+        repeated and resumed from Python alone.
+    - loss: what is minimised, a `CrossEntropy` or a class of yours that extends `AbstractLoss`.
+    - steps, epochs: length of the run, in optimiser steps or in passes over the data. Give one of them.
+    - batch_size: rows of one forward pass (default 4).
+    - accumulate: forward passes of one step (default 1), which is exactly that of a batch so many times as large.
+    - precision: of the base and of activations; trained leaves are float32.
+    - quant: "nf4" for a 4-bit base.
+    - mesh: sizes of the axes "data", "fsdp" and "tensor" over which the devices of all processes are laid out, such as
+        {"fsdp": 4, "tensor": 2}; None (default) for one device. Rows of a batch lie on data and fsdp. "slices" is the
+        number of device groups with a slow network between them; the other sizes are then those within a group.
+    - remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and
+        faster on a CPU), "none", "full", or a list of names to keep while all else is recomputed, such as
+        "attended,offload:gate_up" (`offload:` keeps the value in the host's memory).
+    - attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
+        TPUs, or "auto" (default) for the one that suits the device. Each keeps packed samples apart.
+    - eval: held-out loss and tasks, an `Eval`.
+    - save: checkpoints, a `Save`.
+    - procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`,
+        `PRILoRAPruning`; None (default) for nothing.
+    - hint_batches: microbatches of the run's own data over which gradients are averaged for methods that start from
+        them, such as LoRAGA (default 8; its authors: 8 of one sample, later 64 of two).
+    - seed_data: order of the data, in [0, 2^32).
+    - seed_adapter: initial adapters, dropout, and draws of the procedure, in [0, 2^32).
+    - log: where numbers go beside `metrics.jsonl`: "tensorboard", "wandb".
+    - train_base: train all leaves of the base: full fine-tuning.
+    - train_also: leaves of the base to train beside the adapters: "norm", "bias", "embed_tokens", "lm_head".
+    - imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
+        used in the experiment are added to them.
+
+    Raises SboraxError for fields that are out of range or do not go together.
     """
 
     model: str
@@ -143,22 +164,26 @@ class Experiment:
 
 
 def _check_prompts(name: str, data: Data) -> None:
-    """Raise SboraxError unless every row begins with a prompt, and has one alone, to route by."""
-    wrong = {
+    """Raise SboraxError unless every row begins with a prompt and has no other, as routing needs."""
+    reasons = {
         "packing=True puts several prompts into a row; set packing=False": data.packing,
         "loss_on='all' leaves no prompt; set loss_on='answer'": data.loss_on == "all",
         "template='text' has no prompt; use one with an answer": data.template == "text",
         "overlong='split' cuts rows off from their prompt; use 'drop' or 'truncate'": data.overlong == "split",
     }
-    for why in (why for why, is_so in wrong.items() if is_so):
-        raise SboraxError(f"{name}: a method that routes by the prompt needs one in every row: {why}")
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise SboraxError(f"{name}: a method that routes by the prompt needs one in every row: {reason}")
 
 
 def load_experiment(source: str, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> Experiment:
-    """The experiment of a Python file with `def experiment()`, a run's `config.json`, or a run directory, changed.
+    """Read an experiment and change it.
 
-    imports: modules, or paths of `.py` files, to import before, since they have classes of yours. What a `config.json`
-        names there is not imported for its sake: it may be a stranger's.
+    Args:
+    - source: a Python file with `def experiment()`, a `config.json`, or a run directory.
+    - overrides: dotted changes, `optimizer.lr=1e-4`.
+    - imports: modules, or paths of `.py` files, with classes of yours; they are imported first. Those that a
+        `config.json` names are not imported: the file may be a stranger's.
+
     Raises SboraxError for a missing file, a file without that function, an error inside it, classes that are not
     imported, and as `override` does.
     """
@@ -203,5 +228,5 @@ def _from_python(path: Path) -> Experiment:
 
 
 def save_experiment(experiment: Experiment, run: epath.Path) -> None:
-    """Write the resolved `config.json` of a run: enough to repeat it. Raises SboraxError if the disk refuses."""
+    """Write the `config.json` of a run, which is enough to repeat it. Raises SboraxError if the disk refuses."""
     replace(run / CONFIG, json.dumps(encode(experiment), indent=2) + "\n")

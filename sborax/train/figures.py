@@ -1,4 +1,4 @@
-"""What is told of a step beside its loss: speed, share of the device's peak, memory, and norms by method."""
+"""Metrics of a step other than its loss: speed, share of the device's peak, memory, and norms by method."""
 
 import dataclasses
 import math
@@ -30,17 +30,17 @@ PEAKS = {
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H200": 989.0,
 }
-"""Dense bfloat16 TFLOP/s of one JAX device by its kind, from the makers' data sheets; of a TPU v2 or v3 one core's."""
+"""Dense bfloat16 TFLOP/s of a JAX device by its kind, from the makers' data sheets; for TPU v2 and v3 of one core."""
 
 BASE = "base"
-"""The group of trained leaves of the base."""
+"""The group under which norms of trained base leaves are summed up."""
 
 
 def model_flops(config: DecoderConfig, parts: Parts) -> float:
-    """FLOPs of the model for each token of a step, attention's own left out.
+    """FLOPs of the model for each token of a step, without those of attention.
 
-    2N forward, 2N back to the activations, and, where the base is trained, 2N more for the weights: 4N or 6N, N being
-    the entries of every kernel and of the head.
+    N counts the entries of every kernel and of the head: 2N forward, 2N back to the activations, and 2N more for the
+    weights if the base is trained; 4N or 6N.
     """
     sizes = {path: math.prod(leaf.shape) for path, leaf in {**parts.base, **parts.trained_base}.items()}
     kernels = {path: size for path, size in sizes.items() if path.split("/")[-1] == "kernel"}
@@ -51,7 +51,7 @@ def model_flops(config: DecoderConfig, parts: Parts) -> float:
 
 
 def label(method: AbstractMethod) -> str:
-    """The name under which the adapters of a method are summed up: its class, and those of its members."""
+    """The group under which norms of a method's adapters are summed up: its class, with those of its members."""
     if isinstance(method, AbstractComposite):
         return f"{type(method).__name__}({', '.join(dict.fromkeys(label(part) for part in method.members))})"
     return type(method).__name__
@@ -59,10 +59,11 @@ def label(method: AbstractMethod) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the numbers of a step mean in this run.
+    """Computes metrics of a run from the numbers of its steps.
 
-    groups: by path of an adapter or trained leaf, what it is summed up with. flops: of the model, for each token.
-    peak: FLOP/s of all devices together; None where the device's peak is not known.
+    - groups: the group of every adapter and trained leaf, by path.
+    - flops: of the model, for each token.
+    - peak: FLOP/s of all devices together; None for a device whose peak is not known.
     """
 
     groups: Mapping[str, str]
@@ -70,33 +71,35 @@ class Figures:
     peak: float | None
 
     def of(self, numbers: Mapping[str, Any], tokens: int, seconds: float) -> dict[str, Any]:
-        """Figures of one step, for `metrics.jsonl`.
+        """The metrics of one step, for `metrics.jsonl`.
 
-        tokens_per_second: padding left out. utilisation: the model's FLOPs for these tokens over the peak's, only where
-        that is known. memory: bytes, the most so far, of the device where it says so, else of this process.
-        update_norm: of what the optimiser adds. methods: gradient and update norms by method.
+        - tokens_per_second: without padding.
+        - utilisation: the model's FLOPs for these tokens over the peak's; left out if that is not known.
+        - memory: peak so far, in bytes: of the device if it reports it, else of this process.
+        - update_norm: of what the optimiser adds.
+        - methods: norms of gradients and updates by method.
         """
         rate = tokens / seconds
-        told: dict[str, Any] = {"tokens_per_second": round(rate, 1)}
+        metrics: dict[str, Any] = {"tokens_per_second": round(rate, 1)}
         if self.peak is not None:
-            told["utilisation"] = round(rate * self.flops / self.peak, 4)
-        told["memory"] = peak_memory()
-        told["update_norm"] = numbers["update_norm"]
+            metrics["utilisation"] = round(rate * self.flops / self.peak, 4)
+        metrics["memory"] = peak_memory()
+        metrics["update_norm"] = numbers["update_norm"]
         grads, updates = (self._by_group(numbers[name]) for name in ("grad_norms", "update_norms"))
-        told["methods"] = {
+        metrics["methods"] = {
             group: {"grad_norm": grads[group], "update_norm": updates[group]} for group in sorted(updates)
         }
-        return told
+        return metrics
 
     def _by_group(self, norms: Mapping[str, float]) -> dict[str, float]:
-        parts: dict[str, list[float]] = {}
+        members: dict[str, list[float]] = {}
         for path, norm in norms.items():
-            parts.setdefault(self.groups[path], []).append(norm)
-        return {group: math.hypot(*own) for group, own in parts.items()}
+            members.setdefault(self.groups[path], []).append(norm)
+        return {group: math.hypot(*listed) for group, listed in members.items()}
 
 
 def figures(config: DecoderConfig, parts: Parts, devices: int) -> Figures:
-    """The figures of a run over so many devices of the first one's kind."""
+    """The metrics of a run over `devices` devices of the first one's kind."""
     adapters = {path: label(node.method) for path, node in nodes(parts.adapters).items()}
     peak = PEAKS.get(jax.devices()[0].device_kind)
     groups = adapters | dict.fromkeys(parts.trained_base, BASE)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sborax.adapters.constraints import ROWS, dividing
 
 CHUNK = 256
-"""Tokens whose logits exist at one time, unless a caller says otherwise."""
+"""How many tokens have logits at one time, by default."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -30,16 +30,18 @@ def frozen_head_loss(
 ) -> Float[Array, ""]:
     """sum_t counts_t (logsumexp_v(z_t) - z_t[target_t]) with z = hidden @ kernel in float32; `table` is constant.
 
-    vocab_first: `table` is (vocab, d), as a tied embedding is, and not (d, vocab). chunk: tokens at one time, `CHUNK`
-        by default.
-    Loss and gradient in `hidden` are made together, so logits are computed once; only the chunks that hold tokens
-    which count are computed at all. `table` gets no gradient: use `trained_head_loss` if it is trained or adapted.
+    Loss and gradient in `hidden` are computed together, so that logits are computed once, and only for chunks with
+    tokens that count. `table` gets no gradient: use `trained_head_loss` if it is trained or adapted.
+
+    Args:
+    - vocab_first: `table` is (vocab, d), as a tied embedding is, and not (d, vocab).
+    - chunk: tokens at one time; None (default) for `CHUNK`.
     """
-    return _sweep(hidden, table, targets, counts, vocab_first, chunk, False)[0]
+    return _loss_and_slope(hidden, table, targets, counts, vocab_first, chunk, False)[0]
 
 
 def _forward(hidden, table, targets, counts, vocab_first, chunk):
-    return _sweep(hidden, table, targets, counts, vocab_first, chunk, True)
+    return _loss_and_slope(hidden, table, targets, counts, vocab_first, chunk, True)
 
 
 def _backward(vocab_first, chunk, slope, g):
@@ -56,20 +58,21 @@ def head_loss(
     counts: Bool[Array, " tokens"],
     vocab_first: bool,
 ) -> Float[Array, ""]:
-    """`frozen_head_loss`; on a mesh each group of chips sweeps over the tokens of its own rows."""
+    """`frozen_head_loss`; on a mesh each group of devices computes that of its own rows."""
     axes = dividing(hidden.shape[0], ROWS)
     if not axes:
         return frozen_head_loss(hidden, table, targets, counts, vocab_first)
 
-    def own(hidden: Array, table: Array, targets: Array, counts: Array) -> Array:
+    def rows_loss(hidden: Array, table: Array, targets: Array, counts: Array) -> Array:
         return jnp.expand_dims(frozen_head_loss(hidden, table, targets, counts, vocab_first), 0)
 
-    rows, whole = PartitionSpec(axes), PartitionSpec()
-    each = jax.shard_map(own, in_specs=(rows, whole, rows, rows), out_specs=rows, axis_names=set(axes), check_vma=False)
+    rows, replicated = PartitionSpec(axes), PartitionSpec()
+    specs = (rows, replicated, rows, rows)
+    each = jax.shard_map(rows_loss, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)
     return jnp.sum(each(hidden, table, targets, counts))
 
 
-def _sweep(
+def _loss_and_slope(
     hidden: Float[Array, "tokens d"],
     table: Float[Array, "_ _"],
     targets: Int[Array, " tokens"],
@@ -95,23 +98,23 @@ def _sweep(
     def body(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         total, slope = carry
         start = number * chunk
-        own, target, weight = (
+        states, target, weight = (
             jax.lax.dynamic_slice_in_dim(array, start, chunk)
             for array in (hidden_sorted, targets_sorted, counts_sorted)
         )
-        logits = product(own, d_axis)
+        logits = product(states, d_axis)
         top = jnp.max(logits, axis=1, keepdims=True)
         powers = jnp.exp(logits - top)
         norm = jnp.sum(powers, axis=1, keepdims=True)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)
         total = total + jnp.sum(weight[:, None] * (top + jnp.log(norm) - chosen))
         if want_slope:
-            # softmax @ kernel' less the target's column, normalised where the array is thin.
+            # softmax @ kernel' less the target's column. Normalised after the product, where the array is smaller.
             column = jnp.take(table, target, axis=vocab_axis).astype(jnp.float32)
             column = column if vocab_first else column.T
             mean = product(powers.astype(table.dtype), vocab_axis) / norm
-            own_slope = (weight[:, None] * (mean - column)).astype(hidden.dtype)
-            slope = jax.lax.dynamic_update_slice_in_dim(slope, own_slope, start, axis=0)
+            chunk_slope = (weight[:, None] * (mean - column)).astype(hidden.dtype)
+            slope = jax.lax.dynamic_update_slice_in_dim(slope, chunk_slope, start, axis=0)
         return total, slope
 
     needed = -(-jnp.sum(counts, dtype=jnp.int32) // chunk)
@@ -129,17 +132,17 @@ def trained_head_loss(
     counts: Bool[Array, " tokens"],
     chunk: int = CHUNK,
 ) -> Float[Array, ""]:
-    """The same sum, with gradients in all that `head` (hidden states to float32 logits) depends on.
+    """The sum of `frozen_head_loss`, with gradients in everything that `head` depends on.
 
-    Each chunk's logits are computed again in the backward pass.
+    `head` maps hidden states to float32 logits. Each chunk's logits are computed again in the backward pass.
     """
 
     @jax.checkpoint
-    def one(states: Array, target: Array, weight: Array) -> Array:
+    def chunk_loss(states: Array, target: Array, weight: Array) -> Array:
         return jnp.sum(weight * -_log_probs(head(states), target))
 
     def body(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + one(*part), None
+        return total + chunk_loss(*part), None
 
     parts = _in_chunks(chunk, hidden, targets, counts.astype(jnp.float32))
     return jax.lax.scan(body, jnp.float32(0), parts)[0]
@@ -151,17 +154,17 @@ def head_log_probs(
     targets: Int[Array, " tokens"],
     chunk: int = CHUNK,
 ) -> Float[Array, " tokens"]:
-    """log softmax(head(hidden_t))[target_t] of every token, with gradients in all that `head` depends on.
+    """log softmax(head(hidden_t))[target_t] of every token, with gradients in everything that `head` depends on.
 
     Each chunk's logits are computed again in the backward pass.
     """
 
     @jax.checkpoint
-    def one(part: tuple[Array, ...]) -> Array:
+    def chunk_log_probs(part: tuple[Array, ...]) -> Array:
         states, target = part
         return _log_probs(head(states), target)
 
-    return jax.lax.map(one, _in_chunks(chunk, hidden, targets)).reshape(-1)[: len(targets)]
+    return jax.lax.map(chunk_log_probs, _in_chunks(chunk, hidden, targets)).reshape(-1)[: len(targets)]
 
 
 def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"]) -> Float[Array, " chunk"]:
@@ -170,7 +173,7 @@ def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"
 
 
 def _in_chunks(chunk: int, *arrays: Shaped[Array, "tokens ..."]) -> tuple[Shaped[Array, "chunks chunk ..."], ...]:
-    """The arrays cut into chunks of at most so many tokens, the last one filled with zeros."""
+    """The arrays cut into chunks of at most `chunk` tokens; the last chunk is padded with zeros."""
     tokens = len(arrays[0])
     chunk = min(chunk, tokens)
     ends = (0, -tokens % chunk)

@@ -1,4 +1,4 @@
-"""What some methods want to know of a model before they start, computed from the run's own data."""
+"""Gradients from which some methods start, computed on the run's own data."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Echo = Callable[[str], None]
 
 
 def promised(params: Params) -> dict[str, Hint]:
-    """Hints that say no more than that there will be a gradient for every kernel: enough to plan with."""
+    """Hints with a zero gradient for every kernel, for planning: they say that there will be one."""
     return {
         path.removesuffix("/kernel"): Hint(grad=np.broadcast_to(np.float32(0), weight.shape))
         for path, weight in kernels(params).items()
@@ -30,19 +30,19 @@ def promised(params: Params) -> dict[str, Hint]:
 
 
 def first_batches(batches: Batches, count: int) -> list[Batch]:
-    """The first microbatches of a run, all padded to the longest of them: one shape is compiled."""
-    found: list[Batch] = []
+    """The first `count` microbatches of a run, padded to the longest of them, so that one shape is compiled."""
+    microbatches: list[Batch] = []
     step = 0
-    while len(found) < count:
+    while len(microbatches) < count:
         batch = batches[step]
-        found += [{name: array[i] for name, array in batch.items()} for i in range(len(batch["tokens"]))]
+        microbatches += [{name: array[i] for name, array in batch.items()} for i in range(len(batch["tokens"]))]
         step += 1
-    longest = max(batch["tokens"].shape[1] for batch in found[:count])
+    longest = max(batch["tokens"].shape[1] for batch in microbatches[:count])
 
     def padded(array: np.ndarray) -> np.ndarray:
         return np.pad(array, ((0, 0), (0, longest - array.shape[1])))
 
-    return [{name: padded(array) for name, array in batch.items()} for batch in found[:count]]
+    return [{name: padded(array) for name, array in batch.items()} for batch in microbatches[:count]]
 
 
 def gradients(
@@ -53,12 +53,16 @@ def gradients(
     echo: Echo,
     loss: AbstractLoss = CrossEntropy(),
 ) -> Callable[[Params, Site], Hint]:
-    """Computes a site's hint when it is asked for: the mean gradient of the un-adapted model over `count` microbatches.
+    """A function that computes the hint of a site: the mean gradient of the model without adapters over microbatches.
 
-    A microbatch's loss is the mean over its items. Only one kernel's gradient exists at a time.
+    The loss of a microbatch is the mean over its items. Only one kernel's gradient exists at a time.
+
+    Args:
+    - count: how many microbatches, the first ones of the run.
+    - echo: told which gradient is computed.
     """
     sites = [site.path for site in plan.sites if site.method.needs]
-    held = first_batches(batches, count)
+    microbatches = first_batches(batches, count)
     # A head that is not named here is a constant of the loss.
     trained = frozenset({HEAD} & set(sites))
 
@@ -72,6 +76,6 @@ def gradients(
         name = site.path.removesuffix("/kernel")
         echo(f"gradient of {name} over {count} batches ({sites.index(site.path) + 1} of {len(sites)})")
         pattern = f"^{re.escape(module_path(site.path)[0])}$"
-        return gradient_hints(mean, params, pattern, held)[name]
+        return gradient_hints(mean, params, pattern, microbatches)[name]
 
     return hint

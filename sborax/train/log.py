@@ -1,4 +1,4 @@
-"""Where the numbers of a run go beside `metrics.jsonl`: TensorBoard and Weights & Biases, each an optional extra."""
+"""Logs beside `metrics.jsonl`: TensorBoard and Weights & Biases, each an optional extra."""
 
 import abc
 import contextlib
@@ -18,15 +18,15 @@ from sborax.train.experiment import Experiment
 
 
 class AbstractLog(abc.ABC):
-    """One more place for numbers."""
+    """Takes the numbers of a run, step by step."""
 
     @abc.abstractmethod
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Take the numbers of one step. Raises SboraxError if they cannot be kept."""
+        """Log the numbers of one step. Raises SboraxError if they cannot be written."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Write down what is left."""
+        """Write what is still buffered."""
 
 
 class TensorBoard(AbstractLog):
@@ -43,7 +43,7 @@ class TensorBoard(AbstractLog):
             # Files of two processes that begin in the same second would have one name.
             self.writer = writer(str(self.place / "events"), f".{done}")
             if done:
-                # Steps of a former process after its last checkpoint are made again.
+                # Steps that a former process made after its last checkpoint are made again.
                 start = protocol.SessionLog(status=protocol.SessionLog.START)
                 self.writer.write_event(self.event(wall_time=time.time(), step=done + 1, session_log=start))
 
@@ -60,7 +60,7 @@ class TensorBoard(AbstractLog):
 
 
 class WeightsAndBiases(AbstractLog):
-    """A run of Weights & Biases, which a resumed run goes on with. Project, entity and mode are what WANDB_* say."""
+    """A run of Weights & Biases, which a resumed run continues. WANDB_* variables set project, entity and mode."""
 
     def __init__(self, run: epath.Path, config: Mapping[str, Any], done: int) -> None:
         wandb = importlib.import_module("wandb")
@@ -80,11 +80,11 @@ class WeightsAndBiases(AbstractLog):
 
 
 LOGS = {"tensorboard": ("tensorboardX", TensorBoard), "wandb": ("wandb", WeightsAndBiases)}
-"""By the name of the extra: the package that it installs, and what uses it."""
+"""By the name of the extra: the package that it installs, and the log that uses it."""
 
 
 def check_logs(names: Sequence[str]) -> None:
-    """Raise SboraxError for a log that is not known, or whose package cannot be imported."""
+    """Raise SboraxError for an unknown log, or one whose package cannot be imported."""
     for name in names:
         if name not in LOGS:
             raise SboraxError(f"log: there is no {name!r}; there are {', '.join(LOGS)}")
@@ -97,7 +97,7 @@ def check_logs(names: Sequence[str]) -> None:
 def open_logs(
     experiment: Experiment, run: epath.Path, done: int, ends: contextlib.ExitStack
 ) -> tuple[AbstractLog, ...]:
-    """The logs of a run of which `done` steps have been made, to be closed by `ends`."""
+    """The logs of a run that has made `done` steps; `ends` closes them."""
     opened = tuple(LOGS[name][1](run, encode(experiment), done) for name in experiment.log)
     for log in opened:
         ends.callback(log.close)
@@ -105,7 +105,7 @@ def open_logs(
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a line of `metrics.jsonl` by name, nested ones with a slash: `methods/LoRA/grad_norm`."""
+    """The numbers of a line of `metrics.jsonl` by name; nested names have a slash: `methods/LoRA/grad_norm`."""
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from scalars(value, f"{prefix}{name}/")

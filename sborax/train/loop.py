@@ -1,7 +1,8 @@
-"""From an `Experiment` to a run directory: `train`, and the loop that every run and every sweep goes through."""
+"""From an `Experiment` to a run directory: `train`, and the loop of every run and every sweep."""
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from sborax.data.stream import stream
 from sborax.layout.hosts import asked_to_stop, check_alike, gathered, held, is_first, on_first, several
 from sborax.layout.sharding import Layout
 from sborax.layout.state import Parts, TrainState, parameters
+from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import PLAN, fingerprint, save_adapter
 from sborax.records.best import best_so_far
 from sborax.records.checkpoint import Checkpoints, open_checkpoints
@@ -29,7 +31,7 @@ from sborax.train.begin import begin
 from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
-from sborax.train.prepare import prepare
+from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import Made, Record
 from sborax.train.resume import check_config, check_steps, has_computed
@@ -44,11 +46,16 @@ def train(
 ) -> Summary:
     """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
 
-    - resume: continue from the newest whole checkpoint in `out`; on one machine the bits are those of a run that was
-      never interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
+    SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
+
+    Args:
+    - resume: continue from the newest complete checkpoint in `out`; on one machine the bits are those of a run that was
+        never interrupted.
+    - echo: prints a line.
     - profile: write an xprof trace of a few steps to `profile/` of the run directory.
 
-    Raises SboraxError for whatever the user can mend, and for a loss that is not finite (the last checkpoint stays).
+    Raises SboraxError for mistakes that the user can mend, and for a loss that is not finite (the last checkpoint
+    stays).
     """
     with stopping() as stop:
         check_logs(experiment.log)
@@ -63,9 +70,9 @@ def train(
 
 @contextlib.contextmanager
 def claim(run: epath.Path, experiment: Experiment, resume: bool) -> Iterator[None]:
-    """The run directory, held by this process.
+    """Holds the run directory for this process while the block runs.
 
-    Raises SboraxError if it is in use, or if its config differs in what a resumed run may not change.
+    Raises SboraxError if it is in use, or if its config differs in a field that a resumed run may not change.
     """
     with claimed(run, resume):
         if resume:
@@ -79,12 +86,7 @@ def _train(
     began = time.monotonic()
 
     # Read the base and the data.
-    echo(f"loading {experiment.model} ({experiment.precision})")
-    model = read_model(experiment, layout)
-    echo(f"attention: {model.module.attention}")
-    if several():
-        here, everywhere = held(model.params)
-        echo(f"weights: {here:,} of {everywhere:,} bytes on this host")
+    model = _read_base(experiment, layout, echo)
     batches, report = read_data(experiment, model, echo)
     held_out = read_held_out(experiment, model, echo)
     steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
@@ -99,42 +101,25 @@ def _train(
         echo(f"mesh: {layout} of {len(jax.devices())} devices")
     state, shardings = layout.state(prepared.start(parts))
 
-    # Restore what an earlier process has made of it.
-    # A run directory has a config before it has anything else.
+    # Restore the newest checkpoint, if there is one. A run directory has a config before anything else.
     on_first(lambda: None if (run / CONFIG).exists() else save_experiment(experiment, run))
     checkpoints = open_checkpoints(run, experiment.save.keep)
-    done = 0
-    if resume:
-        restored = checkpoints.restore(state, echo)
-        check_alike("checkpoints", 0 if restored is None else restored[1])
-        check_steps(run, 0 if restored is None else restored[1], steps)
-        # A changed config replaces that of the run once nothing refuses it any more.
-        on_first(lambda: save_experiment(experiment, run))
-        if restored is None:
-            echo("no checkpoint yet: starting from step 0")
-        else:
-            state, done = restored
-            summary = ending(run, steps)
-            if done == steps and summary is not None:
-                checkpoints.close()
-                echo(f"already finished after step {done:,}: {run}")
-                return summary
-            parts = parts if prepared.procedure is None else prepared.procedure.replay(done, state, parts)
-            echo(f"resuming after step {done:,}")
-    elif checkpoints.steps:
-        raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
+    state, done = _restore(checkpoints, state, run, resume, echo)
+    check_steps(run, done, steps)
+    # A changed config replaces that of the run once nothing can refuse it.
+    on_first(lambda: save_experiment(experiment, run))
+    summary = ending(run, steps) if done == steps else None
+    if summary is not None:
+        checkpoints.close()
+        echo(f"already finished after step {done:,}: {run}")
+        return summary
+    if done:
+        parts = parts if prepared.procedure is None else prepared.procedure.replay(done, state, parts)
+        echo(f"resuming after step {done:,}")
 
-    def write(state: TrainState, parts: Parts, place: epath.Path, **notes: Any) -> None:
-        procedure = prepared.procedure
-        adapters = procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen)
-        # Put together by all processes, written by one.
-        adapters, trained_base = gathered((adapters, state.train["base"]))
-        about = {"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant, **notes}
-        if is_first():
-            save_adapter(place, adapters, rules=experiment.rules, base=prints, trained_base=trained_base, about=about)
-
-    # Step.
-    progress, metrics = Progress(steps, done, echo), Metrics(run, done, is_first())
+    # Step, until the end or a signal.
+    progress, metrics, trainable = Progress(steps, done, echo), Metrics(run, done, is_first()), parts.count
+    write = functools.partial(write_adapter, prepared, prints)
     with contextlib.ExitStack() as ends:
         ends.callback(checkpoints.close)
         ends.callback(progress.close)
@@ -146,27 +131,77 @@ def _train(
         if trace is not None:
             ends.callback(trace.close)
         stepper = RunStepper(prepared, state, parts, record, progress, layout, shardings, best, trace, write)
-        # Its buffers go with the first step.
-        del state
+        # The first step takes over the buffers of the state; a procedure replaces weights of the base.
+        del state, parts
         progress.say("compiling")
         loop(stepper, experiment, batches, held_out, checkpoints, steps, done, stop, layout)
 
     # Write the adapter and the summary.
-    made = int(stepper.state.step)
-    finished = made == steps
+    step = int(stepper.state.step)
+    finished = step == steps
     if finished:
         write(stepper.state, stepper.parts, run / ADAPTER)
     summary = Summary.of(
-        metrics, stepper.speed, began, finished, made, parts.count, total, samples=report, devices=layout.devices
+        metrics, stepper.speed, began, finished, step, trainable, total, samples=report, devices=layout.devices
     )
     if is_first():
         summary.write(run)
-    echo(f"done: {run}" if finished else f"stopped after step {made:,}, saved; --resume goes on from there")
+    echo(f"done: {run}" if finished else f"stopped after step {step:,}, saved; --resume goes on from there")
     return summary
 
 
+def _read_base(experiment: Experiment, layout: Layout, echo: Echo) -> LanguageModel:
+    """The base of a run. Says what it is and, on several hosts, how much of it each has read."""
+    echo(f"loading {experiment.model} ({experiment.precision})")
+    model = read_model(experiment, layout)
+    echo(f"attention: {model.module.attention}")
+    if several():
+        here, everywhere = held(model.params)
+        echo(f"weights: {here:,} of {everywhere:,} bytes on this host")
+    return model
+
+
+def _restore(
+    checkpoints: Checkpoints, state: TrainState, run: epath.Path, resume: bool, echo: Echo
+) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint and its step; `state` and 0 if there is none.
+
+    Raises SboraxError for checkpoints in the directory of a run that is not resumed, and if hosts find different ones.
+    """
+    if not resume:
+        if checkpoints.steps:
+            raise SboraxError(f"{run}: holds checkpoints of another run; resume it or choose another directory")
+        return state, 0
+    restored = checkpoints.restore(state, echo)
+    check_alike("checkpoints", 0 if restored is None else restored[1])
+    if restored is None:
+        echo("no checkpoint yet: starting from step 0")
+        return state, 0
+    return restored
+
+
+def write_adapter(
+    prepared: Prepared, prints: dict[str, str], state: TrainState, parts: Parts, place: epath.Path, **notes: Any
+) -> None:
+    """Write the adapters of a run, and trained leaves of its base, into the directory `place`.
+
+    Args:
+    - prints: fingerprints of the base that the run began with.
+    - notes: what `plan.json` says beside the model.
+
+    Raises SboraxError if the disk refuses.
+    """
+    experiment, procedure = prepared.experiment, prepared.procedure
+    adapters = procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen)
+    # All processes gather the arrays, the first one writes them.
+    adapters, trained_base = gathered((adapters, state.train["base"]))
+    about = {"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant, **notes}
+    if is_first():
+        save_adapter(place, adapters, rules=experiment.rules, base=prints, trained_base=trained_base, about=about)
+
+
 def ending(run: epath.Path, steps: int) -> Summary | None:
-    """The summary of a run that has made its `steps` and written its adapter; None if something is left to write."""
+    """The summary of a run that has made its `steps` and written its adapter; None if it has anything left to do."""
     summary = Summary.read(run)
     complete = summary is not None and summary.finished and summary.steps == steps and (run / ADAPTER / PLAN).exists()
     return summary if complete else None
@@ -183,11 +218,16 @@ def loop(
     stop: Stop,
     layout: Layout = Layout(),
 ) -> None:
-    """Steps `done` to `steps`, or until a signal: data, step, record, act, evaluate, save.
+    """Make steps until `steps` have been made, or until a signal: data, step, record, act, evaluate, save.
 
-    Raises SboraxError for a loss, gradient or update that is not finite, and in the first step for a dead adapter.
+    Args:
+    - held_out: batches for the held-out loss; empty for none.
+    - done: steps that have been made before.
+
+    Raises SboraxError for a loss, gradient or update that is not finite, and in the first step for an adapter without
+    a gradient.
     """
-    watch = _Watch(stepper, done, done or None)
+    recorder = _Recorder(stepper, done, done or None)
     pending, rows = None, layout.rows(experiment.batch_size)
     source = stream(lambda number: batches.part(number, rows), done, steps)
     with stop.in_good_order() as asked, source as arrays:
@@ -196,7 +236,7 @@ def loop(
             numbers = stepper.step(number, batch)
             # Waiting for a step only after the next is dispatched keeps the device busy.
             if pending is not None:
-                watch.end(pending)
+                recorder.finish(pending)
             now = number + 1
             epoch, row = batches.position(now)
             pending = Made(now, numbers, batches.tokens(number), 0.0, stepper.programs() > programs, epoch)
@@ -207,7 +247,7 @@ def loop(
             act = stepper.due(now)
             if save or evaluate or act or number == done:
                 # A checkpoint is only made of a state whose loss is known to be finite.
-                watch.end(pending)
+                recorder.finish(pending)
                 pending = None
             if act:
                 stepper.act(now)
@@ -215,18 +255,20 @@ def loop(
                 stepper.evaluate(now, held_out)
             if save:
                 checkpoints.save(now, stepper.state, {"epoch": epoch, "row": row})
-                watch.saved = now
+                recorder.saved = now
             if save or evaluate or act:
-                watch.mark = time.monotonic()
+                recorder.mark = time.monotonic()
             if last:
                 break
 
 
 @dataclasses.dataclass
-class _Watch:
-    """Waits for steps and times them.
+class _Recorder:
+    """Waits for dispatched steps, times them, and has their numbers written.
 
-    done: steps before this process. saved: the step of the newest checkpoint. mark: when the last step ended.
+    - done: steps made before this process.
+    - saved: the step of the newest checkpoint; None without one.
+    - mark: the time from which the next step is timed: when the last step, or work between two steps, ended.
     """
 
     stepper: AbstractStepper
@@ -234,7 +276,7 @@ class _Watch:
     saved: int | None
     mark: float = dataclasses.field(default_factory=time.monotonic)
 
-    def end(self, pending: Made) -> None:
+    def finish(self, pending: Made) -> None:
         """Wait for a step and record it. Raises SboraxError if the run cannot go on."""
         numbers = jax.device_get(pending.numbers)
         now = time.monotonic()
@@ -249,5 +291,5 @@ class _Watch:
 
 
 def due(every: int | None, step: int) -> bool:
-    """Whether something done every so many steps is done after this one."""
+    """Whether something that is done every `every` steps (None: never) is due after `step` steps."""
     return every is not None and step % every == 0

@@ -1,4 +1,4 @@
-"""What a run minimises: losses are frozen dataclasses, as methods are."""
+"""Losses: frozen dataclasses, as methods are."""
 
 import abc
 import dataclasses
@@ -19,8 +19,8 @@ class AbstractLoss(abc.ABC):
     def __call__(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""]]:
         """The loss summed over the items of a microbatch, and the number of items.
 
-        A step minimises the sum over all microbatches divided by the number of items in all of them, so that
-        accumulation is exact. An item is whatever the loss is a mean of: a token, a pair of answers.
+        A step minimises the sum over all microbatches divided by the number of their items, so that accumulation is
+        exact. An item is what the loss is a mean of: a token, or a pair of answers.
         """
 
 

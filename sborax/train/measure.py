@@ -1,4 +1,4 @@
-"""How well a model does on data that it is shown once."""
+"""The loss of a model on held-out data."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from sborax.train.step import make_loss
 
 
 def loss_on(model: LanguageModel, params: Params, adapters: Adapters | None, batches: Sequence[Batch]) -> float:
-    """Cross-entropy in nats per token that counts, over all `batches`; its exponential is the perplexity."""
+    """Cross-entropy over all `batches`, in nats per token that counts; its exponential is the perplexity."""
     loss, base = make_loss(model), flatten(params)
     train, frozen = split(adapters or {})
     total = tokens = 0.0

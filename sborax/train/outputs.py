@@ -20,11 +20,11 @@ TABLE = "embed_tokens/embedding"
 class Outputs:
     """A model at one microbatch, as a loss sees it.
 
-    - hidden: final states of the adapted model, normed.
-    - batch: the microbatch, arrays (batch, length): `tokens`, `targets`, `counts` (targets that count), `segments`
-      (0 is padding), and whatever else the run's batches hold.
+    - hidden: final states of the adapted model, after the last norm.
+    - batch: the microbatch, arrays (batch, length): `tokens`, `targets`, `counts` (True for targets that count),
+        `segments` (0 is padding), and anything else that the run's batches hold.
     - trained: paths of the base leaves that are trained.
-    - key: of dropout; None without.
+    - key: of dropout; None for no dropout.
     """
 
     hidden: Float[Array, "batch length d"]
@@ -46,14 +46,13 @@ class Outputs:
         return head_loss(flat, table, targets, counts, tied)
 
     def log_probs(self) -> Float[Array, "batch length"]:
-        """log p(target) of every token, in nats, float32. Logits are computed again in the backward pass."""
+        """log p(target) of every token, in nats, float32. The backward pass computes logits again."""
         return self._log_probs(self.hidden, self.adapters)
 
     def base_log_probs(self) -> Float[Array, "batch length"]:
-        """`log_probs` of the base without its adapters and without dropout; a constant in differentiation.
+        """`log_probs` of the base without adapters and without dropout; its gradient is zero.
 
-        Raises SboraxError where the base is no longer what the run began with: some of it is trained, or a method
-        rewrites it.
+        Raises SboraxError if the base changes in the run: if leaves of it are trained, or a method rewrites it.
         """
         rewriting = sorted(path for path, node in nodes(self.adapters).items() if node.method.rewrites_base)
         if self.trained or rewriting:

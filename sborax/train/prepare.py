@@ -1,4 +1,4 @@
-"""From an experiment and a model to the first step: plan, adapters, optimiser, random streams.
+"""Makes everything that a run needs before its first step: plan, adapters, optimiser, random streams.
 
     prepared = prepare(experiment, model, steps)
     parts = prepared.adapt(model.params)
@@ -6,7 +6,7 @@
     step = prepared.make_step()
     state, numbers = step(state, parts.frozen, parts.base, batch)
 
-Training calls these functions as they are, `sborax plan` under `jax.eval_shape`.
+Training calls these functions directly, `sborax plan` under `jax.eval_shape`.
 """
 
 import dataclasses
@@ -35,11 +35,12 @@ from sborax.train.streams import Streams
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a run is made of, its arrays apart.
+    """A run without its arrays.
 
     - model: without its parameters.
-    - steps: of the whole run; learning rates and procedures depend on it.
-    - procedure: what acts between steps; None without a procedure.
+    - steps: length of the run, on which learning rates and procedures depend.
+    - streams: random keys.
+    - procedure: acts between steps; None without one.
     """
 
     experiment: Experiment
@@ -51,13 +52,13 @@ class Prepared:
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        """The optimiser. A procedure that watches gradients must have accepted the run, as `adapt` lets it."""
+        """The optimiser. `adapt` or `take_apart` comes first: there the procedure checks that it can watch the run."""
         watch = None if self.procedure is None else self.procedure.watch()
         return make_optimizer(self.experiment.optimizer, self.steps, watch)
 
     @property
     def observe(self) -> bool:
-        """Whether the procedure is given norms of inputs."""
+        """Whether the procedure needs norms of inputs."""
         return self.procedure is not None and self.procedure.method.observes
 
     def adapt(
@@ -75,11 +76,12 @@ class Prepared:
         hint: Callable[[Params, Site], Hint] | None = None,
         begun: Mapping[str, Adapter] | None = None,
     ) -> tuple[Params, Adapters]:
-        """The base and its adapters, `sx.attach` on a base that may be quantised.
+        """The base and its adapters: `sx.attach`, on a base that may be quantised.
 
+        Args:
         - params: of the model; methods that rewrite the base change them.
-        - hint: what `init` is told of a kernel whose method needs it.
-        - begun: adapters by path that were made before.
+        - hint: gives `init` the hint of a site whose method needs one.
+        - begun: adapters that were made before, by path.
 
         Raises SboraxError as `sx.attach` does.
         """
@@ -120,9 +122,10 @@ def prepare(
 ) -> Prepared:
     """The run of `experiment` on `model`, before its adapters are made.
 
+    Args:
     - model: its parameters may be shapes, unless a rank policy reads weights.
-    - steps: of the whole run.
-    - place: the run directory, where a procedure keeps what it replaces.
+    - steps: length of the run.
+    - place: the run directory, where a procedure keeps the adapters that it replaces.
     - layout: of the run on its devices.
 
     Raises SboraxError as planning does.
@@ -134,5 +137,5 @@ def prepare(
         run = Run(chosen, steps, model.config.num_key_value_heads)
         split = halves(experiment.optimizer)
         procedure = ActiveProcedure(experiment.procedure, run, streams.procedure, place, split, layout)
-    # The step holds what it needs: a second reference would keep a rewritten or trained base alive.
+    # Without parameters: a second reference would keep a rewritten or trained base alive.
     return Prepared(experiment, dataclasses.replace(model, params={}), chosen, steps, streams, procedure)

@@ -1,6 +1,4 @@
-"""What a run reads: the base model, its data, and the held-out data. And what can be checked before."""
-
-from collections.abc import Callable
+"""Reads the base, the data and the held-out data of a run, and checks beforehand what can be checked."""
 
 import numpy as np
 
@@ -14,18 +12,16 @@ from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.load import load_config, load_model
 from sborax.train.base import rewritten
 from sborax.train.experiment import Experiment
-from sborax.train.hints import promised
+from sborax.train.hints import Echo, promised
 from sborax.train.optimizer import make_optimizer
-
-Echo = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """An `Echo` for processes, and for members of a sweep, that leave speaking to the first."""
+    """An `Echo` that prints nothing: of all processes, and members of a sweep, the first alone prints."""
 
 
 def preflight(experiment: Experiment) -> None:
-    """Check what needs neither weights nor records: the model's config, rules and ranks, and where the data is.
+    """Check what needs neither weights nor records: the model's config, rules, ranks, and that the data exists.
 
     Raises SboraxError as planning, `load_config` and `sborax.data.source.find` do.
     """
@@ -41,7 +37,7 @@ def preflight(experiment: Experiment) -> None:
 
 
 def end_token(model: LanguageModel) -> int | None:
-    """The token that ends a text: the tokenizer's, else the model's first."""
+    """The token that ends a text: that of the tokenizer, else the first of the model's config; None for none."""
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     return model.config.eos_token_id[0] if end is None and model.config.eos_token_id else end
 
@@ -54,7 +50,7 @@ def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[l
 
 
 def read_model(experiment: Experiment, layout: Layout = Layout()) -> LanguageModel:
-    """The base of a run: quantised where it asks for that, but for kernels from which a method starts."""
+    """The base of a run, quantised if it asks for that, except for kernels that a method rewrites."""
     return load_model(
         experiment.model,
         experiment.precision,
@@ -67,14 +63,14 @@ def read_model(experiment: Experiment, layout: Layout = Layout()) -> LanguageMod
 
 
 def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple[Batches, str]:
-    """The batches of a run, and a line on what became of its records."""
+    """The batches of a run, and a line that tells how many of its records are used."""
     samples, report = _samples(experiment.data, model, echo, "data")
     rows = arrange(samples, experiment.data)
     return shuffled(rows, experiment.batch_size, experiment.accumulate, experiment.seed_data), report
 
 
 def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> list[dict[str, np.ndarray]]:
-    """The batches of `eval.data`; none without it."""
+    """The batches of `eval.data`; an empty list without it."""
     if experiment.eval.data is None:
         return []
     samples, _ = _samples(experiment.eval.data, model, echo, "held-out data")

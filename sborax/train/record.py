@@ -1,4 +1,4 @@
-"""Where the numbers of a run's steps go: `metrics.jsonl` and the other logs."""
+"""Writes the numbers of a run's steps to `metrics.jsonl` and the other logs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from sborax.train.log import AbstractLog, scalars
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A step that has ended.
+    """A step that has been dispatched.
 
     - step: its number, from 1.
-    - numbers: as `make_step` returns them, on the host.
-    - tokens: inputs, padding left out.
-    - seconds: since the end of the step before.
+    - numbers: as `make_step` returns them; on the host once the step has ended.
+    - tokens: inputs, without padding.
+    - seconds: since the end of the step before; 0 until the step has ended.
     - compiled: whether a program was compiled for it.
     - epoch: of the data.
     """
@@ -31,20 +31,20 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The numbers of a run. figures: what is computed from those of a step."""
+    """Where the numbers of a run are written. figures: computes metrics from the numbers of a step."""
 
     metrics: Metrics
     figures: Figures
     logs: Sequence[AbstractLog] = ()
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write a line, which has a `step`. Raises SboraxError if one of the logs refuses."""
+        """Write a line, which has a `step`. Raises SboraxError if it cannot be written."""
         self.metrics.add(dict(line))
         for log in self.logs:
             log.add(line["step"], dict(scalars(line)))
 
     def add_step(self, made: Made, numbers: Mapping[str, Any], lr: float | None) -> None:
-        """Write the numbers of a step. lr: its learning rate; None where it is not known."""
+        """Write the numbers of a step. lr: its learning rate; None if it is not known."""
         self.add(
             {
                 "step": made.step,

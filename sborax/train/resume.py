@@ -1,4 +1,4 @@
-"""What a resumed run may change."""
+"""Checks that a resumed run has the config it had before."""
 
 from etils import epath
 
@@ -10,18 +10,19 @@ from sborax.records.disk import CONFIG
 from sborax.train.experiment import Experiment, load_experiment
 
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
-"""What a resumed run may set anew: nothing that decides what the steps so far have computed."""
+"""Fields that a resumed run may change: they do not affect what the steps so far have computed."""
 
 
 def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> None:
-    """Raise SboraxError if the run to resume has another config in what may not change.
+    """Raise SboraxError if the run to resume differs from `experiment` in a field that may not change.
 
-    computed: whether a step of the run is kept; before that everything may change.
+    Args:
+    - computed: whether anything of the run is kept that was computed; if not, every field may change.
     """
     if not computed or not (run / CONFIG).exists():
         return
     old, new = encode(load_experiment(str(run / CONFIG))), encode(experiment)
-    # A procedure acts at steps that follow from how many there are.
+    # A procedure acts at steps that depend on the length of the run.
     may = MAY_CHANGE if experiment.procedure is None else MAY_CHANGE[2:]
     # The file of a class may have moved.
     changed = [name for name in new if old[name] != new[name] and name not in (*may, "imports")]
@@ -39,6 +40,6 @@ def check_steps(place: epath.Path, done: int, steps: int) -> None:
 
 
 def has_computed(place: epath.Path) -> bool:
-    """Whether a directory has checkpoints, or a start that depended on data."""
+    """Whether a run directory has checkpoints, or adapters that started from data."""
     folders = (place / FOLDER, place / START)
     return any(folder.exists() and any(folder.iterdir()) for folder in folders)

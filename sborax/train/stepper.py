@@ -1,4 +1,4 @@
-"""What a loop steps: one run, or the members of a sweep."""
+"""Steppers: what the loop drives. `RunStepper` is a single run; a sweep has its own."""
 
 import abc
 import functools
@@ -23,25 +23,31 @@ from sborax.train.step import check_alive, not_finite
 
 
 class AbstractStepper(abc.ABC):
-    """Makes steps, and holds the state that a step takes and gives back."""
+    """Makes steps, and holds the state between them."""
 
     state: Any
-    """What a checkpoint saves."""
+    """The tree that a checkpoint saves."""
     speed: Speed
+    """Tokens per second so far."""
 
     @abc.abstractmethod
     def step(self, number: int, batch: Batch) -> dict[str, Any]:
-        """Dispatch step `number`, from 0. The numbers may not be there yet."""
+        """Dispatch step `number`, counted from 0, and return its numbers, which may still be computed."""
 
     @abc.abstractmethod
     def programs(self) -> int:
-        """How many programs have been compiled for steps."""
+        """The number of programs compiled for steps so far."""
 
     @abc.abstractmethod
     def record(self, made: Made, first: bool) -> str | None:
-        """Check and write the numbers of a step that has ended; what is wrong with them if the run cannot go on.
+        """Check and write the numbers of a step that has ended.
 
-        first: whether it is the first step of this process. Raises SboraxError for an adapter without a gradient there.
+        Returns an error message if the run cannot go on, else None.
+
+        Args:
+        - first: whether it is the first step of this process.
+
+        Raises SboraxError in the first step for an adapter without a gradient.
         """
 
     @abc.abstractmethod
@@ -50,18 +56,20 @@ class AbstractStepper(abc.ABC):
 
     @abc.abstractmethod
     def act(self, step: int) -> None:
-        """Let the procedure act."""
+        """Let the procedure act after `step` steps."""
 
     @abc.abstractmethod
     def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
-        """Measure and write the loss on held-out data."""
+        """Measure the loss on held-out data after `step` steps, and write it."""
 
 
 class RunStepper(AbstractStepper):
-    """One run.
+    """A single run.
 
-    - parts: what a step reads beside the state. They change when the procedure acts.
-    - best, trace: None for none. write: writes the adapters of a state into a directory.
+    - parts: the arrays that a step reads beside the state. They change when the procedure acts.
+    - best: keeps the adapter with the lowest held-out loss; None for not.
+    - trace: a profile of some steps; None for none.
+    - write: `write(state, parts, directory, **notes)` writes the adapters of a state.
     """
 
     def __init__(
@@ -99,7 +107,7 @@ class RunStepper(AbstractStepper):
         if problem is not None:
             return problem
         if first:
-            # An expert that no sequence of the first batch chose is not dead.
+            # An expert that no sequence of the first batch chose has no gradient, and is not dead.
             idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))

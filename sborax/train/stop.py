@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a run."""
+"""How a run responds to SIGTERM and Ctrl-C."""
 
 import signal
 import threading
@@ -10,14 +10,14 @@ from sborax.layout.hosts import pass_on, several
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM before there was anything to save."""
+    """Raised at SIGTERM while there is nothing to save."""
 
 
 class Stop:
-    """Before its steps begin, a signal ends a run at once. From then on the first one asks it to save and to end.
+    """Stops a run at a signal: before its steps begin at once, afterwards once it has saved.
 
-    A second one is answered by whatever handled signals before the run, which ends it at once: checkpoints that are
-    being written then are incomplete and are passed over later.
+    A second signal goes to the handlers that were there before the run, and so ends it at once. Checkpoints that are
+    being written then stay incomplete, and are skipped later.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Stop:
         self._former: dict[int, Any] = {}
 
     def listen(self, *numbers: int, act: Callable[[], None]) -> None:
-        """Call `act` at these signals, if this is the main thread, which alone is told of them."""
+        """Call `act` at these signals. Does nothing outside the main thread, which alone receives signals."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in numbers:
@@ -33,13 +33,13 @@ class Stop:
             self._former.setdefault(number, before)
 
     def forget(self) -> None:
-        """Handle signals as before the run."""
+        """Restore the handlers that were there before the run."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
     @contextmanager
     def in_good_order(self) -> Iterator[threading.Event]:
-        """An event that the next signal sets. It does so after this block as well, up to the end of the run."""
+        """An event that the next signal sets, in this block and after it, until the end of the run."""
         if not several():
             self.listen(signal.SIGTERM, signal.SIGINT, act=self._ask)
         yield self.asked
@@ -50,16 +50,16 @@ class Stop:
 
     def refuse(self) -> NoReturn:
         """Raise Stopped."""
-        # Should whatever was interrupted swallow the exception, the first step is the last.
+        # If the interrupted code swallows the exception, the run ends after its first step.
         self.asked.set()
         raise Stopped("SIGTERM before the first step: nothing is lost, --resume begins where this began")
 
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """Signals are the run's business in this block. Ctrl-C is left to Python until the steps begin.
+    """Handles signals while the block runs. Ctrl-C is left to Python until the steps begin.
 
-    On several processes JAX itself listens for SIGTERM and tells the others, and Ctrl-C is passed on as one.
+    With several processes, JAX itself listens for SIGTERM and tells the others; Ctrl-C is passed on as a SIGTERM.
     """
     stop = Stop()
     if several():

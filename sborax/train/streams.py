@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """Keys of one seed, by what draws from them: initial adapters, dropout, and the procedure between steps."""
+    """Keys of one seed: for initial adapters, for dropout, and for what the procedure draws between steps."""
 
     adapters: Key[Array, ""]
     dropout: Key[Array, ""]
@@ -16,6 +16,6 @@ class Streams:
 
     @classmethod
     def of(cls, seed: int) -> "Streams":
-        """The streams of `seed_adapter`."""
+        """The streams of a `seed_adapter`."""
         key = jax.random.key(seed)
         return cls(key, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2))
