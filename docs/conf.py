@@ -1,10 +1,18 @@
 """How docs/ becomes a site: `python -m sphinx -W --keep-going docs site`. Every page is plain Markdown.
 
-Two kinds of comments in a page are filled in: `<!-- methods -->` by what `sborax methods` tells of each, and
-`<!-- api: NAME NAME -->` by signatures and docstrings, to the letter. A public name that no page has is an error.
+Comments in a page are filled in:
+
+- `<!-- method table -->`: a row for every method, its name, the first sentence of its docstring, and its paper;
+- `<!-- methods -->`: a section for every method, with what `sborax methods NAME` prints;
+- `<!-- peft table -->`: a row for every method, how it goes to PEFT and comes back;
+- `<!-- api: NAME NAME -->`: signatures and docstrings of public names, verbatim.
+
+A public name that no page has is an error.
 """
 
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +20,11 @@ from sphinx.errors import ExtensionError
 
 import sborax
 from sborax import methods
+from sborax.adapters.core import AbstractFactored, AbstractMethod, SboraxError
+from sborax.adapters.depth import AbstractLinked
 from sborax.cli.methods import describe
+from sborax.config.classes import instance
+from sborax.interop.peft_table import PLAIN, TABLE
 
 project = "sborax"
 release = sborax.__version__
@@ -27,40 +39,102 @@ html_show_copyright = False
 python_maximum_signature_line_length = 90
 autodoc_preserve_defaults = True
 
-METHODS = re.compile(r"<!-- methods -->")
 API = re.compile(r"<!-- api: (.*?) -->", re.DOTALL)
+SENTENCE = re.compile(r".*?(?<!\.)\.(?=\s|$)", re.DOTALL)
+"""Up to the first full stop; `...` inside an equation is none."""
 
 
 def check(app: Any) -> None:
-    """Raise ExtensionError unless every public name is on a page, once."""
+    """Raise ExtensionError unless every public name is on exactly one page."""
     pages = [page.read_text() for page in Path(app.srcdir).glob("*.md")]
     shown = [name for page in pages for names in API.findall(page) for name in names.split()]
-    shown += [name for page in pages for _ in METHODS.findall(page) for name in methods.__all__]
+    shown += [name for page in pages if "<!-- methods -->" in page for name in methods.__all__]
     wrong = sorted(set(sborax.__all__) ^ set(shown)) + sorted({name for name in shown if shown.count(name) > 1})
     if wrong:
         raise ExtensionError(f"not on exactly one page of docs/: {', '.join(wrong)}")
 
 
 def fill(app: Any, page: str, source: list[str]) -> None:
-    """Put what is generated into a page, and the tree of pages into the first."""
-    text = METHODS.sub(lambda _: "\n".join(map(of_method, methods.__all__)), source[0])
-    text = API.sub(lambda found: "\n".join(map(of_name, found[1].split())), text)
+    """Replace the comments of a page, and append the tree of pages to the first one."""
+    text = source[0]
+    for comment, build in GENERATED.items():
+        if f"<!-- {comment} -->" in text:
+            text = text.replace(f"<!-- {comment} -->", build())
+    text = API.sub(lambda match: "\n".join(map(api_section, match[1].split())), text)
     source[0] = text + contents(app, text) if page == app.config.root_doc else text
 
 
-def of_method(name: str) -> str:
-    told = describe(name).partition("\n")[2]
-    lines = [line.removeprefix("  ") for line in told.splitlines()]
+def method_table() -> str:
+    rows = ["| method | the adapted projection | paper |", "|---|---|---|"]
+    rows += map(method_row, methods.__all__)
+    return "\n".join(rows)
+
+
+def method_row(name: str) -> str:
+    """`| name | first sentence of the docstring | paper |`."""
+    method = getattr(methods, name)
+    text = " ".join((inspect.getdoc(method) or "").split())
+    match = SENTENCE.match(text)
+    # A bar would end the cell, even within code.
+    sentence = (match[0] if match else text).replace("|", r"\|")
+    cell = f"`` {sentence} ``" if "=" in sentence else sentence
+    return f"| [{name}](#{name.lower()}) | {cell} | {method.paper} |"
+
+
+def method_sections() -> str:
+    return "\n".join(map(method_section, methods.__all__))
+
+
+def method_section(name: str) -> str:
+    lines = [line.removeprefix("  ") for line in describe(name).splitlines()[1:]]
     return "\n".join([f"## {name}", "", "```text", *lines, "```", ""])
 
 
-def of_name(name: str) -> str:
+def peft_table() -> str:
+    rows = ["| method | in | out (native) | exceptions | `--as lora` |", "|---|---|---|---|---|"]
+    rows += map(peft_row, methods.__all__)
+    return "\n".join(rows)
+
+
+def peft_row(name: str) -> str:
+    """What PEFT's table and the class declare: `| name | kinds read | kind written | patterns | as plain LoRA |`."""
+    method = getattr(methods, name)
+    rows = [row for row in TABLE if row.method is method]
+    thin = issubclass(method, AbstractFactored | AbstractLinked)
+    kinds = " or ".join(dict.fromkeys(row.peft_type for row in rows))
+    written = kinds if any(row.write for row in rows) else PLAIN.peft_type if thin else ""
+    chosen = rows if written != PLAIN.peft_type else [PLAIN]
+    patterns = sorted({pattern for row in chosen for pattern in row.patterns.values()})
+    patterns += ["layers_to_transform"] * any(row.layered for row in chosen)
+    exceptions = ", ".join(f"`{pattern}`" for pattern in patterns) if written else ""
+    as_lora = "exact" if thin or method is PLAIN.method else "truncated"
+    cells = [kinds, written, exceptions, "no" if _has_no_merge(method) else as_lora]
+    return f"| `{name}` | {' | '.join(cell or '-' for cell in cells)} |"
+
+
+def _has_no_merge(method: type[AbstractMethod]) -> bool:
+    """On its defaults: what a method declares may depend on its options."""
+    try:
+        return bool(instance(method).no_merge)
+    except SboraxError:
+        return False
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "method table": method_table,
+    "methods": method_sections,
+    "peft table": peft_table,
+}
+"""What replaces each comment."""
+
+
+def api_section(name: str) -> str:
     kind = "autoclass" if isinstance(getattr(sborax, name), type) else "autofunction"
     return "\n".join([f"### {name}", "", "```{eval-rst}", f".. {kind}:: sborax.{name}", "```", ""])
 
 
 def contents(app: Any, first: str) -> str:
-    """The pages in the order in which the first one links to them, then whatever else there is."""
+    """The pages in the order in which the first one links to them, then the others."""
     linked = re.findall(r"\]\((\w+)\.md\)", first)
     others = sorted(app.env.found_docs - {app.config.root_doc})
     return "\n".join(["", "```{toctree}", ":hidden:", "", *dict.fromkeys([*linked, *others]), "```", ""])

@@ -10,17 +10,12 @@ import pytest
 from tiny_model import write_model
 
 import sborax as sx
-from sborax import methods, procedures
+from sborax import procedures
 from sborax.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_the_table_lists_every_method():
-    table = README.partition("## Methods")[2].partition("###")[0]
-    assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == sorted(methods.__all__)
 
 
 def test_the_table_lists_every_procedure_and_the_text_every_optimiser():
