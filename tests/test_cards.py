@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from command_line import fails, prints
 from etils import epath
 from huggingface_hub import ModelCard
-from test_cli import fails, prints
 from tiny_model import CONTEXT, tokenizer, write_model
 from torch_pair import shaken
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from pages import DOCS, ROOT, blocks, build_site, commands, try_command, try_page
+from published import PUBLISHED
 from questions import QUESTIONS, instruction
-from test_plan import PUBLISHED
 from tiny_model import write_data, write_model
 
 import sborax as sx

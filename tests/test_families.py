@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from sborax_models import TINY, make, relative, tokens_of, torch_logits
-from test_load import write_gguf
+from tiny_gguf import write_gguf
 from tiny_model import write_data, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch_pair import TOKENS, Pair, reloaded, shaken

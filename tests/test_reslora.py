@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import prints
 from nightly import nightly_unless
-from sborax_models import TINY, relative, tokens_of
-from test_llama import unrolled
+from sborax_models import TINY, relative, tokens_of, unrolled
 from tiny_model import write_data, write_model
 
 import sborax as sx
@@ -472,12 +472,6 @@ def experiment():
         batch_size=2,
     )
 """
-
-
-def prints(capsys, *argv) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in argv]) == 0
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shortcut", nightly_unless(["block"], ["block", "middle"]))
