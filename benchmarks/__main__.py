@@ -7,8 +7,8 @@ sweep: the step of 2 and of 6 adapters trained at once, over as many single step
 packing: useful tokens of packed rows over padded rows (needs the data set alpaca_en_demo under $SBORAX_DATA).
 
 For CPUs: SmolLM2-135M's shape, 4 x 256 tokens in float32, two threads. For a GPU see `python -m benchmarks.gpu`.
-Methods in JAX alternate with LoRA step by step in one process. Peers in torch and our LoRA run in separate processes, in
-turn. Appends its results to benchmarks/results.jsonl, and marks missed goals.
+Methods in JAX alternate with LoRA step by step in one process. Peers in torch and our LoRA run in separate processes,
+in turn. Appends its results to benchmarks/results.jsonl, and marks missed goals.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The training step on one GPU, in under ten minutes and without a download: python -m benchmarks.gpu
 
 Random bfloat16 weights of the real shapes, LoRA rank 16 on all seven linears, rows packed with four documents, and
-attention by cuDNN. PEFT is measured, too, eager and compiled, if torch and peft are installed. Utilisation is 4N FLOPs a
-token over the card's peak (`--peak`, dense bfloat16; 989 TFLOP/s for an H100 or H200). Appends its results to
+attention by cuDNN. PEFT is measured, too, eager and compiled, if torch and peft are installed. Utilisation is 4N FLOPs
+a token over the card's peak (`--peak`, dense bfloat16; 989 TFLOP/s for an H100 or H200). Appends its results to
 benchmarks/results.jsonl.
 """
 
