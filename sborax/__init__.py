@@ -89,7 +89,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LATER[name]), name)
 
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "AbstractLoss",
     "Batches",
     "CrossEntropy",
