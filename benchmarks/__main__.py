@@ -1,15 +1,14 @@
-"""Every measurement that this machine can make: python -m benchmarks [step] [generation] [scaling] [sweep] [packing]
+"""Every benchmark that this machine can run: python -m benchmarks [step] [generation] [scaling] [sweep] [packing]
 
 step: one training step of every method, beside PEFT's and qwix's LoRA (where they are installed).
 generation: greedy text beside transformers.
 scaling: the cost of our step against length, rank and adapted modules.
-sweep: the step of 2 and of 6 adapters trained at once over so many single steps.
-packing: useful tokens of packed over those of padded rows (needs the data set alpaca_en_demo under $SBORAX_DATA).
+sweep: the step of 2 and of 6 adapters trained at once, over as many single steps.
+packing: useful tokens of packed rows over padded rows (needs the data set alpaca_en_demo under $SBORAX_DATA).
 
-On a CPU the shape is SmolLM2-135M's, 4 x 256 tokens in float32, two threads; on a GPU `python -m benchmarks.gpu`.
-What runs in JAX is compared with LoRA step by step in one process; what runs in torch has a process of its own, and
-LoRA one beside it, in turn.
-Appends what it measured to benchmarks/results.jsonl. Goals that are missed are marked.
+For CPUs: SmolLM2-135M's shape, 4 x 256 tokens in float32, two threads. For a GPU see `python -m benchmarks.gpu`.
+Methods in JAX alternate with LoRA step by step in one process. Peers in torch and our LoRA run in separate processes,
+in turn. Appends its results to benchmarks/results.jsonl, and marks missed goals.
 """
 
 import argparse
@@ -33,30 +32,30 @@ METHODS = (
     "LoRA", "SBoRA-FA", "SBoRA-FB", "Bone", "Bat", "DoRA", "PiSSA", "SARA", "Mo-SARA", "QLoRA", "QSBoRA-FA", "full",
 )  # fmt: skip
 GOALS = {"SBoRA-FA": 1.05, "Bone": 1.05, "DoRA": 1 / 1.12, "Bat": 1 / 1.2}
-"""Speed over our LoRA's that we want at least."""
+"""The least speed over our LoRA's that we want."""
 FLOPS_GOAL, PEFT_GOAL, GENERATION_GOAL, PACKING_GOAL = 1.05, 1.0, 1.0, 2.0
 
 
 def short(value: float, goal: float | None, at_most: bool = False) -> str:
-    """A cell, marked where it misses its goal."""
+    """A cell with a value, and with its goal if it misses that. at_most: the goal is an upper bound."""
     missed = goal is not None and (value > goal if at_most else value < goal)
     return f"{value:.3f}" + (f" (goal {goal:.2f})" if missed else "")
 
 
 def show(heading: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown."""
+    """Print a table in Markdown."""
     print(f"\n{heading}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A cell that may be empty."""
+    """A cell with a value, empty for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
 def attempt(name: str, **task: Any) -> dict[str, Any] | None:
-    """A measurement, or None and a line that says why there is none."""
+    """The result of a measurement; None, and a printed reason, if it fails."""
     try:
         return run(**task)
     except RuntimeError as error:
@@ -65,55 +64,57 @@ def attempt(name: str, **task: Any) -> dict[str, Any] | None:
 
 
 def step(case: dict[str, Any], rounds: int, steps: int, only: list[str]) -> dict[str, Any]:
-    """The table of training steps."""
+    """Training steps: a table of peers and one of methods."""
     shape, tokens = SHAPES[case["shape"]], case["batch"] * case["length"]
-    found: dict[str, list[dict[str, Any]]] = {}
+    peers: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for name in (name for name in PEERS if name in only):
-            told = attempt(name, what=name, case=case, steps=steps)
-            # One in torch has a process of its own, and LoRA another, next to it in time.
-            if told and "own_seconds" not in told:
-                own = run(what="measure", case=case, steps=steps)
-                told |= {"own_seconds": own["seconds"], "own_peak_gib": own["peak_gib"]}
-            found.setdefault(name, []).extend([told] if told else [])
+            peer = attempt(name, what=name, case=case, steps=steps)
+            # A peer in torch has a process to itself. Our LoRA runs in another one, right after it.
+            if peer and "our_seconds" not in peer:
+                ours = run(what="measure", case=case, steps=steps)
+                peer |= {"our_seconds": ours["seconds"], "own_peak_gib": ours["peak_gib"]}
+            peers.setdefault(name, []).extend([peer] if peer else [])
     bound = run(what="matmul", case=case)["flops_per_second"]
     record: dict[str, Any] = {"matmul_gflops": bound / 1e9, "rows": {}}
     rows = []
-    for name, all_told in found.items():
-        if not all_told:
+    facts = ("temp_gib", "peak_gib", "compile_seconds", "own_peak_gib", "trainable")
+    for name, results in peers.items():
+        if not results:
             continue
-        theirs, own = ([s for told in all_told for s in told[key]] for key in ("seconds", "own_seconds"))
-        ratio, told = time_ratio(theirs, own), all_told[0]
-        known = {key: told.get(key) for key in ("temp_gib", "peak_gib", "compile_seconds", "own_peak_gib", "trainable")}
-        record["rows"][name] = {"lora_over_it": ratio, **known}
-        cells = [number(value) for key, value in known.items() if key != "trainable"]
+        theirs, ours = ([s for result in results for s in result[key]] for key in ("seconds", "our_seconds"))
+        ratio = time_ratio(theirs, ours)
+        row = {key: results[0].get(key) for key in facts}
+        record["rows"][name] = {"lora_over_it": ratio, **row}
+        cells = [number(value) for key, value in row.items() if key != "trainable"]
         goal = PEFT_GOAL if name.startswith("PEFT") else None
-        rows.append([name, short(ratio, goal), *cells, f"{told['trainable']:,}"])
+        rows.append([name, short(ratio, goal), *cells, f"{row['trainable']:,}"])
     columns = ["peer, LoRA", "our LoRA's speed over it", "temp GiB", "peak GiB", "compile s", "our peak GiB", "trained"]
     show("Peers", columns, rows)
     rows = []
     for name in (name for name in METHODS if name in only):
-        own = {**case, "method": name}
-        told = attempt(name, what="pair", case=own, other={**case, "method": "LoRA"}, steps=rounds * steps)
-        if told is None:
+        changed = {**case, "method": name}
+        result = attempt(name, what="pair", case=changed, other={**case, "method": "LoRA"}, steps=rounds * steps)
+        if result is None:
             continue
-        least = minimum_flops(shape, case["batch"], case["length"], told["trainable"], name == "full")
-        # The head is trained in chunks there, a loop of which XLA counts one turn.
-        counted = attempt(f"FLOPs of {name}", what="flops", case=own) if name != "full" else None
+        least = minimum_flops(shape, case["batch"], case["length"], result["trainable"], name == "full")
+        # Full fine-tuning trains the head in chunks, a loop of which XLA counts one iteration.
+        counted = attempt(f"FLOPs of {name}", what="flops", case=changed) if name != "full" else None
         over = counted["flops"] / least if counted else None
-        seconds = statistics.median(told["seconds"])
+        seconds = statistics.median(result["seconds"])
         used = model_flops(shape, case["batch"], case["length"]) / seconds / bound
-        row = {"over_lora": told["speed_over_other"], "flops_over_minimum": over, "tokens_per_second": tokens / seconds}
-        row |= {"mfu_4n_of_matmul": used, **{key: told[key] for key in told if not key.endswith("seconds")}}
-        record["rows"][name] = row | {"compile_seconds": told["compile_seconds"]}
+        speed = result["speed_over_other"]
+        row = {"over_lora": speed, "flops_over_minimum": over, "tokens_per_second": tokens / seconds}
+        row |= {"mfu_4n_of_matmul": used, **{key: result[key] for key in result if not key.endswith("seconds")}}
+        record["rows"][name] = row | {"compile_seconds": result["compile_seconds"]}
         rows.append(
             [
                 name,
-                short(told["speed_over_other"], GOALS.get(name)),
+                short(speed, GOALS.get(name)),
                 "" if over is None else short(over, None if name.startswith(("Q", "Mo", "Bat")) else FLOPS_GOAL, True),
                 number(100 * used, 0),
-                *(number(told[key]) for key in ("temp_gib", "held_gib", "compile_seconds")),
-                f"{told['trainable']:,}",
+                *(number(result[key]) for key in ("temp_gib", "held_gib", "compile_seconds")),
+                f"{result['trainable']:,}",
             ]
         )
     columns = ["method", "speed over our LoRA's", "FLOPs over the least", "% of the matmul bound at 4N"]
@@ -122,12 +123,14 @@ def step(case: dict[str, Any], rounds: int, steps: int, only: list[str]) -> dict
 
 
 def generation(shape: str, rounds: int, batch: int = 16, new: int = 64) -> dict[str, Any]:
-    """Whole calls, prefill included, in turn."""
+    """Greedy text here and in transformers, in turn; prefill included."""
     task = {"shape": shape, "batch": batch, "new": new, "rounds": 2}
-    told = {name: [run(what=f"{name} generates", **task) for _ in range(rounds)] for name in ("transformers", "sborax")}
+    results = {
+        name: [run(what=f"{name} generates", **task) for _ in range(rounds)] for name in ("transformers", "sborax")
+    }
     speed = {
-        name: batch * new / statistics.median(s for part in parts for s in part["seconds"])
-        for name, parts in told.items()
+        name: batch * new / statistics.median(s for call in calls for s in call["seconds"])
+        for name, calls in results.items()
     }
     ratio = speed["sborax"] / speed["transformers"]
     heading = f"Greedy text, {batch} prompts of 8 to 32 tokens, {new} new tokens each"
@@ -136,7 +139,7 @@ def generation(shape: str, rounds: int, batch: int = 16, new: int = 64) -> dict[
 
 
 def scaling(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Step time of LoRA against one thing at a time, each in turn with the common case."""
+    """Time of LoRA's step with one thing changed, in turn with the common case."""
     arms: list[tuple[str, dict[str, Any]]] = [
         *((f"{length} tokens a row, as many in all", {"length": length, "batch": 1024 // length})
           for length in (128, 512, 1024)),
@@ -145,51 +148,51 @@ def scaling(case: dict[str, Any], steps: int) -> dict[str, Any]:
     ]  # fmt: skip
     rows, record = [], {}
     for name, change in arms:
-        told = attempt(name, what="pair", case={**case, **change}, other=case, steps=steps)
-        if told is None:
+        result = attempt(name, what="pair", case={**case, **change}, other=case, steps=steps)
+        if result is None:
             continue
-        ratio = 1 / told["speed_over_other"]
-        record[name] = {"step_over_common": ratio, "temp_gib": told["temp_gib"], "trainable": told["trainable"]}
-        rows.append([name, f"{ratio:.3f}", number(told["temp_gib"]), f"{told['trainable']:,}"])
+        ratio = 1 / result["speed_over_other"]
+        record[name] = {"step_over_common": ratio, "temp_gib": result["temp_gib"], "trainable": result["trainable"]}
+        rows.append([name, f"{ratio:.3f}", number(result["temp_gib"]), f"{result['trainable']:,}"])
     columns = ["changed", "time", "temp GiB", "trained"]
     show("LoRA's step, time over that of the common case", columns, rows)
     return record
 
 
 def sweep(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """K adapters at once against K single steps."""
+    """Steps of several adapters at once, over as many single steps."""
     rows, record = [], {}
     for members in (2, 6):
-        told = attempt(f"{members} adapters", what="sweep", case=case, members=members, steps=steps)
-        for name in ("lax.map", "vmap") if told else ():
-            own, single = told[name], told["single"]
-            record[f"{members}, {name}"] = {key: own[key] for key in own if key != "seconds"}
-            cells = [number(cell) for cell in (own["temp_gib"], single["temp_gib"], own["compile_seconds"])]
-            rows.append([str(members), name, f"{own['over_single_runs']:.3f}", *cells])
+        results = attempt(f"{members} adapters", what="sweep", case=case, members=members, steps=steps)
+        for name in ("lax.map", "vmap") if results else ():
+            together, single = results[name], results["single"]
+            record[f"{members}, {name}"] = {key: together[key] for key in together if key != "seconds"}
+            cells = [number(cell) for cell in (together["temp_gib"], single["temp_gib"], together["compile_seconds"])]
+            rows.append([str(members), name, f"{together['over_single_runs']:.3f}", *cells])
     columns = ["adapters", "by", "time over so many single steps", "temp GiB", "a single's", "compile s"]
     show(f"{case['method']} over {case.get('layers', 'all')} layers, several adapters at once", columns, rows)
     return record
 
 
 def packing(steps: int) -> dict[str, Any]:
-    """Rows of 512 tokens with several samples over rows with one."""
-    told = attempt("packing", what="packing", data="alpaca_en_demo", batch=8, steps=steps)
-    if told is None:
+    """Rows of 512 tokens with several samples, over rows with one."""
+    result = attempt("packing", what="packing", data="alpaca_en_demo", batch=8, steps=steps)
+    if result is None:
         return {}
-    cells = [short(told[name], PACKING_GOAL) for name in ("useful_in_a_row", "useful_in_a_second")]
-    rows = [[told["samples"], *(f"{told['rows'][name]:,}" for name in ("packed", "padded")), *cells]]
+    cells = [short(result[name], PACKING_GOAL) for name in ("useful_in_a_row", "useful_in_a_second")]
+    rows = [[result["samples"], *(f"{result['rows'][name]:,}" for name in ("packed", "padded")), *cells]]
     columns = ["samples", "packed rows", "padded rows", "useful tokens in a row, packed over padded", "in a second"]
     show("Packing, rows of 512", columns, rows)
-    return told
+    return result
 
 
 def main() -> None:
-    """Measure what is asked for and keep the record."""
+    """Run the chosen benchmarks, print their tables and append the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", default=TABLES)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each process")
-    parser.add_argument("--only", default=";".join(METHODS + PEERS), help="rows of step, with semicolons between")
+    parser.add_argument("--only", default=";".join(METHODS + PEERS), help="rows of step, separated by semicolons")
     parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
     args = parser.parse_args()
     unknown = sorted(set(args.tables) - set(TABLES))
@@ -213,25 +216,25 @@ def main() -> None:
         if "scaling" in args.tables:
             record["scaling"] = scaling(case, args.rounds * args.steps)
         if "sweep" in args.tables:
-            # Fewer layers: the ratio does not depend on them, and six times their activations are held.
+            # Few layers: the ratio does not depend on them, and the activations of six members are held.
             record["sweep"] = sweep({**case, "method": "SBoRA-FA", "layers": 4}, args.rounds * args.steps)
         if "packing" in args.tables:
             record["packing"] = packing(6 * args.rounds)
     finally:
-        # A table that fails takes nothing from those before it.
+        # The tables before one that fails are kept.
         with RESULTS.open("a") as file:
             file.write(json.dumps(rounded(record)) + "\n")
 
 
 def rounded(tree: Any) -> Any:
-    """The record with four digits."""
+    """A record with its numbers rounded to four digits."""
     if isinstance(tree, dict):
         return {key: rounded(value) for key, value in tree.items()}
     return round(tree, 4) if isinstance(tree, float) else tree
 
 
 def version(package: str) -> str | None:
-    """An installed package's version."""
+    """The version of a package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

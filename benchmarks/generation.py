@@ -1,4 +1,4 @@
-"""Greedy text for a batch of prompts of mixed length, beside transformers: the same weights' shape, the same tokens."""
+"""Greedy text for a batch of prompts of mixed length, here and in transformers, with the same shape and prompts."""
 
 import time
 from typing import Any
@@ -9,17 +9,17 @@ from benchmarks.peers import THREADS
 from benchmarks.shapes import EPS, SHAPES
 
 NEVER: tuple[int, ...] = ()
-"""No token ends a text: every row is as long as the others."""
+"""No token ends a text, so that all rows are of one length."""
 
 
 def prompts(vocab: int, batch: int) -> list[list[int]]:
-    """Between 8 and 32 random ids a row."""
+    """A batch of prompts of 8 to 32 random ids."""
     rng = np.random.default_rng(0)
     return [rng.integers(3, vocab, int(length)).tolist() for length in rng.integers(8, 33, batch)]
 
 
 def ours(shape: str, batch: int, new: int, rounds: int) -> dict[str, Any]:
-    """Seconds of whole calls, prefill included, after one that compiles."""
+    """Seconds of every call of `generate`, prefill included, after one that compiles."""
     import jax
     import jax.numpy as jnp
 
@@ -42,7 +42,7 @@ def ours(shape: str, batch: int, new: int, rounds: int) -> dict[str, Any]:
 
 
 def transformers(shape: str, batch: int, new: int, rounds: int) -> dict[str, Any]:
-    """The same in transformers, eager, with its dynamic cache."""
+    """Seconds of every call of transformers' `generate`, eager, with its dynamic cache, after one that warms up."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,9 +1,9 @@
 """The training step on one GPU, in under ten minutes and without a download: python -m benchmarks.gpu
 
 Random bfloat16 weights of the real shapes, LoRA rank 16 on all seven linears, rows packed with four documents, and
-attention by cuDNN. PEFT
-runs beside where torch and peft are installed, eager and compiled. Utilisation is 4N FLOPs a token over the card's peak
-(`--peak`, dense bfloat16; 989 TFLOP/s for an H100 or H200). Appends what it measured to benchmarks/results.jsonl.
+attention by cuDNN. PEFT is measured, too, eager and compiled, if torch and peft are installed. Utilisation is 4N FLOPs
+a token over the card's peak (`--peak`, dense bfloat16; 989 TFLOP/s for an H100 or H200). Appends its results to
+benchmarks/results.jsonl.
 """
 
 import argparse
@@ -42,35 +42,36 @@ def main() -> None:
     args = parser.parse_args()
     if shutil.which("nvidia-smi") is None:
         parser.error("there is no NVIDIA GPU here (nvidia-smi is missing); python -m benchmarks measures on a CPU")
-    # Asked of the driver: JAX in this process would take the memory that is measured.
+    # From the driver: JAX in this process would reserve the memory that is measured.
     cards = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
     rows, speeds, record = [], {}, {}
-    for scene, method, own in ARMS:
-        case = {**COMMON, **own, "method": method}
-        told = attempt(f"{scene}, {method}", what="measure", case=case, steps=args.steps)
-        if told is None:
+    for scene, method, changes in ARMS:
+        case = {**COMMON, **changes, "method": method}
+        result = attempt(f"{scene}, {method}", what="measure", case=case, steps=args.steps)
+        if result is None:
             continue
-        seconds = statistics.median(told["seconds"])
+        seconds = statistics.median(result["seconds"])
         tokens = case["batch"] * case["length"] / seconds
         used = model_flops(SHAPES[case["shape"]], case["batch"], case["length"]) / seconds / (args.peak * 1e12)
         speeds[scene, method] = tokens
-        peak = short(told["peak_gib"], PEAK_GOALS.get((scene, method)), at_most=True)
+        peak = short(result["peak_gib"], PEAK_GOALS.get((scene, method)), at_most=True)
         ratio = tokens / speeds.get((scene, "LoRA"), tokens)
-        wanted = SPEED_GOALS.get((scene, method), 0.0)
-        speed = f"{tokens:,.0f}" + (f" (goal {wanted:,.0f})" if tokens < wanted else "")
+        goal = SPEED_GOALS.get((scene, method), 0.0)
+        speed = f"{tokens:,.0f}" + (f" (goal {goal:,.0f})" if tokens < goal else "")
         cells = [number(100 * used, 0), short(ratio, RATIO_GOALS.get((scene, method))), peak]
         rows.append([scene, method, speed, *cells])
-        record[f"{scene}, {method}"] = {"tokens_per_second": tokens, "mfu_4n": used, "peak_gib": told["peak_gib"]}
+        record[f"{scene}, {method}"] = {"tokens_per_second": tokens, "mfu_4n": used, "peak_gib": result["peak_gib"]}
     show("Steps", ["shape", "method", "tokens/s", "% of the peak at 4N", "over LoRA", "peak GiB"], rows)
     rows = []
     for scene, peer in PEERS:
-        own = next(own for name, _, own in ARMS if name == scene)
-        told = attempt(f"{scene}, {peer}", what=peer, case={**COMMON, **own, "method": "LoRA"}, steps=args.steps)
-        if told is None or (scene, "LoRA") not in speeds:
+        changes = next(changes for name, _, changes in ARMS if name == scene)
+        case = {**COMMON, **changes, "method": "LoRA"}
+        result = attempt(f"{scene}, {peer}", what=peer, case=case, steps=args.steps)
+        if result is None or (scene, "LoRA") not in speeds:
             continue
-        tokens = own["batch"] * own["length"] / statistics.median(told["seconds"])
+        tokens = case["batch"] * case["length"] / statistics.median(result["seconds"])
         rows.append([scene, peer, f"{tokens:,.0f}", short(speeds[scene, "LoRA"] / tokens, PEER_GOAL)])
-        record[f"{scene}, {peer}"] = {"tokens_per_second": tokens, "peak_gib": told["peak_gib"]}
+        record[f"{scene}, {peer}"] = {"tokens_per_second": tokens, "peak_gib": result["peak_gib"]}
     show("Peers", ["shape", "peer", "tokens/s", "our LoRA over it"], rows)
     versions = {name: version(name) for name in ("jax", "flax", "torch", "peft")}
     about = {"date": datetime.date.today().isoformat(), "machine": cards[:1], "versions": versions}

@@ -33,12 +33,23 @@ METHODS = {
     "QSBoRA-FA": lambda r: sx.SBoRA(rank=2 * r),
     "full": lambda r: None,
 }
-"""By rank of LoRA; the others at about the parameters that LoRA trains, where they can."""
+"""Methods by the rank of LoRA. The others train about as many parameters as LoRA, where they can."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured. `method` is a name in `METHODS`; those with a Q stand on an NF4 base."""
+    """One configuration to measure.
+
+    - method: a name in `METHODS`; those that begin with Q have an NF4 base.
+    - shape: a name in `SHAPES`.
+    - rank: LoRA's rank.
+    - modules: the pattern of the adapted modules.
+    - batch, length: rows and tokens a row of a batch.
+    - documents: segments in a row.
+    - dtype: of the base.
+    - remat, scan: as in `Llama`.
+    - layers: number of layers; None for all of the shape's.
+    """
 
     method: str = "LoRA"
     shape: str = "SmolLM2-135M"
@@ -55,8 +66,8 @@ class Case:
     @property
     def sizes(self) -> dict[str, Any]:
         """The shape, cut to `layers`."""
-        whole = SHAPES[self.shape]
-        return whole if self.layers is None else {**whole, "num_hidden_layers": self.layers}
+        shape = SHAPES[self.shape]
+        return shape if self.layers is None else {**shape, "num_hidden_layers": self.layers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +87,18 @@ class Workload:
 def plain_model(
     sizes: dict[str, Any], dtype: str = "float32", remat: str = "none", scan: bool = True, attention: str = "auto"
 ) -> LanguageModel:
-    """A model of a shape, without parameters and tokenizer."""
+    """A model of a given shape, without parameters or tokenizer."""
     config = LlamaConfig(**sizes, rms_norm_eps=EPS, bos_token_id=1, eos_token_id=(2,))
     backend = choose(attention, platform(), dtype, config.head_dim)
     return LanguageModel(Llama(config, jnp.dtype(dtype), remat, scan, attention=backend), {}, config, None)
 
 
 def random_params(model: LanguageModel, four_bit: bool = False) -> Any:
-    """Parameters of a model, the kernels of its layers in NF4 if asked."""
+    """Random parameters of a model. four_bit: quantise the kernels of its layers to NF4."""
 
     def random(path: Any, leaf: Any) -> Any:
         keys = [part.key for part in path]
-        # Drawn where it will stand: a large model never is on the host.
+        # Drawn on the device, so that a large model never is on the host.
         key = jax.random.fold_in(jax.random.key(0), sum(map(ord, "".join(keys))))
         drawn = jax.jit(lambda: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))()
         return quantise(drawn) if four_bit and keys[0] == "layers" and keys[-1] == "kernel" else drawn
@@ -109,7 +120,7 @@ def random_batch(case: Case) -> dict[str, Any]:
 
 
 def workload(case: Case) -> Workload:
-    """A model of random weights, its adapters, and one batch, prepared as a run is."""
+    """The step of a run on random weights, with its adapters and one batch."""
     model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
     params = random_params(model, case.method.startswith("Q"))
     method = METHODS[case.method](case.rank)
@@ -121,35 +132,34 @@ def workload(case: Case) -> Workload:
 
 
 def runner(case: Case) -> tuple[Runner, int]:
-    """The compiled step and how many parameters an adapter trains."""
+    """The compiled step, and the number of trained parameters."""
     work = workload(case)
     return Runner.of(work.step, work.state, work.parts.frozen, work.parts.base, work.batch), work.parts.count
 
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
-    """Seconds of every step but the first, what is known of the program, and the most memory held."""
-    own, trainable = runner(case)
-    own.seconds()
-    seconds = [own.seconds() for _ in range(steps)]
-    return {"seconds": seconds, **own.told(), "trainable": trainable, "peak_gib": peak_gib()}
+    """Seconds of every step but the first, facts of the compiled program, and the peak memory."""
+    timed, trainable = runner(case)
+    timed.seconds()
+    seconds = [timed.seconds() for _ in range(steps)]
+    return {"seconds": seconds, **timed.compiled_facts(), "trainable": trainable, "peak_gib": peak_gib()}
 
 
 def pair(case: Case, other: Case, steps: int) -> dict[str, Any]:
-    """Steps of `case` and of `other` in turn, and the ratio of their speeds."""
-    (own, trainable), (reference, _) = runner(case), runner(other)
-    seconds, theirs = in_turn(own, reference, steps)
-    speed = time_ratio(theirs, seconds)
+    """Seconds of steps of two cases in turn, and the speed of `case` over that of `other`."""
+    (timed, trainable), (reference, _) = runner(case), runner(other)
+    seconds, other_seconds = in_turn(timed, reference, steps)
     return {
         "seconds": seconds,
-        "other_seconds": theirs,
-        "speed_over_other": speed,
-        **own.told(),
+        "other_seconds": other_seconds,
+        "speed_over_other": time_ratio(other_seconds, seconds),
+        **timed.compiled_facts(),
         "trainable": trainable,
     }
 
 
 def matmul_flops_per_second(case: Case) -> float:
-    """The bound: the largest projection's matmul alone, in this process, with nothing around it."""
+    """The upper bound on speed: the matmul of the largest projection, alone."""
     fan_in, fan_out = max(kernels(case.sizes), key=lambda shape: shape[0] * shape[1])
     x, w = (jnp.ones(shape, case.dtype) for shape in ((case.batch * case.length, fan_in), (fan_in, fan_out)))
     product = jax.jit(jnp.matmul)
@@ -163,19 +173,19 @@ def matmul_flops_per_second(case: Case) -> float:
 
 
 def unrolled(case: Case, layers: int) -> Any:
-    """The compiled step of a few layers one after the other, cross-entropy in one chunk: a program without loops."""
+    """The compiled step of a few unrolled layers, with cross-entropy in one chunk: a program without loops."""
     with mock.patch.object(head_loss, "CHUNK", case.batch * case.length):
         return workload(dataclasses.replace(case, scan=False, remat="none", layers=layers)).lower().compile()
 
 
 def flops(case: Case) -> float:
     """FLOPs of the compiled step, from programs of one and two layers: XLA counts the body of a loop once."""
-    one, two = (unrolled(case, layers).cost_analysis()["flops"] for layers in (1, 2))
-    return one + (case.sizes["num_hidden_layers"] - 1) * (two - one)
+    first, both = (unrolled(case, layers).cost_analysis()["flops"] for layers in (1, 2))
+    return first + (case.sizes["num_hidden_layers"] - 1) * (both - first)
 
 
 def peak_gib() -> float:
-    """The most memory the device has held, or on a CPU this process."""
+    """The peak memory of the device, or on a CPU that of this process."""
     stats = jax.devices()[0].memory_stats()
     if stats and jax.default_backend() != "cpu":
         return stats["peak_bytes_in_use"] / 2**30

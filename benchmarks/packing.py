@@ -1,7 +1,7 @@
-"""What packing is worth, on the data set alpaca_en_demo under $SBORAX_DATA.
+"""The gain of packing, on the data set alpaca_en_demo under $SBORAX_DATA.
 
-Instructions and answers as SmolLM2's tokenizer cuts them, in rows of 512: several samples in a row, or one in each.
-Useful tokens in a row are a matter of lengths alone; LoRA's step is timed on both kinds of rows in turn.
+Samples are tokenised by SmolLM2's tokenizer and put into rows of 512 tokens: several samples a row, or one. The number
+of useful tokens in a row follows from the lengths. LoRA's step is timed on both kinds of rows in turn.
 """
 
 import statistics
@@ -28,28 +28,31 @@ LENGTH = 512
 
 
 def both(samples: Sequence[Sample], length: int = LENGTH) -> dict[str, Rows]:
-    """The rows of the same samples, all of `length` tokens."""
+    """The rows of both kinds, all of `length` tokens, from the same samples."""
     data = {name: Data("", max_length=length, packing=name == "packed", buckets=(length,)) for name in KINDS}
-    return {name: arrange(samples, own) for name, own in data.items()}
+    return {name: arrange(samples, options) for name, options in data.items()}
 
 
 KINDS = ("packed", "padded")
 
 
 def useful(rows: Rows) -> float:
-    """Mean tokens of a row that are no padding."""
+    """Mean number of tokens in a row that are not padding."""
     return sum(len(sample.tokens) - 1 for sample in rows.samples) / len(rows.rows)
 
 
 def tokens_per_second(rows: dict[str, Rows], batch_size: int, steps: int) -> dict[str, float]:
-    """Median over steps, taken in turn, of the tiny shape's step; ids are folded into its vocabulary."""
+    """Useful tokens a second of the tiny shape's step, for both kinds of rows: the median over steps in turn.
+
+    Ids are taken modulo the small vocabulary.
+    """
     model = plain_model(SHAPES["tiny"], remat="cheap")
     params = random_params(model)
     parts = take_apart(*sx.attach(jax.random.key(0), params, [("self_attn|mlp", sx.LoRA(rank=8))]))
     tx = make_optimizer(Optimizer(), steps)
     state, step = start(parts, tx), make_step(model, tx, jax.random.key(1))
-    batches = {name: shuffled(own, batch_size, 1, 0) for name, own in rows.items()}
-    found: dict[str, list[float]] = {name: [] for name in rows}
+    batches = {name: shuffled(kind, batch_size, 1, 0) for name, kind in rows.items()}
+    measured: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(steps + 1):
         for name in rows:
             batch = folded(batches[name][number], model.config.vocab_size)
@@ -57,26 +60,26 @@ def tokens_per_second(rows: dict[str, Rows], batch_size: int, steps: int) -> dic
             state, numbers = step(state, parts.frozen, parts.base, batch)
             jax.block_until_ready((state, numbers))
             seconds = time.perf_counter() - began
-            # The first of each compiles, or follows a compilation.
+            # The first step of each compiles, or follows a compilation.
             if number:
-                found[name].append(float((batch["segments"] > 0).sum()) / seconds)
-    return {name: statistics.median(rates) for name, rates in found.items()}
+                measured[name].append(float((batch["segments"] > 0).sum()) / seconds)
+    return {name: statistics.median(rates) for name, rates in measured.items()}
 
 
 def folded(batch: Batch, vocab: int) -> dict[str, Any]:
-    """A batch whose ids a smaller vocabulary has."""
+    """A batch with ids modulo a smaller vocabulary."""
     return {name: array % vocab if name in ("tokens", "targets") else array for name, array in batch.items()}
 
 
 def measure(data: str, batch: int, steps: int) -> dict[str, Any]:
-    """Useful tokens of packed over those of padded rows, in a row and in a second."""
+    """Useful tokens of packed rows over those of padded rows, a row and a second."""
     tokenizer = open_gguf(smollm2_gguf()).tokenizer()
     samples, report = load_samples(Data(data, max_length=LENGTH), tokenizer, tokenizer.eos_token_id, LENGTH)
     rows = both(samples)
     rates = tokens_per_second(rows, batch, steps)
     return {
         "samples": str(report),
-        "rows": {name: len(own.rows) for name, own in rows.items()},
+        "rows": {name: len(kind.rows) for name, kind in rows.items()},
         "useful_in_a_row": useful(rows["packed"]) / useful(rows["padded"]),
         "useful_in_a_second": rates["packed"] / rates["padded"],
     }

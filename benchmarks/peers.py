@@ -1,4 +1,4 @@
-"""The same training step in PEFT on transformers, and with the LoRA of qwix on our Flax model."""
+"""The same training step in PEFT on transformers, and with qwix's LoRA on our Flax model."""
 
 import functools
 import time
@@ -10,7 +10,7 @@ THREADS = 2
 
 
 def peft_step(case: dict[str, Any], steps: int, compiled: bool = False) -> dict[str, Any]:
-    """PEFT with SDPA attention and fused-kernel AdamW, eager or through torch.compile."""
+    """Measures PEFT's step, with SDPA attention and fused-kernel AdamW, eager or through torch.compile."""
     import torch
     from peft import LoraConfig, MissConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,12 +57,12 @@ def peft_step(case: dict[str, Any], steps: int, compiled: bool = False) -> dict[
         from benchmarks.ours import peak_gib
 
         peak = peak_gib()
-    told = {"seconds": seconds[1:], "peak_gib": peak, "trainable": sum(p.numel() for p in trained)}
-    return told | ({"compile_seconds": compile_seconds} if compiled else {})
+    measured = {"seconds": seconds[1:], "peak_gib": peak, "trainable": sum(p.numel() for p in trained)}
+    return measured | ({"compile_seconds": compile_seconds} if compiled else {})
 
 
 def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """qwix's LoRA provider around our own Flax model, whose plain projections it intercepts, in turn with our step."""
+    """Measures qwix's LoRA, which intercepts the plain projections of our Flax model, in turn with our step."""
     import jax
     import numpy as np
     import optax
@@ -74,23 +74,23 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
     sizes = SHAPES[case["shape"]]
     plain = plain_model(sizes, case["dtype"]).module
     rank = case["rank"]
-    # Without disable_jit its parameters leak out of the compiled functions inside the model.
+    # Without disable_jit qwix's parameters leak out of the compiled functions inside the model.
     provider = qwix.LoraProvider(module_path=".*(_proj).*", rank=rank, alpha=float(rank), disable_jit=True)
     model = qwix.apply_lora_to_model(plain, provider)
     tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (case["batch"], case["length"])).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :8])["params"]
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     is_lora = ["lora" in jax.tree_util.keystr(path) for path, _ in flat]
-    train = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if own]
-    base = [leaf for (_, leaf), own in zip(flat, is_lora, strict=True) if not own]
+    train = [leaf for (_, leaf), trained in zip(flat, is_lora, strict=True) if trained]
+    base = [leaf for (_, leaf), trained in zip(flat, is_lora, strict=True) if not trained]
     if not train:
         raise RuntimeError("qwix put no LoRA parameters on this model")
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-4, weight_decay=0.0))
 
     def loss(train: list[Any], base: list[Any], tokens: Any) -> Any:
-        both = iter(train), iter(base)
-        whole = jax.tree.unflatten(treedef, [next(both[0]) if own else next(both[1]) for own in is_lora])
-        logits = model.apply({"params": whole}, tokens[:, :-1])
+        trained, frozen = iter(train), iter(base)
+        params = jax.tree.unflatten(treedef, [next(trained if lora else frozen) for lora in is_lora])
+        logits = model.apply({"params": params}, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -100,7 +100,7 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
         updates, opt = tx.update(grads, opt, train)
         return (optax.apply_updates(train, updates), opt), {"loss": value}
 
-    theirs, (own, _) = Runner.of(step, (train, tx.init(train)), base, tokens), runner(Case(**case))
-    seconds, own_seconds = in_turn(theirs, own, steps)
+    theirs, (ours, _) = Runner.of(step, (train, tx.init(train)), base, tokens), runner(Case(**case))
+    seconds, our_seconds = in_turn(theirs, ours, steps)
     trainable = sum(leaf.size for leaf in train)
-    return {"seconds": seconds, "own_seconds": own_seconds, **theirs.told(), "trainable": trainable}
+    return {"seconds": seconds, "our_seconds": our_seconds, **theirs.compiled_facts(), "trainable": trainable}

@@ -1,4 +1,4 @@
-"""A compiled step that goes on from its own state, timed; two of them in turn."""
+"""A compiled step that keeps its state between calls, and the timing of one or two of them."""
 
 import dataclasses
 import statistics
@@ -11,7 +11,10 @@ import numpy as np
 
 @dataclasses.dataclass
 class Runner:
-    """`compiled(state, *constants) -> (state, numbers)` with a "loss" among the numbers."""
+    """A step `compiled(state, *constants) -> (state, numbers)`, with the latest state.
+
+    `numbers` must have a "loss". compile_seconds: how long compilation took.
+    """
 
     compiled: Any
     state: Any
@@ -26,21 +29,24 @@ class Runner:
         return cls(compiled, state, constants, time.perf_counter() - began)
 
     def seconds(self) -> float:
-        """One step, timed."""
+        """Seconds of one step."""
         began = time.perf_counter()
         self.state, numbers = self.compiled(self.state, *self.constants)
         jax.block_until_ready(numbers["loss"])
-        taken = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         assert np.all(np.isfinite(np.asarray(numbers["loss"])))
-        return taken
+        return seconds
 
     @property
     def temporaries(self) -> int:
         """Bytes of temporary memory."""
         return self.compiled.memory_analysis().temp_size_in_bytes
 
-    def told(self) -> dict[str, float]:
-        """What is known without running it. held_gib: arguments, results and temporaries as compiled."""
+    def compiled_facts(self) -> dict[str, float]:
+        """Facts of the compiled program, without running it: seconds of compilation, and memory in GiB.
+
+        held_gib: arguments, results and temporaries together.
+        """
         memory = self.compiled.memory_analysis()
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return {
@@ -50,12 +56,15 @@ class Runner:
         }
 
 
-def in_turn(one: Runner, other: Runner, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of `steps` steps of each after one to warm up, in turn, so that drift of the machine meets both."""
-    rounds = [(one.seconds(), other.seconds()) for _ in range(steps + 1)][1:]
-    return [own for own, _ in rounds], [theirs for _, theirs in rounds]
+def in_turn(first: Runner, second: Runner, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of every step of two runners, which alternate so that drift of the machine affects both alike.
+
+    The first step of each warms up and is left out.
+    """
+    rounds = [(first.seconds(), second.seconds()) for _ in range(steps + 1)][1:]
+    return [seconds for seconds, _ in rounds], [seconds for _, seconds in rounds]
 
 
-def time_ratio(one: list[float], other: list[float]) -> float:
-    """The median of `one` over that of `other`."""
-    return statistics.median(one) / statistics.median(other)
+def time_ratio(seconds: list[float], reference: list[float]) -> float:
+    """The median of `seconds` over the median of `reference`."""
+    return statistics.median(seconds) / statistics.median(reference)

@@ -1,4 +1,4 @@
-"""Models by shape alone: speed does not depend on the values of weights, so nothing is downloaded."""
+"""Shapes of models. Speed does not depend on the values of weights, so nothing is downloaded."""
 
 from typing import Any
 
@@ -70,10 +70,10 @@ def kernels(shape: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def minimum_flops(shape: dict[str, Any], batch: int, length: int, trained: int, full: bool = False) -> float:
-    """FLOPs that a step cannot do without: 4N + attention + adapter, or 6N + attention for full fine-tuning.
+    """The least FLOPs of a step, over its tokens: 4N + attention + adapter, or 6N + attention for full fine-tuning.
 
-    Two passes over the base (forward, gradient in x), a third where it is trained; three over attention, its mask not
-    used; three over what is trained beside it, each parameter one multiply-add a token.
+    Two passes over the base (forward, gradient in x) and a third if it is trained; three over attention without use of
+    its mask; three over the adapter, in which each parameter is one multiply-add a token.
     """
     tokens, d = batch * length, shape["hidden_size"]
     layers, width = shape["num_hidden_layers"], shape["num_attention_heads"] * shape["head_dim"]
@@ -83,7 +83,7 @@ def minimum_flops(shape: dict[str, Any], batch: int, length: int, trained: int, 
 
 
 def model_flops(shape: dict[str, Any], batch: int, length: int) -> float:
-    """4N a token and nothing else: the numerator of the model-FLOP utilisation of an adapter's step."""
+    """4N FLOPs a token: the numerator of the model-FLOP utilisation of an adapter's step."""
     layers = shape["num_hidden_layers"]
     base = layers * sum(i * o for i, o in kernels(shape)) + shape["hidden_size"] * shape["vocab_size"]
     return 4.0 * base * batch * length

@@ -1,7 +1,7 @@
-"""A step of a sweep over as many single steps, over one base.
+"""The time of a sweep's step over that of as many single steps.
 
-Members differ in learning rate and seed, so in what SBoRA indexes. Single steps, the sweep by `lax.map` and the one by
-`vmap` are timed in turn in one process.
+Members differ in learning rate and in seed, hence in the rows that SBoRA moves. Single steps, a sweep by `lax.map` and
+a sweep by `vmap` are timed in turn in one process.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ STEPS = 1000
 
 
 def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
-    """Seconds of as many single steps, and of the sweep's one, with the ratio of their medians.
+    """Seconds of `members` single steps and of the sweeps' steps, with the ratios of their medians.
 
     members: an even number; half of them have one learning rate, half another.
     """
@@ -31,25 +31,25 @@ def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
     rules = [(case.modules, METHODS[case.method](case.rank))]
     plain = sx.Experiment(model="random", data=sx.Data("random"), rules=rules, steps=STEPS)
     grid = {"optimizer.lr": (1e-4, 3e-4), "seed_adapter": tuple(range(members // 2))}
-    crew_of = Sweep(plain, grid).members()
+    planned = Sweep(plain, grid).members()
 
     def parts(seed: int) -> Parts:
         return take_apart(params, sx.attach(jax.random.key(seed), params, rules)[1])
 
-    each = [parts(member.experiment.seed_adapter) for member in crew_of]
-    base, tx = each[0].base, make_optimizer(plain.optimizer, STEPS)
+    separate = [parts(member.experiment.seed_adapter) for member in planned]
+    first, tx = separate[0], make_optimizer(plain.optimizer, STEPS)
     step = make_step(model, tx, jax.random.key(1))
-    arms = {"single": Runner.of(step, start(each[0], tx), each[0].frozen, base, batch)}
+    arms = {"single": Runner.of(step, start(first, tx), first.frozen, first.base, batch)}
     for at_once, name in ((1, "lax.map"), (members, "vmap")):
-        crew, state = gather(crew_of, each, STEPS, at_once)
-        arms[name] = Runner.of(make_sweep_step(model, crew), state, crew.own, crew.shared, base, batch)
+        crew, state = gather(planned, separate, STEPS, at_once)
+        arms[name] = Runner.of(make_sweep_step(model, crew), state, crew.own, crew.shared, first.base, batch)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(steps + 1):
         for name, arm in arms.items():
-            taken = sum(arm.seconds() for _ in range(members if name == "single" else 1))
+            elapsed = sum(arm.seconds() for _ in range(members if name == "single" else 1))
             # The first round warms up.
-            seconds[name] += [taken] if number else []
-    told = {name: arm.told() | {"seconds": seconds[name]} for name, arm in arms.items()}
+            seconds[name] += [elapsed] if number else []
+    measured = {name: arm.compiled_facts() | {"seconds": seconds[name]} for name, arm in arms.items()}
     for name in ("lax.map", "vmap"):
-        told[name]["over_single_runs"] = time_ratio(seconds[name], seconds["single"])
-    return told
+        measured[name]["over_single_runs"] = time_ratio(seconds[name], seconds["single"])
+    return measured

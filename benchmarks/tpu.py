@@ -1,8 +1,8 @@
-"""The real step, compiled for a TPU slice that need not be there: python -m benchmarks.tpu (needs the package libtpu)
+"""The training step compiled for a TPU slice, without one: python -m benchmarks.tpu (needs the package libtpu)
 
 LLaMA-2-7B's shape in bfloat16, LoRA rank 16 and its relatives on all seven linears, 2,048 tokens a row, one row a chip.
-Prints bytes on each chip and bytes sent by kind of collective, from the compiled program; nothing runs, and no time is
-told. Appends what it measured to benchmarks/results.jsonl.
+Prints bytes on each chip and bytes sent by kind of collective, from the compiled program. Nothing runs, so no times are
+measured. Appends its results to benchmarks/results.jsonl.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sborax.plans.hlo import collective_bytes
 
 
 def step(shape: str, method: str, rows: int, length: int, remat: str, attention: Any) -> Outline:
-    """The step of one method, from shapes alone."""
+    """The step of one method, from shapes."""
     experiment = sx.Experiment(
         shape,
         sx.Data(shape, max_length=length),
@@ -56,17 +56,17 @@ def main() -> None:
     rows, record = [], {}
     for method in args.methods.split(","):
         began = time.perf_counter()
-        drawn = step(args.shape, method, fsdp, args.length, args.remat, args.attention)
-        program = compiled(on_mesh(drawn, mesh))
+        outlined = step(args.shape, method, fsdp, args.length, args.remat, args.attention)
+        program = compiled(on_mesh(outlined, mesh))
         memory, sent = program.memory_analysis(), collective_bytes(program.as_text())
         seconds = time.perf_counter() - began
         held = (memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30)
-        told = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in sorted(sent.items()))
-        rows.append([method, *(number(size) for size in held), told, number(seconds, 0)])
+        cell = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in sorted(sent.items()))
+        rows.append([method, *(number(size) for size in held), cell, number(seconds, 0)])
         record[method] = {"argument_gib": held[0], "temp_gib": held[1], "sent_bytes": sent}
         print(rows[-1], flush=True)
-    laid = f"fsdp {fsdp} x tensor {args.tensor}, {fsdp} rows of {args.length}"
-    heading = f"{args.shape} on {args.topology}, {laid}, attention by {args.attention}"
+    layout = f"fsdp {fsdp} x tensor {args.tensor}, {fsdp} rows of {args.length}"
+    heading = f"{args.shape} on {args.topology}, {layout}, attention by {args.attention}"
     show(heading, ["method", "arguments GiB a chip", "temporaries GiB a chip", "sent GiB a chip", "compile s"], rows)
     about = {"date": datetime.date.today().isoformat(), "tpu": heading, "versions": {"jax": version("jax")}}
     with RESULTS.open("a") as file:

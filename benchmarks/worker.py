@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: python -m benchmarks.worker '{"what": ..., ...}' prints one JSON line."""
+"""Runs one measurement in a new process: python -m benchmarks.worker '{"what": ..., ...}' prints one JSON line."""
 
 import json
 import os
@@ -11,18 +11,20 @@ from benchmarks.peers import THREADS
 
 
 def run(**task: Any) -> dict[str, Any]:
-    """What a new process measures.
+    """The result of a measurement in a new process.
 
-    Raises RuntimeError with the last error it named if it fails.
+    task: `what`, the name of the measurement, and its arguments.
+
+    Raises RuntimeError with the last error that the process printed.
     """
     env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "JAX_ENABLE_COMPILATION_CACHE": "0"}
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(task)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        # JAX adds remarks of its own after the error.
-        named = [line for line in said if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
-        raise RuntimeError((named or said)[-1])
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        # JAX prints remarks after the error.
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+        raise RuntimeError((errors or lines)[-1])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sborax import methods
 from sborax.adapters.compose import chain
 from sborax.adapters.core import Adapter, Context, Hint, SboraxError, linear
 from sborax.adapters.experts import combine_experts, remove_expert
@@ -27,34 +28,7 @@ from sborax.adapters.tree import (
 from sborax.adapters.weighted import Weighted, merge_weighted, unmerge
 from sborax.data.options import Data
 from sborax.layout.xla_flags import guard as _guard
-from sborax.methods import (
-    C3A,
-    HRA,
-    IA3,
-    OFT,
-    SARA,
-    AdaLoRA,
-    Bat,
-    Bone,
-    DeLoRA,
-    DoRA,
-    HiRA,
-    LoHa,
-    LoKr,
-    LoRA,
-    LoRAGA,
-    MiLoRA,
-    MoSARA,
-    OLoRA,
-    OrthogonalAdaptation,
-    PiSSA,
-    PRILoRA,
-    RandLoRA,
-    ResLoRA,
-    SBoRA,
-    SHiRA,
-    VeRA,
-)
+from sborax.methods import *  # noqa: F403
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.sweep.grid import Sweep
@@ -126,7 +100,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LATER[name]), name)
 
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "AbstractLoss",
     "Batches",
     "CrossEntropy",
@@ -143,58 +117,32 @@ __all__ = [
     "read_model",
     "AbstractOptimizer",
     "AbstractScheduled",
-    "AdaLoRA",
     "AdaLoRABudget",
     "Adafactor",
     "Adam",
     "AdamW",
     "Adapter",
-    "Bat",
-    "Bone",
-    "C3A",
     "COLA",
     "Context",
     "Data",
-    "DeLoRA",
-    "DoRA",
     "Eval",
     "Experiment",
-    "HRA",
-    "HiRA",
     "Hint",
-    "IA3",
     "LinearRanks",
     "Lion",
-    "LoHa",
-    "LoKr",
-    "LoRA",
     "LoRAFA",
-    "LoRAGA",
     "LoRAPrune",
     "LoRARITE",
-    "MiLoRA",
-    "MoSARA",
-    "OFT",
-    "OLoRA",
     "Optimizer",
-    "OrthogonalAdaptation",
-    "PRILoRA",
     "PRILoRAPruning",
-    "PiSSA",
     "Plan",
-    "RandLoRA",
-    "ResLoRA",
     "Rule",
-    "SARA",
-    "SBoRA",
     "SGD",
-    "SHiRA",
     "Save",
     "SboraxError",
     "ShuffledRanks",
     "SingularMass",
     "Sweep",
-    "VeRA",
     "Weighted",
     "XGBLoRA",
     "add",
@@ -234,4 +182,5 @@ __all__ = [
     "trainable",
     "unmerge",
     "value_and_grad",
+    *methods.__all__,
 ]

@@ -1,4 +1,4 @@
-"""Hostile files for everything that sborax reads: every case must end in success or in one error line.
+"""Hostile files for everything that sborax reads. Every case must end in success or in a one-line error.
 
 python scripts/fuzz.py                          # all readers
 python scripts/fuzz.py gguf peft --cases 10000 --seed 0
@@ -19,17 +19,17 @@ from fuzzing.runner import SECONDS, child, furnish, fuzz
 
 
 def main() -> int:
-    """The exit code is 1 if a case failed."""
+    """Fuzz the chosen readers. Returns the exit code, 1 if a case failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("readers", nargs="*", metavar="READER", help="default: all")
-    parser.add_argument("--cases", type=int, default=10_000, metavar="N", help="of each reader (default: 10000)")
+    parser.add_argument("--cases", type=int, default=10_000, metavar="N", help="cases of each reader (default: 10000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="run one case in this process, without a net")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="run one case in this process, unguarded")
     parser.add_argument("--keep", metavar="DIR", help="with --only: copy the case's files there")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--last", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, metavar="S", help="that a case may take; more on a busy machine"
+        "--seconds", type=float, default=SECONDS, metavar="S", help="time limit of a case; more on a busy machine"
     )
     parser.add_argument("--child", metavar="JAIL", help=argparse.SUPPRESS)
     words = parser.parse_args()
@@ -39,27 +39,27 @@ def main() -> int:
     from fuzzing.readers import READERS
 
     if words.only is not None:
-        return one(words.readers[0], words.seed, words.only, words.keep)
+        return run_case(words.readers[0], words.seed, words.only, words.keep)
     failed = False
     for reader in words.readers or READERS:
         began = time.monotonic()
         tally = fuzz(reader, words.cases, words.seed, words.first, words.seconds)
-        took = time.monotonic() - began
-        print(f"{reader}: {tally.done} cases in {took:.0f} s: {tally.fine} read, {tally.refused} refused in "
+        seconds = time.monotonic() - began
+        print(f"{reader}: {tally.done} cases in {seconds:.0f} s: {tally.fine} read, {tally.refused} refused in "
               f"{len(tally.lines)} ways, {len(tally.wrong)} failed", flush=True)  # fmt: skip
         for line, times in tally.lines.most_common(12):
             print(f"  {times:6}  {line}")
         kinds = collections.defaultdict(list)
-        for number, said in tally.wrong:
-            kinds[re.sub(r"\d{3,}|'.*", "_", said.partition("\n")[0])].append((number, said))
-        for found in sorted(kinds.values(), key=len, reverse=True):
-            print(f"  FAILED {len(found)} times, case {found[0][0]}: {found[0][1]}")
+        for number, problem in tally.wrong:
+            kinds[re.sub(r"\d{3,}|'.*", "_", problem.partition("\n")[0])].append((number, problem))
+        for failures in sorted(kinds.values(), key=len, reverse=True):
+            print(f"  FAILED {len(failures)} times, case {failures[0][0]}: {failures[0][1]}")
         failed |= bool(tally.wrong)
     return int(failed)
 
 
-def one(reader: str, seed: int, number: int, keep: str | None) -> int:
-    """One case as it is."""
+def run_case(reader: str, seed: int, number: int, keep: str | None) -> int:
+    """Run one case, whose exceptions are raised."""
     from fuzzing.readers import READERS
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One process for each GPU of a SLURM job. Nodes, tasks and GPUs are those of the command line:
+# Runs one process for each GPU of a SLURM job. The command line gives nodes, tasks and GPUs:
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/launch_slurm.sh EXPERIMENT --out /shared/RUN
-# A job that is pre-empted saves itself, is queued again, and goes on.
+# A pre-empted job saves a checkpoint, is queued again and resumes.
 #SBATCH --job-name=sborax
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -14,5 +14,5 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 sborax=.venv/bin/sborax
 [ -x "$sborax" ] || sborax=sborax
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || set -- "$@" --resume
-# One dead task ends the others: nothing waits for it.
+# A dead task ends the others, so that nothing waits for it.
 exec srun --kill-on-bad-exit=1 "$sborax" train "$@" --distributed

@@ -2,7 +2,7 @@
 # Run sborax on every host of a Cloud TPU slice, from a machine where gcloud is logged in.
 #   scripts/launch_tpu_pod.sh NAME ZONE install                  puts this commit and its packages on every host
 #   scripts/launch_tpu_pod.sh NAME ZONE train EXPERIMENT --out gs://BUCKET/RUN [--resume]
-# What a host needs in its environment, such as HF_TOKEN, goes into SBORAX_ENV="HF_TOKEN=... OTHER=...".
+# Environment variables of the hosts, such as HF_TOKEN, go into SBORAX_ENV="HF_TOKEN=... OTHER=...".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv-test, fetch the real model, and run every check: ruff, pyright, pytest. Arguments go to pytest.
-# With --quick before them pytest runs the tests marked so, which takes minutes.
+# With --quick as the first argument pytest runs the tests marked `quick`, which takes minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -14,7 +14,7 @@ fi
 make_venv .venv-test
 if ! installed .venv-test; then
   echo "installing sborax and its test tools into .venv-test"
-  # torch first and by itself: builds without CUDA are smaller by gigabytes, where they can be had.
+  # torch first, by itself: builds without CUDA, where they exist, are gigabytes smaller.
   if command -v uv >/dev/null; then
     install .venv-test --torch-backend cpu torch==2.13.0 2>/dev/null || install .venv-test torch==2.13.0
   else
@@ -32,7 +32,7 @@ cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-# XLA:CPU's older emitters compile in two thirds of the time. A jaxlib that has dropped the flag would end at once.
+# XLA:CPU's older emitters compile in two thirds of the time. A jaxlib without the flag would exit at once.
 emitters="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
 if XLA_FLAGS=$emitters $bin/python -c 'import jax; jax.devices()' 2>/dev/null; then export XLA_FLAGS=$emitters; fi
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
@@ -44,6 +44,6 @@ if [[ $quick ]]; then
   # Only the files that have such tests: importing the others would take as long as running these.
   $bin/pytest -n 2 -m quick $(grep -l 'mark\.quick' tests/test_*.py) "$@"
 else
-  # A file stays with one worker, so that what its tests share is made once.
+  # All tests of a file run in one worker, so that shared fixtures are made once.
   $bin/pytest -n 2 --dist loadfile "$@"
 fi

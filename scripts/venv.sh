@@ -1,11 +1,11 @@
-# Sourced by the other scripts: a virtual environment of this checkout's own.
+# Sourced by the other scripts: makes and fills a virtual environment in this checkout.
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# The first Python 3.11 or later; run, since a command may be there and not work.
+# The first Python 3.11 or later. Each candidate is run, since a command may exist and not work.
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.14 python3.13 python3.12 python3.11; do
@@ -29,7 +29,7 @@ make_venv() {
     fail "$python cannot make a virtual environment; install its venv module (Debian: python3-venv)"
 }
 
-# install DIR ARGUMENTS...: with uv where it is at hand, since it is faster, else with pip
+# install DIR ARGUMENTS...: with uv, which is faster, if it is installed, or else with pip
 install() {
   local venv=$1
   shift
@@ -40,7 +40,7 @@ install() {
   fi
 }
 
-# installed DIR: whether DIR holds what pyproject.toml asks for now (mark it with `mark_installed`)
+# installed DIR: whether DIR was filled for the present pyproject.toml, as `mark_installed` recorded
 installed() {
   cmp --silent pyproject.toml "$1/installed.toml"
 }

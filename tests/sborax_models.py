@@ -2,6 +2,7 @@
 
 import string
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -64,3 +65,9 @@ def relative(got, want) -> float:
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def unrolled(model, tree):
+    """A stacked tree with one subtree a layer."""
+    layers = range(model.config.num_hidden_layers)
+    return tree | {"layers": {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in layers}}

@@ -6,15 +6,16 @@ import re
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from command_line import fails, prints
 from etils import epath
 from huggingface_hub import ModelCard
-from test_cli import fails, prints
 from tiny_model import CONTEXT, tokenizer, write_model
 from torch_pair import shaken
 
@@ -172,8 +173,7 @@ def test_adapters_merged_with_weights(made, capsys, tmp_path):
             want, change(made, name)[1], base.params,
         )  # fmt: skip
     got = load_model(tmp_path / "several").params
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "several").eval()
     with torch.no_grad():
         logits = theirs(torch.tensor(np.asarray(TOKENS), dtype=torch.long)).logits.numpy()

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import fails, prints
 from safetensors.numpy import load_file
 from tiny_model import write_data, write_model
 
@@ -45,23 +46,6 @@ def made(tmp_path_factory) -> Path:
     (folder / "small.py").write_text(text)
     assert main(["train", str(folder / "small.py"), "--out", str(folder / "run")]) == 0
     return folder
-
-
-def fails(capsys, *argv) -> str:
-    """The one line of an error, after its `error: `."""
-    capsys.readouterr()
-    assert main([str(word) for word in argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and lines[-1] == errors[0], lines
-    return errors[0].removeprefix("error: ")
-
-
-def prints(capsys, *argv) -> str:
-    """What a command that succeeds prints."""
-    capsys.readouterr()
-    assert main([str(word) for word in argv]) == 0
-    return capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -1,7 +1,6 @@
 """The contract that every method keeps, on bare kernels: one row of `cases.METHODS` is one method."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -11,129 +10,40 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bare_kernels import (
+    SETTINGS,
+    assert_close,
+    base,
+    fitted,
+    forward,
+    hints,
+    host,
+    inputs,
+    largest,
+    merged,
+    normal,
+    padding,
+    projected,
+    tolerance,
+    trained,
+)
 from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 
 import sborax as sx
-from sborax.adapters.core import AbstractMethod, Adapter, dense, is_weight, structure
+from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.config import codec as config
-from sborax.models.nf4 import quantise
 from sborax.records.adapter import read_adapter, save_adapter
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-PATH = "layers/proj/kernel"
-SETTINGS = [
-    pytest.param("float32", False, False, id="f32-flat"),
-    pytest.param("float32", True, False, id="f32-stacked"),
-    pytest.param("bfloat16", False, False, id="bf16-flat"),
-    pytest.param("bfloat16", True, False, id="bf16-stacked"),
-    pytest.param("float32", False, True, id="nf4-flat"),
-    pytest.param("float32", True, True, id="nf4-stacked"),
-]
 by_case = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.quick] * (case in FEW)) for case in METHODS]
 )
 by_setting = pytest.mark.parametrize(("dtype", "stacked", "quantised"), SETTINGS)
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    """Drawn on the host: a draw on the device would be one more program to compile for every shape."""
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-@functools.cache
-def base(dtype: str = "float32", stacked: bool = True, quantised: bool = False):
-    weight = np.float32(0.3) * normal(1, LAYERS, IN, OUT)
-    weight = jnp.asarray(weight if stacked else weight[0], dtype)
-    return quantise(weight) if quantised else weight
-
-
-@functools.cache
-def inputs(dtype: str = "float32"):
-    return jnp.asarray(normal(2, TOKENS, IN), dtype)
-
-
-def hints(method: AbstractMethod, stacked: bool):
-    if not method.needs:
-        return None
-    grad = jnp.asarray(normal(9, *(LAYERS, IN, OUT) if stacked else (IN, OUT)))
-    return {"layers/proj": sx.Hint(grad=grad)}
-
-
-@functools.cache
-def fitted(method: AbstractMethod, dtype: str = "float32", stacked: bool = True, quantised: bool = False):
-    """(weight after attach, adapter)"""
-    name = "layers" if stacked else "layers/0"
-    params = {name: {"proj": {"kernel": base(dtype, stacked, quantised)}}}
-    if not stacked:
-        params = {"layers": {"0": params[name]}}
-    params, adapters = sx.attach(jax.random.key(0), params, [("proj", method)], hints(method, stacked))
-    (node,) = nodes(adapters).values()
-    (weight,) = jax.tree.leaves(params, is_leaf=is_weight)
-    return weight, node
-
-
-def trained(node: Adapter, seed: int = 3) -> Adapter:
-    """The same adapter with every trained leaf moved at random: zero starts hide mistakes. Padding stays zero."""
-    leaves, treedef = jax.tree.flatten(node.train)
-    moved = [
-        jnp.asarray(np.asarray(leaf) + np.float32(0.2) * normal(seed + 100 * i, *leaf.shape) * live)
-        for i, (leaf, live) in enumerate(zip(leaves, jax.tree.leaves(padding(node)), strict=True))
-    ]
-    return Adapter(jax.tree.unflatten(treedef, moved), node.frozen, node.method, node.in_axes)
-
-
-def padding(node: Adapter):
-    """1 for leaf entries in use, 0 for columns that only pad a stack to its largest rank."""
-    ranks = node.method.rank
-    if not isinstance(ranks, tuple):
-        return jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), node.train)
-    live = (np.arange(max(ranks)) < np.asarray(ranks)[:, None]).astype(np.float32)
-
-    def one(names, leaf):
-        mask = np.ones(leaf.shape, np.float32)
-        for axis, name in enumerate(names):
-            if name == "rank":
-                shape = [1] * leaf.ndim
-                shape[0], shape[axis + 1] = live.shape
-                mask = mask * live.reshape(shape)
-        return mask
-
-    return {name: one(node.method.axes[name], leaf) for name, leaf in node.train.items()}
-
-
-@jax.jit
-def forward(x, weight, node):
-    """The projection of every layer of the stack, (*stack, tokens, out)."""
-    return over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node))(weight, node)
-
-
-@jax.jit
-def merged(weight, node):
-    return over_stack(lambda w, n: n.method.merge(w, n), stack_of(node))(weight, node)
-
-
-projected = jax.jit(sx.linear)
-
-
-def tolerance(dtype: str) -> float:
-    return 3e-2 if dtype == "bfloat16" else 2e-5
-
-
-def host(array) -> np.ndarray:
-    return np.asarray(array).astype(np.float32)
-
-
-def largest(array) -> float:
-    return float(np.abs(host(array)).max())
-
-
-def assert_close(a, b, tol: float):
-    chex.assert_trees_all_close(host(a), host(b), atol=tol * (largest(b) or 1.0), rtol=0)
 
 
 @by_case

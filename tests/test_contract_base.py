@@ -4,8 +4,8 @@ import chex
 import jax
 import numpy as np
 import pytest
+from bare_kernels import assert_close, base, forward, hints, host, inputs, merged, trained
 from cases import LAYERS, METHODS, Case
-from test_contract import assert_close, base, forward, hints, host, inputs, merged, trained
 
 import sborax as sx
 from sborax.adapters.core import is_weight

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cases import LAYERS, OUT, Case
-from test_contract import (
+from bare_kernels import (
     SETTINGS,
     assert_close,
     base,
@@ -24,8 +23,8 @@ from test_contract import (
     tolerance,
     trained,
 )
-from test_peft import KINDS
-from test_peft_methods import FILES
+from cases import LAYERS, OUT, Case
+from peft_configs import FILES, KINDS
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx

@@ -1,7 +1,7 @@
 """The contract inside a model: every method takes a step in a tiny LLaMA, whatever form the model has.
 
-Rows come from `cases.py` and act on kernels of (IN, OUT). The first that vary in what they declare run always, the
-others with `-m nightly`.
+Rows come from `cases.py` and act on kernels of (IN, OUT). The first rows that vary in what they declare always run, and
+those for which the model itself carries values; the others run with `-m nightly`.
 """
 
 import dataclasses
@@ -47,7 +47,9 @@ BATCH = {
     "counts": jnp.broadcast_to(jnp.arange(8) >= 3, (1, 4, 8)),
     "segments": jnp.ones((1, 4, 8), jnp.int32),
 }
-by_case = pytest.mark.parametrize("case", nightly_unless(FEW, METHODS), ids=lambda case: case.name)
+CARRIED = [case for case in METHODS if case.method.linked or routed_parts(case.method)]
+"""Methods that read values of an earlier layer, or a decision made on the prompt."""
+by_case = pytest.mark.parametrize("case", nightly_unless([*FEW, *CARRIED], METHODS), ids=lambda case: case.name)
 
 
 def model_of(**options) -> LanguageModel:
@@ -95,6 +97,7 @@ def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, params, adapt
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(grads))
     others = {
         "recomputed": step(model_of(remat="full"), base, adapters),
+        "recomputed but for thin values": step(model_of(remat="adapter_h"), base, adapters),
         "unrolled": step(model_of(scan=False), layers_of(base), layers_of(adapters)),
     }
     if not routed_parts(case.method):

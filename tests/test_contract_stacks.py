@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bare_kernels import assert_close, by_case, forward, host, inputs, normal, trained
 from cases import IN, METHODS, OUT, Case
-from test_contract import assert_close, by_case, forward, host, inputs, normal, trained
 
 import sborax as sx
 from sborax.adapters.core import structure

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from pages import DOCS, ROOT, blocks, build_site, commands, try_command, try_page
+from published import PUBLISHED
 from questions import QUESTIONS, instruction
-from test_plan import PUBLISHED
 from tiny_model import write_data, write_model
 
 import sborax as sx
@@ -143,9 +143,19 @@ def site(tmp_path_factory):
     return place / "html"
 
 
+def plain(source: str) -> str:
+    """What a reader sees of HTML, blanks joined."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", source)).split())
+
+
 def text_of(page: Path) -> str:
-    """The visible text of a page, with single spaces."""
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
+    return plain(page.read_text())
+
+
+def rows_of(page: Path) -> list[list[str]]:
+    """The cells of every row of a page's tables, without the heads."""
+    rows = re.findall(r"<tr.*?</tr>", page.read_text(), re.DOTALL)
+    return [cells for row in rows if (cells := [plain(cell) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)])]
 
 
 def test_the_site_has_every_method_to_the_letter(site):
@@ -153,6 +163,16 @@ def test_the_site_has_every_method_to_the_letter(site):
     for name in methods.__all__:
         assert f'id="{name.lower()}"' in source, name
         assert " ".join(describe(name).partition("\n")[2].split()) in shown, name
+
+
+def test_the_site_has_tables_of_every_method(site):
+    table = {name: (sentence, paper) for name, sentence, paper in rows_of(site / "methods.html")}
+    assert list(table) == methods.__all__
+    for name, (sentence, paper) in table.items():
+        method = getattr(methods, name)
+        docstring = " ".join((method.__doc__ or "").split()).replace("`", "")
+        assert docstring.startswith(sentence) and sentence.endswith(".") and paper == method.paper, name
+    assert [name for name, *_ in rows_of(site / "peft.html")] == methods.__all__
 
 
 def test_the_site_has_every_public_name(site):

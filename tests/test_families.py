@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from sborax_models import TINY, make, relative, tokens_of, torch_logits
-from test_load import write_gguf
+from tiny_gguf import write_gguf
 from tiny_model import write_data, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch_pair import TOKENS, Pair, reloaded, shaken
@@ -214,7 +215,7 @@ def test_gguf_equals_the_directory(kind, tmp_path):
     reference = make(kind, tmp_path, num_hidden_layers=2, **({"head_dim": 12} if kind == "qwen3" else {}))
     write_gguf(tmp_path / "tiny.gguf", reference)
     model, expected = load_model(tmp_path / "tiny.gguf"), load_model(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+    chex.assert_trees_all_equal(model.params, expected.params)
     assert dataclasses.replace(model.config, bos_token_id=None) == expected.config
     # NFC makes one letter of a letter and its accent; digits stand alone.
     assert model.tokenizer.backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bare_kernels import by_case, normal
 from cases import IN, LAYERS, OUT, Case
-from test_contract import by_case, normal
 
 import sborax as sx
 from sborax.adapters.tree import nodes

@@ -99,8 +99,7 @@ def test_a_linen_model_computes_what_the_merged_one_does(name):
         slopes = [jax.jit(jax.grad(lambda t, f=f: (f(t) ** 2).mean()))(train) for f in (inside, merged)]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(ours - module.apply({"params": params}, inputs))).max() > 1e-2
-    for one, other in zip(*map(jax.tree.leaves, slopes), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(*slopes, rtol=1e-4, atol=1e-5)
 
 
 class Feed(nnx.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sborax_models import TINY, make, relative, tokens_of, torch_logits
+from sborax_models import TINY, make, relative, tokens_of, torch_logits, unrolled
 
 import sborax as sx
 from sborax.adapters.core import Adapter
@@ -138,12 +138,6 @@ def test_dropout_needs_a_key_and_differs_by_key(adapted, logits, tokens):
     np.testing.assert_array_equal(first, again)
     assert relative(first, logits(*adapted, tokens)) > 1e-3
     assert relative(first, other) > 1e-3
-
-
-def unrolled(model, tree):
-    """A stacked tree with one subtree a layer."""
-    layers = range(model.config.num_hidden_layers)
-    return tree | {"layers": {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in layers}}
 
 
 def test_scanned_equals_unrolled(model, adapted, logits, tokens):

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +106,7 @@ def test_running_scores_masks_and_masked_outputs(strict):
     for step in range(3):
         grads = golden_trees(step)[4]
         same, state = update(grads, state, train, frozen=frozen, base=base)
-        jax.tree.map(np.testing.assert_array_equal, same, grads)
+        chex.assert_trees_all_equal(same, grads)
         for layer in (0, 1):
             for block in SIZES:
                 want = GOLDEN[f"L{layer}_{block}__ema{step}"]
@@ -142,7 +143,7 @@ def test_a_nan_changes_no_score():
     path = "layers/self_attn/o_proj/kernel"
     bad = nodes(grads) | {path: jax.tree.map(lambda leaf: leaf * jnp.nan, nodes(grads)[path])}
     _, after = watch.update(nest(bad), state, train, frozen=frozen, base=base)
-    jax.tree.map(np.testing.assert_array_equal, after, state)
+    chex.assert_trees_all_equal(after, state)
 
 
 def test_schedule():
@@ -226,7 +227,7 @@ def test_a_sliced_model_is_the_masked_one_and_transformers_loads_it(tiny, tmp_pa
     )
     again = procedure.replay(jax.random.key, 6, run, dataclasses.replace(plain, opt=boundary.opt), lambda step: {})
     got, want = sx.split(again.adapters)[1], sx.split(adapters)[1]
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    chex.assert_trees_all_equal(got, want)
 
     masked = tiny.apply(tiny.params, adapters, tokens)
     small = slim(tiny, tiny.params, adapters)
@@ -308,7 +309,7 @@ def test_layers_of_unequal_size(tiny, tmp_path):
     save_hf(tmp_path / "small", small, small.params)
     back = load_model(str(tmp_path / "small"), "float32")
     assert back.config == small.config
-    jax.tree.map(np.testing.assert_array_equal, back.params, small.params)
+    chex.assert_trees_all_equal(back.params, small.params)
     # Over a cache of keys and values, which differ in number.
     prompts = [np.asarray(row)[:length].tolist() for row, length in zip(tokens, (5, 9), strict=True)]
     ours = generate(back, back.params, None, prompts, 4, eos=())

@@ -14,8 +14,9 @@ import optax
 import peft
 import pytest
 import torch
+from peft_configs import KINDS, LORA, TWO
 from safetensors.numpy import load_file, save_file
-from torch_pair import ALL, TOKENS, build, logits, reloaded, shake, shaken, torch_logits, with_peft
+from torch_pair import TOKENS, build, logits, reloaded, shake, shaken, torch_logits, with_peft
 
 import sborax as sx
 from sborax.adapters.tree import nodes
@@ -27,36 +28,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:(PiSSA|OLoRA) changes the base weights:UserWarning",
     "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
 )
-TWO = ["q_proj", "v_proj"]
-LORA = {"r": 4, "lora_alpha": 6, "target_modules": TWO}
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return build(tmp_path_factory.mktemp("base"))
-
-
-KINDS = {
-    "LoRA": peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL),
-    "rsLoRA": peft.LoraConfig(**LORA, use_rslora=True),
-    "DoRA": peft.LoraConfig(**LORA, use_dora=True, use_rslora=True),
-    "PiSSA": peft.LoraConfig(**LORA, init_lora_weights="pissa"),
-    "OLoRA": peft.LoraConfig(**LORA, init_lora_weights="olora"),
-    "MISS": peft.MissConfig(r=5, target_modules=TWO),
-    "MISS-bat": peft.MissConfig(r=8, init_weights="bat", target_modules=TWO),
-    "MISS-mini": peft.MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=TWO),
-    "patterns": peft.LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=r"model\.layers\.\d+\.self_attn\.(q|v)_proj",
-        rank_pattern={"layers.1.self_attn.v_proj": 3, "q_proj": 2},
-        alpha_pattern={"q_proj": 16},
-    ),
-    "one layer": peft.LoraConfig(**LORA, layers_to_transform=[1]),
-    "head": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
-    "modules_to_save": peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["norm", "lm_head"]),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,46 +1,48 @@
-"""docs/peft.md says what the code does: its table is that of the declared attributes."""
+"""docs/peft.md and the table that the site adds to it say what the code does."""
 
 import re
-from pathlib import Path
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import IN, METHODS, OUT
+from pages import DOCS
 from torch_pair import shaken
 
 import sborax as sx
-from sborax import methods
 from sborax.adapters.core import AbstractFactored
-from sborax.adapters.depth import AbstractLinked
 from sborax.cli.main import _parser
 from sborax.interop.factor import exact
-from sborax.interop.peft_table import PLAIN, TABLE
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "peft.md").read_text()
-
-
-def row(name: str) -> str:
-    """What the classes and PEFT's table say of a method."""
-    method = getattr(methods, name)
-    rows = [one for one in TABLE if one.method is method]
-    thin = issubclass(method, AbstractFactored | AbstractLinked)
-    kinds = " or ".join(dict.fromkeys(one.peft_type for one in rows))
-    out = kinds if any(one.write for one in rows) else "LORA" if thin else "-"
-    fields = (
-        {pattern for one in rows for pattern in one.patterns.values()} if out != "LORA" else PLAIN.patterns.values()
-    )
-    fields = sorted(fields) + ["layers_to_transform"] * (out == "LORA" or any(one.layered for one in rows))
-    as_lora = "no" if method().no_merge else "exact" if thin or method is PLAIN.method else "truncated"
-    shown = ", ".join(f"`{field}`" for field in fields) if out != "-" else ""
-    return f"| `{name}` | {kinds or '-'} | {out} | {shown or '-'} | {as_lora} |"
+PAGE = (DOCS / "peft.md").read_text()
 
 
-def test_the_table_is_that_of_the_code():
-    head = ["| method | in | out (native) | exceptions | `--as lora` |", "|---|---|---|---|---|"]
-    found = re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)
-    assert found == [*head, *(row(name) for name in methods.__all__)]
+@pytest.fixture(scope="module")
+def row():
+    """A method's row of the table that the site has."""
+    return runpy.run_path(str(DOCS / "conf.py"))["peft_row"]
+
+
+PATTERNS = "`alpha_pattern`, `rank_pattern`, `layers_to_transform`"
+ROWS = [
+    f"| `LoRA` | LORA | LORA | {PATTERNS} | exact |",
+    f"| `DoRA` | LORA | LORA | {PATTERNS} | truncated |",
+    f"| `PiSSA` | LORA | LORA | {PATTERNS} | exact |",
+    f"| `SBoRA` | - | LORA | {PATTERNS} | exact |",
+    f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",
+    "| `Bat` | MISS | MISS | `layers_to_transform` | truncated |",
+    "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",
+    "| `IA3` | IA3 | IA3 | - | truncated |",
+    "| `VeRA` | VERA | VERA | `layers_to_transform` | exact |",
+    "| `MiLoRA` | - | - | - | no |",
+]
+
+
+@pytest.mark.parametrize("expected", ROWS, ids=lambda line: line.split("`")[1])
+def test_the_table_says_what_is_read_and_written(expected, row):
+    assert row(expected.split("`")[1]) == expected
 
 
 FACTORED = list({type(case.method): case for case in METHODS if isinstance(case.method, AbstractFactored)}.values())
@@ -52,11 +54,11 @@ def test_exact_is_exact(case):
     weight, grad = np.random.default_rng(0).standard_normal((2, IN, OUT)).astype(np.float32) / 8
     hints = {"proj": sx.Hint(grad=jnp.asarray(grad))} if case.method.needs else None
     params = {"proj": {"kernel": jnp.asarray(weight)}}
-    own, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], hints=hints)
+    attached, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], hints=hints)
     adapters = shaken(adapters)
     pair = exact(adapters["proj"]["kernel"], (IN, OUT))
     assert pair is not None
-    change = np.asarray(sx.merge(own, adapters)["proj"]["kernel"]) - weight
+    change = np.asarray(sx.merge(attached, adapters)["proj"]["kernel"]) - weight
     assert np.abs(change).max() > 1e-3
     np.testing.assert_allclose(
         np.float64(pair[0]) @ np.float64(pair[1]), change, rtol=0, atol=2e-6 * max(1, np.abs(change).max())
@@ -67,5 +69,6 @@ def test_its_names_are_names():
     for name in re.findall(r"sx\.(\w+)", PAGE):
         assert name in sx.__all__
     commands = next(action.choices for action in _parser()._actions if action.dest == "command")
-    options = {option for one in commands.values() for action in one._actions for option in action.option_strings}
+    actions = [action for command in commands.values() for action in command._actions]
+    options = {option for action in actions for option in action.option_strings}
     assert set(re.findall(r"`(--[\w-]+)", PAGE)) < options

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lokr.layer import factorization
+from peft_configs import FILES
 from safetensors.numpy import load_file, save_file
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
@@ -243,26 +244,6 @@ def test_kernels_of_every_size_share_one_random_projection():
         for mine, yours in zip(small, large, strict=True):
             a, b = np.asarray(one[mine]), np.asarray(other[yours])
             np.testing.assert_array_equal(a, b[tuple(slice(size) for size in a.shape)])
-
-
-TWO = ["q_proj", "down_proj"]
-FILES = {
-    "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=TWO),
-    "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "LoHa": peft.LoHaConfig(r=3, alpha=5, target_modules=TWO, rank_pattern={"q_proj": 2}),
-    "LoKr": peft.LoKrConfig(r=2, alpha=3, target_modules=TWO, alpha_pattern={"layers.1.mlp.down_proj": 7}),
-    "LoKr-whole": peft.LoKrConfig(r=6, alpha=3, target_modules=TWO, decompose_factor=4),
-    "LoKr-both": peft.LoKrConfig(r=1, target_modules=TWO, decompose_both=True, layers_to_transform=[1]),
-    "HiRA": peft.HiraConfig(r=4, target_modules=TWO),
-    "DeLoRA": peft.DeloraConfig(r=4, delora_lambda=3, target_modules=TWO, bias="none"),
-    "OFT": peft.OFTConfig(oft_block_size=8, target_modules=TWO),
-    "OFT-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=TWO),
-    "HRA": peft.HRAConfig(r=4, target_modules=TWO),
-    "SHiRA": peft.ShiraConfig(r=2, random_seed=0, target_modules=TWO),
-    "VeRA": peft.VeraConfig(r=6, target_modules=TWO, d_initial=1.0),
-    "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
-    "C3A": peft.C3AConfig(block_size=8, target_modules=TWO, block_size_pattern={"q_proj": 16}),
-}
 
 
 @pytest.fixture(scope="module")

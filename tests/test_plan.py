@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import ALL, PUBLISHED
 from tiny_model import WIDE
 
 import sborax as sx
@@ -19,57 +20,8 @@ from sborax.plans.ahead import argument_bytes, on_mesh, outline
 from sborax.plans.estimate import temporary_bytes
 from sborax.train.base import quantise_base
 
-COMMON = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-LLAMA3 = {
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-}
-# The published config.json files, less what says nothing about shapes.
-PUBLISHED = {
-    "LLaMA-2-7B": {
-        **COMMON,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "vocab_size": 32000,
-    },
-    "LLaMA-3.1-8B": {
-        **COMMON,
-        **LLAMA3,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-    },
-    "LLaMA-3.1-70B": {
-        **COMMON,
-        **LLAMA3,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-}
 PARAMETERS = {"LLaMA-2-7B": 6_738_415_616, "LLaMA-3.1-8B": 8_030_261_248, "LLaMA-3.1-70B": 70_553_706_496}
-ALL, FIVE = "self_attn|mlp", "(q|k|v|up|down)_proj"
+FIVE = "(q|k|v|up|down)_proj"
 
 
 def config_of(model):

@@ -1,7 +1,7 @@
 """The true step, compiled for a slice of a TPU pod that is not there: `pytest -m nightly tests/test_pod.py`."""
 
 import pytest
-from test_plan import ALL, PUBLISHED
+from published import ALL, PUBLISHED
 
 import sborax as sx
 from sborax.models import LlamaConfig

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +120,7 @@ def test_the_function_is_continuous_and_the_loss_falls(procedure):
 def test_one_segment_is_plain_lora(procedure):
     trail, plain = go(procedure), go(None)
     assert trail.values == plain.values
-    jax.tree.map(np.testing.assert_array_equal, trail.boundary.adapters, plain.boundary.adapters)
+    chex.assert_trees_all_equal(trail.boundary.adapters, plain.boundary.adapters)
     assert trail.kept == {}
 
 
@@ -178,7 +179,7 @@ def test_replay_gives_the_same_bits(procedure):
     again = procedure.replay(jax.random.key, 12, trail.run, begun, trail.kept.__getitem__)
     np.testing.assert_array_equal(again.base[PATH], trail.boundary.base[PATH])
     frozen, wanted = sx.split(again.adapters)[1], sx.split(trail.boundary.adapters)[1]
-    jax.tree.map(np.testing.assert_array_equal, frozen, wanted)
+    chex.assert_trees_all_equal(frozen, wanted)
     # Only what lies before the step is done again.
     early = procedure.replay(jax.random.key, procedure.every - 1, trail.run, begun, {}.__getitem__)
     np.testing.assert_array_equal(early.base[PATH], KERNEL)
@@ -252,7 +253,7 @@ def test_penalty_is_the_gradient_of_the_norms():
     zero = jax.tree.map(jnp.zeros_like, tree)
     got, _ = watch.update(zero, watch.init(tree), tree, frozen=None, base=None)
     want = {"adapters": {"x": {"a": jnp.full((3, 2), 0.1), "b": jnp.full((2, 4), 0.2)}}, "base": zero["base"]}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
 def test_a_restart_keeps_the_clock_of_the_learning_rate_alone():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sborax_models import make
-from test_load import write_gguf
+from tiny_gguf import write_gguf
 from tiny_model import write_data, write_model
 
 import sborax as sx

@@ -1,1 +1,1 @@
-"""Doors to other libraries' files."""
+"""Other libraries' file formats, and smaller or approximately merged models."""

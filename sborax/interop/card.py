@@ -1,4 +1,4 @@
-"""The model cards that go beside what is exported: README.md, with the front matter that the hub reads."""
+"""Model cards of exported adapters and models: README.md, with the front matter that the hub reads."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from sborax.adapters.core import SboraxError
 
 README = "README.md"
 TAG = "sborax"
-"""A tag of every card of ours, by which one is known."""
+"""A tag of every card; a README.md without it was not written by sborax."""
 SIZES = {"r": "rank", "init_r": "rank", "oft_block_size": "block size", "block_size": "block size"}
-"""The config fields that say how large an adapter is."""
+"""Config fields that give the size of an adapter, and their names on the card."""
 
 
 def adapter_card(
@@ -24,7 +24,15 @@ def adapter_card(
     base: str | None,
     facts: Mapping[str, str],
 ) -> str:
-    """The card of an adapter: what was trained, how exact the export is, and how to load it in PEFT and in sborax."""
+    """The card of an adapter: what was trained, how exact the export is, and how to load it in PEFT and in sborax.
+
+    Args:
+    - methods: class names of the methods that were trained.
+    - config: the fields of `adapter_config.json`.
+    - errors: relative Frobenius error of every truncated module; empty if the export is exact.
+    - base: the base model, a hub id or a path; None if unknown.
+    - facts: further lines, such as data and metrics.
+    """
     name = base or "path/to/the/base/model"
     size = next((f", {word} {config[field]}" for field, word in SIZES.items() if config.get(field)), "")
     size += ", with exceptions in `rank_pattern`" if config.get("rank_pattern") else ""
@@ -33,7 +41,7 @@ def adapter_card(
         f"Base model: {base or 'not recorded'}.",
         f"Adapted modules: {', '.join(config['target_modules'])}.",
         *([f"Layers: {config['layers_to_transform']}."] if "layers_to_transform" in config else []),
-        *([f"Stored whole: {', '.join(config['modules_to_save'])}."] if "modules_to_save" in config else []),
+        *([f"Stored in full: {', '.join(config['modules_to_save'])}."] if "modules_to_save" in config else []),
         _exactness(errors),
         *(f"{key}: {value}" for key, value in facts.items()),
     ]
@@ -57,7 +65,15 @@ def adapter_card(
 
 
 def model_card(made: str, methods: Sequence[str], base: str | None, facts: Mapping[str, str], hf: bool = True) -> str:
-    """The card of a dense model: how it was `made`, from what, and how to load it; hf: transformers can, too."""
+    """The card of a dense model: how it was made, from what, and how to load it.
+
+    Args:
+    - made: a sentence about how the model was made.
+    - methods: class names of the methods that were trained.
+    - base: the base model, a hub id or a path; None if unknown.
+    - facts: further lines, such as data and metrics.
+    - hf: whether transformers can load the model.
+    """
     lines = [f"Base model: {base or 'not recorded'}.", made, *(f"{key}: {value}" for key, value in facts.items())]
     in_transformers = [
         "from transformers import AutoModelForCausalLM",
@@ -76,7 +92,7 @@ def model_card(made: str, methods: Sequence[str], base: str | None, facts: Mappi
 
 
 def check_card(directory: epath.PathLike) -> None:
-    """Raise SboraxError if the directory has a README.md that is no card of ours, which would be lost."""
+    """Raise SboraxError if the directory has a README.md that sborax did not write, and which would be lost."""
     file = epath.Path(directory) / README
     if not file.exists():
         return
@@ -86,7 +102,7 @@ def check_card(directory: epath.PathLike) -> None:
 
 
 def write_card(directory: epath.PathLike, text: str) -> None:
-    """Write a card as the directory's README.md. Raises SboraxError as `check_card` does."""
+    """Write a card as the directory's README.md. Raises SboraxError if `check_card` does."""
     check_card(directory)
     (epath.Path(directory) / README).write_text(text)
 
@@ -96,7 +112,7 @@ def _front(library: str, base: str | None, relation: str, methods: Sequence[str]
     tags = [TAG, *dict.fromkeys(method.lower() for method in methods)]
     data = ModelCardData(
         library_name=library,
-        # The hub refuses what is no id of its own; the text names the base in any case.
+        # The hub refuses values that are not hub ids. The text of the card names the base in any case.
         base_model=base if on_hub else None,
         pipeline_tag="text-generation",
         tags=tags,

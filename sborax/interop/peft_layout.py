@@ -1,4 +1,4 @@
-"""Where Hugging Face keeps what our parameter tree holds."""
+"""Hugging Face's module and tensor names for the leaves of our parameter tree."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,12 +13,17 @@ from sborax.models.names import hf_module, row, unlayered
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TYING = "ensure_weight_tying"
-"""The config field by which PEFT's LoRA keeps a head tied to an embedding that is stored whole."""
+"""The config field that makes PEFT's LoRA keep a head tied to an embedding in `modules_to_save`."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Slot(NamedTuple):
-    """One of Hugging Face's tensors: the leaf that holds it, and its layer if the leaf stacks them."""
+    """The place of one of Hugging Face's tensors in our tree.
+
+    - path: the leaf that holds it.
+    - layer: its position, if the leaf stacks layers.
+    - transposed: whether ours is the transpose.
+    """
 
     path: str
     layer: int | None
@@ -26,19 +31,19 @@ class Slot(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A parameter tree seen from Hugging Face's side."""
+class HFLayout:
+    """A parameter tree under Hugging Face's names."""
 
     leaves: dict[str, Any]
     """Every leaf by our path."""
     slots: dict[str, Slot]
-    """Every tensor by Hugging Face's name."""
+    """The place of every tensor, by Hugging Face's name."""
     depths: dict[str, int | None]
-    """How many layers each kernel stacks; None for one that stacks none."""
+    """How many layers each kernel stacks, by our path; None for a kernel without a stack."""
 
     @property
     def linear(self) -> list[str]:
-        """The modules that may be adapted."""
+        """Every module that can be adapted."""
         return [name.removesuffix(".weight") for name, slot in self.slots.items() if slot.path.endswith("/kernel")]
 
     @property
@@ -52,7 +57,7 @@ class Layout:
         return "lm_head.weight" not in self.slots
 
     def kernel(self, path: str, layer: int | None) -> Any:
-        """One layer's (in, out) kernel, dense or not."""
+        """The (in, out) kernel of one layer, dense or quantised."""
         leaf = self.leaves[path]
         return leaf if layer is None else jax.tree.map(lambda part: part[layer], leaf)
 
@@ -62,12 +67,12 @@ class Layout:
         return fan_in, fan_out
 
     def module(self, path: str, layer: int | None) -> str:
-        """Hugging Face's module for a layer of one of our kernels."""
+        """Hugging Face's module for one layer of a kernel."""
         return hf_module(path, layer)
 
 
-def layout_of(params: Any) -> Layout:
-    """The layout of a parameter tree of ours. Raises SboraxError for a leaf that the model's table does not name."""
+def layout_of(params: Any) -> HFLayout:
+    """The layout of a parameter tree. Raises SboraxError for a leaf that the model's table of names lacks."""
     leaves, slots, depths = flatten(params), {}, {}
     for path, leaf in leaves.items():
         entry, number = row(path), unlayered(path)[1]
@@ -77,14 +82,14 @@ def layout_of(params: Any) -> Layout:
         for layer in range(leaf.shape[0]) if stacked else [None]:
             name = entry.hf.format(layer=number if layer is None else layer)
             slots[name] = Slot(path, layer, entry.transposed)
-    return Layout(leaves, slots, depths)
+    return HFLayout(leaves, slots, depths)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two leaves hold the same values. Quantised ones are taken to stand for the dense one they came from."""
-    if one is other or isinstance(one, AbstractWeight) or isinstance(other, AbstractWeight):
+def same(leaf: Any, other: Any) -> bool:
+    """Whether two leaves hold the same values. A quantised leaf is taken to equal the dense one it was made from."""
+    if leaf is other or isinstance(leaf, AbstractWeight) or isinstance(other, AbstractWeight):
         return True
-    return bool(one.shape == other.shape and (one == other).all())
+    return bool(leaf.shape == other.shape and (leaf == other).all())
 
 
 def wide(weight: Any) -> Array:
@@ -92,7 +97,11 @@ def wide(weight: Any) -> Array:
     return (weight.dense() if isinstance(weight, AbstractWeight) else weight).astype("float32")
 
 
-def tied_copies(layout: Layout, whole: Iterable[str]) -> dict[str, str]:
-    """What PEFT stores beside the embedding if that is among the modules stored `whole` and the head is tied to it: a
-    copy for the head, by the name of its tensor, and the name of the one it copies."""
-    return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if layout.tied and EMBEDDING in set(whole) else {}
+def tied_copies(layout: HFLayout, stored: Iterable[str]) -> dict[str, str]:
+    """Tensors that PEFT's file holds twice, as `{name of the copy: name of the original}`.
+
+    Where the head is tied to the embedding and the embedding is in `modules_to_save`, PEFT stores it for the head, too.
+
+    stored: the modules in `modules_to_save`.
+    """
+    return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if layout.tied and EMBEDDING in set(stored) else {}

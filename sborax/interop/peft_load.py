@@ -1,4 +1,4 @@
-"""A PEFT adapter directory as our adapters."""
+"""Reads a PEFT adapter directory."""
 
 import dataclasses
 import json
@@ -17,31 +17,32 @@ from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, Sborax
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site
 from sborax.adapters.tree import attach, nodes
-from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, Layout, layout_of, tied_copies
+from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import row_for
-from sborax.interop.peft_targets import saved_whole, targeted, value_for
+from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
 
 LARGEST_CONFIG = 1 << 22
+"""In bytes."""
 FLOATS = ("F32", "F16", "BF16", "F64")
-WHOLE = ("I32", "I64")
+INTEGERS = ("I32", "I64")
 OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
-"""Kinds that PEFT has renamed: the new name, and how the tensors' names change."""
+"""Kinds that PEFT has renamed: the new name, and what the names of tensors contain, before and after."""
 
-UNHEEDED = ("HIRA",)
-"""Kinds whose ranks PEFT takes from `r` alone, whatever `rank_pattern` says. Earlier exports of ours followed it."""
+ONE_RANK = ("HIRA",)
+"""Kinds whose rank PEFT takes from `r`, ignoring `rank_pattern`. Earlier exports of sborax followed `rank_pattern`."""
 
 
 def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[Any, Any]:
     """Read a PEFT adapter directory for `model`: `(params, adapters)`.
 
-    Reads LORA (with rsLoRA, DoRA, patterns, PiSSA and OLoRA whose base part is taken again from `model.params`),
-    MISS in its three forms, old BONE files and every kind in `peft_others`; safetensors only. `modules_to_save` come
-    back in `params`.
+    Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
+    files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
+    `modules_to_save` are in `params`.
 
-    Raises SboraxError for anything missing, superfluous, ill-shaped or unsupported.
+    Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
     place = Path(directory)
     try:
@@ -58,12 +59,12 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         names = dict(zip(headers, headers, strict=True))
         if str(config.get("peft_type")) in OLD_NAMES:
             config, names = _modern(config, headers)
-        if config.get("peft_type") in UNHEEDED and not _ragged(headers):
+        if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
         row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
         modules = _targets(config, layout)
-        kept = saved_whole(config, layout.modules)
-        tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, kept).items()}
+        saved = saved_modules(config, layout.modules)
+        tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
         if tied and config.get(TYING) is not True:
             raise SboraxError(
                 f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in "
@@ -72,14 +73,14 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         if row.method.rewrites_base:
             _check_dense(row, modules, layout)
         fits = {module: _fit(row, config, module) for module in modules}
-        wanted = _expected(row, fits, layout)
-        # An allocator may leave nothing of a module: its tensors are there and empty, and it has no adapter.
+        expected = _expected(row, fits, layout)
+        # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
         adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
         copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys()
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
-        whole = _whole(layout, kept, modules, names)
-        _compare({**wanted, **{PREFIX + stored: shape for stored, (_, shape) in whole.items()}}, names, headers, row)
+        base = _base_tensors(layout, saved, modules, names)
+        _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, row)
 
         def read(name: str) -> np.ndarray:
             return np.asarray(file.get_tensor(names[name]), np.float32)
@@ -87,14 +88,12 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         for copy, stored in heads.items():
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
-        new = {slot: read(PREFIX + stored) for stored, (slot, _) in whole.items()}
+        new = {name: read(PREFIX + key) for key, (name, _) in base.items()}
         residual = new.pop(f"{HEAD}.weight", None) if row.method.rewrites_base and HEAD in modules else None
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
-        filled = {}
-        for path, node in nodes(adapters).items():
-            filled[path] = _filled(node, path, row, adapted, layout, read)
+        filled = {path: _filled(node, path, row, adapted, layout, read) for path, node in nodes(adapters).items()}
     return params, nest(filled)
 
 
@@ -124,24 +123,24 @@ def _open(path: Path) -> Any:
 
 
 def _modern(config: dict[str, Any], headers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """An old kind as its successor: the config, and the stored names by their new ones."""
+    """`(config, {new name: stored name})` of a kind that PEFT has renamed."""
     kind, old, new = OLD_NAMES[config["peft_type"]]
     config = {**config, "peft_type": kind}
-    # Before the first release the block-affine form was the default, and said so nowhere but in its shape.
+    # Before PEFT's release of BONE the block-affine form was the default. Only the shape of the tensors shows it.
     if any(len(header.get_shape()) == 3 for header in headers.values()):
         config["init_weights"] = "bat"
     return config, {name.replace(old, new): name for name in headers}
 
 
 def _ragged(headers: Mapping[str, Any]) -> bool:
-    """Whether tensors of one kind of name have several ranks."""
-    thin: dict[str, set[int]] = {}
+    """Whether modules differ in rank: the smaller side of tensors with the same last name."""
+    ranks: dict[str, set[int]] = {}
     for name, header in headers.items():
-        thin.setdefault(name.rpartition(".")[2], set()).add(min(header.get_shape(), default=0))
-    return any(len(sizes) > 1 for sizes in thin.values())
+        ranks.setdefault(name.rpartition(".")[2], set()).add(min(header.get_shape(), default=0))
+    return any(len(sizes) > 1 for sizes in ranks.values())
 
 
-def _targets(config: Mapping[str, Any], layout: Layout) -> list[str]:
+def _targets(config: Mapping[str, Any], layout: HFLayout) -> list[str]:
     modules = targeted(config, [*layout.linear, *([HEAD] if layout.tied else [])])
     if layout.tied and HEAD in modules:
         raise SboraxError("target_modules names lm_head, which is tied to the embedding here and has no kernel")
@@ -160,10 +159,10 @@ def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
     return row.read(fields)
 
 
-def _expected(row: Row, fits: Mapping[str, Fit], layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shape of every adapter tensor, from the config alone."""
+def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, tuple[int, ...]]:
+    """The shape of every adapter tensor by its name in the file, as the config implies it."""
     shapes: dict[tuple[AbstractMethod, tuple[int, int]], dict[str, tuple[int, ...]]] = {}
-    wanted = {}
+    expected = {}
     for module, fit in fits.items():
         shape = layout.shape(layout.slots[f"{module}.weight"].path)
         if (fit.method, shape) not in shapes:
@@ -176,46 +175,50 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: Layout) -> dict[str, tu
         leaves = shapes[fit.method, shape]
         for tensor in row.tensors:
             if tensor.leaf in leaves and not tensor.shared:
-                wanted[tensor.key(module)] = tensor.shape(leaves[tensor.leaf])
-    return wanted | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
+                expected[tensor.key(module)] = tensor.shape(leaves[tensor.leaf])
+    return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
 
 
-def _whole(
-    layout: Layout, kept: list[str], modules: list[str], names: Mapping[str, str]
+def _base_tensors(
+    layout: HFLayout, saved: list[str], modules: list[str], names: Mapping[str, str]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Base tensors that the file replaces, by their name in it: `modules_to_save`, and an adapted head's own weight."""
-    stored = {name: name for name in layout.slots if name.rpartition(".")[0] in kept}
+    """Base weights in the file: those of `modules_to_save`, and that of an adapted head.
+
+    Returns `{name in the file: (Hugging Face's name, shape)}`.
+    """
+    keys = {name: name for name in layout.slots if name.rpartition(".")[0] in saved}
     if HEAD in modules and f"{PREFIX}{HEAD}.base_layer.weight" in names:
-        stored[f"{HEAD}.base_layer.weight"] = f"{HEAD}.weight"
-    found = {}
-    for key, name in stored.items():
+        keys[f"{HEAD}.base_layer.weight"] = f"{HEAD}.weight"
+    tensors = {}
+    for key, name in keys.items():
         slot = layout.slots[name]
         shape = layout.leaves[slot.path].shape[0 if slot.layer is None else 1 :]
-        found[key] = (name, tuple(reversed(shape)) if slot.transposed else tuple(shape))
-    return found
+        tensors[key] = (name, tuple(reversed(shape)) if slot.transposed else tuple(shape))
+    return tensors
 
 
 def _compare(
-    wanted: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any], row: Row
+    expected: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any], row: Row
 ) -> None:
+    """Raise SboraxError unless the file has exactly the expected tensors, with their shapes and a legal dtype."""
     places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
-    missing, surplus = sorted(wanted.keys() - names.keys()), sorted(names.keys() - wanted.keys())
+    missing, surplus = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing:
         raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
     if surplus:
         raise SboraxError(
             f"{len(surplus)} tensors in {TENSORS} have no place in this model, such as {surplus[0][:120]!r}"
         )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         header = headers[names[name]]
         if tuple(header.get_shape()) != shape:
             raise SboraxError(f"{name} has shape {tuple(header.get_shape())}, config and model say {shape}")
-        if header.get_dtype() not in ((*FLOATS, *WHOLE) if name.endswith(places) else FLOATS):
+        if header.get_dtype() not in ((*FLOATS, *INTEGERS) if name.endswith(places) else FLOATS):
             raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
 
 
-def _check_dense(row: Row, modules: list[str], layout: Layout) -> None:
-    """Raise SboraxError if a method that takes its start out of the base is to take it out of a quantised one."""
+def _check_dense(row: Row, modules: list[str], layout: HFLayout) -> None:
+    """Raise SboraxError if the kernel of a module is quantised, for a method that rewrites the base."""
     for module in modules:
         if isinstance(layout.leaves[layout.slots[f"{module}.weight"].path], AbstractWeight):
             raise SboraxError(
@@ -225,14 +228,19 @@ def _check_dense(row: Row, modules: list[str], layout: Layout) -> None:
 
 
 def _check_residual(stored: np.ndarray, left: Any) -> None:
-    """Raise SboraxError unless what the file has of the head is what is left of the model's, to half precision."""
+    """Raise SboraxError unless the head in the file is the model's head less its factors, to half precision.
+
+    Args:
+    - stored: the head's weight in the file, (out, in).
+    - left: the model's kernel after the factors were taken out, (in, out).
+    """
     if np.abs(stored.T - np.asarray(left)).max() > 1e-2 * np.abs(stored).max():
         raise SboraxError(
             f"{HEAD}.base_layer.weight is not what the factors' start leaves of this model's head; it was another model"
         )
 
 
-def _replaced(params: Any, layout: Layout, new: Mapping[str, np.ndarray]) -> Any:
+def _replaced(params: Any, layout: HFLayout, new: Mapping[str, np.ndarray]) -> Any:
     """`params` with the tensors in `new` (by Hugging Face's names) in their places."""
     changed: dict[str, np.ndarray] = {}
     for name, tensor in new.items():
@@ -245,7 +253,8 @@ def _replaced(params: Any, layout: Layout, new: Mapping[str, np.ndarray]) -> Any
     return replace_leaves(params, {path: jnp.asarray(leaf) for path, leaf in changed.items()})
 
 
-def _plan(fits: Mapping[str, Fit], layout: Layout) -> Plan:
+def _plan(fits: Mapping[str, Fit], layout: HFLayout) -> Plan:
+    """A plan that attaches every module's method."""
     by_path: dict[str, dict[int | None, AbstractMethod]] = {}
     for module, fit in fits.items():
         path, layer, _ = layout.slots[f"{module}.weight"]
@@ -260,7 +269,7 @@ def _plan(fits: Mapping[str, Fit], layout: Layout) -> Plan:
 
 
 def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMethod:
-    """One method for a stack: ragged ranks where the method allows them, branches where it does not."""
+    """One method for a stack of layers: ragged ranks where the method allows them, or else branches by layer."""
     groups: dict[AbstractMethod, dict[int, int]] = {}
     for layer, method in methods.items():
         alike = dataclasses.replace(method, rank=1) if method.ragged else method  # type: ignore[call-arg]
@@ -269,8 +278,9 @@ def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMetho
     for method, ranks in groups.items():
         if method.ragged:
             widest = max(ranks.values())
-            own = tuple(ranks.get(layer, widest) for layer in range(depth))
-            method = dataclasses.replace(method, rank=widest if len(set(own)) == 1 else own)  # type: ignore[call-arg]
+            planned = tuple(ranks.get(layer, widest) for layer in range(depth))
+            rank = widest if len(set(planned)) == 1 else planned
+            method = dataclasses.replace(method, rank=rank)  # type: ignore[call-arg]
         parts.append(method)
         layers.append(tuple(sorted(ranks)))
     if len(parts) == 1 and len(layers[0]) == depth:
@@ -278,24 +288,25 @@ def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMetho
     return ByLayer(tuple(parts), tuple(layers))
 
 
-def _filled(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], layout: Layout, read: Any) -> Adapter:
+def _filled(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> Adapter:
     """`node` with the values of the file in its leaves."""
     if isinstance(node.method, ByLayer):
-        parts = [_filled_on(child, own, path, row, fits, layout, read) for child, own in node.method.children(node)]
+        children = node.method.children(node)
+        parts = [_filled_layers(child, layers, path, row, fits, layout, read) for child, layers in children]
         train = {str(i): part.train for i, part in enumerate(parts)}
         frozen = {**node.frozen, **{str(i): part.frozen for i, part in enumerate(parts)}}
         return Adapter(train, frozen, node.method, node.in_axes)
     depth = layout.depths[path]
-    return _filled_on(node, None if depth is None else tuple(range(depth)), path, row, fits, layout, read)
+    return _filled_layers(node, None if depth is None else tuple(range(depth)), path, row, fits, layout, read)
 
 
-def _filled_on(
+def _filled_layers(
     node: Adapter,
     layers: tuple[int, ...] | None,
     path: str,
     row: Row,
     fits: Mapping[str, Fit],
-    layout: Layout,
+    layout: HFLayout,
     read: Any,
 ) -> Adapter:
     train = {name: np.array(leaf) for name, leaf in node.train.items()}
@@ -319,7 +330,7 @@ def _filled_on(
 
 
 def _check_places(name: str, value: np.ndarray, shape: tuple[int, int]) -> None:
-    """Raise SboraxError unless the columns of `value` are (column, row) places of an (in, out) weight, each once."""
+    """Raise SboraxError unless `value` holds distinct places of an (in, out) weight, a column of (column, row) each."""
     inside = (value >= 0).all() and (value < np.asarray(shape[::-1])[:, None]).all() and (value % 1 == 0).all()
     if not inside or len(np.unique(value, axis=1).T) != value.shape[1]:
         raise SboraxError(f"{name}: an index lies outside the {shape} weight or comes twice")

@@ -1,4 +1,4 @@
-"""What it takes to read and write one kind of PEFT adapter."""
+"""The form of a row of PEFT's table: how one kind of adapter is read and written."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -11,22 +11,31 @@ import numpy as np
 from sborax.adapters.core import AbstractMethod, Adapter, Hint, SboraxError
 
 Fields = Mapping[str, Any]
-"""Config fields of one module, patterns resolved."""
+"""The config fields of one module, with its patterns resolved."""
 
 PREFIX, ROOT = "base_model.model.", "base_model."
-"""What PEFT puts in its files before every module's name, and before what all modules share."""
+"""Prefixes in PEFT's files: of a module's tensors, and of tensors that all modules share."""
 LARGEST_RANK = 65_536
-"""Beyond any model's width: larger numbers in a file are refused before anything is sized by them."""
+"""Larger than any model is wide. Larger ranks in a file are refused before any array is made."""
+
+TRANSPOSED = (1, 0)
+"""The axes of an (in, out) matrix in PEFT's order, which is torch's: (out, in)."""
+ANY_START = {"init_weights": (True, False)}
+"""For kinds whose start leaves the base as it is, however it is drawn."""
+NO_BIAS: dict[str, Any] = {}
+"""For kinds whose config has no field `bias`."""
 
 
 class Tensor(NamedTuple):
-    """A tensor of one module in PEFT's file, which is there if our method has the leaf, trained or frozen.
+    """A tensor of one module in PEFT's file. It is present if our method has the leaf, trained or frozen.
 
-    axes: of our leaf, in PEFT's order; None stands for an axis of size 1 that ours lacks.
-    times: a frozen scalar that PEFT has multiplied in.
-    shared: the file has one for all modules, as large as the largest asks for, and each reads its first part.
-    repeated: shared, and PEFT writes a copy of it for every module beside.
-    places: these are indices, of columns and rows of W.
+    - suffix: its name behind the module's.
+    - leaf: the name of our leaf.
+    - axes: the axes of our leaf in PEFT's order; None for an axis of size 1 that ours lacks.
+    - times: a frozen scalar leaf that PEFT multiplies into the tensor.
+    - shared: the file has one tensor for all modules, sized for the largest, and each module reads its first part.
+    - repeated: shared, and PEFT also writes a copy for every module.
+    - places: whether it holds indices of columns and rows of W.
     """
 
     suffix: str
@@ -42,7 +51,7 @@ class Tensor(NamedTuple):
         return ROOT + self.suffix if self.shared else f"{PREFIX}{module}.{self.suffix}"
 
     def copies(self, modules: Iterable[str]) -> dict[str, str]:
-        """The names of PEFT's copies in the file, each with that of the tensor it copies."""
+        """`{name of the copy: name of the tensor}` for the copies that PEFT writes for modules."""
         return {f"{PREFIX}{module}.{self.suffix}": self.key(module) for module in modules if self.repeated}
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
@@ -65,7 +74,7 @@ class Tensor(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A method, and the values of the frozen leaves that the config states outright."""
+    """A method, and the values of the frozen leaves that the config gives."""
 
     method: AbstractMethod
     frozen: Mapping[str, float]
@@ -73,19 +82,26 @@ class Fit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of PEFT adapter and the method it is here.
+    """One kind of PEFT adapter, and the method that it is here.
 
-    known_by: config fields, and the values by which a file of this row is known; the first one is written.
-    defaults: the other fields that the row reads, with the values PEFT gives them when they are absent.
-    patterns: fields that may differ by module, and where the config keeps the exceptions; only those that PEFT heeds.
-    pattern_form: how a key of a pattern stands for a module, as a regular expression around the key.
-    write: the fields of one module from its adapter, or None for a setting that PEFT lacks; None: read only.
-    any_rank: PEFT accepts ranks beyond the size of the matrix, which our planning refuses.
-    by_module: further fields of one module that the config (first) says in its own way (module second), or None.
-    in_config: how the config says them, from the fields of all modules.
-    reads: config fields that only `by_module` reads. inert: ones that change no saved adapter's function.
-    constants: fields that are always written.
-    layered: the config can choose layers by number.
+    - method: the method.
+    - peft_type: PEFT's name of the kind.
+    - known_by: the config fields that tell this row from others, with the values that mean it; the first is written.
+    - defaults: the other fields that the row reads, with PEFT's defaults.
+    - tensors: the tensors of a module.
+    - read: the method and its frozen scalars, from the fields of a module.
+    - write: the fields of a module, from its adapter; None from an adapter that PEFT has no setting for. A row without
+      `write` is only read.
+    - patterns: fields that may differ by module, with the config field that keeps the exceptions; only those that PEFT
+      itself follows.
+    - pattern_form: the regular expression into which a key of a pattern is put.
+    - any_rank: whether PEFT accepts ranks above the size of the matrix, which planning refuses.
+    - by_module: (config, module) -> further fields of the module, for kinds that keep them in a form of their own.
+    - in_config: the inverse: {module: fields} -> config fields.
+    - reads: config fields that `by_module` reads.
+    - inert: config fields that do not change the function of a saved adapter.
+    - constants: fields that are always written.
+    - layered: whether the config can choose layers by number.
     """
 
     method: type[AbstractMethod]
@@ -107,6 +123,7 @@ class Row:
 
 
 def rank_field(fields: Fields, name: str = "r") -> int:
+    """A field that holds a size. Raises SboraxError unless it is a whole number in 1..LARGEST_RANK."""
     value = fields[name]
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_RANK:
         raise SboraxError(f"{name} must be a whole number in 1..{LARGEST_RANK}, got {str(value)[:40]}")
@@ -114,6 +131,7 @@ def rank_field(fields: Fields, name: str = "r") -> int:
 
 
 def number_field(fields: Fields, name: str) -> float:
+    """A field that holds a number. Raises SboraxError unless it is finite."""
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         raise SboraxError(f"{name} must be a finite number, got {str(value)[:40]}")
@@ -121,7 +139,7 @@ def number_field(fields: Fields, name: str) -> float:
 
 
 def check_types(fields: Fields, defaults: Mapping[str, Any]) -> None:
-    """Raise SboraxError for a field that is not of the type of its default: a switch, a number or, for None, a text."""
+    """Raise SboraxError for a field of another type than its default's: a boolean, a number or, for None, a string."""
     for name, default in defaults.items():
         value = fields[name]
         if isinstance(default, bool):
@@ -134,20 +152,30 @@ def check_types(fields: Fields, defaults: Mapping[str, Any]) -> None:
             number_field(fields, name)
 
 
+def alpha_of(node: Adapter, rank: int) -> int | float:
+    """alpha = scale rank, an int if it is whole, for an adapter with a leaf `scale`."""
+    # A float32 times an int is exact in float64, so dividing alpha by the rank gives the same scale back.
+    alpha = float(node.frozen["scale"]) * rank
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def dropout_of(node: Adapter) -> float:
-    """The dropout rate as its shortest decimal."""
+    """An adapter's dropout rate, rounded to the shortest decimal that gives the same float32."""
     return float(str(np.float32(node.frozen.get("dropout", 0.0))))
 
 
 def leaf_shapes(method: AbstractMethod, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf, trained or frozen, that the method makes for an (in, out) weight."""
+    """The shape of every leaf, trained or frozen, of a method on an (in, out) weight."""
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
     fitted = jax.eval_shape(lambda kernel: method.init(jax.random.key(0), kernel, Hint()), weight)
     return {name: leaf.shape for name, leaf in {**fitted.train, **fitted.frozen}.items()}
 
 
 def shared_shapes(row: Row, method: AbstractMethod, shapes: Iterable[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every shared tensor by its key: that of a weight as large as the largest on either side."""
+    """The shape of every shared tensor, by its name in the file.
+
+    They are sized for a weight whose `in` is the largest among `shapes`, and whose `out` is.
+    """
     shared = [tensor for tensor in row.tensors if tensor.shared]
     if not shared:
         return {}

@@ -1,4 +1,4 @@
-"""Our adapters as a directory that PEFT loads."""
+"""Writes adapters as a directory that PEFT loads."""
 
 import json
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from sborax.adapters.paths import bias_path
 from sborax.adapters.tree import link, nodes
 from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
-from sborax.interop.factor import Pair, by_layer, exact, truncated
+from sborax.interop.factor import Factors, by_layer, exact, truncated
 from sborax.interop.peft_layout import (
     CONFIG,
     TENSORS,
     TYING,
-    Layout,
+    HFLayout,
     layout_of,
     same,
     tied_copies,
@@ -29,13 +29,19 @@ from sborax.interop.peft_layout import (
 )
 from sborax.interop.peft_row import PREFIX, ROOT, Row, shared_shapes
 from sborax.interop.peft_table import PLAIN, TABLE
-from sborax.interop.peft_targets import naming, pattern_for, saved_whole, targeted
+from sborax.interop.peft_targets import naming, pattern_for, saved_modules, targeted
 from sborax.methods import LoRA
 from sborax.models.language_model import LanguageModel
 
 
 class Exported(NamedTuple):
-    """What was written. `errors`: relative Frobenius error of every module whose change had to be truncated."""
+    """What was written.
+
+    - peft_type: PEFT's kind of adapter.
+    - modules: number of adapted modules.
+    - parameters: number of values in all tensors.
+    - errors: relative Frobenius error of every module whose change was truncated.
+    """
 
     peft_type: str
     modules: int
@@ -43,13 +49,13 @@ class Exported(NamedTuple):
     errors: dict[str, float]
 
     def __str__(self) -> str:
-        wrote = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
+        written = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
         if not self.errors:
-            return f"{wrote}, exact"
+            return f"{written}, exact"
         worst = max(self.errors, key=self.errors.__getitem__)
         mean = sum(self.errors.values()) / len(self.errors)
         return (
-            f"{wrote}; {len(self.errors)} modules truncated, relative Frobenius error {mean:.3g} on average, "
+            f"{written}; {len(self.errors)} modules truncated, relative Frobenius error {mean:.3g} on average, "
             f"{self.errors[worst]:.3g} at most ({worst})"
         )
 
@@ -77,15 +83,20 @@ def save_peft(
 ) -> Exported:
     """Write `adapters` as a PEFT adapter directory for the base model `model.params`, with a model card.
 
-    A method that PEFT has is written in PEFT's own form; one that has thin factors as plain LoRA, exactly: SBoRA,
-    contiguous Bone, sums and multiples, and PiSSA and OLoRA (rank 2r, since PEFT's base is the original one).
-    Base leaves that differ from `model.params` (trained beside the adapter) go to `modules_to_save`.
+    A method that PEFT has is written in PEFT's form. A method with thin factors is written as plain LoRA, exactly:
+    SBoRA, contiguous Bone, sums and multiples, PiSSA and OLoRA (at rank 2r, since PEFT's base is the original one).
 
-    as_: "native", or "lora" to write plain LoRA whatever the method: exact where there are thin factors, else the
-        truncated SVD of (merged - base), whose relative error is in the result and on the card.
-    rank: rank of that SVD; None (default) for the method's own. What is exact stays as it is.
-    base: name of the base model for the config and the card (a hub id or a path).
-    facts: further lines for the card, such as data and metrics.
+    Args:
+    - directory: created if missing.
+    - model: the base model, with its original parameters.
+    - params: the parameters as they are under the adapters. Those that differ from `model.params`, because they were
+      trained beside the adapters, are stored as `modules_to_save`.
+    - adapters: the adapters.
+    - as_: "native" (default), or "lora" for plain LoRA whatever the method: exact where there are thin factors, else
+      a truncated SVD of (merged - base), whose relative error is in the result and on the card.
+    - rank: rank of that SVD; None (default) for the method's rank. Exact factors keep their rank.
+    - base: name of the base model for the config and the card, a hub id or a path.
+    - facts: further lines for the card, such as data and metrics.
 
     Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """
@@ -94,28 +105,28 @@ def save_peft(
     if rank is not None and (as_ == "native" or rank < 1):
         raise SboraxError(f"rank={rank}: must be 1 or more, and goes with as_='lora', which may truncate")
     check_card(epath.Path(directory))
-    layout, given, found = layout_of(model.params), flatten(params), nodes(link(adapters))
-    if not found:
+    layout, leaves, linked = layout_of(model.params), flatten(params), nodes(link(adapters))
+    if not linked:
         raise SboraxError("there is no adapter to save: the tree is empty")
     entries: dict[str, _Entry] = {}
-    for path, node in found.items():
+    for path, node in linked.items():
         if path not in layout.depths:
             raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
-        if node.method.rewrites_base and isinstance(given[path], AbstractWeight):
+        if node.method.rewrites_base and isinstance(leaves[path], AbstractWeight):
             raise SboraxError(
                 f"{path}: {_name(node)} moved part of the base into its factors before the base was quantised, "
                 "so no adapter of the original base equals it; merge instead"
             )
-        for layer, one in by_layer(node, layout.depths[path]):
+        for layer, adapter in by_layer(node, layout.depths[path]):
             module = layout.module(path, layer)
-            entries[module] = _entry(module, one, layout, given, path, layer, as_, rank)
+            entries[module] = _entry(module, adapter, layout, leaves, path, layer, as_, rank)
     row = _common_row(entries)
-    whole = _trained_base(layout, given, found, entries)
-    config = _config(row, entries, layout, base, whole)
-    tensors = _stored(row, entries, layout)
-    for name in whole:
+    trained = _trained_base(layout, leaves, linked, entries)
+    config = _config(row, entries, layout, base, trained)
+    tensors = _adapter_tensors(row, entries, layout)
+    for name in trained:
         slot = layout.slots[name]
-        leaf = wide(given[slot.path] if slot.layer is None else given[slot.path][slot.layer])
+        leaf = wide(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
         tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
     for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
         if TYING not in row.reads:
@@ -125,14 +136,14 @@ def save_peft(
         config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
     _check_keys(config, row, layout, entries, set(tensors))
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
-    done = Exported(row.peft_type, len(entries), sum(t.size for t in tensors.values()), errors)
+    exported = Exported(row.peft_type, len(entries), sum(tensor.size for tensor in tensors.values()), errors)
     out = epath.Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     (out / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     methods = sorted({entry.method for entry in entries.values()})
     write_card(out, adapter_card(methods, config, errors, base, facts or {}))
-    return done
+    return exported
 
 
 def _name(node: Adapter) -> str:
@@ -142,20 +153,21 @@ def _name(node: Adapter) -> str:
 def _entry(
     module: str,
     node: Adapter,
-    layout: Layout,
-    given: Mapping[str, Any],
+    layout: HFLayout,
+    leaves: Mapping[str, Any],
     path: str,
     layer: int | None,
     form: str,
     rank: int | None,
 ) -> _Entry:
+    """The entry of one module: in PEFT's form of the method, or as plain LoRA, exact or truncated."""
     name = _name(node)
     for row in TABLE if form == "native" else [PLAIN]:
         if type(node.method) is row.method and row.write is not None and (fields := row.write(node)) is not None:
             return _Entry(row, name, fields if form == "native" else _undropped(fields), _tensors(row, node))
-    pair = exact(node, layout.shape(path))
-    if pair is not None:
-        return _plain(name, pair, None)
+    factors = exact(node, layout.shape(path))
+    if factors is not None:
+        return _plain(name, factors, None)
     if node.method.no_merge:
         raise SboraxError(f"{module}: PEFT has no {name}, nor a merged form of it to truncate: {node.method.no_merge}")
     if form == "native":
@@ -164,12 +176,12 @@ def _entry(
         raise SboraxError(
             f"{module}: {name} adapts the bias, too, which plain LoRA cannot; write it natively, or merge"
         )
-    if node.method.rewrites_base and given[path] is layout.leaves[path]:
+    if node.method.rewrites_base and leaves[path] is layout.leaves[path]:
         raise SboraxError(f"{path}: {name} rewrote this kernel; model.params must be the base as it was before")
     rank = rank or node.method.rank  # type: ignore[assignment]
     if not isinstance(rank, int):
         raise SboraxError(f"{module}: say rank=... for the truncation of {name}")
-    kernel = given[path] if layer is None else jax.tree.map(lambda leaf: leaf[layer], given[path])
+    kernel = leaves[path] if layer is None else jax.tree.map(lambda leaf: leaf[layer], leaves[path])
     with jax.default_matmul_precision("highest"):
         merged = node.method.merge(kernel, node)
     check_finite(f"{module}: its merged weight", merged)
@@ -181,8 +193,9 @@ def _undropped(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "lora_dropout": 0.0}
 
 
-def _plain(name: str, pair: Pair, error: float | None) -> _Entry:
-    a, b = (jnp.asarray(factor) for factor in pair)
+def _plain(name: str, factors: Factors, error: float | None) -> _Entry:
+    """The entry of a LoRA with these factors and scale 1."""
+    a, b = (jnp.asarray(factor) for factor in factors)
     node = Adapter({"a": a, "b": b}, {"scale": jnp.float32(1.0)}, LoRA(rank=a.shape[1]))
     assert PLAIN.write is not None
     fields = PLAIN.write(node)
@@ -195,62 +208,63 @@ def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
     return {tensor.suffix: tensor.outward(leaves) for tensor in row.tensors if tensor.leaf in leaves}
 
 
-def _stored(row: Row, entries: Mapping[str, _Entry], layout: Layout) -> dict[str, np.ndarray]:
-    """The adapter's tensors by their keys in the file."""
-    stored = {
+def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) -> dict[str, np.ndarray]:
+    """The adapter's tensors by their names in the file."""
+    tensors = {
         tensor.key(module): entry.tensors[tensor.suffix]
         for module, entry in entries.items()
         for tensor in row.tensors
         if tensor.suffix in entry.tensors and not tensor.shared
     }
     if not any(tensor.shared for tensor in row.tensors):
-        return stored
+        return tensors
     method = row.read({**row.defaults, **next(iter(entries.values())).fields}).method
     shapes = [layout.shape(layout.slots[f"{module}.weight"].path) for module in entries]
     for key, shape in shared_shapes(row, method, shapes).items():
-        stored[key] = _joined(key, shape, entries)
-    copies = {copy: stored[key] for tensor in row.tensors for copy, key in tensor.copies(entries).items()}
-    return stored | copies
+        tensors[key] = _shared_tensor(key, shape, entries)
+    copies = {copy: tensors[key] for tensor in row.tensors for copy, key in tensor.copies(entries).items()}
+    return tensors | copies
 
 
-def _joined(key: str, shape: tuple[int, ...], entries: Mapping[str, _Entry]) -> np.ndarray:
-    """The tensor that all modules share, from the part that each has."""
-    whole, filled = np.zeros(shape, np.float32), np.zeros(shape, bool)
+def _shared_tensor(key: str, shape: tuple[int, ...], entries: Mapping[str, _Entry]) -> np.ndarray:
+    """A tensor that all modules share, of which each has the first part. Raises SboraxError where parts differ."""
+    shared, filled = np.zeros(shape, np.float32), np.zeros(shape, bool)
     for module, entry in entries.items():
         part = entry.tensors[key.removeprefix(ROOT)]
         place = tuple(slice(size) for size in part.shape)
         known = filled[place]
-        if not np.array_equal(whole[place][known], part[known]):
+        if not np.array_equal(shared[place][known], part[known]):
             raise SboraxError(
                 f"{module}: PEFT keeps one {key} for all modules, and this one has its own; give all of them the same "
                 "projection_seed, or use as_='lora'"
             )
-        whole[place], filled[place] = part, True
-    return whole
+        shared[place], filled[place] = part, True
+    return shared
 
 
 def _common_row(entries: Mapping[str, _Entry]) -> Row:
+    """The row of all entries. Raises SboraxError if there are several."""
     rows = {id(entry.row): (module, entry) for module, entry in entries.items()}
     if len(rows) > 1:
-        (one, first), (other, second), *_ = rows.values()
+        (module, first), (other, second), *_ = rows.values()
         raise SboraxError(
-            f"{one} has {first.method} and {other} has {second.method}: PEFT keeps one kind of adapter in a directory; "
-            "use as_='lora' to write both as plain LoRA"
+            f"{module} has {first.method} and {other} has {second.method}: PEFT keeps one kind of adapter in a "
+            "directory; use as_='lora' to write both as plain LoRA"
         )
     return next(iter(entries.values())).row
 
 
 def _trained_base(
-    layout: Layout, given: Mapping[str, Any], found: Mapping[str, Adapter], entries: Mapping[str, _Entry]
+    layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter], entries: Mapping[str, _Entry]
 ) -> list[str]:
-    """The tensors of every module whose base leaf was trained beside the adapters."""
-    missing = sorted(layout.leaves.keys() - given.keys())
+    """The tensors of every module whose base weights were trained beside the adapters."""
+    missing = sorted(layout.leaves.keys() - leaves.keys())
     if missing:
         raise SboraxError(f"{missing[0]}: the model has this parameter, the given params do not")
     changed = {
         path
         for path, leaf in layout.leaves.items()
-        if not (path in found and found[path].method.rewrites_base) and not same(given[path], leaf)
+        if not (path in linked and linked[path].method.rewrites_base) and not same(leaves[path], leaf)
     }
     modules = {name.rpartition(".")[0] for name, slot in layout.slots.items() if slot.path in changed}
     for module in sorted(modules):
@@ -260,8 +274,9 @@ def _trained_base(
 
 
 def _config(
-    row: Row, entries: Mapping[str, _Entry], layout: Layout, base: str | None, whole: list[str]
+    row: Row, entries: Mapping[str, _Entry], layout: HFLayout, base: str | None, trained: list[str]
 ) -> dict[str, Any]:
+    """The fields of `adapter_config.json`. Raises SboraxError for fields that differ where PEFT has one for all."""
     config: dict[str, Any] = {
         "peft_type": row.peft_type,
         "task_type": "CAUSAL_LM",
@@ -287,14 +302,15 @@ def _config(
                 f"{name} is {common} for most modules and {values[module]} for {module}: {row.peft_type} has one for "
                 "all; use as_='lora'"
             )
-    if whole:
-        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole})
+    if trained:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in trained})
     return config | naming(list(entries), layout.linear, row.layered)
 
 
 def _check_keys(
-    config: Mapping[str, Any], row: Row, layout: Layout, entries: Mapping[str, _Entry], written: set[str]
+    config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], written: set[str]
 ) -> None:
+    """Raise SboraxError unless the names of the tensors are those that the config implies."""
     implied = {
         tensor.key(module)
         for module in targeted(config, layout.linear)
@@ -302,9 +318,9 @@ def _check_keys(
         if module not in entries or tensor.suffix in entries[module].tensors
     }
     implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)}
-    kept = set(saved_whole(config, layout.modules))
-    implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in kept}
-    implied |= {PREFIX + copy for copy in tied_copies(layout, kept)}
+    saved = set(saved_modules(config, layout.modules))
+    implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in saved}
+    implied |= {PREFIX + copy for copy in tied_copies(layout, saved)}
     if implied != written:
         raise SboraxError(
             f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"

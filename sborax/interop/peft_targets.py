@@ -1,4 +1,4 @@
-"""Which modules a PEFT config means: its matching rules, and configs that mean a given set."""
+"""PEFT's rules for choosing modules, and the config fields that choose a given set of modules."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ MOST_GROUPS = 4
 
 
 def _checked(pattern: Any, field: str) -> str:
-    """`pattern` if it is a regular expression that cannot take exponential time on a module's name."""
+    """Return `pattern`. Raise SboraxError unless it is a regular expression that takes no exponential time."""
     if not isinstance(pattern, str):
         raise SboraxError(f"{field}: expected text, got {str(pattern)[:40]}")
     heavy = (
@@ -25,7 +25,7 @@ def _checked(pattern: Any, field: str) -> str:
         or len(re.findall(r"[*+?{]", pattern)) > MOST_QUANTIFIERS + pattern.count("(?")
         or pattern.count("(") > MOST_GROUPS
         or re.search(r"\)\s*[*+{]", pattern)
-        # Flags: one must stand at the start, where PEFT's own pattern around this one is, another allows comments.
+        # No flags: most must stand at the start, where PEFT's own pattern already is, and (?x) allows comments.
         or re.search(r"\(\?[aiLmsux]", pattern)
     )
     if heavy:
@@ -57,13 +57,13 @@ def _layer_chosen(config: Mapping[str, Any], module: str) -> bool:
         raise SboraxError(f"layers_to_transform: expected layer numbers, got {str(chosen)[:60]}")
     below = config.get("layers_pattern") or []
     below = below if isinstance(below, list) else [below]
-    patterns = [rf"(?:^|.*?\.){_checked(one, 'layers_pattern')}\.(\d+)\." for one in below] or [NUMBERED.pattern]
-    found = next((found for pattern in patterns if (found := match(pattern, module))), None)
-    return found is not None and int(found[found.re.groups]) in chosen
+    patterns = [rf"(?:^|.*?\.){_checked(name, 'layers_pattern')}\.(\d+)\." for name in below] or [NUMBERED.pattern]
+    first = next((result for pattern in patterns if (result := match(pattern, module))), None)
+    return first is not None and int(first[first.re.groups]) in chosen
 
 
-def saved_whole(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
-    """The modules that PEFT stores whole: `modules_to_save`. Raises SboraxError for one that the model lacks."""
+def saved_modules(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """The modules whose base weights PEFT stores: `modules_to_save`. Raises SboraxError for one that is missing."""
     names = _texts(config, "modules_to_save")
     for name in names:
         if not any(module.endswith(name) for module in modules):
@@ -76,15 +76,15 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
     if not wanted:
         raise SboraxError("target_modules is empty: the config does not say which modules are adapted")
-    kept_out = _texts(config, "modules_to_save")
+    saved = _texts(config, "modules_to_save")
 
-    def meant(module: str) -> bool:
+    def is_target(module: str) -> bool:
         if isinstance(excluded, str):
             if fullmatch(_checked(excluded, "exclude_modules"), module):
                 return False
         elif _named(module, _texts(config, "exclude_modules")):
             return False
-        if any(f".{name}." in f".{module}." for name in kept_out):
+        if any(f".{name}." in f".{module}." for name in saved):
             return False
         if wanted == "all-linear":
             return module != HEAD
@@ -94,11 +94,11 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
         # A module named in full is adapted whatever its layer.
         return module in names or (_named(module, names) and _layer_chosen(config, module))
 
-    return [module for module in linear if meant(module)]
+    return [module for module in linear if is_target(module)]
 
 
 def matched(config: Mapping[str, Any], field: str, module: str) -> bool:
-    """Whether a field such as `feedforward_modules`, one pattern or the ends of names, means a module."""
+    """Whether a field such as `feedforward_modules` chooses a module: it is a pattern, or a list of name endings."""
     wanted = config.get(field) or []
     if isinstance(wanted, str):
         return fullmatch(_checked(wanted, field), module) is not None
@@ -106,9 +106,14 @@ def matched(config: Mapping[str, Any], field: str, module: str) -> bool:
 
 
 def value_for(config: Mapping[str, Any], field: str, module: str, default: Any, form: str = r"(.*\.)?({})$") -> Any:
-    """What a `rank_pattern` or `alpha_pattern` says of one module: the first key that matches wins, then its full name.
+    """The value of one module in a field such as `rank_pattern`: that of the first key that matches, as in PEFT.
 
-    form: the regular expression into which a key is put.
+    Args:
+    - config: the config.
+    - field: the field that holds the patterns, `{key: value}`.
+    - module: the module's full name, which is looked up last.
+    - default: the value if no key matches.
+    - form: the regular expression into which a key is put.
     """
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
@@ -120,9 +125,9 @@ def value_for(config: Mapping[str, Any], field: str, module: str, default: Any, 
 
 
 def naming(wanted: Sequence[str], linear: Sequence[str], layered: bool = True) -> dict[str, Any]:
-    """The shortest config fields under which PEFT adapts exactly `wanted` among `linear`.
+    """The shortest config fields with which PEFT adapts exactly the modules `wanted` among `linear`.
 
-    layered: the config may choose layers by number.
+    layered: whether the config may choose layers by number.
     """
     short = sorted({module.rpartition(".")[2] for module in wanted})
     layers = sorted({int(match[1]) for module in wanted if (match := NUMBERED.match(module))})
@@ -131,11 +136,14 @@ def naming(wanted: Sequence[str], linear: Sequence[str], layered: bool = True) -
         *([{"target_modules": short, "layers_to_transform": layers}] if layered else []),
         {"target_modules": sorted(wanted)},
     ]
-    return next(one for one in candidates if set(targeted(one, linear)) == set(wanted))
+    return next(fields for fields in candidates if set(targeted(fields, linear)) == set(wanted))
 
 
 def pattern_for(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """The commonest of the values by module, and the exceptions as PEFT's patterns, one for all layers if it can be."""
+    """`(default, exceptions)`: the commonest value, and PEFT's patterns for the modules that have another.
+
+    Exceptions are short names where all layers agree (`self_attn.q_proj`), and full names otherwise.
+    """
     default = Counter(values.values()).most_common(1)[0][0]
     kinds: dict[str, set[Value]] = {}
     for module, value in values.items():

@@ -1,7 +1,7 @@
 """ResLoRA's two approximate merges of the input and middle shortcuts, arXiv:2402.18039.
 
-Both put a plain LoRA in the place of every such adapter, as if the earlier layer's values were a multiple of the
-layer's own: x_{n-k} = alpha_{n-k} x_n. That LoRA merges, and is exported, exactly; the error lies in the assumption.
+Both replace every such adapter by a plain LoRA, on the assumption that an earlier layer's values are a multiple of the
+layer's: x_{n-k} = alpha_{n-k} x_n. The assumption is the only error: the LoRA merges and is exported exactly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,13 @@ Outputs = Callable[[Params, Adapters | None], Float[Array, "..."]]
 
 
 class Merged(NamedTuple):
-    """Merged `params`, and `adapters` that are the same on the old ones.
+    """An approximate merge.
 
-    error: ||merged - adapted|| / ||adapted|| over the outputs. moved: ||base - adapted|| / ||adapted||, what leaving
-    the adapters out would cost: a merge is of use where `error` is well below it.
+    - params: the merged parameters.
+    - adapters: plain LoRA adapters with the same function on the original parameters.
+    - error: ||merged - adapted|| / ||adapted|| over the outputs.
+    - moved: ||base - adapted|| / ||adapted||, the error of leaving the adapters out. A merge is useful if `error` is
+      well below it.
     """
 
     params: Params
@@ -52,60 +55,65 @@ def merge_by_weights(params: Params, adapters: Adapters, outputs: Outputs) -> Me
     return _merged(params, adapters, by_weights(params, adapters), outputs)
 
 
-def _merged(params: Params, adapters: Adapters, plainly: Adapters, outputs: Outputs) -> Merged:
-    merged = merge(params, plainly)
-    base, adapted, ours = outputs(params, None), outputs(params, adapters), outputs(merged, None)
-    size = jnp.linalg.norm(adapted.reshape(-1))
-    error, moved = (float(jnp.linalg.norm((other - adapted).reshape(-1)) / size) for other in (ours, base))
-    return Merged(merged, plainly, error, moved)
+def _merged(params: Params, adapters: Adapters, plain: Adapters, outputs: Outputs) -> Merged:
+    """The merge of `plain`, LoRA adapters in place of `adapters`, with its error."""
+    merged = merge(params, plain)
+    before, adapted, after = outputs(params, None), outputs(params, adapters), outputs(merged, None)
+    norm = jnp.linalg.norm(adapted.reshape(-1))
+    error, moved = (float(jnp.linalg.norm((other - adapted).reshape(-1)) / norm) for other in (after, before))
+    return Merged(merged, plain, error, moved)
 
 
 def by_inputs(adapters: Adapters, norms: Sequence[Mapping[str, Any]]) -> Adapters:
-    """Plain LoRA for every input and middle shortcut, by the sizes of what the layers saw.
+    """Plain LoRA for every input and middle shortcut, with alphas from the norms of the layers' inputs.
 
     alpha_{n-k} = f_{n-k} / f_n, f the mean over batches of ||x||_F ("input") or ||x a||_F ("middle");
     "input": W*_n = W_n + (1 + alpha_{n-1}) s a_n b_n, with alpha 1 in the first layer of a chain;
     "middle": W*_n = W_n + (1 + sum_k alpha_{n-k}) s a_n b_n.
 
-    norms: what `LanguageModel.collect` remembers of each batch, without padding (authors: the last 100 of training).
-    Raises SboraxError if there are none, none for one of the adapters, or a size of zero to divide by.
+    Args:
+    - adapters: the trained adapters.
+    - norms: what `LanguageModel.collect` remembers, one entry a batch, without padding. The authors take the last 100
+      batches of training.
+
+    Raises SboraxError for no batches, for an adapter without norms, and for a norm of zero.
     """
     if not norms:
         raise SboraxError("by_inputs needs the norms of at least one batch: see LanguageModel.collect")
 
-    def one(node: Adapter, earlier: tuple[int, ...], seen: Any) -> Adapter:
+    def plain_lora(node: Adapter, earlier: tuple[int, ...], collected: Any) -> Adapter:
         method = node.method
         assert isinstance(method, ResLoRA)
         if not method.no_merge:
             return node
         name, width = ("input", None) if method.shortcut == "input" else ("hidden", method.rank)
-        if name not in seen:
+        if name not in collected:
             raise SboraxError("by_inputs: an adapter has no norms; collect them with these same adapters")
-        # The layer's own x a comes first in what it remembers.
-        f = jnp.mean(jnp.linalg.norm(seen[name][..., :width], axis=-1), axis=-1)
+        # The layer's x a comes first in what it remembers.
+        f = jnp.mean(jnp.linalg.norm(collected[name][..., :width], axis=-1), axis=-1)
         sums = [sum(_alphas(method, reach, lambda k, n=n: f[n - k] / f[n])) for n, reach in enumerate(earlier)]
-        factors = jnp.stack([jnp.asarray(1.0 + each, f.dtype) for each in sums])
+        factors = jnp.stack([jnp.asarray(1.0 + total, f.dtype) for total in sums])
         if not jnp.isfinite(factors).all():
             raise SboraxError("by_inputs: a layer saw nothing but zeros, which have no size to divide by")
         scale = node.frozen["scale"] * factors
         return lora_of(scale[:, None, None] * node.train["a"], node.train["b"], node)
 
-    seen = {
+    stacked = {
         path: jax.tree.map(lambda *leaves: jnp.stack(leaves, -2), *(batch[path] for batch in norms))
         for path in norms[0]
     }
-    return nest(over_chains(nodes(adapters), one, seen))
+    return nest(over_chains(nodes(adapters), plain_lora, stacked))
 
 
 def by_weights(params: Params, adapters: Adapters) -> Adapters:
-    """Plain LoRA for every input and middle shortcut, by the sizes of the weights: no data needed.
+    """Plain LoRA for every input and middle shortcut, with alphas from the norms of the weights. Needs no data.
 
-    alpha_{n-k} = f_{n-k-1} / f_{n-1}, f_j = ||W*_j||_F, since x_j comes from layer j - 1; 1 where the chain has no
-    layer n-k-1, so in its first two layers;
+    alpha_{n-k} = f_{n-k-1} / f_{n-1}, f_j = ||W*_j||_F, since x_j comes from layer j - 1; 1 if the chain has no layer
+    n-k-1, as in its first two layers;
     "input": W*_n = W_n + (1 + alpha_{n-1}) s a_n b_n; "middle": a*_n = a_n + sum_k alpha_{n-k} a_{n-k}, then as LoRA.
     """
 
-    def one(node: Adapter, earlier: tuple[int, ...], seen: Any) -> Adapter:
+    def plain_lora(node: Adapter, earlier: tuple[int, ...], base: Any) -> Adapter:
         method, a, b, scale = node.method, node.train["a"], node.train["b"], node.frozen["scale"]
         assert isinstance(method, ResLoRA)
         if not method.no_merge:
@@ -120,18 +128,17 @@ def by_weights(params: Params, adapters: Adapters) -> Adapters:
             alphas = _alphas(method, reach, ratio)
             others = [a[n] if method.shortcut == "input" else a[n - k] for k in range(1, len(alphas) + 1)]
             merged.append(a[n] + sum(alpha * other for alpha, other in zip(alphas, others, strict=True)))
-            weight = (
-                dense(jax.tree.map(lambda leaf, n=n: leaf[n], seen["kernel"])).astype(a.dtype).reshape(a.shape[1], -1)
-            )
+            kernel = dense(jax.tree.map(lambda leaf, n=n: leaf[n], base["kernel"]))
+            weight = kernel.astype(a.dtype).reshape(a.shape[1], -1)
             sizes.append(jnp.linalg.norm(weight + pair_weight(merged[n], b[n], scale[n])))
         return lora_of(scale[:, None, None] * jnp.stack(merged), b, node)
 
-    found = kernels(params)
-    return nest(over_chains(nodes(adapters), one, {path: {"kernel": leaf} for path, leaf in found.items()}))
+    base = {path: {"kernel": leaf} for path, leaf in kernels(params).items()}
+    return nest(over_chains(nodes(adapters), plain_lora, base))
 
 
 def _alphas(method: ResLoRA, reach: int, ratio: Callable[[int], Any]) -> list[Any]:
-    """alpha_{n-1}, alpha_{n-2}, ... of one layer with `reach` layers of its chain before it."""
+    """`[alpha_{n-1}, alpha_{n-2}, ...]` of a layer that `reach` layers of its chain precede."""
     if method.shortcut == "input":
         return [ratio(1) if reach else 1.0]
     return [ratio(k) for k in range(1, 1 + (reach if method.pre_num == -1 else min(reach, method.pre_num)))]

@@ -1,4 +1,4 @@
-"""A pruned model as a smaller one: heads and channels that LoRAPrune has masked are cut out, arXiv:2305.18403."""
+"""Cuts heads and channels that LoRAPrune has masked out of a model, arXiv:2305.18403."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,18 +18,23 @@ from sborax.models.language_model import LanguageModel, Params
 from sborax.procedures.importance import BLOCKS
 
 LEADER = {"self_attn": "q_proj", "mlp": "gate_proj"}
-"""Whose outputs are the inputs of the projection that is cut on its input side."""
+"""The projection whose outputs number the inputs of the projection that is cut on its input side."""
 
 
 def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageModel:
-    """The merged model without the outputs that are masked and the inputs that read them: the same function.
+    """The merged model without masked outputs and the inputs that read them. It computes the same function.
 
-    With layers of equal size, as LoRAPrune leaves them with protect=0, transformers loads what `save_hf` writes. Else
-    the layers are unrolled, `config.layer_sizes` says how large each is, and this library alone loads it.
-    Raises SboraxError where nothing is masked.
+    If all layers keep the same size, as after LoRAPrune with protect=0, transformers loads what `save_hf` writes.
+    Otherwise the layers are unrolled, `config.layer_sizes` has their sizes, and only sborax loads the model.
+
+    Args:
+    - model: the model, with its tokenizer.
+    - params: the parameters under the adapters.
+    - adapters: the adapters of a run with LoRAPrune.
+
+    Raises SboraxError if nothing is masked.
     """
-    found = nodes(adapters)
-    masked = {path: node for path, node in found.items() if isinstance(node.method, Masked)}
+    masked = {path: node for path, node in nodes(adapters).items() if isinstance(node.method, Masked)}
     if not masked:
         raise SboraxError("slim: nothing is masked in these adapters; train them with procedure=LoRAPrune(...)")
     live = {path: np.asarray(node.frozen["mask"]) > 0 for path, node in masked.items()}
@@ -47,28 +52,29 @@ def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageMo
 
 
 def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Every layer of a stack under its number."""
-    single: dict[str, Any] = {}
+    """Leaves by path, with every layer of a stack under its number."""
+    layers: dict[str, Any] = {}
     for path, leaf in flat.items():
         top, _, rest = path.partition("/")
-        single |= {f"{top}/{i}/{rest}": leaf[i] for i in range(len(leaf))} if top == STACKED_UNDER else {path: leaf}
-    return single
+        layers |= {f"{top}/{i}/{rest}": leaf[i] for i in range(len(leaf))} if top == STACKED_UNDER else {path: leaf}
+    return layers
 
 
 def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_unstacked`; layers come in their order."""
+    """The inverse of `_unstacked`, for layers in their order."""
     stacks: dict[str, list[Any]] = {}
     for path, leaf in flat.items():
         top, _, rest = path.partition("/")
-        whole = f"{top}/{rest.partition('/')[2]}" if top == STACKED_UNDER else path
-        stacks.setdefault(whole, []).append(leaf)
+        stack = f"{top}/{rest.partition('/')[2]}" if top == STACKED_UNDER else path
+        stacks.setdefault(stack, []).append(leaf)
     return {
-        path: jnp.stack(found) if path.startswith(f"{STACKED_UNDER}/") else found[0] for path, found in stacks.items()
+        path: jnp.stack(layers) if path.startswith(f"{STACKED_UNDER}/") else layers[0]
+        for path, layers in stacks.items()
     }
 
 
 def _cut(path: str, weight: Any, kept: Mapping[str, np.ndarray]) -> Any:
-    """A layer's kernel without what is masked; other leaves as they are."""
+    """A kernel without masked outputs or the inputs that read them. Other leaves are returned unchanged."""
     if path in kept:
         return weight[:, kept[path]]
     *_, block, module, name = ("", "", *path.split("/"))
@@ -78,8 +84,10 @@ def _cut(path: str, weight: Any, kept: Mapping[str, np.ndarray]) -> Any:
 
 
 def _config(config: LlamaConfig, kept: Mapping[str, np.ndarray]) -> LlamaConfig:
+    """The config of the smaller model."""
+
     def size(layer: int, name: str) -> int:
-        """How many outputs a projection has left."""
+        """The number of outputs that a projection keeps."""
         return kept[f"{STACKED_UNDER}/{layer}/{name}/kernel"].size
 
     sizes = tuple(

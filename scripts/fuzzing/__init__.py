@@ -1,1 +1,1 @@
-"""Hostile files for everything that sborax reads; `scripts/fuzz.py` is the way in."""
+"""Hostile files for everything that sborax reads. Run by `scripts/fuzz.py`."""

@@ -1,4 +1,4 @@
-"""Files of adapters: PEFT's and ours."""
+"""Adapter files of PEFT and of sborax."""
 
 import functools
 import json
@@ -39,64 +39,61 @@ def _peft_seeds(home: Path) -> list[tuple[Any, bytes]]:
              {"peft_type": "ADALORA", "init_r": 2, "rank_pattern": {}}, {"peft_type": "SHIRA", "r": 2})  # fmt: skip
     for kind in kinds:
         for target in targets:
-            given = kind | target | {"bias": "none", "base_model_name_or_path": "x", "modules_to_save": None}
-            seeds.append((given, _peft_tensors(given, model)))
+            config = kind | target | {"bias": "none", "base_model_name_or_path": "x", "modules_to_save": None}
+            seeds.append((config, _peft_tensors(config, model)))
     return seeds
 
 
-def _peft_tensors(given: Any, model: LanguageModel) -> bytes:
-    """The tensors that a config asks for, from the shapes that the reader itself expects of the unharmed config."""
+def _peft_tensors(config: Any, model: LanguageModel) -> bytes:
+    """A safetensors file with the tensors that the reader expects for an unharmed config."""
     from safetensors.numpy import save
 
-    own = peft_load
-    layout = own.layout_of(model.params)
-    settled = given if given["peft_type"] != "BONE" else given | {"peft_type": "MISS"}
-    row = own.row_for(settled)
-    fits = {module: own._fit(row, settled, module) for module in own._targets(settled, layout)}
-    wanted = own._expected(row, fits, layout)
-    kinds = {tensor.suffix for tensor in row.tensors if tensor.places}
-    old = {name.replace(".miss_", ".bone_") if given["peft_type"] == "BONE" else name: name for name in wanted}
+    layout, is_bone = peft_load.layout_of(model.params), config["peft_type"] == "BONE"
+    settled = config | {"peft_type": "MISS"} if is_bone else config
+    row = peft_load.row_for(settled)
+    fits = {module: peft_load._fit(row, settled, module) for module in peft_load._targets(settled, layout)}
+    indices = tuple(tensor.suffix for tensor in row.tensors if tensor.places)
     tensors = {}
-    for stored, name in old.items():
-        places_ = any(name.endswith(suffix) for suffix in kinds)
-        tensors[stored] = (
-            np.arange(math.prod(wanted[name]), dtype=np.int32).reshape(wanted[name]) % 8
-            if places_
-            else np.full(wanted[name], 0.5, np.float32)
-        )
+    for name, shape in peft_load._expected(row, fits, layout).items():
+        stored = name.replace(".miss_", ".bone_") if is_bone else name
+        if name.endswith(indices):
+            tensors[stored] = np.arange(math.prod(shape), dtype=np.int32).reshape(shape) % 8
+        else:
+            tensors[stored] = np.full(shape, 0.5, np.float32)
     return save(tensors)
 
 
-def _remembered(attach: Callable[..., Any]) -> Callable[..., Any]:
-    made: dict[Any, Any] = {}
+def _cached(attach: Callable[..., Any]) -> Callable[..., Any]:
+    """`attach` with a cache by plan, for one key and one base."""
+    results: dict[Any, Any] = {}
 
-    def once(key: Any, params: Any, plan: Any) -> Any:
-        if plan not in made:
-            made[plan] = attach(key, params, plan)
-        return made[plan]
+    def cached_attach(key: Any, params: Any, plan: Any) -> Any:
+        if plan not in results:
+            results[plan] = attach(key, params, plan)
+        return results[plan]
 
-    return once
+    return cached_attach
 
 
 def peft(home: Path) -> Prepare:
     """A PEFT adapter directory."""
     seeds = _peft_seeds(home)
-    # What is drawn and compiled for a plan is not what is tried here.
+    # Drawing and compiling for a plan is slow, and not what these cases try.
     quick = {
-        "attach": _remembered(peft_load.attach),
+        "attach": _cached(peft_load.attach),
         "leaf_shapes": functools.lru_cache(4096)(peft_load.leaf_shapes),
     }
     extra = sorted({name for row in TABLE for name in (*row.defaults, *row.reads, *row.known_by)})
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        given, tensors = random.choice(seeds)
+        config, tensors = random.choice(seeds)
         if random.randrange(4) == 0:
             tensors = _harmed_safetensors(random, tensors)
         else:
-            given = harm(random, given)
-            if isinstance(given, dict) and random.randrange(8) == 0:
-                given[random.choice(extra)] = hostile(random)
-        put(place, adapter_config__json=write(random, given), adapter_model__safetensors=tensors)
+            config = harm(random, config)
+            if isinstance(config, dict) and random.randrange(8) == 0:
+                config[random.choice(extra)] = hostile(random)
+        put(place, adapter_config__json=write(random, config), adapter_model__safetensors=tensors)
 
         def read() -> Any:
             with mock.patch.multiple(peft_load, **quick):
@@ -120,24 +117,24 @@ def adapter(home: Path) -> Prepare:
             [("q_proj", sx.PiSSA(rank=2))],
         )
     ):
-        _, made = sx.attach(jax.random.key(0), params, rules)
+        _, adapters = sx.attach(jax.random.key(0), params, rules)
         trained = {"norm/scale": params["norm"]["scale"]} if number == 0 else {}
-        own = home / f"adapter{number}"
-        save_adapter(own, made, rules=rules, base=fingerprint(params), trained_base=trained, about={"eval_loss": 1.0})
-        seeds.append((json.loads((own / PLAN).read_text()), (own / LEAVES).read_bytes()))
+        saved, about = home / f"adapter{number}", {"eval_loss": 1.0}
+        save_adapter(saved, adapters, rules=rules, base=fingerprint(params), trained_base=trained, about=about)
+        seeds.append((json.loads((saved / PLAN).read_text()), (saved / LEAVES).read_bytes()))
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        # The last one has its base rewritten, which takes long.
-        given, leaves = random.choice(seeds[:-1] if random.randrange(50) else seeds)
+        # The last adapter rewrites its base, which is slow.
+        plan, leaves = random.choice(seeds[:-1] if random.randrange(50) else seeds)
         if random.randrange(4):
-            # As files were written before: with digests, no harmed leaf would reach what is behind them.
-            given = {name: value for name, value in given.items() if name != "digests"}
+            # As in older files: digests would stop every harmed leaf before the checks behind them.
+            plan = {name: value for name, value in plan.items() if name != "digests"}
         if random.randrange(4) == 0:
             leaves = _harmed_safetensors(random, leaves)
         else:
-            given = harm(random, given)
-        put(place, plan__json=write(random, given), adapter__safetensors=leaves)
-        read = read_adapter if random.randrange(3) else lambda found: load_adapter(found, params)
+            plan = harm(random, plan)
+        put(place, plan__json=write(random, plan), adapter__safetensors=leaves)
+        read = read_adapter if random.randrange(3) else lambda directory: load_adapter(directory, params)
         return lambda: read(place)
 
     return prepare

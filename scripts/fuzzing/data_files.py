@@ -1,4 +1,4 @@
-"""Data, and the chat templates that they go through."""
+"""Data files and chat templates."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
 )
-"""These cost the whole time that a conversation has."""
+"""Templates that take all the time a conversation may have."""
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
@@ -67,7 +67,7 @@ RECORDS = [
 
 
 def jsonl(home: Path) -> Prepare:
-    """A `.jsonl` or `.json` file of records, through every template."""
+    """A `.jsonl` or `.json` file of records, with every template."""
     templates = ("alpaca", "chat", "text", "{q}: {n}", "llm_adapters")
     fitting = {"alpaca": 0, "llm_adapters": 0, "chat": 2, "text": 3, "{q}: {n}": 1}
 
@@ -76,7 +76,7 @@ def jsonl(home: Path) -> Prepare:
         record = RECORDS[fitting[template] if random.randrange(8) else random.randrange(4)]
         records = [record, harm(random, record), record]
         name = random.choice(("data.jsonl", "data.jsonl", "data.json", "lines.json"))
-        lines = [write(random, one) for one in records]
+        lines = [write(random, row) for row in records]
         raw = b"[" + b",".join(lines) + b"]" if name == "data.json" else b"\n".join(lines)
         (place / name).write_bytes(harm_bytes(random, raw) if random.randrange(8) == 0 else raw)
         if random.randrange(8) == 0:
@@ -98,13 +98,13 @@ HUNGRY = (
     "{% endfor %}", "{{ 9 ** (9 ** 9) }}", "{{ range(10**5) | list | batch(1) | list | string }}",
     "{{ ['a'] * 10**6 }}",
 )  # fmt: skip
-"""These ask for more memory than a conversation may have, or write more."""
+"""Templates that take or write more memory than a conversation may have."""
 
 
 def templates(home: Path) -> Prepare:
     """Chat templates."""
     bare = tokenizer().backend_tokenizer
-    # What it renders in is begun before the cases, which may begin nothing.
+    # Start the process that renders: cases may start none.
     prompt_of("chat", RECORDS[2], tokenizer())
     calling = {"messages": CALLING, "tools": TOOLS}
 
@@ -120,12 +120,12 @@ def templates(home: Path) -> Prepare:
         chat = calling if random.randrange(4) == 0 else RECORDS[2]
         if chat == calling and random.randrange(3):
             text = "{{ tools | tojson }}" + text.replace("| trim }}", "| trim }}{{ message.tool_calls }}")
-        made = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<|im_start|>", chat_template=text)
+        changed = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<|im_start|>", chat_template=text)
         harmed = harm(random, chat) if random.randrange(4) == 0 else chat
         chat = harmed if isinstance(harmed, dict) else chat
         put(place, data__jsonl=write(random, chat))
         data = sx.Data(str(place / "data.jsonl"), "chat", max_length=64)
-        return lambda: (prompt_of("chat", chat, made), load_samples(data, made, 1, 128))
+        return lambda: (prompt_of("chat", chat, changed), load_samples(data, changed, 1, 128))
 
     return prepare
 

@@ -1,12 +1,22 @@
-"""GGUF files from a description in JSON's terms, so that every number in them can be made to lie."""
+"""GGUF files from a description in JSON, so that every number in them can be wrong."""
 
 import struct
 from typing import Any
 
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
 F32, F16, Q8_0 = 0, 1, 8
-_WHOLE = {UINT8: "B", INT8: "B", UINT16: "H", INT16: "H", UINT32: "I", INT32: "I", BOOL: "B", UINT64: "Q", INT64: "Q"}
-_REAL = {FLOAT32: "f", FLOAT64: "d"}
+_INTS = {
+    UINT8: "B",
+    INT8: "B",
+    UINT16: "H",
+    INT16: "H",
+    UINT32: "I",
+    INT32: "I",
+    BOOL: "B",
+    UINT64: "Q",
+    INT64: "Q",
+}
+_FLOATS = {FLOAT32: "f", FLOAT64: "d"}
 LETTERS = ["<s>", *"abcdefgh", "Ġ", "ab", "cd", *(f"<{i}>" for i in range(20))]
 
 
@@ -55,7 +65,7 @@ def describe() -> dict[str, Any]:
 
 
 def pack(file: Any) -> bytes:
-    """The bytes of a description. What does not fit its type is written as well as it can be."""
+    """The bytes of a description. A value that does not fit its type is converted."""
     parts = [_number("I", file.get("magic")), _number("I", file.get("version"))]
     parts += [_number("Q", count) for count in _list(file.get("counts"))]
     for field in _list(file.get("fields")):
@@ -77,8 +87,8 @@ def _list(value: Any) -> list[Any]:
 def _number(form: str, value: Any) -> bytes:
     if isinstance(value, float):
         return struct.pack("<d", value)[: struct.calcsize(form)]
-    whole = value if isinstance(value, int) else 0
-    return struct.pack(f"<{form}", whole % (1 << 8 * struct.calcsize(form)))
+    integer = value if isinstance(value, int) else 0
+    return struct.pack(f"<{form}", integer % (1 << 8 * struct.calcsize(form)))
 
 
 def _text(value: Any) -> bytes:
@@ -93,7 +103,7 @@ def _value(kind: Any, value: Any) -> bytes:
         return _number("I", inner) + _number("Q", len(_list(items))) + b"".join(_value(inner, x) for x in _list(items))
     if isinstance(value, str) or kind == STRING:
         return _text(value)
-    if kind in _REAL:
+    if kind in _FLOATS:
         real = value if isinstance(value, (int, float)) and abs(value) < 1e38 else 1e-5
-        return struct.pack(f"<{_REAL[kind]}", real)
-    return _number(_WHOLE.get(kind, "I"), value)
+        return struct.pack(f"<{_FLOATS[kind]}", real)
+    return _number(_INTS.get(kind, "I"), value)

@@ -1,4 +1,4 @@
-"""Files of models: weights, their index, config, GGUF."""
+"""Model files: weights, their index, config, GGUF."""
 
 import contextlib
 import dataclasses
@@ -52,18 +52,18 @@ BITS = {
 
 
 def _rebuilt(random: Random, header: dict[str, Any]) -> bytes:
-    """A sound file of other tensors: renamed, of other dtypes and shapes, lost, zeros or NaN."""
-    header = {name: dict(one) for name, one in header.items() if name != "__metadata__"}
+    """A valid file of other tensors: renamed, removed, with other dtypes or shapes, zero or NaN."""
+    header = {name: dict(entry) for name, entry in header.items() if name != "__metadata__"}
     for name in random.sample(sorted(header), min(len(header), random.choice((1, 1, 2, 3)))):
-        one, kind = header[name], random.randrange(6)
+        entry, kind = header[name], random.randrange(6)
         if kind == 0:
             header[random.choice((random.choice(TEXTS), f"{name}.x", name.replace("0", "7")))] = header.pop(name)
         elif kind == 1:
             del header[name]
         elif kind < 4:
-            one["dtype"] = random.choice(list(BITS))
+            entry["dtype"] = random.choice(list(BITS))
         else:
-            shape = one["shape"]
+            shape = entry["shape"]
             changed = (
                 shape[::-1],
                 [*shape, 1],
@@ -74,15 +74,15 @@ def _rebuilt(random: Random, header: dict[str, Any]) -> bytes:
                 [],
                 [3, 2**20],
             )
-            one["shape"] = random.choice(changed)
-    made: dict[str, Any]
-    made, parts, offset = {"__metadata__": {"format": random.choice(("pt", *TEXTS[:12]))}}, [], 0
-    for name, one in header.items():
-        size = math.prod(one["shape"]) * BITS[one["dtype"]] // 8
-        made[name] = {**one, "data_offsets": [offset, offset + size]}
+            entry["shape"] = random.choice(changed)
+    rebuilt: dict[str, Any]
+    rebuilt, parts, offset = {"__metadata__": {"format": random.choice(("pt", *TEXTS[:12]))}}, [], 0
+    for name, entry in header.items():
+        size = math.prod(entry["shape"]) * BITS[entry["dtype"]] // 8
+        rebuilt[name] = {**entry, "data_offsets": [offset, offset + size]}
         parts.append((b"\xff" if random.randrange(20) == 0 else b"\0") * size)
         offset += size
-    text = json.dumps(made).encode("utf-8", "replace")
+    text = json.dumps(rebuilt).encode("utf-8", "replace")
     return struct.pack("<Q", len(text)) + text + b"".join(parts)
 
 
@@ -115,20 +115,19 @@ def _read_model(place: Path) -> Any:
 
 def safetensors(home: Path) -> Prepare:
     """A model's `model.safetensors`."""
-    whole = _model_files(home)["one/model.safetensors"]
+    valid = _model_files(home)["one/model.safetensors"]
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        put(place, model__safetensors=_harmed_safetensors(random, whole))
+        put(place, model__safetensors=_harmed_safetensors(random, valid))
         return lambda: _read_model(place)
 
     return prepare
 
 
 def index(home: Path) -> Prepare:
-    """`model.safetensors.index.json`, its shards beside it."""
+    """`model.safetensors.index.json`, with its shards."""
     files = {name.partition("/")[2]: raw for name, raw in _model_files(home).items() if name.startswith("many/")}
     listed = json.loads(files.pop(INDEX))
-    listed["weight_map"] = dict(list(listed["weight_map"].items())[:])
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
         put(place, **files)
@@ -139,7 +138,7 @@ def index(home: Path) -> Prepare:
 
 
 def config(home: Path) -> Prepare:
-    """A model's `config.json`; one in twenty that are read is loaded with it."""
+    """A model's `config.json`. One in twenty models is loaded."""
     files = _model_files(home)
     raw = json.loads(files["one/config.json"])
     seeds = [
@@ -156,9 +155,9 @@ def config(home: Path) -> Prepare:
         put(place, model__safetensors=files["one/model.safetensors"])
 
         def run() -> Any:
-            found = read_config(place)
-            found.rope.inverse_frequencies(min(found.head_dim, 64))
-            return load_model(place) if random.randrange(20) == 0 else found
+            config = read_config(place)
+            config.rope.inverse_frequencies(min(config.head_dim, 64))
+            return load_model(place) if random.randrange(20) == 0 else config
 
         return run
 
@@ -166,34 +165,33 @@ def config(home: Path) -> Prepare:
 
 
 @functools.lru_cache(64)
-def shapes(own: LlamaConfig) -> Any:
-    """`abstract` of the configs met lately."""
-    return abstract(own)
+def shapes(config: LlamaConfig) -> Any:
+    """`abstract`, with a cache."""
+    return abstract(config)
 
 
 def gguf(home: Path) -> Prepare:
-    """A `.gguf` file: config, tokenizer, every tensor."""
-    whole = describe()
-    size = len(pack(whole)) - whole["size"]
-    (home / "sound.gguf").write_bytes(pack(whole))
-    sound = open_gguf(home / "sound.gguf").config()
+    """A `.gguf` file: its config, tokenizer and tensors."""
+    valid = describe()
+    size = len(pack(valid)) - valid["size"]
+    (home / "valid.gguf").write_bytes(pack(valid))
+    usual = open_gguf(home / "valid.gguf").config()
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
         if random.randrange(3):
-            made = harm(random, whole)
-            raw = pack(made if isinstance(made, dict) else {})
+            harmed = harm(random, valid)
+            raw = pack(harmed if isinstance(harmed, dict) else {})
         else:
-            raw = pack(whole)
+            raw = pack(valid)
             raw = harm_bytes(random, raw[:size], 2) + raw[size:]
         put(place, model__gguf=raw)
 
         def read() -> Any:
-            found = open_gguf(place / "model.gguf")
-            own = found.config()
-            found.tokenizer()
+            file = open_gguf(place / "model.gguf")
+            config = file.config()
+            file.tokenizer()
             # The shapes of another config take a while.
-            usual = own == sound
-            return load_params(own, shapes(own), found) if usual or random.randrange(30) == 0 else own
+            return load_params(config, shapes(config), file) if config == usual or random.randrange(30) == 0 else config
 
         return read
 
@@ -201,7 +199,7 @@ def gguf(home: Path) -> Prepare:
 
 
 def beside(home: Path) -> Prepare:
-    """`model.safetensors` beside an index, shards there or not, and other files of a directory."""
+    """`model.safetensors` together with an index, with or without its shards."""
     files = _model_files(home)
     single = files["one/model.safetensors"]
     shards = {name.partition("/")[2]: raw for name, raw in files.items() if name.startswith("many/model")}
@@ -223,10 +221,10 @@ def _device(file: Path) -> None:
 
 
 def _socket(file: Path) -> None:
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
         before = os.getcwd()
         os.chdir(file.parent)
-        made.bind(file.name)
+        bound.bind(file.name)
         os.chdir(before)
 
 
@@ -237,10 +235,10 @@ NO_FILES: tuple[Callable[[Path], Any], ...] = (
 
 
 def pipes(home: Path) -> Prepare:
-    """Pipes, devices, sockets and folders in the place of files."""
+    """Pipes, devices, sockets and folders in place of files."""
     save_hf(home / "whole", dataclasses.replace(tiny(), tokenizer=tokenizer()), tiny().params)
-    _, made = sx.attach(jax.random.key(0), tiny().params, [("q_proj", sx.LoRA(rank=1))])
-    save_adapter(home / "adapter", made)
+    _, adapters = sx.attach(jax.random.key(0), tiny().params, [("q_proj", sx.LoRA(rank=1))])
+    save_adapter(home / "adapter", adapters)
     data = {
         "x.jsonl": b'{"q": 1, "a": 2}',
         "x.csv": b"q,a\n1,2\n",
@@ -251,9 +249,8 @@ def pipes(home: Path) -> Prepare:
     wide = dataclasses.replace(tiny().config, vocab_size=258)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract(wide))
     save_hf(home / "wide", LanguageModel(Llama(wide), params, wide, tokenizer()), params)
-    whole = {
-        path.name: path.read_bytes() for path in [*(home / "wide").iterdir(), *(home / "adapter").iterdir()]
-    } | data
+    paths = [*(home / "wide").iterdir(), *(home / "adapter").iterdir()]
+    files = {path.name: path.read_bytes() for path in paths} | data
     more = (
         "generation_config.json",
         "special_tokens_map.json",
@@ -273,9 +270,9 @@ def pipes(home: Path) -> Prepare:
     )
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        for name, raw in whole.items():
+        for name, raw in files.items():
             (place / name).write_bytes(raw)
-        for name in random.sample([*whole, *more], random.choice((0, 1, 1, 2, 3))):
+        for name in random.sample([*files, *more], random.choice((0, 1, 1, 2, 3))):
             (place / name).unlink(missing_ok=True)
             random.choice(NO_FILES)(place / name)
         call = random.choice(calls)
@@ -285,7 +282,7 @@ def pipes(home: Path) -> Prepare:
 
 
 def sizes(home: Path) -> Prepare:
-    """The numbers of a `config.json`, as `sborax plan` counts with them and as a model is loaded by them."""
+    """The numbers of a `config.json`, read by `sborax plan` and by a model that is loaded."""
     files = _model_files(home)
     raw = json.loads(files["one/config.json"])
     seeds = [raw, raw | {"model_type": "sborax_llama", "layer_sizes": [[2, 1, 12], [2, 1, 12]]}]
@@ -312,14 +309,14 @@ def sizes(home: Path) -> Prepare:
     )
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        made = dict(random.choice(seeds))
+        changed = dict(random.choice(seeds))
         for key in random.sample(keys, random.choice((1, 1, 2, 3, 5))):
-            made[key] = random.choice(large)
-        if "layer_sizes" in made and random.randrange(2):
-            many = random.choice((1, 2, 3, 16, 300, 5_000, 10**5))
-            made |= {"layer_sizes": [[2, 1, random.choice(large)]] * many, "num_hidden_layers": many}
-        put(place, config__json=json.dumps(made).encode(), model__safetensors=files["one/model.safetensors"])
-        # A run is planned with a program, whose compilation takes its time.
+            changed[key] = random.choice(large)
+        if "layer_sizes" in changed and random.randrange(2):
+            layers = random.choice((1, 2, 3, 16, 300, 5_000, 10**5))
+            changed |= {"layer_sizes": [[2, 1, random.choice(large)]] * layers, "num_hidden_layers": layers}
+        put(place, config__json=json.dumps(changed).encode(), model__safetensors=files["one/model.safetensors"])
+        # Not the plan of a run, which compiles a program.
         return lambda: load_model(place) if random.randrange(3) else show(str(place / "config.json"))
 
     return prepare

@@ -1,4 +1,4 @@
-"""Valid documents, harmed: bytes, JSON at every position, and words of a command line."""
+"""Harms valid documents: bytes, JSON values at any position, and text."""
 
 import copy
 import json
@@ -26,11 +26,11 @@ RAW = {
     "@exponent@": "1e99999",
     "@open@": '{"a": [1, ',
 }
-"""What `json.dumps` will not write."""
+"""JSON that `json.dumps` does not write, by the text that stands for it."""
 
 
 def harm_bytes(random: Random, data: bytes, most: int = 4) -> bytes:
-    """Some flips, cuts, insertions and extreme numbers."""
+    """Bytes with some flips, cuts, insertions and extreme numbers."""
     out = bytearray(data)
     for _ in range(random.randint(1, most)):
         place = random.randrange(len(out) + 1)
@@ -54,20 +54,20 @@ def harm_bytes(random: Random, data: bytes, most: int = 4) -> bytes:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The keys to every value in a document, itself first."""
+    """The path of keys to every value in a document, beginning with the document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [at, *(place for key, item in inner for place in places(item, (*at, key)))]
 
 
 def get(value: Any, place: tuple[Any, ...]) -> Any:
-    """The value at a place."""
+    """The value at a path."""
     for key in place:
         value = value[key]
     return value
 
 
 def hostile(random: Random) -> Any:
-    """A value that no reader asked for."""
+    """A value that no reader expects."""
     kind = random.randrange(10)
     if kind < 4:
         return random.choice(NUMBERS)
@@ -81,7 +81,7 @@ def hostile(random: Random) -> Any:
 
 
 def alike(random: Random, value: Any) -> Any:
-    """Another value of the same kind, so that the reader's next checks have their turn."""
+    """Another value of the same type, which gets past a reader's first checks."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -98,7 +98,7 @@ def alike(random: Random, value: Any) -> Any:
 
 
 def harm(random: Random, document: Any, most: int = 3) -> Any:
-    """A copy of a JSON document with a few values changed, lost, moved or added."""
+    """A copy of a JSON document with a few values changed, removed, moved or added."""
     document = copy.deepcopy(document)
     for _ in range(random.choice((1, 1, 1, 2, most))):
         place = random.choice(places(document))
@@ -125,7 +125,7 @@ def harm(random: Random, document: Any, most: int = 3) -> Any:
 
 
 def write(random: Random, document: Any) -> bytes:
-    """JSON, now and then with a key given twice, in an odd encoding, or harmed once more as bytes."""
+    """A document as JSON, sometimes with a repeated key, in another encoding, or with harmed bytes."""
     text = json.dumps(document)
     for name, raw in RAW.items():
         text = text.replace(json.dumps(name), raw)
@@ -143,8 +143,8 @@ def write(random: Random, document: Any) -> bytes:
 def harm_text(random: Random, text: str, pieces: tuple[str, ...]) -> str:
     """Text with stretches cut, doubled, moved, or replaced by one of the pieces."""
     for _ in range(random.choice((1, 1, 2, 4))):
-        one, other = sorted(random.randrange(len(text) + 1) for _ in range(2))
+        start, end = sorted(random.randrange(len(text) + 1) for _ in range(2))
         kind = random.randrange(4)
-        middle = ("", text[one:other] * 2, random.choice(pieces), random.choice(pieces) + text[one:other])[kind]
-        text = text[:one] + middle + text[other:]
+        middle = ("", text[start:end] * 2, random.choice(pieces), random.choice(pieces) + text[start:end])[kind]
+        text = text[:start] + middle + text[end:]
     return text

@@ -1,4 +1,4 @@
-"""Every reader: valid files to begin with, how they are harmed, and the call that must not go wrong."""
+"""Every reader by name: how valid files are harmed, and the call that must not fail."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What runs are made from and leave: configs, changes of them, meshes, what is gone on from."""
+"""Files and arguments of runs: configs, overrides, meshes, and the files that a resumed run reads."""
 
 import json
 import struct
@@ -26,7 +26,7 @@ from .seeds import Prepare, abstract_tiny, experiment, put
 
 
 def run(home: Path) -> Prepare:
-    """A run's `config.json`, and the plan that its rules make."""
+    """A run's `config.json`, and the plan that follows from its rules."""
     seed = encode(experiment())
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
@@ -34,8 +34,8 @@ def run(home: Path) -> Prepare:
 
         def read() -> Any:
             is_run(str(place))
-            found = load_experiment(str(place / CONFIG) if random.randrange(2) else str(place))
-            return plan(abstract_tiny(), found.rules)
+            loaded = load_experiment(str(place / CONFIG) if random.randrange(2) else str(place))
+            return plan(abstract_tiny(), loaded.rules)
 
         return read
 
@@ -43,7 +43,7 @@ def run(home: Path) -> Prepare:
 
 
 def overrides(home: Path) -> Prepare:
-    """`key=value` of `sborax train` and `sborax sweep`."""
+    """The `key=value` arguments of `sborax train` and `sborax sweep`."""
     raw = encode(experiment())
     keys = [".".join(map(str, place)) for place in places(raw)]
 
@@ -81,7 +81,7 @@ def overrides(home: Path) -> Prepare:
 
 
 def meshes(home: Path) -> Prepare:
-    """`sborax plan --mesh`."""
+    """The argument of `sborax plan --mesh`."""
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
         text = harm_text(random, "fsdp=8,tensor=2,data=4,slices=2", (*TEXTS, "²", "٣", "=", ",", "9" * 5_000))
@@ -91,9 +91,9 @@ def meshes(home: Path) -> Prepare:
 
 
 def leftovers(home: Path) -> Prepare:
-    """What a run or a sweep finds when it goes on: `sweep.json`, `metrics.jsonl`, `best/plan.json`."""
+    """Files that a resumed run or sweep reads: `sweep.json`, `metrics.jsonl`, `best/plan.json`."""
     members = Sweep(override(experiment(), ["save.best=false", "mesh=null"]), {"optimizer.lr": (1e-3, 1e-4)}).members()
-    listed = {"members": [{"name": one.name, "changes": list(one.changes)} for one in members]}
+    listed = {"members": [{"name": member.name, "changes": list(member.changes)} for member in members]}
     lines = [{"step": step, "loss": 2.0, "eval_loss": 1.5} for step in range(1, 5)]
     about = {"format": 1, "rules": [], "sites": [], "trained_base": [], "base": {}, "eval_loss": 1.0, "eval_data": {}}
 
@@ -109,8 +109,8 @@ def leftovers(home: Path) -> Prepare:
             if which == 0:
                 return check_same(epath.Path(place), members)
             if which == 1:
-                found = Metrics(epath.Path(place), 3)
-                return found.losses(), found.eval_loss()
+                metrics = Metrics(epath.Path(place), 3)
+                return metrics.losses(), metrics.eval_loss()
             return best_so_far(epath.Path(place), {}, lambda line: None)
 
         return read

@@ -1,4 +1,4 @@
-"""Runs cases in a child process, in a jail with bait around it, and says what became of each."""
+"""Runs cases in a child process, in a folder surrounded by bait, and reports the outcome of each."""
 
 import collections
 import dataclasses
@@ -20,15 +20,15 @@ from random import Random
 from typing import Any
 
 COMMAND = (sys.executable, "-P", str(Path(__file__).parents[2] / "sborax" / "data" / "sandbox.py"))
-"""What renders chat templates."""
+"""The command that renders chat templates."""
 SECONDS = 5.0
-"""A case that takes longer hangs."""
+"""Time limit of a case."""
 MEMORY = 2 << 30
-"""Bytes of address space that a case may add: a larger allocation fails, and is a failure of the reader."""
+"""Bytes of address space that a case may add. A larger allocation fails, which counts as a failure of the reader."""
 GROWTH = 256 << 20
-"""Bytes by which a case may raise the most memory the process ever had."""
+"""Bytes by which a case may raise the peak memory of the process."""
 LONGEST = 2_000
-"""Letters of an error's one line."""
+"""Characters of an error."""
 RESTARTS = 20
 WATCHED = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class")
@@ -36,7 +36,13 @@ FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "sock
 
 @dataclasses.dataclass
 class Tally:
-    """What became of the cases of one reader: how many ended in which line, and which went wrong."""
+    """Outcomes of the cases of one reader.
+
+    - done: all cases.
+    - fine: cases that were read.
+    - lines: how many cases ended in each error.
+    - wrong: (number, problem) of the cases that failed.
+    """
 
     done: int = 0
     fine: int = 0
@@ -45,27 +51,27 @@ class Tally:
 
     @property
     def refused(self) -> int:
-        """Cases that ended in an error's one line."""
+        """Cases that ended in a one-line error."""
         return sum(self.lines.values())
 
 
 class Guard:
-    """Sees what Python opens, makes, moves, starts and connects to while a case runs."""
+    """Records forbidden events while a case runs: files touched outside of it, processes and connections."""
 
     def __init__(self, jail: Path) -> None:
         self.inside, self.jail = f"{jail / 'case'}/", f"{jail}/"
         self.cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or self.inside
-        self.seen: list[str] | None = None
+        self.events: list[str] | None = None
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.seen is None:
+        if self.events is None:
             return
         if event == "subprocess.Popen" and tuple(arguments[1]) == COMMAND:
-            # One whose template did not end is replaced.
+            # The renderer is started again if a template did not end.
             return
         if event in FORBIDDEN:
-            self.seen.append(f"{event} {arguments[:2]}")
+            self.events.append(f"{event} {arguments[:2]}")
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             path, mode, flags = arguments
             writes = set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -81,23 +87,23 @@ class Guard:
         if f"{full}/".startswith(self.inside) or full.startswith((self.cache, "/dev/")):
             return
         if what != "reads" or full.startswith((self.jail, "/etc/passwd")):
-            assert self.seen is not None
-            self.seen.append(f"{what} {full}")
+            assert self.events is not None
+            self.events.append(f"{what} {full}")
 
 
 def _listing(jail: Path) -> list[tuple[str, int, int]]:
-    """Everything in the jail but the case."""
-    found = []
+    """(path, size, time of change) of everything in the jail but the case."""
+    entries = []
     for folder in (jail, jail / "outside", jail / "cwd"):
         for entry in os.scandir(folder):
             if entry.name != "case":
-                about = entry.stat()
-                found.append((entry.path, about.st_size, about.st_mtime_ns if entry.is_file() else 0))
-    return sorted(found)
+                status = entry.stat()
+                entries.append((entry.path, status.st_size, status.st_mtime_ns if entry.is_file() else 0))
+    return sorted(entries)
 
 
 def furnish(jail: Path) -> None:
-    """The folders of a jail, and bait for names that lead out of a case."""
+    """Make the folders of a jail, with bait for names that lead out of a case."""
     for name in ("case", "outside", "cwd", "home"):
         (jail / name).mkdir(parents=True)
     head = json.dumps({"stolen": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -108,7 +114,7 @@ def furnish(jail: Path) -> None:
 
 
 def outcome(call: Callable[[], Any]) -> tuple[bool, str]:
-    """Whether a call ended as it may, and the error's line ("" for success) or what went wrong."""
+    """`(fine, text)`: whether a call succeeded or raised a legal error, and the error or problem; "" for success."""
     from sborax.adapters.core import SboraxError
 
     try:
@@ -118,7 +124,7 @@ def outcome(call: Callable[[], Any]) -> tuple[bool, str]:
         if isinstance(error, SboraxError) and (len(line) > LONGEST or not line.isprintable()):
             return False, f"an error that is not one short line: {line[:200]!r} ({len(line)} letters)"
         return True, line or type(error).__name__
-    except BaseException as error:  # noqa: BLE001  (whatever it is, it is what is looked for)
+    except BaseException as error:  # noqa: BLE001  (any other exception is a finding)
         frames = [f"{frame.filename.rpartition('/sborax/')[2]}:{frame.lineno}" for frame in traceback.extract_tb(
             error.__traceback__) if "/sborax/" in frame.filename and "/scripts/" not in frame.filename]  # fmt: skip
         return False, f"{type(error).__name__} at {frames[-1] if frames else '?'}: {str(error)[:160]!r}"
@@ -133,7 +139,16 @@ def cases(
     ready: Callable[[], None] = lambda: None,
     started: Callable[[int], None] = lambda number: None,
 ) -> Tally:
-    """Run the cases with these numbers in this process. `ready` is called once, `started` before every case."""
+    """Run cases in this process.
+
+    Args:
+    - reader: a name in `READERS`.
+    - seed: of all cases.
+    - jail: a folder that `furnish` made.
+    - numbers: numbers of the cases.
+    - ready: called once before the first case.
+    - started: called with the number before every case.
+    """
     from .readers import READERS
 
     prepare, case = READERS[reader](jail / "home"), jail / "case"
@@ -146,35 +161,35 @@ def cases(
         case.mkdir()
         call = prepare(Random(f"{reader} {seed} {number}"), case)
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        guard.seen = seen = []
-        fine, said = outcome(call)
-        guard.seen = None
+        guard.events = events = []
+        fine, text = outcome(call)
+        guard.events = None
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most)
         if grown > GROWTH and tally.done:
-            fine, said = False, f"took {grown >> 20} MiB; {said[:100]}"
-        if seen:
-            fine, said = False, f"outside of the directory: {seen[0]}"
+            fine, text = False, f"took {grown >> 20} MiB; {text[:100]}"
+        if events:
+            fine, text = False, f"outside of the directory: {events[0]}"
         if _listing(jail) != before:
-            fine, said = False, f"changed something outside of the directory; {said[:100]}"
+            fine, text = False, f"changed something outside of the directory; {text[:100]}"
             before = _listing(jail)
         tally.done += 1
         if not fine:
-            tally.wrong.append((number, said))
-        elif said:
-            tally.lines[_kind(said)] += 1
+            tally.wrong.append((number, text))
+        elif text:
+            tally.lines[_kind(text)] += 1
         else:
             tally.fine += 1
     return tally
 
 
 def _kind(line: str) -> str:
-    """An error's line without what differs from case to case."""
+    """An error without the parts that differ from case to case."""
     line = re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|[0-9][\w.+-]*", "_", line.replace("\n", " "))
     return line[:90]
 
 
 def child(reader: str, seed: int, jail: Path, first: int, last: int, limit: float = SECONDS) -> None:
-    """The child's whole life; its last line on stdout is its tally."""
+    """Run cases as the child process. The last line on stdout is the tally."""
     with (jail.parent / "number").open("r+b") as file:
         current = mmap.mmap(file.fileno(), 8)
 
@@ -186,13 +201,13 @@ def child(reader: str, seed: int, jail: Path, first: int, last: int, limit: floa
         current[:] = struct.pack("<q", number)
         faulthandler.dump_traceback_later(limit, exit=True)
 
-    found = cases(reader, seed, jail, range(first, last), ready, started)
+    tally = cases(reader, seed, jail, range(first, last), ready, started)
     faulthandler.cancel_dump_traceback_later()
-    print(json.dumps([found.done, found.fine, found.lines, found.wrong]))
+    print(json.dumps([tally.done, tally.fine, tally.lines, tally.wrong]))
 
 
 def fuzz(reader: str, count: int, seed: int, first: int = 0, limit: float = SECONDS) -> Tally:
-    """`count` cases of a reader. A child that dies is a failure of the case it was at; another goes on after it."""
+    """Run `count` cases of a reader. A child that dies counts as a failure of its case, and a new child continues."""
     total = Tally()
     last = first + count
     for _ in range(RESTARTS):
@@ -210,9 +225,9 @@ def fuzz(reader: str, count: int, seed: int, first: int = 0, limit: float = SECO
         if done.returncode == 0:
             _add(total, json.loads(done.stdout.strip().splitlines()[-1]))
             return total
-        said = "\n".join(done.stderr.strip().splitlines()[-25:])
+        text = "\n".join(done.stderr.strip().splitlines()[-25:])
         hung = "Timeout" in done.stderr
-        total.wrong.append((number, f"{'hung' if hung else f'the interpreter ended ({done.returncode})'}: {said}"))
+        total.wrong.append((number, f"{'hung' if hung else f'the interpreter ended ({done.returncode})'}: {text}"))
         total.done += number - first + 1
         first = number + 1
         if first >= last:
@@ -222,12 +237,14 @@ def fuzz(reader: str, count: int, seed: int, first: int = 0, limit: float = SECO
 
 def _environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
-    own = {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **own, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "PYTHONWARNINGS": "ignore"}
+    changes = {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **changes, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def _add(total: Tally, found: list[Any]) -> None:
-    total.done += found[0]
-    total.fine += found[1]
-    total.lines.update(found[2])
-    total.wrong += [tuple(one) for one in found[3]]
+def _add(total: Tally, tally: list[Any]) -> None:
+    """Add the tally that a child printed."""
+    done, fine, lines, wrong = tally
+    total.done += done
+    total.fine += fine
+    total.lines.update(lines)
+    total.wrong += map(tuple, wrong)

@@ -1,4 +1,4 @@
-"""Small sound models, tokenizers and experiments, of which the cases of readers are made."""
+"""Small valid models, tokenizers and experiments, from which cases are made."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.llama import Llama
 
 Prepare = Callable[[Random, Path], Callable[[], Any]]
-"""Writes the files of a case into an empty directory, and returns the call to be tried."""
+"""Writes the files of a case into an empty directory, and returns the call to try."""
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}"
@@ -27,7 +27,7 @@ CHAT = (
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
+    """A tokenizer with one token a byte."""
     vocabulary = {
         letter: number
         for number, letter in enumerate(["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -42,14 +42,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def tiny() -> LanguageModel:
-    """A model of two layers, all ones."""
+    """A model with two layers and parameters of 1."""
     config = LlamaConfig(16, 8, 12, 2, 2, 1, 4, 32, 1e-5)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract(config))
     return LanguageModel(Llama(config), params, config, None)
 
 
 def put(place: Path, **files: bytes) -> None:
-    """Write files; `__` stands for a dot."""
+    """Write files. `__` in a name stands for a dot."""
     for name, content in files.items():
         (place / name.replace("__", ".")).write_bytes(content)
 
@@ -61,7 +61,7 @@ def abstract_tiny() -> Any:
 
 @functools.cache
 def experiment() -> sx.Experiment:
-    """One with something in every field."""
+    """An experiment with a value in every field."""
     return sx.Experiment(
         model="tiny",
         data=sx.Data(name="data.jsonl", template="Q: {q}\nA: ", answer="{a}", buckets=(16, 32)),

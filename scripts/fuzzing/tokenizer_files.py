@@ -1,4 +1,4 @@
-"""Tokenizers: their files, and what their patterns and replacements may do."""
+"""Tokenizer files, and the effect of their patterns and replacements on a text."""
 
 import json
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from .seeds import CHAT, Prepare, put, tokenizer
 
 
 def tokenizers(home: Path) -> Prepare:
-    """`tokenizer.json`, `tokenizer_config.json` and their company."""
+    """`tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`."""
     tokenizer().save_pretrained(str(home / "tokenizer"))
-    whole = json.loads((home / "tokenizer" / "tokenizer.json").read_text())
-    # A small vocabulary: most of what is harmed shall be something else.
-    few = list(whole["model"]["vocab"])[:40]
-    whole["model"]["vocab"] = {letter: number for number, letter in enumerate(few)}
+    valid = json.loads((home / "tokenizer" / "tokenizer.json").read_text())
+    # A small vocabulary, so that mostly other values are harmed.
+    letters = list(valid["model"]["vocab"])[:40]
+    valid["model"]["vocab"] = {letter: number for number, letter in enumerate(letters)}
     about = json.loads((home / "tokenizer" / "tokenizer_config.json").read_text()) | {"chat_template": CHAT}
     named = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>", "lstrip": False}}
     keys = (
@@ -32,7 +32,7 @@ def tokenizers(home: Path) -> Prepare:
     )
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        which, files = random.randrange(4), {"json": whole, "config": about, "map": named}
+        which, files = random.randrange(4), {"json": valid, "config": about, "map": named}
         name = ("json", "json", "config", "map")[which]
         files[name] = harm(random, files[name])
         if name == "config" and random.randrange(3) == 0 and isinstance(files[name], dict):
@@ -43,8 +43,8 @@ def tokenizers(home: Path) -> Prepare:
         put(place, tokenizer__json=write(random, files["json"]), tokenizer_config__json=write(random, files["config"]))
 
         def read() -> Any:
-            found = read_tokenizer(place)
-            return found if found is None else tokens_of(found, "Two and 2 é.")["input_ids"]
+            loaded = read_tokenizer(place)
+            return loaded if loaded is None else tokens_of(loaded, "Two and 2 é.")["input_ids"]
 
         return read
 
@@ -60,9 +60,9 @@ PROMPTS = ("a" * 40 + "!", "Two and 2 é.", "a b " * 200, "\u00e9" * 64, " ", "b
 
 
 def patterns(home: Path) -> Prepare:
-    """What a `tokenizer.json` does to a text: its normalizer, how it cuts, its decoder."""
+    """The normalizer, pre-tokenizer and decoder of a `tokenizer.json`, applied to a text."""
     tokenizer().save_pretrained(str(home / "tokenizer"))
-    whole = json.loads((home / "tokenizer" / "tokenizer.json").read_text())
+    valid = json.loads((home / "tokenizer" / "tokenizer.json").read_text())
     about = json.loads((home / "tokenizer" / "tokenizer_config.json").read_text())
 
     def pattern(random: Random) -> dict[str, str]:
@@ -82,29 +82,29 @@ def patterns(home: Path) -> Prepare:
                               ))  # fmt: skip
 
     def sequence(random: Random, kind: str) -> dict[str, Any]:
-        many = random.choice((1, 2, 3, 5, 8, 200) if random.randrange(10) == 0 else (1, 2, 3, 5))
-        steps = [step(random, kind) for _ in range(many)]
+        length = random.choice((1, 2, 3, 5, 8, 200) if random.randrange(10) == 0 else (1, 2, 3, 5))
+        steps = [step(random, kind) for _ in range(length)]
         for _ in range(random.choice((0, 0, 1, 3))):
             steps = [{"type": "Sequence", f"{kind}s": steps}]
         return steps[0] if len(steps) == 1 else {"type": "Sequence", f"{kind}s": steps}
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        made = dict(whole)
+        changed = dict(valid)
         if random.randrange(2):
-            made["normalizer"] = sequence(random, "normalizer")
+            changed["normalizer"] = sequence(random, "normalizer")
         if random.randrange(2):
             split = {"type": "Split", "pattern": pattern(random), "invert": bool(random.randrange(2)),
                      "behavior": random.choice(("Isolated", "Removed", "MergedWithNext", "Contiguous"))}  # fmt: skip
-            made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, whole["pre_tokenizer"]]}
+            changed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, valid["pre_tokenizer"]]}
         if random.randrange(3) == 0:
-            made["decoder"] = sequence(random, "decoder")
-        put(place, tokenizer__json=write(random, made), tokenizer_config__json=json.dumps(about).encode())
+            changed["decoder"] = sequence(random, "decoder")
+        put(place, tokenizer__json=write(random, changed), tokenizer_config__json=json.dumps(about).encode())
         prompt = random.choice(PROMPTS)
 
         def read() -> Any:
-            found = read_tokenizer(place)
-            assert found is not None
-            return text_of(found, tokens_of(found, prompt)["input_ids"])
+            loaded = read_tokenizer(place)
+            assert loaded is not None
+            return text_of(loaded, tokens_of(loaded, prompt)["input_ids"])
 
         return read
 

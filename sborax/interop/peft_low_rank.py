@@ -1,0 +1,205 @@
+"""Rows of the kinds with low-rank factors: LORA and ADALORA, HIRA, DELORA, LOHA, LOKR."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sborax.adapters.core import AbstractMethod, Adapter, SboraxError
+from sborax.interop.peft_layout import TYING
+from sborax.interop.peft_row import (
+    ANY_START,
+    NO_BIAS,
+    TRANSPOSED,
+    Fields,
+    Fit,
+    Row,
+    Tensor,
+    alpha_of,
+    dropout_of,
+    number_field,
+    rank_field,
+)
+from sborax.interop.peft_targets import value_for
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
+
+PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
+LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+LORA_READS = frozenset({TYING})
+LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
+LYCORIS = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d"})
+"""Kinds of dropout that our methods lack, which act in training only, and an option for convolutions."""
+
+
+def _lora_scale(fields: Fields) -> float:
+    rank = rank_field(fields)
+    return number_field(fields, "lora_alpha") / (math.sqrt(rank) if fields["use_rslora"] else rank)
+
+
+def _write_lora(node: Adapter) -> dict[str, Any]:
+    rank = node.train["a"].shape[-1]
+    return {"r": rank, "lora_alpha": alpha_of(node, rank), "lora_dropout": dropout_of(node)}
+
+
+def _read_lora(fields: Fields) -> Fit:
+    method = LoRA(rank=rank_field(fields), dropout=number_field(fields, "lora_dropout"))
+    return Fit(method, {"scale": _lora_scale(fields)})
+
+
+def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
+    def read(fields: Fields) -> Fit:
+        rank, scale = rank_field(fields), _lora_scale(fields)
+        return Fit(
+            method(rank=rank, alpha=scale * rank, dropout=number_field(fields, "lora_dropout")),  # type: ignore[call-arg]
+            {"scale": scale},
+        )
+
+    return read
+
+
+def _kept_ranks(config: Fields, module: str) -> dict[str, Any]:
+    """The number of ranks, of the first `init_r`, that AdaLoRA's allocator kept in a module."""
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise SboraxError(f"rank_pattern: expected an object, got {str(pattern)[:60]}")
+    first, flags = config.get("init_r", 12), pattern.get(f"{module}.lora_E")
+    if flags is None:
+        return {"kept": first}
+    if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+        raise SboraxError(f"rank_pattern: expected a list of booleans for {module}, got {str(flags)[:60]}")
+    if len(flags) != first:
+        raise SboraxError(f"rank_pattern: {len(flags)} flags for {module}, but init_r is {first}")
+    return {"kept": sum(flags)}
+
+
+def _list_kept_ranks(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """`init_r` is the largest rank; `rank_pattern` flags the ranks that a module has."""
+    first = max(fields["kept"] for fields in modules.values())
+    alphas = {
+        module: float(str(np.float32(float(fields["scale"]) * (first + 1e-5)))) for module, fields in modules.items()
+    }
+    (module, common), *others = alphas.items()
+    for other, alpha in others:
+        if alpha != common:
+            raise SboraxError(
+                f"lora_alpha is {common:g} for {module} and {alpha:g} for {other}: ADALORA has one for all; "
+                "use as_='lora'"
+            )
+    if common <= 0:
+        raise SboraxError(f"lora_alpha is {common:g}, for which PEFT's ADALORA takes the rank; use as_='lora'")
+    flags = {
+        f"{module}.lora_E": [rank < fields["kept"] for rank in range(first)]
+        for module, fields in modules.items()
+        if fields["kept"] < first
+    }
+    return {"init_r": first, "lora_alpha": common, **({"rank_pattern": flags} if flags else {})}
+
+
+def _read_adalora(fields: Fields) -> Fit:
+    first, kept = rank_field(fields, "init_r"), fields["kept"]
+    alpha = number_field(fields, "lora_alpha")
+    # Without a positive alpha PEFT scales by the rank.
+    scale = (alpha if alpha > 0 else kept) / (first + 1e-5)
+    return Fit(AdaLoRA(rank=kept, dropout=number_field(fields, "lora_dropout")), {"scale": scale})
+
+
+def _write_adalora(node: Adapter) -> dict[str, Any]:
+    return {"kept": node.train["e"].shape[-1], "scale": node.frozen["scale"], "lora_dropout": dropout_of(node)}
+
+
+def _hira_rank(config: Fields, module: str) -> dict[str, Any]:
+    """HiRA's rank where the tensors follow `rank_pattern`. PEFT ignores it, and then the reader drops it."""
+    return {"r": value_for(config, "rank_pattern", module, config.get("r", 32))}
+
+
+def _lycoris_scale(fields: Fields) -> dict[str, float]:
+    return {"scale": number_field(fields, "alpha") / rank_field(fields)}
+
+
+def _read_lokr(fields: Fields) -> Fit:
+    factor = fields["decompose_factor"]
+    if factor != -1:
+        factor = rank_field(fields, "decompose_factor")
+    method = LoKr(rank=rank_field(fields), factor=factor, both=bool(fields["decompose_both"]))
+    return Fit(method, _lycoris_scale(fields))
+
+
+def _write_lokr(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, LoKr)
+    sizes = {"r": method.rank, "alpha": alpha_of(node, method.rank)}
+    return {**sizes, "decompose_both": method.both, "decompose_factor": method.factor}
+
+
+LOW_RANK = (
+    Row(
+        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
+        PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+    ),
+    Row(
+        DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
+        (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
+        _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+    ),
+    # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
+    Row(
+        PiSSA, "LORA", {"use_dora": (False,), "init_lora_weights": ("pissa",)}, LORA_FIELDS,
+        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS, reads=LORA_READS,
+    ),
+    Row(
+        OLoRA, "LORA", {"use_dora": (False,), "init_lora_weights": ("olora",)}, LORA_FIELDS,
+        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS, reads=LORA_READS,
+    ),
+    Row(
+        AdaLoRA, "ADALORA", {"init_lora_weights": (True, False)},
+        {"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0},
+        (Tensor("lora_A", "a", TRANSPOSED), Tensor("lora_B", "b", TRANSPOSED), Tensor("lora_E", "e", (0, None))),
+        _read_adalora, _write_adalora, any_rank=True,
+        by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern"}),
+        inert=frozenset(
+            "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step alpha_pattern use_rslora".split()
+        ),
+        constants={"bias": "none", "total_step": 1},
+    ),
+    Row(
+        HiRA, "HIRA", {"init_weights": (True, False, "gaussian")}, {"r": 32, "hira_dropout": 0.0},
+        (Tensor("hira_A", "a", TRANSPOSED), Tensor("hira_B", "b", TRANSPOSED)),
+        lambda fields: Fit(HiRA(rank=rank_field(fields), dropout=number_field(fields, "hira_dropout")), {}),
+        lambda node: {"r": node.train["a"].shape[-1], "hira_dropout": dropout_of(node)},
+        by_module=_hira_rank, reads=frozenset({"rank_pattern"}), constants=NO_BIAS,
+    ),
+    Row(
+        DeLoRA, "DELORA", ANY_START, {"r": 8, "module_dropout": 0.0},
+        (
+            Tensor("delora_A", "a", TRANSPOSED), Tensor("delora_B", "b", TRANSPOSED),
+            Tensor("delora_lambda", "strength", (None,)), Tensor("delora_w_norm", "norms", (0,)),
+        ),
+        lambda fields: Fit(DeLoRA(rank=rank_field(fields), dropout=number_field(fields, "module_dropout")), {}),
+        lambda node: {"r": node.method.rank, "module_dropout": dropout_of(node)},
+        {"r": "rank_pattern"}, inert=frozenset({"delora_lambda", "lambda_pattern"}),
+    ),
+    Row(
+        LoHa, "LOHA", ANY_START, {"r": 8, "alpha": 8},
+        (
+            Tensor("hada_w1_b", "a1", TRANSPOSED), Tensor("hada_w1_a", "b1", TRANSPOSED),
+            Tensor("hada_w2_b", "a2", TRANSPOSED), Tensor("hada_w2_a", "b2", TRANSPOSED),
+        ),
+        lambda fields: Fit(LoHa(rank=rank_field(fields)), _lycoris_scale(fields)),
+        lambda node: {"r": node.train["a1"].shape[-1], "alpha": alpha_of(node, node.train["a1"].shape[-1])},
+        {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True, inert=LYCORIS, constants=NO_BIAS,
+    ),
+    Row(
+        LoKr, "LOKR", {"init_weights": (True, False, "lycoris")},
+        {"r": 8, "alpha": 8, "decompose_both": False, "decompose_factor": -1},
+        (
+            Tensor("lokr_w1", "c", TRANSPOSED), Tensor("lokr_w2", "w", TRANSPOSED),
+            Tensor("lokr_w1_b", "c_a", TRANSPOSED), Tensor("lokr_w1_a", "c_b", TRANSPOSED),
+            Tensor("lokr_w2_b", "a", TRANSPOSED), Tensor("lokr_w2_a", "b", TRANSPOSED),
+        ),
+        _read_lokr, _write_lokr, {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True,
+        inert=LYCORIS | {"rank_dropout_scale"}, constants=NO_BIAS,
+    ),
+)  # fmt: skip

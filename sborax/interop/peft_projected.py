@@ -1,0 +1,69 @@
+"""Rows of the kinds with frozen random projections that all modules share: VERA and RANDLORA."""
+
+from typing import Any
+
+from sborax.adapters.core import Adapter, SboraxError
+from sborax.interop.peft_row import (
+    ANY_START,
+    TRANSPOSED,
+    Fields,
+    Fit,
+    Row,
+    Tensor,
+    alpha_of,
+    dropout_of,
+    number_field,
+    rank_field,
+)
+from sborax.methods import RandLoRA, VeRA
+
+SEEDED = frozenset({"projection_prng_key"})
+
+
+def _check_projected(fields: Fields) -> None:
+    """Raise SboraxError unless the file holds the projections: only torch can draw them again from PEFT's seed."""
+    if not fields["save_projection"]:
+        raise SboraxError("save_projection=False: the file must hold the projections; save it again with True")
+
+
+def _read_vera(fields: Fields) -> Fit:
+    _check_projected(fields)
+    return Fit(VeRA(rank=rank_field(fields), dropout=number_field(fields, "vera_dropout")), {"scale": 1.0})
+
+
+def _read_randlora(fields: Fields) -> Fit:
+    _check_projected(fields)
+    rank = rank_field(fields)
+    method = RandLoRA(rank=rank, dropout=number_field(fields, "randlora_dropout"))
+    return Fit(method, {"scale": number_field(fields, "randlora_alpha") / rank})
+
+
+def _write_randlora(node: Adapter) -> dict[str, Any]:
+    rank = node.train["l"].shape[-2]
+    return {"r": rank, "randlora_alpha": alpha_of(node, rank), "randlora_dropout": dropout_of(node)}
+
+
+PROJECTED = (
+    Row(
+        VeRA, "VERA", ANY_START, {"r": 256, "vera_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("vera_lambda_d", "d", (0,), times="scale"), Tensor("vera_lambda_b", "m", (0,)),
+            Tensor("vera_A", "a", TRANSPOSED, shared=True), Tensor("vera_B", "b", TRANSPOSED, shared=True),
+        ),
+        _read_vera, lambda node: {"r": node.method.rank, "vera_dropout": dropout_of(node)},
+        any_rank=True, inert=SEEDED | {"d_initial"},
+    ),
+    Row(
+        RandLoRA, "RANDLORA", ANY_START,
+        {"r": 32, "randlora_alpha": 640, "randlora_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("randlora_lambda", "l", (0, 1)),
+            Tensor("randlora_gamma", "g_in", (0, 1)), Tensor("randlora_gamma", "g_out", (0, 1)),
+            Tensor("randlora_A", "q_in", (0, None, 1), shared=True, repeated=True),
+            Tensor("randlora_A", "q_out", (0, None, 1), shared=True, repeated=True),
+            Tensor("randlora_B", "p_in", (2, 0, 1), shared=True, repeated=True),
+            Tensor("randlora_B", "p_out", (2, 0, 1), shared=True, repeated=True),
+        ),
+        _read_randlora, _write_randlora, any_rank=True, inert=SEEDED | {"sparse", "very_sparse"},
+    ),
+)  # fmt: skip

@@ -1,0 +1,120 @@
+"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, HRA, SHIRA, IA3."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sborax.adapters.core import Adapter, SboraxError
+from sborax.interop.peft_row import ANY_START, NO_BIAS, Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
+from sborax.interop.peft_targets import matched
+from sborax.methods import C3A, HRA, IA3, OFT, Bat, Bone, SHiRA
+
+MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
+BLOCK = (Tensor("miss_block", "d", (0, 1)),)
+SERIES_SINCE = "0.18.0"
+"""The version of PEFT that changed the series of OFT's rotations."""
+
+
+def _bone(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], dict[str, Any] | None]]:
+    """How Bone is read and written, with `mini_r` or without."""
+
+    def read(fields: Fields) -> Fit:
+        mini_rank = rank_field(fields, "mini_r") if mini else None
+        return Fit(Bone(rank=rank_field(fields), mini_rank=mini_rank, dropout=number_field(fields, "miss_dropout")), {})
+
+    def write(node: Adapter) -> dict[str, Any] | None:
+        method = node.method
+        assert isinstance(method, Bone)
+        if method.grouping != "strided" or (method.mini_rank is not None) != mini:
+            return None
+        sizes = {"r": method.rank, **({"mini_r": method.mini_rank} if mini else {})}
+        return {**sizes, "miss_dropout": dropout_of(node)}
+
+    return read, write
+
+
+def _read_oft(fields: Fields) -> Fit:
+    if fields["r"] or not fields["oft_block_size"]:
+        raise SboraxError(f"r={fields['r']}: OFT by the number of blocks is not supported; give oft_block_size")
+    terms = None
+    if fields["use_cayley_neumann"]:
+        version = re.match(r"(\d+)\.(\d+)", str(fields["peft_version"]))
+        if version is None or (int(version[1]), int(version[2])) < (0, 18):
+            raise SboraxError(
+                f"OFT's series was another one before PEFT {SERIES_SINCE}; save the adapter with a newer PEFT"
+            )
+        terms = rank_field(fields, "num_cayley_neumann_terms")
+        if terms < 3:
+            raise SboraxError(f"num_cayley_neumann_terms={terms}: shorter series than 3 are not supported")
+        # PEFT's loop computes the same series for 3 as for 4.
+        terms = max(terms, 4)
+    return Fit(OFT(block=rank_field(fields, "oft_block_size"), terms=terms, share=bool(fields["block_share"])), {})
+
+
+def _write_oft(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, OFT)
+    fields = {
+        "oft_block_size": method.block,
+        "block_share": method.share,
+        "use_cayley_neumann": method.terms is not None,
+        "peft_version": SERIES_SINCE,
+    }
+    return fields if method.terms is None else {**fields, "num_cayley_neumann_terms": method.terms}
+
+
+def _feedforward(config: Fields, module: str) -> dict[str, Any]:
+    return {"feedforward": matched(config, "feedforward_modules", module)}
+
+
+def _list_feedforward(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    chosen = [module for module, fields in modules.items() if fields["feedforward"]]
+    kinds = {module.rpartition(".")[2] for module in chosen}
+    alike = all(fields["feedforward"] for module, fields in modules.items() if module.rpartition(".")[2] in kinds)
+    # A pattern and not a list: PEFT wants the names of a list to be literally among those of the targets.
+    pattern = rf".*\.({'|'.join(sorted(kinds))})" if alike else "|".join(re.escape(module) for module in chosen)
+    return {"feedforward_modules": pattern if chosen else []}
+
+
+STRUCTURED = (
+    Row(Bone, "MISS", {"init_weights": (True, False)}, MISS_FIELDS, BLOCK, *_bone(mini=False)),
+    Row(Bone, "MISS", {"init_weights": ("mini",)}, MISS_FIELDS, BLOCK, *_bone(mini=True)),
+    Row(
+        Bat, "MISS", {"init_weights": ("bat",)}, MISS_FIELDS, (Tensor("miss_block", "d", (0, 1, 2)),),
+        lambda fields: Fit(Bat(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
+    ),
+    Row(
+        C3A, "C3A", {"init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")},
+        {"block_size": 256}, (Tensor("c3a_kernel", "w", (1, 0, 2)),),
+        lambda fields: Fit(C3A(block=rank_field(fields, "block_size")), {}),
+        lambda node: {"block_size": node.train["w"].shape[-1]}, {"block_size": "block_size_pattern"},
+        pattern_form=r".*\.{}$",
+    ),
+    Row(
+        OFT, "OFT", ANY_START,
+        {
+            "oft_block_size": 32, "r": 0, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
+            "block_share": False, "peft_version": None,
+        },
+        (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft, inert=frozenset({"eps", "module_dropout"}),
+    ),
+    Row(
+        HRA, "HRA", ANY_START, {"r": 8}, (Tensor("hra_u", "u", (0, 1)),),
+        lambda fields: Fit(HRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
+        any_rank=True,
+    ),
+    Row(
+        SHiRA, "SHIRA", ANY_START, {"r": 32},
+        (Tensor("shira_weight", "values", (0,)), Tensor("shira_indices", "idx", (0, 1), places=True)),
+        lambda fields: Fit(SHiRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
+        inert=frozenset({"mask_type", "random_seed"}), constants=NO_BIAS, layered=False,
+    ),
+    Row(
+        IA3, "IA3", {"init_ia3_weights": (True, False)}, {},
+        (Tensor("ia3_l", "m_out", (0, None)), Tensor("ia3_l", "m_in", (None, 0))),
+        lambda fields: Fit(IA3(side="in" if fields["feedforward"] else "out"), {}),
+        lambda node: {"feedforward": "m_in" in node.train},
+        by_module=_feedforward, in_config=_list_feedforward, reads=frozenset({"feedforward_modules"}),
+        constants=NO_BIAS, layered=False,
+    ),
+)  # fmt: skip

@@ -1,0 +1,121 @@
+"""Bare kernels of `cases.py`'s size, adapters of its rows on them, and ways to run and compare these."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import IN, LAYERS, METHODS, OUT, TOKENS
+
+import sborax as sx
+from sborax.adapters.core import AbstractMethod, Adapter, is_weight
+from sborax.adapters.tree import nodes, over_stack, stack_of
+from sborax.models.nf4 import quantise
+
+SETTINGS = [
+    pytest.param("float32", False, False, id="f32-flat"),
+    pytest.param("float32", True, False, id="f32-stacked"),
+    pytest.param("bfloat16", False, False, id="bf16-flat"),
+    pytest.param("bfloat16", True, False, id="bf16-stacked"),
+    pytest.param("float32", False, True, id="nf4-flat"),
+    pytest.param("float32", True, True, id="nf4-stacked"),
+]
+by_case = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    """Drawn on the host: a draw on the device would be one more program to compile for every shape."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@functools.cache
+def base(dtype: str = "float32", stacked: bool = True, quantised: bool = False):
+    weight = np.float32(0.3) * normal(1, LAYERS, IN, OUT)
+    weight = jnp.asarray(weight if stacked else weight[0], dtype)
+    return quantise(weight) if quantised else weight
+
+
+@functools.cache
+def inputs(dtype: str = "float32"):
+    return jnp.asarray(normal(2, TOKENS, IN), dtype)
+
+
+def hints(method: AbstractMethod, stacked: bool):
+    if not method.needs:
+        return None
+    grad = jnp.asarray(normal(9, *(LAYERS, IN, OUT) if stacked else (IN, OUT)))
+    return {"layers/proj": sx.Hint(grad=grad)}
+
+
+@functools.cache
+def fitted(method: AbstractMethod, dtype: str = "float32", stacked: bool = True, quantised: bool = False):
+    """(weight after attach, adapter)"""
+    name = "layers" if stacked else "layers/0"
+    params = {name: {"proj": {"kernel": base(dtype, stacked, quantised)}}}
+    if not stacked:
+        params = {"layers": {"0": params[name]}}
+    params, adapters = sx.attach(jax.random.key(0), params, [("proj", method)], hints(method, stacked))
+    (node,) = nodes(adapters).values()
+    (weight,) = jax.tree.leaves(params, is_leaf=is_weight)
+    return weight, node
+
+
+def trained(node: Adapter, seed: int = 3) -> Adapter:
+    """The same adapter with every trained leaf moved at random: zero starts hide mistakes. Padding stays zero."""
+    leaves, treedef = jax.tree.flatten(node.train)
+    moved = [
+        jnp.asarray(np.asarray(leaf) + np.float32(0.2) * normal(seed + 100 * i, *leaf.shape) * live)
+        for i, (leaf, live) in enumerate(zip(leaves, jax.tree.leaves(padding(node)), strict=True))
+    ]
+    return Adapter(jax.tree.unflatten(treedef, moved), node.frozen, node.method, node.in_axes)
+
+
+def padding(node: Adapter):
+    """1 for leaf entries in use, 0 for columns that only pad a stack to its largest rank."""
+    ranks = node.method.rank
+    if not isinstance(ranks, tuple):
+        return jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), node.train)
+    live = (np.arange(max(ranks)) < np.asarray(ranks)[:, None]).astype(np.float32)
+
+    def mask_of(names, leaf):
+        mask = np.ones(leaf.shape, np.float32)
+        for axis, name in enumerate(names):
+            if name == "rank":
+                shape = [1] * leaf.ndim
+                shape[0], shape[axis + 1] = live.shape
+                mask = mask * live.reshape(shape)
+        return mask
+
+    return {name: mask_of(node.method.axes[name], leaf) for name, leaf in node.train.items()}
+
+
+@jax.jit
+def forward(x, weight, node):
+    """The projection of every layer of the stack, (*stack, tokens, out)."""
+    return over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node))(weight, node)
+
+
+@jax.jit
+def merged(weight, node):
+    return over_stack(lambda w, n: n.method.merge(w, n), stack_of(node))(weight, node)
+
+
+projected = jax.jit(sx.linear)
+
+
+def tolerance(dtype: str) -> float:
+    return 3e-2 if dtype == "bfloat16" else 2e-5
+
+
+def host(array) -> np.ndarray:
+    return np.asarray(array).astype(np.float32)
+
+
+def largest(array) -> float:
+    return float(np.abs(host(array)).max())
+
+
+def assert_close(a, b, tol: float):
+    chex.assert_trees_all_close(host(a), host(b), atol=tol * (largest(b) or 1.0), rtol=0)

@@ -1,0 +1,49 @@
+"""Configs of PEFT's kinds of adapters, for the tiny model of `torch_pair`."""
+
+import peft
+from torch_pair import ALL
+
+TWO = ["q_proj", "v_proj"]
+LORA = {"r": 4, "lora_alpha": 6, "target_modules": TWO}
+KINDS = {
+    "LoRA": peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL),
+    "rsLoRA": peft.LoraConfig(**LORA, use_rslora=True),
+    "DoRA": peft.LoraConfig(**LORA, use_dora=True, use_rslora=True),
+    "PiSSA": peft.LoraConfig(**LORA, init_lora_weights="pissa"),
+    "OLoRA": peft.LoraConfig(**LORA, init_lora_weights="olora"),
+    "MISS": peft.MissConfig(r=5, target_modules=TWO),
+    "MISS-bat": peft.MissConfig(r=8, init_weights="bat", target_modules=TWO),
+    "MISS-mini": peft.MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=TWO),
+    "patterns": peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=r"model\.layers\.\d+\.self_attn\.(q|v)_proj",
+        rank_pattern={"layers.1.self_attn.v_proj": 3, "q_proj": 2},
+        alpha_pattern={"q_proj": 16},
+    ),
+    "one layer": peft.LoraConfig(**LORA, layers_to_transform=[1]),
+    "head": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
+    "modules_to_save": peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["norm", "lm_head"]),
+}
+"""LORA and MISS."""
+
+MIXED = ["q_proj", "down_proj"]
+"""A projection of the attention and one of the MLP, of different shapes."""
+FILES = {
+    "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=MIXED),
+    "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "LoHa": peft.LoHaConfig(r=3, alpha=5, target_modules=MIXED, rank_pattern={"q_proj": 2}),
+    "LoKr": peft.LoKrConfig(r=2, alpha=3, target_modules=MIXED, alpha_pattern={"layers.1.mlp.down_proj": 7}),
+    "LoKr-whole": peft.LoKrConfig(r=6, alpha=3, target_modules=MIXED, decompose_factor=4),
+    "LoKr-both": peft.LoKrConfig(r=1, target_modules=MIXED, decompose_both=True, layers_to_transform=[1]),
+    "HiRA": peft.HiraConfig(r=4, target_modules=MIXED),
+    "DeLoRA": peft.DeloraConfig(r=4, delora_lambda=3, target_modules=MIXED, bias="none"),
+    "OFT": peft.OFTConfig(oft_block_size=8, target_modules=MIXED),
+    "OFT-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=MIXED),
+    "HRA": peft.HRAConfig(r=4, target_modules=MIXED),
+    "SHiRA": peft.ShiraConfig(r=2, random_seed=0, target_modules=MIXED),
+    "VeRA": peft.VeraConfig(r=6, target_modules=MIXED, d_initial=1.0),
+    "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
+    "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
+}
+"""The other kinds."""
