@@ -26,26 +26,23 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 120
 
 
-def test_the_table_of_families_lists_methods_once():
-    """A new method need not be added to it: docs/methods.md lists all of them."""
+def test_the_table_of_families_names_methods_once():
     table = README.partition("## Methods")[2].partition("\n## ")[0]
     rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
-    names = re.findall(r"`(\w+)`", " ".join(rows))
-    assert len(names) == len(set(names)) > 20
-    assert set(names) <= set(methods.__all__)
+    named = re.findall(r"`(\w+)`", " ".join(rows))
+    assert len(named) == len(set(named)) and set(named) <= set(methods.__all__)
 
 
-def test_the_counts_of_methods_do_not_exceed_those_of_the_classes():
+def test_there_are_as_many_methods_as_it_says():
+    """A later method may make it too modest."""
     classes = {name: getattr(methods, name) for name in methods.__all__}
-    read = {row.method for row in TABLE}
+    read = {row.method for row in TABLE}.intersection(classes.values())
     native = {row.method for row in TABLE if row.write}
     thin = (AbstractFactored, AbstractLinked)
     written = [method for method in classes.values() if method in native or issubclass(method, thin)]
-    pattern = r"\| methods \| (\d+), of which .*?; (\d+) are read from PEFT's files, (\d+) are written as such"
-    match = re.search(pattern, README)
-    assert match is not None
-    counts = [len(classes), len(read.intersection(classes.values())), len(written)]
-    assert all(0 < int(claimed) <= count for claimed, count in zip(match.groups(), counts, strict=True))
+    counts = re.search(r"\| methods \| (\d+), .*; (\d+) are read from PEFT's files, (\d+) are written as such", README)
+    assert counts is not None
+    assert all(int(count) <= len(known) for count, known in zip(counts.groups(), (classes, read, written), strict=True))
 
 
 def test_the_table_lists_every_procedure_and_the_text_every_optimiser():
