@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IN, LAYERS, METHODS, OUT, TOKENS
+from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, Adapter, is_weight
@@ -23,6 +24,8 @@ SETTINGS = [
     pytest.param("float32", True, True, id="nf4-stacked"),
 ]
 by_case = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+by_few = pytest.mark.parametrize("case", nightly_unless(FEW, METHODS), ids=lambda case: case.name)
+"""Rows that have every declaration both ways; the nightly run takes all."""
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.core import is_weight
@@ -93,7 +94,7 @@ def test_a_field_of_the_second_link_that_would_be_dropped_is_refused(field):
 REWRITING = [sx.PiSSA(rank=3, alpha=6.0), sx.OLoRA(rank=3), sx.add(sx.PiSSA(rank=2), sx.LoRA(rank=2), sx.OLoRA(rank=2))]
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, -1.0])
+@pytest.mark.parametrize("factor", nightly_unless([0.0, 0.5], [0.0, 0.5, 1.0, -1.0]))
 @pytest.mark.parametrize("method", REWRITING, ids=lambda method: type(method).__name__)
 def test_a_multiple_is_one_of_the_change_since_the_original_base(method, factor):
     params, adapters = tuned([("proj", method)])

@@ -14,6 +14,7 @@ from bare_kernels import (
     SETTINGS,
     assert_close,
     base,
+    by_few,
     fitted,
     forward,
     hints,
@@ -43,7 +44,15 @@ pytestmark = pytest.mark.usefixtures("strict")
 by_case = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.quick] * (case in FEW)) for case in METHODS]
 )
-by_setting = pytest.mark.parametrize(("dtype", "stacked", "quantised"), SETTINGS)
+# Every dtype, stack and base is in one of these; the nightly run takes all six.
+SOME = (1, 2, 5)
+by_setting = pytest.mark.parametrize(
+    ("dtype", "stacked", "quantised"),
+    [
+        setting if number in SOME else pytest.param(*setting.values, id=setting.id, marks=pytest.mark.nightly)
+        for number, setting in enumerate(SETTINGS)
+    ],
+)
 
 
 @by_case
@@ -160,7 +169,7 @@ def test_one_step_moves_the_trained_leaves_alone(case: Case):
         assert not np.any(np.asarray(now)[np.asarray(live) == 0]), "padding left zero"
 
 
-@by_case
+@by_few
 def test_masked_combined_tree_trains_like_the_train_tree(case: Case):
     weight, node = fitted(case.method)
     node = trained(node)
@@ -287,8 +296,15 @@ def test_hyper_parameters_have_bounds_that_planning_keeps(case: Case):
                 sx.plan(params, [sx.Rule("proj", wrong, layers=(0,))], hints=hints(case.method, True))
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("stacked", [False, True], ids=["flat", "stacked"])
+@pytest.mark.parametrize(
+    ("stacked", "quantised"),
+    [
+        pytest.param(False, False, id="flat-dense"),
+        pytest.param(False, True, id="flat-nf4", marks=pytest.mark.nightly),
+        pytest.param(True, False, id="stacked-dense", marks=pytest.mark.nightly),
+        pytest.param(True, True, id="stacked-nf4"),
+    ],
+)
 @by_case
 def test_many_adapters_over_one_base(case: Case, stacked, quantised):
     """vmap over trained and frozen leaves: each member equals itself alone."""

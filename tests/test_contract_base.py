@@ -4,8 +4,9 @@ import chex
 import jax
 import numpy as np
 import pytest
-from bare_kernels import assert_close, base, forward, hints, host, inputs, merged, trained
-from cases import LAYERS, METHODS, Case
+from bare_kernels import assert_close, base, by_few, forward, hints, host, inputs, merged, trained
+from cases import FEW, LAYERS, METHODS, Case
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.core import is_weight
@@ -16,7 +17,7 @@ from sborax.records.adapter import fingerprint, load_adapter, save_adapter
 pytestmark = pytest.mark.usefixtures("strict")
 
 by_merged_case = pytest.mark.parametrize(
-    "case", [case for case in METHODS if not case.method.no_merge], ids=lambda case: case.name
+    "case", nightly_unless(FEW, [case for case in METHODS if not case.method.no_merge]), ids=lambda case: case.name
 )
 
 
@@ -47,7 +48,7 @@ def test_an_adapter_on_another_base_is_still_what_it_merges_to(case: Case, quant
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+@by_few
 def test_on_the_same_base_every_bit_comes_back(case: Case, quantised, tmp_path):
     params, adapters = saved(case, tmp_path, quantised)
     again, same = load_adapter(tmp_path, tree(quantised))
@@ -56,7 +57,7 @@ def test_on_the_same_base_every_bit_comes_back(case: Case, quantised, tmp_path):
     chex.assert_trees_all_equal(again, params)
 
 
-@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+@by_few
 def test_unselected_layers_keep_their_codes(case: Case):
     before = tree(True)
     rule = sx.Rule("proj", case.method, layers=(0, -1))

@@ -13,7 +13,7 @@ from bare_kernels import (
     SETTINGS,
     assert_close,
     base,
-    by_case,
+    by_few,
     fitted,
     hints,
     host,
@@ -24,6 +24,7 @@ from bare_kernels import (
     trained,
 )
 from cases import LAYERS, OUT, Case
+from nightly import nightly_unless
 from peft_configs import FILES, KINDS
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
@@ -58,7 +59,7 @@ def added_after(x, weight, node, bias):
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(("dtype", "stacked", "quantised"), [SETTINGS[0], SETTINGS[3], SETTINGS[5]])
-@by_case
+@by_few
 def test_the_adapted_bias_is_that_of_the_merged_projection(case: Case, dtype, stacked, quantised):
     weight, node = fitted(case.method, dtype, stacked, quantised)
     node, x, bias = trained(node), inputs(dtype), biases(dtype, stacked)
@@ -77,7 +78,7 @@ def test_the_adapted_bias_is_that_of_the_merged_projection(case: Case, dtype, st
 
 
 @pytest.mark.usefixtures("strict")
-@by_case
+@by_few
 def test_unselected_layers_keep_their_bias_bit_for_bit(case: Case):
     params = {"layers": {"proj": {"kernel": base(), "bias": biases("float32", True)}}}
     rule = sx.Rule("proj", case.method, layers=(0, -1))
@@ -122,7 +123,7 @@ def test_every_kind_of_peft_adapter_is_compared_on_a_biased_model():
     "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
 )
-@pytest.mark.parametrize("kind", PEFT)
+@pytest.mark.parametrize("kind", nightly_unless(list(PEFT)[::3], PEFT))
 def test_peft_and_every_merge_agree_on_a_biased_model(kind, pair, tmp_path):
     theirs = with_peft(pair, copy.deepcopy(PEFT[kind]))
     theirs.save_pretrained(tmp_path / "theirs")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, by_case, forward, host, inputs, normal, trained
+from bare_kernels import assert_close, by_case, by_few, forward, host, inputs, normal, trained
 from cases import IN, METHODS, OUT, Case
 
 import sborax as sx
@@ -72,7 +72,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> bool:
     return float(np.abs(one - other).max()) > 1e-3 * float(np.abs(one).max())
 
 
-@by_case
+@by_few
 def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case: Case):
     weight = np.float32(0.3) * normal(5, LAYERS, EXPERTS, IN, OUT)
     params = {"layers": {"experts": {"kernel": jnp.asarray(weight)}}}

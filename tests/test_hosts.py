@@ -183,7 +183,7 @@ def experiment():
 @pytest.mark.parametrize(
     ("procedure", "method"),
     [
-        ("COLA(every=3)", "SBoRA(rank=2)"),
+        pytest.param("COLA(every=3)", "SBoRA(rank=2)", marks=pytest.mark.nightly),
         pytest.param(
             "LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0)", "LoRA(rank=2)", marks=pytest.mark.nightly
         ),

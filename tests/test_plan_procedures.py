@@ -82,7 +82,7 @@ def plain(method):
 
 
 @pytest.mark.parametrize(
-    "number", nightly_unless(range(0, len(PAIRS), 4), range(len(PAIRS))), ids=lambda number: PAIRS[number][2]
+    "number", nightly_unless(range(0, len(PAIRS), 8), range(len(PAIRS))), ids=lambda number: PAIRS[number][2]
 )
 def test_a_plan_refuses_what_training_refuses_and_what_it_takes_can_be_done(number):
     name, case, _ = PAIRS[number]

@@ -12,6 +12,7 @@ from tiny_model import write_data, write_model
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, SboraxError
 from sborax.cli import main
+from sborax.cli.methods import find
 from sborax.config.classes import check_imported, import_source, load_plugins
 from sborax.config.codec import decode, encode
 from sborax.methods.bone import Bone
@@ -139,6 +140,17 @@ def test_a_builtin_name_alone_is_ours_whatever_is_imported(tmp_path):
     assert encode(Bone())["type"] == "Bone"
 
 
+def test_a_name_of_two_methods_needs_the_module(tmp_path):
+    for name in ("first_pair", "second_pair"):
+        (tmp_path / f"{name}.py").write_text(PROJECTED.replace("class Projected", "class Paired"))
+        import_source(str(tmp_path / f"{name}.py"))
+        if name == "first_pair":
+            assert find("paired").__module__ == name
+    with pytest.raises(SboraxError, match="several methods: first_pair:Paired, second_pair:Paired; give the module"):
+        find("Paired")
+    assert find("second_pair:paired").__module__ == "second_pair"
+
+
 def test_a_class_that_is_not_imported_is_one_line_that_says_what_to_import():
     with pytest.raises(SboraxError, match="--import absent_module.py") as caught:
         decode(AbstractMethod, {"type": "absent_module:Bone"})
@@ -166,7 +178,7 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
     words = ["--tasks", "wikitext2_128", "--limit", "1", "--data", f"wikitext2_128={made / 'text.txt'}"]
     prints(capsys, "eval", run, *words, "--out", tmp_path / "scores", *with_file)
     prints(capsys, "merge", run, tmp_path / "dense", *with_file)
-    assert prints(capsys, "methods", "projected", *with_file).startswith("made_projection:Projected")
+    assert prints(capsys, "methods", "made_projection:projected", *with_file).startswith("made_projection:Projected")
     assert "exact" in prints(capsys, "export", run, tmp_path / "peft", *with_file)
     peft = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
     (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"old")

@@ -379,7 +379,7 @@ def has_acted(procedure, adapters):
     return True
 
 
-@pytest.mark.parametrize("name", nightly_unless(["XGBLoRA", "LoRAPrune", "PRILoRAPruning"], PROCEDURES))
+@pytest.mark.parametrize("name", nightly_unless(["XGBLoRA", "LoRAPrune"], PROCEDURES))
 def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
     procedure, method = PROCEDURES[name]
     experiment = sx.Experiment(

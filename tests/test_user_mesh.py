@@ -81,7 +81,14 @@ def alone(parts):
 
 # Eight rows are divisible by every mesh, three by none.
 @pytest.mark.parametrize(
-    ("name", "rows"), [("dp mp", 8), ("fsdp tensor", 8), ("fsdp tensor", 3), ("data", 8), ("data mp", 3)]
+    ("name", "rows"),
+    [
+        ("dp mp", 8),
+        ("fsdp tensor", 3),
+        ("data mp", 3),
+        pytest.param("fsdp tensor", 8, marks=pytest.mark.nightly),
+        pytest.param("data", 8, marks=pytest.mark.nightly),
+    ],
 )
 def test_outputs_are_those_without_a_mesh(parts, alone, name, rows):
     params, adapters = parts

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.adapters.core import AbstractAdditive, Adapter, SboraxError, dense
+from sborax.adapters.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import bias_path
 from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nodes
@@ -89,7 +89,7 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
     expected, given = flatten(merge(params, adapters)), flatten(merged)
     _check_same_model(expected, given)
     for path, leaf in expected.items():
-        ours, theirs = np.asarray(dense(leaf)), np.asarray(dense(given[path]))
+        ours, theirs = np.asarray(_array(leaf)), np.asarray(_array(given[path]))
         if ours.dtype != theirs.dtype or ours.tobytes() != theirs.tobytes():
             apart = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
             raise SboraxError(
@@ -108,8 +108,13 @@ def _check_same_model(leaves: Mapping[str, Any], others: Mapping[str, Any]) -> N
             raise SboraxError(f"{path}: {shapes}; adapters of another model do not fit this one")
 
 
+def _array(leaf: Any) -> Float[Array, "..."]:
+    """A leaf as a plain array. Unlike `dense`, it takes leaves of any shape, such as the scale of a norm."""
+    return leaf.dense() if isinstance(leaf, AbstractWeight) else leaf
+
+
 def _wide(leaf: Any) -> Float[Array, "..."]:
-    return dense(leaf).astype(jnp.float32)
+    return _array(leaf).astype(jnp.float32)
 
 
 def _change(
@@ -143,6 +148,6 @@ def _added(path: str, trained: Mapping[str, Any], adapters: Mapping[str, Adapter
 
 def _moved(leaf: Any, change: Float[Array, "..."]) -> Array:
     """A leaf plus a float32 change, in the leaf's dtype. Quantised leaves come back dense."""
-    old = dense(leaf)
+    old = _array(leaf)
     # Adding zero would turn a negative zero into a positive one.
     return jnp.where(change == 0, old, (old.astype(jnp.float32) + change).astype(old.dtype))
