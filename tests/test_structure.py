@@ -94,6 +94,11 @@ def test_no_method_is_named_in_shared_code():
             assert not (name.startswith("sborax.methods") or name.split(".")[-1] in names)
 
 
+def test_paths_are_written_in_one_file():
+    writing = [path for path in MODULES if re.search(r"keystr|key\.key", path.read_text())]
+    assert [path.name for path in writing] == ["leaves.py"]
+
+
 def test_methods_stay_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in (PACKAGE / "methods").glob("*.py")}
     assert {name: count for name, count in lines.items() if count > 130} == {}

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.leaves import map_with_path
 from sborax.config.documents import check_plain, parse, read_object, shown
 from sborax.config.terminal import say
 from sborax.models.decoder import DecoderConfig
@@ -171,8 +172,7 @@ def load_params(
         for layer in range(config.num_hidden_layers) if is_stacked(path) else [unlayered(path)[1]]:
             yield pattern.format(layer=layer)
 
-    def check_leaf(keys: Any, want: jax.ShapeDtypeStruct) -> None:
-        path = "/".join(key.key for key in keys)
+    def check_leaf(path: str, want: jax.ShapeDtypeStruct) -> None:
         shape = want.shape[1:] if is_stacked(path) else want.shape
         for name in names_of(path):
             if name not in available:
@@ -183,10 +183,9 @@ def load_params(
                 raise SboraxError(f"{tensors.where}: {name} gives {path} shape {given}, config says {shape}")
 
     # Check all leaves before memory is allocated for the shapes of a config.
-    jax.tree_util.tree_map_with_path(check_leaf, shapes)
+    map_with_path(check_leaf, shapes)
 
-    def read_leaf(keys: Any, want: jax.ShapeDtypeStruct, sharding: Any) -> Any:
-        path = "/".join(key.key for key in keys)
+    def read_leaf(path: str, want: jax.ShapeDtypeStruct, sharding: Any) -> Any:
         entry, stacked = row(path), is_stacked(path)
 
         def read() -> Iterator[tuple[str, np.ndarray]]:
@@ -204,7 +203,7 @@ def load_params(
             slot[...] = tensor
         return jax.device_put(target)
 
-    params = jax.tree_util.tree_map_with_path(read_leaf, shapes, where)
+    params = map_with_path(read_leaf, shapes, where)
     unused = sorted(available - used - _tied_copy(config, params, tensors, available))
     if unused:
         raise SboraxError(f"{tensors.where}: {len(unused)} tensors the model does not use, such as {unused[0]!r}")
@@ -214,14 +213,13 @@ def load_params(
 def _held(shapes: dict[str, Any], quantised: Callable[[str], bool]) -> dict[str, Any]:
     """The shapes in memory: weights in 4 bits are an `NF4Array`."""
 
-    def held_leaf(keys: Any, want: jax.ShapeDtypeStruct) -> Any:
-        path = "/".join(key.key for key in keys)
+    def held_leaf(path: str, want: jax.ShapeDtypeStruct) -> Any:
         if not quantised(path):
             return want
         _check(path, want)
         return jax.eval_shape(quantise, want)
 
-    return jax.tree_util.tree_map_with_path(held_leaf, shapes)
+    return map_with_path(held_leaf, shapes)
 
 
 def _check(path: str, want: jax.ShapeDtypeStruct) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from sborax.adapters import core
+from sborax.adapters.leaves import flatten
 from sborax.adapters.paths import STACKED_UNDER
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
@@ -41,15 +42,9 @@ def _shapes(module: AbstractDecoder) -> Params:
 @functools.cache
 def projections(module: AbstractDecoder) -> frozenset[str]:
     """Every path at which the model reads an adapter: kernels behind `core.linear`, and a router in each layer."""
-    flat = jax.tree_util.tree_flatten_with_path(_shapes(module))[0]
-    paths = (_path(keys) for keys, _ in flat)
-    kernels = [path for path in paths if path.endswith("/kernel")]
+    kernels = [path for path in flatten(_shapes(module)) if path.endswith("/kernel")]
     layers = {layer_of(path, STACKED_UNDER) for path in kernels if path.startswith(f"{STACKED_UNDER}/")}
     return frozenset([*kernels, *(f"{layer}/{ROUTER}" for layer in layers)])
-
-
-def _path(keys: Any) -> str:
-    return "/".join(key.key for key in keys)
 
 
 _COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance": "routing"}
@@ -144,11 +139,10 @@ class LanguageModel:
         out = self._call("hidden", params, adapters, dropout_key, *inputs, mutable=mutable)
         # Flax returns collections only if some are mutable.
         (hidden, _), collections = out if mutable else (out, {})
-        norms = jax.tree_util.tree_leaves_with_path(collections.get(_COLLECTIONS["inputs"], {}))
-        routing = jax.tree_util.tree_leaves_with_path(collections.get(_COLLECTIONS["balance"], {}))
-        losses = [leaf.reshape(-1) for keys, leaf in routing if _path(keys).endswith("/loss")]
+        routing = flatten(collections.get(_COLLECTIONS["balance"], {}))
+        losses = [leaf.reshape(-1) for path, leaf in routing.items() if path.endswith("/loss")]
         return hidden, Collected(
-            inputs={_path(keys): leaf for keys, leaf in norms},
+            inputs=flatten(collections.get(_COLLECTIONS["inputs"], {})),
             remembered=values_at(collections.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
             balance=jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0),
         )
@@ -168,8 +162,7 @@ class LanguageModel:
         """Raise SboraxError for an adapter at a path at which the model has no projection."""
         # Flax makes modules hashable.
         known = projections(self._plain())  # pyright: ignore[reportArgumentType]
-        flat = jax.tree_util.tree_flatten_with_path(adapters or {}, is_leaf=core.is_adapter)[0]
-        for path in (_path(keys) for keys, _ in flat):
+        for path in flatten(adapters or {}, is_leaf=core.is_adapter):
             if path not in known:
                 raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
 from sborax.adapters import core
 from sborax.adapters.core import SboraxError
+from sborax.adapters.leaves import flatten
 from sborax.models.checkpoint import INDEX
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.names import row, unlayered
@@ -95,12 +95,10 @@ def write_safetensors(file: epath.Path, tensors: list[Tensor]) -> None:
 
 def _tensors(model: LanguageModel, params: Params) -> Iterator[Tensor]:
     """Every tensor of `params` under Hugging Face's name, leaf by leaf."""
-    expected = jax.tree_util.tree_flatten_with_path(model.abstract())[0]
-    given = jax.tree_util.tree_flatten_with_path(params, is_leaf=core.is_weight)[0]
-    if [keys for keys, _ in expected] != [keys for keys, _ in given]:
+    leaves = flatten(params)
+    if list(flatten(model.abstract())) != list(leaves):
         raise SboraxError("params: not the param tree of this model")
-    for keys, leaf in given:
-        path = "/".join(key.key for key in keys)
+    for path, leaf in leaves.items():
         entry, number = row(path), unlayered(path)[1]
         stacked = "{layer}" in entry.hf and number is None
         for layer in range(model.config.num_hidden_layers) if stacked else [number]:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from sborax.adapters.constraints import ROWS, compiled_axes, cut
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, is_weight
+from sborax.adapters.leaves import map_with_path
 from sborax.adapters.tree import specs
 from sborax.models.decoder import DecoderConfig
 
@@ -47,13 +48,13 @@ def base_specs(params: Any, sizes: Mapping[str, int]) -> Any:
     instead. A vocabulary is cut over as many axes as divide it.
     """
 
-    def leaf_spec(keys: Any, leaf: Any) -> PartitionSpec:
-        axes = _mesh_axes("/".join(key.key for key in keys), leaf.shape, sizes)
+    def leaf_spec(path: str, leaf: Any) -> PartitionSpec:
+        axes = _mesh_axes(path, leaf.shape, sizes)
         if is_weight(leaf) and any(part.shape[-2] % sizes[axes[0]] for part in _matrices(leaf)):
             axes = (None, axes)
         return PartitionSpec(*(None,) * (len(leaf.shape) - len(axes)), *axes)
 
-    return jax.tree_util.tree_map_with_path(leaf_spec, params, is_leaf=is_weight)
+    return map_with_path(leaf_spec, params)
 
 
 def _matrices(weight: AbstractWeight) -> list[Any]:

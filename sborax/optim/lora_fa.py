@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from sborax.adapters.core import Leaves, SboraxError, is_adapter
+from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.adapters.tree import split
 from sborax.optim.pairs import agree, over_pairs, sides
 
@@ -93,8 +94,7 @@ def project_lora_fa() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, optax.EmptyState]:
         if params is None or frozen is None:
             raise SboraxError("lora_fa: update needs params and frozen=, the frozen halves of the adapters")
-        grads, constant = _by_path(updates), _by_path(frozen)
-        trained = _by_path(params)
+        grads, constant, trained = flatten(updates), flatten(frozen), flatten(params)
         new: dict[str, Array] = {}
         for path, grad in grads.items():
             if not path.endswith("/b"):
@@ -112,17 +112,9 @@ def project_lora_fa() -> optax.GradientTransformationExtraArgs:
         if not new:
             raise SboraxError("lora_fa: no adapter has a pair of factors a, b; use another optimizer")
 
-        def replaced(path: tuple, leaf: Array) -> Array:
-            return new.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-
-        return jax.tree_util.tree_map_with_path(replaced, updates), state
+        return replace_leaves(updates, new), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def _by_path(tree: PyTree) -> dict[str, Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _at(leaves: dict[str, Array], path: str) -> Array | None:

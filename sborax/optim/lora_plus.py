@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from sborax.adapters.compose import with_parts
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, is_adapter
+from sborax.adapters.leaves import map_with_path
 
 ONE_AXIS = ("scale", "bias")
 """Base leaves that have one axis apart from stacks: scales of norms, and biases."""
@@ -24,15 +25,15 @@ def groups(tree: PyTree) -> PyTree:
     PEFT has a fourth group, adapters of embedding tables, which sborax does not have.
     """
 
-    def group_of(path: tuple, node: Any) -> Any:
+    def group_of(path: str, node: Any) -> Any:
         if is_adapter(node):
             return _of_adapter(node)
-        name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
+        name = path.split("/")[-1]
         if name in ONE_AXIS:
             return "b_no_decay" if name == "bias" else "b"
         return "a"
 
-    return jax.tree_util.tree_map_with_path(group_of, tree, is_leaf=is_adapter)
+    return map_with_path(group_of, tree, is_leaf=is_adapter)
 
 
 def _of_adapter(node: Adapter) -> Any:

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters.core import Adapter, SboraxError, is_adapter, width
-from sborax.adapters.leaves import nest
+from sborax.adapters.leaves import map_with_path, nest
 from sborax.adapters.tree import nodes
 from sborax.methods.adalora import AdaLoRA
 from sborax.procedures.in_place import AbstractInPlace, adapters_by_path, check_layers, find_state, replace_state
@@ -136,13 +136,12 @@ class AdaLoRABudget(AbstractInPlace):
     def _with_means(self, state: BudgetState, adapters: Mapping[str, Adapter]) -> BudgetState:
         """The running means after one more step."""
 
-        def trained_now(path: tuple[Any, ...], grads: Any) -> Any:
+        def trained_now(path: str, grads: Any) -> Any:
             if not is_adapter(grads):
                 return grads
-            kernel = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("adapters/")
-            return Adapter(adapters[kernel].train, grads.frozen, grads.method, grads.in_axes)
+            return Adapter(adapters[path.removeprefix("adapters/")].train, grads.frozen, grads.method, grads.in_axes)
 
-        params = jax.tree_util.tree_map_with_path(trained_now, state.grads, is_leaf=is_adapter)
+        params = map_with_path(trained_now, state.grads, is_leaf=is_adapter)
         importance = jax.tree.map(lambda p, grad: jnp.abs(p * grad), params, state.grads)
         mean = jax.tree.map(lambda old, new: self.beta1 * old + (1 - self.beta1) * new, state.importance, importance)
         spread = jax.tree.map(

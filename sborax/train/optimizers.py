@@ -8,6 +8,7 @@ import optax
 from jaxtyping import PyTree
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.leaves import map_with_path
 from sborax.data.options import above, at_least
 from sborax.layout.state import Halves
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
@@ -310,11 +311,10 @@ class Optimizer(AbstractOptimizer):
 def decayed(train: PyTree) -> PyTree:
     """The mask of weight decay: True for all leaves but the norm scales and biases of the base."""
 
-    def decays(path: tuple, leaf: jax.Array) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not (name.startswith("base/") and name.endswith(("/scale", "/bias")))
+    def decays(path: str, leaf: jax.Array) -> bool:
+        return not (path.startswith("base/") and path.endswith(("/scale", "/bias")))
 
-    return jax.tree_util.tree_map_with_path(decays, train)
+    return map_with_path(decays, train)
 
 
 def _check_moments(betas: tuple[float, float], eps: float | None = None, decay: float = 0.0) -> None:
