@@ -24,7 +24,7 @@ import sborax
 from sborax import methods
 from sborax.adapters.core import AbstractFactored, AbstractMethod, SboraxError
 from sborax.adapters.depth import AbstractLinked
-from sborax.cli.main import _parser
+from sborax.cli.main import make_parser
 from sborax.cli.methods import describe
 from sborax.config.classes import instance
 from sborax.interop.peft_table import PLAIN, TABLE
@@ -145,7 +145,7 @@ def api_section(name: str) -> str:
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The parser of every command."""
-    return next(action.choices for action in _parser()._actions if action.dest == "command")
+    return next(action.choices for action in make_parser()._actions if action.dest == "command")
 
 
 def option_table(command: str) -> str:

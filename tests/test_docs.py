@@ -20,7 +20,7 @@ import sborax as sx
 from sborax import methods
 from sborax.adapters.tree import over_stack
 from sborax.cli import main
-from sborax.cli.main import _parser
+from sborax.cli.main import make_parser
 from sborax.cli.methods import describe
 from sborax.interop.peft_table import TABLE
 
@@ -183,7 +183,7 @@ def test_the_site_has_every_public_name(site):
 
 def test_the_site_has_every_option_of_every_command(site):
     shown = text_of(site / "cli.html")
-    commands = next(action.choices for action in _parser()._actions if action.dest == "command")
+    commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
     for name, parser in commands.items():
         section = shown.partition(f" {name}¶ ")[2].partition("¶")[0]
         for action in parser._actions:

@@ -13,7 +13,7 @@ from torch_pair import shaken
 
 import sborax as sx
 from sborax.adapters.core import AbstractFactored
-from sborax.cli.main import _parser
+from sborax.cli.main import make_parser
 from sborax.interop.factor import exact
 
 PAGE = (DOCS / "peft.md").read_text()
@@ -68,7 +68,7 @@ def test_exact_is_exact(case):
 def test_its_names_are_names():
     for name in re.findall(r"sx\.(\w+)", PAGE):
         assert name in sx.__all__
-    commands = next(action.choices for action in _parser()._actions if action.dest == "command")
+    commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
     actions = [action for command in commands.values() for action in command._actions]
     options = {option for action in actions for option in action.option_strings}
     assert set(re.findall(r"`(--[\w-]+)", PAGE)) < options

@@ -14,7 +14,7 @@ import sborax as sx
 from sborax import methods, procedures
 from sborax.adapters.core import AbstractFactored
 from sborax.adapters.depth import AbstractLinked
-from sborax.cli.main import _parser
+from sborax.cli.main import make_parser
 from sborax.interop.peft_table import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_the_table_lists_every_procedure_and_the_text_every_optimiser():
 def test_every_command_is_shown():
     blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
     shown = set(re.findall(r"^sborax (\w+)", blocks, re.MULTILINE)) | {"quickstart"}
-    commands = next(action.choices for action in _parser()._actions if action.dest == "command")
+    commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
     assert shown == set(commands)
 
 

@@ -80,8 +80,8 @@ def by_rows(x: Float[Array, "tokens _"]) -> Float[Array, "tokens _"]:
     return cut(x, ROWS, jax.P.UNCONSTRAINED)
 
 
-def whole(tree: PyTree) -> PyTree:
-    """The arrays, whole on every device of the mesh, so that results have the bits of a single device."""
+def replicate(tree: PyTree) -> PyTree:
+    """The arrays, entire on every device of the mesh, so that results have the bits of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sborax.adapters.compose import TAKEN, with_parts
-from sborax.adapters.constraints import whole
+from sborax.adapters.constraints import replicate
 from sborax.adapters.core import (
     AbstractComposite,
     AbstractMethod,
@@ -51,7 +51,7 @@ def rewrite(weight: Weight, node: Adapter) -> Weight:
     stack = stack_of(node)
 
     def rewrite_layer(layer: Array, kernel: Any, adapter: Adapter) -> tuple[Array, Array]:
-        kernel, adapter = whole((kernel, adapter))
+        kernel, adapter = replicate((kernel, adapter))
         before = dense(kernel).astype(jnp.float32)
         residual = _residual(before, adapter, layer)
         # Rounded once at the end, however many parts there are.
@@ -106,7 +106,7 @@ def rebase(weight: Weight, node: Adapter) -> Adapter:
 @jax.jit
 def _rebase(weight: Weight, node: Adapter) -> Adapter:
     def frozen_of_layer(kernel: Any, adapter: Adapter) -> Leaves:
-        return _rebase_layer(*whole((kernel, adapter))).frozen
+        return _rebase_layer(*replicate((kernel, adapter))).frozen
 
     stack = stack_of(node)
     with jax.default_matmul_precision("highest"):

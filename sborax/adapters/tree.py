@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters import depth
 from sborax.adapters.arithmetic import add_adapters, add_methods, scale_adapter, scale_method
-from sborax.adapters.constraints import whole
+from sborax.adapters.constraints import replicate
 from sborax.adapters.core import (
     AbstractComposite,
     AbstractMethod,
@@ -77,7 +77,7 @@ def _fit(
 
     def fit_layer(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
-        kernel, grad = whole((kernel, grad))
+        kernel, grad = replicate((kernel, grad))
         return method.init(key, kernel, Hint(position, grad))
 
     with jax.default_matmul_precision("highest"):

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
-from sborax.adapters.constraints import whole
+from sborax.adapters.constraints import replicate
 from sborax.errors import SboraxError
 
 
@@ -70,4 +70,4 @@ def check_finite(name: str, tree: PyTree) -> None:
 
 @jax.jit
 def _finite(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
-    return whole(jnp.isfinite(leaf).all())
+    return replicate(jnp.isfinite(leaf).all())

@@ -75,7 +75,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, rest = make_parser().parse_known_args(argv)
     # argparse leaves a `key=value` that follows an option unparsed.
     changes = [word for word in rest if not word.startswith("-")]
     if len(changes) < len(rest) or (changes and "changes" not in arguments):
@@ -86,7 +86,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _Parser("sborax", description="Fine-tune LLaMA-family language models in JAX, a few weights at a time.")
     parser.add_argument("--version", action="version", version=f"sborax {sborax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

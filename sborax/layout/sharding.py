@@ -29,14 +29,14 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
             raise SboraxError(f"{path}: axis {axis} of {shape} is not divisible by mesh axis {names!r} of size {size}")
 
 
-def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, found: PyTree) -> PyTree:
+def _shardings(mesh: Mesh | AbstractMesh, tree: PyTree, tree_specs: PyTree) -> PyTree:
     """`NamedSharding` for every leaf of `tree`, from a tree of specs of the same structure."""
 
-    def one(path: str, leaf: Any, spec: PartitionSpec) -> NamedSharding:
+    def leaf_sharding(path: str, leaf: Any, spec: PartitionSpec) -> NamedSharding:
         check_divisible(path, leaf.shape, spec, mesh)
         return NamedSharding(mesh, spec)
 
-    return map_with_path(one, tree, found, is_leaf=None)
+    return map_with_path(leaf_sharding, tree, tree_specs, is_leaf=None)
 
 
 def _flat_specs(leaves: Flat, kernels: Flat) -> Flat:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from sborax.adapters.constraints import whole
+from sborax.adapters.constraints import replicate
 from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.weight import check_finite
 
@@ -289,7 +289,7 @@ def _quantise(weight: Shaped[Array, "..."]) -> NF4Array:
     least = np.finfo(np.float32).tiny
 
     def encode(matrix: Float[Array, "in out"]) -> tuple[Array, ...]:
-        codes, absmax = _encode(jnp, whole(matrix), least)
+        codes, absmax = _encode(jnp, replicate(matrix), least)
         return codes, *_nested(absmax)
 
     return NF4Array(*_over_stack(encode, weight), dtype=jnp.dtype(weight.dtype))
@@ -312,7 +312,7 @@ def _nested(absmax: Float32[Array, "blocks out"]) -> tuple[Array, ...]:
 
 @jax.jit
 def _all_nested(absmax: Float32[Array, "*stack blocks out"]) -> tuple[Array, ...]:
-    return _over_stack(lambda matrix: _nested(whole(matrix)), absmax)
+    return _over_stack(lambda matrix: _nested(replicate(matrix)), absmax)
 
 
 def join(codes: UInt8[Array, "*stack half out"], absmax: Float32[Array, "*stack blocks out"], dtype: Any) -> NF4Array:

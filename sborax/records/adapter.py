@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from sborax.adapters.constraints import whole
+from sborax.adapters.constraints import replicate
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, nest
@@ -59,7 +59,7 @@ def _bits(leaf: Array, places: tuple[Array, ...]) -> Array:
     A gather from shards sums the parts; a sum of floats would lose the sign of zero, a sum of bits does not.
     """
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    return whole(jax.lax.bitcast_convert_type(leaf, unsigned)[places])
+    return replicate(jax.lax.bitcast_convert_type(leaf, unsigned)[places])
 
 
 def save_adapter(
