@@ -202,6 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     methods = command("methods", _importing(_methods), "list the methods, or tell all about one")
     methods.add_argument("name", metavar="NAME", nargs="?")
 
+    recipes = command("recipes", _importing(_recipes), "list the papers' tables as experiments, or print one")
+    recipes.add_argument("name", metavar="NAME", nargs="?")
+
     quickstart = command("quickstart", _importing(_quickstart), "fine-tune SmolLM2-135M with SBoRA in a few minutes")
     add_changes(quickstart)
     quickstart.add_argument("--out", metavar="RUN_DIR", help="where the run goes (default: runs/quickstart)")
@@ -308,6 +311,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     from sborax.cli.methods import describe, overview
+
+    say(overview() if arguments.name is None else describe(arguments.name))
+    return OK
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from sborax.cli.recipes import describe, overview
 
     say(overview() if arguments.name is None else describe(arguments.name))
     return OK
