@@ -262,9 +262,9 @@ def workshop(compiled_once, tmp_path_factory):
         write(data / name / "train.json", [ROW] * 4)
     for name in ("gsm8k", "MultiArith"):
         write(data / name / "test.json", [WRITTEN] * 2)
-    for split in ("train", "dev"):
-        write(data / "glue" / "RTE" / f"{split}.tsv", [PAIR] * 4)
-        write(data / "mmlu" / f"{split}.jsonl", [MARK] * 5)
+    write(data / "glue" / "RTE" / "train.jsonl", [PAIR] * 4)
+    write(data / "glue" / "RTE" / "dev.tsv", [PAIR] * 4)
+    write(data / "mmlu" / "dev.jsonl", [MARK] * 5)
     write(data / "mmlu" / "test.jsonl", [MARK] * 2)
     write(data / "e2e_nlg" / "trainset.csv", [MEANING] * 4)
     write(data / "e2e_nlg" / "testset_w_refs.csv", [MEANING, {**MEANING, "mr": "name[Alimentum], area[riverside]"}])

@@ -29,7 +29,7 @@ def experiment() -> sx.Experiment:
     """A chain of three on LLaMA-2-7B: 625 steps of 8 with knots after 209 and 418."""
     return sx.Experiment(
         model="meta-llama/Llama-2-7b-hf",
-        data=sx.Data("glue/RTE/train.tsv", template="RTE", max_length=512, overlong="truncate", limit=SAMPLES),
+        data=sx.Data("glue/RTE/train.jsonl", template="RTE", max_length=512, overlong="truncate", limit=SAMPLES),
         rules=((r"self_attn/(q|v)_proj", sx.LoRA(rank=8, alpha=16.0)),),
         optimizer=sx.Optimizer(lr=1e-4, schedule="linear", warmup=0),
         epochs=5,
@@ -54,7 +54,9 @@ UNKNOWN = (
     "Batch 4 or 8: 8. The prompt: lm-evaluation-harness'. Numbers are means over 5 seeds.",
 )
 NEEDS = (
-    "GLUE's RTE as $SBORAX_DATA/glue/RTE/train.tsv and dev.tsv; the paper tests 1,000 samples of its own split.",
+    "GLUE's RTE under $SBORAX_DATA/glue/RTE: train.jsonl with columns sentence1, sentence2 and label, since GLUE's own "
+    "train.tsv has bare quotation marks that are no CSV, and dev.tsv as it is.",
+    "The paper tests 1,000 samples of its own split.",
     "meta-llama/Llama-2-7b-hf is gated.",
     "OPT, which is no model of the LLaMA family.",
 )

@@ -31,7 +31,7 @@ def experiment() -> sx.Experiment:
     """PRILoRA with ranks 4 to 12 on every projection of LLaMA-2-7B, pruned every 40 steps."""
     return sx.Experiment(
         model="meta-llama/Llama-2-7b-hf",
-        data=sx.Data("glue/RTE/train.tsv", template="RTE", max_length=512, overlong="truncate"),
+        data=sx.Data("glue/RTE/train.jsonl", template="RTE", max_length=512, overlong="truncate"),
         rules=((SEVEN, sx.PRILoRA(rank=sx.LinearRanks(4, 12))),),
         optimizer=sx.Optimizer(lr=2e-4, schedule="linear"),
         epochs=5,
@@ -55,7 +55,8 @@ UNKNOWN = (
     "Learning rate, epochs, batch: our choice.",
 )
 NEEDS = (
-    "GLUE's RTE as $SBORAX_DATA/glue/RTE/train.tsv and dev.tsv.",
+    "GLUE's RTE under $SBORAX_DATA/glue/RTE: train.jsonl with columns sentence1, sentence2 and label, since GLUE's own "
+    "train.tsv has bare quotation marks that are no CSV, and dev.tsv as it is.",
     "meta-llama/Llama-2-7b-hf is gated.",
     "DeBERTaV3, which sborax does not have.",
 )
