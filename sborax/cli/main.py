@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = command("methods", _importing(_methods), "list the methods, or tell all about one")
     methods.add_argument("name", metavar="NAME", nargs="?")
 
-    recipes = command("recipes", _importing(_recipes), "list the papers' tables as experiments, or print one")
+    recipes = command("recipes", _importing(_recipes), "list papers' tables as experiments, or print one")
     recipes.add_argument("name", metavar="NAME", nargs="?")
 
     quickstart = command("quickstart", _importing(_quickstart), "fine-tune SmolLM2-135M with SBoRA in a few minutes")
