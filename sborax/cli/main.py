@@ -95,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_scoring(commands)
     _add_conversion(commands)
     _add_overviews(commands)
+    _add_recipes(commands)
     _add_quickstart(commands)
     return parser
 
@@ -215,6 +216,11 @@ def _add_overviews(commands: Commands) -> None:
 
     methods = _command(commands, "methods", _importing(_methods), "list the methods, or describe one")
     methods.add_argument("name", metavar="NAME", nargs="?")
+
+
+def _add_recipes(commands: Commands) -> None:
+    recipes = _command(commands, "recipes", _importing(_recipes), "list papers' tables as experiments, or print one")
+    recipes.add_argument("name", metavar="NAME", nargs="?", help="of one recipe, such as sbora/commonsense")
 
 
 def _add_quickstart(commands: Commands) -> None:
@@ -348,6 +354,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     from sborax.cli.methods import describe, overview
+
+    say(overview() if arguments.name is None else describe(arguments.name))
+    return OK
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from sborax.cli.recipes import describe, overview
 
     say(overview() if arguments.name is None else describe(arguments.name))
     return OK
