@@ -166,6 +166,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command("tasks", _importing(_tasks), "list what `sborax eval --tasks` takes")
 
+    compare = command("compare", _importing(_compare), "compare runs and sweeps in one report, with intervals")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="directories of runs or sweeps, the reference first")
+    compare.add_argument("--by", default="method", metavar="KEY,...", help="what differs: method, or keys of a config")
+    compare.add_argument("--base", metavar="DIR", help="scores of the base by `sborax eval`: what runs forgot")
+    compare.add_argument("--spectra", action="store_true", help="also load base and adapters: what training changed")
+    compare.add_argument("--out", default="runs/compare", metavar="DIR", help="for the report (default: runs/compare)")
+
     merge = command("merge", _importing(_merge), "write a run, or several adapters with weights, as a dense model")
     merge.add_argument("target", metavar="RUN_DIR", help="a run (its weight is 1), or with --add a model without any")
     merge.add_argument("out_dir", metavar="OUT_DIR")
@@ -275,6 +282,13 @@ def _tasks(arguments: argparse.Namespace) -> int:
     from sborax.cli.evaluate import tasks
 
     say(tasks())
+    return OK
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from sborax.cli.compare import compare
+
+    compare(arguments.runs, arguments.by, arguments.out, arguments.spectra, arguments.base)
     return OK
 
 
