@@ -62,11 +62,11 @@ def text(tmp_path_factory):
             for seed in (0, 1):
                 loss = 1.5 + 0.05 * number % 0.3 + 0.3 * abs(np.log10(lr) + 3) + 0.02 * random.normal()
                 items, metrics = answers([bool(hit) for hit in random.binomial(1, 0.5, 40)], list(hard + 0.02 * number))
-                runs.append(write_run(
-                    place / f"run{len(runs)}", experiment(method, lr, seed), float(loss), seconds=0.01 * (1 + number % 5),
-                    trained=500 * (number + 1) ** 2, memory=(30 - number) << 26,
-                    scores={"arc_easy": items}, metrics={"arc_easy": metrics},
-                ))  # fmt: skip
+                trained, memory, seconds = 500 * (number + 1) ** 2, (30 - number) << 26, 0.01 * (1 + number % 5)
+                costs = {"trained": trained, "memory": memory, "seconds": seconds}
+                scores = {"scores": {"arc_easy": items}, "metrics": {"arc_easy": metrics}}
+                described = experiment(method, lr, seed)
+                runs.append(write_run(place / f"run{len(runs)}", described, float(loss), **costs, **scores))
     settings = compare(read_rows([str(run) for run in runs]))
 
     def change(layer, part):
