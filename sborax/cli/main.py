@@ -95,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_scoring(commands)
     _add_conversion(commands)
     _add_overviews(commands)
+    _add_comparison(commands)
     _add_recipes(commands)
     _add_quickstart(commands)
     return parser
@@ -218,6 +219,21 @@ def _add_overviews(commands: Commands) -> None:
     methods.add_argument("name", metavar="NAME", nargs="?")
 
 
+def _add_comparison(commands: Commands) -> None:
+    compare = _command(commands, "compare", _importing(_compare), "compare runs and sweeps in a report, with intervals")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="directories of runs or sweeps, the reference first")
+    compare.add_argument(
+        "--by", default="method", metavar="KEY,...", help="what differs: method, or keys of a config (default: method)"
+    )
+    compare.add_argument(
+        "--base", metavar="DIR", help="scores of the base, written by `sborax eval`: shows what runs forgot"
+    )
+    compare.add_argument(
+        "--spectra", action="store_true", help="also load base and adapters, and show what training changed"
+    )
+    compare.add_argument("--out", default="runs/compare", metavar="DIR", help="of the report (default: runs/compare)")
+
+
 def _add_recipes(commands: Commands) -> None:
     recipes = _command(commands, "recipes", _importing(_recipes), "list papers' tables as experiments, or print one")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="of one recipe, such as sbora/commonsense")
@@ -321,6 +337,13 @@ def _tasks(arguments: argparse.Namespace) -> int:
     from sborax.cli.evaluate import tasks
 
     say(tasks())
+    return OK
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from sborax.cli.compare import compare
+
+    compare(arguments.runs, arguments.by, arguments.out, arguments.spectra, arguments.base)
     return OK
 
 

@@ -1,0 +1,328 @@
+"""Runs as rows: what the directories of runs and sweeps say, without loading a model."""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from sborax.adapters.core import SboraxError
+from sborax.config.codec import encode
+from sborax.config.documents import check_plain, parse, read_object, shown
+from sborax.evaluate.run import SCORES, read_scores
+from sborax.records.adapter import PLAN
+from sborax.records.disk import CONFIG
+from sborax.records.report import METRICS, SUMMARY, Summary
+from sborax.sweep.results import SWEEP
+from sborax.train.experiment import Experiment, load_experiment
+from sborax.train.loop import ADAPTER
+
+FOLDER = "scores"
+"""Where a run's directory has the scores of its adapter."""
+HELD_OUT = "held-out loss"
+TRAINING = "training loss"
+LAST = 10
+"""Steps whose mean is the training loss of a run."""
+LR = "optimizer.lr"
+SEEDS = ("seed_data", "seed_adapter")
+Curve = tuple[tuple[int, float], ...]
+"""Losses in nats a token by step."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measurement:
+    """A score of a run.
+
+    - value: its mean over items.
+    - items: one value an item, in the order of the items; None where only the mean was stored.
+    - identity: a digest of the protocol and the items; measurements with equal ones can be paired by item.
+    """
+
+    value: float
+    items: Float[np.ndarray, " items"] | None = None
+    identity: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """A run that has ended.
+
+    - run: its directory.
+    - experiment: what it was.
+    - config: the experiment as JSON values by dotted key.
+    - trained: trained parameters.
+    - steps: that it made.
+    - samples: what became of its data, in words.
+    - device: how many of which kind.
+    - memory: the most bytes held, of the device or, on a CPU, of the process; None for a member of a sweep.
+    - step_seconds: median of a step, those that compiled left out; None for a member of a sweep.
+    - losses, held_out: training and held-out loss by step.
+    - diverged: the step at which a member of a sweep was stopped because its loss was not finite.
+    - prints: fingerprints of the base by path; empty where no adapter was written.
+    - measurements: by name, such as "held-out loss" or "arc_easy acc".
+    """
+
+    run: str
+    experiment: Experiment
+    config: Mapping[str, Any]
+    trained: int
+    steps: int
+    samples: str
+    device: str
+    memory: int | None
+    step_seconds: float | None
+    losses: Curve
+    held_out: Curve
+    diverged: int | None
+    prints: Mapping[str, str]
+    measurements: Mapping[str, Measurement]
+
+    @property
+    def lr(self) -> float | None:
+        """The peak learning rate; None for an optimiser without a field `lr`."""
+        rate = self.config.get(LR)
+        return float(rate) if isinstance(rate, int | float) else None
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Of the data's order and of the adapter's start."""
+        return self.config[SEEDS[0]], self.config[SEEDS[1]]
+
+
+def lower_is_better(measure: str) -> bool:
+    """Whether a lower value of this measurement is the better one: losses and perplexities."""
+    return measure.endswith(("loss", "perplexity"))
+
+
+def read_rows(places: Sequence[str]) -> list[Row]:
+    """The rows of run directories and of all members of sweep directories, in this order.
+
+    Raises SboraxError for a directory that is neither, a run that has not ended, a run that is given twice, and damaged
+    files.
+    """
+    rows: dict[str, Row] = {}
+    for place in places:
+        for run, diverged in _runs(epath.Path(place)):
+            resolved = str(run.resolve())
+            if resolved in rows:
+                raise SboraxError(f"{run}: is given twice; leave it out once")
+            rows[resolved] = _read_row(run, diverged)
+    return list(rows.values())
+
+
+Member = tuple[epath.Path, Mapping[str, Any] | None]
+"""The directory of a run, and what its sweep says of it, if it is a member of one."""
+
+
+def _runs(place: epath.Path) -> Iterator[Member]:
+    if (place / SWEEP).exists():
+        for member in _members(place):
+            yield place / member["name"], member
+    elif (place / CONFIG).exists():
+        above = place.resolve().parent
+        members = _members(above) if (above / SWEEP).exists() else []
+        yield place, next((member for member in members if member["name"] == place.resolve().name), None)
+    else:
+        raise SboraxError(f"{place}: neither a run nor a sweep; give a directory that holds {CONFIG} or {SWEEP}")
+
+
+def _members(place: epath.Path) -> list[dict[str, Any]]:
+    members = read_object(place / SWEEP).get("members")
+    if not isinstance(members, list) or not all(
+        isinstance(member, dict) and isinstance(member.get("name"), str) and _is_plain(member["name"])
+        for member in members
+    ):
+        raise SboraxError(f"{place / SWEEP}: holds no members of a sweep; restore it from a copy")
+    return members
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stays inside its directory."""
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
+
+
+def _read_row(run: epath.Path, member: Mapping[str, Any] | None) -> Row:
+    if not (run / CONFIG).exists():
+        raise SboraxError(f"{run}: no {CONFIG} in it, the sweep has not begun this member; resume the sweep")
+    experiment, summary = load_experiment(str(run)), Summary.read(run)
+    diverged = None if member is None else member.get("diverged")
+    diverged = diverged if type(diverged) is int else None
+    if summary is None:
+        raise SboraxError(f"{run}: no readable {SUMMARY}, the run has not ended; --resume goes on with it")
+    if not summary.finished and diverged is None:
+        raise SboraxError(f"{run}: was stopped after step {summary.steps:,}; --resume goes on with it, or leave it out")
+    lines = list(_metrics(run))
+    alone = member is None
+    return Row(
+        run=str(run),
+        experiment=experiment,
+        config=dotted(encode(experiment)),
+        trained=summary.trainable_parameters,
+        steps=summary.steps,
+        samples=summary.samples,
+        device=summary.device,
+        memory=summary.peak_memory if alone else None,
+        step_seconds=_step_seconds(lines) if alone else None,
+        losses=_curve(lines, "loss"),
+        held_out=_curve(lines, "eval_loss"),
+        diverged=diverged,
+        prints=_prints(run),
+        measurements={} if diverged is not None else _measurements(run, lines),
+    )
+
+
+def dotted(value: Any, where: str = "") -> dict[str, Any]:
+    """A config's JSON values by dotted key: `{"data.limit": 10, "rules.0.method.rank": 8}`."""
+    if isinstance(value, dict) and value:
+        parts = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        parts = ((str(number), item) for number, item in enumerate(value))
+    else:
+        return {where: value}
+    return {
+        key: leaf for name, part in parts for key, leaf in dotted(part, f"{where}.{name}" if where else name).items()
+    }
+
+
+def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, checked."""
+    file = run / METRICS
+    if not file.exists():
+        return
+    check_plain(file)
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+        line = parse(text, f"{file}: line {number}")
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise SboraxError(f"{file}: line {number} has no step; restore the file from a copy")
+        for name in ("loss", "eval_loss", "seconds"):
+            if not _is_number(line.get(name, 0.0)):
+                raise SboraxError(f"{file}: line {number}: {name} is {shown(line[name])}, not a number")
+        yield line
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    return tuple((line["step"], float(line[name])) for line in lines if name in line)
+
+
+def _step_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    seconds = [float(line["seconds"]) for line in lines if "seconds" in line and line.get("compiled") is False]
+    return statistics.median(seconds) if seconds else None
+
+
+def _prints(run: epath.Path) -> dict[str, str]:
+    plan = run / ADAPTER / PLAN
+    prints = read_object(plan).get("base") if plan.exists() else {}
+    if not isinstance(prints, dict) or not all(isinstance(digest, str) for digest in prints.values()):
+        raise SboraxError(f"{plan}: base is missing, or of another kind")
+    return prints
+
+
+def _measurements(run: epath.Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Measurement]:
+    measured = {}
+    if held_out := _curve(lines, "eval_loss"):
+        measured[HELD_OUT] = Measurement(held_out[-1][1])
+    measured |= read_measurements(run / FOLDER)
+    if losses := _curve(lines, "loss")[-LAST:]:
+        measured[TRAINING] = Measurement(statistics.fmean(loss for _, loss in losses))
+    return measured
+
+
+def read_measurements(place: epath.Path) -> dict[str, Measurement]:
+    """The scores in a directory that `sborax eval` wrote, by task and metric; none if there are none.
+
+    Raises SboraxError for damaged files.
+    """
+    measured = {}
+    for score in read_scores(place):
+        measured |= _of_task(place, score)
+    return measured
+
+
+Item = Mapping[str, Any]
+
+
+def _accuracy(item: Item) -> float:
+    return float(item["right"] if "right" in item else item["chosen"] == item["gold"])
+
+
+def _accuracy_by_length(item: Item) -> float:
+    return float(item["chosen_by_length"] == item["gold"])
+
+
+def _loss(item: Item) -> float:
+    return -item["logprob"] / item["tokens"]
+
+
+def _answer_loss(item: Item) -> float:
+    return -item["logprobs"][item["gold"]] / item["tokens"][item["gold"]]
+
+
+PER_ITEM: dict[str, Callable[[Item], float]] = {
+    "acc": _accuracy,
+    "acc_norm": _accuracy_by_length,
+    "loss": _loss,
+    "answer loss": _answer_loss,
+}
+"""By measurement, how the value of an item follows from what a task keeps of it. Others are looked up by their name."""
+ASKED = ("item", "prompt", "options", "gold", "references", "window", "subject")
+"""What an item is, in distinction from what a model made of it."""
+
+
+def _of_task(place: epath.Path, score: Mapping[str, Any]) -> dict[str, Measurement]:
+    """The measurements of a task: its score, and whatever its items give."""
+    task, metrics = score["task"], score.get("metrics")
+    if not _is_plain(task) or not isinstance(metrics, dict) or not metrics:
+        raise SboraxError(f"{place / SCORES}: {shown(task)} has no metrics; score the run anew")
+    values = {name: metric.get("value") for name, metric in metrics.items() if isinstance(metric, dict)}
+    protocol = {name: score.get(name) for name in ("data", "split", "protocol", "n", "limit", "seed")}
+    items = list(_items(place / f"{task}.jsonl"))
+    asked = [{name: item[name] for name in ASKED if name in item} for item in items]
+    identity = hashlib.sha256(json.dumps([protocol, asked], sort_keys=True).encode()).hexdigest()[:16]
+    first = next(iter(metrics))
+    measured = {}
+    for name in dict.fromkeys((first, "acc", "loss", "answer loss")):
+        listed = _values(name, items)
+        value = values.get(name)
+        if listed is not None:
+            mean = float(listed.mean())
+            if _is_number(value) and abs(mean - float(value)) > 1e-6 * max(1.0, abs(mean)):
+                file = place / f"{task}.jsonl"
+                raise SboraxError(f"{file}: its {name} is {mean:.6g}, {SCORES} says {value:.6g}; score the run anew")
+            measured[f"{task} {name}"] = Measurement(mean, listed, identity)
+        elif _is_number(value):
+            measured[f"{task} {name}"] = Measurement(float(value), None, identity)
+    # The loss says the same, by item.
+    if f"{task} loss" in measured:
+        measured.pop(f"{task} perplexity", None)
+    return measured
+
+
+def _values(name: str, items: Sequence[Item]) -> Float[np.ndarray, " items"] | None:
+    """The values of a measurement by item; None if the items do not tell it."""
+    value = PER_ITEM.get(name, lambda item: float(item[name]))
+    try:
+        listed = np.array([value(item) for item in items], np.float64)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        return None
+    return listed if listed.size and np.isfinite(listed).all() else None
+
+
+def _items(file: epath.Path) -> Iterator[dict[str, Any]]:
+    if not file.exists():
+        return
+    check_plain(file)
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+        item = parse(text, f"{file}: line {number}")
+        if not isinstance(item, dict):
+            raise SboraxError(f"{file}: line {number} is no item of a task; score the run anew")
+        yield item
