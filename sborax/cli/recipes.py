@@ -37,7 +37,7 @@ from sborax.plans.ahead import Outline, argument_bytes, longest_row, on_mesh, ou
 from sborax.plans.estimate import temporary_bytes
 from sborax.train.experiment import Experiment
 from sborax.train.figures import PEAKS, model_flops
-from sborax.train.optimizer import Optimizer
+from sborax.train.optimizers import AbstractScheduled, LoRAFA, LoRARITE, Optimizer
 
 FOLDER = "experiments"
 TAGS = ("broken", "contaminated", "unverified", "unknown")
@@ -263,9 +263,9 @@ def _method(experiment: Experiment) -> str:
     optimizer, procedure = experiment.optimizer, experiment.procedure
     parts = methods(experiment) or ["full fine-tuning"]
     parts += [] if procedure is None else [type(procedure).__name__]
-    if isinstance(optimizer, Optimizer):
-        parts += {"lora_rite": ["LoRA-RITE"], "lora_fa": ["LoRA-FA"]}.get(optimizer.name, [])
-        parts += ["LoRA+"] if optimizer.b_ratio != 1.0 else []
+    rule = optimizer.rule if isinstance(optimizer, Optimizer) else optimizer
+    parts += ["LoRA-RITE"] * isinstance(rule, LoRARITE) + ["LoRA-FA"] * isinstance(rule, LoRAFA)
+    parts += ["LoRA+"] if isinstance(rule, AbstractScheduled) and rule.b_ratio != 1.0 else []
     return " + ".join([*parts, *([experiment.quant] if experiment.quant else [])])
 
 
