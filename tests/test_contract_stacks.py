@@ -36,7 +36,7 @@ def attached(case: Case, params, seed: int = 0, **places):
 SAME = jnp.asarray(np.broadcast_to(WEIGHT, (LAYERS, EXPERTS, IN, OUT)))
 
 
-@by_case
+@by_few
 def test_a_rule_for_a_layer_adapts_all_of_its_experts_and_no_others(case: Case):
     if case.method.linked:
         with pytest.raises(sx.SboraxError, match="layers/0/experts/kernel: .* links layers"):

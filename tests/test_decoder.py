@@ -13,7 +13,7 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax.adapters.core import Context
-from sborax.evaluate.likelihood import alone, shared
+from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, abstract, load_config
 from sborax.models.attention import visible
@@ -174,9 +174,9 @@ def test_continuations_are_scored(model, adapters):
     wanted = float(log_probs[0, targets[0]] + log_probs[1, targets[1]])
     length, count = jnp.array([len(prompt)]), jnp.array([2])
     row = jnp.array([[*prompt, targets[0]]])
-    by_itself, _ = alone(model.module, variables, row, length, jnp.array([targets]), count)
+    by_itself, _ = score_rows(model.module, variables, row, length, jnp.array([targets]), count)
     np.testing.assert_allclose(by_itself, [wanted], rtol=1e-4)
-    of_one, _ = shared(model.module, variables, jnp.array([prompt]), length, jnp.array([[targets]]), count[None])
+    of_one, _ = score_options(model.module, variables, jnp.array([prompt]), length, jnp.array([[targets]]), count[None])
     np.testing.assert_allclose(of_one, [[wanted]], rtol=1e-4)
 
 

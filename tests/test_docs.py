@@ -171,7 +171,9 @@ def test_the_site_has_tables_of_every_method(site):
     for name, (sentence, paper) in table.items():
         method = getattr(methods, name)
         docstring = " ".join((method.__doc__ or "").split()).replace("`", "")
-        assert docstring.startswith(sentence) and sentence.endswith(".") and paper == method.paper, name
+        assert docstring.startswith(sentence.replace("`", "")) and sentence.endswith(".") and paper == method.paper, (
+            name
+        )
     assert [name for name, *_ in rows_of(site / "peft.html")] == methods.__all__
 
 

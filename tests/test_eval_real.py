@@ -14,7 +14,8 @@ from sborax.evaluate.instructions import parse
 from sborax.models import load_model, save_hf
 from scripts import check_scores
 
-pytestmark = pytest.mark.usefixtures("compiled_fully")
+# test_llama compares the logits of the same model in every run.
+pytestmark = [pytest.mark.usefixtures("compiled_fully"), pytest.mark.nightly]
 
 
 @pytest.fixture

@@ -353,7 +353,7 @@ def test_the_best_survives_a_crash_and_other_data_begin_anew(tmp_path):
     said = []
     (run / "best" / "plan.json").write_text("{")
     assert best.best_so_far(run, "data", said.append).loss == float("inf")
-    assert "not JSON" in said[0] and "sought anew" in said[0]
+    assert "not JSON" in said[0] and "starting without a best adapter" in said[0]
 
 
 def test_the_best_needs_losses_to_compare(experiment):
