@@ -44,6 +44,7 @@ if [[ $quick ]]; then
   # Only the files that have such tests: importing the others would take as long as running these.
   $bin/pytest -n 2 -m quick $(grep -l 'mark\.quick' tests/test_*.py) "$@"
 else
-  # All tests of a file run in one worker, so that shared fixtures are made once.
-  $bin/pytest -n 2 --dist loadfile "$@"
+  # All tests of a file run in one worker, so that shared fixtures are made once. By default the files with the fewest
+  # tests come last: some of these take minutes, while the other worker idles.
+  $bin/pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 fi

@@ -17,7 +17,7 @@ from sborax.evaluate.compare.spectra import Change, Weights
 
 page = pytest.importorskip("sborax.evaluate.compare.page")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 WIDTHS = (400, 1280)
 METHODS = (
     sx.LoRA(rank=4), sx.LoRA(rank=4, rslora=True), sx.SBoRA(rank=4), sx.SBoRA(rank=4, variant="FB"), sx.Bone(rank=8),

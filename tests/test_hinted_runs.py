@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from nightly import nightly_unless
 from tiny_model import write_data, write_model
 
 import sborax as sx
@@ -121,7 +120,8 @@ def cut(run, copy, after):
             shutil.rmtree(checkpoint)
 
 
-@pytest.mark.parametrize("quant", nightly_unless(["nf4"], [None, "nf4"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("quant", [None, "nf4"])
 def test_resumption_ends_with_the_same_bits(run, places, tmp_path, quant):
     whole, experiment = run[0], an_experiment(places, quant=quant)
     if quant:
