@@ -40,11 +40,13 @@ TINY = {
 """Every recipe's rank fits into these sides."""
 SHORT = ["epochs=null", "steps=2", "batch_size=2", "accumulate=1", "precision=float32", "optimizer.warmup=0"]
 SMALL = {
-    "lora_ga/metamath": ["hint_batches=1"],
+    "lora_ga/metamath": ["hint_batches=1", "data.max_length=768"],
+    "orthogonal/two_experts": ["data.max_length=768"],
+    "reslora/hellaswag": ["data.max_length=768"],
     "prilora/rte": ["procedure.every=1"],
     "xgblora/mmlu": ["procedure.every=1", "procedure.layers=1"],
 }
-"""What does not fit into two steps or two layers."""
+"""What does not fit into two steps, two layers, or a tokenizer of letters, whose prompts are long."""
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def _kept(planned: Outline) -> float:
         # Also norms in float32, rotated heads, the gated unit's activations, scores and their softmax.
         total += rows * length * (2 * 4 * config.hidden_size + item * (widths["qkv"] + 1.5 * widths["gate_up"]))
         total += rows * config.num_attention_heads / tensor * length**2 * (4 + item)
-    return config.num_hidden_layers * total
+    return float(config.num_hidden_layers * total)
 
 
 def _layer(planned: Outline) -> float:
