@@ -41,8 +41,10 @@ def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
     step = make_step(model, tx, jax.random.key(1))
     arms = {"single": Runner.of(step, start(first, tx), first.frozen, first.base, batch)}
     for at_once, name in ((1, "lax.map"), (members, "vmap")):
-        crew, state = gather(planned, separate, STEPS, at_once)
-        arms[name] = Runner.of(make_sweep_step(model, crew), state, crew.own, crew.shared, first.base, batch)
+        stacked, state = gather(planned, separate, STEPS, at_once)
+        arms[name] = Runner.of(
+            make_sweep_step(model, stacked), state, stacked.constants, stacked.shared, first.base, batch
+        )
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(steps + 1):
         for name, arm in arms.items():
