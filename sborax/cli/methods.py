@@ -20,18 +20,19 @@ def find(name: str) -> type[AbstractMethod]:
     A class of yours is found by its name alone, and by `module:Name` if another class has that name.
     Raises SboraxError for an unknown name, and for one that several classes of yours have.
     """
-    labels = {label.lower(): method for label, method in listed().items()}
+    methods_by_label = listed()
+    labels = {label.lower(): method for label, method in methods_by_label.items()}
     if name.lower() in labels:
         return labels[name.lower()]
-    named = [label for label, method in listed().items() if method.__name__.lower() == name.lower()]
+    named = {label: method for label, method in methods_by_label.items() if method.__name__.lower() == name.lower()}
     if len(named) == 1:
-        return listed()[named[0]]
+        return next(iter(named.values()))
     if named:
         raise SboraxError(f"{name!r} is the name of several methods: {', '.join(named)}; give the module, too")
-    known = {method.__name__.lower(): method for method in listed().values()} | labels
+    known = {method.__name__.lower(): method for method in methods_by_label.values()} | labels
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(name_of(known[label]) for label in close)}?" if close else ""
-    raise SboraxError(f"there is no method {name!r}; {hint or 'known: ' + ', '.join(listed())}")
+    raise SboraxError(f"there is no method {name!r}; {hint or 'known: ' + ', '.join(methods_by_label)}")
 
 
 def listed() -> dict[str, type[AbstractMethod]]:
