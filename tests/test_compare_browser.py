@@ -11,11 +11,11 @@ import pytest
 from runs_on_disk import answers, experiment, write_run
 
 import sborax as sx
+from sborax.evaluate.compare import page
 from sborax.evaluate.compare.groups import compare
 from sborax.evaluate.compare.rows import read_rows
 from sborax.evaluate.compare.spectra import Change, Weights
 
-page = pytest.importorskip("sborax.evaluate.compare.page")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 WIDTHS = (400, 1280)

@@ -14,13 +14,13 @@ from runs_on_disk import answers, experiment, write_run, write_scores, write_swe
 
 import sborax as sx
 from sborax.cli.main import main
+from sborax.evaluate.compare import page
 from sborax.evaluate.compare.groups import compare, from_base
 from sborax.evaluate.compare.rows import read_measurements, read_rows
 from sborax.evaluate.compare.spectra import Change, Weights
 from sborax.evaluate.compare.tables import csv_text, fronts, markdown, rate, tables
 from tests.tiny_model import write_data, write_model
 
-page = pytest.importorskip("sborax.evaluate.compare.page")
 NOTHING = Weights({}, {})
 EVIL = "<script>alert(1)</script>|`$x^2$`"
 
