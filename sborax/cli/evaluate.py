@@ -14,13 +14,10 @@ from sborax.config.terminal import say
 from sborax.data.samples import load_samples
 from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
-from sborax.evaluate.run import read_scores
+from sborax.evaluate.run import FOLDER, read_scores
 from sborax.layout.hosts import several
 from sborax.train.experiment import Experiment
 from sborax.train.read import end_token
-
-OF_RUN = "scores"
-"""The folder of a run directory with the scores of its last adapter."""
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -64,7 +61,7 @@ def score_run(run: str) -> None:
     If all of them have scores already, nothing is done.
     Raises SboraxError for a task that is not known or data that is not found.
     """
-    experiment, place = find_run(run)[0], Path(run) / OF_RUN
+    experiment, place = find_run(run)[0], Path(run) / FOLDER
     tasks = chosen(",".join(experiment.eval.tasks))
     if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
         say(f"{place}: is scored already")

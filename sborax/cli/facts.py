@@ -4,12 +4,11 @@ from typing import Any
 
 from sborax.adapters.core import AbstractComposite, AbstractMethod
 from sborax.adapters.paths import as_rules
-from sborax.cli.evaluate import OF_RUN
 from sborax.cli.targets import find_run, is_best
 from sborax.config.codec import LiveObject
 from sborax.config.documents import read_object
 from sborax.data.options import Data
-from sborax.evaluate.run import in_words, read_scores
+from sborax.evaluate.run import FOLDER, in_words, read_scores
 from sborax.records.adapter import read_adapter
 from sborax.records.report import SUMMARY, name
 from sborax.train.experiment import Experiment
@@ -51,7 +50,7 @@ def facts(run: str) -> dict[str, str]:
     elif summary.exists():
         lines["Metrics"] = _metrics(read_object(summary))
     if not is_best(run):
-        lines |= {f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / OF_RUN)}
+        lines |= {f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / FOLDER)}
     return lines
 
 

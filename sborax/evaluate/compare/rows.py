@@ -15,7 +15,7 @@ from jaxtyping import Float
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.config.documents import check_plain, parse, read_object, shown
-from sborax.evaluate.run import SCORES, read_scores
+from sborax.evaluate.run import FOLDER, SCORES, read_scores
 from sborax.records.adapter import PLAN
 from sborax.records.disk import CONFIG
 from sborax.records.report import METRICS, SUMMARY, Summary
@@ -23,8 +23,6 @@ from sborax.sweep.results import SWEEP
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.loop import ADAPTER
 
-FOLDER = "scores"
-"""Where a run's directory has the scores of its adapter."""
 HELD_OUT = "held-out loss"
 TRAINING = "training loss"
 LAST = 10
