@@ -1,7 +1,7 @@
 """Writes adapters as a directory that PEFT loads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -124,10 +124,7 @@ def save_peft(
     trained = _trained_base(layout, leaves, linked, entries)
     config = _config(row, entries, layout, base, trained)
     tensors = _adapter_tensors(row, entries, layout)
-    for name in trained:
-        slot = layout.slots[name]
-        leaf = wide(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
-        tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
+    tensors |= _trained_tensors(layout, leaves, trained)
     for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
         if TYING not in row.reads:
             raise SboraxError(
@@ -144,6 +141,16 @@ def save_peft(
     methods = sorted({entry.method for entry in entries.values()})
     write_card(out, adapter_card(methods, config, errors, base, facts or {}))
     return exported
+
+
+def _trained_tensors(layout: HFLayout, leaves: Mapping[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The tensors of trained leaves of the base, under PEFT's names."""
+    tensors = {}
+    for name in names:
+        slot = layout.slots[name]
+        leaf = wide(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
+        tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
+    return tensors
 
 
 def _name(node: Adapter) -> str:
