@@ -74,10 +74,14 @@ def fill(app: Any, page: str, source: list[str]) -> None:
     source[0] = text + contents(app, text) if page == app.config.root_doc else text
 
 
+def table(head: str, row: Callable[[str], str]) -> str:
+    """A table with a row for every method."""
+    columns = head.count("|") - 1
+    return "\n".join([head, "|" + "---|" * columns, *map(row, methods.__all__)])
+
+
 def method_table() -> str:
-    rows = ["| method | the adapted projection | paper |", "|---|---|---|"]
-    rows += map(method_row, methods.__all__)
-    return "\n".join(rows)
+    return table("| method | the adapted projection | paper |", method_row)
 
 
 def method_row(name: str) -> str:
@@ -101,9 +105,7 @@ def method_section(name: str) -> str:
 
 
 def peft_table() -> str:
-    rows = ["| method | in | out (native) | exceptions | `--as lora` |", "|---|---|---|---|---|"]
-    rows += map(peft_row, methods.__all__)
-    return "\n".join(rows)
+    return table("| method | in | out (native) | exceptions | `--as lora` |", peft_row)
 
 
 def peft_row(name: str) -> str:
