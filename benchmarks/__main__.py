@@ -164,7 +164,9 @@ def sweep(case: dict[str, Any], steps: int) -> dict[str, Any]:
     rows, record = [], {}
     for members in (2, 6):
         results = attempt(f"{members} adapters", what="sweep", case=case, members=members, steps=steps)
-        for name in ("lax.map", "vmap") if results else ():
+        if results is None:
+            continue
+        for name in ("lax.map", "vmap"):
             together, single = results[name], results["single"]
             record[f"{members}, {name}"] = {key: together[key] for key in together if key != "seconds"}
             cells = [number(cell) for cell in (together["temp_gib"], single["temp_gib"], together["compile_seconds"])]

@@ -57,7 +57,7 @@ def transformers(shape: str, batch: int, new: int, rounds: int) -> dict[str, Any
     with torch.inference_mode():
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            model.generate(
+            model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 tokens,
                 attention_mask=mask,
                 min_new_tokens=new,

@@ -74,7 +74,9 @@ def folded(batch: Batch, vocab: int) -> dict[str, Any]:
 def measure(data: str, batch: int, steps: int) -> dict[str, Any]:
     """Useful tokens of packed rows over those of padded rows, a row and a second."""
     tokenizer = open_gguf(smollm2_gguf()).tokenizer()
-    samples, report = load_samples(Data(data, max_length=LENGTH), tokenizer, tokenizer.eos_token_id, LENGTH)
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    samples, report = load_samples(Data(data, max_length=LENGTH), tokenizer, end, LENGTH)
     rows = both(samples)
     rates = tokens_per_second(rows, batch, steps)
     return {

@@ -66,7 +66,7 @@ def qwix_step(case: dict[str, Any], steps: int) -> dict[str, Any]:
     import jax
     import numpy as np
     import optax
-    import qwix
+    import qwix  # pyright: ignore[reportMissingImports]
 
     from benchmarks.ours import Case, plain_model, runner
     from benchmarks.runner import Runner, in_turn

@@ -130,6 +130,7 @@ def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
     """The compiled step of an experiment on its first batch, set up as in a run."""
     model = read_model(experiment)
     batches, _ = read_data(experiment, model, lambda _: None)
+    assert experiment.steps is not None
     prepared = prepare(experiment, model, experiment.steps, folder)
     parts = begin(prepared, model, batches, folder, lambda _: None)
     return Runner.of(prepared.make_step(), prepared.start(parts), parts.frozen, parts.base, batches[0])

@@ -246,7 +246,9 @@ def pipes(home: Path) -> Prepare:
         "x.json": b"[]",
         "x.gguf": pack(describe()),
     }
-    wide = dataclasses.replace(tiny().config, vocab_size=258)
+    config = tiny().config
+    assert isinstance(config, LlamaConfig)
+    wide = dataclasses.replace(config, vocab_size=258)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract(wide))
     save_hf(home / "wide", LanguageModel(Llama(wide), params, wide, tokenizer()), params)
     paths = [*(home / "wide").iterdir(), *(home / "adapter").iterdir()]
