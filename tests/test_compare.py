@@ -192,10 +192,10 @@ UNEQUAL = {
 @pytest.mark.parametrize("change", UNEQUAL.values(), ids=list(UNEQUAL))
 def test_unequal_runs_are_shown_apart(tmp_path, change):
     rows = runs(tmp_path, (experiment(), 1.0), (experiment(seed=1, **change), 2.0))
-    one, other = compare(rows)
+    first, second = compare(rows)
     key = next(iter(change))
-    assert key in one.title and key in other.title and one.title != other.title
-    assert [group.estimates["held-out loss"].value for each in (one, other) for group in each.groups] == [1.0, 2.0]
+    assert key in first.title and key in second.title and first.title != second.title
+    assert [group.estimates["held-out loss"].value for each in (first, second) for group in each.groups] == [1.0, 2.0]
 
 
 def test_other_bases_and_other_samples_are_shown_apart(tmp_path):

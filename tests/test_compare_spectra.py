@@ -49,8 +49,8 @@ def test_decompositions_are_numpys(shape):
     _, singular, vectors = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(singular_values(matrix), singular, rtol=1e-6)
     for most in (None, 5):
-        mine = right_vectors(matrix, most)
-        np.testing.assert_allclose(np.abs(np.sum(mine * vectors[: most or 24], axis=1)), 1.0, atol=1e-6)
+        computed = right_vectors(matrix, most)
+        np.testing.assert_allclose(np.abs(np.sum(computed * vectors[: most or 24], axis=1)), 1.0, atol=1e-6)
 
 
 def test_vectors_of_a_thin_matrix_are_as_many_as_its_rank():

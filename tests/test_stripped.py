@@ -61,7 +61,7 @@ def methods_in(method: AbstractMethod) -> list[AbstractMethod]:
     """The method and those it is made of."""
     values = [getattr(method, field.name) for field in dataclasses.fields(method)]  # type: ignore[arg-type]
     parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
-    return [method, *(one for part in parts if isinstance(part, AbstractMethod) for one in methods_in(part))]
+    return [method, *(inner for part in parts if isinstance(part, AbstractMethod) for inner in methods_in(part))]
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
