@@ -7,13 +7,14 @@ from pathlib import Path
 from etils import epath
 
 from sborax.adapters.core import SboraxError
+from sborax.cli.columns import aligned
 from sborax.cli.targets import load_run
 from sborax.config.terminal import say
 from sborax.evaluate.compare.groups import Setting
 from sborax.evaluate.compare.groups import compare as grouped
 from sborax.evaluate.compare.rows import Measurement, Row, read_measurements, read_rows
 from sborax.evaluate.compare.spectra import Change, Spectra, Weights, ranks
-from sborax.evaluate.compare.tables import Table, conditions, costs_table, csv_text, markdown, scores_table
+from sborax.evaluate.compare.tables import conditions, costs_table, csv_text, markdown, scores_table
 from sborax.models import load_model
 
 REPORT = "report"
@@ -103,16 +104,5 @@ def _lines(setting: Setting) -> Iterator[str]:
     """A setting on the terminal: its main score, costs and notes."""
     yield f"{setting.title or 'all runs'} ({'; '.join(conditions(setting))})"
     for table in (*(scores_table(setting, measure) for measure in setting.measures[:1]), costs_table(setting)):
-        yield from _aligned(table)
+        yield from (f"  {line}" for line in aligned([table.header, *table.rows], table.numbers))
     yield from (f"  note: {note}" for note in setting.notes)
-
-
-def _aligned(table: Table) -> Iterator[str]:
-    lines = [table.header, *table.rows]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(table.header))]
-    for line in lines:
-        cells = (
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(line, widths, table.numbers, strict=True)
-        )
-        yield f"  {'  '.join(cells)}".rstrip()

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.paths import kernels, module_path
 from sborax.adapters.tree import count_node, nodes
+from sborax.cli.columns import aligned
 from sborax.cli.layout import with_mesh
 from sborax.cli.targets import is_experiment
 from sborax.config.codec import override
@@ -95,7 +96,7 @@ def describe_model(target: str, config: DecoderConfig) -> str:
     rows: Rows = [("module", "layers", "in x out", "parameters")]
     for path, weight in kernels(params).items():
         rows.append((module_path(path)[0], *_shape(weight.shape), f"{math.prod(weight.shape):,}"))
-    return "\n".join([_heading(target, config, params), "", *_table(rows)])
+    return "\n".join([_heading(target, config, params), "", *aligned(rows)])
 
 
 def describe_experiment(
@@ -118,7 +119,7 @@ def describe_experiment(
         size = f"{site.shape[0]} x {site.shape[1]}"
         rows.append((module_path(site.path)[0], layers, size, f"{counts[site.path]:,}", name(site.method)))
     total, base = sum(counts.values()) + trained_base_size, parameters(params)
-    lines = [_heading(experiment.model, config, params), "", *(_table(rows) if planned.plan.sites else [])]
+    lines = [_heading(experiment.model, config, params), "", *(aligned(rows) if planned.plan.sites else [])]
     if planned.plan.untouched and not experiment.train_base:
         lines += [f"left as they are: {', '.join(sorted({module_path(path)[0] for path in planned.plan.untouched}))}"]
     if trained_base:
@@ -139,14 +140,18 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
     lines = [f"bytes on {on}, {batch}:"]
     if isinstance(planned.mesh, AbstractMesh):
         table += [("temporaries", f"{temporary_bytes(planned):,}")]
-        return [*lines, *_table(table), "temporaries by a formula, since these devices are not here; arguments exactly"]
+        return [
+            *lines,
+            *aligned(table),
+            "temporaries by a formula, since these devices are not here; arguments exactly",
+        ]
     program = compiled(planned)
     table += [("temporaries", f"{program.memory_analysis().temp_size_in_bytes:,}")]
     kind = topology or f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    lines += [*_table(table), f"temporaries as compiled for {kind}; arguments exactly"]
+    lines += [*aligned(table), f"temporaries as compiled for {kind}; arguments exactly"]
     sent = collective_bytes(program.as_text())
     if sent:
-        lines += ["", "results of collectives in a step, bytes on each device:", *_table(_rows(sent))]
+        lines += ["", "results of collectives in a step, bytes on each device:", *aligned(_rows(sent))]
     return lines
 
 
@@ -163,13 +168,3 @@ def _heading(source: str, config: DecoderConfig, params: Any) -> str:
 
 def _shape(shape: tuple[int, ...]) -> tuple[str, str]:
     return str(math.prod(shape[:-2])), f"{shape[-2]} x {shape[-1]}"
-
-
-def _table(rows: Rows) -> list[str]:
-    """The rows in aligned columns, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-    def cell(text: str, width: int) -> str:
-        return text.rjust(width) if text.replace(",", "").isdecimal() else text.ljust(width)
-
-    return ["  ".join(cell(text, width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

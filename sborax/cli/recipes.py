@@ -27,6 +27,7 @@ import sborax
 from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError
 from sborax.adapters.paths import as_rules
 from sborax.adapters.ranks import LinearRanks
+from sborax.cli.columns import aligned
 from sborax.cli.facts import methods
 from sborax.config.classes import EXPERIMENT, execute
 from sborax.config.codec import encode
@@ -210,8 +211,8 @@ def cost(experiment: Experiment, samples: int | None) -> Cost:
     - u: `UTILISATION`.
 
     Args:
-        experiment: the run.
-        samples: size of the training data, for a run whose length is given in epochs; without it hours are None.
+    - experiment: the run.
+    - samples: size of the training data, for a run whose length is given in epochs; without it hours are None.
     """
     config = config_of(experiment.model)
     step = outline(plannable(experiment), config)
@@ -247,7 +248,7 @@ def overview() -> str:
         hours = "?" if spent.hours is None else f"{spent.hours:.2g}"
         data = experiment.data.label()
         rows.append((recipe.name, experiment.model, _method(experiment), str(spent.devices or "?"), hours, data))
-    return "\n".join([*_aligned(rows), "", *_assumed(), "`sborax recipes NAME` prints one with its published numbers."])
+    return "\n".join([*aligned(rows), "", *_assumed(), "`sborax recipes NAME` prints one with its published numbers."])
 
 
 def _assumed() -> list[str]:
@@ -294,7 +295,7 @@ def _published(published: Sequence[Row]) -> list[str]:
         trained = f"{row.parameters or '-'} (true: {row.counted})" if row.counted else row.parameters or "-"
         scores = [f"{row.scores[column]:g}" if column in row.scores else "-" for column in columns]
         table.append((row.name, trained, *scores, row.note.partition(":")[0]))
-    lines = _aligned(table)
+    lines = aligned(table)
     for note in dict.fromkeys(row.note for row in published if row.note):
         rows = [row.name for row in published if row.note == note]
         where = f" ({'; '.join(rows)})" if len(rows) < len(published) else ""
@@ -306,17 +307,3 @@ def _published(published: Sequence[Row]) -> list[str]:
         changes = "sborax cannot run this row" if row.changes is None else " ".join(map(shlex.quote, row.changes))
         lines += [f"- {row.name}: {changes or 'none'}"]
     return lines
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns of equal width; numbers stand to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-    def cell(text: str, width: int) -> str:
-        return text.rjust(width) if _is_number(text) else text.ljust(width)
-
-    return ["  ".join(map(cell, row, widths)).rstrip() for row in rows]
-
-
-def _is_number(text: str) -> bool:
-    return text.lstrip("+-").replace(".", "", 1).replace(",", "").rstrip("M").isdecimal()
