@@ -3,7 +3,8 @@
 import json
 import os
 import reprlib
-from typing import Any
+import sys
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -60,6 +61,11 @@ def read_object(file: epath.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SboraxError(f"{path}: not a JSON object")
     return value
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of JSON is a number that a float can hold. Booleans are none."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

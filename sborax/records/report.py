@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sborax.adapters.core import AbstractComposite, AbstractMethod, SboraxError
 from sborax.adapters.paths import Plan, module_path
-from sborax.config.documents import check_plain, parse, read_object
+from sborax.config.documents import check_plain, is_number, parse, read_object
 from sborax.records.disk import replace, writing
 
 METRICS = "metrics.jsonl"
@@ -77,8 +77,7 @@ def _is_valid(line: Any) -> bool:
     """Whether a line has a step, and whether its losses are numbers."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    losses = [line.get(name, 0.0) for name in ("loss", "eval_loss")]
-    return all(type(loss) is float or (type(loss) is int and abs(loss) <= sys.float_info.max) for loss in losses)
+    return all(is_number(line.get(name, 0.0)) for name in ("loss", "eval_loss"))
 
 
 class Progress:

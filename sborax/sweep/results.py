@@ -91,11 +91,18 @@ def read_results(place: epath.Path) -> Results | None:
     return results if results.best == best else None
 
 
+def read_members(place: epath.Path) -> list[dict[str, Any]]:
+    """The members in `sweep.json`, each with a `name`. Raises SboraxError if there are none."""
+    members = read_object(place / SWEEP).get("members")
+    if not isinstance(members, list) or not all(
+        isinstance(member, dict) and isinstance(member.get("name"), str) for member in members
+    ):
+        raise SboraxError(f"{place / SWEEP}: holds no members of a sweep; restore it from a copy, or begin a new sweep")
+    return members
+
+
 def check_same(place: epath.Path, members: Sequence[Member]) -> None:
     """Raise SboraxError if `place` holds a sweep over other members."""
-    try:
-        names = [str(member["name"]) for member in read_object(place / SWEEP)["members"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SboraxError(f"{place / SWEEP}: not readable ({error}); mend it, or start the sweep anew") from error
+    names = [member["name"] for member in read_members(place)]
     if names != [member.name for member in members]:
         raise SboraxError(f"{place}: holds a sweep over {'; '.join(names)}; resume it with the same values")

@@ -4,9 +4,8 @@ import dataclasses
 import hashlib
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -14,12 +13,12 @@ from jaxtyping import Float
 
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
-from sborax.config.documents import check_plain, parse, read_object, shown
+from sborax.config.documents import check_plain, is_number, parse, read_object, shown
 from sborax.evaluate.run import FOLDER, SCORES, read_scores
 from sborax.records.adapter import PLAN
 from sborax.records.disk import CONFIG
 from sborax.records.report import METRICS, SUMMARY, Summary
-from sborax.sweep.results import SWEEP
+from sborax.sweep.results import SWEEP, read_members
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.loop import ADAPTER
 
@@ -131,11 +130,9 @@ def _runs(place: epath.Path) -> Iterator[Member]:
 
 
 def _members(place: epath.Path) -> list[dict[str, Any]]:
-    members = read_object(place / SWEEP).get("members")
-    if not isinstance(members, list) or not all(
-        isinstance(member, dict) and isinstance(member.get("name"), str) and _is_plain(member["name"])
-        for member in members
-    ):
+    """The members of a sweep, whose names are directories beside its file."""
+    members = read_members(place)
+    if not all(_is_plain(member["name"]) for member in members):
         raise SboraxError(f"{place / SWEEP}: holds no members of a sweep; restore it from a copy")
     return members
 
@@ -190,22 +187,23 @@ def dotted(value: Any, where: str = "") -> dict[str, Any]:
 
 def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
     """The lines of `metrics.jsonl`, checked."""
-    file = run / METRICS
+    for where, line in _lines(run / METRICS):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise SboraxError(f"{where} has no step; restore the file from a copy")
+        for name in ("loss", "eval_loss", "seconds"):
+            if not is_number(line.get(name, 0.0)):
+                raise SboraxError(f"{where}: {name} is {shown(line[name])}, not a number")
+        yield line
+
+
+def _lines(file: epath.Path) -> Iterator[tuple[str, Any]]:
+    """Every line of a JSONL file, with its place for errors; nothing without the file."""
     if not file.exists():
         return
     check_plain(file)
     for number, text in enumerate(file.read_bytes().splitlines(), start=1):
-        line = parse(text, f"{file}: line {number}")
-        if not isinstance(line, dict) or type(line.get("step")) is not int:
-            raise SboraxError(f"{file}: line {number} has no step; restore the file from a copy")
-        for name in ("loss", "eval_loss", "seconds"):
-            if not _is_number(line.get(name, 0.0)):
-                raise SboraxError(f"{file}: line {number}: {name} is {shown(line[name])}, not a number")
-        yield line
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+        where = f"{file}: line {number}"
+        yield where, parse(text, where)
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
@@ -293,11 +291,11 @@ def _of_task(place: epath.Path, score: Mapping[str, Any]) -> dict[str, Measureme
         value = values.get(name)
         if listed is not None:
             mean = float(listed.mean())
-            if _is_number(value) and abs(mean - float(value)) > 1e-6 * max(1.0, abs(mean)):
+            if is_number(value) and abs(mean - float(value)) > 1e-6 * max(1.0, abs(mean)):
                 file = place / f"{task}.jsonl"
                 raise SboraxError(f"{file}: its {name} is {mean:.6g}, {SCORES} says {value:.6g}; score the run anew")
             measured[f"{task} {name}"] = Measurement(mean, listed, identity)
-        elif _is_number(value):
+        elif is_number(value):
             measured[f"{task} {name}"] = Measurement(float(value), None, identity)
     # The loss says the same, by item.
     if f"{task} loss" in measured:
@@ -316,11 +314,7 @@ def _values(name: str, items: Sequence[Item]) -> Float[np.ndarray, " items"] | N
 
 
 def _items(file: epath.Path) -> Iterator[dict[str, Any]]:
-    if not file.exists():
-        return
-    check_plain(file)
-    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
-        item = parse(text, f"{file}: line {number}")
+    for where, item in _lines(file):
         if not isinstance(item, dict):
-            raise SboraxError(f"{file}: line {number} is no item of a task; score the run anew")
+            raise SboraxError(f"{where} is no item of a task; score the run anew")
         yield item
