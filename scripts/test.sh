@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv-test, fetch the real model, and run every check: ruff, pyright, pytest. Arguments go to pytest.
-# With --quick as the first argument pytest runs the tests marked `quick`, which takes minutes.
+# With --quick as the first argument pyright checks the package alone and pytest runs the tests marked `quick`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -39,11 +39,12 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
 $bin/ruff check
 $bin/ruff format --check
-$bin/pyright --pythonpath $bin/python
 if [[ $quick ]]; then
+  $bin/pyright --pythonpath $bin/python sborax
   # Only the files that have such tests: importing the others would take as long as running these.
   $bin/pytest -n 2 -m quick $(grep -l 'mark\.quick' tests/test_*.py) "$@"
 else
+  $bin/pyright --pythonpath $bin/python
   # All tests of a file run in one worker, so that shared fixtures are made once. By default the files with the fewest
   # tests come last: some of these take minutes, while the other worker idles.
   $bin/pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -44,12 +44,22 @@ pytestmark = pytest.mark.usefixtures("strict")
 by_case = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.quick] * (case in FEW)) for case in METHODS]
 )
-# Every dtype, stack and base is in one of these; the nightly run takes all six.
+# Every dtype, stack and base is in one of these. All rows take the first; the nightly run takes all six.
 SOME = (1, 2, 5)
 by_setting = pytest.mark.parametrize(
-    ("dtype", "stacked", "quantised"),
+    ("case", "dtype", "stacked", "quantised"),
     [
-        setting if number in SOME else pytest.param(*setting.values, id=setting.id, marks=pytest.mark.nightly)
+        pytest.param(
+            case,
+            *setting.values,
+            id=f"{case.name}-{setting.id}",
+            marks=(
+                [pytest.mark.quick]
+                if case in FEW and number in SOME
+                else [pytest.mark.nightly] * (number not in SOME or case not in FEW and number != SOME[0])
+            ),
+        )
+        for case in METHODS
         for number, setting in enumerate(SETTINGS)
     ],
 )
@@ -69,7 +79,6 @@ def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
 
 
 @by_setting
-@by_case
 def test_identity_at_init(case: Case, dtype, stacked, quantised):
     original = dense(base(dtype, stacked, quantised))
     weight, node = fitted(case.method, dtype, stacked, quantised)
@@ -90,7 +99,6 @@ def test_identity_at_init(case: Case, dtype, stacked, quantised):
 
 
 @by_setting
-@by_case
 def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, quantised):
     weight, node = fitted(case.method, dtype, stacked, quantised)
     node, x = trained(node), inputs(dtype)
@@ -305,7 +313,7 @@ def test_hyper_parameters_have_bounds_that_planning_keeps(case: Case):
         pytest.param(True, True, id="stacked-nf4"),
     ],
 )
-@by_case
+@by_few
 def test_many_adapters_over_one_base(case: Case, stacked, quantised):
     """vmap over trained and frozen leaves: each member equals itself alone."""
     weight, first = fitted(case.method, "float32", stacked, quantised)
@@ -333,7 +341,7 @@ def test_file_round_trip(case: Case, tmp_path):
     chex.assert_trees_all_equal(found, adapters)
 
 
-@by_case
+@by_few
 def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
     params = {"layers": {"proj": {"kernel": base()}}}
     rule = sx.Rule("proj", case.method, layers=(0, -1))

@@ -1,7 +1,7 @@
 """The contract inside a model: every method takes a step in a tiny LLaMA, whatever form the model has.
 
-Rows come from `cases.py` and act on kernels of (IN, OUT). The first rows that vary in what they declare always run, and
-those for which the model itself carries values; the others run with `-m nightly`.
+Rows come from `cases.py` and act on kernels of (IN, OUT). The first rows that vary in what a model has to do for them
+always run; the others run with `-m nightly`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, IN, LAYERS, METHODS, OUT
+from cases import IN, LAYERS, METHODS, OUT, Case
 from nightly import nightly_unless
 from torch_pair import shaken
 
@@ -47,9 +47,17 @@ BATCH = {
     "counts": jnp.broadcast_to(jnp.arange(8) >= 3, (1, 4, 8)),
     "segments": jnp.ones((1, 4, 8), jnp.int32),
 }
-CARRIED = [case for case in METHODS if case.method.linked or routed_parts(case.method)]
-"""Methods that read values of an earlier layer, or a decision made on the prompt."""
-by_case = pytest.mark.parametrize("case", nightly_unless([*FEW, *CARRIED], METHODS), ids=lambda case: case.name)
+
+
+def demands(case: Case) -> tuple[bool, ...]:
+    """What a model meets: values of other layers, decisions on the prompt, layers of other ranks, kernels that move."""
+    method = case.method
+    return bool(method.linked), bool(routed_parts(method)), bool(method.ragged), bool(method.materialises)
+
+
+FEW = {demands(case): case for case in reversed(METHODS)}.values()
+"""The first row of each kind."""
+by_case = pytest.mark.parametrize("case", nightly_unless(FEW, METHODS), ids=lambda case: case.name)
 
 
 def model_of(**options) -> LanguageModel:

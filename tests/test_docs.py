@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from nightly import nightly_unless
 from pages import DOCS, ROOT, blocks, build_site, commands, try_command, try_page
 from published import PUBLISHED
 from questions import QUESTIONS, instruction
@@ -25,6 +26,8 @@ from sborax.cli.methods import describe
 from sborax.interop.peft_table import TABLE
 
 PAGES = sorted(DOCS.glob("*.md"))
+LONG = ("cli", "devices", "reproducing")
+"""Pages whose commands take longest. The nightly run follows them."""
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = """
 import dataclasses, runpy
@@ -83,7 +86,9 @@ def workshop(compiled_once, tmp_path_factory):
 
 # Warnings of peft, torch and the harness are not ours to fix.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", nightly_unless([page for page in PAGES if page.stem not in LONG], PAGES), ids=lambda page: page.stem
+)
 def test_every_block_of(page, workshop, tmp_path, monkeypatch):
     if not blocks(page):
         return

@@ -17,6 +17,7 @@ import pytest
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.cli.targets import load_run
@@ -135,7 +136,7 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("what", FULL)
+@pytest.mark.parametrize("what", nightly_unless(["checkpoint", "adapter"], FULL))
 def test_a_full_disk_stops_a_run_that_later_goes_on(what, experiment, whole, disk, tmp_path, monkeypatch):
     owner, name, when, problem, kept = FULL[what]
     opened = []

@@ -160,6 +160,7 @@ def test_the_number_of_batches_is_the_users(run, places, tmp_path):
         train(an_experiment(places, hint_batches=1), run[0], resume=True, echo=quiet)
 
 
+@pytest.mark.nightly
 def test_an_adapted_head_has_a_gradient_of_its_own(places, tmp_path):
     untied = write_model(tmp_path / "untied", hidden_size=64, head_dim=16, tie_word_embeddings=False)
     rules = (sx.Rule("lm_head", sx.LoRAGA(rank=2)),)

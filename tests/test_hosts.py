@@ -119,12 +119,18 @@ def _losses(run):
     return np.array([line["loss"] for line in _lines(run) if "loss" in line])
 
 
-def test_two_processes_train_die_resume_and_stop(tmp_path, pair):
+@pytest.fixture
+def experiment(tmp_path):
+    """The file of an experiment."""
     model = write_model(tmp_path / "model", num_key_value_heads=2)
     data = write_data(tmp_path / "data.jsonl")
-    experiment, cache = tmp_path / "experiment.py", tmp_path / "cache"
-    experiment.write_text(EXPERIMENT.format(model=str(model), data=str(data), steps=STEPS))
+    file = tmp_path / "experiment.py"
+    file.write_text(EXPERIMENT.format(model=str(model), data=str(data), steps=STEPS))
+    return file
 
+
+def test_two_processes_train_die_and_resume(tmp_path, pair, experiment):
+    cache = tmp_path / "cache"
     whole = pair(experiment, tmp_path / "whole", cache, own=True)
     codes, out, err = whole.ended()
     assert codes == [0, 0], err
@@ -141,7 +147,6 @@ def test_two_processes_train_die_resume_and_stop(tmp_path, pair):
     assert codes == [LOST, -signal.SIGKILL]
     assert err[0].splitlines()[-1].startswith("error: process 1 of this run is gone"), err[0]
     assert "--resume" in err[0] and "Traceback" not in err[0]
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
 
     codes, out, err = pair(experiment, tmp_path / "killed", cache, "--resume", own=True).ended()
     assert codes == [0, 0], err
@@ -152,21 +157,25 @@ def test_two_processes_train_die_resume_and_stop(tmp_path, pair):
         np.testing.assert_array_equal(leaf, second[name], err_msg=name)
     np.testing.assert_array_equal(_losses(tmp_path / "whole"), _losses(tmp_path / "killed"))
 
-    stopped = pair(experiment, tmp_path / "killed", cache, FOREVER, "--resume")
-    stopped.until_step(STEPS + 2)
+
+@pytest.mark.nightly
+def test_two_processes_are_stopped_and_one_goes_on(tmp_path, pair, experiment):
+    stopped = pair(experiment, tmp_path / "stopped", tmp_path / "cache", FOREVER)
+    stopped.until_step(10)
     stopped.processes[1].send_signal(signal.SIGTERM)
     codes, out, err = stopped.ended()
     assert codes == [130, 130], err
     assert "saved; --resume goes on" in out[0]
-    summary = json.loads((tmp_path / "killed/summary.json").read_text())
-    assert not summary["finished"] and summary["steps"] == len(_losses(tmp_path / "killed"))
-    assert (tmp_path / "killed/checkpoints" / str(summary["steps"])).is_dir()
+    summary = json.loads((tmp_path / "stopped/summary.json").read_text())
+    assert not summary["finished"] and summary["steps"] == len(_losses(tmp_path / "stopped"))
+    assert (tmp_path / "stopped/checkpoints" / str(summary["steps"])).is_dir()
 
     # The same checkpoints on one process and one device, written by two.
-    alone = sx.load_experiment(str(experiment), ["mesh=null"])
-    summary = train(alone, tmp_path / "alone", resume=True, echo=lambda text: None)
-    assert summary.finished
-    np.testing.assert_allclose(_losses(tmp_path / "alone"), _losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+    steps = summary["steps"] + 4
+    alone = sx.load_experiment(str(experiment), ["mesh=null", f"steps={steps}"])
+    assert train(alone, tmp_path / "stopped", resume=True, echo=lambda text: None).finished
+    train(alone, tmp_path / "alone", echo=lambda text: None)
+    np.testing.assert_allclose(_losses(tmp_path / "alone"), _losses(tmp_path / "stopped"), rtol=0, atol=1e-5)
 
 
 BETWEEN_STEPS = """

@@ -55,6 +55,7 @@ def test_logits_equal_transformers_with_a_tokenizer(llama):
     assert relative(jax.jit(model.apply)(model.params, None, tokens), torch_logits(reference, tokens)) < TOLERANCE
 
 
+@pytest.mark.nightly
 def test_logits_equal_transformers_on_smollm2(smollm2):
     model = load_model(smollm2)
     reference = transformers.AutoModelForCausalLM.from_pretrained(

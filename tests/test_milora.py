@@ -554,6 +554,7 @@ def an_experiment(place, **changes):
     return sx.Experiment(**given | {"steps": 6, "optimizer": sx.Optimizer(lr=1e-2), "eval": sx.Eval(data)} | changes)
 
 
+@pytest.mark.nightly
 def test_a_run_from_plan_to_text(tmp_path, capsys):
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")

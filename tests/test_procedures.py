@@ -379,6 +379,7 @@ def has_acted(procedure, adapters):
     return True
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", nightly_unless(["LoRAPrune"], PROCEDURES))
 def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
     procedure, method = PROCEDURES[name]

@@ -29,7 +29,7 @@ bone cola dora lora lora_ga lora_plus lora_rite loraprune milora olora orthogona
 xgblora
 """.split()
 # One that scores by beams, by likelihood, by perplexity, by the harness, and one whose template is its own.
-FEW = ("sbora/commonsense", "sbora/mmlu", "bone/metamathqa", "cola/rte", "loraprune/wikitext")
+FEW = ("sbora/commonsense", "cola/rte")
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -99,7 +99,7 @@ def resumed_at_the_end(experiment, run):
     same_but_for_times(files(run), before)
 
 
-@pytest.mark.parametrize("name", nightly_unless(["PRILoRAPruning-mask"], PROCEDURES))
+@pytest.mark.parametrize("name", nightly_unless(["AdaLoRABudget"], PROCEDURES))
 def test_a_procedure_loses_nothing_at_the_end_of_a_run(name, places, tmp_path):
     procedure, method = PROCEDURES[name]
     experiment = an_experiment(places, "tiny", [("self_attn|mlp", method)], procedure=procedure)
@@ -113,7 +113,7 @@ def test_a_procedure_loses_nothing_at_the_end_of_a_run(name, places, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cases", nightly_unless(SEVENS[::3], SEVENS), ids=lambda cases: f"{cases[0].name}..{cases[-1].name}"
+    "cases", nightly_unless(SEVENS[:1], SEVENS), ids=lambda cases: f"{cases[0].name}..{cases[-1].name}"
 )
 def test_a_method_loses_nothing_at_the_end_of_a_run(cases, places, tmp_path):
     rules = [(module, case.method) for module, case in zip(PROJECTIONS, cases, strict=False)]

@@ -49,7 +49,7 @@ def more(few, many):
     return kernels, size(many.state.train) - size(few.state.train)
 
 
-@pytest.mark.parametrize("quant", nightly_unless(["nf4"], [None, "nf4"]))
+@pytest.mark.parametrize("quant", nightly_unless([None], [None, "nf4"]))
 def test_temporaries_do_not_grow_with_the_base(quant):
     """Gradients grow with the layers, and what these keep of activations: a quarter of the kernels at most."""
     few, many = outlines(quant)
@@ -57,6 +57,7 @@ def test_temporaries_do_not_grow_with_the_base(quant):
     assert growth(map(compiled, (few, many))) < 2 * trained + kernels / 4
 
 
+@pytest.mark.nightly
 def test_a_copy_of_the_base_would_be_seen():
     """The same loss by merging, which makes every adapted kernel at once."""
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.tree import nodes
@@ -114,7 +115,7 @@ def swept(places, tmp_path_factory):
     return experiment, out, results, seen
 
 
-@pytest.mark.parametrize("number", [1, 6])
+@pytest.mark.parametrize("number", nightly_unless([6], [1, 6]))
 def test_a_member_is_its_own_single_run(swept, tmp_path, number):
     experiment, out, _, _ = swept
     member = Sweep(experiment, GRID).members()[number]
@@ -195,6 +196,7 @@ def test_commands_take_a_member_for_a_run(swept, tmp_path, capsys):
 # Several together, by vmap
 
 
+@pytest.mark.nightly
 def test_optimisers_of_other_links_beside_each_other(places, tmp_path):
     """LoRA+ is one link more in the chain."""
     grid = {"optimizer.b_ratio": (1.0, 4.0)}
@@ -297,6 +299,7 @@ def test_when_all_diverge_the_sweep_ends(places, tmp_path):
         sweep(description, tmp_path / "two", echo=quiet)
 
 
+@pytest.mark.nightly
 def test_a_base_that_is_rewritten_is_so_once(places, tmp_path):
     experiment = an_experiment(places, rules=(sx.Rule("q_proj", sx.PiSSA(rank=2)),), steps=2)
     grid = {"optimizer.lr": (1e-3, 1e-2)}

@@ -80,6 +80,7 @@ def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
     assert len(set(kept)) == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", nightly_unless(["COLA"], ["COLA", "LoRAPrune", "PRILoRAPruning"]))
 def test_a_sweep_that_was_stopped_resumes_to_the_same_bits(name, places, tmp_path):
     # A member that diverges is left alone by the procedure, and by the resumed one.

@@ -10,7 +10,7 @@ import pytest
 from pages import DOCS, ROOT, blocks
 
 NAME = "Projected"
-CONTRACT = ["test_contract.py", "test_contract_base.py", "test_contract_stacks.py", "test_finite.py"]
+CONTRACT = ["test_contract.py", "test_finite.py"]
 OTHERS = ["test_structure.py", "test_cli.py"]
 SELECTED = f"{NAME} or test_structure.py or test_methods_tells_of_every_method"
 TABLES = """

@@ -83,9 +83,9 @@ def alone(parts):
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("dp mp", 8),
-        ("fsdp tensor", 3),
         ("data mp", 3),
+        pytest.param("dp mp", 8, marks=pytest.mark.nightly),
+        pytest.param("fsdp tensor", 3, marks=pytest.mark.nightly),
         pytest.param("fsdp tensor", 8, marks=pytest.mark.nightly),
         pytest.param("data", 8, marks=pytest.mark.nightly),
     ],
