@@ -7,6 +7,7 @@ from pathlib import Path
 from etils import epath
 
 import sborax as sx
+from sborax.records.eval_losses import SampleLoss, write_eval_losses
 from sborax.records.report import Summary
 from sborax.train.experiment import save_experiment
 
@@ -43,11 +44,13 @@ def write_run(
     finished: bool = True,
     scores: dict[str, list[dict]] | None = None,
     metrics: dict[str, dict[str, float]] | None = None,
+    held_out: list[tuple[int, float]] | None = None,
 ) -> Path:
     """A run whose held-out loss falls from twice `loss` to `loss`.
 
     - scores: items by task, as a task's JSONL file has them. metrics: of each task.
     - base: fingerprints in `adapter/plan.json`; None for a run without an adapter.
+    - held_out: tokens and nats of each held-out sample, whose mean is `loss`; None where they were not kept.
     """
     place.mkdir(parents=True)
     run = epath.Path(place)
@@ -70,6 +73,9 @@ def write_run(
     if base is not None:
         (place / "adapter").mkdir()
         (place / "adapter" / "plan.json").write_text(json.dumps({"format": 1, "base": base}))
+    if held_out is not None:
+        losses = [SampleLoss(f"{number:016x}", *sample) for number, sample in enumerate(held_out)]
+        write_eval_losses(run, losses)
     if scores is not None:
         write_scores(place / "scores", scores, metrics or {})
     return place

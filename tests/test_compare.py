@@ -44,6 +44,14 @@ def test_a_run_is_read_as_it_is(tmp_path):
     assert row.measurements["training loss"].value == pytest.approx(sum(last) / 10)
 
 
+def test_the_held_out_loss_has_its_samples(tmp_path):
+    run = write_run(tmp_path / "run", experiment(), 1.5, held_out=[(1, 3.0), (2, 2.0), (3, 4.0)])
+    measured = read(run)[0].measurements["held-out loss"]
+    # Nine nats over six tokens; the mean of three means would be 1.78.
+    np.testing.assert_allclose(measured.items, [1.5 + 1.5 / 2, 1.5 - 1 / 2, 1.5 - 0.5 / 2])
+    assert measured.value == 1.5 and measured.items.mean() == pytest.approx(1.5) and measured.identity
+
+
 def test_a_sweep_is_all_its_members(tmp_path):
     losses = {(1e-3, 0): 1.0, (1e-3, 1): 1.1, (1e-2, 0): None}
     place = write_sweep(tmp_path / "sweep", sx.LoRA(rank=4), losses)
@@ -105,6 +113,14 @@ def task_outside(run):
     edited(run / "scores" / "scores.json", lambda file: file["scores"][0].update(task="../../arc"))
 
 
+def no_sample(run):
+    (run / "eval_losses.jsonl").write_text('{"digest": "0", "tokens": 0, "loss": 1.0}\n')
+
+
+def other_mean(run):
+    (run / "eval_losses.jsonl").write_text('{"digest": "0", "tokens": 2, "loss": 3.0}\n')
+
+
 def no_item(run):
     (run / "scores" / "arc_easy.jsonl").write_text("[1]\n")
 
@@ -120,6 +136,8 @@ def no_item(run):
         (other_accuracy, r"its acc is 0.5, scores.json says 0.75"),
         (task_outside, "has no metrics"),
         (no_item, "line 1 is no item"),
+        (no_sample, "line 1 is no loss of a held-out sample; delete the file"),
+        (other_mean, "its mean is 1.5, metrics.jsonl ends with 1; delete the file"),
     ],
 )
 def test_damage_is_refused_in_one_line(tmp_path, damage, message):
@@ -279,6 +297,41 @@ def test_items_are_paired_where_they_are_the_same(tmp_path):
     # Two thirds of a nat apart by hardness, and told apart all the same.
     assert other.gap.high - other.gap.low < 0.1 * (other.interval.high - other.interval.low)
     assert other.gap.excludes_zero
+
+
+def test_held_out_losses_are_paired_by_sample(tmp_path):
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 20, 80)
+    hard = tokens * random.gamma(4.0, 0.5, 80)
+    places = []
+    for method, gain in ((sx.LoRA(rank=4), 0.0), (sx.Bone(rank=4), 0.05)):
+        for seed in (0, 1):
+            losses = hard + tokens * (gain + random.normal(0.0, 0.01, 80))
+            held_out = [(int(count), float(loss)) for count, loss in zip(tokens, losses, strict=True)]
+            run, mean = tmp_path / f"run{len(places)}", float(losses.sum() / tokens.sum())
+            places.append(write_run(run, experiment(method, seed=seed), mean, held_out=held_out))
+    rows = read(*places)
+    (setting,) = compare(rows)
+    reference, other = (group.estimates["held-out loss"] for group in setting.groups)
+    assert reference.items.draws == other.items.draws == 80 and reference.items.value == pytest.approx(reference.value)
+    # Far more samples than a difference as small as that needs are hard or easy for both.
+    assert other.gap_items.value == pytest.approx(0.05, abs=0.005) and other.gap_items.excludes_zero
+    assert other.gap_items.high - other.gap_items.low < 0.05 * (other.items.high - other.items.low)
+    # The interval of a ratio of sums, and not that of a mean of ratios.
+    drawn = random.integers(0, 80, (4000, 80))
+    low, high = np.quantile(hard[drawn].sum(1) / tokens[drawn].sum(1), (0.025, 0.975))
+    assert reference.items.high - reference.items.low == pytest.approx(high - low, rel=0.1)
+
+
+def test_runs_with_and_without_samples_are_compared_by_their_means(tmp_path):
+    kept = write_run(tmp_path / "kept", experiment(), 1.5, held_out=[(1, 1.0), (1, 2.0)])
+    earlier = write_run(tmp_path / "earlier", experiment(sx.Bone(rank=4)), 1.0)
+    (setting,) = compare(read(kept, earlier))
+    assert [group.estimates["held-out loss"].value for group in setting.groups] == [1.5, 1.0]
+    assert all(group.estimates["held-out loss"].items is None for group in setting.groups)
+    other = write_run(tmp_path / "other", experiment(sx.HRA(rank=4)), 2.0, held_out=[(1, 1.0), (2, 5.0)])
+    (setting,) = compare(read(kept, other))
+    assert any("held-out loss: runs were scored in 2 ways" in note for note in setting.notes)
 
 
 @pytest.mark.parametrize("protocol", [{"limit": 2}, {"seed": 1}, {"data": "other.json"}, {"protocol": "generated"}])

@@ -13,7 +13,9 @@ from etils import epath
 from runs_on_disk import answers, experiment, write_run, write_scores, write_sweep
 
 import sborax as sx
+from sborax.cli.compare import published_beside
 from sborax.cli.main import main
+from sborax.cli.recipes import read_recipe
 from sborax.evaluate.compare import page
 from sborax.evaluate.compare.groups import compare, from_base
 from sborax.evaluate.compare.rows import read_measurements, read_rows
@@ -289,6 +291,72 @@ def test_compare_says_what_is_wrong_in_one_line(trained, tmp_path, capsys):
     assert "--by rank: no run has such a key" in capsys.readouterr().err
     assert main(["compare", trained[0], "--base", str(tmp_path), "--out", str(tmp_path / "report")]) == 2
     assert "holds no scores" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+RECIPE = """# sborax train experiments/mine/table.py --out runs/mine
+import sborax as sx
+from sborax.cli.recipes import Row, method_change
+
+
+def experiment():
+    return sx.Experiment("models/tiny", sx.Data("train.jsonl"), (sx.Rule("mlp", sx.LoRA(rank=8)),), steps=1)
+
+
+PUBLISHED = (
+    Row("LoRA of rank 8", {"ARC-e": 55.5, "BoolQ": 60.0}, "the paper's table 3"),
+    Row("LoRA, stabilised", {"ARC-e": 56.5}, "the paper's table 3", changes=(
+        method_change(sx.LoRA(rank=8, rslora=True)),), note="broken: the mean is not that of its row"),
+    Row("OLoRA", {"BoolQ": 61.0}, "another table", changes=None, note="contaminated: test items in the data"),
+)
+UNKNOWN = NEEDS = ()
+SCORED = "TASKS"
+"""
+
+
+def recipe(place, tasks="arc_easy,boolq", published=None):
+    text = RECIPE.replace("TASKS", tasks)
+    place.write_text(text if published is None else text + f"PUBLISHED = {published}\n")
+    return str(place)
+
+
+def test_published_scores_stand_beside_those_of_the_runs(settings, tmp_path):
+    beside = published_beside(read_recipe(recipe(tmp_path / "table.py")), settings)
+    # The sweep was not scored.
+    assert beside[0] is not None and beside[1] is None
+    table = beside[0].table
+    assert table.header == ("method", "ARC-e", "BoolQ", "source", "tag")
+    ours = {group.label: f"{100 * group.estimates['arc_easy acc'].value:.2f}" for group in settings[0].groups}
+    # Under the runs' LoRA that of rank 8; at the end what the runs have no like of.
+    assert table.rows == (
+        ("Bone(rank=8)", ours["Bone(rank=8)"], "", "ours", ""),
+        ("LoRA(rank=4)", ours["LoRA(rank=4)"], "", "ours", ""),
+        ("published: LoRA of rank 8", "55.5", "60", "[1]", ""),
+        ("SBoRA(rank=4)", ours["SBoRA(rank=4)"], "", "ours", ""),
+        ("published: LoRA, stabilised", "56.5", "", "[1]", "broken"),
+        ("published: OLoRA", "", "61", "[2]", "contaminated"),
+    )
+    weights = [NOTHING, NOTHING]
+    written = markdown(settings, weights, beside=beside), page.page(settings, weights, beside=beside)
+    for words in ("published: LoRA, stabilised", "paper", "Broken: the mean is not that of its row.", "another table"):
+        assert all(words in text for text in written), words
+    # They enter no statistic: all else in the report stays as it is.
+    assert set(markdown(settings, weights).splitlines()) < set(written[0].splitlines())
+
+
+def test_published_scores_that_cannot_be_shown_are_one_clear_line(tmp_path, capsys):
+    items, metrics = answers([True, False], [0.5, 1.0])
+    run = write_run(tmp_path / "run", experiment(), scores={"arc_easy": items}, metrics={"arc_easy": metrics})
+    for name, message in (
+        ("nobody/nothing", "there is no recipe 'nobody/nothing'"),
+        ("nobody/nothing.py", "there is no recipe nobody/nothing.py"),
+        (recipe(tmp_path / "none.py", published="()"), "holds no published scores"),
+        (recipe(tmp_path / "other.py", "arc_easy_labels"), "sborax eval RUN --tasks arc_easy_labels --out RUN/scores"),
+        ("bone/metamathqa", "scored by --harness gsm8k, whose scores are not compared"),
+    ):
+        assert main(["compare", str(run), "--published", name, "--out", str(tmp_path / "report")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, error
     assert not (tmp_path / "report").exists()
 
 

@@ -335,6 +335,10 @@ def test_the_best_adapter_is_the_one_with_the_lowest_held_out_loss(experiment, t
         target = load_run(str(tmp_path / "run" / name))
         found = loss_on(target.model, target.params, target.adapters, read_held_out(often, target.model, quiet))
         assert found == pytest.approx(losses[step], rel=1e-6), name
+        kept = (tmp_path / "run" / name / "eval_losses.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in kept]
+        mean = sum(sample["loss"] for sample in samples) / sum(sample["tokens"] for sample in samples)
+        assert mean == pytest.approx(losses[step], rel=1e-6), name
 
 
 def test_the_best_survives_a_crash_and_other_data_begin_anew(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from sborax.train.head_loss import frozen_head_loss, trained_head_loss
+from sborax.train.head_loss import frozen_head_loss, head_losses, trained_head_loss, trained_head_losses
 
 TOKENS, D, VOCAB, CHUNK = 37, 11, 53, 8
 
@@ -64,6 +64,24 @@ def test_trained_head_equals_optax(dtype, tolerance):
     for slope, other in zip(slopes, wanted_slopes, strict=True):
         error = np.abs(np.asarray(slope, np.float32) - np.asarray(other, np.float32))
         assert error.max() <= tolerance * np.abs(np.asarray(other, np.float32)).max()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_terms_by_token_equal_optax_and_leave_the_bits_of_the_sum(trained):
+    hidden, kernel, targets, counts = make(jnp.float32)
+
+    def head(states):
+        return jnp.matmul(states, kernel, preferred_element_type=jnp.float32)
+
+    if trained:
+        total, terms = jax.jit(lambda h: trained_head_losses(head, h, targets, counts, CHUNK))(hidden)
+        alone = jax.jit(lambda h: trained_head_loss(head, h, targets, counts, CHUNK))(hidden)
+    else:
+        total, terms = jax.jit(lambda h: head_losses(h, kernel, targets, counts, False))(hidden)
+        alone = jax.jit(lambda h: frozen_head_loss(h, kernel, targets, counts, False))(hidden)
+    wanted = optax.softmax_cross_entropy_with_integer_labels(head(hidden), targets)
+    chex.assert_trees_all_close(terms, jnp.where(counts, wanted, 0.0), rtol=1e-5)
+    chex.assert_trees_all_equal(total, alone)
 
 
 def test_the_upstream_gradient_scales_the_slope():

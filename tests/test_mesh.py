@@ -1,5 +1,7 @@
 """One step over several devices: the numbers are those of one device, whatever the mesh."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,12 @@ def test_a_run_on_a_mesh_is_resumed_on_another(tmp_path):
     assert sharded.device.startswith("4 x ")
     for name in ("first_loss", "last_loss", "eval_loss"):
         assert getattr(sharded, name) == pytest.approx(getattr(whole, name), abs=1e-5)
+    samples = [
+        [json.loads(line) for line in (tmp_path / name / "eval_losses.jsonl").read_text().splitlines()]
+        for name in ("whole", "sharded")
+    ]
+    for sample, other in zip(*samples, strict=True):
+        assert other == sample | {"loss": pytest.approx(sample["loss"], rel=1e-5)}
     further = {**settings, "steps": 6}
     resumed = [
         train(sx.Experiment(**{**further, "mesh": mesh}), tmp_path / name, resume=True, echo=said.append)

@@ -25,7 +25,14 @@ from sborax.records.adapter import read_adapter
 from sborax.sweep import run as module
 from sborax.sweep import stepper as sweep_stepper
 from sborax.sweep.grid import Sweep, read_grid
-from sborax.sweep.members import MemberConstants, StackedMembers, gather, make_sweep_step, rates
+from sborax.sweep.members import (
+    MemberConstants,
+    StackedMembers,
+    gather,
+    make_sweep_evaluation,
+    make_sweep_step,
+    rates,
+)
 from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
@@ -80,6 +87,10 @@ def same_run(one, other, atol):
     chex.assert_trees_all_close(*lines, rtol=1e-4, atol=1e-6)
     losses = [[line.get("loss", line.get("eval_loss")) for line in each] for each in lines]
     np.testing.assert_allclose(*losses, rtol=1e-6)
+    samples = [[json.loads(line) for line in (run / "eval_losses.jsonl").read_text().splitlines()]
+               for run in (one, other) if any("eval_loss" in line for line in metrics(run))]  # fmt: skip
+    for sample, its in zip(*samples, strict=True) if samples else ():
+        assert its == sample | {"loss": pytest.approx(sample["loss"], rel=1e-6)}
 
 
 # One after the other, by lax.map
@@ -90,7 +101,7 @@ def swept(places, tmp_path_factory):
     """A sweep of eight, with what happened meanwhile."""
     out, seen = tmp_path_factory.mktemp("sweeps") / "eight", collections.Counter()
     experiment = an_experiment(places, eval=sx.Eval(data=dataclasses.replace(an_experiment(places).data, limit=3)))
-    steps, before = [], jax.live_arrays()
+    steps, evaluations, before = [], [], jax.live_arrays()
     known = {id(array) for array in before}
 
     def load(*args, **kwargs):
@@ -101,6 +112,10 @@ def swept(places, tmp_path_factory):
         steps.append(make_sweep_step(*args))
         return steps[-1]
 
+    def make_evaluation(*args):
+        evaluations.append(make_sweep_evaluation(*args))
+        return evaluations[-1]
+
     def look(text):
         if text.startswith("step 4/"):
             alive = [array for array in jax.live_arrays() if id(array) not in known and not array.is_deleted()]
@@ -109,8 +124,10 @@ def swept(places, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "read_model", load)
         patch.setattr(sweep_stepper, "make_sweep_step", make)
+        patch.setattr(sweep_stepper, "make_sweep_evaluation", make_evaluation)
         results = sweep(Sweep(experiment, GRID), out, echo=look)
     del before
+    seen["evaluations"] = sum(evaluation._cache_size() for evaluation in evaluations)
     seen["programs"] = sum(step._cache_size() for step in steps)
     return experiment, out, results, seen
 
@@ -125,6 +142,15 @@ def test_a_member_is_its_own_single_run(swept, tmp_path, number):
     assert told.keys() == dataclasses.asdict(summary).keys() and told["finished"]
     for key in ("steps", "trainable_parameters", "base_parameters", "samples", "device"):
         assert told[key] == vars(summary)[key]
+
+
+def test_every_member_keeps_the_losses_of_samples_by_one_program(swept):
+    _, out, results, seen = swept
+    assert seen["evaluations"] == 1
+    for member in results.members:
+        samples = [json.loads(line) for line in (out / member.name / "eval_losses.jsonl").read_text().splitlines()]
+        mean = sum(sample["loss"] for sample in samples) / sum(sample["tokens"] for sample in samples)
+        assert len(samples) == 3 and mean == pytest.approx(member.eval_loss, rel=1e-6)
 
 
 def test_members_differ_in_indices_rates_and_scales(swept):

@@ -1,5 +1,6 @@
 """Training on a tiny model: the step's invariants, the run directory, and runs that are cut short."""
 
+import collections
 import dataclasses
 import gc
 import json
@@ -25,9 +26,11 @@ from sborax.layout.state import TrainState, put_together, start, take_apart
 from sborax.models import load_model
 from sborax.records.adapter import LEAVES, load_adapter
 from sborax.records.checkpoint import flat, open_checkpoints
+from sborax.records.eval_losses import sample_losses
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer, schedule
-from sborax.train.step import check_alive, make_loss, make_step
+from sborax.train.read import read_held_out
+from sborax.train.step import check_alive, make_evaluation, make_loss, make_step, sums
 from tests.tiny_model import write_data, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,6 +222,10 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def eval_losses(out):
+    return [json.loads(line) for line in (out / "eval_losses.jsonl").read_text().splitlines()]
+
+
 def test_a_run_leaves_what_it_promises(run):
     experiment, out, summary, said = run
     lines = metrics(out)
@@ -228,6 +235,12 @@ def test_a_run_leaves_what_it_promises(run):
     assert losses[-1] < losses[0] and summary.finished
     assert (summary.first_loss, summary.last_loss) == (losses[0], losses[-1])
     assert summary.eval_loss == lines[-1]["eval_loss"]
+    samples = eval_losses(out)
+    # Six of four rows a batch: the two rows of padding are none.
+    assert [sample["item"] for sample in samples] == list(range(6))
+    assert len({sample["digest"] for sample in samples}) == 6 and all(sample["tokens"] > 0 for sample in samples)
+    mean = sum(sample["loss"] for sample in samples) / sum(sample["tokens"] for sample in samples)
+    assert mean == pytest.approx(summary.eval_loss, rel=1e-6)
     assert json.loads((out / "summary.json").read_text()) == dataclasses.asdict(summary)
     assert sx.load_experiment(str(out)) == experiment
     text = "\n".join(said)
@@ -246,6 +259,43 @@ def test_the_saved_adapter_is_the_trained_one(run, model):
     chex.assert_trees_all_equal(sx.split(adapters)[1], sx.split(fresh)[1])
     for path, node in nodes(adapters).items():
         assert float(jnp.abs(node.train["b"]).max()) > 0, path
+
+
+def test_the_loss_of_a_sample_is_that_of_its_tokens(run, model):
+    experiment, out, _, _ = run
+    params, adapters = load_adapter(out / "adapter", model.params)
+    batches = read_held_out(experiment, load_model(experiment.model), quiet)
+    for sample, row in zip(eval_losses(out), range(6), strict=True):
+        batch = {name: jnp.asarray(array[row % 4][None]) for name, array in batches[row // 4].items()}
+        logits = model.apply(params, adapters, batch["tokens"], segment_ids=batch["segments"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        wanted = float(jnp.sum(losses * batch["counts"]))
+        assert sample["loss"] == pytest.approx(wanted, rel=1e-4) and sample["tokens"] == int(batch["counts"].sum())
+
+
+def test_packed_rows_hold_the_same_samples(places):
+    """Their digests and tokens do not depend on the rows in which they lie."""
+    experiment = an_experiment(places)
+    loaded, kept = load_model(experiment.model), []
+    for packing in (False, True):
+        data = dataclasses.replace(experiment.data, packing=packing, max_length=64, buckets=())
+        described = dataclasses.replace(experiment, eval=sx.Eval(data=data))
+        batches = read_held_out(described, loaded, quiet)
+        kept.append([loss for batch in batches for loss in sample_losses(batch, batch["counts"].astype(np.float32))])
+    assert max(int(batch["segments"].max()) for batch in batches) > 1
+    assert len(kept[0]) == 24 and collections.Counter(kept[0]) == collections.Counter(kept[1])
+    assert all(loss.loss == loss.tokens for loss in kept[1])
+
+
+def test_an_evaluation_has_the_bits_of_the_loss(model):
+    params, adapters = sx.attach(jax.random.key(0), model.params, RULES)
+    parts = take_apart(params, adapters)
+    batch = {name: jnp.asarray(array[0]) for name, array in a_batch(1, 4).items()}
+    total, items, terms = make_evaluation(model)(parts.train, parts.frozen, parts.base, batch)
+    alone = jax.jit(lambda train: sums(model, train, parts.frozen, parts.base, batch, None))(parts.train)
+    chex.assert_trees_all_equal((total, items), (alone.losses["loss"], alone.items))
+    chex.assert_trees_all_close(jnp.sum(terms), total, rtol=1e-6)
+    chex.assert_trees_all_equal(terms == 0, ~batch["counts"])
 
 
 def test_checkpoints_hold_no_base_and_only_the_newest_stay(run, model):
@@ -273,6 +323,9 @@ def same_ends(one, other):
     timed = ("seconds", "compiled", "tokens_per_second", "memory")
     lines = [[{k: v for k, v in line.items() if k not in timed} for line in metrics(out)] for out in (one, other)]
     assert lines[0] == lines[1]
+    samples = [(out / "eval_losses.jsonl") for out in (one, other)]
+    assert samples[0].exists() == samples[1].exists() == any("eval_loss" in line for line in lines[0])
+    assert not samples[0].exists() or samples[0].read_bytes() == samples[1].read_bytes()
     states = []
     for out in (one, other):
         checkpoints = open_checkpoints(epath.Path(out), 2)

@@ -229,6 +229,11 @@ def _add_comparison(commands: Commands) -> None:
         "--base", metavar="DIR", help="scores of the base, written by `sborax eval`: shows what runs forgot"
     )
     compare.add_argument(
+        "--published",
+        metavar="RECIPE",
+        help="name or file of a recipe whose published scores go beside those of the runs",
+    )
+    compare.add_argument(
         "--spectra", action="store_true", help="also load base and adapters, and show what training changed"
     )
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="of the report (default: runs/compare)")
@@ -343,7 +348,7 @@ def _tasks(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from sborax.cli.compare import compare
 
-    compare(arguments.runs, arguments.by, arguments.out, arguments.spectra, arguments.base)
+    compare(arguments.runs, arguments.by, arguments.out, arguments.spectra, arguments.base, arguments.published)
     return OK
 
 

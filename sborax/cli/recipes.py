@@ -149,10 +149,14 @@ def names() -> dict[str, Path]:
 
 
 def read_recipe(name: str) -> Recipe:
-    """The recipe of that name; the name of a paper will do if it has only one recipe.
+    """The recipe of that name or in that file; the name of a paper will do if it has only one recipe.
 
     Raises SboraxError for an unknown name, and for a file that does not define what a recipe defines.
     """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise SboraxError(f"there is no recipe {name}; `sborax recipes` lists those there are")
+        return _recipe(name.removesuffix(".py").removeprefix(f"{FOLDER}/"), Path(name))
     files = names()
     of_paper = [label for label in files if label.partition("/")[0] == name]
     if name not in files and len(of_paper) == 1:
@@ -161,7 +165,10 @@ def read_recipe(name: str) -> Recipe:
         close = of_paper or difflib.get_close_matches(name, files, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else "`sborax recipes` lists them"
         raise SboraxError(f"there is no recipe {name!r}; {hint}")
-    file = files[name]
+    return _recipe(name, files[name])
+
+
+def _recipe(name: str, file: Path) -> Recipe:
     module = vars(execute(file, f"{EXPERIMENT}{file.stem}"))
     missing = [field for field in ("experiment", "PUBLISHED", "UNKNOWN", "NEEDS") if field not in module]
     missing += [] if "SCORED" in module or "HARNESS" in module else ["SCORED"]
@@ -268,6 +275,18 @@ def _method(experiment: Experiment) -> str:
     parts += ["LoRA-RITE"] * isinstance(rule, LoRARITE) + ["LoRA-FA"] * isinstance(rule, LoRAFA)
     parts += ["LoRA+"] if isinstance(rule, AbstractScheduled) and rule.b_ratio != 1.0 else []
     return " + ".join([*parts, *([experiment.quant] if experiment.quant else [])])
+
+
+def kind(experiment: Experiment) -> str:
+    """What is trained, without numbers such as ranks: two rows of a kind are the same method at different sizes."""
+    options = [
+        f"{name}={value}"
+        for rule in as_rules(experiment.rules)
+        if rule.method is not None
+        for name, value in vars(rule.method).items()
+        if isinstance(value, str | bool)
+    ]
+    return ", ".join([_method(experiment), *dict.fromkeys(options)])
 
 
 def describe(name: str) -> str:

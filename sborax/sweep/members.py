@@ -18,7 +18,7 @@ from sborax.sweep.grid import Member
 from sborax.train.active import ActiveProcedure
 from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AbstractOptimizer, make_optimizer
-from sborax.train.step import WATCHED, make_loss, make_step
+from sborax.train.step import WATCHED, make_evaluation, make_step
 from sborax.train.streams import Streams
 
 
@@ -225,21 +225,24 @@ def make_sweep_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_sweep_loss(
+def make_sweep_evaluation(
     model: LanguageModel, stacked: StackedMembers
-) -> Callable[..., tuple[Float[Array, " members"], Array]]:
-    """The compiled evaluation of all members: `(train, constants, shared, base, batch) -> (sums of losses, tokens)`."""
-    loss = make_loss(model, stacked.loss)
+) -> Callable[..., tuple[Float[Array, " members"], Array, Float[Array, "members batch length"] | None]]:
+    """The compiled evaluation of all members, with a leading axis of members in every result.
+
+    `(train, constants, shared, base, batch) -> (sums of losses, items, terms)`, as `make_evaluation` gives them.
+    """
+    evaluation = make_evaluation(model, stacked.loss)
 
     @jax.jit
-    def losses(train: PyTree, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]):
-        def member_loss(member: tuple[PyTree, list[Array], Flat]) -> tuple[Array, Array]:
+    def evaluate(train: PyTree, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]):
+        def member_evaluation(member: tuple[PyTree, list[Array], Flat]) -> tuple[Array, Array, Array | None]:
             train, frozen, kernels = member
-            return loss(train, stacked.join(shared, frozen), {**base, **kernels}, batch)
+            return evaluation(train, stacked.join(shared, frozen), {**base, **kernels}, batch)
 
-        return stacked.over(member_loss)((train, constants.frozen, constants.base))
+        return stacked.over(member_evaluation)((train, constants.frozen, constants.base))
 
-    return losses
+    return evaluate
 
 
 MemberLeaves = tuple[TrainState, list[Array], Flat]

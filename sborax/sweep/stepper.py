@@ -10,9 +10,17 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import selective
 from sborax.data.batches import Batch
 from sborax.layout.state import Flat, Parts, TrainState
+from sborax.records.eval_losses import SampleLoss, sample_losses
 from sborax.records.report import Progress, Speed
 from sborax.sweep.grid import Member
-from sborax.sweep.members import StackedMembers, SweepState, make_sweep_loss, make_sweep_step, member_of, with_member
+from sborax.sweep.members import (
+    StackedMembers,
+    SweepState,
+    make_sweep_evaluation,
+    make_sweep_step,
+    member_of,
+    with_member,
+)
 from sborax.train.prepare import Prepared
 from sborax.train.record import Made, Record
 from sborax.train.step import check_alive, not_finite
@@ -42,7 +50,7 @@ class SweepStepper(AbstractStepper):
         self.diverged = {number: int(step) for number, step in enumerate(state.diverged) if step}
         self.rates = np.asarray(stacked.constants.lr)
         model = prepared[0].model
-        self._step, self._loss = make_sweep_step(model, stacked), make_sweep_loss(model, stacked)
+        self._step, self._evaluation = make_sweep_step(model, stacked), make_sweep_evaluation(model, stacked)
 
     def step(self, number: int, batch: Batch) -> dict[str, Any]:
         stacked = self.stacked
@@ -110,12 +118,18 @@ class SweepStepper(AbstractStepper):
     def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
         stacked, train = self.stacked, self.state.run.train
         totals, items = np.zeros(stacked.count), np.zeros(stacked.count)
+        losses: list[list[SampleLoss]] = [[] for _ in self.members]
         for batch in held_out:
-            losses, counted = self._loss(train, stacked.constants, stacked.shared, self.base, batch)
-            totals, items = totals + np.asarray(losses, np.float64), items + np.asarray(counted, np.float64)
+            sums, counted, terms = self._evaluation(train, stacked.constants, stacked.shared, self.base, batch)
+            totals, items = totals + np.asarray(sums, np.float64), items + np.asarray(counted, np.float64)
+            if terms is not None and step == self.prepared[0].steps:
+                for place, of_member in enumerate(np.asarray(terms)):
+                    losses[place] += sample_losses(batch, of_member)
         values = totals / np.maximum(items, 1)
         for place, value in enumerate(values):
             if place not in self.diverged:
                 self.records[place].add({"step": step, "eval_loss": float(value)})
+                if losses[place]:
+                    self.records[place].add_eval_losses(losses[place])
         best = min((float(value), place) for place, value in enumerate(values) if place not in self.diverged)
         self.progress.say(f"step {step:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")

@@ -37,11 +37,12 @@ def frozen_head_loss(
     - vocab_first: `table` is (vocab, d), as a tied embedding is, and not (d, vocab).
     - chunk: tokens at one time; None (default) for `CHUNK`.
     """
-    return _loss_and_slope(hidden, table, targets, counts, vocab_first, chunk, False)[0]
+    return _loss_and_slope(hidden, table, targets, counts, vocab_first, chunk)[0]
 
 
 def _forward(hidden, table, targets, counts, vocab_first, chunk):
-    return _loss_and_slope(hidden, table, targets, counts, vocab_first, chunk, True)
+    total, slope, _ = _loss_and_slope(hidden, table, targets, counts, vocab_first, chunk, want_slope=True)
+    return total, slope
 
 
 def _backward(vocab_first, chunk, slope, g):
@@ -72,16 +73,45 @@ def head_loss(
     return jnp.sum(each(hidden, table, targets, counts))
 
 
+def head_losses(
+    hidden: Float[Array, "tokens d"],
+    table: Float[Array, "_ _"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    vocab_first: bool,
+) -> tuple[Float[Array, ""], Float[Array, " tokens"]]:
+    """`head_loss`, and its terms by token, which are 0 for tokens that do not count; without gradients."""
+
+    def losses(hidden: Array, table: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
+        total, _, terms = _loss_and_slope(hidden, table, targets, counts, vocab_first, want_terms=True)
+        return total, terms
+
+    axes = dividing(hidden.shape[0], ROWS)
+    if not axes:
+        return losses(hidden, table, targets, counts)
+
+    def rows_losses(hidden: Array, table: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
+        total, terms = losses(hidden, table, targets, counts)
+        return jnp.expand_dims(total, 0), terms
+
+    rows, replicated = PartitionSpec(axes), PartitionSpec()
+    specs = (rows, replicated, rows, rows)
+    each = jax.shard_map(rows_losses, in_specs=specs, out_specs=(rows, rows), axis_names=set(axes), check_vma=False)
+    totals, terms = each(hidden, table, targets, counts)
+    return jnp.sum(totals), terms
+
+
 def _loss_and_slope(
     hidden: Float[Array, "tokens d"],
     table: Float[Array, "_ _"],
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
     vocab_first: bool,
-    chunk: int | None,
-    want_slope: bool,
-) -> tuple[Float[Array, ""], Any]:
-    """The loss, and its gradient in `hidden` if wanted."""
+    chunk: int | None = None,
+    want_slope: bool = False,
+    want_terms: bool = False,
+) -> tuple[Float[Array, ""], Any, Any]:
+    """The loss, and if wanted its gradient in `hidden` and its terms by token; None for what is not."""
     tokens, _ = hidden.shape
     chunk = min(chunk or CHUNK, tokens)
     # Tokens that count first, so that the loop ends at the last of them.
@@ -95,8 +125,8 @@ def _loss_and_slope(
         dims = (((1,), (axis,)), ((), ()))
         return jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
 
-    def body(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        total, slope = carry
+    def body(number: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+        total, slope, terms = carry
         start = number * chunk
         states, target, weight = (
             jax.lax.dynamic_slice_in_dim(array, start, chunk)
@@ -107,7 +137,10 @@ def _loss_and_slope(
         powers = jnp.exp(logits - top)
         norm = jnp.sum(powers, axis=1, keepdims=True)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)
-        total = total + jnp.sum(weight[:, None] * (top + jnp.log(norm) - chosen))
+        losses = weight[:, None] * (top + jnp.log(norm) - chosen)
+        total = total + jnp.sum(losses)
+        if want_terms:
+            terms = jax.lax.dynamic_update_slice_in_dim(terms, losses[:, 0], start, axis=0)
         if want_slope:
             # softmax @ kernel' less the target's column. Normalised after the product, where the array is smaller.
             column = jnp.take(table, target, axis=vocab_axis).astype(jnp.float32)
@@ -115,14 +148,17 @@ def _loss_and_slope(
             mean = product(powers.astype(table.dtype), vocab_axis) / norm
             chunk_slope = (weight[:, None] * (mean - column)).astype(hidden.dtype)
             slope = jax.lax.dynamic_update_slice_in_dim(slope, chunk_slope, start, axis=0)
-        return total, slope
+        return total, slope, terms
 
     needed = -(-jnp.sum(counts, dtype=jnp.int32) // chunk)
     empty = jnp.zeros_like(hidden_sorted) if want_slope else None
-    total, slope = jax.lax.fori_loop(0, needed, body, (jnp.float32(0), empty))
+    zeros = jnp.zeros_like(counts_sorted) if want_terms else None
+    total, slope, terms = jax.lax.fori_loop(0, needed, body, (jnp.float32(0), empty, zeros))
     if slope is not None:
         slope = jnp.zeros_like(hidden).at[order].set(slope, mode="drop", unique_indices=True)
-    return total, slope
+    if terms is not None:
+        terms = jnp.zeros(tokens, terms.dtype).at[order].set(terms, mode="drop", unique_indices=True)
+    return total, slope, terms
 
 
 def trained_head_loss(
@@ -146,6 +182,25 @@ def trained_head_loss(
 
     parts = _in_chunks(chunk, hidden, targets, counts.astype(jnp.float32))
     return jax.lax.scan(body, jnp.float32(0), parts)[0]
+
+
+def trained_head_losses(
+    head: Callable[[Float[Array, "chunk d"]], Float[Array, "chunk vocab"]],
+    hidden: Float[Array, "tokens d"],
+    targets: Int[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, ""], Float[Array, " tokens"]]:
+    """`trained_head_loss`, and its terms by token, which are 0 for tokens that do not count."""
+
+    def body(total: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
+        states, target, weight = part
+        losses = weight * -_log_probs(head(states), target)
+        return total + jnp.sum(losses), losses
+
+    parts = _in_chunks(chunk, hidden, targets, counts.astype(jnp.float32))
+    total, terms = jax.lax.scan(body, jnp.float32(0), parts)
+    return total, terms.reshape(-1)[: len(targets)]
 
 
 def head_log_probs(

@@ -23,6 +23,15 @@ class AbstractLoss(abc.ABC):
         exact. An item is what the loss is a mean of: a token, or a pair of answers.
         """
 
+    def by_token(
+        self, outputs: "Outputs"
+    ) -> tuple[Float[Array, ""], Num[Array, ""], Float[Array, "batch length"] | None]:
+        """What a call gives, and the sum's terms by token, from which a run keeps the loss of each held-out sample.
+
+        The terms are None (default) for a loss that is no sum over tokens. No gradient is taken.
+        """
+        return *self(outputs), None
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(AbstractLoss):
@@ -30,3 +39,7 @@ class CrossEntropy(AbstractLoss):
 
     def __call__(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""]]:
         return outputs.cross_entropy(), jnp.sum(outputs.batch["counts"], dtype=jnp.int32)
+
+    def by_token(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""], Float[Array, "batch length"]]:
+        total, terms = outputs.cross_entropies()
+        return total, jnp.sum(outputs.batch["counts"], dtype=jnp.int32), terms

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import Adapters, Params, nodes
 from sborax.models.language_model import LanguageModel
-from sborax.train.head_loss import head_log_probs, head_loss, trained_head_loss
+from sborax.train.head_loss import head_log_probs, head_loss, head_losses, trained_head_loss, trained_head_losses
 
 HEAD = "lm_head/kernel"
 TABLE = "embed_tokens/embedding"
@@ -37,13 +37,19 @@ class Outputs:
 
     def cross_entropy(self) -> Float[Array, ""]:
         """sum_t counts_t (-log p(target_t)), in nats. No (tokens, vocab) array is kept."""
-        flat = self.hidden.reshape(-1, self.hidden.shape[-1])
-        targets, counts = self.batch["targets"].reshape(-1), self.batch["counts"].reshape(-1)
-        tied = self.model.config.tie_word_embeddings
-        if (TABLE if tied else HEAD) in self.trained or HEAD in nodes(self.adapters):
+        flat, targets, counts = self._flat()
+        if self._head_moves():
             return trained_head_loss(self._head(self.adapters), flat, targets, counts)
-        table = self.params["embed_tokens"]["embedding"] if tied else self.params["lm_head"]["kernel"]
-        return head_loss(flat, table, targets, counts, tied)
+        return head_loss(flat, self._table(), targets, counts, self._tied)
+
+    def cross_entropies(self) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
+        """`cross_entropy`, and its terms by token, which are 0 for targets that do not count; for evaluation only."""
+        flat, targets, counts = self._flat()
+        if self._head_moves():
+            total, terms = trained_head_losses(self._head(self.adapters), flat, targets, counts)
+        else:
+            total, terms = head_losses(flat, self._table(), targets, counts, self._tied)
+        return total, terms.reshape(self.batch["targets"].shape)
 
     def log_probs(self) -> Float[Array, "batch length"]:
         """log p(target) of every token, in nats, float32. The backward pass computes logits again."""
@@ -61,6 +67,22 @@ class Outputs:
         segments = self.batch["segments"]
         hidden = self.model.hidden(self.params, None, self.batch["tokens"], segment_ids=segments)
         return jax.lax.stop_gradient(self._log_probs(hidden, {}))
+
+    @property
+    def _tied(self) -> bool:
+        return self.model.config.tie_word_embeddings
+
+    def _flat(self) -> tuple[Float[Array, "tokens d"], Int[Array, " tokens"], Bool[Array, " tokens"]]:
+        """States, targets and counts of all tokens."""
+        flat = self.hidden.reshape(-1, self.hidden.shape[-1])
+        return flat, self.batch["targets"].reshape(-1), self.batch["counts"].reshape(-1)
+
+    def _head_moves(self) -> bool:
+        """Whether the head is trained or adapted."""
+        return (TABLE if self._tied else HEAD) in self.trained or HEAD in nodes(self.adapters)
+
+    def _table(self) -> Float[Array, "_ _"]:
+        return self.params["embed_tokens"]["embedding"] if self._tied else self.params["lm_head"]["kernel"]
 
     def _head(self, adapters: Adapters) -> Callable[[Array], Array]:
         def head(states: Float[Array, "tokens d"]) -> Float[Array, "tokens vocab"]:

@@ -29,7 +29,7 @@ from sborax.train.base import adapt
 from sborax.train.experiment import Experiment
 from sborax.train.hints import promised
 from sborax.train.optimizer import halves, make_optimizer
-from sborax.train.step import make_loss, make_step
+from sborax.train.step import make_evaluation, make_step
 from sborax.train.streams import Streams
 
 
@@ -108,9 +108,9 @@ class Prepared:
         key, loss = self.streams.dropout, self.experiment.loss
         return make_step(self.model, self.tx, key, self.observe, shardings, loss)
 
-    def make_loss(self) -> Callable[..., tuple[Any, Any]]:
-        """The compiled evaluation, see `sborax.train.step.make_loss`."""
-        return make_loss(self.model, self.experiment.loss)
+    def make_evaluation(self) -> Callable[..., tuple[Any, Any, Any]]:
+        """The compiled evaluation, see `sborax.train.step.make_evaluation`."""
+        return make_evaluation(self.model, self.experiment.loss)
 
 
 def prepare(

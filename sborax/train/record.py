@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sborax.records.eval_losses import SampleLoss, write_eval_losses
 from sborax.records.report import Metrics
 from sborax.train.figures import Figures
 from sborax.train.log import AbstractLog, scalars
@@ -42,6 +43,11 @@ class Record:
         self.metrics.add(dict(line))
         for log in self.logs:
             log.add(line["step"], dict(scalars(line)))
+
+    def add_eval_losses(self, losses: Sequence[SampleLoss]) -> None:
+        """Write the held-out loss of every sample. Raises SboraxError if that fails."""
+        if self.metrics.writes:
+            write_eval_losses(self.metrics.path.parent, losses)
 
     def add_step(self, made: Made, numbers: Mapping[str, Any], lr: float | None) -> None:
         """Write the numbers of a step. lr: its learning rate; None if it is not known."""

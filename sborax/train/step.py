@@ -57,6 +57,24 @@ def sums(
     observe: bool = False,
 ) -> Sums:
     """The sums of one microbatch of arrays (batch, length). key: of dropout; None for no dropout."""
+    outputs, collected, routed = _outputs(model, train, frozen, base, batch, key, observe)
+    total, items = loss(outputs)
+    losses = {"loss": total}
+    if routed:
+        losses["balance_loss"] = collected.balance * items.astype(jnp.float32)
+    return Sums(losses, items, collected.inputs)
+
+
+def _outputs(
+    model: LanguageModel,
+    train: PyTree,
+    frozen: PyTree,
+    base: Flat,
+    batch: dict[str, Array],
+    key: Key[Array, ""] | None,
+    observe: bool = False,
+) -> tuple[Outputs, Any, bool]:
+    """The model at a microbatch, what it collected, and whether it has routers."""
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
     tokens, segments = batch["tokens"], batch["segments"]
@@ -64,11 +82,7 @@ def sums(
     ctx = Context(prompt=prompt_mask(segments, batch["counts"])) if routed else Context()
     wanted = ["balance"] * routed + ["inputs"] * observe
     hidden, collected = model.collect(params, adapters, tokens, wanted, segment_ids=segments, dropout_key=key, ctx=ctx)
-    total, items = loss(Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key))
-    losses = {"loss": total}
-    if routed:
-        losses["balance_loss"] = collected.balance * items.astype(jnp.float32)
-    return Sums(losses, items, collected.inputs)
+    return Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key), collected, routed
 
 
 def forward_backward(
@@ -174,13 +188,24 @@ def make_step(
 def make_loss(
     model: LanguageModel, loss: AbstractLoss = CrossEntropy()
 ) -> Callable[..., tuple[Float[Array, ""], Num[Array, ""]]]:
-    """The compiled evaluation: `(train, frozen, base, batch) -> (sum of losses, items)`, without dropout."""
+    """The compiled loss: `(train, frozen, base, batch) -> (sum of losses, items)`, without dropout."""
+    evaluate = make_evaluation(model, loss)
+    return jax.jit(lambda train, frozen, base, batch: evaluate(train, frozen, base, batch)[:2])
+
+
+def make_evaluation(
+    model: LanguageModel, loss: AbstractLoss = CrossEntropy()
+) -> Callable[..., tuple[Float[Array, ""], Num[Array, ""], Float[Array, "batch length"] | None]]:
+    """The compiled evaluation of a run, without dropout.
+
+    `(train, frozen, base, batch) -> (sum of losses, items, terms)`, with the sum's terms by token as
+    `AbstractLoss.by_token` gives them.
+    """
 
     @jax.jit
     def evaluate(train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            total = sums(model, train, frozen, base, batch, None, loss)
-            return total.losses["loss"], total.items
+            return loss.by_token(_outputs(model, train, frozen, base, batch, None)[0])
 
     return evaluate
 

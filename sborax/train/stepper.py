@@ -7,13 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from sborax.adapters.routing import selective
 from sborax.adapters.tree import nodes
 from sborax.data.batches import Batch
+from sborax.layout.hosts import gathered
 from sborax.layout.sharding import Layout
 from sborax.layout.state import Parts, TrainState
 from sborax.records.best import BEST, Best
+from sborax.records.eval_losses import SampleLoss, sample_losses, write_eval_losses
 from sborax.records.report import Progress, Speed
 from sborax.records.trace import Trace
 from sborax.train.optimizer import schedule
@@ -89,7 +92,7 @@ class RunStepper(AbstractStepper):
         self.records, self.progress, self.best, self.trace, self.write = record, progress, best, trace, write
         self.speed = Speed()
         self.rate: Callable[[int], Any] | None = schedule(prepared.experiment.optimizer, prepared.steps)
-        self._step, self._loss = prepared.make_step(shardings), prepared.make_loss()
+        self._step, self._evaluation = prepared.make_step(shardings), prepared.make_evaluation()
 
     def step(self, number: int, batch: Batch) -> dict[str, Any]:
         if self.trace is not None:
@@ -123,14 +126,27 @@ class RunStepper(AbstractStepper):
 
     def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
         total = items = 0.0
+        ends, losses = step == self.prepared.steps, []
         for batch in held_out:
-            batch = self.layout.batch(batch, axis=0)
-            loss, counted = self._loss(self.state.train, self.parts.frozen, self.parts.base, batch)
+            placed = self.layout.batch(batch, axis=0)
+            loss, counted, terms = self._evaluation(self.state.train, self.parts.frozen, self.parts.base, placed)
             total, items = total + float(loss), items + float(counted)
+            if terms is not None and (ends or self.best is not None):
+                losses += sample_losses(batch, np.asarray(gathered(terms)))
         value = float(total / np.maximum(items, 1))
         self.records.add({"step": step, "eval_loss": value})
+        if ends and losses:
+            self.records.add_eval_losses(losses)
         self.progress.say(f"step {step:,}: held-out loss {value:.4f}")
         if self.best is None or self.write is None:
             return
-        if self.best.offer(step, value, functools.partial(self.write, self.state, self.parts)):
+        if self.best.offer(step, value, functools.partial(self._write_best, self.best, self.write, losses)):
             self.progress.say(f"step {step:,}: the lowest held-out loss so far, kept in {BEST}/")
+
+    def _write_best(
+        self, best: Best, write: Callable[..., None], losses: Sequence[SampleLoss], place: epath.Path, **notes: Any
+    ) -> None:
+        """Write the adapters, and beside them the losses by which they are the best."""
+        write(self.state, self.parts, place, **notes)
+        if losses and best.writes:
+            write_eval_losses(place, losses)

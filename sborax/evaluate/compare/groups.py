@@ -316,13 +316,15 @@ def _told_apart(rows: Sequence[Row], notes: list[str]) -> list[Row]:
     identities: dict[str, dict[str, None]] = collections.defaultdict(dict)
     for row in rows:
         for measure, measured in row.measurements.items():
-            identities[measure][measured.identity] = None
+            # Runs of earlier versions did not keep the losses of held-out samples.
+            if measured.identity:
+                identities[measure][measured.identity] = None
     apart = {measure: list(each) for measure, each in identities.items() if len(each) > 1}
     for measure, each in apart.items():
         notes.append(f"{measure}: runs were scored in {len(each)} ways (items, data or protocol), shown apart")
 
     def renamed(measure: str, measured: Measurement) -> str:
-        if measure not in apart:
+        if measure not in apart or not measured.identity:
             return measure
         task, _, metric = measure.partition(" ")
         return f"{task} ({apart[measure].index(measured.identity) + 1}) {metric}"

@@ -17,6 +17,7 @@ from sborax.evaluate.compare.tables import (
     CHANGES,
     READING,
     STARS,
+    Beside,
     Table,
     base_table,
     conditions,
@@ -62,8 +63,15 @@ def page(
     settings: Sequence[Setting],
     weights: Sequence[Weights],
     base: Mapping[str, Measurement] = MappingProxyType({}),
+    beside: Sequence[Beside | None] | None = None,
 ) -> str:
-    """The page, with figures inline. weights: of each setting. base: the measurements of the base model."""
+    """The page, with figures inline.
+
+    Args:
+    - weights: of each setting.
+    - base: the measurements of the base model.
+    - beside: published scores, of each setting; None for none.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -72,10 +80,16 @@ def page(
         Section(
             setting.title or "All runs",
             "; ".join(conditions(setting)),
-            [*_blocks(setting, base, f"s{number}"), *_weight_blocks(setting, changed, f"s{number}")],
+            [
+                *_blocks(setting, base, f"s{number}"),
+                *([] if printed is None else [Block(printed.table.title, printed.text, printed.table)]),
+                *_weight_blocks(setting, changed, f"s{number}"),
+            ],
             (*setting.notes, *changed.notes),
         )
-        for number, (setting, changed) in enumerate(zip(settings, weights, strict=True))
+        for number, (setting, changed, printed) in enumerate(
+            zip(settings, weights, beside or [None] * len(settings), strict=True)
+        )
     ]
     return visible(template.render(title=TITLE, reading=READING, stars=STARS, sections=sections))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from sborax.config.documents import check_plain, is_number, parse, read_object, 
 from sborax.evaluate.run import FOLDER, SCORES, read_scores
 from sborax.records.adapter import PLAN
 from sborax.records.disk import CONFIG
+from sborax.records.eval_losses import EVAL_LOSSES
 from sborax.records.report import METRICS, SUMMARY, Summary
 from sborax.sweep.results import SWEEP, read_members
 from sborax.train.experiment import Experiment, load_experiment
@@ -38,7 +40,8 @@ class Measurement:
 
     - value: its mean over items.
     - items: one value an item, in the order of the items; None where only the mean was stored.
-    - identity: a digest of the protocol and the items; measurements with equal ones can be paired by item.
+    - identity: a digest of the protocol and the items; measurements with equal ones can be paired by item. Empty
+        where items were not kept.
     """
 
     value: float
@@ -226,11 +229,49 @@ def _prints(run: epath.Path) -> dict[str, str]:
 def _measurements(run: epath.Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Measurement]:
     measured = {}
     if held_out := _curve(lines, "eval_loss"):
-        measured[HELD_OUT] = Measurement(held_out[-1][1])
+        measured[HELD_OUT] = _held_out(run / EVAL_LOSSES, held_out[-1][1])
     measured |= read_measurements(run / FOLDER)
     if losses := _curve(lines, "loss")[-LAST:]:
         measured[TRAINING] = Measurement(statistics.fmean(loss for _, loss in losses))
     return measured
+
+
+def _held_out(file: epath.Path, value: float) -> Measurement:
+    """The last held-out loss, by sample where the run kept these.
+
+    The loss R is a ratio: nats over tokens, summed over samples. A sample of l_i nats and t_i tokens has the value
+    R + (l_i - R t_i) / mean(t). The mean of these values is R, and they spread as R does when other samples are drawn,
+    to first order.
+    """
+    samples = []
+    for where, line in _lines(file):
+        if not _is_sample(line):
+            raise SboraxError(f"{where} is no loss of a held-out sample; delete the file, then only means are compared")
+        samples.append((line["digest"], line["tokens"], line["loss"]))
+    if not samples or not math.isfinite(value):
+        return Measurement(value)
+    tokens, losses = (np.array([sample[part] for sample in samples], np.float64) for part in (1, 2))
+    ratio = float(losses.sum() / tokens.sum())
+    if abs(ratio - value) > 1e-5 * max(1.0, abs(value)):
+        raise SboraxError(
+            f"{file}: its mean is {ratio:.6g}, {METRICS} ends with {value:.6g}; delete the file, then only means are "
+            "compared"
+        )
+    asked = json.dumps([sample[:2] for sample in samples])
+    # The bits of the value are those of the run; the samples are added up in another order.
+    items = value + (losses - ratio * tokens) / tokens.mean()
+    return Measurement(value, items, hashlib.sha256(asked.encode()).hexdigest()[:16])
+
+
+def _is_sample(line: Any) -> bool:
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("digest"), str)
+        and type(line.get("tokens")) is int
+        and 0 < line["tokens"] < 2**53
+        and is_number(line.get("loss"))
+        and math.isfinite(line["loss"])
+    )
 
 
 def read_measurements(place: epath.Path) -> dict[str, Measurement]:

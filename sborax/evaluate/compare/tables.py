@@ -47,6 +47,14 @@ class Table:
     numbers: tuple[bool, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A table of scores that are none of the runs', and the text that goes with it."""
+
+    table: Table
+    text: str
+
+
 def conditions(setting: Setting) -> list[str]:
     """What all runs of a setting have in common, in words."""
     rows = [row for group in setting.groups for row in group.rows]
@@ -256,15 +264,25 @@ def markdown(
     settings: Sequence[Setting],
     weights: Sequence[Weights],
     base: Mapping[str, Measurement] = MappingProxyType({}),
+    beside: Sequence[Beside | None] | None = None,
 ) -> str:
-    """The report as Markdown. weights: of each setting. base: the measurements of the base model."""
+    """The report as Markdown.
+
+    Args:
+    - weights: of each setting.
+    - base: the measurements of the base model.
+    - beside: published scores, of each setting; None for none.
+    """
     lines = ["# Comparison", "", READING, STARS, ""]
-    for setting, changed in zip(settings, weights, strict=True):
+    for setting, changed, printed in zip(settings, weights, beside or [None] * len(settings), strict=True):
         lines += [f"## {_escaped(setting.title or 'All runs')}", "", _escaped("; ".join(conditions(setting))), ""]
         for table in tables(setting, changed, base):
             lines += [f"### {_escaped(table.title)}", "", *_markdown_rows(table), ""]
         if changed.changes:
             lines += [_escaped(CHANGES), ""]
+        if printed is not None:
+            lines += [f"### {_escaped(printed.table.title)}", "", *_markdown_rows(printed.table), ""]
+            lines += [_escaped(printed.text), ""]
         if notes := (*setting.notes, *changed.notes):
             lines += ["### Notes", "", *(f"- {_escaped(note)}" for note in notes), ""]
     return "\n".join(lines)
