@@ -1,10 +1,11 @@
-"""Every benchmark that this machine can run: python -m benchmarks [step] [generation] [scaling] [sweep] [packing]
+"""Every benchmark that this machine can run: python -m benchmarks [TABLE ...]
 
 step: one training step of every method, beside PEFT's and qwix's LoRA (where they are installed).
 generation: greedy text beside transformers.
 scaling: the cost of our step against length, rank and adapted modules.
 sweep: the step of 2 and of 6 adapters trained at once, over as many single steps.
 packing: useful tokens of packed rows over padded rows (needs the data set alpaca_en_demo under $SBORAX_DATA).
+foreign: adapters inside Flax models that are not ours, over merging in the loss (two models come with the extra test).
 
 For CPUs: SmolLM2-135M's shape, 4 x 256 tokens in float32, two threads. For a GPU see `python -m benchmarks.gpu`.
 Methods in JAX alternate with LoRA step by step in one process. Peers in torch and our LoRA run in separate processes,
@@ -26,11 +27,12 @@ from benchmarks.shapes import SHAPES, minimum_flops, model_flops
 from benchmarks.worker import run
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-TABLES = ["step", "generation", "scaling", "sweep", "packing"]
+TABLES = ["step", "generation", "scaling", "sweep", "packing", "foreign"]
 PEERS = ("PEFT", "PEFT, compiled", "qwix")
 METHODS = (
     "LoRA", "SBoRA-FA", "SBoRA-FB", "Bone", "Bat", "DoRA", "PiSSA", "SARA", "Mo-SARA", "QLoRA", "QSBoRA-FA", "full",
 )  # fmt: skip
+FOREIGN = ("three Dense(1024)", "NanoMoE", "Mamba-2")
 GOALS = {"SBoRA-FA": 1.05, "Bone": 1.05, "DoRA": 1 / 1.12, "Bat": 1 / 1.2}
 """The least speed over our LoRA's that we want."""
 FLOPS_GOAL, PEFT_GOAL, GENERATION_GOAL, PACKING_GOAL = 1.05, 1.0, 1.0, 2.0
@@ -188,6 +190,21 @@ def packing(steps: int) -> dict[str, Any]:
     return result
 
 
+def foreign(steps: int) -> dict[str, Any]:
+    """Steps with adapters inside models that are not ours, over steps that merge them."""
+    rows, record = [], {}
+    for name in FOREIGN:
+        result = attempt(name, what="foreign", model=name, steps=steps)
+        if result is None:
+            continue
+        record[name] = result
+        cells = (f"{result[key]:.3f}" for key in ("time", "temporaries", "temp_mib", "merged_temp_mib"))
+        rows.append([name, *cells, f"{result['difference']:.1e}"])
+    columns = ["model", "time over merging", "temporaries", "temp MiB", "merging's", "gradients differ by"]
+    show("LoRA inside Flax models that are not ours", columns, rows)
+    return record
+
+
 def main() -> None:
     """Run the chosen benchmarks, print their tables and append the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,6 +239,8 @@ def main() -> None:
             record["sweep"] = sweep({**case, "method": "SBoRA-FA", "layers": 4}, args.rounds * args.steps)
         if "packing" in args.tables:
             record["packing"] = packing(6 * args.rounds)
+        if "foreign" in args.tables:
+            record["foreign"] = foreign(6 * args.rounds)
     finally:
         # The tables before one that fails are kept.
         with RESULTS.open("a") as file:

@@ -46,6 +46,10 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         from benchmarks import packing
 
         return packing.measure(**task)
+    if what == "foreign":
+        from benchmarks import foreign
+
+        return foreign.measure(**task)
     from benchmarks import ours
 
     case = ours.Case(**task["case"])

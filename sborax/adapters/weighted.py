@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sborax.adapters.core import AbstractAdditive, AbstractWeight, Adapter, SboraxError
-from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.adapters.paths import bias_path
 from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nodes
 
@@ -69,7 +69,7 @@ def merge_weighted(params: Params, parts: Sequence[Weighted]) -> Params:
             if change is not None:
                 change = jnp.float32(part.weight) * change
                 sums[path] = sums[path] + change if path in sums else change
-    return nest({path: leaf if path not in sums else _moved(leaf, sums[path]) for path, leaf in leaves.items()})
+    return replace_leaves(params, {path: _moved(leaves[path], total) for path, total in sums.items()})
 
 
 def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:

@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_safetensors
 from sborax.adapters.constraints import replicate
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.depth import stack_of
-from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
 from sborax.adapters.routing import AbstractRouter
@@ -27,7 +27,6 @@ from sborax.adapters.tree import Adapters, Params, nodes, rebase
 from sborax.adapters.weight import check_finite
 from sborax.config.codec import decode, encode
 from sborax.config.documents import check_plain, read_object, shown
-from sborax.layout.state import put_together
 from sborax.records.disk import replace, writing
 
 LEAVES = "adapter.safetensors"
@@ -236,7 +235,7 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
     Raises SboraxError for a base model other than the adapter's, and as `read_adapter` does.
     """
     saved = read_adapter(directory)
-    flat, prints = flatten(params), fingerprint(params)
+    flat, prints, changed = flatten(params), fingerprint(params), {}
     for path, print_ in saved.base.items():
         if path not in flat:
             raise SboraxError(f"{directory}: was trained on a base with {path}, which this model lacks")
@@ -252,12 +251,12 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
         for half in (node.train, node.frozen):
             _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
         if node.method.rewrites_base:
-            flat[path] = rewrite(flat[path], node)
-            check_finite(f"{directory}: {path}, rewritten", flat[path])
+            changed[path] = rewrite(flat[path], node)
+            check_finite(f"{directory}: {path}, rewritten", changed[path])
     for path, leaf in saved.trained_base.items():
         if path not in flat or flat[path].shape != leaf.shape:
             raise SboraxError(f"{directory}: trained {path} {leaf.shape}, which does not fit this model")
-    dtypes = {path: flat.pop(path).dtype for path in saved.trained_base}
-    trained = {path: leaf.astype(dtypes[path]) for path, leaf in saved.trained_base.items()}
-    params = put_together(flat, trained)
+        changed[path] = leaf.astype(flat[path].dtype)
+    # The tree keeps its keys: those of lists in NNX are numbers, which paths write as text.
+    params = replace_leaves(params, changed)
     return params, rebase(params, saved.adapters)
