@@ -1,0 +1,1 @@
+"""Studies: what papers on adapters claim, asked of small models with tuned learning rates, seeds and intervals."""

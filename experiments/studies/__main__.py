@@ -1,0 +1,140 @@
+"""Run studies of adapters, and write what they decide: python -m experiments.studies list | run NAME | report
+
+`list` tells how many pieces of each study are done. `run` runs the pending pieces of a study in order, and stores a
+small file for each; it begins none that would not end in time. Models are found under $SBORAX_MODELS and data under
+$SBORAX_DATA, as by `sborax train`. `report` writes docs/RESULTS.md from the stored files alone.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import pkgutil
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from experiments import studies
+from experiments.studies.pieces import Stopped, run_piece
+from experiments.studies.store import Store
+from experiments.studies.study import Study, settings
+from experiments.studies.tuning import pending, progress
+from sborax.adapters.core import SboraxError
+from sborax.train.read import Echo, silent
+
+WORK = Path("runs/studies")
+MARGIN = 1.2
+"""The time for which a piece is planned, over that of the slowest of the pieces before."""
+BEFORE = 5
+"""How many pieces before."""
+
+
+def names() -> list[str]:
+    """The modules beside this one that declare a study, in the order of the alphabet."""
+    folder = Path(studies.__file__).parent
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules([str(folder)])
+        if "\ndef study() -> Study:" in (folder / f"{module.name}.py").read_text()
+    )
+
+
+def declared(name: str) -> Study:
+    """The study of that name. Raises SboraxError if there is none."""
+    if name not in names():
+        raise SboraxError(f"{name}: no such study; there are {', '.join(names())}")
+    return importlib.import_module(f"experiments.studies.{name}").study()
+
+
+def run(
+    study: Study,
+    store: Store,
+    work: Path,
+    seconds: float,
+    setting: str | None = None,
+    echo: Echo = print,
+    detail: Echo = silent,
+) -> int:
+    """Run pending pieces until there is none, or until the next would not end within `seconds`. Returns their number.
+
+    - setting: run the arms of this setting alone; None for all.
+    - work: a folder for run directories, which are removed once their result is stored.
+    - detail: gets the lines of each run.
+    """
+    if setting is not None:
+        arms = tuple(arm for arm in study.arms if arm.setting == setting)
+        if not arms:
+            raise SboraxError(f"{setting}: no setting of {study.name}; it has {', '.join(settings(study))}")
+        study = dataclasses.replace(study, arms=arms)
+    began, count = time.monotonic(), 0
+    while queue := pending(study, store):
+        piece, left = queue[0], seconds - (time.monotonic() - began)
+        needed = MARGIN * max(store.seconds[-BEFORE:], default=0.0)
+        if needed > left:
+            echo(f"{len(queue)} pieces are pending; the next would take {needed:.0f} s, {max(left, 0):.0f} s are left")
+            break
+        label = f"{piece.arm.setting}, {piece.arm.name}, seed {piece.seed}, {len(piece.rates)} rates"
+        try:
+            result = run_piece(piece, work, detail)
+        except Stopped:
+            echo(f"{label}: stopped; it goes on from there when it is run again")
+            break
+        store.add(piece, result)
+        shutil.rmtree(work / piece.digest)
+        count += 1
+        best = min(result["members"], key=lambda member: member.get("items_loss", float("inf")))
+        echo(
+            f"{label}: {result['seconds']:.0f} s, lowest loss {best.get('items_loss')} at {best['lr']:g}; "
+            f"{len(queue) - 1} known pieces are left"
+        )
+    return count
+
+
+def listed() -> list[str]:
+    """A line for each study."""
+    lines = []
+    for name in names():
+        study = declared(name)
+        store = Store(study)
+        pieces = [piece for arm in study.arms for piece in progress(study, arm, store)[0]]
+        done = sum(store.get(piece) is not None for piece in pieces)
+        lines.append(f"{name}: {done} of {len(pieces)} pieces done, {len(pieces) - done} pending: {study.title}")
+    return lines
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="pieces done and pending")
+    runs = commands.add_parser("run", help="run what is pending of a study")
+    runs.add_argument("name")
+    runs.add_argument("--minutes", type=float, default=float("inf"), help="begin no piece that would end later")
+    runs.add_argument("--setting", help="run this setting alone, so that others can run in another process")
+    runs.add_argument("--work", type=Path, default=WORK, help=f"folder for run directories (default {WORK})")
+    commands.add_parser("report", help="write docs/RESULTS.md from the stored results")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "list":
+            print("\n".join(listed()))
+        elif arguments.command == "report":
+            from experiments.studies.report import write
+
+            write()
+        else:
+            # Pieces of one arm are one program.
+            jax.config.update("jax_compilation_cache_dir", str(arguments.work.absolute() / "programs"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            study = declared(arguments.name)
+            limit = 60 * arguments.minutes
+            run(study, Store(study), arguments.work, limit, arguments.setting, lambda line: print(line, flush=True))
+    except SboraxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

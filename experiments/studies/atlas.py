@@ -1,0 +1,147 @@
+"""Every method at its best learning rate, on a model of 260 thousand parameters.
+
+What decides, fixed before anything ran. The metric is the loss of held-out answers after the last step, in nats a
+token, a mean over items. The learning rate of an arm is the one whose mean over seeds is lowest on the selecting half
+of the items; numbers are those of the other half. Arms are compared to LoRA of rank 8, paired by item and by seed.
+Three seeds try every rate, two more run at the best one. Parameters are matched to LoRA's as nearly as a method can.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import sborax as sx
+from experiments.studies.claims import Beats, RateRatio, Within
+from experiments.studies.matching import STORED, matched, sized
+from experiments.studies.study import Arm, Held, Study, half_decades
+from sborax import methods
+from sborax.adapters.core import AbstractMethod
+from sborax.models.config import LlamaConfig
+
+MODEL = "stories260k"
+SHAPE = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=172,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+LINEARS = "self_attn|mlp"
+RANK = 8
+BUDGET = 46_240
+"""Trained parameters of LoRA, to which the others are matched."""
+TEXT: dict[str, Any] = {"max_length": 128}
+E2E = sx.Data("e2e_nlg/trainset.csv", template="{mr}\n", answer="{ref}", limit=4000, **TEXT)
+ALPACA = sx.Data(
+    "alpaca_en_demo", template="{instruction}\n{input}\n", answer="{output}", overlong="truncate", limit=880, **TEXT
+)
+SETTINGS = {
+    "E2E": (E2E, Held(dataclasses.replace(E2E, name="e2e_nlg/devset.csv", limit=None))),
+    # The records after those that are trained on.
+    "Alpaca": (ALPACA, Held(dataclasses.replace(ALPACA, limit=None), skip=880)),
+}
+"""Data that the model, which has read children's stories, does not know."""
+
+VARIANTS: dict[str, AbstractMethod] = {
+    "SBoRA-FA": sx.SBoRA(),
+    "SBoRA-FB": sx.SBoRA(variant="FB"),
+    "rsLoRA": sx.LoRA(rslora=True),
+}
+"""Options that make another method of a class."""
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "LoRA+": {"b_ratio": 16.0},
+    "LoRA-RITE": {"name": "lora_rite"},
+    "LoRA-FA": {"name": "lora_fa"},
+}
+"""Other optimisers of LoRA's factors."""
+NAMED = ("SBoRA-FA", "SBoRA-FB", "Bone", "DoRA", "PiSSA")
+"""Methods that are also compared to LoRA at its rank."""
+
+
+BEATS = (
+    Beats("SBoRA-FA beats LoRA at equal parameters", "2407.05413", "SBoRA-FA"),
+    Beats("SBoRA-FB beats LoRA at equal parameters", "2407.05413", "SBoRA-FB"),
+    Beats("SBoRA-FA is as good as LoRA with half the parameters", "2407.05413", "SBoRA-FA, rank 8", slack=0.01),
+    Beats("SBoRA-FB is as good as LoRA with half the parameters", "2407.05413", "SBoRA-FB, rank 8", slack=0.01),
+    Beats("Bone beats LoRA at equal parameters", "2409.15371", "Bone"),
+    Beats("Bat beats Bone", "2409.15371", "Bat", "Bone at Bat's parameters"),
+    Beats("DoRA beats LoRA", "2402.09353", "DoRA"),
+    Beats("PiSSA beats LoRA", "2404.02948", "PiSSA"),
+    Beats("OLoRA beats LoRA", "2406.01775", "OLoRA"),
+    Beats("LoRA-GA beats LoRA", "2407.05000", "LoRAGA"),
+    Beats("LoRA+ beats LoRA", "2402.12354", "LoRA+"),
+    Beats("LoRA-RITE beats LoRA", "2410.20625", "LoRA-RITE"),
+    Beats("rsLoRA beats LoRA", "2312.03732", "rsLoRA"),
+    Beats("ResLoRA beats LoRA", "2402.18039", "ResLoRA"),
+)
+
+
+def everything() -> dict[str, AbstractMethod]:
+    """Every method of the package with its defaults, and the variants."""
+    plain = {name: getattr(sx, name)() for name in methods.__all__ if name != "SBoRA"}
+    return {**plain, **VARIANTS}
+
+
+def method_arms() -> dict[str, dict[str, Any]]:
+    """What each arm changes in the common experiment: every method of the package at LoRA's parameters, and more."""
+    sizes, plain = json.loads(STORED.read_text()), everything()
+    at_budget = {
+        name: sized(method, sizes[name]) if name in sizes else matched(SHAPE, LINEARS, method, BUDGET)
+        for name, method in plain.items()
+    }
+    arms: dict[str, dict[str, Any]] = {"LoRA": rules(at_budget.pop("LoRA")), "full fine-tuning": {"train_base": True}}
+    arms |= {name: {**rules(sx.LoRA(rank=RANK)), "optimizer": changes} for name, changes in OPTIMIZERS.items()}
+    arms |= {name: rules(at_budget[name]) for name in (*NAMED, *sorted(at_budget.keys() - set(NAMED)))}
+    arms |= {
+        f"{name}, rank {RANK}": rules(sized(plain[name], RANK))
+        for name in NAMED
+        if at_budget[name] != sized(plain[name], RANK)
+    }
+    # A block of Bat must divide every side of a kernel, so Bat reaches no more than a quarter of LoRA's parameters.
+    # Bone trains as many as Bat at equal rank.
+    return arms | {"Bone at Bat's parameters": rules(sized(sx.Bone(), sizes["Bat"]))}
+
+
+def rules(method: AbstractMethod) -> dict[str, Any]:
+    """The experiment's rules for one method on all linear layers."""
+    return {"rules": (sx.Rule(LINEARS, method),)}
+
+
+def arm(setting: str, name: str, optimizer: dict[str, Any] | None = None, **changes: Any) -> Arm:
+    """An arm of the common experiment with some fields changed."""
+    data, held = SETTINGS[setting]
+    common: dict[str, Any] = {"steps": 100, "batch_size": 8, "save": sx.Save(every=50, keep=1)}
+    experiment = sx.Experiment(MODEL, data, optimizer=sx.Optimizer(**(optimizer or {})), **{**common, **changes})
+    return Arm(name, setting, experiment, held)
+
+
+def study() -> Study:
+    """The study."""
+    arms = method_arms()
+    claimed = {"full fine-tuning", *(name for claim in BEATS for name in (claim.arm, claim.other))}
+    budgeted = tuple(name for name in arms if ", rank" not in name and name not in ("full fine-tuning", "LoRA"))
+    return Study(
+        name="atlas",
+        title="every method at its best learning rate, stories260k",
+        protocol=__doc__ or "",
+        arms=tuple(
+            arm(setting, name, **changes)
+            for setting in SETTINGS
+            for name, changes in arms.items()
+            if setting == "E2E" or name in claimed
+        ),
+        rates=half_decades(3e-4, 7),
+        seeds=(0, 1, 2, 3, 4),
+        tuned=(0, 1, 2),
+        claims=(
+            *BEATS,
+            RateRatio("LoRA's best learning rate is 10 times that of full fine-tuning", "", "full fine-tuning", 10.0),
+            RateRatio("LoRA's best learning rate is 3 times that of full fine-tuning", "", "full fine-tuning", 3.0),
+            Within("all variants of LoRA are within 2 % of it once tuned", "2602.04998", budgeted, 0.02),
+        ),
+    )

@@ -1,0 +1,221 @@
+"""Claims of papers, and the rule by which results decide them."""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.studies.tuning import Tuned
+from sborax.evaluate.compare.statistics import Interval, over_items, over_seeds
+
+Verdict = Literal["reproduced", "not reproduced", "undecided", "not run yet"]
+SEEDS = 3
+"""The fewest seeds that decide."""
+HALF_STEP = 0.25
+"""Half of the distance of two learning rates, in decades."""
+EQUAL = 0.005
+"""A gain below this share of the reference's loss is none."""
+RULE = f"""\
+A claim is judged by the difference that it is about, at the learning rate of each arm. There are two 95 % intervals of
+it, one over items and one over seeds, both paired. **Reproduced**: both lie on the side that the claim says. **Not
+reproduced**: both lie wholly on the other side of a gain of {EQUAL:.1%} of the reference's loss, so that a gain worth
+speaking of is excluded. **Undecided**: anything else, fewer than {SEEDS} seeds, or a best learning rate that is the
+first or the last that was tried. A claim that something lies within a band is reproduced if both intervals lie in the
+band, and not reproduced if both lie outside. With several settings, a claim is reproduced if it is in all, and not
+reproduced if it is not in one and reproduced in none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What results say about a claim in one setting.
+
+    - setting: of the arms that were compared.
+    - verdict: by the rule.
+    - numbers: the difference in words, with its intervals.
+    """
+
+    setting: str
+    verdict: Verdict
+    numbers: str
+
+
+Arms = Mapping[str, Tuned | None]
+"""The arms of a setting by name; None for one with pending pieces."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractClaim(abc.ABC):
+    """A claim: a sentence, and where it is made (an arXiv id, or empty where it is common lore)."""
+
+    sentence: str
+    paper: str
+
+    @abc.abstractmethod
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        """The names of the arms that it is about, among those of a setting; empty if the setting has not all."""
+
+    @abc.abstractmethod
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        """The verdict and its numbers, from the arms that it needs."""
+
+    def find(self, setting: str, arms: Arms) -> Finding | None:
+        """What the results of a setting say; None where the setting has no such arms."""
+        names = self.needs(tuple(arms))
+        if not names:
+            return None
+        tuned = {name: each for name in names if (each := arms[name]) is not None}
+        if len(tuned) < len(names):
+            return Finding(setting, "not run yet", "")
+        verdict, numbers = self.judge(tuned)
+        ends = [name for name, each in tuned.items() if not each.rates.interior]
+        few = min(len(each.seeds) for each in tuned.values())
+        if ends:
+            verdict, numbers = "undecided", f"{numbers}; best rate at the end of the tried ones: {', '.join(ends)}"
+        if few < SEEDS:
+            verdict, numbers = "undecided", f"{numbers}; {few} seeds"
+        return Finding(setting, verdict, numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, with its intervals over items and over seeds."""
+
+    items: Interval
+    seeds: Interval
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, "seeds items"]) -> "Difference":
+        """From the difference of every seed and item. Numbers of a run as a whole have one item."""
+        return cls(over_items(values.mean(axis=0)[None])[0][0], over_seeds(list(values.mean(axis=1))))
+
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        """Those that are known."""
+        return tuple(each for each in (self.items, self.seeds) if each.low is not None)
+
+    def below(self, bound: float) -> bool:
+        """Whether every interval lies below a number."""
+        return bool(self.intervals) and all(each.high is not None and each.high < bound for each in self.intervals)
+
+    def above(self, bound: float) -> bool:
+        """Whether every interval lies above a number."""
+        return bool(self.intervals) and all(each.low is not None and each.low > bound for each in self.intervals)
+
+    def __str__(self) -> str:
+        ends = [f"{each.low:+.4f} .. {each.high:+.4f} over {each.over}" for each in self.intervals]
+        return f"{self.seeds.value:+.4f} ({', '.join(ends)})" if ends else f"{self.seeds.value:+.4f}"
+
+
+def paired(left: Tuned, right: Tuned, kind: str = "items") -> Difference:
+    """The difference of two arms on the items and seeds that both have.
+
+    Raises ValueError if they were measured on different items.
+    """
+    if left.digests != right.digests:
+        raise ValueError(f"{left.arm.name} and {right.arm.name} were measured on different items")
+    return Difference.of(_values(left, right.seeds, kind) - _values(right, left.seeds, kind))
+
+
+def _values(arm: Tuned, seeds: Sequence[int], kind: str) -> Float[np.ndarray, "seeds items"]:
+    values = arm.losses(kind) if kind in ("items", "kept") else arm.numbers(kind)
+    return values[[place for place, seed in enumerate(arm.seeds) if seed in seeds]]
+
+
+def decide(gap: Difference, gain: float, slack: float = 0.0) -> Verdict:
+    """Whether a difference lies below `slack`. gain: the least gain worth speaking of, above 0."""
+    if gap.below(slack):
+        return "reproduced"
+    return "not reproduced" if gap.above(slack - gain) else "undecided"
+
+
+def in_band(gap: Difference, low: float, high: float) -> Verdict:
+    """Whether a difference lies within a band."""
+    if gap.above(low) and gap.below(high):
+        return "reproduced"
+    return "not reproduced" if gap.below(low) or gap.above(high) else "undecided"
+
+
+@dataclasses.dataclass(frozen=True)
+class Beats(AbstractClaim):
+    """The loss of `arm` is lower than that of `other`.
+
+    - slack: a share of the other's loss by which it may be higher: for "as good as".
+    - kind: "items" for the loss of the reported items, "kept" for that of the kept text, or a number of the run, such
+      as "area" for the mean loss over its steps.
+    """
+
+    arm: str
+    other: str = "LoRA"
+    slack: float = 0.0
+    kind: str = "items"
+
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        names = (self.arm, self.other)
+        return names if set(names) <= set(arms) else ()
+
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        left, right = arms[self.arm], arms[self.other]
+        gap = paired(left, right, self.kind)
+        scale = float(_values(right, right.seeds, self.kind).mean())
+        return decide(gap, EQUAL * scale, self.slack * scale), f"{gap} of {scale:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Within(AbstractClaim):
+    """The loss of every one of `names` is within a share of the reference's, `other`."""
+
+    names: tuple[str, ...]
+    share: float
+    other: str = "LoRA"
+
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        return (self.other, *self.names) if {self.other, *self.names} <= set(arms) else ()
+
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        reference = arms[self.other]
+        scale = float(reference.losses().mean())
+        gaps = {name: paired(arms[name], reference) for name in self.names}
+        bound = self.share * scale
+        verdicts = {name: in_band(gap, -bound, bound) for name, gap in gaps.items()}
+        outside = [f"{name} {gaps[name].seeds.value / scale:+.1%}" for name in gaps if verdicts[name] != "reproduced"]
+        numbers = f"{len(gaps) - len(outside)} of {len(gaps)} within"
+        numbers += f"; not surely within: {', '.join(outside)}" if outside else ""
+        return overall(list(verdicts.values())), numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class RateRatio(AbstractClaim):
+    """The best learning rate of `arm` is `ratio` times that of `other`, up to half of the distance of two rates.
+
+    The best rate of a seed is the minimum of a parabola through the three rates around its best. There are no items.
+    """
+
+    other: str
+    ratio: float
+    arm: str = "LoRA"
+
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        names = (self.arm, self.other)
+        return names if set(names) <= set(arms) else ()
+
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        left, right = (arms[name].best_by_seed() for name in (self.arm, self.other))
+        decades = np.array([[left[seed] - right[seed]] for seed in left if seed in right])
+        gap, wanted = Difference.of(decades), math.log10(self.ratio)
+        numbers = f"{10**gap.seeds.value:.2g} times"
+        if gap.seeds.low is not None and gap.seeds.high is not None:
+            numbers += f" ({10**gap.seeds.low:.2g} .. {10**gap.seeds.high:.2g} over seeds)"
+        return in_band(gap, wanted - HALF_STEP, wanted + HALF_STEP), numbers
+
+
+def overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict over several settings or arms."""
+    if not verdicts or "not run yet" in verdicts:
+        return "not run yet"
+    if all(verdict == "reproduced" for verdict in verdicts):
+        return "reproduced"
+    return "not reproduced" if "not reproduced" in verdicts and "reproduced" not in verdicts else "undecided"

@@ -1,0 +1,96 @@
+"""The rank, or the size of blocks, at which a method trains about as many parameters as another.
+
+`python -m experiments.studies.matching` writes the sizes of every method in the atlas to sizes.json. A method that is
+not in this file is matched when the study is declared, which takes seconds.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import sborax as sx
+from sborax.adapters.core import AbstractMethod, SboraxError
+from sborax.adapters.paths import hint_of
+from sborax.models.config import LlamaConfig
+from sborax.models.language_model import abstract
+from sborax.train.base import adapt
+from sborax.train.hints import promised
+
+SIZES = ("rank", "block")
+"""Fields that say how large an adapter is."""
+LARGEST = 128
+STORED = Path(__file__).parent / "sizes.json"
+
+
+def size_of(method: AbstractMethod) -> str | None:
+    """The field that says how large its adapters are; None for a method without one, such as IA3."""
+    fields = {field.name for field in dataclasses.fields(method)}  # pyright: ignore
+    return next((name for name in SIZES if name in fields), None)
+
+
+def sized(method: AbstractMethod, value: int) -> AbstractMethod:
+    """The method at another size."""
+    name = size_of(method)
+    return method if name is None else dataclasses.replace(method, **{name: value})  # pyright: ignore
+
+
+@functools.cache
+def trained(shape: LlamaConfig, pattern: str, method: AbstractMethod) -> int:
+    """The parameters that `method` trains on the kernels of a model that match `pattern`, from shapes alone.
+
+    Raises SboraxError where the method does not fit.
+    """
+    params = abstract(shape, "float32")
+    hints = promised(params)
+    plan = sx.plan(params, [sx.Rule(pattern, method)], hints=hints)
+
+    def adapters(key: Any, params: Any) -> Any:
+        return adapt(key, params, plan, None, lambda _, site: hint_of(hints, site.path))[1]
+
+    return sx.count(jax.eval_shape(adapters, jax.random.key(0), params))
+
+
+def matched(shape: LlamaConfig, pattern: str, method: AbstractMethod, target: int) -> AbstractMethod:
+    """`method` at the size that trains as near to `target` parameters as it can; ties: the smaller size.
+
+    A method without a size, such as IA3, is returned as it is. A rank policy is replaced by one rank for all layers.
+    """
+    if size_of(method) is None:
+        return method
+
+    def distance(value: int) -> float:
+        try:
+            return abs(trained(shape, pattern, sized(method, value)) - target)
+        except SboraxError:
+            return float("inf")
+
+    # Parameters grow with a rank about linearly, so few ranks need to be counted: those around the estimate.
+    powers = [1 << power for power in range(LARGEST.bit_length())]
+    best = min(powers, key=distance)
+    around = range(max(1, best // 2), min(LARGEST, 2 * best) + 1) if size_of(method) == "rank" else powers
+    while len(around) > 9:
+        step = max(1, len(around) // 8)
+        best = min(around[::step], key=distance)
+        around = range(max(1, best - step), min(LARGEST, best + step) + 1)
+    return sized(method, min(around, key=distance))
+
+
+def main() -> None:
+    """Write the sizes of the atlas."""
+    from experiments.studies import atlas
+
+    sizes = {}
+    for name, method in atlas.everything().items():
+        field = size_of(method)
+        if field is not None:
+            sizes[name] = getattr(matched(atlas.SHAPE, atlas.LINEARS, method, atlas.BUDGET), field)
+            print(name, sizes[name], flush=True)
+    STORED.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

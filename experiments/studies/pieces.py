@@ -1,0 +1,151 @@
+"""Runs a piece and makes its result: a small JSON file."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+import sborax as sx
+from experiments.studies.items import batches_of, digests, held_out, scorer
+from experiments.studies.study import Held, Piece
+from sborax.cli.targets import load_run
+from sborax.records.report import Summary, git_revision
+from sborax.sweep.run import sweep
+from sborax.train.loop import train
+from sborax.train.read import read_model
+
+POINTS = 20
+"""Points of a training curve."""
+
+
+class Stopped(Exception):
+    """A signal has ended a piece before its last step. It is saved, and goes on from there."""
+
+
+def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str, Any]:
+    """Train a piece in a directory below `work`, and return its result.
+
+    A piece that was killed goes on from its last checkpoint; where that cannot be read, it begins again.
+    Raises Stopped after a signal.
+    """
+    began = time.monotonic()
+    place = work / piece.digest
+    try:
+        members = train_members(piece, place, place.exists(), echo)
+    except sx.SboraxError as error:
+        if not place.exists():
+            raise
+        echo(f"{place}: begun again ({error})")
+        shutil.rmtree(place)
+        members = train_members(piece, place, False, echo)
+    result = {
+        "config": piece.config,
+        "arm": piece.arm.name,
+        "setting": piece.arm.setting,
+        "seed": piece.seed,
+        "version": sx.__version__,
+        "commit": git_revision(),
+        "jax": jax.__version__,
+        "device": device(),
+        "members": list(map(described, members, piece.rates)),
+    }
+    alive = [(member, numbers) for member, numbers in zip(members, result["members"], strict=True) if "loss" in numbers]
+    for name, held in (("items", piece.arm.held), ("kept", piece.arm.kept)):
+        if held is not None:
+            result[f"{name}_digests"] = add_losses(name, piece, held, alive)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    return result
+
+
+def train_members(piece: Piece, place: Path, resume: bool, echo: Callable[[str], None]) -> list[Path]:
+    """Train a member for every learning rate; their run directories. Raises Stopped after a signal."""
+    experiment = piece.experiment
+    if len(piece.rates) == 1:
+        # A loss that is not finite ends a single run with an error; a rate that diverges is a result here.
+        try:
+            finished = train(experiment, place, resume=resume, echo=echo).finished
+        except sx.SboraxError as error:
+            if "not finite" not in str(error):
+                raise
+            finished = True
+        runs = [place]
+    else:
+        grid = sx.Sweep(experiment, {"optimizer.lr": piece.rates})
+        try:
+            finished = sweep(grid, place, resume=resume, echo=echo).finished
+        except sx.SboraxError as error:
+            if "no member is left" not in str(error):
+                raise
+            finished = True
+        runs = [place / member.name for member in grid.members()]
+    if not finished:
+        raise Stopped
+    return runs
+
+
+def described(run: Path, rate: float) -> dict[str, Any]:
+    """What a run directory says of a member. One that diverged has a rate alone."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if not (run / "adapter").exists():
+        return {"lr": rate, "diverged": len(losses) + 1}
+    summary = Summary.read(epath.Path(run))
+    assert summary is not None
+    return {
+        "lr": rate,
+        "trained": summary.trainable_parameters,
+        "loss": digits(sum(losses[-10:]) / len(losses[-10:])),
+        "area": digits(sum(losses) / len(losses)),
+        "curve": [digits(loss) for loss in thinned(losses)],
+    }
+
+
+def thinned(losses: list[float]) -> list[float]:
+    """At most `POINTS` means of consecutive losses."""
+    count = min(POINTS, len(losses))
+    cuts = [len(losses) * place // count for place in range(count + 1)]
+    return [sum(losses[low:high]) / (high - low) for low, high in zip(cuts, cuts[1:], strict=False)]
+
+
+def digits(value: float) -> float:
+    """Five significant digits."""
+    return float(f"{value:.5g}")
+
+
+def add_losses(name: str, piece: Piece, held: Held, members: list[tuple[Path, dict[str, Any]]]) -> str:
+    """Write the losses of all items into the numbers of each member; the digests of the items.
+
+    - name: the key of the list of losses; `NAME_loss` is their mean.
+    """
+    model = read_model(piece.experiment)
+    samples = held_out(held, model)
+    batches, score = batches_of(samples, held), None
+    for run, numbers in members:
+        target = load_run(str(run))
+        score = score or scorer(target.model)
+        losses = score(target, batches)
+        if not all(map(math.isfinite, losses)):
+            numbers["diverged"] = piece.arm.experiment.steps
+            continue
+        numbers[f"{name}_loss"] = digits(float(losses.mean()))
+        numbers[name] = [digits(float(loss)) for loss in losses]
+    return digests(samples)
+
+
+def device() -> str:
+    """The kind of CPU and its cores, or the kind of accelerator."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return kind
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,43 @@
+"""Stored results: one JSON file a piece, by study and digest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.studies.study import Piece, Study
+
+RESULTS = Path(__file__).parent / "results"
+LARGEST = 60_000
+"""Bytes of a result, at most."""
+
+
+class Store:
+    """The results of a study that are in a folder, by digest of their piece.
+
+    - seconds: how long each took, in the order in which they were added to this object.
+    """
+
+    def __init__(self, study: Study, folder: Path = RESULTS) -> None:
+        self.folder = folder / study.name
+        self._results: dict[str, dict[str, Any]] = {}
+        for file in sorted(self.folder.glob("*.json")):
+            self._results[file.stem] = json.loads(file.read_text())
+        self.seconds = [result["seconds"] for result in self._results.values()]
+
+    def get(self, piece: Piece) -> dict[str, Any] | None:
+        """The result of a piece; None if it is pending."""
+        return self._results.get(piece.digest)
+
+    def add(self, piece: Piece, result: dict[str, Any]) -> Path:
+        """Write a result. Raises ValueError for one that is too large to be kept in a repository."""
+        text = json.dumps(result, separators=(",", ":"))
+        if len(text) > LARGEST:
+            raise ValueError(f"{piece.arm.name}: a result of {len(text):,} bytes; fewer items or rates make it smaller")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{piece.digest}.json"
+        partial = file.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.rename(file)
+        self._results[piece.digest] = result
+        self.seconds.append(result["seconds"])
+        return file

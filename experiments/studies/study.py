@@ -1,0 +1,156 @@
+"""A study as data: arms that are compared, the learning rates and seeds of each, and the claims they answer."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import sborax as sx
+from sborax.config.codec import encode
+
+if TYPE_CHECKING:
+    from experiments.studies.claims import AbstractClaim
+
+FORMAT = 1
+"""Changes when the same config would give other numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Held-out items: samples of `data`, spaced evenly over all but the first `skip`.
+
+    Those with an even number select the learning rate; the others are reported.
+    """
+
+    data: sx.Data
+    items: int = 64
+    skip: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is trained, at every learning rate and with every seed of its study.
+
+    - name: within its setting; `reference` of the study is the name to which the others of a setting are compared.
+    - setting: the conditions that it shares with the arms it is compared to, such as the data.
+    - experiment: with any learning rate and seed, which the study replaces.
+    - held: the items whose answer losses are the result.
+    - kept: text that the base knew; its loss after training says what was forgotten. None for none.
+    """
+
+    name: str
+    setting: str
+    experiment: sx.Experiment
+    held: Held
+    kept: Held | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Arms, how each is tuned, and what the results are to decide.
+
+    - name: of its folder of results.
+    - title: one line.
+    - protocol: what decides, written before anything ran.
+    - arms: in the order in which they run.
+    - rates: learning rates that every arm tries, half a decade apart, ascending.
+    - seeds: each sets the order of the data and the start of the adapters.
+    - tuned: the seeds with which all rates are tried; the others run at the best rate alone. Empty for all seeds.
+    - extensions: how often half a decade may be added on the side where the best rate is the last.
+    - reference: the name of the arm that others of its setting are compared to.
+    - claims: what the results decide.
+    """
+
+    name: str
+    title: str
+    protocol: str
+    arms: tuple[Arm, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    tuned: tuple[int, ...] = ()
+    extensions: int = 3
+    reference: str = "LoRA"
+    claims: "tuple[AbstractClaim, ...]" = ()
+
+    @property
+    def tuning(self) -> tuple[int, ...]:
+        """The seeds with which all rates are tried."""
+        return self.tuned or self.seeds
+
+
+def settings(study: Study) -> list[str]:
+    """The settings of a study, in order."""
+    return list(dict.fromkeys(arm.setting for arm in study.arms))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is run and stored at once: a sweep of one arm over learning rates with one seed, or a single run of it."""
+
+    arm: Arm
+    rates: tuple[float, ...]
+    seed: int
+
+    @property
+    def experiment(self) -> sx.Experiment:
+        """The experiment with the piece's seed and its first learning rate."""
+        plain = dataclasses.replace(self.arm.experiment, seed_data=self.seed, seed_adapter=self.seed)
+        return with_rate(plain, self.rates[0])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that its numbers depend on, as JSON values, without fields that have their default."""
+        config = {
+            "format": FORMAT,
+            "experiment": sparse(self.experiment),
+            "rates": list(self.rates),
+            "held": sparse(self.arm.held),
+        }
+        return config if self.arm.kept is None else {**config, "kept": sparse(self.arm.kept)}
+
+    @property
+    def digest(self) -> str:
+        """The name of its result."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_rate(experiment: sx.Experiment, rate: float) -> sx.Experiment:
+    """The experiment at another learning rate."""
+    assert dataclasses.is_dataclass(experiment.optimizer)
+    optimizer: Any = dataclasses.replace(experiment.optimizer, lr=rate)  # pyright: ignore
+    return dataclasses.replace(experiment, optimizer=optimizer)
+
+
+def sparse(value: Any) -> Any:
+    """`encode(value)` without the fields that have their default, so that a field added later changes no digest."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if isinstance(value, tuple | list):
+            return [sparse(item) for item in value]
+        return {key: sparse(item) for key, item in value.items()} if isinstance(value, Mapping) else encode(value)
+    fields: dict[str, Any] = {"type": type(value).__name__}
+    for field in dataclasses.fields(value):
+        chosen = getattr(value, field.name)
+        if chosen != field.default:
+            fields[field.name] = sparse(chosen)
+    return fields
+
+
+def half_decades(low: float, count: int) -> tuple[float, ...]:
+    """Learning rates half a decade apart from `low`, a 1 or a 3 with zeros: 1e-3, 3e-3, 1e-2, ..."""
+    rates = [low]
+    while len(rates) < count:
+        rates.append(higher(rates[-1]))
+    return tuple(rates)
+
+
+def higher(rate: float) -> float:
+    """The next learning rate: 3e-3 after 1e-3, 1e-2 after 3e-3."""
+    digit, exponent = f"{rate:.0e}".split("e")
+    return float(f"3e{exponent}") if digit == "1" else float(f"1e{int(exponent) + 1}")
+
+
+def lower(rate: float) -> float:
+    """The learning rate before: 1e-3 before 3e-3, 3e-4 before 1e-3."""
+    digit, exponent = f"{rate:.0e}".split("e")
+    return float(f"1e{exponent}") if digit == "3" else float(f"3e{int(exponent) - 1}")

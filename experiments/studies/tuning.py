@@ -1,0 +1,139 @@
+"""How an arm was tuned: the pieces it needs, its best learning rate, and its losses there."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.studies.store import Store
+from experiments.studies.study import Arm, Piece, Study, higher, lower
+from sborax.evaluate.compare.statistics import Sensitivity, sensitivity
+
+Numbers = Mapping[str, Any]
+"""What a result holds of a member."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """An arm with all results that it needs.
+
+    - members: by learning rate and seed.
+    - tuning: the seeds with which all rates were tried.
+    - extensions: how often rates were added.
+    - digests: of the items.
+    """
+
+    arm: Arm
+    members: Mapping[float, Mapping[int, Numbers]]
+    tuning: tuple[int, ...]
+    extensions: int
+    digests: str
+
+    @cached_property
+    def rates(self) -> Sensitivity:
+        """The loss of the selecting items by learning rate, a mean over seeds."""
+        return selected(self.members, self.tuning)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that reached the end at the best rate."""
+        return tuple(self.members[self.best])
+
+    @property
+    def best(self) -> float:
+        """The best learning rate. Raises ValueError where every rate diverged."""
+        if self.rates.best is None:
+            raise ValueError(f"{self.arm.name}: diverged at every learning rate")
+        return self.rates.best
+
+    @property
+    def at_best(self) -> Mapping[int, Numbers]:
+        """The members at the best learning rate, by seed."""
+        return self.members[self.best]
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return next(iter(self.at_best.values()))["trained"]
+
+    def losses(self, kind: str = "items") -> Float[np.ndarray, "seeds items"]:
+        """Losses at the best rate in nats a token: of the reported items, or of all `kept` ones."""
+        step = slice(1, None, 2) if kind == "items" else slice(None)
+        return np.array([numbers[kind][step] for numbers in self.at_best.values()])
+
+    def numbers(self, name: str) -> Float[np.ndarray, "seeds 1"]:
+        """A number of the run at the best rate, such as the `area` under the training curve over its steps."""
+        return np.array([[numbers[name]] for numbers in self.at_best.values()])
+
+    def best_by_seed(self) -> dict[int, float]:
+        """log10 of the best rate of each seed alone: the minimum of a parabola through the three rates around it."""
+        return {seed: _minimum(selected(self.members, (seed,))) for seed in self.tuning}
+
+
+def selected(members: Mapping[float, Mapping[int, Numbers]], seeds: Sequence[int]) -> Sensitivity:
+    """The mean loss of the selecting items by learning rate. A rate at which a seed diverged is infinitely bad."""
+
+    def score(by_seed: Mapping[int, Numbers]) -> float:
+        known = [float(np.mean(by_seed[seed]["items"][::2])) for seed in seeds if "items" in by_seed[seed]]
+        return float(np.mean(known)) if len(known) == len(seeds) else math.inf
+
+    tried = {rate: by_seed for rate, by_seed in members.items() if all(seed in by_seed for seed in seeds)}
+    return sensitivity({rate: score(by_seed) for rate, by_seed in tried.items()}, lower=True)
+
+
+def _minimum(tried: Sensitivity) -> float:
+    """log10 of the best rate. NaN where every rate diverged, the rate itself at an end."""
+    if tried.best is None:
+        return math.nan
+    place = tried.rates.index(tried.best)
+    around = slice(place - 1, place + 2)
+    points, scores = np.log10(tried.rates[around]), np.array(tried.scores[around])
+    if not tried.interior or not np.isfinite(scores).all():
+        return float(np.log10(tried.best))
+    curve = np.polyfit(points - points[1], scores, 2)
+    return float(points[1] - curve[1] / (2 * curve[0])) if curve[0] > 0 else float(points[1])
+
+
+def progress(study: Study, arm: Arm, store: Store) -> tuple[list[Piece], Tuned | None]:
+    """The pieces of an arm as far as they are known, and its tuning once none is pending.
+
+    Pieces beyond the first rates are known once the results that call for them are there.
+    """
+    pieces = [Piece(arm, study.rates, seed) for seed in study.tuning]
+    extensions = 0
+    while all(store.get(piece) for piece in pieces):
+        rates = selected(_members(pieces, store), study.tuning)
+        if rates.best is None or rates.interior or extensions == study.extensions:
+            break
+        rate = lower(rates.rates[0]) if rates.best == rates.rates[0] else higher(rates.rates[-1])
+        pieces += [Piece(arm, (rate,), seed) for seed in study.tuning]
+        extensions += 1
+    else:
+        return pieces, None
+    if rates.best is not None:
+        pieces += [Piece(arm, (rates.best,), seed) for seed in study.seeds if seed not in study.tuning]
+    results = [store.get(piece) for piece in pieces]
+    if not all(results):
+        return pieces, None
+    marks = {result["items_digests"] for result in results if result}
+    if len(marks) > 1:
+        raise ValueError(f"{study.name}, {arm.setting}, {arm.name}: pieces were measured on different items")
+    return pieces, Tuned(arm, _members(pieces, store), study.tuning, extensions, marks.pop())
+
+
+def _members(pieces: Sequence[Piece], store: Store) -> dict[float, dict[int, Numbers]]:
+    members: dict[float, dict[int, Numbers]] = {}
+    for piece in pieces:
+        result = store.get(piece)
+        for numbers in result["members"] if result else ():
+            members.setdefault(numbers["lr"], {})[piece.seed] = numbers
+    return members
+
+
+def pending(study: Study, store: Store) -> list[Piece]:
+    """The pieces without a result that are known now, in the order in which they are run."""
+    return [piece for arm in study.arms for piece in progress(study, arm, store)[0] if not store.get(piece)]
