@@ -136,7 +136,8 @@ def _weight_blocks(setting: Setting, weights: Weights, key: str) -> Iterator[Blo
 
 def _main_figures(setting: Setting, key: str) -> Iterator[tuple[str, Markup]]:
     main = setting.measures[0]
-    yield "Dashed: the reference.", Markup(plots.scores_figure(setting, main, key))
+    caption = "Dashed: the reference." if len(setting.groups) > 1 else ""
+    yield caption, Markup(plots.scores_figure(setting, main, key))
     for cost, flags in fronts(setting).items():
         if any(flags):
             drawing = plots.front_figure(setting, cost, flags, f"{key}-{cost}")

@@ -22,8 +22,10 @@ from sborax.evaluate.compare.rows import HELD_OUT, Curve, lower_is_better
 from sborax.evaluate.compare.spectra import Weights, regions, summary
 from sborax.evaluate.compare.tables import COSTS, amount, figure, rate
 
-INK, MUTED, GRID, ACCENT, FRONT = "#010101", "#020202", "#030303", "#040404", "#050505"
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", ACCENT: "--accent", FRONT: "--front"}
+INK, MUTED, GRID, ACCENT, FRONT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+VARIABLES = {
+    INK: "--ink", MUTED: "--muted", GRID: "--grid", ACCENT: "--accent", FRONT: "--front", PAPER: "--paper",
+}  # fmt: skip
 """Stand-ins for the colours of the page, which matplotlib cannot write as CSS variables."""
 LARGE, SMALL = (380, 270), (184, 126)
 """Width and height of a figure and of one of many small ones, in CSS pixels."""
@@ -45,8 +47,10 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
 }
 SMALLER: dict[Any, Any] = {"font.size": 9.0}
-OTHERS = 0.35
+OTHERS = 0.6
 """Opacity of the lines of other groups."""
+FAR = 3.0
+"""How many times as far from the best as three quarters of all scores a score may lie before it is drawn at the edge."""
 POINT = "point"
 """Before the number of a group in the id of its mark, which is where its tooltip goes."""
 
@@ -103,7 +107,11 @@ def scores_figure(setting: Setting, measure: str, key: str) -> str:
                 axes.plot([interval.low, interval.high], [number, number], color=ACCENT, linewidth=2.0)
             axes.plot(estimate.value, number, "o", color=ACCENT, markersize=6, gid=f"{POINT}-{number}")
             across = axes.get_yaxis_transform()
-            axes.text(0.0, number - 0.3, _cut(group.label, 62), transform=across, fontsize=9.5, va="bottom")
+            # Lines of the grid and of the reference end at a label.
+            behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}
+            axes.text(
+                0.0, number - 0.3, _cut(group.label, 62), transform=across, fontsize=9.5, va="bottom", bbox=behind
+            )  # fmt: skip
             tips.append(f"{group.label}: {figure(estimate.value)}")
         reference = setting.groups[0].estimates.get(measure)
         if reference is not None and len(groups) > 1:
@@ -241,8 +249,10 @@ def rate_figures(setting: Setting, key: str) -> list[tuple[Group, str]]:
     lower = lower_is_better(setting.chosen_by)
     best = [scores[np.isfinite(scores)] for _, scores in lines.values()]
     tops = [(part.min() if lower else part.max()) for part in best if part.size]
-    # Bad rates would flatten everything else: what is worse than this is drawn at the edge.
+    # Rates that are worse by far would flatten everything else: they are drawn at the edge.
     worst = max(np.quantile(finite, 0.75), max(tops)) if lower else min(np.quantile(finite, 0.25), min(tops))
+    last, top = (finite.max(), min(tops)) if lower else (finite.min(), max(tops))
+    worst = last if abs(last - top) <= FAR * abs(worst - top) else worst
     low, high = (min(tops), worst) if lower else (worst, max(tops))
     pad = 0.08 * (high - low) or 0.05
     edge = high + pad if lower else low - pad
@@ -267,9 +277,10 @@ def rate_figures(setting: Setting, key: str) -> list[tuple[Group, str]]:
             axes.set_xlim(every[0] / 1.5, every[-1] * 1.5)
             axes.set_ylim(low - pad, high + pad)
             axes.set_xticks([every[0], every[-1]], [rate(every[0]), rate(every[-1])])
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(every, [""] * len(every), minor=True)
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel("learning rate")
+            axes.set_ylabel(setting.chosen_by.rpartition(" ")[2])
         label = f"{setting.chosen_by} of {group.label} by learning rate"
         figures.append((group, _svg(drawing, f"{key}-{number}", label)))
     return figures
@@ -306,6 +317,7 @@ def spectrum_figures(setting: Setting, weights: Weights, key: str) -> list[tuple
             axes.yaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.set_xlabel("singular value")
+            axes.set_ylabel("size")
         figures.append((group, _svg(drawing, f"{key}-{number}", f"spectrum of the change by {group.label}")))
     return figures
 
@@ -316,7 +328,7 @@ def region_figures(setting: Setting, weights: Weights, key: str) -> list[tuple[s
     for place, group in enumerate(setting.ranked):
         for number, (kernel, moved) in enumerate(regions(weights.changes.get(group.label, ())).items()):
             with matplotlib.rc_context(STYLE | SMALLER):
-                drawing, axes = _draw((SMALL[0], 60 + min(120, 8 * len(moved))))
+                drawing, axes = _draw((SMALL[0], 74 + min(120, 8 * len(moved))))
                 share = _binned(moved, 120)
                 # A picture has no CSS variables: one colour that stands out on both papers, as opaque as rows moved.
                 picture = np.empty((*share.shape, 4))
@@ -325,6 +337,7 @@ def region_figures(setting: Setting, weights: Weights, key: str) -> list[tuple[s
                 axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
                 axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
                 axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axes.set_xlabel(kernel.rpartition(", ")[2])
                 axes.set_ylabel("layer")
             caption = f"{group.label}: {kernel}, {100 * moved.mean():.3g} % moved"
             figures.append((caption, _svg(drawing, f"{key}-{place}-{number}", caption)))
