@@ -82,20 +82,18 @@ def test_budget_as_in_peft(theirs):
 
 
 def test_regulariser_as_in_peft(theirs):
-    """Value and gradient, which `watch` adds."""
+    """Value and gradient, which `regularise` adds."""
     total = 0.0
     for name, p in theirs.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             gram = p @ p.T if "lora_A" in name else p.T @ p
             total = total + torch.norm(gram - torch.eye(RANK)) / 4
     total.backward()
-    run, adapters = run_of(sx.AdaLoRA(rank=RANK))
+    _, adapters = run_of(sx.AdaLoRA(rank=RANK))
     (node,) = nodes(adapters).values()
     tree = {"layers": {"proj": {"kernel": Adapter(stacked(theirs, lambda p: p.detach().numpy()), {}, node.method)}}}
     np.testing.assert_allclose(orthogonality(tree), total.item(), rtol=1e-5)
-    watch = AdaLoRABudget(orthogonality=0.5).watch(run)
-    zero = jax.tree.map(jnp.zeros_like, tree)
-    updates, _ = watch.update(zero, watch.init(tree), tree)
+    updates = AdaLoRABudget(orthogonality=0.5).regularise(jax.tree.map(jnp.zeros_like, tree), tree)
     wanted = stacked(theirs, lambda p: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy())
     for leaf in LEAVES:
         np.testing.assert_allclose(nodes(updates)[PATH].train[leaf], 0.5 * wanted[leaf], rtol=1e-4, atol=1e-6)

@@ -44,7 +44,7 @@ class AdaLoRABudget(AbstractInPlace):
     - warmup, cooldown: steps before the budget falls and after it has (PEFT's `tinit`, `tfinal`: 0).
     - every: steps between two prunings (PEFT's `deltaT`: 1).
     - beta1, beta2: of the running means (paper and PEFT: 0.85).
-    - orthogonality: weight of `orthogonality` in the loss (PEFT: 0.5); its gradient is added after clipping.
+    - orthogonality: weight of `orthogonality` in the loss (PEFT: 0.5).
 
     Entries that were zeroed may grow again and be kept at the next pruning, until the cool-down. All adapters must be
     `AdaLoRA`.
@@ -85,6 +85,11 @@ class AdaLoRABudget(AbstractInPlace):
         if self.warmup + self.cooldown >= run.steps:
             raise SboraxError(f"AdaLoRABudget: warmup and cooldown leave none of the {run.steps} steps")
 
+    def regularise(self, grads: PyTree, train: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda grad, extra: grad + self.orthogonality * extra, grads, jax.grad(orthogonality)(train)
+        )
+
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
         def init(params: PyTree) -> BudgetState:
             def zeros() -> PyTree:
@@ -96,8 +101,6 @@ class AdaLoRABudget(AbstractInPlace):
         def update(
             updates: PyTree, state: Any, params: PyTree | None = None, **others: Any
         ) -> tuple[PyTree, BudgetState]:
-            regular = jax.grad(orthogonality)(params)
-            updates = jax.tree.map(lambda grad, extra: grad + self.orthogonality * extra, updates, regular)
             return updates, state._replace(grads=updates)
 
         return optax.GradientTransformationExtraArgs(init, update)

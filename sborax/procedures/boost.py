@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Key, PyTree
 
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import Adapter, SboraxError
@@ -59,11 +58,11 @@ class XGBLoRA(AbstractSegmented):
         if self.layers is not None and self.layers > depth(run):
             raise SboraxError(f"XGBLoRA: layers={self.layers}, but only {depth(run)} layers are adapted")
 
-    def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
-        def pairs_alone(tree: Any) -> Any:
-            return jax.tree.map(lambda side: side != "rest", sides(tree))
+    def regularise(self, grads: PyTree, train: PyTree) -> PyTree:
+        def added(side: str, grad: Array, leaf: Array) -> Array:
+            return grad if side == "rest" else grad + self.penalty * leaf
 
-        return optax.with_extra_args_support(optax.add_decayed_weights(self.penalty, pairs_alone))
+        return jax.tree.map(added, sides(train), grads, train)
 
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
         for path, node in nodes(boundary.adapters).items():

@@ -52,6 +52,15 @@ class AbstractProcedure(abc.ABC):
     def check(self, run: Run, base: dict[str, Any]) -> None:
         """Raise `SboraxError` if this procedure cannot act on such a run."""
 
+    def regularise(self, grads: PyTree, train: PyTree) -> PyTree:
+        """The gradients with those of the procedure's own terms of the loss, before clipping. By default unchanged.
+
+        Args:
+        - grads: of the run's loss.
+        - train: the trained leaves.
+        """
+        return grads
+
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
         """The transformation that gets every step's gradients after clipping and before the optimiser.
 

@@ -66,8 +66,7 @@ class StackedMembers:
     - count: how many members.
     - at_once: how many of them a step computes together.
     - txs: an optax transformation for each of `optimizers`, without learning rates.
-    - watch: sees the gradients before the optimiser does, as a procedure wants.
-    - observe: whether `watch` is given norms of inputs.
+    - procedure: of one member; None without one.
     - loss: of all members.
     """
 
@@ -78,8 +77,7 @@ class StackedMembers:
     count: int
     at_once: int
     txs: tuple[optax.GradientTransformation, ...] = ()
-    watch: optax.GradientTransformation | None = None
-    observe: bool = False
+    procedure: ActiveProcedure | None = None
     loss: AbstractLoss = CrossEntropy()
 
     def tx(self, number: int) -> optax.GradientTransformation:
@@ -112,14 +110,14 @@ def make_member_optimizer(
     optimizers: Sequence[AbstractOptimizer],
     lr: Float[Array, " steps"],
     index: Int[Array, ""],
-    watch: optax.GradientTransformation | None = None,
+    procedure: ActiveProcedure | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimiser of one member: `optimizers[index]` at its own learning rates. Its state is a list of leaves.
 
     Each optimiser is a branch of the program with its numbers as constants, so rounding is that of a single run.
     """
     txs = [
-        optax.with_extra_args_support(make_optimizer(optimizer, 1, watch, lambda count: lr[count]))
+        optax.with_extra_args_support(make_optimizer(optimizer, 1, procedure, lambda count: lr[count]))
         for optimizer in optimizers
     ]
 
@@ -166,8 +164,7 @@ def gather(
     with_rates = [optimizer_of(member) for member in members]
     without_rates = [optimizer.without_rate() for optimizer in with_rates]
     distinct = tuple(dict.fromkeys(without_rates))
-    watch = None if procedure is None else procedure.watch()
-    txs = {optimizer: make_optimizer(optimizer, 1, watch) for optimizer in distinct}
+    txs = {optimizer: make_optimizer(optimizer, 1, procedure) for optimizer in distinct}
     opts = [jax.jit(txs[optimizer].init)(part.train) for optimizer, part in zip(without_rates, parts, strict=True)]
     opt_leaves = [jax.tree.leaves(opt) for opt in opts]
     for member, leaves in zip(members, opt_leaves, strict=True):
@@ -185,10 +182,9 @@ def gather(
     count = len(members)
     zero = jnp.zeros((count,), jnp.int32)
     run = TrainState(zero, _stack([part.train for part in parts]), _stack(opt_leaves))
-    observe = procedure is not None and procedure.method.observes
     loss = members[0].experiment.loss
     stacked = StackedMembers(
-        constants, shared, join, distinct, count, at_once, tuple(txs.values()), watch, observe, loss
+        constants, shared, join, distinct, count, at_once, tuple(txs.values()), procedure, loss
     )  # fmt: skip
     return stacked, SweepState(run, jnp.zeros_like(zero))
 
@@ -201,6 +197,7 @@ def make_sweep_step(
     It returns `(state, numbers)`; numbers are those of a single step, with a leading axis of members. Only `state` is
     donated.
     """
+    observe = stacked.procedure is not None and stacked.procedure.method.observes
 
     def step(
         state: SweepState, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]
@@ -209,9 +206,9 @@ def make_sweep_step(
             member: tuple[TrainState, Array, MemberConstants],
         ) -> tuple[TrainState, Array, dict[str, Any]]:
             before, diverged, of_member = member
-            tx = make_member_optimizer(stacked.optimizers, of_member.lr, of_member.optimizer, stacked.watch)
+            tx = make_member_optimizer(stacked.optimizers, of_member.lr, of_member.optimizer, stacked.procedure)
             frozen, weights = stacked.join(shared, of_member.frozen), {**base, **of_member.base}
-            single = make_step(model, tx, of_member.key, stacked.observe, loss=stacked.loss)
+            single = make_step(model, tx, of_member.key, observe, loss=stacked.loss)
             after, numbers = single(before, frozen, weights, batch)
             watched = jnp.stack([numbers[name] for name in WATCHED])
             finite = jnp.all(jnp.isfinite(watched))

@@ -36,6 +36,10 @@ class ActiveProcedure:
     halves: Halves = split
     layout: Layout = Layout()
 
+    def regularise(self, grads: PyTree, train: PyTree) -> PyTree:
+        """The gradients of the loss with the procedure's own terms."""
+        return self.method.regularise(grads, train)
+
     def watch(self) -> optax.GradientTransformationExtraArgs:
         """The transformation between clipping and the optimiser."""
         return self.method.watch(self.run)

@@ -1,8 +1,10 @@
 """What an optimiser is, and how it becomes the optax transformation of a run."""
 
 import abc
+from typing import Any, Protocol, runtime_checkable
 
 import optax
+from jaxtyping import PyTree
 
 from sborax.adapters.tree import split
 from sborax.config.codec import LiveObject
@@ -61,23 +63,46 @@ def schedule(optimizer: AnyOptimizer, steps: int) -> optax.Schedule | None:
     return optimizer.rate(steps) if isinstance(optimizer, AbstractOptimizer) else None
 
 
+@runtime_checkable
+class Hooks(Protocol):
+    """What an optimiser calls of a run's procedure, which is an `ActiveProcedure`."""
+
+    def regularise(self, grads: PyTree, train: PyTree) -> PyTree: ...
+
+    def watch(self) -> optax.GradientTransformationExtraArgs: ...
+
+
 def make_optimizer(
     optimizer: AnyOptimizer,
     steps: int,
-    watch: optax.GradientTransformation | None = None,
+    procedure: Hooks | None = None,
     lr: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
-    """The chain of `before`, `watch`, `build` and `after`.
+    """The chain of `before`, the procedure's `watch`, `build` and `after`, on the gradients of its `regularise`.
 
     Args:
     - steps: of the whole run.
-    - watch: sees the gradients that the optimiser gets; None for nothing.
+    - procedure: of the run; None without one.
     - lr: learning rates; None (default) for the optimiser's own.
 
     Raises SboraxError for an optax transformation that was given to another program.
     """
-    watched = () if watch is None else (watch,)
+    watched = () if procedure is None else (procedure.watch(),)
     if isinstance(optimizer, AbstractOptimizer):
         rule = optimizer.build(optimizer.rate(steps) if lr is None else lr)
-        return optax.chain(*optimizer.before(), *watched, rule, *optimizer.after())
-    return optax.chain(*watched, optimizer.require("optimizer") if isinstance(optimizer, LiveObject) else optimizer)
+        chain = optax.chain(*optimizer.before(), *watched, rule, *optimizer.after())
+    else:
+        chain = optax.chain(
+            *watched, optimizer.require("optimizer") if isinstance(optimizer, LiveObject) else optimizer
+        )
+    return chain if procedure is None else _regularised(chain, procedure)
+
+
+def _regularised(tx: optax.GradientTransformation, procedure: Hooks) -> optax.GradientTransformationExtraArgs:
+    """`tx` on the gradients of `procedure.regularise`, with the state of `tx`."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
+        return tx.update(procedure.regularise(updates, params), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

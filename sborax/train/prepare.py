@@ -53,8 +53,7 @@ class Prepared:
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimiser. `adapt` or `take_apart` comes first: there the procedure checks that it can watch the run."""
-        watch = None if self.procedure is None else self.procedure.watch()
-        return make_optimizer(self.experiment.optimizer, self.steps, watch)
+        return make_optimizer(self.experiment.optimizer, self.steps, self.procedure)
 
     @property
     def observe(self) -> bool:
