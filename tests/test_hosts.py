@@ -19,9 +19,11 @@ from tiny_model import write_data, write_model
 import sborax as sx
 from sborax.cli.launcher import LOST, ended, is_several
 from sborax.cli.main import _parse
+from sborax.records.eval_losses import EVAL_LOSSES
 from sborax.train.loop import train
 
 STEPS = 24
+ROWS = 24
 FOREVER = "steps=100000"
 GLOO = re.compile(
     r"(\[Gloo\] Rank| is connected to | peer ranks\. |Expected number of connected peer ranks is : |[\s\d])*"
@@ -35,7 +37,7 @@ def experiment():
     data = sx.Data({data!r}, template="{{instruction}}", answer=" {{output}}", max_length=64)
     rules = (("q_proj", sx.LoRA(rank=2, dropout=0.1)), ("down_proj", sx.PiSSA(rank=2)))
     return sx.Experiment({model!r}, data, rules, sx.Optimizer(lr=1e-2, schedule="constant", warmup=0), steps={steps},
-                         save=sx.Save(every=4), mesh={{"fsdp": 2, "tensor": 2}})
+                         eval=sx.Eval(data), save=sx.Save(every=4), mesh={{"fsdp": 2, "tensor": 2}})
 """
 PROGRAM = """
 import sys
@@ -123,7 +125,7 @@ def _losses(run):
 def experiment(tmp_path):
     """The file of an experiment."""
     model = write_model(tmp_path / "model", num_key_value_heads=2)
-    data = write_data(tmp_path / "data.jsonl")
+    data = write_data(tmp_path / "data.jsonl", ROWS)
     file = tmp_path / "experiment.py"
     file.write_text(EXPERIMENT.format(model=str(model), data=str(data), steps=STEPS))
     return file
@@ -156,6 +158,8 @@ def test_two_processes_train_die_and_resume(tmp_path, pair, experiment):
     for name, leaf in first.items():
         np.testing.assert_array_equal(leaf, second[name], err_msg=name)
     np.testing.assert_array_equal(_losses(tmp_path / "whole"), _losses(tmp_path / "killed"))
+    samples = [(tmp_path / run / EVAL_LOSSES).read_text() for run in ("whole", "killed")]
+    assert samples[0] == samples[1] and len(samples[0].splitlines()) == ROWS
 
 
 @pytest.mark.nightly

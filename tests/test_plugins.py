@@ -189,7 +189,7 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
     after = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
     assert after == peft | {"notes.txt": b"mine"}
     assert "Projected(rank=4)" in prints(capsys, "plan", run, *with_file)
-    changed = prints(capsys, "plan", run, "rules.0.method=made_projection:projected", *with_file)
+    changed = prints(capsys, "plan", run, "rules.0.method=made_projection:Projected", *with_file)
     assert "Projected(rank=8)" in changed
     prints(capsys, "sweep", run, "optimizer.lr=1e-2,1e-3", "save.best=false", "--out", tmp_path / "two", *with_file)
     prints(capsys, "generate", tmp_path / "two" / "lr=1e-2", "--prompt", "1", "--max-new-tokens", "1", *with_file)
