@@ -18,9 +18,10 @@ import jax
 
 from experiments import studies
 from experiments.studies.pieces import Stopped, run_piece
-from experiments.studies.store import Store
+from experiments.studies.report import Outcome, write
+from experiments.studies.store import RESULTS, Store
 from experiments.studies.study import Study, settings
-from experiments.studies.tuning import pending, progress
+from experiments.studies.tuning import pending
 from sborax.adapters.core import SboraxError
 from sborax.train.read import Echo, silent
 
@@ -92,15 +93,18 @@ def run(
     return count
 
 
+def outcomes(results: Path = RESULTS) -> list[Outcome]:
+    """Every study with its stored results."""
+    studies = [declared(name) for name in names()]
+    return [Outcome.of(study, Store(study, results)) for study in studies]
+
+
 def listed() -> list[str]:
     """A line for each study."""
     lines = []
-    for name in names():
-        study = declared(name)
-        store = Store(study)
-        pieces = [piece for arm in study.arms for piece in progress(study, arm, store)[0]]
-        done = sum(store.get(piece) is not None for piece in pieces)
-        lines.append(f"{name}: {done} of {len(pieces)} pieces done, {len(pieces) - done} pending: {study.title}")
+    for outcome in outcomes():
+        name, pieces, done = outcome.study.name, outcome.pieces, outcome.done
+        lines.append(f"{name}: {done} of {pieces} pieces done, {pieces - done} pending: {outcome.study.title}")
     return lines
 
 
@@ -120,9 +124,7 @@ def main() -> int:
         if arguments.command == "list":
             print("\n".join(listed()))
         elif arguments.command == "report":
-            from experiments.studies.report import write
-
-            write()
+            write(outcomes())
         else:
             # Pieces of one arm are one program.
             jax.config.update("jax_compilation_cache_dir", str(arguments.work.absolute() / "programs"))

@@ -17,12 +17,14 @@ SEEDS = 3
 """The fewest seeds that decide."""
 HALF_STEP = 0.25
 """Half of the distance of two learning rates, in decades."""
+SLOPE = 0.05
+"""Decades of a learning rate for each doubling of a size that count as none."""
 EQUAL = 0.005
 """A gain below this share of the reference's loss is none."""
 RULE = f"""\
 A claim is judged by the difference that it is about, at the learning rate of each arm. There are two 95 % intervals of
 it, one over items and one over seeds, both paired. **Reproduced**: both lie on the side that the claim says. **Not
-reproduced**: both lie wholly on the other side of a gain of {EQUAL:.1%} of the reference's loss, so that a gain worth
+reproduced**: both lie wholly on the other side of a gain of {100 * EQUAL:g} % of the reference's loss, so that a gain worth
 speaking of is excluded. **Undecided**: anything else, fewer than {SEEDS} seeds, or a best learning rate that is the
 first or the last that was tried. A claim that something lies within a band is reproduced if both intervals lie in the
 band, and not reproduced if both lie outside. With several settings, a claim is reproduced if it is in all, and not
@@ -70,6 +72,8 @@ class AbstractClaim(abc.ABC):
         tuned = {name: each for name in names if (each := arms[name]) is not None}
         if len(tuned) < len(names):
             return Finding(setting, "not run yet", "")
+        if lost := [name for name, each in tuned.items() if each.rates.best is None]:
+            return Finding(setting, "undecided", f"diverged at every rate: {', '.join(lost)}")
         verdict, numbers = self.judge(tuned)
         ends = [name for name, each in tuned.items() if not each.rates.interior]
         few = min(len(each.seeds) for each in tuned.values())
@@ -166,7 +170,7 @@ class Beats(AbstractClaim):
 
 @dataclasses.dataclass(frozen=True)
 class Within(AbstractClaim):
-    """The loss of every one of `names` is within a share of the reference's, `other`."""
+    """The loss of every one of `names` is within a share of the reference's, `other`. One surely outside refutes it."""
 
     names: tuple[str, ...]
     share: float
@@ -181,10 +185,14 @@ class Within(AbstractClaim):
         gaps = {name: paired(arms[name], reference) for name in self.names}
         bound = self.share * scale
         verdicts = {name: in_band(gap, -bound, bound) for name, gap in gaps.items()}
-        outside = [f"{name} {gaps[name].seeds.value / scale:+.1%}" for name in gaps if verdicts[name] != "reproduced"]
+        outside = [
+            f"{name} {100 * gaps[name].seeds.value / scale:+.1f} %" for name in gaps if verdicts[name] != "reproduced"
+        ]
         numbers = f"{len(gaps) - len(outside)} of {len(gaps)} within"
         numbers += f"; not surely within: {', '.join(outside)}" if outside else ""
-        return overall(list(verdicts.values())), numbers
+        if not outside:
+            return "reproduced", numbers
+        return "not reproduced" if "not reproduced" in verdicts.values() else "undecided", numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +218,51 @@ class RateRatio(AbstractClaim):
         if gap.seeds.low is not None and gap.seeds.high is not None:
             numbers += f" ({10**gap.seeds.low:.2g} .. {10**gap.seeds.high:.2g} over seeds)"
         return in_band(gap, wanted - HALF_STEP, wanted + HALF_STEP), numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class LessGrowth(AbstractClaim):
+    """The loss of `left[0]` over that of `left[1]` is less than that of `right[0]` over that of `right[1]`."""
+
+    left: tuple[str, str]
+    right: tuple[str, str]
+
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys((*self.left, *self.right)))
+        return names if set(names) <= set(arms) else ()
+
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        if len({arms[name].seeds for name in (*self.left, *self.right)}) > 1:
+            return "undecided", "seeds diverged, so nothing is paired"
+        (more, less), (other_more, other_less) = (
+            [arms[name].losses() for name in names] for names in (self.left, self.right)
+        )
+        scale = float(other_less.mean())
+        grown, other = float((more - less).mean()), float((other_more - other_less).mean())
+        gap = Difference.of((more - less) - (other_more - other_less))
+        return decide(gap, EQUAL * scale), f"{grown:+.4f} against {other:+.4f}: {gap}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RateSlope(AbstractClaim):
+    """The best learning rate does not depend on a size: its slope is within `SLOPE` decades a doubling.
+
+    - sizes: names of arms, each with its size.
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        names = tuple(name for name, _ in self.sizes)
+        return names if set(names) <= set(arms) else ()
+
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        by_arm = [arms[name].best_by_seed() for name, _ in self.sizes]
+        doublings = np.log2([size for _, size in self.sizes])
+        slopes = [np.polyfit(doublings, [best[seed] for best in by_arm], 1)[0] for seed in by_arm[0]]
+        gap = Difference.of(np.array(slopes)[:, None])
+        rates = ", ".join(f"{arms[name].best:g} at {size}" for name, size in self.sizes)
+        return in_band(gap, -SLOPE, SLOPE), f"{gap} decades a doubling; {rates}"
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

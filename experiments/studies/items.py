@@ -63,7 +63,7 @@ def scorer(model: LanguageModel) -> Callable[[Target, list[Batch]], np.ndarray]:
     bare = dataclasses.replace(model, params={})
 
     @jax.jit
-    def measure(train: Any, frozen: Any, base: Any, batch: Batch) -> tuple[Array, Array]:
+    def measure(train: Any, frozen: Any, base: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
         total = sums(bare, train, frozen, base, batch, None, ItemLosses())
         return total.losses["loss"], total.items
 
@@ -71,7 +71,8 @@ def scorer(model: LanguageModel) -> Callable[[Target, list[Batch]], np.ndarray]:
         train, frozen = sx.split(target.adapters or {})
         values = []
         for batch in batches:
-            losses, counts = measure({"adapters": train, "base": {}}, frozen, flatten(target.params), batch)
+            arrays = jax.tree.map(jnp.asarray, batch)
+            losses, counts = measure({"adapters": train, "base": {}}, frozen, flatten(target.params), arrays)
             filled = np.asarray(counts) > 0
             values.append(np.asarray(losses)[filled] / np.asarray(counts)[filled])
         return np.concatenate(values)

@@ -41,7 +41,7 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
     try:
         members = train_members(piece, place, place.exists(), echo)
     except sx.SboraxError as error:
-        if not place.exists():
+        if not place.exists() or "in use by" in str(error):
             raise
         echo(f"{place}: begun again ({error})")
         shutil.rmtree(place)
@@ -93,7 +93,9 @@ def train_members(piece: Piece, place: Path, resume: bool, echo: Callable[[str],
 
 def described(run: Path, rate: float) -> dict[str, Any]:
     """What a run directory says of a member. One that diverged has a rate alone."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # A run whose first step is not finite leaves no file.
+    metrics = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     losses = [line["loss"] for line in lines if "loss" in line]
     if not (run / "adapter").exists():
         return {"lr": rate, "diverged": len(losses) + 1}

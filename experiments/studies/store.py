@@ -12,17 +12,20 @@ LARGEST = 60_000
 
 
 class Store:
-    """The results of a study that are in a folder, by digest of their piece.
+    """The results in a folder, by digest of their piece. A piece that another study has run need not run again.
 
-    - seconds: how long each took, in the order in which they were added to this object.
+    - seconds: how long each piece of this study took, in the order in which they were added to this object.
     """
 
     def __init__(self, study: Study, folder: Path = RESULTS) -> None:
         self.folder = folder / study.name
         self._results: dict[str, dict[str, Any]] = {}
-        for file in sorted(self.folder.glob("*.json")):
-            self._results[file.stem] = json.loads(file.read_text())
-        self.seconds = [result["seconds"] for result in self._results.values()]
+        self.seconds: list[float] = []
+        for file in sorted(folder.glob("*/*.json")):
+            result = json.loads(file.read_text())
+            self._results[file.stem] = result
+            if file.parent == self.folder:
+                self.seconds.append(result["seconds"])
 
     def get(self, piece: Piece) -> dict[str, Any] | None:
         """The result of a piece; None if it is pending."""

@@ -1,6 +1,7 @@
 """A study as data: arms that are compared, the learning rates and seeds of each, and the claims they answer."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -44,6 +45,12 @@ class Arm:
     experiment: sx.Experiment
     held: Held
     kept: Held | None = None
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """All that its numbers depend on beside seed and learning rate, without fields that have their default."""
+        config = {"format": FORMAT, "experiment": sparse(self.experiment), "held": sparse(self.held)}
+        return config if self.kept is None else {**config, "kept": sparse(self.kept)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +108,13 @@ class Piece:
     @property
     def config(self) -> dict[str, Any]:
         """All that its numbers depend on, as JSON values, without fields that have their default."""
-        config = {
-            "format": FORMAT,
-            "experiment": sparse(self.experiment),
-            "rates": list(self.rates),
-            "held": sparse(self.arm.held),
-        }
-        return config if self.arm.kept is None else {**config, "kept": sparse(self.arm.kept)}
+        experiment, lr = dict(self.arm.config["experiment"]), self.rates[0]
+        experiment["optimizer"] = {**experiment.get("optimizer", {"type": "Optimizer"}), "lr": lr}
+        if self.seed:
+            experiment |= {"seed_data": self.seed, "seed_adapter": self.seed}
+        return {**self.arm.config, "experiment": experiment, "rates": list(self.rates)}
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """The name of its result."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]

@@ -41,7 +41,7 @@ class Tuned:
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds that reached the end at the best rate."""
-        return tuple(self.members[self.best])
+        return tuple(self.at_best)
 
     @property
     def best(self) -> float:
@@ -52,8 +52,8 @@ class Tuned:
 
     @property
     def at_best(self) -> Mapping[int, Numbers]:
-        """The members at the best learning rate, by seed."""
-        return self.members[self.best]
+        """The members at the best learning rate, by seed, without those that diverged."""
+        return {seed: numbers for seed, numbers in self.members[self.best].items() if "items" in numbers}
 
     @property
     def trained(self) -> int:

@@ -1,0 +1,93 @@
+"""LoRA, methods that train one factor, and full fine-tuning over ranks and batch sizes.
+
+What decides, fixed before anything ran. Every run sees 1,024 examples, in steps of 4, 16 or 64. Metric and choice of
+the learning rate are those of the atlas: the loss of held-out answers after the last step in nats a token, the rate
+chosen on half of the items with three seeds, the other half reported. The penalty of a large batch is the loss at 64
+rows a step minus that at 4. arXiv:2602.09492 sees one in LoRA; the question is whether it is smaller for methods that
+train one factor. The best learning rate does not depend on the rank if its slope is below a twentieth of a decade a
+doubling.
+"""
+
+from typing import Any
+
+import sborax as sx
+from experiments.studies.atlas import arm, rules
+from experiments.studies.claims import Beats, LessGrowth, RateSlope
+from experiments.studies.study import Arm, Study, half_decades
+from sborax.adapters.core import AbstractMethod
+
+EXAMPLES = 1024
+RANKS = (1, 2, 4, 8, 16, 32)
+BATCHES = (4, 16, 64)
+MIDDLE = 8
+"""The rank at which batch sizes are compared."""
+
+
+def at_rank(rank: int) -> dict[str, AbstractMethod]:
+    """The methods at one rank."""
+    return {
+        "LoRA": sx.LoRA(rank=rank),
+        "SBoRA-FA": sx.SBoRA(rank=rank),
+        "SBoRA-FB": sx.SBoRA(rank=rank, variant="FB"),
+        "Bone": sx.Bone(rank=rank),
+        "DoRA": sx.DoRA(rank=rank),
+    }
+
+
+def label(name: str, rank: int, batch: int) -> str:
+    """The name of an arm."""
+    return f"{name}, rank {rank}, batch {batch}"
+
+
+def arms() -> list[Arm]:
+    """Every method at every rank, and full fine-tuning, with every batch size. Those that claims need come first."""
+    listed = []
+    for rank in (MIDDLE, *(rank for rank in RANKS if rank != MIDDLE)):
+        for batch in BATCHES:
+            sizes: dict[str, Any] = {"steps": EXAMPLES // batch, "batch_size": batch}
+            for name, method in at_rank(rank).items():
+                listed.append(arm("E2E", label(name, rank, batch), **rules(method), **sizes))
+            if rank == MIDDLE:
+                listed.append(arm("E2E", f"full fine-tuning, batch {batch}", train_base=True, **sizes))
+    return listed
+
+
+def study() -> Study:
+    """The study."""
+    few, many = min(BATCHES), max(BATCHES)
+    growth = [
+        LessGrowth(
+            f"a large batch costs {name} less than LoRA",
+            "2602.09492",
+            (label(name, MIDDLE, many), label(name, MIDDLE, few)),
+            (label("LoRA", MIDDLE, many), label("LoRA", MIDDLE, few)),
+        )
+        for name in ("SBoRA-FA", "SBoRA-FB", "Bone", "DoRA")
+    ]
+    full = (f"full fine-tuning, batch {many}", f"full fine-tuning, batch {few}")
+    slopes = [
+        RateSlope(
+            f"the best learning rate of {name} does not depend on the rank",
+            "",
+            tuple((label(name, rank, 16), rank) for rank in RANKS),
+        )
+        for name in ("LoRA", "SBoRA-FA", "Bone")
+    ]
+    batches = (label("LoRA", MIDDLE, few), label("LoRA", MIDDLE, many))
+    return Study(
+        name="factors",
+        title="ranks and batch sizes of methods that train one factor or two, stories260k",
+        protocol=__doc__ or "",
+        arms=tuple(arms()),
+        rates=half_decades(1e-3, 5),
+        seeds=(0, 1, 2),
+        reference=label("LoRA", MIDDLE, 16),
+        claims=(
+            Beats("LoRA loses with a large batch, at equal examples", "2602.09492", *batches),
+            *growth,
+            LessGrowth(
+                "a large batch costs full fine-tuning less than LoRA", "2602.09492", full, (batches[1], batches[0])
+            ),
+            *slopes,
+        ),
+    )

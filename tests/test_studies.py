@@ -1,0 +1,307 @@
+"""Studies: pieces are cached, killed ones go on, learning rates are extended, verdicts follow their rule."""
+
+import dataclasses
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from tiny_model import write_data, write_model
+
+import sborax as sx
+from experiments.studies import __main__ as command
+from experiments.studies import atlas, pieces
+from experiments.studies.claims import Beats, Difference, LessGrowth, RateRatio, RateSlope, Within, overall
+from experiments.studies.items import held_out
+from experiments.studies.matching import STORED, matched, sized, trained
+from experiments.studies.report import PAGE, Outcome, page
+from experiments.studies.store import Store
+from experiments.studies.study import Arm, Held, Piece, Study, half_decades, higher, lower, settings, sparse
+from experiments.studies.tuning import Tuned, pending, progress
+from sborax.records.claim import locked
+from sborax.sweep.stepper import SweepStepper
+from sborax.train.measure import loss_on
+
+RATES = (1e-3, 1e-2, 1e30)
+"""The square of an update of about the last one is not finite."""
+METHODS = {"LoRA": sx.LoRA(rank=2), "Bone": sx.Bone(rank=2)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, compiled_once) -> Study:
+    """Two methods on a random model, three learning rates, two seeds."""
+    place = tmp_path_factory.mktemp("tiny")
+    data = sx.Data(str(write_data(place / "data.jsonl")), template="{instruction} ", max_length=32, limit=16)
+    model = str(write_model(place / "model"))
+    held = Held(dataclasses.replace(data, limit=None), items=6, skip=16)
+    arms = []
+    for name, method in METHODS.items():
+        rules = (sx.Rule("q_proj", method),)
+        run = sx.Experiment(model, data, rules, steps=4, batch_size=2, save=sx.Save(every=2, keep=1))
+        arms.append(Arm(name, "sums", run, held))
+    return Study("tiny", "two methods", "The lowest loss.\n\nIt decides.", tuple(arms), RATES, (0, 1), extensions=0)
+
+
+@pytest.fixture(scope="module")
+def ran(tiny, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """The study run to its end: the folder of results, that of run directories, and what was printed."""
+    results, work, lines = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("work"), []
+    command.run(tiny, Store(tiny, results), work, float("inf"), echo=lines.append)
+    return results, work, lines
+
+
+def test_a_study_runs_once(tiny, ran):
+    results, work, lines = ran
+    files = sorted((results / "tiny").iterdir())
+    store = Store(tiny, results)
+    assert not pending(tiny, store) and len(files) == len(lines) == 4
+    assert command.run(tiny, store, work, float("inf")) == 0
+    assert not [place for place in work.iterdir() if place.name != "programs"]
+    assert all(file.stat().st_size < 60_000 for file in files)
+
+
+def test_results_hold_what_a_member_did(tiny, ran):
+    piece = Piece(tiny.arms[0], RATES, 1)
+    result = Store(tiny, ran[0]).get(piece)
+    assert result is not None and (result["arm"], result["seed"], result["config"]) == ("LoRA", 1, piece.config)
+    assert [member["lr"] for member in result["members"]] == list(RATES)
+    assert len(result["items_digests"]) == 8 * tiny.arms[0].held.items
+    *alive, wild = result["members"]
+    assert wild == {"lr": RATES[-1], "diverged": 1}
+    for member in alive:
+        assert len(member["items"]) == tiny.arms[0].held.items and len(member["curve"]) == 4
+        np.testing.assert_allclose(np.mean(member["items"]), member["items_loss"], rtol=1e-4)
+        np.testing.assert_allclose(np.mean(member["curve"]), member["area"], rtol=1e-4)
+        assert member["trained"] == 2 * 2 * (32 + 32)
+    # Seeds change what is seen and where it starts.
+    other = Store(tiny, ran[0]).get(dataclasses.replace(piece, seed=0))
+    assert other is not None and other["members"][0]["curve"] != result["members"][0]["curve"]
+
+
+def test_a_killed_piece_goes_on(tiny, ran, tmp_path, monkeypatch):
+    """A signal ends a piece after two of its four steps; the next call makes the other two, and the same numbers."""
+    piece, lines = Piece(tiny.arms[0], RATES, 0), []
+    store = Store(tiny, tmp_path / "results")
+    record = SweepStepper.record
+
+    def kill(self, made, first):
+        if made.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return record(self, made, first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SweepStepper, "record", kill)
+        assert command.run(tiny, store, tmp_path / "work", float("inf"), echo=lines.append) == 0
+    assert "stopped" in lines[-1] and store.get(piece) is None
+    said: list[str] = []
+    result = pieces.run_piece(piece, tmp_path / "work", said.append)
+    assert any(line.startswith("resuming after step") for line in said)
+    whole = Store(tiny, ran[0]).get(piece)
+    assert whole is not None and whole["members"] == result["members"]
+
+
+def test_a_piece_that_cannot_go_on_begins_again(tiny, tmp_path):
+    """The mean of its item losses over all tokens is `loss_on` of the adapter that it has written."""
+    piece, said = Piece(tiny.arms[0], (1e-2,), 0), []
+    (tmp_path / piece.digest).mkdir()
+    (tmp_path / piece.digest / "other.json").write_text("{}")
+    result = pieces.run_piece(piece, tmp_path, said.append)
+    assert any("begun again" in line for line in said)
+    with locked(epath.Path(tmp_path / piece.digest)), pytest.raises(sx.SboraxError, match="in use by process"):
+        pieces.run_piece(piece, tmp_path, said.append)
+    target = pieces.load_run(str(tmp_path / piece.digest))
+    samples = held_out(piece.arm.held, target.model)
+    mean = np.average(result["members"][0]["items"], weights=[int(sample.counts[1:].sum()) for sample in samples])
+    wanted = loss_on(target.model, target.params, target.adapters, pieces.batches_of(samples, piece.arm.held))
+    np.testing.assert_allclose(mean, wanted, rtol=1e-4)
+
+
+def test_no_piece_begins_that_would_not_end_in_time(tiny, tmp_path):
+    store, lines = Store(tiny, tmp_path / "results"), []
+    store.seconds.append(100.0)
+    assert command.run(tiny, store, tmp_path / "work", 99.0, echo=lines.append) == 0
+    assert not (tmp_path / "work").exists() and "would take 120 s" in lines[0]
+
+
+def test_a_config_that_changes_is_another_piece(tiny):
+    arm = tiny.arms[0]
+    piece = Piece(arm, RATES, 0)
+    changed = dataclasses.replace(arm, experiment=dataclasses.replace(arm.experiment, steps=5))
+    held = dataclasses.replace(arm, held=dataclasses.replace(arm.held, items=5))
+    others = [Piece(changed, RATES, 0), Piece(held, RATES, 0), Piece(arm, RATES[:2], 0), Piece(arm, RATES, 1)]
+    assert len({piece.digest, *(other.digest for other in others)}) == 5
+    assert Piece(dataclasses.replace(arm, name="other"), RATES, 0).digest == piece.digest
+    assert sparse(sx.LoRA(rank=8)) == {"type": "LoRA"} and sparse(sx.LoRA(rank=2)) == {"type": "LoRA", "rank": 2}
+
+
+def test_a_run_that_never_made_a_step_has_diverged(tmp_path):
+    assert pieces.described(tmp_path, 0.1) == {"lr": 0.1, "diverged": 1}
+
+
+def made_up(study: Study, folder: Path, losses, items: int = 40, rng=None) -> Store:
+    """Results of a study without its runs. losses: `losses(arm, rate, seed)` is the mean over items."""
+    store = Store(study, folder)
+    rng = rng or np.random.default_rng(0)
+    hardness = rng.normal(0.0, 1.0, items)
+    while queue := pending(study, store):
+        piece = queue[0]
+        members = []
+        for rate in piece.rates:
+            value = losses(piece.arm.name, rate, piece.seed)
+            values = list(value + hardness + rng.normal(0.0, 0.01, items))
+            alive = {"trained": 10, "items": values, "items_loss": float(np.mean(values)), "area": float(value)}
+            members.append({"lr": rate, **(alive if np.isfinite(value) else {"diverged": 1})})
+        store.add(piece, {"members": members, "items_digests": "0", "seconds": 1.0, "device": "none"})
+    return store
+
+
+def valley(best: float, depth: float = 0.0):
+    """Losses by learning rate with a minimum at `best`."""
+    return lambda rate: depth + 0.2 * (np.log10(rate) - np.log10(best)) ** 2
+
+
+def synthetic(*names: str, seeds: tuple[int, ...] = (0, 1, 2, 3), **changes) -> Study:
+    """A study that is not run."""
+    data = sx.Data("missing")
+    arms = tuple(
+        Arm(name, "none", sx.Experiment("m", data, (("x", sx.LoRA(rank=rank + 1)),), steps=1), Held(data))
+        for rank, name in enumerate(names)
+    )
+    return Study("synthetic", "made up", "", arms, half_decades(1e-4, 5), seeds, **changes)
+
+
+def tuned_arms(study: Study, store: Store) -> dict[str, Tuned]:
+    tuned = {arm.name: progress(study, arm, store)[1] for arm in study.arms}
+    return {name: each for name, each in tuned.items() if each is not None}
+
+
+def test_learning_rates_are_extended_where_the_best_is_the_last(tmp_path):
+    study = synthetic("low", "middle", "high", "far", tuned=(0, 1))
+    best = {"low": 3e-5, "middle": 1e-3, "high": 1e-1, "far": 1e3}
+    store = made_up(study, tmp_path, lambda arm, rate, seed: 3 + valley(best[arm])(rate))
+    arms = tuned_arms(study, store)
+    low, middle, high, far = (arms[name] for name in best)
+    assert (low.best, low.extensions, low.rates.interior) == (3e-5, 2, True)
+    assert (middle.best, middle.extensions, middle.rates.interior) == (1e-3, 0, True)
+    assert (high.best, high.extensions, high.rates.interior) == (1e-1, 3, True)
+    assert (far.extensions, far.rates.interior) == (3, False)
+    # The other seeds run at the best rate alone.
+    assert middle.seeds == (0, 1, 2, 3) and set(middle.members[1e-4]) == {0, 1}
+    assert Beats("", "", "middle", "far").find("none", arms).verdict == "undecided"
+
+
+def test_a_rate_at_which_a_seed_diverges_is_not_chosen(tmp_path):
+    study = synthetic("LoRA")
+
+    def losses(arm, rate, seed):
+        return np.inf if rate == 1e-3 and seed == 2 else 3 + valley(1e-3)(rate)
+
+    arms = tuned_arms(study, made_up(study, tmp_path, losses))
+    assert arms["LoRA"].best in (3e-4, 3e-3) and len(arms["LoRA"].seeds) == 4
+
+
+def test_half_decades():
+    assert half_decades(3e-4, 4) == (3e-4, 1e-3, 3e-3, 1e-2)
+    for rate in (1e-5, 3e-4, 1.0, 3.0):
+        assert lower(higher(rate)) == rate == higher(lower(rate))
+
+
+@pytest.mark.parametrize(
+    ("gap", "verdict"), [(-0.2, "reproduced"), (0.2, "not reproduced"), (-0.004, "undecided")], ids=str
+)
+def test_verdicts(gap, verdict, tmp_path):
+    """A clear gain, a clear loss, and a gain whose interval over seeds reaches both 0 and a gain worth speaking of."""
+    study = synthetic("LoRA", "new")
+    noise = {(arm, seed): value for arm in ("LoRA", "new") for seed, value in enumerate((0.0, 0.03, -0.03, 0.01))}
+
+    def losses(arm, rate, seed):
+        shift = gap + noise[arm, 3 - seed] if arm == "new" else 0.0
+        return 3 + shift + valley(1e-3)(rate)
+
+    store = made_up(study, tmp_path, losses)
+    arms = tuned_arms(study, store)
+    assert Beats("", "", "new").judge(arms)[0] == verdict
+    assert Beats("", "", "new", "absent").find("none", arms) is None
+    few = {name: dataclasses.replace(each, members={r: dict(list(m.items())[:2]) for r, m in each.members.items()})
+           for name, each in arms.items()}  # fmt: skip
+    few = {name: dataclasses.replace(each, tuning=(0, 1)) for name, each in few.items()}
+    assert Beats("", "", "new").find("none", few).verdict == "undecided"
+    assert Beats("", "", "new").find("none", {**arms, "new": None}).verdict == "not run yet"
+
+
+def test_verdicts_about_rates_bands_and_growth(tmp_path):
+    study = synthetic("LoRA", "full", "near", "far")
+    best, depth = {"LoRA": 1e-2, "full": 1e-3, "near": 1e-2, "far": 1e-2}, {"near": 0.01, "far": 0.5}
+    losses = {name: valley(rate, depth.get(name, 0.0)) for name, rate in best.items()}
+    arms = tuned_arms(study, made_up(study, tmp_path, lambda arm, rate, seed: 3 + losses[arm](rate)))
+    assert RateRatio("", "", "full", 10.0).judge(arms)[0] == "reproduced"
+    assert RateRatio("", "", "full", 3.0).judge(arms)[0] == "not reproduced"
+    assert Within("", "", ("near",), 0.02).judge(arms)[0] == "reproduced"
+    assert Within("", "", ("near", "far"), 0.02).judge(arms)[0] == "not reproduced"
+    assert LessGrowth("", "", ("near", "LoRA"), ("far", "LoRA")).judge(arms)[0] == "reproduced"
+    assert LessGrowth("", "", ("far", "LoRA"), ("near", "LoRA")).judge(arms)[0] == "not reproduced"
+    assert RateSlope("", "", (("LoRA", 1), ("near", 2), ("far", 4))).judge(arms)[0] == "reproduced"
+    assert RateSlope("", "", (("full", 1), ("LoRA", 2))).judge(arms)[0] == "not reproduced"
+    assert overall(["reproduced", "undecided"]) == overall(["reproduced", "not reproduced"]) == "undecided"
+    assert overall(["not reproduced", "undecided"]) == "not reproduced" and overall([]) == "not run yet"
+
+
+def test_intervals_cover_the_truth():
+    """Of 200 differences with a true mean, each interval covers it about 190 times."""
+    rng = np.random.default_rng(1)
+    covered = np.zeros(2)
+    for _ in range(200):
+        over_items, over_seeds = rng.normal(0.3, 1.0, (1, 24)), rng.normal(0.3, 1.0, (4, 1))
+        for place, gap in enumerate((Difference.of(over_items).items, Difference.of(over_seeds).seeds)):
+            assert gap.low is not None and gap.high is not None
+            covered[place] += gap.low <= 0.3 <= gap.high
+    assert np.all((0.9 < covered / 200) & (covered / 200 < 0.99)), covered / 200
+
+
+def test_the_rate_is_chosen_on_other_items_than_are_reported(tmp_path):
+    """Noise that makes a rate look best on its half of the items is not in the loss that is reported."""
+    study = synthetic("LoRA", seeds=(0, 1, 2))
+    store = Store(study, tmp_path)
+    for piece in pending(study, store):
+        members = [
+            {"lr": rate, "trained": 1, "items": [2.0 if rate == 1e-3 else 3.0, 5.0 if rate == 1e-3 else 1.0] * 4}
+            for rate in piece.rates
+        ]
+        store.add(piece, {"members": members, "items_digests": "0", "seconds": 1.0, "device": "none"})
+    tuned = tuned_arms(study, store)["LoRA"]
+    assert tuned.best == 1e-3 and np.all(tuned.losses() == 5.0)
+
+
+def test_sizes_match_the_budget():
+    """The stored sizes are what matching gives, for blocks and for a rank."""
+    assert trained(atlas.SHAPE, atlas.LINEARS, sx.LoRA(rank=atlas.RANK)) == atlas.BUDGET
+    sizes, methods = json.loads(STORED.read_text()), atlas.everything()
+    assert matched(atlas.SHAPE, atlas.LINEARS, methods["C3A"], atlas.BUDGET) == sized(methods["C3A"], sizes["C3A"])
+    assert trained(atlas.SHAPE, atlas.LINEARS, sized(methods["SBoRA-FA"], sizes["SBoRA-FA"])) == 45_000
+
+
+def test_every_study_is_whole():
+    """Arms of a setting have names of their own, every method is in the atlas, and every claim finds its arms."""
+    for study in map(command.declared, command.names()):
+        assert study.protocol and study.seeds
+        for setting in settings(study):
+            names = [arm.name for arm in study.arms if arm.setting == setting]
+            assert len(set(names)) == len(names)
+        for claim in study.claims:
+            assert any(claim.needs([a.name for a in study.arms if a.setting == each]) for each in settings(study))
+    names = {arm.name for arm in command.declared("atlas").arms}
+    assert set(sx.methods.__all__) - {"SBoRA"} <= names
+    with pytest.raises(sx.SboraxError, match="no such study; there are atlas"):
+        command.declared("unheard")
+
+
+def test_the_page_is_that_of_the_results(tiny, ran):
+    """docs/RESULTS.md is what the stored results make of it."""
+    assert page(command.outcomes()) == PAGE.read_text()
+    small = dataclasses.replace(tiny, claims=(Beats("Bone beats LoRA", "2409.15371", "Bone"),))
+    text = page([Outcome.of(small, Store(small, ran[0]))])
+    assert re.search(r"\| Bone beats LoRA \| arXiv:2409.15371 \| tiny \| \*\*undecided\*\* \| sums: [-+]0", text)
+    assert text.count("| LoRA | 256 |") == 1 and "2 seeds" in text
