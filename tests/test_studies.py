@@ -224,6 +224,9 @@ def test_verdicts(gap, verdict, tmp_path):
     store = made_up(study, tmp_path, losses)
     arms = tuned_arms(study, store)
     assert Beats("", "", "new").judge(arms)[0] == verdict
+    # 0.2 is within 10 % of a loss of 3, and surely beyond 1 %.
+    assert Beats("", "", "new", slack=0.1).judge(arms)[0] == "reproduced"
+    assert gap < 0.1 or Beats("", "", "new", slack=0.01).judge(arms)[0] == "not reproduced"
     assert Beats("", "", "new", "absent").find("none", arms) is None
     few = {name: dataclasses.replace(each, members={r: dict(list(m.items())[:2]) for r, m in each.members.items()})
            for name, each in arms.items()}  # fmt: skip

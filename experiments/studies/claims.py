@@ -23,12 +23,16 @@ EQUAL = 0.005
 """A gain below this share of the reference's loss is none."""
 RULE = f"""\
 A claim is judged by the difference that it is about, at the learning rate of each arm. There are two 95 % intervals of
-it, one over items and one over seeds, both paired. **Reproduced**: both lie on the side that the claim says. **Not
-reproduced**: both lie wholly on the other side of a gain of {100 * EQUAL:g} % of the reference's loss, so that a gain worth
-speaking of is excluded. **Undecided**: anything else, fewer than {SEEDS} seeds, or a best learning rate that is the
-first or the last that was tried. A claim that something lies within a band is reproduced if both intervals lie in the
-band, and not reproduced if both lie outside. With several settings, a claim is reproduced if it is in all, and not
-reproduced if it is not in one and reproduced in none."""
+it, one over items and one over seeds, both paired.
+
+- **Reproduced**: both intervals lie on the side that the claim says.
+- **Not reproduced**: both exclude a gain of {100 * EQUAL:g} % of the reference's loss.
+  A claim that an arm is as good as another allows it a loss of some per cent more, and is refuted beyond these.
+- **Undecided**: anything else, fewer than {SEEDS} seeds, or a best learning rate that is the first or the last tried.
+
+A claim that a number lies within a band is reproduced if both intervals lie in the band, and not reproduced if both lie
+outside. With several settings, a claim is reproduced if it is in all of them, and not reproduced if it is not in one
+and reproduced in none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +134,10 @@ def _values(arm: Tuned, seeds: Sequence[int], kind: str) -> Float[np.ndarray, "s
 
 
 def decide(gap: Difference, gain: float, slack: float = 0.0) -> Verdict:
-    """Whether a difference lies below `slack`. gain: the least gain worth speaking of, above 0."""
+    """Whether a difference lies below `slack`: below 0, and then by a `gain` worth speaking of, or not far above it."""
     if gap.below(slack):
         return "reproduced"
-    return "not reproduced" if gap.above(slack - gain) else "undecided"
+    return "not reproduced" if gap.above(slack or -gain) else "undecided"
 
 
 def in_band(gap: Difference, low: float, high: float) -> Verdict:

@@ -1,9 +1,9 @@
 """Chains, boosting, shortcuts and other starts against LoRA, by the end of a run and by the way to it.
 
 What decides, fixed before anything ran. Every arm has LoRA's steps, and its parameters at rank 8. XGBLoRA alone has
-fewer at a time: rank 1 on one layer, by its definition. The end is the loss of held-out answers as in the atlas. The
-way is the mean training loss over the steps, at the learning rate that is best for the end. Learning rate and seeds are
-those of the atlas.
+fewer: rank 1 on a third of the layers at a time, as in its paper. The end is the loss of held-out answers as in the
+atlas. The way is the mean training loss over the steps, at the learning rate that is best for the end. Learning rate
+and seeds are those of the atlas.
 """
 
 import sborax as sx
