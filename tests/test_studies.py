@@ -103,6 +103,7 @@ def test_a_killed_piece_goes_on(tiny, ran, tmp_path, monkeypatch):
     assert whole is not None and whole["members"] == result["members"]
 
 
+@pytest.mark.nightly
 def test_a_piece_that_cannot_go_on_begins_again(tiny, tmp_path):
     """The mean of its item losses over all tokens is `loss_on` of the adapter that it has written."""
     piece, said = Piece(tiny.arms[0], (1e-2,), 0), []
