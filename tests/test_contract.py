@@ -241,7 +241,7 @@ def test_adding_a_rule_leaves_other_adapters_alone(case: Case):
     chex.assert_trees_all_equal(one["layers"]["proj"], two["layers"]["proj"])
 
 
-@by_case
+@by_few
 def test_second_step_compiles_nothing(case: Case):
     weight, node = fitted(case.method)
     train, frozen = sx.split(node)

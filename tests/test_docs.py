@@ -26,7 +26,7 @@ from sborax.cli.methods import describe
 from sborax.interop.peft_table import TABLE
 
 PAGES = sorted(DOCS.glob("*.md"))
-LONG = ("cli", "devices", "reproducing")
+LONG = ("cli", "devices", "evaluation", "plans", "reproducing", "sweeps")
 """Pages whose commands take longest. The nightly run follows them."""
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = """

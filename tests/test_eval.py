@@ -129,6 +129,7 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.nightly
 def test_the_example_compares_a_run_with_its_base(made, capsys, tmp_path, monkeypatch):
     asked = [instruction(*question) for question in QUESTIONS]
     yes = {"instruction": "Please answer with true or false, question: is it?\n\nAnswer format: true/false"}

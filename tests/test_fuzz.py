@@ -32,7 +32,7 @@ from scripts.fuzzing.readers import READERS
 from scripts.fuzzing.runner import cases, furnish
 from scripts.fuzzing.seeds import tiny, tokenizer
 
-CASES = 40
+CASES = 30
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sborax"
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "execfile"}

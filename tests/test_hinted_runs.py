@@ -139,6 +139,7 @@ def test_resumption_ends_with_the_same_bits(run, places, tmp_path, quant):
     assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
 
 
+@pytest.mark.nightly
 def test_the_start_is_kept_as_it_was_before_a_procedure(places, tmp_path):
     """A procedure starts from it again in a resumed run, and would otherwise start from what it had made of it."""
     procedure = sx.LoRAPrune(warmup=0.0, cooldown=0.0, every=1, protect=0.0)

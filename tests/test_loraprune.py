@@ -345,7 +345,7 @@ def test_sizes_of_layers_that_make_no_sense(tiny, change, told):
         LlamaConfig.from_hf(raw | change)
 
 
-@pytest.mark.parametrize("protect", nightly_unless([0.4], [0.0, 0.4]))
+@pytest.mark.parametrize("protect", nightly_unless([], [0.0, 0.4]))
 def test_a_run_is_written_as_a_smaller_model(protect, tmp_path, capsys):
     data = sx.Data(
         str(write_data(tmp_path / "data.jsonl")), template="{instruction}", answer=" {output}", max_length=32

@@ -192,6 +192,7 @@ def test_a_run_is_that_of_the_name_and_is_resumed(places, tmp_path):
         train(other, tmp_path / "ours", resume=True, echo=quiet)
 
 
+@pytest.mark.nightly
 def test_members_of_a_sweep_are_those_of_the_name(places, tmp_path):
     grid = {"optimizer.lr": (1e-2, 3e-2), "optimizer.b_ratio": (1.0, 4.0)}
     for name, optimizer in (("ours", sx.AdamW(decay=0.01)), ("named", sx.Optimizer(decay=0.01))):

@@ -414,7 +414,7 @@ def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
         train(dataclasses.replace(experiment, steps=9), tmp_path / "run", resume=True, echo=lambda _: None)
 
 
-@pytest.mark.parametrize("procedure", nightly_unless([Halves()], [Shrinking(0.9), Bare(0.9), Halves()]), ids=str)
+@pytest.mark.parametrize("procedure", nightly_unless([], [Shrinking(0.9), Bare(0.9), Halves()]), ids=str)
 def test_procedures_of_ones_own_resume_to_the_same_bits(procedure, places, tmp_path):
     data = sx.Data(places[1], template="{instruction}", answer=" {output}", max_length=32, buckets=(32,))
     rules, keep_all = [("self_attn", sx.LoRA(rank=2))], sx.Save(every=1, keep=9)

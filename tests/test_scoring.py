@@ -145,6 +145,7 @@ def test_four_bits_score_as_the_weights_they_stand_for(model, questions, alone):
     assert np.abs(numbers(found) - [one.logprob for one in alone]).max() > 1e-2
 
 
+@pytest.mark.nightly
 def test_a_mesh_changes_nothing(model, questions, alone):
     params, adapters = adapted(model, sx.LoRA(rank=4))
     on_one = Scorer.of(model, params, adapters, budget=512).options(questions)
