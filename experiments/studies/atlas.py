@@ -59,6 +59,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "LoRA-FA": {"name": "lora_fa"},
 }
 """Other optimisers of LoRA's factors."""
+TUNING: dict[str, Any] = {"rates": half_decades(3e-4, 7), "seeds": (0, 1, 2, 3, 4), "tuned": (0, 1, 2)}
+"""Learning rates and seeds, here and in the studies that share them."""
 NAMED = ("SBoRA-FA", "SBoRA-FB", "Bone", "DoRA", "PiSSA")
 """Methods that are also compared to LoRA at its rank."""
 
@@ -122,6 +124,11 @@ def arm(setting: str, name: str, optimizer: dict[str, Any] | None = None, **chan
     return Arm(name, setting, experiment, held)
 
 
+def in_every_setting(arms: dict[str, dict[str, Any]]) -> tuple[Arm, ...]:
+    """The arms on all data, by what each changes in the common experiment."""
+    return tuple(arm(setting, name, **changes) for setting in SETTINGS for name, changes in arms.items())
+
+
 def study() -> Study:
     """The study."""
     arms = method_arms()
@@ -136,9 +143,7 @@ def study() -> Study:
             for name, changes in arms.items()
             if setting == "E2E" or name in claimed
         ),
-        rates=half_decades(3e-4, 7),
-        seeds=(0, 1, 2, 3, 4),
-        tuned=(0, 1, 2),
+        **TUNING,
         claims=(
             *BEATS,
             RateRatio("LoRA's best learning rate is 10 times that of full fine-tuning", "", "full fine-tuning", 10.0),

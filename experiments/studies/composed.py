@@ -7,9 +7,9 @@ and seeds are those of the atlas.
 """
 
 import sborax as sx
-from experiments.studies.atlas import SETTINGS, arm, rules
+from experiments.studies.atlas import OPTIMIZERS, TUNING, in_every_setting, rules
 from experiments.studies.claims import Beats
-from experiments.studies.study import Study, half_decades
+from experiments.studies.study import Study
 
 PAPERS = {
     "COLA": "2401.04151",
@@ -33,16 +33,14 @@ def study() -> Study:
         "LoRA-GA": rules(sx.LoRAGA(rank=8)),
         "PiSSA": rules(sx.PiSSA(rank=8)),
         "OLoRA": rules(sx.OLoRA(rank=8)),
-        "LoRA+": {**lora, "optimizer": {"b_ratio": 16.0}},
+        "LoRA+": {**lora, "optimizer": OPTIMIZERS["LoRA+"]},
     }
     return Study(
         name="composed",
         title="the end of a run and the way to it, stories260k",
         protocol=__doc__ or "",
-        arms=tuple(arm(setting, name, **changes) for setting in SETTINGS for name, changes in arms.items()),
-        rates=half_decades(3e-4, 7),
-        seeds=(0, 1, 2, 3, 4),
-        tuned=(0, 1, 2),
+        arms=in_every_setting(arms),
+        **TUNING,
         claims=(
             *(Beats(f"{name} ends below LoRA", paper, name) for name, paper in PAPERS.items()),
             *(

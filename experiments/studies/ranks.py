@@ -8,9 +8,9 @@ own.
 """
 
 import sborax as sx
-from experiments.studies.atlas import SETTINGS, arm, rules
+from experiments.studies.atlas import TUNING, in_every_setting, rules
 from experiments.studies.claims import Beats
-from experiments.studies.study import Study, half_decades
+from experiments.studies.study import Study
 
 MASS = sx.SingularMass(0.25)
 GROWING = sx.LinearRanks(4, 12)
@@ -34,10 +34,8 @@ def study() -> Study:
         name="ranks",
         title="ranks by layer against uniform and shuffled ones, stories260k",
         protocol=__doc__ or "",
-        arms=tuple(arm(setting, name, **changes) for setting in SETTINGS for name, changes in arms.items()),
-        rates=half_decades(3e-4, 7),
-        seeds=(0, 1, 2, 3, 4),
-        tuned=(0, 1, 2),
+        arms=in_every_setting(arms),
+        **TUNING,
         claims=(
             Beats("SARA's ranks beat uniform ones", "2408.03290", "SARA", "SARA, uniform ranks"),
             Beats("SARA's ranks beat the same ranks shuffled", "2408.03290", "SARA", "SARA, shuffled ranks"),
