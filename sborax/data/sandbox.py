@@ -21,8 +21,9 @@ import jinja2.sandbox
 
 MEMORY = 1 << 29
 """The most bytes of address space."""
-LONGEST = 1 << 22
-"""The most letters of a rendered conversation, more than fit any model's context."""
+LONGEST = 1 << 20
+"""The most letters of a rendered conversation, some 250,000 tokens. Tokenising takes about 100 bytes of memory a letter,
+outside this process."""
 
 
 class Generation(jinja2.ext.Extension):
