@@ -30,13 +30,14 @@ make_venv() {
 }
 
 # install DIR ARGUMENTS...: with uv, which is faster, if it is installed, or else with pip
+# Neither compiles what it installs: Python does so for the modules that are imported.
 install() {
   local venv=$1
   shift
   if command -v uv >/dev/null; then
     uv pip install --quiet --python "$venv/bin/python" "$@"
   else
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input "$@"
+    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check --no-input "$@"
   fi
 }
 

@@ -155,6 +155,7 @@ def test_a_merged_model_says_what_it_is(made, capsys, tmp_path):
     np.testing.assert_allclose(theirs, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_adapters_merged_with_weights(made, capsys, tmp_path):
     """Runs and a PEFT adapter onto a model and onto a run: W + sum of w (W_i - W), and transformers computes it."""
     prints(capsys, "export", made / "pissa", tmp_path / "peft")
@@ -213,6 +214,7 @@ def talk(capsys, monkeypatch, lines, *argv):
     return capsys.readouterr()
 
 
+@pytest.mark.nightly
 def test_a_conversation(made, capsys, monkeypatch):
     """Every turn sees all before it through the chat template, and ends at the mark that the template puts."""
     words = ["--system", "Be brief.", "--max-new-tokens", "8", "--temperature", "1", "--seed", "3"]

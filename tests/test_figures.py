@@ -57,6 +57,7 @@ def lines(experiment, tmp_path_factory):
     return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.nightly
 def test_norms_are_told_by_method_and_add_up(lines):
     for line in lines[1]:
         assert set(line["methods"]) == {"LoRA", "SBoRA", "base"}

@@ -131,16 +131,21 @@ def experiment(tmp_path):
     return file
 
 
-def test_two_processes_train_die_and_resume(tmp_path, pair, experiment):
-    cache = tmp_path / "cache"
-    whole = pair(experiment, tmp_path / "whole", cache, own=True)
-    codes, out, err = whole.ended()
+def test_two_processes_train(tmp_path, pair, experiment):
+    codes, out, err = pair(experiment, tmp_path / "run", tmp_path / "cache", own=True).ended()
     assert codes == [0, 0], err
     assert "mesh: fsdp 2 x tensor 2 of 4 devices" in out[0] and out[1] == ""
     # Norms are on every host, and of all the rest each has its half.
-    told = out[0].split("weights: ")[1].split(" bytes")[0].replace(",", "")
-    held, total = (int(word) for word in told.split(" of "))
+    held, total = map(int, out[0].split("weights: ")[1].split(" bytes")[0].replace(",", "").split(" of "))
     assert 0.5 * total < held < 0.55 * total
+    assert len(_losses(tmp_path / "run")) == STEPS
+
+
+@pytest.mark.nightly
+def test_two_processes_die_and_resume(tmp_path, pair, experiment):
+    cache = tmp_path / "cache"
+    codes, _, err = pair(experiment, tmp_path / "whole", cache, own=True).ended()
+    assert codes == [0, 0], err
 
     killed = pair(experiment, tmp_path / "killed", cache, FOREVER)
     killed.until_step(10)

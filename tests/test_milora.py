@@ -345,6 +345,7 @@ def test_decoding_keeps_the_decision_of_the_prompt(model, run, adapters):
             assert np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist() == tokens
 
 
+@pytest.mark.nightly
 def test_one_decoded_token_equals_the_full_forward(model, run, adapters):
     module = model.module.clone(keep=True)
     variables = {"params": model.params, "adapters": adapters}
@@ -506,6 +507,7 @@ def test_the_prompt_ends_where_the_first_answer_begins():
     np.testing.assert_array_equal(prompt_mask(segments, counts), np.array(want, bool))
 
 
+@pytest.mark.nightly
 def test_gradients_reach_every_leaf_and_balance_is_part_of_the_loss(model, run, adapters, parts, losses_and_grads):
     batch = jax.tree.map(lambda leaf: leaf[0], a_batch())
     found = losses_and_grads(parts.train, batch)

@@ -260,6 +260,7 @@ def test_mistakes_are_told():
             PRILoRAPruning(**wrong)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("scan", nightly_unless([True], [True, False]), ids=["scanned", "unrolled"])
 def test_norms_of_a_models_own_inputs(scan):
     model, adapters = a_model(scan)
@@ -282,6 +283,7 @@ def test_norms_of_a_models_own_inputs(scan):
     assert len(norms) == (7 if scan else 14)
 
 
+@pytest.mark.nightly
 def test_pruning_goes_with_routers_of_other_kernels(tmp_path):
     """One forward pass gives both the norms of inputs and what routers add to the loss."""
     write_model(tmp_path / "model")

@@ -140,6 +140,7 @@ RULES = (
 )
 
 
+@pytest.mark.nightly
 def test_norms_are_those_of_the_weight_that_is_stored(places):
     model = load_model(places[0], quant="nf4", keep=rewritten(RULES))
     dense = {path for path, leaf in flatten(model.params).items() if path.endswith("kernel") and hasattr(leaf, "at")}

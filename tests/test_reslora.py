@@ -253,6 +253,7 @@ def change_by_hand(method, x, before, a, b, n, first):
     return sum(before[n - k] @ a[n - k] for k in range(m + 1)) @ b[n]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("layers", nightly_unless([(0, 1, 3)], [None, (0, 1, 3)]), ids=["all", "gap"])
 @by_name
 def test_scanned_equals_unrolled_equals_the_formula(name, layers, monkeypatch):

@@ -297,6 +297,7 @@ def content(place):
     }
 
 
+@pytest.mark.nightly
 def test_a_finished_sweep_is_left_as_it_is(places, tmp_path):
     experiment = an_experiment(places, optimizer=sx.Optimizer(schedule="constant", warmup=0))
     grid, out = {"optimizer.lr": (1e-2, 1e17)}, tmp_path / "out"
