@@ -44,7 +44,6 @@ def compare(
     - out: where `report.md`, `report.csv` and `report.html` go, the last where matplotlib is installed.
     - base: a directory with scores of the base model, for each group's difference from it; None for none.
     - spectra: whether to load each group's base and adapter and measure what training changed.
-
     - published: a recipe, by name or file, whose published scores go beside those of the runs; None for none.
 
     Raises SboraxError as `read_rows` and `sborax.evaluate.compare.groups.compare` do, as loading a base and a recipe

@@ -14,7 +14,7 @@ from sborax.config.terminal import say
 from sborax.data.samples import load_samples
 from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
-from sborax.evaluate.run import FOLDER, read_scores
+from sborax.evaluate.run import SCORE_FOLDER, read_scores
 from sborax.layout.hosts import several
 from sborax.train.experiment import Experiment
 from sborax.train.read import end_token
@@ -61,7 +61,7 @@ def score_run(run: str) -> None:
     If all of them have scores already, nothing is done.
     Raises SboraxError for a task that is not known or data that is not found.
     """
-    experiment, place = find_run(run)[0], Path(run) / FOLDER
+    experiment, place = find_run(run)[0], Path(run) / SCORE_FOLDER
     tasks = chosen(",".join(experiment.eval.tasks))
     if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
         say(f"{place}: is scored already")

@@ -8,9 +8,9 @@ from sborax.cli.targets import find_run, is_best
 from sborax.config.codec import LiveObject
 from sborax.config.documents import read_object
 from sborax.data.options import Data
-from sborax.evaluate.run import FOLDER, in_words, read_scores
+from sborax.evaluate.run import SCORE_FOLDER, in_words, read_scores
 from sborax.records.adapter import read_adapter
-from sborax.records.report import SUMMARY, name
+from sborax.records.report import SUMMARY, method_line
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import AbstractOptimizer
 
@@ -36,7 +36,7 @@ def facts(run: str) -> dict[str, str]:
     if experiment.eval.data is not None:
         lines["Held-out data"] = _data(experiment.eval.data)
     rules = "; ".join(
-        f"`{rule.pattern}`: {'left alone' if rule.method is None else name(rule.method)}"
+        f"`{rule.pattern}`: {'left alone' if rule.method is None else method_line(rule.method)}"
         for rule in as_rules(experiment.rules)
     )
     lines["Rules"] = rules or "none, the base itself was trained"
@@ -50,7 +50,9 @@ def facts(run: str) -> dict[str, str]:
     elif summary.exists():
         lines["Metrics"] = _metrics(read_object(summary))
     if not is_best(run):
-        lines |= {f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / FOLDER)}
+        lines |= {
+            f"Score on {score['task']}": f"{in_words(score)}." for score in read_scores(adapter.parent / SCORE_FOLDER)
+        }
     return lines
 
 

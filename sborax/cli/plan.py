@@ -28,10 +28,10 @@ from sborax.plans.ahead import Outline, argument_bytes, compiled, on_mesh, outli
 from sborax.plans.estimate import temporary_bytes
 from sborax.plans.hlo import collective_bytes
 from sborax.records.disk import CONFIG
-from sborax.records.report import name
+from sborax.records.report import method_line
 from sborax.train.experiment import Experiment, load_experiment
 
-Rows = list[tuple[str, ...]]
+Table = list[tuple[str, ...]]
 PROJECTIONS = "self_attn|mlp"
 """The rule of a model that is planned as a run, unless rules are given."""
 
@@ -93,7 +93,7 @@ def _is_model(file: Path) -> bool:
 def describe_model(target: str, config: DecoderConfig) -> str:
     """A table of a model's kernels, by the names that rules match."""
     params = abstract(config)
-    rows: Rows = [("module", "layers", "in x out", "parameters")]
+    rows: Table = [("module", "layers", "in x out", "parameters")]
     for path, weight in kernels(params).items():
         rows.append((module_path(path)[0], *_shape(weight.shape), f"{math.prod(weight.shape):,}"))
     return "\n".join([_heading(target, config, params), "", *aligned(rows)])
@@ -113,11 +113,11 @@ def describe_experiment(
     trained_base_size = sum(leaf.size for leaf in trained_base.values())
     adapters = nodes(planned.parts.adapters)
     counts = {site.path: count_node(adapters[site.path]) for site in planned.plan.sites}
-    rows: Rows = [("module", "layers", "in x out", "trainable", "method")]
+    rows: Table = [("module", "layers", "in x out", "trainable", "method")]
     for site in planned.plan.sites:
         layers = str(math.prod(site.stack)) if site.stack else "1"
         size = f"{site.shape[0]} x {site.shape[1]}"
-        rows.append((module_path(site.path)[0], layers, size, f"{counts[site.path]:,}", name(site.method)))
+        rows.append((module_path(site.path)[0], layers, size, f"{counts[site.path]:,}", method_line(site.method)))
     total, base = sum(counts.values()) + trained_base_size, parameters(params)
     lines = [_heading(experiment.model, config, params), "", *(aligned(rows) if planned.plan.sites else [])]
     if planned.plan.untouched and not experiment.train_base:
@@ -136,7 +136,7 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
         on = f"each of {planned.mesh.size} devices ({cut})" if topology is None else f"each chip of {topology} ({cut})"
     batch = f"a step of {rows} x {length} tokens" + (f", {accumulate} times" if accumulate > 1 else "")
     sizes = argument_bytes(planned)
-    table: Rows = [(what, f"{size:,}") for what, size in [*sizes.items(), ("arguments", sum(sizes.values()))]]
+    table: Table = [(what, f"{size:,}") for what, size in [*sizes.items(), ("arguments", sum(sizes.values()))]]
     lines = [f"bytes on {on}, {batch}:"]
     if isinstance(planned.mesh, AbstractMesh):
         table += [("temporaries", f"{temporary_bytes(planned):,}")]
@@ -155,7 +155,7 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
     return lines
 
 
-def _rows(sent: dict[str, int]) -> Rows:
+def _rows(sent: dict[str, int]) -> Table:
     return [(kind, f"{size:,}") for kind, size in sorted(sent.items())]
 
 

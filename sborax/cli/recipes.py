@@ -40,7 +40,7 @@ from sborax.train.experiment import Experiment
 from sborax.train.figures import PEAKS, model_flops
 from sborax.train.optimizers import AbstractScheduled, LoRAFA, LoRARITE, Optimizer
 
-FOLDER = "experiments"
+EXPERIMENTS = "experiments"
 TAGS = ("broken", "contaminated", "unverified", "unknown")
 """First word of a row's note."""
 
@@ -132,8 +132,8 @@ def folder() -> Path:
     Raises SboraxError if neither has recipes.
     """
     for place in (Path(sborax.__file__).parents[1], Path.cwd()):
-        if any(map(_is_recipe, (place / FOLDER).glob("*/*.py"))):
-            return place / FOLDER
+        if any(map(_is_recipe, (place / EXPERIMENTS).glob("*/*.py"))):
+            return place / EXPERIMENTS
     raise SboraxError("no recipes found; they are part of sborax's repository: run this inside a checkout of it")
 
 
@@ -156,7 +156,7 @@ def read_recipe(name: str) -> Recipe:
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise SboraxError(f"there is no recipe {name}; `sborax recipes` lists those there are")
-        return _recipe(name.removesuffix(".py").removeprefix(f"{FOLDER}/"), Path(name))
+        return _recipe(name.removesuffix(".py").removeprefix(f"{EXPERIMENTS}/"), Path(name))
     files = names()
     of_paper = [label for label in files if label.partition("/")[0] == name]
     if name not in files and len(of_paper) == 1:

@@ -18,7 +18,7 @@ from sborax.evaluate.task import AbstractTask, Metric, Record
 from sborax.records.report import versions
 
 SCORES = "scores.json"
-FOLDER = "scores"
+SCORE_FOLDER = "scores"
 """The folder of a run directory with the scores of its last adapter."""
 
 

@@ -16,7 +16,7 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import Adapters, nodes
 from sborax.evaluate.likelihood import score_options, score_rows
-from sborax.evaluate.shapes import Batch, batches
+from sborax.evaluate.shapes import RequestBatch, batches
 from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
 from sborax.models.beam import beam_search
@@ -242,7 +242,7 @@ class Scorer:
                 texts[i] = text
         return texts
 
-    def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[Batch]:
+    def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[RequestBatch]:
         mesh = self.layout.mesh
         multiple = 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
         listed = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))

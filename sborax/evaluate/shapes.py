@@ -7,7 +7,7 @@ LEAST = 16
 """Tokens of the shortest row."""
 
 
-class Batch(NamedTuple):
+class RequestBatch(NamedTuple):
     """The requests of one forward pass, and the shape of its arrays.
 
     - members: indices of the requests.
@@ -32,7 +32,7 @@ def padded(length: int, limit: int) -> int:
 
 def batches(
     lengths: Sequence[tuple[int, int]], limit: int, budget: int, multiple: int = 1, copies: int = 1
-) -> Iterator[Batch]:
+) -> Iterator[RequestBatch]:
     """Batches of requests, from the longest to the shortest. Neighbours share a shape; only the last batch is not full.
 
     - lengths: of each request, tokens of the row and of the continuation.
@@ -54,5 +54,5 @@ def batches(
         rows = -(-(1 << (fitting.bit_length() - 1)) // multiple) * multiple
         members = tuple(order[start : start + rows])
         longest = max(lengths[i][1] for i in members)
-        yield Batch(members, rows, width, max(continuation, 1 << (longest - 1).bit_length()))
+        yield RequestBatch(members, rows, width, max(continuation, 1 << (longest - 1).bit_length()))
         start += rows

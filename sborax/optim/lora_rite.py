@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sborax.adapters.core import SboraxError
-from sborax.optim.pairs import Pair, over_pairs, pairs, replace_pairs, sides
+from sborax.optim.pairs import Factors, over_pairs, pairs, replace_pairs, sides
 
 
 class Side(NamedTuple):
@@ -128,7 +128,7 @@ def balance_pairs() -> optax.GradientTransformation:
     |x| is the Frobenius norm plus 1e-6.
     """
 
-    def balanced_steps(step_a: Array, step_b: Array, a: Array, b: Array) -> Pair:
+    def balanced_steps(step_a: Array, step_b: Array, a: Array, b: Array) -> Factors:
         new_a, new_b = a + step_a, b + step_b
         norm_a, norm_b = jnp.linalg.norm(new_a) + 1e-6, jnp.linalg.norm(new_b) + 1e-6
         target = jnp.sqrt(norm_a * norm_b)
@@ -196,7 +196,7 @@ def _zero(factor: Float[Array, "*stack rows rank"]) -> Side:
     return Side(moment, jnp.zeros_like(factor), jnp.zeros_like(factor), mass)
 
 
-def _unmagnify(grads: Pair, factors: Pair, skip: float | None) -> tuple[_Unmagnified, _Unmagnified]:
+def _unmagnify(grads: Factors, factors: Factors, skip: float | None) -> tuple[_Unmagnified, _Unmagnified]:
     """Both factors, decomposed, with their gradients in each other's basis."""
     (grad_a, grad_b), (a, b) = grads, factors
     # Padding is a tail of columns that are zero in both factors, but QR would give them a direction.

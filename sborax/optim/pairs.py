@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from sborax.adapters.leaves import flatten, map_with_path
 
-Pair = tuple[Array, Array]
+Factors = tuple[Array, Array]
 """(a, b), stack axes in front."""
 
 
@@ -17,7 +17,7 @@ def _parent(path: str) -> tuple[str, str]:
     return head, last
 
 
-def pairs(tree: PyTree) -> dict[str, Pair]:
+def pairs(tree: PyTree) -> dict[str, Factors]:
     """Every pair by the path of its parent. Leaves `a` and `b` are a pair if their ranks and stack axes agree."""
     factors: dict[str, dict[str, Array]] = {}
     for path, leaf in flatten(tree).items():
@@ -43,7 +43,7 @@ def sides(tree: PyTree) -> PyTree:
     return map_with_path(side, tree)
 
 
-def replace_pairs(tree: PyTree, new: Mapping[str, Pair]) -> PyTree:
+def replace_pairs(tree: PyTree, new: Mapping[str, Factors]) -> PyTree:
     """`tree` with the pairs of `new` at their paths."""
 
     def new_leaf(path: str, leaf: Array) -> Array:

@@ -30,7 +30,7 @@ from sborax.records.disk import refusal
 # orbax logs every save, and every failure at length. Failures are reported by this module.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 def digest(leaf: np.ndarray) -> str:
@@ -212,7 +212,7 @@ def open_checkpoints(run: str | epath.PathLike, keep: int) -> Checkpoints:
     Returns an object with `save`, `restore`, `wait` and `close`.
     """
     policy = ocp.training.preservation_policies.LatestN(keep)
-    folder = epath.Path(run) / FOLDER
+    folder = epath.Path(run) / CHECKPOINTS
     manager = ocp.training.Checkpointer(
         # orbax refuses relative paths; a remote one is absolute already.
         folder if folder.is_absolute() else folder.absolute(),

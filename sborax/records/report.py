@@ -213,26 +213,28 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def name(method: AbstractMethod) -> str:
+def method_line(method: AbstractMethod) -> str:
     """A method in one line: its rank, and the options that differ from their defaults."""
     if isinstance(method, AbstractComposite):
         return type(method).__name__
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method)  # type: ignore[arg-type]
     options = [(field, getattr(method, field.name)) for field in fields]
     shown = [
-        f"{field.name}={name(value) if isinstance(value, AbstractMethod) else value}"
+        f"{field.name}={method_line(value) if isinstance(value, AbstractMethod) else value}"
         for field, value in options
         if field.name == "rank" or value != field.default
     ]
     return f"{type(method).__name__}({', '.join(shown)})"
 
 
-def describe(plan: Plan) -> list[str]:
+def plan_lines(plan: Plan) -> list[str]:
     """A line for every adapted kernel, and one for the kernels that no rule adapts."""
     lines = []
     for site in plan.sites:
         stack = "".join(f"{size} x " for size in site.stack)
-        lines.append(f"  {module_path(site.path)[0]}: {stack}({site.shape[0]}, {site.shape[1]}), {name(site.method)}")
+        lines.append(
+            f"  {module_path(site.path)[0]}: {stack}({site.shape[0]}, {site.shape[1]}), {method_line(site.method)}"
+        )
     if plan.untouched and plan.sites:
         lines.append(f"  not adapted: {', '.join(sorted({module_path(path)[0] for path in plan.untouched}))}")
     return lines

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from sborax.adapters.core import SboraxError
 
-FOLDER = "profile"
+PROFILE = "profile"
 SKIPPED, TRACED = 2, 3
 """Steps before the trace (the first compiles), and steps in the trace."""
 
@@ -45,4 +45,4 @@ def make_trace(run: epath.Path, done: int, steps: int) -> Trace:
     """
     if steps - done <= SKIPPED:
         raise SboraxError(f"--profile: skips {SKIPPED} steps for compilation, and only {steps - done} are left to make")
-    return Trace(run / FOLDER, done + SKIPPED)
+    return Trace(run / PROFILE, done + SKIPPED)

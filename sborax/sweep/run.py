@@ -17,7 +17,7 @@ from sborax.data.batches import Batches
 from sborax.layout.state import Parts, parameters
 from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import fingerprint, save_adapter
-from sborax.records.checkpoint import FOLDER, open_checkpoints
+from sborax.records.checkpoint import CHECKPOINTS, open_checkpoints
 from sborax.records.claim import claimed, locked
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
@@ -169,7 +169,7 @@ def claim_members(
     Raises SboraxError if a directory is in use, and, to resume, if `place` holds another sweep.
     """
     runs = [place / member.name for member in members]
-    claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, FOLDER, *(run.name for run in runs))))
+    claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, CHECKPOINTS, *(run.name for run in runs))))
     if (place / SWEEP).exists():
         check_same(place, members)
     else:

@@ -11,7 +11,7 @@ from sborax.layout.state import Parts, parameters
 from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import PLAN, read_adapter, save_adapter
 from sborax.records.claim import START
-from sborax.records.report import describe
+from sborax.records.report import plan_lines
 from sborax.train.experiment import save_experiment
 from sborax.train.hints import gradients
 from sborax.train.prepare import Prepared
@@ -25,7 +25,7 @@ def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath
     bit, and singular vectors would then differ in every bit.
     Raises SboraxError as `Prepared.adapt` does, and if several processes would have to compute gradients.
     """
-    for line in ["adapting:"] * bool(prepared.plan.sites) + describe(prepared.plan):
+    for line in ["adapting:"] * bool(prepared.plan.sites) + plan_lines(prepared.plan):
         echo(line)
     paths = sorted(site.path for site in prepared.plan.sites if site.method.needs)
     begun, hint = {}, None

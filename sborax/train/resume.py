@@ -4,7 +4,7 @@ from etils import epath
 
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
-from sborax.records.checkpoint import FOLDER
+from sborax.records.checkpoint import CHECKPOINTS
 from sborax.records.claim import START
 from sborax.records.disk import CONFIG
 from sborax.train.experiment import Experiment, load_experiment
@@ -41,5 +41,5 @@ def check_steps(place: epath.Path, done: int, steps: int) -> None:
 
 def has_computed(place: epath.Path) -> bool:
     """Whether a run directory has checkpoints, or adapters that started from data."""
-    folders = (place / FOLDER, place / START)
+    folders = (place / CHECKPOINTS, place / START)
     return any(folder.exists() and any(folder.iterdir()) for folder in folders)

@@ -23,7 +23,7 @@ from sborax.evaluate.compare.statistics import (
     seed_difference,
     sensitivity,
 )
-from sborax.records.report import name
+from sborax.records.report import method_line
 from sborax.train.experiment import Experiment
 from sborax.train.figures import label
 
@@ -447,7 +447,7 @@ def method_label(experiment: Experiment) -> str:
 
 
 def _named(method: AbstractMethod) -> str:
-    return label(method) if isinstance(method, AbstractComposite) else name(method)
+    return label(method) if isinstance(method, AbstractComposite) else method_line(method)
 
 
 def _labels(rows: Sequence[Row], treatments: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> list[str]:

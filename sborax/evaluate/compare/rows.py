@@ -15,7 +15,7 @@ from jaxtyping import Float
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.config.documents import check_plain, is_number, parse, read_object, shown
-from sborax.evaluate.run import FOLDER, SCORES, read_scores
+from sborax.evaluate.run import SCORE_FOLDER, SCORES, read_scores
 from sborax.records.adapter import PLAN
 from sborax.records.disk import CONFIG
 from sborax.records.eval_losses import EVAL_LOSSES
@@ -230,7 +230,7 @@ def _measurements(run: epath.Path, lines: Sequence[Mapping[str, Any]]) -> dict[s
     measured = {}
     if held_out := _curve(lines, "eval_loss"):
         measured[HELD_OUT] = _held_out(run / EVAL_LOSSES, held_out[-1][1])
-    measured |= read_measurements(run / FOLDER)
+    measured |= read_measurements(run / SCORE_FOLDER)
     if losses := _curve(lines, "loss")[-LAST:]:
         measured[TRAINING] = Measurement(statistics.fmean(loss for _, loss in losses))
     return measured
