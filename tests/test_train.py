@@ -558,3 +558,25 @@ def test_lora_fa_trains_b_alone(places, tmp_path, model, procedure):
         subprocess.run(["rm", "-r", str(tmp_path / "run" / half)], check=True)
     train(experiment, tmp_path / "run", resume=True, echo=quiet)
     assert (tmp_path / "run" / "adapter" / LEAVES).read_bytes() == kept
+
+
+def test_an_experiment_is_handed_to_few_files(places, tmp_path):
+    """Whoever adds a field of an experiment has these files to read."""
+    package, files = os.path.dirname(sx.__file__), set()
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package):
+            arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            if any(isinstance(frame.f_locals.get(name), sx.Experiment) for name in arguments):
+                files.add(os.path.relpath(code.co_filename, package))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        train(an_experiment(places, steps=1), tmp_path / "run", echo=lambda text: None)
+    finally:
+        sys.setprofile(before)
+    assert {"train/read.py", "train/prepare.py", "train/loop.py"} <= files
+    rooms = ("config/codec", "train/experiment", "train/log", "train/loop", "train/prepare", "train/read")
+    assert files <= {f"{room}.py" for room in rooms}
