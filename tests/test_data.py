@@ -12,12 +12,14 @@ from nightly import nightly_unless
 
 from benchmarks.packing import both, useful
 from sborax import Data, SboraxError
+from sborax.data import samples
 from sborax.data.batches import arrange, in_order, pack, shuffled
 from sborax.data.samples import Sample, load_samples
 from sborax.data.source import read
 from sborax.data.stream import stream
 from sborax.data.template import prompt_of, render
 from sborax.models.gguf import open_gguf
+from sborax.models.tokenizer import tokens_of
 from tests.tiny_model import tokenizer
 
 END = 1
@@ -343,3 +345,22 @@ def test_records_in_memory(words):
         Data([])
     with pytest.raises(SboraxError, match="data: record 0: there is no column 'q'"):
         load_samples(Data([{"a": "2"}], max_length=64, **PLAIN), words, END, 128)
+
+
+def test_samples_are_those_of_smaller_groups(tmp_path, words, monkeypatch):
+    """How many records are tokenised at once is a matter of memory alone."""
+    name = write(tmp_path, [{"q": "q" * i, "a": "a" * (i + 1)} for i in range(9)])
+    sizes = []
+
+    def counted(tokenizer, texts, **options):
+        sizes.append(len(texts))
+        return tokens_of(tokenizer, texts, **options)
+
+    monkeypatch.setattr(samples, "tokens_of", counted)
+    at_once, _ = load_samples(Data(name, **PLAIN), words, END, 2048)
+    monkeypatch.setattr(samples, "_LETTERS", 12)
+    in_groups, _ = load_samples(Data(name, **PLAIN), words, END, 2048)
+    assert sizes[0] == 9 == sum(sizes[1:]) and len(sizes) > 4
+    for left, right in zip(at_once, in_groups, strict=True):
+        np.testing.assert_array_equal(left.tokens, right.tokens)
+        np.testing.assert_array_equal(left.counts, right.counts)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from sborax.data.template import Rendered, render
 from sborax.models.tokenizer import tokens_of
 
 _CHUNK = 1000
+"""Records that are read at once."""
+_LETTERS = 1 << 19
+"""Letters of the records that are tokenised at once, but for one that is longer. Each takes up to 450 bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,28 +120,38 @@ def _shorten(sample: Sample, data: Data) -> list[Sample]:
 
 def _tokenise(
     records: Sequence[Mapping[str, Any]], start: int, data: Data, tokenizer: Any, end: int | None
-) -> list[Sample]:
-    rendered = []
+) -> Iterator[Sample]:
+    """A sample for each record. Few enough are tokenised at once that the memory for it is bounded."""
+    group, letters = [], 0
     for number, record in enumerate(records, start=start):
         try:
-            text = render(data.template, data.answer, record, tokenizer)
-            "".join(piece.text for piece in text.pieces).encode()
+            rendered = render(data.template, data.answer, record, tokenizer)
+            text = "".join(piece.text for piece in rendered.pieces)
+            text.encode()
         except UnicodeEncodeError as error:
             raise SboraxError(f"{where(data.name, data.split, number)}: not text ({error.reason})") from None
         except SboraxError as error:
             raise SboraxError(f"{where(data.name, data.split, number)}: {error}") from None
-        rendered.append(text)
+        if letters + len(text) > _LETTERS:
+            yield from _encode(group, data, tokenizer, end)
+            group, letters = [], 0
+        group.append((rendered, text))
+        letters += len(text)
+    yield from _encode(group, data, tokenizer, end)
+
+
+def _encode(group: Sequence[tuple[Rendered, str]], data: Data, tokenizer: Any, end: int | None) -> Iterator[Sample]:
+    if not group:
+        return
     encoded = tokens_of(
         tokenizer,
-        ["".join(piece.text for piece in text.pieces) for text in rendered],
-        add_special_tokens=rendered[0].special,
+        [text for _, text in group],
+        add_special_tokens=group[0][0].special,
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
-    return [
-        _mark(text, tokens, offsets, data.loss_on, end)
-        for text, tokens, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
+    for (rendered, _), tokens, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        yield _mark(rendered, tokens, offsets, data.loss_on, end)
 
 
 def _mark(text: Rendered, tokens: list[int], offsets: list[tuple[int, int]], loss_on: str, end: int | None) -> Sample:

@@ -21,8 +21,8 @@ import jinja2.sandbox
 
 MEMORY = 1 << 29
 """The most bytes of address space."""
-LONGEST = 1 << 20
-"""The most letters of a rendered conversation, some 250,000 tokens. Tokenising takes about 100 bytes for each, outside
+LONGEST = 1 << 19
+"""The most letters of a rendered conversation, some 130,000 tokens. Tokenising takes up to 450 bytes for each, outside
 this process."""
 
 
