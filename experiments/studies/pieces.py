@@ -67,25 +67,19 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
 
 def train_members(piece: Piece, place: Path, resume: bool, echo: Callable[[str], None]) -> list[Path]:
     """Train a member for every learning rate; their run directories. Raises Stopped after a signal."""
-    experiment = piece.experiment
-    if len(piece.rates) == 1:
-        # A loss that is not finite ends a single run with an error; a rate that diverges is a result here.
-        try:
-            finished = train(experiment, place, resume=resume, echo=echo).finished
-        except sx.SboraxError as error:
-            if "not finite" not in str(error):
-                raise
-            finished = True
-        runs = [place]
-    else:
-        grid = sx.Sweep(experiment, {"optimizer.lr": piece.rates})
-        try:
+    grid = None if len(piece.rates) == 1 else sx.Sweep(piece.experiment, {"optimizer.lr": piece.rates})
+    runs = [place] if grid is None else [place / member.name for member in grid.members()]
+    try:
+        if grid is None:
+            finished = train(piece.experiment, place, resume=resume, echo=echo).finished
+        else:
             finished = sweep(grid, place, resume=resume, echo=echo).finished
-        except sx.SboraxError as error:
-            if "no member is left" not in str(error):
-                raise
-            finished = True
-        runs = [place / member.name for member in grid.members()]
+    except sx.SboraxError as error:
+        # A run ends with an error where its loss is not finite, a sweep where that leaves no member. Such rates are a
+        # result here.
+        if not any(reason in str(error) for reason in ("not finite, stopped", "no member is left")):
+            raise
+        return runs
     if not finished:
         raise Stopped
     return runs
