@@ -15,8 +15,9 @@ from etils import epath
 
 import sborax as sx
 from experiments.studies.items import batches_of, digests, held_out, scorer
-from experiments.studies.study import Held, Piece
-from sborax.cli.targets import load_run
+from experiments.studies.study import Base, Held, Piece
+from sborax.cli.targets import Target, load_run
+from sborax.models import load_model
 from sborax.records.report import Summary, git_revision
 from sborax.sweep.run import sweep
 from sborax.train.loop import train
@@ -51,10 +52,7 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
         "arm": piece.arm.name,
         "setting": piece.arm.setting,
         "seed": piece.seed,
-        "version": sx.__version__,
-        "commit": git_revision(),
-        "jax": jax.__version__,
-        "device": device(),
+        **provenance(),
         "members": list(map(described, members, piece.rates)),
     }
     alive = [(member, numbers) for member, numbers in zip(members, result["members"], strict=True) if "loss" in numbers]
@@ -63,6 +61,26 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
             result[f"{name}_digests"] = add_losses(name, piece, held, alive)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
+
+
+def measure_base(base: Base) -> dict[str, Any]:
+    """The losses of kept text of a model that was not trained."""
+    began = time.monotonic()
+    model = load_model(base.model, base.precision)
+    samples = held_out(base.kept, model)
+    losses = scorer(model)(Target(model, model.params, None, None), batches_of(samples, base.kept))
+    return {
+        "config": base.config,
+        **provenance(),
+        "kept": [digits(float(loss)) for loss in losses],
+        "kept_digests": digests(samples),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """The program and the device that make a result."""
+    return {"version": sx.__version__, "commit": git_revision(), "jax": jax.__version__, "device": device()}
 
 
 def train_members(piece: Piece, place: Path, resume: bool, echo: Callable[[str], None]) -> list[Path]:
