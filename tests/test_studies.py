@@ -355,11 +355,11 @@ def test_sizes_match_the_budget():
 
 @pytest.mark.nightly
 def test_real_sizes_match_the_budget():
-    """Every method trains as many parameters as LoRA within 6 %, but for MoSARA, which is as large as it can be."""
+    """Every method trains as many parameters as LoRA within 7 %, but for MoSARA, which is as large as it can be."""
     counts = {name: trained(real.SHAPE, atlas.LINEARS, method) for name, method in real.METHODS.items()}
     budget = counts["LoRA"]
     assert budget == 2_442_240
-    assert all(0.94 < counts[name] / budget < 1.06 for name in counts.keys() - {"MoSARA"}), counts
+    assert all(0.93 < counts[name] / budget < 1.07 for name in counts.keys() - {"MoSARA"}), counts
     assert 0.12 < counts["MoSARA"] / budget < 0.14
 
 
