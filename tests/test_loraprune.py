@@ -26,7 +26,8 @@ from sborax.interop.slim import slim
 from sborax.methods.masked import Masked
 from sborax.models import LlamaConfig, generate, load_model, save_hf
 from sborax.procedures import Boundary, LoRAPrune, Run
-from sborax.procedures.importance import BLOCKS, group_scores, lora_change, watch_importance
+from sborax.procedures.criteria import lora_change
+from sborax.procedures.importance import BLOCKS, group_scores, watch_importance
 from sborax.procedures.prune import masks_of, pruned
 from sborax.train.loop import train
 
@@ -134,6 +135,37 @@ def test_running_scores_masks_and_masked_outputs(strict):
         want = GOLDEN[f"final_L1_{module}__W_merged_sliced"]
         np.testing.assert_allclose(np.asarray(merged)[:, live].T, want, rtol=0, atol=2e-5)
         np.testing.assert_array_equal(np.asarray(merged)[:, ~live], 0)
+
+
+def test_scores_by_magnitude():
+    """A step with any gradients scores every block by the sum of its weights, as the authors' code does."""
+    sites, base, train, frozen, grads = golden_trees()
+    groups = {"layers/self_attn": SIZES["self_attn"], "layers/mlp": SIZES["mlp"]}
+    watch = watch_importance(sites, groups, decay=0.0, criterion=sx.Magnitude())
+    _, state = watch.update(grads, watch.init(train), train, frozen=frozen, base=base)
+    for block, modules in BLOCKS.items():
+        for layer in (0, 1):
+            want = sum(GOLDEN[f"L{layer}_{module}__score_magnitude"] for module in modules)
+            np.testing.assert_allclose(state.scores[f"layers/{block}"][layer], want, rtol=2e-5)
+
+
+def test_a_random_order_is_drawn_at_every_pruning():
+    """Every key prunes as many groups, and others; those that are pruned stay so."""
+    sites, base, train, frozen, grads = golden_trees()
+    procedure = LoRAPrune(criterion=sx.RandomOrder(), warmup=0.0, cooldown=0.5, every=1, protect=0.0)
+    run = Run(sx.Plan(tuple(sites.values()), ()), 4, SIZES["self_attn"])
+    watch = procedure.watch(run)
+    _, opt = watch.update(grads, watch.init(train), train, frozen=frozen, base=base)
+    assert not any(scores.any() for scores in opt.scores.values())
+    start = Boundary(sx.combine(train, frozen), base, opt)
+    early = procedure.apply(jax.random.key(9), 1, run, start)
+    assert masks_of(early.opt)["layers/mlp"].sum() < 2 * SIZES["mlp"]
+    ends = [masks_of(procedure.apply(jax.random.key(seed), 2, run, early).opt) for seed in range(4)]
+    for end in ends:
+        for parent, mask in masks_of(early.opt).items():
+            assert (end[parent] <= mask).all()
+            assert (mask.shape[1] - end[parent].sum(axis=1) == mask.shape[1] // 2).all()
+    assert len({np.asarray(end["layers/mlp"]).tobytes() for end in ends}) == 4
 
 
 def test_a_nan_changes_no_score():

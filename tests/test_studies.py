@@ -13,13 +13,14 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from experiments.studies import __main__ as command
-from experiments.studies import atlas, pieces
+from experiments.studies import atlas, pieces, real
 from experiments.studies.claims import Beats, Difference, LessGrowth, RateRatio, RateSlope, Within, overall
 from experiments.studies.items import held_out
 from experiments.studies.matching import STORED, matched, sized, trained
-from experiments.studies.report import PAGE, Outcome, page
+from experiments.studies.plots import digest
+from experiments.studies.report import FIGURES, PAGE, Outcome, figure_names, page, ranked, write
 from experiments.studies.store import Store
-from experiments.studies.study import Arm, Held, Piece, Study, half_decades, higher, lower, settings, sparse
+from experiments.studies.study import Arm, Base, Held, Piece, Study, half_decades, higher, lower, settings, sparse
 from experiments.studies.tuning import Tuned, pending, progress
 from sborax.records.claim import locked
 from sborax.sweep.stepper import SweepStepper
@@ -174,6 +175,71 @@ def synthetic(*names: str, seeds: tuple[int, ...] = (0, 1, 2, 3), **changes) -> 
     return Study("synthetic", "made up", "", arms, half_decades(1e-4, 5), seeds, **changes)
 
 
+def write_text(place: Path) -> sx.Data:
+    """Text without answers."""
+    text = " ".join(f"{word} and {word + 1} make {2 * word + 1}." for word in range(400))
+    place.write_text(text)
+    return sx.Data(str(place), template="text", max_length=16, overlong="split")
+
+
+def test_what_an_arm_forgets_is_measured_against_its_base(tiny, tmp_path):
+    """The base is measured once, and a run that hardly trains forgets nothing."""
+    kept, lines = Held(write_text(tmp_path / "text.txt"), items=5), []
+    run = dataclasses.replace(tiny.arms[0].experiment, rules=(sx.Rule("mlp", sx.LoRA(rank=2)),))
+    arm = dataclasses.replace(tiny.arms[0], experiment=run, kept=kept)
+    study = dataclasses.replace(tiny, arms=(arm,), rates=(1e-9, 1e-1))
+    store = Store(study, tmp_path / "results")
+    assert command.run(study, store, tmp_path / "work", float("inf"), echo=lines.append) == 2
+    assert [line.endswith(f"before training, {kept.data.label()}: measured") for line in lines] == [True, False, False]
+    base = Base.of(arm)
+    assert base is not None
+    measured, result = store.get(base), store.get(Piece(arm, study.rates, 0))
+    assert measured is not None and result is not None and len(measured["kept"]) == 5
+    still, moved = (member["kept"] for member in result["members"])
+    np.testing.assert_allclose(still, measured["kept"], rtol=2e-5)
+    assert np.abs(np.subtract(moved, measured["kept"])).max() > 1e-2
+    tuned = tuned_arms(study, store)["LoRA"]
+    kept_losses = np.array([numbers["kept"] for numbers in tuned.at_best.values()])
+    np.testing.assert_allclose(tuned.forgotten(), kept_losses - measured["kept"], rtol=0, atol=1e-6)
+    # From another study's results too.
+    again = dataclasses.replace(study, name="again")
+    text = page([Outcome.of(again, Store(again, tmp_path / "results"))])
+    assert "| forgotten, over items |" in text
+    rows = [
+        line for line in text.splitlines() if line.startswith(("| method", "|---|---|---|---|---|---|---|", "| LoRA"))
+    ]
+    assert [row.count("|") for row in rows] == [10, 10, 10]
+
+
+def test_figures_are_those_of_the_numbers(tmp_path):
+    """The page names every figure that is written, stale ones go, and the same numbers give the same bytes."""
+    study = synthetic(*(f"arm {number}" for number in range(10)), reference="arm 0")
+
+    def losses(arm, rate, seed):
+        return np.inf if rate == 1e-2 and arm == "arm 3" else 3 + 0.1 * int(arm[-1]) + valley(1e-3)(rate)
+
+    outcome = Outcome.of(study, made_up(study, tmp_path / "stored", losses))
+    folder = tmp_path / FIGURES
+    folder.mkdir()
+    (folder / "stale.svg").write_text("")
+    write([outcome], tmp_path / "RESULTS.md")
+    files = {file.name: file.read_text() for file in folder.iterdir()}
+    named = re.findall(rf"!\[.*?\]\({FIGURES}/(.*?)\)", (tmp_path / "RESULTS.md").read_text())
+    assert sorted(files) == sorted(named) == ["synthetic-none-rates.svg", "synthetic-none-sizes.svg"]
+    write([outcome], tmp_path / "RESULTS.md")
+    assert files == {file.name: file.read_text() for file in folder.iterdir()}
+    arms = ranked(outcome, "none")
+    for text in files.values():
+        assert f"<dc:description>{digest(arms)}<" in text
+        # The eight best have a colour and a name; no figure has a paper of its own.
+        assert [f"arm {number}<" in text for number in range(10)] == 8 * [True] + 2 * [False]
+    assert digest(arms) != digest(arms[:-1])
+    other = Outcome.of(
+        study, made_up(study, tmp_path / "other", lambda arm, rate, seed: 1e-3 + losses(arm, rate, seed))
+    )
+    assert digest(ranked(other, "none")) != digest(arms)
+
+
 def tuned_arms(study: Study, store: Store) -> dict[str, Tuned]:
     tuned = {arm.name: progress(study, arm, store)[1] for arm in study.arms}
     return {name: each for name, each in tuned.items() if each is not None}
@@ -287,6 +353,16 @@ def test_sizes_match_the_budget():
     assert trained(atlas.SHAPE, atlas.LINEARS, sized(methods["SBoRA-FA"], sizes["SBoRA-FA"])) == 45_000
 
 
+@pytest.mark.nightly
+def test_real_sizes_match_the_budget():
+    """Every method trains as many parameters as LoRA within 7 %, but for MoSARA, which is as large as it can be."""
+    counts = {name: trained(real.SHAPE, atlas.LINEARS, method) for name, method in real.METHODS.items()}
+    budget = counts["LoRA"]
+    assert budget == 2_442_240
+    assert all(0.93 < counts[name] / budget < 1.07 for name in counts.keys() - {"MoSARA"}), counts
+    assert 0.12 < counts["MoSARA"] / budget < 0.14
+
+
 def test_every_study_is_whole():
     """Arms of a setting have names of their own, every method is in the atlas, and every claim finds its arms."""
     for study in map(command.declared, command.names()):
@@ -304,7 +380,17 @@ def test_every_study_is_whole():
 
 def test_the_page_is_that_of_the_results(tiny, ran):
     """docs/RESULTS.md is what the stored results make of it."""
-    assert page(command.outcomes()) == PAGE.read_text()
+    outcomes = command.outcomes()
+    assert page(outcomes) == PAGE.read_text()
+    # Bytes of figures differ between versions of matplotlib, so that they are held by the digest of their numbers.
+    drawn = {file.name: file.read_text() for file in (PAGE.parent / FIGURES).glob("*.svg")}
+    wanted = {
+        file: digest(ranked(outcome, setting))
+        for outcome in outcomes
+        for setting in settings(outcome.study)
+        for file in figure_names(outcome, setting)
+    }
+    assert drawn.keys() == wanted.keys() and all(f">{wanted[file]}<" in text for file, text in drawn.items())
     small = dataclasses.replace(tiny, claims=(Beats("Bone beats LoRA", "2409.15371", "Bone"),))
     text = page([Outcome.of(small, Store(small, ran[0]))])
     assert re.search(r"\| Bone beats LoRA \| arXiv:2409.15371 \| tiny \| \*\*undecided\*\* \| sums: [-+]0", text)

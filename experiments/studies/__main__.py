@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 
 from experiments import studies
-from experiments.studies.pieces import Stopped, run_piece
+from experiments.studies.pieces import Stopped, measure_base, run_piece
 from experiments.studies.report import Outcome, write
 from experiments.studies.store import RESULTS, Store
-from experiments.studies.study import Study, settings
+from experiments.studies.study import Base, Study, settings
 from experiments.studies.tuning import pending
 from sborax.adapters.core import SboraxError
 from sborax.train.read import Echo, silent
@@ -76,18 +76,21 @@ def run(
         if needed > left:
             echo(f"{len(queue)} pieces are pending; the next would take {needed:.0f} s, {max(left, 0):.0f} s are left")
             break
-        label = f"{piece.arm.setting}, {piece.arm.name}, seed {piece.seed}, {len(piece.rates)} rates"
+        base = Base.of(piece.arm)
+        if base is not None and store.get(base) is None:
+            store.add(base, measure_base(base))
+            echo(f"{base.label}: measured")
         try:
             result = run_piece(piece, work, detail)
         except Stopped:
-            echo(f"{label}: stopped; it goes on from there when it is run again")
+            echo(f"{piece.label}: stopped; it goes on from there when it is run again")
             break
         store.add(piece, result)
         shutil.rmtree(work / piece.digest)
         count += 1
         best = min(result["members"], key=lambda member: member.get("items_loss", float("inf")))
         echo(
-            f"{label}: {result['seconds']:.0f} s, lowest loss {best.get('items_loss')} at {best['lr']:g}; "
+            f"{piece.label}: {result['seconds']:.0f} s, lowest loss {best.get('items_loss')} at {best['lr']:g}; "
             f"{len(queue) - 1} known pieces are left"
         )
     return count
@@ -118,7 +121,7 @@ def main() -> int:
     runs.add_argument("--minutes", type=float, default=float("inf"), help="begin no piece that would end later")
     runs.add_argument("--setting", help="run this setting alone, so that others can run in another process")
     runs.add_argument("--work", type=Path, default=WORK, help=f"folder for run directories (default {WORK})")
-    commands.add_parser("report", help="write docs/RESULTS.md from the stored results")
+    commands.add_parser("report", help="write docs/RESULTS.md and its figures from the stored results")
     arguments = parser.parse_args()
     try:
         if arguments.command == "list":

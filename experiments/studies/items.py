@@ -3,12 +3,8 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 import sborax as sx
 from experiments.studies.study import Held
@@ -17,21 +13,12 @@ from sborax.data.batches import Batch, Rows, arrange, in_order
 from sborax.data.samples import Sample, load_samples
 from sborax.layout.state import flatten
 from sborax.models import LanguageModel
-from sborax.train.outputs import Outputs
+from sborax.records.eval_losses import sample_losses
 from sborax.train.read import end_token
-from sborax.train.step import sums
+from sborax.train.step import make_evaluation
 
 AT_ONCE = 16
 """Items of a batch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemLosses(sx.AbstractLoss):
-    """The loss of every row, and its tokens that count."""
-
-    def __call__(self, outputs: Outputs) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-        counts = outputs.batch["counts"].astype(jnp.float32)
-        return -jnp.sum(outputs.log_probs() * counts, axis=1), jnp.sum(counts, axis=1)
 
 
 def held_out(held: Held, model: LanguageModel) -> list[Sample]:
@@ -60,21 +47,14 @@ def batches_of(samples: list[Sample], held: Held) -> list[Batch]:
 
 def scorer(model: LanguageModel) -> Callable[[Target, list[Batch]], np.ndarray]:
     """A function that gives the loss of every item in nats a token, for any adapter of one structure over the model."""
-    bare = dataclasses.replace(model, params={})
-
-    @jax.jit
-    def measure(train: Any, frozen: Any, base: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
-        total = sums(bare, train, frozen, base, batch, None, ItemLosses())
-        return total.losses["loss"], total.items
+    measure = make_evaluation(dataclasses.replace(model, params={}))
 
     def score(target: Target, batches: list[Batch]) -> np.ndarray:
         train, frozen = sx.split(target.adapters or {})
-        values = []
+        base, losses = flatten(target.params), []
         for batch in batches:
-            arrays = jax.tree.map(jnp.asarray, batch)
-            losses, counts = measure({"adapters": train, "base": {}}, frozen, flatten(target.params), arrays)
-            filled = np.asarray(counts) > 0
-            values.append(np.asarray(losses)[filled] / np.asarray(counts)[filled])
-        return np.concatenate(values)
+            terms = measure({"adapters": train, "base": {}}, frozen, base, batch)[2]
+            losses += sample_losses(batch, np.asarray(terms))
+        return np.array([loss.loss / loss.tokens for loss in losses])
 
     return score

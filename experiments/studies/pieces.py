@@ -15,8 +15,9 @@ from etils import epath
 
 import sborax as sx
 from experiments.studies.items import batches_of, digests, held_out, scorer
-from experiments.studies.study import Held, Piece
-from sborax.cli.targets import load_run
+from experiments.studies.study import Base, Held, Piece
+from sborax.cli.targets import Target, load_run
+from sborax.models import load_model
 from sborax.records.report import Summary, git_revision
 from sborax.sweep.run import sweep
 from sborax.train.loop import train
@@ -51,10 +52,7 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
         "arm": piece.arm.name,
         "setting": piece.arm.setting,
         "seed": piece.seed,
-        "version": sx.__version__,
-        "commit": git_revision(),
-        "jax": jax.__version__,
-        "device": device(),
+        **provenance(),
         "members": list(map(described, members, piece.rates)),
     }
     alive = [(member, numbers) for member, numbers in zip(members, result["members"], strict=True) if "loss" in numbers]
@@ -65,27 +63,41 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
     return result
 
 
+def measure_base(base: Base) -> dict[str, Any]:
+    """The losses of kept text of a model that was not trained."""
+    began = time.monotonic()
+    model = load_model(base.model, base.precision)
+    samples = held_out(base.kept, model)
+    losses = scorer(model)(Target(model, model.params, None, None), batches_of(samples, base.kept))
+    return {
+        "config": base.config,
+        **provenance(),
+        "kept": [digits(float(loss)) for loss in losses],
+        "kept_digests": digests(samples),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """The program and the device that make a result."""
+    return {"version": sx.__version__, "commit": git_revision(), "jax": jax.__version__, "device": device()}
+
+
 def train_members(piece: Piece, place: Path, resume: bool, echo: Callable[[str], None]) -> list[Path]:
     """Train a member for every learning rate; their run directories. Raises Stopped after a signal."""
-    experiment = piece.experiment
-    if len(piece.rates) == 1:
-        # A loss that is not finite ends a single run with an error; a rate that diverges is a result here.
-        try:
-            finished = train(experiment, place, resume=resume, echo=echo).finished
-        except sx.SboraxError as error:
-            if "not finite" not in str(error):
-                raise
-            finished = True
-        runs = [place]
-    else:
-        grid = sx.Sweep(experiment, {"optimizer.lr": piece.rates})
-        try:
+    grid = None if len(piece.rates) == 1 else sx.Sweep(piece.experiment, {"optimizer.lr": piece.rates})
+    runs = [place] if grid is None else [place / member.name for member in grid.members()]
+    try:
+        if grid is None:
+            finished = train(piece.experiment, place, resume=resume, echo=echo).finished
+        else:
             finished = sweep(grid, place, resume=resume, echo=echo).finished
-        except sx.SboraxError as error:
-            if "no member is left" not in str(error):
-                raise
-            finished = True
-        runs = [place / member.name for member in grid.members()]
+    except sx.SboraxError as error:
+        # A run ends with an error where its loss is not finite, a sweep where that leaves no member. Such rates are a
+        # result here.
+        if not any(reason in str(error) for reason in ("not finite, stopped", "no member is left")):
+            raise
+        return runs
     if not finished:
         raise Stopped
     return runs

@@ -1,16 +1,19 @@
-"""Writes docs/RESULTS.md from stored results alone."""
+"""Writes docs/RESULTS.md and its figures from stored results alone."""
 
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.studies.claims import RULE, AbstractClaim, Finding, overall, paired
+from experiments.studies.claims import RULE, AbstractClaim, Difference, Finding, overall, paired
 from experiments.studies.store import Store
 from experiments.studies.study import Study, settings
 from experiments.studies.tuning import Tuned, progress
+from sborax.evaluate.compare.statistics import Interval
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "RESULTS.md"
+FIGURES = "results"
+"""The folder of figures beside the page."""
 HEAD = """\
 # Results
 
@@ -18,6 +21,7 @@ What papers on adapters claim, tried on small models. Every arm is at its best l
 95 % intervals. `bash scripts/results.sh` makes this page from the stored results in `experiments/studies/results/`;
 `python -m experiments.studies run NAME` adds to them ([sweeps](sweeps.md) and [comparisons](compare.md) say how runs
 are trained and compared). A small model and a short run are not those of the papers: a verdict is about what was run.
+Where a table has the column *forgotten*, it is the loss of text that the base knew, after training minus before.
 """
 
 
@@ -72,6 +76,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
         for setting in settings(study):
             table = methods_table(outcome, setting)
             blocks += [f"### {study.name}, {setting}", "\n".join(table)] if table else []
+            blocks += [f"![{alt}]({FIGURES}/{file})" for file, alt in figure_names(outcome, setting).items()]
     return "\n\n".join(block.strip() for block in blocks) + "\n"
 
 
@@ -104,36 +109,71 @@ def claims_table(outcomes: Sequence[Outcome]) -> list[str]:
     return ["\n".join(rows)]
 
 
+def ranked(outcome: Outcome, setting: str) -> list[Tuned]:
+    """The tuned arms of a setting that did not diverge at every rate, best first."""
+    arms = (tuned for tuned in outcome.arms[setting].values() if tuned is not None and tuned.rates.best is not None)
+    return sorted(arms, key=lambda each: each.losses().mean())
+
+
+def figure_names(outcome: Outcome, setting: str) -> dict[str, str]:
+    """The files of a setting's figures, each with what it shows; empty where no arm is tuned."""
+    if not ranked(outcome, setting):
+        return {}
+    name = f"{outcome.study.name}-{setting}"
+    return {
+        f"{name}-rates.svg": f"{outcome.study.name}, {setting}: loss by learning rate",
+        f"{name}-sizes.svg": f"{outcome.study.name}, {setting}: loss by trained parameters",
+    }
+
+
 def methods_table(outcome: Outcome, setting: str) -> list[str]:
     """The arms of a setting, best first, each against the reference; empty where none is tuned."""
     arms = [tuned for tuned in outcome.arms[setting].values() if tuned is not None]
-    alive = sorted((each for each in arms if each.rates.best is not None), key=lambda each: each.losses().mean())
+    alive = ranked(outcome, setting)
     if not alive:
         return []
     reference = next((each for each in alive if each.arm.name == outcome.study.reference), None)
     name = outcome.study.reference
+    lost = {each.arm.name: values for each in alive if (values := each.forgotten()) is not None}
     rows = [
         f"| method | trained | best lr | interior | seeds | loss | minus {name}, over items | over seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    if lost:
+        rows = [f"{rows[0]} forgotten, over items |", f"{rows[1]}---|"]
     for each in alive:
         gaps = ["", ""]
         if reference is not None and each is not reference:
             gap = paired(each, reference)
-            gaps = [
-                f"{mean.value:+.4f}" + ("" if mean.low is None else f" ({mean.low:+.4f} .. {mean.high:+.4f})")
-                for mean in (gap.items, gap.seeds)
-            ]
+            gaps = [signed(gap.items), signed(gap.seeds)]
         inside = "yes" if each.rates.interior else "no"
         inside += f", extended {each.extensions} x" if each.extensions else ""
+        forgotten = signed(Difference.of(lost[each.arm.name]).items) if each.arm.name in lost else ""
         rows.append(
             f"| {each.arm.name} | {each.trained:,} | {each.best:g} | {inside} | {len(each.seeds)} "
-            f"| {each.losses().mean():.4f} | {gaps[0]} | {gaps[1]} |"
+            f"| {each.losses().mean():.4f} | {gaps[0]} | {gaps[1]} |" + (f" {forgotten} |" if lost else "")
         )
-    rows += [f"| {each.arm.name} | | | diverged at every rate | | | | |" for each in arms if each.rates.best is None]
+    end = " | | | | |" + " |" * bool(lost)
+    rows += [f"| {each.arm.name} | | | diverged at every rate{end}" for each in arms if each.rates.best is None]
     return rows
 
 
+def signed(mean: Interval) -> str:
+    """A mean with its interval."""
+    return f"{mean.value:+.4f}" + ("" if mean.low is None else f" ({mean.low:+.4f} .. {mean.high:+.4f})")
+
+
 def write(outcomes: Sequence[Outcome], place: Path = PAGE) -> None:
-    """Write the page."""
+    """Write the page and its figures, and remove figures that it does not show. They need matplotlib."""
+    from experiments.studies.plots import rates_figure, sizes_figure
+
     place.write_text(page(outcomes))
+    folder = place.parent / FIGURES
+    for file in folder.glob("*.svg"):
+        file.unlink()
+    for outcome in outcomes:
+        for setting in settings(outcome.study):
+            arms = ranked(outcome, setting)
+            for file, draw in zip(figure_names(outcome, setting), (rates_figure, sizes_figure), strict=False):
+                folder.mkdir(exist_ok=True)
+                (folder / file).write_text(draw(arms))

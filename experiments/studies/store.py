@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.studies.study import Piece, Study
+from experiments.studies.study import Base, Piece, Study
 
 RESULTS = Path(__file__).parent / "results"
 LARGEST = 60_000
@@ -27,15 +27,15 @@ class Store:
             if file.parent == self.folder:
                 self.seconds.append(result["seconds"])
 
-    def get(self, piece: Piece) -> dict[str, Any] | None:
+    def get(self, piece: Piece | Base) -> dict[str, Any] | None:
         """The result of a piece; None if it is pending."""
         return self._results.get(piece.digest)
 
-    def add(self, piece: Piece, result: dict[str, Any]) -> Path:
+    def add(self, piece: Piece | Base, result: dict[str, Any]) -> Path:
         """Write a result. Raises ValueError for one that is too large to be kept in a repository."""
         text = json.dumps(result, separators=(",", ":"))
         if len(text) > LARGEST:
-            raise ValueError(f"{piece.arm.name}: a result of {len(text):,} bytes; fewer items or rates make it smaller")
+            raise ValueError(f"{piece.label}: a result of {len(text):,} bytes; fewer items or rates make it smaller")
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{piece.digest}.json"
         partial = file.with_suffix(".partial")

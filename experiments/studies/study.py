@@ -114,10 +114,49 @@ class Piece:
             experiment |= {"seed_data": self.seed, "seed_adapter": self.seed}
         return {**self.arm.config, "experiment": experiment, "rates": list(self.rates)}
 
+    @property
+    def label(self) -> str:
+        """What it is, for people."""
+        return f"{self.arm.setting}, {self.arm.name}, seed {self.seed}, {len(self.rates)} rates"
+
     @functools.cached_property
     def digest(self) -> str:
         """The name of its result."""
-        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A model before training. Its losses of `kept` text, measured once, tell what each arm has forgotten."""
+
+    model: str
+    precision: str
+    kept: Held
+
+    @classmethod
+    def of(cls, arm: Arm) -> "Base | None":
+        """That of an arm, dense where the arm's is in 4 bits; None for an arm without kept text."""
+        return None if arm.kept is None else cls(arm.experiment.model, arm.experiment.precision, arm.kept)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that its numbers depend on."""
+        return {"format": FORMAT, "base": self.model, "precision": self.precision, "kept": sparse(self.kept)}
+
+    @property
+    def label(self) -> str:
+        """What it is, for people."""
+        return f"{self.model} before training, {self.kept.data.label()}"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The name of its result."""
+        return digest_of(self.config)
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """Sixteen digits for a config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_rate(experiment: sx.Experiment, rate: float) -> sx.Experiment:

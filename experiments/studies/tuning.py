@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.studies.store import Store
-from experiments.studies.study import Arm, Piece, Study, higher, lower
+from experiments.studies.study import Arm, Base, Piece, Study, higher, lower
 from sborax.evaluate.compare.statistics import Sensitivity, sensitivity
 
 Numbers = Mapping[str, Any]
@@ -25,6 +25,7 @@ class Tuned:
     - tuning: the seeds with which all rates were tried.
     - extensions: how often rates were added.
     - digests: of the items.
+    - before: losses of the `kept` items before training; None where they are not known.
     """
 
     arm: Arm
@@ -32,6 +33,7 @@ class Tuned:
     tuning: tuple[int, ...]
     extensions: int
     digests: str
+    before: tuple[float, ...] | None = None
 
     @cached_property
     def rates(self) -> Sensitivity:
@@ -64,6 +66,10 @@ class Tuned:
         """Losses at the best rate in nats a token: of the reported items, or of all `kept` ones."""
         step = slice(1, None, 2) if kind == "items" else slice(None)
         return np.array([numbers[kind][step] for numbers in self.at_best.values()])
+
+    def forgotten(self) -> Float[np.ndarray, "seeds items"] | None:
+        """Losses of the `kept` items at the best rate, minus those before training; None where these are not known."""
+        return None if self.before is None else self.losses("kept") - np.array(self.before)
 
     def numbers(self, name: str) -> Float[np.ndarray, "seeds 1"]:
         """A number of the run at the best rate, such as the `area` under the training curve over its steps."""
@@ -122,7 +128,19 @@ def progress(study: Study, arm: Arm, store: Store) -> tuple[list[Piece], Tuned |
     marks = {result["items_digests"] for result in results if result}
     if len(marks) > 1:
         raise ValueError(f"{study.name}, {arm.setting}, {arm.name}: pieces were measured on different items")
-    return pieces, Tuned(arm, _members(pieces, store), study.tuning, extensions, marks.pop())
+    before = _before(study, arm, store, [result for result in results if result])
+    return pieces, Tuned(arm, _members(pieces, store), study.tuning, extensions, marks.pop(), before)
+
+
+def _before(study: Study, arm: Arm, store: Store, results: Sequence[Mapping[str, Any]]) -> tuple[float, ...] | None:
+    """The losses of an arm's kept text before training."""
+    base = Base.of(arm)
+    measured = None if base is None else store.get(base)
+    if measured is None:
+        return None
+    if any(result["kept_digests"] != measured["kept_digests"] for result in results):
+        raise ValueError(f"{study.name}, {arm.setting}, {arm.name}: kept text differs from that of the base")
+    return tuple(measured["kept"])
 
 
 def _members(pieces: Sequence[Piece], store: Store) -> dict[float, dict[int, Numbers]]:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
@@ -13,6 +12,7 @@ from sborax.adapters.core import Adapter
 from sborax.adapters.paths import Site
 from sborax.adapters.tree import over_stack, stack_of
 from sborax.methods.masked import Masked
+from sborax.procedures.criteria import AbstractCriterion, LoRAGradient
 from sborax.procedures.in_place import adapters_by_path
 
 BLOCKS: Mapping[str, Mapping[str, Literal["in", "out"]]] = {
@@ -37,17 +37,6 @@ class LoRAPruneState(NamedTuple):
 
     scores: dict[str, Float[Array, "*stack groups"]]
     masks: dict[str, Float[Array, "*stack groups"]]
-
-
-def lora_change(
-    a: Float[Array, "in rank"],
-    b: Float[Array, "rank out"],
-    grad_a: Float[Array, "in rank"],
-    grad_b: Float[Array, "rank out"],
-) -> Float[Array, "in out"]:
-    """G = a grad_b + grad_a b - grad_a grad_b = a b - (a - grad_a)(b - grad_b): LoRA's stand-in for dL/dW."""
-    with jax.default_matmul_precision("highest"):
-        return a @ grad_b + grad_a @ (b - grad_b)
 
 
 def group_scores(
@@ -81,7 +70,7 @@ def block_scores(
     grads: Mapping[str, Adapter],
     base: Mapping[str, Any],
     power: int,
-    metric: Literal["lora", "magnitude"],
+    criterion: AbstractCriterion,
 ) -> dict[str, Float[Array, "*stack groups"]]:
     """The sum of the scores of a block's projections, for every block and layer.
 
@@ -91,11 +80,7 @@ def block_scores(
 
     def score_layer(weight: Any, node: Adapter, grad: Any, *, side: Literal["in", "out"], count: int) -> Array:
         merged = node.method.merge(weight, node)
-        if metric == "lora":
-            change = lora_change(node.train["a"], node.train["b"], grad["a"], grad["b"])
-        else:
-            change = jnp.ones_like(merged)
-        return group_scores(change, merged, side, count, power)
+        return group_scores(criterion.factor(merged, node, grad), merged, side, count, power)
 
     totals: dict[str, Array] = {}
     for path, node in adapters.items():
@@ -115,7 +100,7 @@ def watch_importance(
     groups: Mapping[str, int],
     decay: float = 0.9,
     power: int = 1,
-    metric: Literal["lora", "magnitude"] = "lora",
+    criterion: AbstractCriterion = LoRAGradient(),
 ) -> optax.GradientTransformationExtraArgs:
     """Passes gradients on, and keeps score <- decay score + (1 - decay) s of every group in its state.
 
@@ -144,7 +129,7 @@ def watch_importance(
             path: Adapter(train[path].train, node.frozen, node.method, node.in_axes)
             for path, node in adapters_by_path(frozen).items()
         }
-        step_scores = block_scores(sites, groups, adapters, grads, base, power, metric)
+        step_scores = block_scores(sites, groups, adapters, grads, base, power, criterion)
         sound = jnp.all(jnp.stack([jnp.all(~jnp.isnan(leaf)) for leaf in step_scores.values()]))
         scores = {
             parent: jnp.where(sound, decay * state.scores[parent] + (1 - decay) * new, state.scores[parent])

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
@@ -13,6 +14,7 @@ from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
 from sborax.adapters.tree import nodes
 from sborax.methods.masked import Masked
+from sborax.procedures.criteria import AbstractCriterion, LoRAGradient
 from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
 from sborax.procedures.in_place import AbstractInPlace, check_layers, find_state, replace_state
 from sborax.procedures.procedure import Boundary, Run
@@ -31,12 +33,12 @@ class LoRAPrune(AbstractInPlace):
     - every: steps between two prunings (authors: 10); one more brings the share to `ratio` exactly.
     - decay: of the running scores (authors: 0.9).
     - power: 1 as in the authors' code, 2 as in the paper.
-    - metric: "lora", or "magnitude" for G = 1.
+    - criterion: `LoRAGradient()`; or to compare with it `Magnitude()`, where G = 1, or `RandomOrder()`.
     - protect: fraction of the layers, counted from the first, that are never pruned; above 0 the last layer is spared
         too (authors: 0.1). With 0 all layers shrink alike and transformers loads the result.
 
-    All seven projections of a layer are adapted, for "lora" by methods whose change is s a b (`pair`), such as LoRA,
-    for "magnitude" by any that merge. The model has no biases.
+    All seven projections of a layer are adapted, for LoRAGradient by methods whose change is s a b (`pair`), such as
+    LoRA, for the other criteria by any that merge. The model has no biases.
     """
 
     paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
@@ -48,7 +50,7 @@ class LoRAPrune(AbstractInPlace):
     every: int = 10
     decay: float = 0.9
     power: Literal[1, 2] = 1
-    metric: Literal["lora", "magnitude"] = "lora"
+    criterion: AbstractCriterion = LoRAGradient()
     protect: float = 0.1
 
     def __post_init__(self) -> None:
@@ -68,10 +70,10 @@ class LoRAPrune(AbstractInPlace):
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
             if site.method.no_merge or site.method.linked:
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
-            if self.metric == "lora" and not pair:
+            if self.criterion.pair and not pair:
                 raise SboraxError(
                     f"LoRAPrune: {path}: groups are scored by the change s a b, and that of {name} is another; use "
-                    "LoRA, or metric='magnitude'"
+                    "LoRA, or criterion=Magnitude()"
                 )
         layers = {parent.rpartition("/")[0] for parent in known}
         for parent in sorted(f"{layer}/{block}" for layer in layers for block in BLOCKS):
@@ -87,7 +89,7 @@ class LoRAPrune(AbstractInPlace):
 
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
         sites = _sites(run)
-        return watch_importance(sites, _groups(sites, run.kv_heads), self.decay, self.power, self.metric)
+        return watch_importance(sites, _groups(sites, run.kv_heads), self.decay, self.power, self.criterion)
 
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
         def wrapped(path: str, node: Adapter) -> Adapter:
@@ -120,8 +122,10 @@ class LoRAPrune(AbstractInPlace):
         state = find_state(boundary.opt, LoRAPruneState)
         assert state is not None
         spared = {parent: self._spared(parent, run) for parent in state.masks}
+        keys = dict(zip(sorted(state.scores), jax.random.split(key, len(state.scores)), strict=True))
+        order = {parent: self.criterion.order(keys[parent], scores) for parent, scores in state.scores.items()}
         masks = {
-            parent: jnp.where(spared[parent], mask, pruned(state.scores[parent], mask, share))
+            parent: jnp.where(spared[parent], mask, pruned(order[parent], mask, share))
             for parent, mask in state.masks.items()
         }
         opt = replace_state(boundary.opt, LoRAPruneState(state.scores, masks))

@@ -1,0 +1,102 @@
+"""Figures of docs/RESULTS.md: losses by learning rate, and by trained parameters, as SVG files.
+
+They are drawn in the style of `sborax compare`, in colours that a light and a dark page both show. The same numbers
+give the same bytes with one version of matplotlib, and carry the same `digest` with all.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.studies.claims import Difference
+from experiments.studies.tuning import Tuned
+from sborax.evaluate.compare.plots import STYLE
+
+GREY = "#808080"
+COLOURS = ("#3b82d6", "#d9652b", "#2f9e5b", "#b04fc4", "#c9a017", "#d13f6a", "#1fa3a3", "#8a6d3b")
+"""Of the best arms; the others are grey."""
+SHADES: dict[Any, Any] = {
+    name: GREY
+    for name in (
+        "axes.edgecolor", "axes.labelcolor", "text.color", "grid.color",
+        "xtick.color", "xtick.labelcolor", "ytick.color", "ytick.labelcolor",
+    )
+}  # fmt: skip
+SIZE = (620, 320)
+"""Width and height in CSS pixels."""
+
+
+def digest(arms: Sequence[Tuned]) -> str:
+    """Sixteen digits for all numbers in the figures of some arms."""
+    numbers = [
+        [each.arm.name, each.trained, *(f"{number:.6g}" for number in (*each.rates.rates, *each.rates.scores))]
+        + [f"{number:.6g}" for number in each.losses().mean(axis=0)]
+        for each in arms
+    ]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+
+
+def rates_figure(arms: Sequence[Tuned]) -> str:
+    """The loss of the selecting items by learning rate, a line each. arms: the best first, none without a best rate."""
+    lines = [(np.array(each.rates.rates), np.array(each.rates.scores)) for each in arms]
+    finite = np.concatenate([scores[np.isfinite(scores)] for _, scores in lines])
+    low, high = float(finite.min()), max(float(np.quantile(finite, 0.75)), max(scores.min() for _, scores in lines))
+    pad = 0.05 * (high - low) or 0.05
+
+    def draw(axes: Axes) -> None:
+        for place in reversed(range(len(arms))):
+            rates, scores = lines[place]
+            shown = np.where(np.isfinite(scores), scores, np.nan)
+            axes.plot(rates, shown, "o-", markersize=3.5, **_look(arms, place))
+        axes.set_xscale("log")
+        # Rates that are worse by far would flatten everything else.
+        axes.set_ylim(low - pad, high + pad)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("loss of selecting items, nats a token")
+
+    return _svg(draw, arms)
+
+
+def sizes_figure(arms: Sequence[Tuned]) -> str:
+    """The loss of the reported items by trained parameters, with 95 % intervals over items. arms: the best first."""
+
+    def draw(axes: Axes) -> None:
+        for place in reversed(range(len(arms))):
+            mean, look = Difference.of(arms[place].losses()).items, _look(arms, place)
+            axes.plot(arms[place].trained, mean.value, "o", markersize=5, **look)
+            if mean.low is not None and mean.high is not None:
+                axes.vlines(arms[place].trained, mean.low, mean.high, **{**look, "label": None})
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters")
+        axes.set_ylabel("loss, nats a token")
+
+    return _svg(draw, arms)
+
+
+def _look(arms: Sequence[Tuned], place: int) -> dict[str, Any]:
+    if place >= len(COLOURS):
+        return {"color": GREY, "alpha": 0.45, "linewidth": 1.0, "zorder": 1}
+    return {"color": COLOURS[place], "linewidth": 1.5, "zorder": 2, "label": arms[place].arm.name}
+
+
+def _svg(draw: Any, arms: Sequence[Tuned]) -> str:
+    """A figure with a legend of the best arms."""
+    buffer, mark = io.StringIO(), digest(arms)
+    with matplotlib.rc_context({**STYLE, **SHADES, "svg.hashsalt": mark}):
+        drawing = Figure(figsize=(SIZE[0] / 72, SIZE[1] / 72), dpi=72, layout="constrained")
+        axes = drawing.add_subplot()
+        draw(axes)
+        axes.grid(alpha=0.3)
+        handles, labels = axes.get_legend_handles_labels()
+        # Drawn in the reverse order, so that the best lie on top.
+        drawing.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
+        metadata = {"Date": None, "Creator": None, "Description": mark}
+        drawing.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
