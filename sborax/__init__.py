@@ -30,16 +30,7 @@ from sborax.data.options import Data
 from sborax.layout.xla_flags import guard as _guard
 from sborax.methods import *  # noqa: F403
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
-from sborax.procedures import (
-    COLA,
-    AdaLoRABudget,
-    LoRAGradient,
-    LoRAPrune,
-    Magnitude,
-    PRILoRAPruning,
-    RandomOrder,
-    XGBLoRA,
-)
+from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.sweep.grid import Sweep
 from sborax.train.experiment import Eval, Experiment, Save, load_experiment
 from sborax.train.loss import AbstractLoss, CrossEntropy
@@ -140,14 +131,11 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "LinearRanks",
     "Lion",
     "LoRAFA",
-    "LoRAGradient",
     "LoRAPrune",
     "LoRARITE",
-    "Magnitude",
     "Optimizer",
     "PRILoRAPruning",
     "Plan",
-    "RandomOrder",
     "Rule",
     "SGD",
     "Save",

@@ -26,7 +26,7 @@ from sborax.interop.slim import slim
 from sborax.methods.masked import Masked
 from sborax.models import LlamaConfig, generate, load_model, save_hf
 from sborax.procedures import Boundary, LoRAPrune, Run
-from sborax.procedures.criteria import lora_change
+from sborax.procedures.criteria import Magnitude, lora_change
 from sborax.procedures.importance import BLOCKS, group_scores, watch_importance
 from sborax.procedures.prune import masks_of, pruned
 from sborax.train.loop import train
@@ -141,7 +141,7 @@ def test_scores_by_magnitude():
     """A step with any gradients scores every block by the sum of its weights, as the authors' code does."""
     sites, base, train, frozen, grads = golden_trees()
     groups = {"layers/self_attn": SIZES["self_attn"], "layers/mlp": SIZES["mlp"]}
-    watch = watch_importance(sites, groups, decay=0.0, criterion=sx.Magnitude())
+    watch = watch_importance(sites, groups, decay=0.0, criterion=Magnitude())
     _, state = watch.update(grads, watch.init(train), train, frozen=frozen, base=base)
     for block, modules in BLOCKS.items():
         for layer in (0, 1):
@@ -152,7 +152,7 @@ def test_scores_by_magnitude():
 def test_a_random_order_is_drawn_at_every_pruning():
     """Every key prunes as many groups, and others; those that are pruned stay so."""
     sites, base, train, frozen, grads = golden_trees()
-    procedure = LoRAPrune(criterion=sx.RandomOrder(), warmup=0.0, cooldown=0.5, every=1, protect=0.0)
+    procedure = LoRAPrune(metric="random", warmup=0.0, cooldown=0.5, every=1, protect=0.0)
     run = Run(sx.Plan(tuple(sites.values()), ()), 4, SIZES["self_attn"])
     watch = procedure.watch(run)
     _, opt = watch.update(grads, watch.init(train), train, frozen=frozen, base=base)

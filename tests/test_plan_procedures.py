@@ -129,7 +129,7 @@ REFUSED = {
     "one projection": (sx.LoRAPrune(), [("up_proj", sx.LoRA(rank=2))], "all seven projections must be"),
     "the head too": (sx.LoRAPrune(), [("up_proj|lm_head", sx.LoRA(rank=2))], "all seven projections must be"),
     "another method": (sx.AdaLoRABudget(), [(ALL, sx.LoRA(rank=2))], "has LoRA; use AdaLoRA for all"),
-    "frozen factors": (sx.LoRAPrune(), [(ALL, sx.VeRA(rank=2))], "that of VeRA is another; use LoRA, or criterion="),
+    "frozen factors": (sx.LoRAPrune(), [(ALL, sx.VeRA(rank=2))], "that of VeRA is another; use LoRA, or metric="),
     "a chain": (sx.LoRAPrune(), [(ALL, sx.chain(sx.PiSSA(rank=2), sx.DoRA()))], "that of Chain is another"),
     "routed": (sx.LoRAPrune(), [(ALL, sx.MiLoRA(rank=2))], "MiLoRA does not merge layer by layer; use LoRA"),
     "one frozen factor": (sx.XGBLoRA(), [(ALL, sx.OrthogonalAdaptation(rank=2))], "trains no pair a, b; use LoRA"),

@@ -7,7 +7,7 @@ trained on. A perplexity is the exponential of a loss, so that both order arms a
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import sborax as sx
 from experiments.studies.atlas import arm, rules
@@ -17,13 +17,17 @@ from experiments.studies.study import Arm, Held, Study, half_decades
 SPARSITIES = (0.5, 0.2, 0.3, 0.1)
 """Those that claims need come first."""
 CLAIMED = (0.5, 0.2)
-CRITERIA = {"LoRAPrune": sx.LoRAGradient(), "magnitude": sx.Magnitude(), "random": sx.RandomOrder()}
+METRICS: dict[str, Literal["lora", "magnitude", "random"]] = {
+    "LoRAPrune": "lora",
+    "magnitude": "magnitude",
+    "random": "random",
+}
 KEPT = Held(sx.Data("wikitext-2/test.txt", template="text", max_length=256, overlong="split"), items=32)
 
 
-def label(criterion: str, sparsity: float) -> str:
+def label(name: str, sparsity: float) -> str:
     """The name of an arm."""
-    return f"{criterion}, {100 * sparsity:g} %"
+    return f"{name}, {100 * sparsity:g} %"
 
 
 def pruned(name: str, **changes: Any) -> Arm:
@@ -34,9 +38,9 @@ def pruned(name: str, **changes: Any) -> Arm:
 def study() -> Study:
     """The study."""
     arms = [
-        pruned(label(name, sparsity), procedure=sx.LoRAPrune(ratio=sparsity, criterion=criterion, protect=0.0))
+        pruned(label(name, sparsity), procedure=sx.LoRAPrune(ratio=sparsity, metric=metric, protect=0.0))
         for sparsity in SPARSITIES
-        for name, criterion in CRITERIA.items()
+        for name, metric in METRICS.items()
     ]
     claims = [
         Beats(f"LoRAPrune beats {other} pruning at {100 * sparsity:g} %{what}", "2305.18403", left, right, kind=kind)

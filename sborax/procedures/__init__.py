@@ -3,7 +3,6 @@
 from sborax.procedures.adalora import AdaLoRABudget
 from sborax.procedures.boost import XGBLoRA
 from sborax.procedures.chain import COLA
-from sborax.procedures.criteria import AbstractCriterion, LoRAGradient, Magnitude, RandomOrder
 from sborax.procedures.in_place import AbstractInPlace
 from sborax.procedures.prilora import PRILoRAPruning
 from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
@@ -12,17 +11,13 @@ from sborax.procedures.segment import AbstractSegmented
 
 __all__ = [
     "COLA",
-    "AbstractCriterion",
     "AbstractInPlace",
     "AbstractProcedure",
     "AbstractSegmented",
     "AdaLoRABudget",
     "Boundary",
-    "LoRAGradient",
     "LoRAPrune",
-    "Magnitude",
     "PRILoRAPruning",
-    "RandomOrder",
     "Run",
     "XGBLoRA",
 ]

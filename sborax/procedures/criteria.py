@@ -82,3 +82,7 @@ class RandomOrder(AbstractCriterion):
 
     def order(self, key: Key[Array, ""], scores: Float[Array, "*stack groups"]) -> Float[Array, "*stack groups"]:
         return jax.random.uniform(key, scores.shape, scores.dtype)
+
+
+CRITERIA: Mapping[str, AbstractCriterion] = {"lora": LoRAGradient(), "magnitude": Magnitude(), "random": RandomOrder()}
+"""Criteria by the name of the metric."""

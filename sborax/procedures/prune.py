@@ -14,7 +14,7 @@ from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
 from sborax.adapters.tree import nodes
 from sborax.methods.masked import Masked
-from sborax.procedures.criteria import AbstractCriterion, LoRAGradient
+from sborax.procedures.criteria import CRITERIA
 from sborax.procedures.importance import BLOCKS, LoRAPruneState, block_of, watch_importance
 from sborax.procedures.in_place import AbstractInPlace, check_layers, find_state, replace_state
 from sborax.procedures.procedure import Boundary, Run
@@ -33,12 +33,12 @@ class LoRAPrune(AbstractInPlace):
     - every: steps between two prunings (authors: 10); one more brings the share to `ratio` exactly.
     - decay: of the running scores (authors: 0.9).
     - power: 1 as in the authors' code, 2 as in the paper.
-    - criterion: `LoRAGradient()`; or to compare with it `Magnitude()`, where G = 1, or `RandomOrder()`.
+    - metric: "lora"; or to compare with it "magnitude", where G = 1, or "random", another order at every pruning.
     - protect: fraction of the layers, counted from the first, that are never pruned; above 0 the last layer is spared
         too (authors: 0.1). With 0 all layers shrink alike and transformers loads the result.
 
-    All seven projections of a layer are adapted, for LoRAGradient by methods whose change is s a b (`pair`), such as
-    LoRA, for the other criteria by any that merge. The model has no biases.
+    All seven projections of a layer are adapted, for "lora" by methods whose change is s a b (`pair`), such as
+    LoRA, for the other metrics by any that merge. The model has no biases.
     """
 
     paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
@@ -50,7 +50,7 @@ class LoRAPrune(AbstractInPlace):
     every: int = 10
     decay: float = 0.9
     power: Literal[1, 2] = 1
-    criterion: AbstractCriterion = LoRAGradient()
+    metric: Literal["lora", "magnitude", "random"] = "lora"
     protect: float = 0.1
 
     def __post_init__(self) -> None:
@@ -70,10 +70,10 @@ class LoRAPrune(AbstractInPlace):
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
             if site.method.no_merge or site.method.linked:
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
-            if self.criterion.pair and not pair:
+            if CRITERIA[self.metric].pair and not pair:
                 raise SboraxError(
                     f"LoRAPrune: {path}: groups are scored by the change s a b, and that of {name} is another; use "
-                    "LoRA, or criterion=Magnitude()"
+                    "LoRA, or metric='magnitude'"
                 )
         layers = {parent.rpartition("/")[0] for parent in known}
         for parent in sorted(f"{layer}/{block}" for layer in layers for block in BLOCKS):
@@ -89,7 +89,7 @@ class LoRAPrune(AbstractInPlace):
 
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
         sites = _sites(run)
-        return watch_importance(sites, _groups(sites, run.kv_heads), self.decay, self.power, self.criterion)
+        return watch_importance(sites, _groups(sites, run.kv_heads), self.decay, self.power, CRITERIA[self.metric])
 
     def start(self, key: Key[Array, ""], run: Run, boundary: Boundary) -> Boundary:
         def wrapped(path: str, node: Adapter) -> Adapter:
@@ -123,7 +123,7 @@ class LoRAPrune(AbstractInPlace):
         assert state is not None
         spared = {parent: self._spared(parent, run) for parent in state.masks}
         keys = dict(zip(sorted(state.scores), jax.random.split(key, len(state.scores)), strict=True))
-        order = {parent: self.criterion.order(keys[parent], scores) for parent, scores in state.scores.items()}
+        order = {parent: CRITERIA[self.metric].order(keys[parent], scores) for parent, scores in state.scores.items()}
         masks = {
             parent: jnp.where(spared[parent], mask, pruned(order[parent], mask, share))
             for parent, mask in state.masks.items()
