@@ -86,6 +86,7 @@ PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
     "XGBLoRA": (sx.XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
     "LoRAPrune": (sx.LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
     "LoRAPrune-magnitude": (sx.LoRAPrune(warmup=0.0, every=2, metric="magnitude"), sx.AdaLoRA(rank=2)),
+    "LoRAPrune-random": (sx.LoRAPrune(warmup=0.0, every=2, protect=0.0, metric="random"), sx.LoRA(rank=2)),
     "AdaLoRABudget": (sx.AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
     "PRILoRAPruning": (sx.PRILoRAPruning(every=4), sx.PRILoRA(rank=sx.LinearRanks(2, 4))),
     "PRILoRAPruning-mask": (

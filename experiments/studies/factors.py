@@ -21,6 +21,8 @@ RANKS = (1, 2, 4, 8, 16, 32)
 BATCHES = (4, 16, 64)
 MIDDLE = 8
 """The rank at which batch sizes are compared."""
+MIDDLE_BATCH = 16
+"""The batch size at which ranks are compared."""
 
 
 def at_rank(rank: int) -> dict[str, AbstractMethod]:
@@ -40,16 +42,25 @@ def label(name: str, rank: int, batch: int) -> str:
 
 
 def arms() -> list[Arm]:
-    """Every method at every rank, and full fine-tuning, with every batch size. Those that claims need come first."""
+    """Every batch size at the middle rank, with full fine-tuning, then every other rank at the middle batch size."""
     listed = []
-    for rank in (MIDDLE, *(rank for rank in RANKS if rank != MIDDLE)):
-        for batch in BATCHES:
-            sizes: dict[str, Any] = {"steps": EXAMPLES // batch, "batch_size": batch}
-            for name, method in at_rank(rank).items():
-                listed.append(arm("E2E", label(name, rank, batch), **rules(method), **sizes))
-            if rank == MIDDLE:
-                listed.append(arm("E2E", f"full fine-tuning, batch {batch}", train_base=True, **sizes))
+    for batch in BATCHES:
+        listed += [sized(name, MIDDLE, batch, **rules(method)) for name, method in at_rank(MIDDLE).items()]
+        listed.append(arm("E2E", f"full fine-tuning, batch {batch}", train_base=True, **steps(batch)))
+    for rank in RANKS:
+        if rank != MIDDLE:
+            listed += [sized(name, rank, MIDDLE_BATCH, **rules(method)) for name, method in at_rank(rank).items()]
     return listed
+
+
+def sized(name: str, rank: int, batch: int, **changes: Any) -> Arm:
+    """An arm of a rank and a batch size."""
+    return arm("E2E", label(name, rank, batch), **changes, **steps(batch))
+
+
+def steps(batch: int) -> dict[str, int]:
+    """As many steps of that many rows as see all examples once."""
+    return {"steps": EXAMPLES // batch, "batch_size": batch}
 
 
 def study() -> Study:
@@ -69,7 +80,7 @@ def study() -> Study:
         RateSlope(
             f"the best learning rate of {name} does not depend on the rank",
             "",
-            tuple((label(name, rank, 16), rank) for rank in RANKS),
+            tuple((label(name, rank, MIDDLE_BATCH), rank) for rank in RANKS),
         )
         for name in ("LoRA", "SBoRA-FA", "Bone")
     ]
@@ -81,7 +92,7 @@ def study() -> Study:
         arms=tuple(arms()),
         rates=half_decades(1e-3, 5),
         seeds=(0, 1, 2),
-        reference=label("LoRA", MIDDLE, 16),
+        reference=label("LoRA", MIDDLE, MIDDLE_BATCH),
         claims=(
             Beats("LoRA loses with a large batch, at equal examples", "2602.09492", *batches),
             *growth,
