@@ -58,7 +58,7 @@ def sized(name: str, rank: int, batch: int, **changes: Any) -> Arm:
     return arm("E2E", label(name, rank, batch), **changes, **steps(batch))
 
 
-def steps(batch: int) -> dict[str, int]:
+def steps(batch: int) -> dict[str, Any]:
     """As many steps of that many rows as see all examples once."""
     return {"steps": EXAMPLES // batch, "batch_size": batch}
 
