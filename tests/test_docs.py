@@ -163,6 +163,7 @@ def rows_of(page: Path) -> list[list[str]]:
     return [cells for row in rows if (cells := [plain(cell) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)])]
 
 
+@pytest.mark.nightly
 def test_the_site_has_every_method_to_the_letter(site):
     shown, source = text_of(site / "methods.html"), (site / "methods.html").read_text()
     for name in methods.__all__:

@@ -68,6 +68,7 @@ def test_a_run_is_scored_and_its_training_data_are_looked_through(made, capsys, 
     assert other != told and "<|im_start|>" in lines(tmp_path / "chat" / "arc_easy_labels.jsonl")[0]["prompt"]
 
 
+@pytest.mark.nightly
 def test_answers_are_written_and_looked_for(made, capsys, tmp_path):
     (tmp_path / "sums.json").write_text(
         json.dumps([{"instruction": f"{n} plus {n}?", "answer": f"{2 * n}.0"} for n in range(3)])

@@ -251,6 +251,7 @@ def data(tmp_path_factory):
     return str(write_data(tmp_path_factory.mktemp("data") / "data.jsonl"))
 
 
+@pytest.mark.nightly
 def test_a_step_in_four_bits_with_norms(tmp_path):
     """Qwen3: LoRA on 4 bits beside its norms; each gets a gradient and moves."""
     place = write_model(tmp_path, model_type="qwen3", hidden_size=64, intermediate_size=128, head_dim=32)

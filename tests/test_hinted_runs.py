@@ -74,6 +74,7 @@ def test_it_just_trains(run):
     ]
 
 
+@pytest.mark.nightly
 def test_the_start_is_that_of_the_gradient_of_the_data(run, places):
     """The same from the public verbs, with a loss written out."""
     out, experiment = run[0], an_experiment(places)

@@ -244,6 +244,7 @@ def trained(model, procedure, steps=6, rules=(("self_attn|mlp", sx.LoRA(rank=2, 
     return sx.combine(train, frozen), values, seen, tokens, boundary, run
 
 
+@pytest.mark.nightly
 def test_a_sliced_model_is_the_masked_one_and_transformers_loads_it(tiny, tmp_path):
     procedure = LoRAPrune(ratio=0.5, warmup=0.0, cooldown=0.3, every=1, protect=0.0)
     adapters, values, seen, tokens, boundary, run = trained(tiny, procedure)

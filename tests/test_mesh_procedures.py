@@ -115,10 +115,9 @@ def watched(monkeypatch, places):
     return made, acts
 
 
-@pytest.mark.parametrize(
-    "sizes", nightly_unless(MESHES[1:], MESHES), ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items())
-)
-@pytest.mark.parametrize("name", nightly_unless(["PRILoRAPruning"], RUNS))
+@pytest.mark.nightly
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items()))
+@pytest.mark.parametrize("name", RUNS)
 def test_a_procedure_on_a_mesh_trains_as_on_one_device(name, sizes, run_of, watched):
     made, acts = watched
     run = run_of(name, sizes)

@@ -240,6 +240,7 @@ def test_attach_puts_one_router_into_every_layer(model):
         model.check_adapters({"router": router})
 
 
+@pytest.mark.nightly
 def test_each_layer_routes_by_its_own_input(adapters):
     """The unrolled model shows what goes into each block."""
     model = a_model(scan=False)
@@ -335,6 +336,7 @@ def test_the_answer_is_not_read(run, adapters):
     assert not np.allclose(gates, run(adapters, np.where(read, other, tokens), prompt)[1]["gates"])
 
 
+@pytest.mark.nightly
 def test_decoding_keeps_the_decision_of_the_prompt(model, run, adapters):
     new = 6
     for padding in ("left", "right"):

@@ -175,6 +175,7 @@ def places(tmp_path_factory):
     return str(write_model(place / "model")), str(write_data(place / "data.jsonl"))
 
 
+@pytest.mark.nightly
 def test_a_run_is_that_of_the_name_and_is_resumed(places, tmp_path):
     experiment = an_experiment(places, optimizer=sx.AdamW(lr=1e-2, decay=0.01))
     for name, optimizer in (("ours", experiment.optimizer), ("named", sx.Optimizer(lr=1e-2, decay=0.01))):

@@ -374,6 +374,7 @@ def test_a_merged_block_is_the_adapted_model(name, layers):
     chex.assert_trees_all_close(again, unrolled(MODEL, merged), rtol=1e-7, atol=1e-6)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("layers", nightly_unless([(0, 1, 3)], [None, (0, 1, 3)]), ids=["all", "gap"])
 @pytest.mark.parametrize("name", ["input", "middle-1"])
 def test_values_merge_approximately_and_the_error_is_told(name, layers):
@@ -408,6 +409,7 @@ def test_values_merge_approximately_and_the_error_is_told(name, layers):
         by_inputs(adapters, [])
 
 
+@pytest.mark.nightly
 def test_norms_leave_padding_out():
     adapters = adapted("middle")
     short = IDS[:, :7]

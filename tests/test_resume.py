@@ -120,6 +120,7 @@ def test_a_method_loses_nothing_at_the_end_of_a_run(cases, places, tmp_path):
     resumed_at_the_end(an_experiment(places, "wide", rules, steps=2), tmp_path / "run")
 
 
+@pytest.mark.nightly
 def test_fewer_steps_than_were_made_are_refused_and_more_are_made(places, tmp_path):
     experiment = an_experiment(places, "tiny", [("mlp", sx.LoRA(rank=2))], steps=3)
     schedule = dataclasses.replace(experiment.optimizer, schedule="constant")

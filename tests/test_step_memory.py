@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import pytest
-from nightly import nightly_unless
 from tiny_model import WIDE
 
 import sborax as sx
@@ -49,7 +48,8 @@ def more(few, many):
     return kernels, size(many.state.train) - size(few.state.train)
 
 
-@pytest.mark.parametrize("quant", nightly_unless([None], [None, "nf4"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("quant", [None, "nf4"])
 def test_temporaries_do_not_grow_with_the_base(quant):
     """Gradients grow with the layers, and what these keep of activations: a quarter of the kernels at most."""
     few, many = outlines(quant)

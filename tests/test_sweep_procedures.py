@@ -56,7 +56,8 @@ def with_procedure(name, places, **changes):
 AT_ONCE = dict(zip(RUNS, (1, 4, 1, 4, 1, 4), strict=True))
 
 
-@pytest.mark.parametrize("name", nightly_unless(["COLA"], RUNS))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", RUNS)
 def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
     seen, steps = collections.Counter(), []
 

@@ -79,15 +79,16 @@ def alone(parts):
     return {rows: (outputs(*parts, own), generate(MODEL, *parts, own.tolist(), 4)) for rows, own in tokens.items()}
 
 
+@pytest.mark.nightly
 # Eight rows are divisible by every mesh, three by none.
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
         ("data mp", 3),
-        pytest.param("dp mp", 8, marks=pytest.mark.nightly),
-        pytest.param("fsdp tensor", 3, marks=pytest.mark.nightly),
-        pytest.param("fsdp tensor", 8, marks=pytest.mark.nightly),
-        pytest.param("data", 8, marks=pytest.mark.nightly),
+        ("dp mp", 8),
+        ("fsdp tensor", 3),
+        ("fsdp tensor", 8),
+        ("data", 8),
     ],
 )
 def test_outputs_are_those_without_a_mesh(parts, alone, name, rows):
