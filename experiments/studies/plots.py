@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from experiments.studies.claims import Difference
 from experiments.studies.tuning import Tuned
@@ -55,7 +56,7 @@ def rates_figure(arms: Sequence[Tuned]) -> str:
             rates, scores = lines[place]
             shown = np.where(np.isfinite(scores), scores, np.nan)
             axes.plot(rates, shown, "o-", markersize=3.5, **_look(arms, place))
-        axes.set_xscale("log")
+        _log_axis(axes, "{x:g}", (1.0, 3.0))
         # Rates that are worse by far would flatten everything else.
         axes.set_ylim(low - pad, high + pad)
         axes.set_xlabel("learning rate")
@@ -73,11 +74,19 @@ def sizes_figure(arms: Sequence[Tuned]) -> str:
             axes.plot(arms[place].trained, mean.value, "o", markersize=5, **look)
             if mean.low is not None and mean.high is not None:
                 axes.vlines(arms[place].trained, mean.low, mean.high, **{**look, "label": None})
-        axes.set_xscale("log")
+        _log_axis(axes, "{x:,.0f}", (1.0, 2.0, 5.0))
         axes.set_xlabel("trained parameters")
         axes.set_ylabel("loss, nats a token")
 
     return _svg(draw, arms)
+
+
+def _log_axis(axes: Axes, form: str, digits: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers at powers of ten times `digits`."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=digits))
+    axes.xaxis.set_major_formatter(StrMethodFormatter(form))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _look(arms: Sequence[Tuned], place: int) -> dict[str, Any]:

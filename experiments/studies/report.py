@@ -102,6 +102,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> list[str]:
         numbers = "<br>".join(f"{finding.setting}: {finding.numbers} ({finding.verdict})" for finding in known)
         left = [finding.setting for finding in answer.findings if finding.verdict == "not run yet"]
         if left:
+            verdict = f"{verdict}, so far" if known else verdict
             command = f"`python -m experiments.studies run {answer.study.name}`"
             numbers += f"{'<br>' if numbers else ''}{', '.join(left)}: not run yet, {command}"
         paper = f"arXiv:{answer.claim.paper}" if answer.claim.paper else ""
