@@ -45,15 +45,15 @@ def arms() -> list[Arm]:
     """Every batch size at the middle rank, with full fine-tuning, then every other rank at the middle batch size."""
     listed = []
     for batch in BATCHES:
-        listed += [sized(name, MIDDLE, batch, **rules(method)) for name, method in at_rank(MIDDLE).items()]
+        listed += [arm_at(name, MIDDLE, batch, **rules(method)) for name, method in at_rank(MIDDLE).items()]
         listed.append(arm("E2E", f"full fine-tuning, batch {batch}", train_base=True, **steps(batch)))
     for rank in RANKS:
         if rank != MIDDLE:
-            listed += [sized(name, rank, MIDDLE_BATCH, **rules(method)) for name, method in at_rank(rank).items()]
+            listed += [arm_at(name, rank, MIDDLE_BATCH, **rules(method)) for name, method in at_rank(rank).items()]
     return listed
 
 
-def sized(name: str, rank: int, batch: int, **changes: Any) -> Arm:
+def arm_at(name: str, rank: int, batch: int, **changes: Any) -> Arm:
     """An arm of a rank and a batch size."""
     return arm("E2E", label(name, rank, batch), **changes, **steps(batch))
 

@@ -15,24 +15,12 @@ import dataclasses
 from typing import Any
 
 import sborax as sx
+from experiments.studies import atlas
 from experiments.studies.atlas import BEATS, OPTIMIZERS, rules
 from experiments.studies.claims import Beats, RateRatio, Within
 from experiments.studies.study import Arm, Held, Study, half_decades
-from sborax.models.config import LlamaConfig
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHAPE = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-)
 METHODS = {
     "LoRA": sx.LoRA(rank=8),
     "SBoRA-FA": sx.SBoRA(rank=16),
@@ -46,18 +34,16 @@ METHODS = {
     "MoSARA": sx.MoSARA(rank=128),
 }
 """At the rank that trains most nearly as many parameters as LoRA's of rank 8, 2,442,240."""
-ITEMS = 64
-E2E = sx.Data("e2e_nlg/trainset.csv", template="{mr}\n", answer="{ref}", max_length=128, limit=4000)
 
 
 def choices(folder: str) -> tuple[sx.Data, Held]:
     """The training questions of a data set of LLM-Adapters, whose answers are words such as `answer2`, and its test."""
     data = sx.Data(f"{folder}/train.json", template="{instruction}\n", answer="{answer}", max_length=128, limit=4000)
-    return data, Held(dataclasses.replace(data, name=f"{folder}/test.json", limit=None), ITEMS)
+    return data, Held(dataclasses.replace(data, name=f"{folder}/test.json", limit=None))
 
 
 SETTINGS = {
-    "E2E": (E2E, Held(dataclasses.replace(E2E, name="e2e_nlg/devset.csv", limit=None), ITEMS)),
+    "E2E": atlas.SETTINGS["E2E"],
     "ARC": choices("ARC-Easy"),
     "OBQA": choices("openbookqa"),
     "SIQA": choices("social_i_qa"),
