@@ -100,8 +100,16 @@ def random_params(model: LanguageModel, four_bit: bool = False) -> Any:
         keys = [part.key for part in path]
         # Drawn on the device, so that a large model never is on the host.
         key = jax.random.fold_in(jax.random.key(0), sum(map(ord, "".join(keys))))
-        drawn = jax.jit(lambda: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))()
-        return quantise(drawn) if four_bit and keys[0] == "layers" and keys[-1] == "kernel" else drawn
+
+        def draw(shape: tuple[int, ...]) -> Any:
+            return jax.jit(lambda: (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(leaf.dtype))()
+
+        if four_bit and keys[0] == "layers" and keys[-1] == "kernel":
+            layers = leaf.shape[:-2]
+            # One layer's weight in all: the float32 copies of quantisation take several times a weight.
+            packed = quantise(draw(leaf.shape[-2:]))
+            return jax.tree.map(lambda part: jnp.broadcast_to(part, (*layers, *part.shape)).copy(), packed)
+        return draw(leaf.shape)
 
     return jax.tree_util.tree_map_with_path(random, model.abstract())
 
@@ -119,10 +127,11 @@ def random_batch(case: Case) -> dict[str, Any]:
     return jax.device_put(batch)
 
 
-def workload(case: Case) -> Workload:
-    """The step of a run on random weights, with its adapters and one batch."""
+def workload(case: Case, params: Any = None) -> Workload:
+    """The step of a run, with its adapters and one batch. params: of the base; by default random ones."""
     model = plain_model(case.sizes, case.dtype, case.remat, case.scan)
-    params = random_params(model, case.method.startswith("Q"))
+    if params is None:
+        params = random_params(model, case.method.startswith("Q"))
     method = METHODS[case.method](case.rank)
     rules = () if method is None else [(case.modules, method)]
     experiment = sx.Experiment(case.shape, sx.Data("random"), rules, steps=1000, train_base=method is None)

@@ -1,12 +1,16 @@
 """A compiled step that keeps its state between calls, and the timing of one or two of them."""
 
 import dataclasses
+import math
 import statistics
 import time
 from typing import Any
 
 import jax
 import numpy as np
+
+TIMED = 0.4
+"""Seconds that one timing on an accelerator takes at least."""
 
 
 @dataclasses.dataclass
@@ -28,12 +32,13 @@ class Runner:
         compiled = step.lower(state, *constants).compile()
         return cls(compiled, state, constants, time.perf_counter() - began)
 
-    def seconds(self) -> float:
-        """Seconds of one step."""
+    def seconds(self, calls: int = 1) -> float:
+        """Seconds of one step, over `calls` steps of which only the last is waited for, as in a run."""
         began = time.perf_counter()
-        self.state, numbers = self.compiled(self.state, *self.constants)
+        for _ in range(calls):
+            self.state, numbers = self.compiled(self.state, *self.constants)
         jax.block_until_ready(numbers["loss"])
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began) / calls
         assert np.all(np.isfinite(np.asarray(numbers["loss"])))
         return seconds
 
@@ -54,6 +59,11 @@ class Runner:
             "temp_gib": self.temporaries / 2**30,
             "held_gib": (held + self.temporaries) / 2**30,
         }
+
+
+def calls_for(seconds: float) -> int:
+    """How many steps of so many seconds are timed as one, so that launching them and waiting costs little."""
+    return max(1, math.ceil(TIMED / seconds))
 
 
 def in_turn(first: Runner, second: Runner, steps: int) -> tuple[list[float], list[float]]:

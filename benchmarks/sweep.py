@@ -18,6 +18,8 @@ from sborax.train.optimizer import make_optimizer
 from sborax.train.step import make_step
 
 STEPS = 1000
+CALLS = 5
+"""Steps that are timed as one on an accelerator."""
 
 
 def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
@@ -25,8 +27,9 @@ def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
 
     members: an even number; half of them have one learning rate, half another.
     """
+    model = plain_model(case.sizes, case.dtype, case.remat)
     # cuDNN's attention cannot be mapped over members.
-    model = plain_model(case.sizes, case.dtype, case.remat, attention="xla")
+    mapped = plain_model(case.sizes, case.dtype, case.remat, attention="xla")
     params, batch = random_params(model, case.method.startswith("Q")), random_batch(case)
     rules = [(case.modules, METHODS[case.method](case.rank))]
     plain = sx.Experiment(model="random", data=sx.Data("random"), rules=rules, steps=STEPS)
@@ -43,12 +46,18 @@ def measure(case: Case, members: int, steps: int) -> dict[str, Any]:
     for at_once, name in ((1, "lax.map"), (members, "vmap")):
         stacked, state = gather(planned, separate, STEPS, at_once)
         arms[name] = Runner.of(
-            make_sweep_step(model, stacked), state, stacked.constants, stacked.shared, first.base, batch
+            make_sweep_step(mapped if at_once > 1 else model, stacked),
+            state,
+            stacked.constants,
+            stacked.shared,
+            first.base,
+            batch,
         )
+    calls = 1 if jax.default_backend() == "cpu" else CALLS
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(steps + 1):
         for name, arm in arms.items():
-            elapsed = sum(arm.seconds() for _ in range(members if name == "single" else 1))
+            elapsed = sum(arm.seconds(calls) for _ in range(members if name == "single" else 1))
             # The first round warms up.
             seconds[name] += [elapsed] if number else []
     measured = {name: arm.compiled_facts() | {"seconds": seconds[name]} for name, arm in arms.items()}

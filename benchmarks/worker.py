@@ -30,10 +30,11 @@ def run(**task: Any) -> dict[str, Any]:
 
 def do(what: str, **task: Any) -> dict[str, Any]:
     """The measurement named `what`."""
-    if what in ("PEFT", "PEFT, compiled"):
+    if what in ("PEFT", "PEFT, compiled", "PEFT, layers compiled"):
         from benchmarks.peers import peft_step
 
-        return peft_step(task["case"], task["steps"], what.endswith("compiled"))
+        compiled = {"PEFT": "", "PEFT, compiled": "model", "PEFT, layers compiled": "layers"}
+        return peft_step(task["case"], task["steps"], compiled[what])
     if what == "qwix":
         from benchmarks.peers import qwix_step
 
@@ -46,6 +47,10 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         from benchmarks import packing
 
         return packing.measure(**task)
+    if what in ("checks", "all checks"):
+        from benchmarks import checks
+
+        return checks.results(**task) if what == "checks" else checks.check(**task)
     if what == "foreign":
         from benchmarks import foreign
 
@@ -59,6 +64,10 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         return {"flops_per_second": ours.matmul_flops_per_second(case)}
     if what == "pair":
         return ours.pair(case, ours.Case(**task["other"]), task["steps"])
+    if what == "arms":
+        from benchmarks import arms
+
+        return arms.measure([case, *(ours.Case(**other) for other in task["others"])], task["steps"], task["profile"])
     if what == "sweep":
         from benchmarks import sweep
 

@@ -14,7 +14,7 @@ from sborax_models import TINY, relative
 
 import sborax as sx
 from sborax.layout.state import take_apart
-from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, backends
+from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, backends, cudnn
 from sborax.models.attention import attention
 from sborax.models.backends import attend, choose
 from sborax.train.step import sums
@@ -134,11 +134,87 @@ def test_a_cache_is_left_to_xla():
     np.testing.assert_array_equal(attend("splash", query[:, 6:], key, value), attention(query[:, 6:], key, value))
 
 
+def with_cudnn(monkeypatch, by_runs):
+    """A cuDNN of some version on a GPU that is not here, which takes rows as runs or not."""
+    found = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", found)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "takes_runs", lambda heads, kv_heads: by_runs)
+
+
+@pytest.mark.parametrize(
+    ("segments", "starts", "lengths", "fit"),
+    [
+        ([1, 1, 2, 2, 2, 0], [0, 2, -1, -1], [2, 3, -1], True),
+        ([0, 0, 1, 1, 4, 4], [2, 4, -1, -1], [2, 2, -1], True),
+        ([1, 2, 3, 3, 3, 3], [0, 1, 2, -1], [1, 1, 4], True),
+        ([0, 0, 0, 0, 0, 0], [-1, -1, -1, -1], [-1, -1, -1], True),
+        ([1, 2, 3, 4, 4, 4], [0, 1, 2, -1], [1, 1, 1], False),
+        ([1, 1, 2, 2, 1, 1], [0, 2, 4, -1], [2, 2, 2], False),
+        ([1, 1, 0, 0, 1, 1], [0, 4, -1, -1], [2, 2, -1], False),
+    ],
+)
+def test_runs_of_a_row(segments, starts, lengths, fit):
+    """A segment that goes on behind another one is no run, and a fourth run is one too many."""
+    found = cudnn.runs(jnp.array([segments], jnp.int32), 3)
+    for got, want in zip(found, ([starts], [lengths], fit), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("most", [3, 2], ids=["by runs", "too many runs"])
+def test_runs_and_masks_give_the_same(monkeypatch, most):
+    """Outputs and gradients of real tokens. In place of cuDNN: XLA, and NaN where cuDNN writes nothing."""
+
+    def by_runs(query, key, value, offsets, lengths):
+        slots = jnp.arange(query.shape[1])[None, :, None]
+        member = (slots >= offsets[:, None, :-1]) & (slots < (offsets[:, :-1] + lengths)[:, None, :])
+        ids = jnp.where(member.any(2), 1 + jnp.argmax(member, 2), 0)
+        took.append(ids)
+        out = attention(query, key, value, ids, ids)
+        return jnp.where((ids > 0)[:, :, None, None], out, jnp.nan)
+
+    took = []
+    monkeypatch.setattr(cudnn, "RUNS", most)
+    monkeypatch.setattr(cudnn, "by_runs", by_runs)
+    monkeypatch.setattr(
+        cudnn, "by_mask", lambda query, key, value, segments: attention(query, key, value, segments, segments)
+    )
+    monkeypatch.setattr(cudnn, "takes_runs", lambda heads, kv_heads: True)
+    inputs, segments = arrays(4, SEGMENTS.shape[1]), jnp.asarray(SEGMENTS)
+    real = (SEGMENTS > 0)[:, :, None, None]
+
+    def masked(attend_to, *args):
+        return jnp.where(real, attend_to(*args), 0)
+
+    ours = with_gradients(functools.partial(masked, functools.partial(attend, "cudnn")), *inputs, segments)
+    assert took, "runs are part of the program"
+    for got, want in zip(ours, with_gradients(functools.partial(masked, attention), *inputs, segments), strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-6)
+    out = attend("cudnn", *inputs[:3], segments, segments)
+    np.testing.assert_array_equal(np.where(real, 0, out), 0)
+
+
+def test_cudnn_gets_runs(monkeypatch):
+    """Lowered for a Hopper GPU that is not here: both programs, of which the step takes that which fits its rows."""
+    with_cudnn(monkeypatch, by_runs=True)
+    query, key, value = (jax.ShapeDtypeStruct((4, 33, n, 16), jnp.bfloat16) for n in (4, 2, 2))
+
+    def total(query, key, value, segments):
+        return jnp.sum(attend("cudnn", query, key, value, segments).astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(query, key, value, jax.ShapeDtypeStruct((4, 33), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = ("fmhaSoftmax(", "fmhaSoftmaxBackward(", "fmhaScaleBiasSoftmax(", "fmhaScaleBiasSoftmaxBackward(")
+    # The output itself is not used: only the backward pass computes it, for its statistics.
+    assert [text.count(f"@__cudnn${name}") for name in kernels] == [1, 1, 1, 1]
+    forward = next(line for line in text.splitlines() if "@__cudnn$fmhaSoftmax(" in line)
+    assert "tensor<4x8xi32>, tensor<4x9xi32>" in forward and "PADDING_CAUSAL" in forward
+
+
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["one device", "mesh"])
 def test_cudnn_gets_a_mask_of_the_segments(monkeypatch, sizes):
     """Lowered for a GPU that is not here, with a cuDNN of some version."""
-    found = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", found)
+    with_cudnn(monkeypatch, by_runs=False)
     query, key, value, slope = (jax.ShapeDtypeStruct((4, 33, n, 16), jnp.bfloat16) for n in (4, 2, 2, 4))
     segments = jax.ShapeDtypeStruct((4, 33), jnp.int32)
 

@@ -2,12 +2,18 @@
 
 import dataclasses
 import functools
+import json
+import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from nightly import nightly_unless
 
+from benchmarks import checks, gpu
+from benchmarks.checks import failures
 from benchmarks.ours import Case, unrolled, workload
 from benchmarks.shapes import SHAPES, kernels, minimum_flops
 from sborax.plans.hlo import collective_bytes
@@ -63,3 +69,26 @@ def test_bytes_between_devices_are_counted_by_the_turns_of_loops():
     mapped = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False))
     text = mapped.lower(jnp.ones((4, 16)), jnp.ones((16, 16))).compile().as_text()
     assert collective_bytes(text) == {"all-gather": 16 * 16 * 4, "all-reduce": 3 * 4 * 16 * 4}
+
+
+def test_checks_over_their_limit_are_told():
+    found = {"a": [("near", 1e-6, 1e-5), ("far", 1e-4, 1e-5), ("not a number", math.nan, 1.0)], "b": "ValueError: no"}
+    assert failures(found) == ["a, far: 0.0001 > 1e-05", "a, not a number: nan > 1", "b: ValueError: no"]
+
+
+def test_methods_step_the_same_on_the_cpu_as_on_the_cpu():
+    """The program of the checks, where the device is the reference itself."""
+    found = checks.results(["donation", "SBoRA"])
+    assert not failures(found) and len(found["SBoRA"]) == 3
+
+
+@pytest.mark.nightly
+def test_the_gpus_command_from_end_to_end(tmp_path):
+    """With a tiny shape in place of all: every part is measured once, and a second run measures nothing."""
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--steps", "2", "--workers", "2", "--out", str(out)]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))
+    assert [json.loads(line)["part"] for line in out.read_text().splitlines()] == list(gpu.parts())
+    assert "not measured" not in first.stdout and first.stdout.count(": measured") == len(gpu.parts())
+    assert "measured" not in second.stdout and "subjects, 0 failed" in second.stdout
+    assert second.stdout.count("\n| ") == first.stdout.count("\n| ")

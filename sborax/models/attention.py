@@ -70,3 +70,9 @@ def _block(
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     out = jnp.einsum("bkgqt,bkth->bkgqh", weights, value)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
+
+
+def padded(x: Array, multiple: int) -> Array:
+    """`x` (batch, seq, ...) padded with zeros: segment 0 is padding, and no query sees keys behind it."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))

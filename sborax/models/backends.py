@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from sborax.adapters.constraints import ROWS, dividing
 from sborax.adapters.core import SboraxError
-from sborax.models.attention import attention, visible
+from sborax.models.attention import attention, padded
+from sborax.models.cudnn import cudnn
 
 Backend = Literal["xla", "cudnn", "splash"]
 BACKENDS: tuple[Backend, ...] = ("xla", "cudnn", "splash")
@@ -91,25 +92,6 @@ def attend(
     return _on_each_device(KERNELS[backend])(query, key, value, query_segments)
 
 
-def cudnn(
-    query: Float[Array, "batch seq heads head_dim"],
-    key: Float[Array, "batch seq kv_heads head_dim"],
-    value: Float[Array, "batch seq kv_heads head_dim"],
-    segments: Int[Array, "batch seq"] | None,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """cuDNN's flash attention. Segments become a bias (seq, seq) per row: its packed layout runs on Hopper alone."""
-    length = query.shape[1]
-    # The backward pass with a bias takes even lengths alone.
-    query, key, value = (_padded(x, 2) for x in (query, key, value))
-    mask = None
-    if segments is not None:
-        padded = _padded(segments, 2)
-        mask = visible(padded.shape[1], padded.shape[1], padded, padded)[:, None]
-    with jax.numpy_dtype_promotion("standard"):
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")
-    return checkpoint_name(out[:, :length], ATTENDED)
-
-
 def splash(
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch seq kv_heads head_dim"],
@@ -120,7 +102,7 @@ def splash(
     """JAX's splash attention, on rows padded to whole tiles. Tiles above the diagonal are not computed."""
     length, (heads, head_dim) = query.shape[1], query.shape[2:]
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
-    inputs = (_padded(x, _LANES).transpose(0, 2, 1, 3) for x in (scaled, key, value))
+    inputs = (padded(x, _LANES).transpose(0, 2, 1, 3) for x in (scaled, key, value))
     tokens = length + -length % _LANES
     causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((tokens, tokens))] * heads)
     kernel = splash_attention_kernel.make_splash_mha(
@@ -134,13 +116,17 @@ def splash(
     )
     ids = None
     if segments is not None:
-        padded = _padded(segments, _LANES)
-        ids = splash_attention_kernel.SegmentIds(padded, padded)
+        tiles = padded(segments, _LANES)
+        ids = splash_attention_kernel.SegmentIds(tiles, tiles)
     out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
     return out.transpose(0, 2, 1, 3)[:, :length]
 
 
-KERNELS: dict[str, Kernel] = {"cudnn": cudnn, "splash": splash}
+def _named_cudnn(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+    return checkpoint_name(cudnn(query, key, value, segments), ATTENDED)
+
+
+KERNELS: dict[str, Kernel] = {"cudnn": _named_cudnn, "splash": splash}
 
 
 def _tiles(size: int) -> splash_attention_kernel.BlockSizes:
@@ -152,12 +138,6 @@ def _tiles(size: int) -> splash_attention_kernel.BlockSizes:
         block_q_dq=size,
         block_kv_dq=size,
     )
-
-
-def _padded(x: Array, multiple: int) -> Array:
-    """`x` (batch, seq, ...) padded with zeros: segment 0 is padding, and no query sees keys behind it."""
-    missing = -x.shape[1] % multiple
-    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
 
 def _on_each_device(kernel: Kernel) -> Kernel:
