@@ -15,11 +15,7 @@ make_venv .venv-test
 if ! installed .venv-test; then
   echo "installing sborax and its test tools into .venv-test"
   # torch first, by itself: builds without CUDA, where they exist, are gigabytes smaller.
-  if command -v uv >/dev/null; then
-    install .venv-test --torch-backend cpu torch==2.13.0 2>/dev/null || install .venv-test torch==2.13.0
-  else
-    install .venv-test torch==2.13.0
-  fi || fail "torch could not be installed; see above"
+  install .venv-test torch==2.13.0 || fail "torch could not be installed; see above"
   install .venv-test --editable '.[test]' || fail "the packages could not be installed; see above"
   mark_installed .venv-test
 fi

@@ -26,7 +26,19 @@ from sborax.cli.methods import describe
 from sborax.interop.peft_table import TABLE
 
 PAGES = sorted(DOCS.glob("*.md"))
-LONG = ("LOG", "cli", "compare", "concepts", "devices", "evaluation", "peft", "plans", "reproducing", "sweeps")
+LONG = (
+    "LOG",
+    "cli",
+    "compare",
+    "concepts",
+    "devices",
+    "evaluation",
+    "own_loop",
+    "peft",
+    "plans",
+    "reproducing",
+    "sweeps",
+)
 """Pages whose commands take longest. The nightly run follows them."""
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = """

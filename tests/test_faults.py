@@ -176,6 +176,7 @@ def two(tmp_path_factory):
     return trees, place, sorted(one.relative_to(place) for one in Path(place / "checkpoints" / "2").rglob("*"))
 
 
+@pytest.mark.nightly
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_whatever_happens_to_a_checkpoint_no_wrong_number_is_read(two, data):

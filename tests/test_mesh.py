@@ -90,6 +90,7 @@ def test_every_mesh_trains_as_one_device_does(alone, sizes):
     chex.assert_trees_all_close(first, alone[1], rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_run_on_a_mesh_is_resumed_on_another(tmp_path):
     model = write_model(tmp_path / "model", num_key_value_heads=2)
     text = str(write_data(tmp_path / "data.jsonl"))

@@ -61,6 +61,7 @@ def test_one_parser():
             read_mesh(words)
 
 
+@pytest.mark.nightly
 def test_commands(made, tmp_path, capsys):
     _, model, config = made
     plans = []

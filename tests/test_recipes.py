@@ -29,7 +29,7 @@ bone cola dora lora lora_ga lora_plus lora_rite loraprune milora olora orthogona
 xgblora
 """.split()
 # One that scores by beams, by likelihood, by perplexity, by the harness, and one whose template is its own.
-FEW = ("sbora/commonsense", "cola/rte")
+FEW = ("cola/rte",)
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -99,7 +99,7 @@ def resumed_at_the_end(experiment, run):
     same_but_for_times(files(run), before)
 
 
-@pytest.mark.parametrize("name", nightly_unless(["AdaLoRABudget"], PROCEDURES))
+@pytest.mark.parametrize("name", nightly_unless([], PROCEDURES))
 def test_a_procedure_loses_nothing_at_the_end_of_a_run(name, places, tmp_path):
     procedure, method = PROCEDURES[name]
     experiment = an_experiment(places, "tiny", [("self_attn|mlp", method)], procedure=procedure)

@@ -247,6 +247,7 @@ def test_rates_are_those_of_the_schedule(kind):
     np.testing.assert_allclose(rates(optimizer, 10), wanted, rtol=5e-7)
 
 
+@pytest.mark.nightly
 def test_a_diverged_member_is_told_and_the_others_go_on_also_after_a_signal(places, tmp_path, capsys):
     description = Sweep(an_experiment(places), {"optimizer.lr": ("1e-2", "1e17")}, at_once=2)
     said = []

@@ -56,6 +56,7 @@ def run(checkout: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_the_contract_takes_the_method(checkout):
     files = [f"tests/{name}" for name in (*CONTRACT, *OTHERS)]
     report = run(checkout, "-m", "pytest", "-q", "-n", "0", *files, "-k", SELECTED)

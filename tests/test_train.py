@@ -376,6 +376,7 @@ def child(config, out, mode):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.nightly
 def test_kill_9_at_a_random_step_then_resume_ends_with_the_same_bits(places, tmp_path):
     from sborax.train.experiment import save_experiment
 
