@@ -76,6 +76,7 @@ def test_checks_over_their_limit_are_told():
     assert failures(found) == ["a, far: 0.0001 > 1e-05", "a, not a number: nan > 1", "b: ValueError: no"]
 
 
+@pytest.mark.nightly
 def test_methods_step_the_same_on_the_cpu_as_on_the_cpu():
     """The program of the checks, where the device is the reference itself."""
     found = checks.results(["donation", "SBoRA"])

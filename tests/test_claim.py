@@ -57,6 +57,7 @@ def quiet(text: str) -> None:
     pass
 
 
+@pytest.mark.nightly
 def test_a_directory_is_held_by_one_process_until_it_is_gone(made, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -534,6 +534,7 @@ def test_gradients_reach_every_leaf_and_balance_is_part_of_the_loss(model, run, 
     np.testing.assert_allclose(float(held_out) / int(tokens), numbers["loss"], rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_microbatches_weigh_balance_by_their_tokens(model, parts, losses_and_grads):
     tx = make_optimizer(sx.Optimizer(), 1)
     both = a_batch(2)

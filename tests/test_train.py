@@ -561,6 +561,7 @@ def test_lora_fa_trains_b_alone(places, tmp_path, model, procedure):
     assert (tmp_path / "run" / "adapter" / LEAVES).read_bytes() == kept
 
 
+@pytest.mark.nightly
 def test_an_experiment_is_handed_to_few_files(places, tmp_path):
     """Whoever adds a field of an experiment has these files to read."""
     package, files = os.path.dirname(sx.__file__), set()
