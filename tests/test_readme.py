@@ -45,7 +45,7 @@ def test_there_are_as_many_methods_as_it_says():
     assert all(int(count) <= len(known) for count, known in zip(counts.groups(), (classes, read, written), strict=True))
 
 
-def test_the_table_lists_every_procedure_and_the_text_every_optimiser():
+def test_every_procedure_and_optimiser_is_named():
     section = README.partition("## Procedures and optimisers")[2].partition("\n## ")[0]
     known = {name: getattr(procedures, name) for name in procedures.__all__}
     concrete = [
@@ -53,11 +53,30 @@ def test_the_table_lists_every_procedure_and_the_text_every_optimiser():
         for name, kind in known.items()
         if issubclass(kind, procedures.AbstractProcedure) and not inspect.isabstract(kind)
     ]
-    listed = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
+    listed = [name for name in re.findall(r"`(\w+)`", section.partition("Optimisers")[0]) if name in known]
     assert sorted(listed) == sorted(concrete)
     assert all(getattr(sx, name) is getattr(procedures, name) for name in listed)
     for name in typing.get_args(typing.get_type_hints(sx.Optimizer)["name"]):
         assert f"`{name}`" in section
+
+
+def test_findings_are_those_of_the_results():
+    """Each difference and each interval, rounded, stands in the claims that the studies made."""
+    results = (ROOT / "docs" / "RESULTS.md").read_text()
+    number = r"([+-]?\d+\.\d+)"
+    known = {
+        tuple(float(value) for value in values)
+        for values in re.findall(
+            rf"{number}(?: times)? \((?:[^()]*items, )?{number} \.\. {number} over seeds\)", results
+        )
+    }
+    told = re.findall(rf"{number}(?: times)? \({number} \.\. {number}\)", README.partition("| figure |")[0])
+    assert len(told) == 6
+    for values in told:
+        assert any(
+            all(abs(float(value) - other) <= 0.0006 for value, other in zip(values, exact, strict=True))
+            for exact in known
+        ), values
 
 
 def test_every_command_is_shown():
