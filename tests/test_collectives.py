@@ -15,7 +15,7 @@ from sborax.adapters.routing import AbstractRouted
 from sborax.adapters.tree import nodes, specs
 from sborax.layout.mesh import make_mesh
 from sborax.models.nf4 import quantise
-from sborax.models.sharding import quantised_specs, used_whole
+from sborax.models.sharding import quantised_specs, sent_packed, used_whole
 from sborax.plans.ahead import compiled, on_mesh, outline
 from sborax.plans.hlo import collective_bytes
 from sborax.train.step import sums
@@ -54,7 +54,7 @@ def projection(method, module, quant=False):
         def forward(x_, train):
             found = nodes(sx.combine(train, frozen)).values()
             node = next((used_whole(node, module) for node in found), None)
-            return jax.lax.with_sharding_constraint(linear(x_, kernel, node), y)
+            return jax.lax.with_sharding_constraint(linear(x_, sent_packed(kernel, module), node), y)
 
         out, pull = jax.vjp(forward, x_, train)
         return out, *pull(slope)
@@ -132,6 +132,15 @@ def test_a_quantised_projection_sends_what_its_method_declares(module):
     assert {kind: size for kind, size in sent.items() if kind not in ("all-reduce", "all-gather")} == {
         kind: size for kind, size in own.items() if kind not in ("all-reduce", "all-gather")
     }
+
+
+@pytest.mark.parametrize("module", ["q_proj", "o_proj"])
+def test_a_quantised_projection_sends_its_codes_and_never_its_weights(module):
+    """Half a byte for each weight and one for the scale of 64, twice. A dense weight is sent once by this program."""
+    packed = (IN * OUT // 2 + IN * OUT // 64) // SIZES["tensor"]
+    dense = base(module, False)
+    assert dense["all-gather"] == 4 * IN * OUT // SIZES["tensor"]
+    assert base(module, True) == dense | {"all-gather": 2 * packed}
 
 
 RULES = (

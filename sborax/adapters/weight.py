@@ -35,6 +35,13 @@ class AbstractWeight(abc.ABC):
     def stored(self) -> "AbstractWeight":
         """The weight as it is stored if no method rewrites it."""
 
+    @abc.abstractmethod
+    def cut_along(self, *axes: str | None) -> "AbstractWeight":
+        """The weight whose use on a mesh gathers it, but along `axes`, before it is made dense: less is sent so.
+
+        - axes: of the mesh, for the input and the output; None for an axis that is whole.
+        """
+
 
 Weight = Array | AbstractWeight
 

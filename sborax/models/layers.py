@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sborax.adapters import core
 from sborax.adapters.depth import remember
 from sborax.adapters.routing import GATE, ROUTER
-from sborax.models.sharding import used_whole
+from sborax.models.sharding import sent_packed, used_whole
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -39,7 +39,7 @@ class Linear(nn.Module):
         """The adapted projection of `x`, with dropout if the call carries an rng named `dropout`."""
         # `Module.param` compares leaf shapes with the initialiser's, which a packed kernel does not have.
         if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
+            kernel = sent_packed(self.get_variable("params", "kernel"), self.path[-1])
         else:
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)

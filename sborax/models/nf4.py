@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from sborax.adapters.constraints import replicate
+from sborax.adapters.constraints import cut, replicate
 from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.weight import check_finite
 
@@ -96,6 +96,7 @@ class NF4Array(AbstractWeight):
     - nested: float32 `(*stack, ceil(in * out / 16384))`. Scales of 256 blocks each, numbered along `in` first.
     - offset: float32 `stack`. The mean absmax.
     - dtype: logical dtype, that of `dense`.
+    - axes: of the mesh, along which the input and the output stay cut where the weight is used; None for any.
     """
 
     codes: Any
@@ -103,6 +104,7 @@ class NF4Array(AbstractWeight):
     nested: Any
     offset: Any
     dtype: Any = dataclasses.field(metadata={"static": True})
+    axes: tuple[str | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,10 +116,14 @@ class NF4Array(AbstractWeight):
 
         Raises SboraxError if the leaves are one shard of a weight.
         """
-        dequantise = _dequantise
+        dequantise, codes, absmax = _dequantise, self.codes, self.absmax
+        if self.axes is not None:
+            # A code takes 4 bits of what its weight takes when it is sent.
+            stack = (None,) * len(self.shape[:-2])
+            codes, absmax = (cut(leaf, *stack, *self.axes) for leaf in (codes, absmax))
         for _ in self.shape[:-2]:
             dequantise = jax.vmap(dequantise)
-        return dequantise(self.codes, self.absmax, self.nested, self.offset).astype(self.dtype)
+        return dequantise(codes, absmax, self.nested, self.offset).astype(self.dtype)
 
     def rmatmul(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens out"]:
         """`x @ dense()` in the dtype of `x`. Backward dequantises again: neither `x` nor a dense weight is kept."""
@@ -130,6 +136,10 @@ class NF4Array(AbstractWeight):
     def stored(self) -> "NF4Array":
         """The weight itself."""
         return self
+
+    def cut_along(self, *axes: str | None) -> "NF4Array":
+        """The weight whose codes are gathered before they are dequantised."""
+        return dataclasses.replace(self, axes=axes)
 
 
 @jax.tree_util.register_dataclass
@@ -164,6 +174,10 @@ class Unquantised(AbstractWeight):
     def stored(self) -> NF4Array:
         """The weight, quantised."""
         return quantise(self.weight)
+
+    def cut_along(self, *axes: str | None) -> "Unquantised":
+        """The weight itself: it is dense."""
+        return self
 
 
 def _scales(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from sborax.adapters.constraints import ROWS, compiled_axes, cut
-from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, is_weight
+from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, Weight, is_weight
 from sborax.adapters.leaves import map_with_path
 from sborax.adapters.tree import specs
 from sborax.models.decoder import DecoderConfig
@@ -88,6 +88,14 @@ def used_whole(adapter: Adapter, module: str) -> Adapter:
     """
     if not compiled_axes():
         return adapter
-    spec = PartitionSpec("tensor", None) if module in ROW_PARALLEL else PartitionSpec(None, "tensor")
-    leaf_specs = specs({"kernel": adapter}, {"kernel": spec})["kernel"]
+    leaf_specs = specs({"kernel": adapter}, {"kernel": PartitionSpec(*_used_axes(module))})["kernel"]
     return jax.tree.map(lambda leaf, leaf_spec: cut(leaf, *leaf_spec), adapter, leaf_specs)
+
+
+def sent_packed(kernel: Weight, module: str) -> Weight:
+    """`kernel` as the projection `module` uses it on a mesh: a quantised one is gathered before it is made dense."""
+    return kernel.cut_along(*_used_axes(module)) if is_weight(kernel) and compiled_axes() else kernel
+
+
+def _used_axes(module: str) -> tuple[str | None, str | None]:
+    return ("tensor", None) if module in ROW_PARALLEL else (None, "tensor")
