@@ -76,6 +76,7 @@ METHODS = [
     Case("HiRA", sx.HiRA(rank=4), lambda i, o: 4 * (i + o)),
     Case("DeLoRA", sx.DeLoRA(rank=4), lambda i, o: 4 * (i + o) + 1),
     Case("C3A", sx.C3A(block=16), lambda i, o: i * o // 16),
+    Case("FourierFT", sx.FourierFT(coefficients=50), lambda i, o: 50),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),

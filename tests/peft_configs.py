@@ -45,5 +45,8 @@ FILES = {
     "VeRA": peft.VeraConfig(r=6, target_modules=MIXED, d_initial=1.0),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
+    "FourierFT": peft.FourierFTConfig(
+        n_frequency=40, scaling=60.5, random_loc_seed=3, target_modules=MIXED, n_frequency_pattern={"q_proj": 9}
+    ),
 }
 """The other kinds."""

@@ -42,6 +42,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "VeRA": (peft.VeraConfig, {"r": 6, "d_initial": 1.0}),
     "RandLoRA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 16}),
     "C3A": (peft.C3AConfig, {"block_size": 8}),
+    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 40}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -251,6 +252,15 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "blocks": {"block_size_pattern": {"q_proj": 16}},
         "blocks of a layer": {"block_size_pattern": {"model.layers.1.self_attn.q_proj": 4}},
         "blocks by the end of a name": {"block_size_pattern": {"proj": 16}},
+    },
+    "FourierFT": {
+        "scale 1.3": {"scaling": 1.3, "n_frequency": 1000},
+        "another seed": {"random_loc_seed": 4294967295},
+        "start at zero": {"init_weights": True},
+        "every place": {"n_frequency": 1024, "scaling": 20.0, "target_modules": ["q_proj"]},
+        "frequencies": {"n_frequency_pattern": {"q_proj": 7}},
+        "frequencies of a layer": {"n_frequency_pattern": {"model.layers.1.self_attn.q_proj": 4}},
+        "frequencies by the end of a name": {"n_frequency_pattern": {"proj": 16}},
     },
     "MiSS": {
         "r 32": {"r": 32},

@@ -123,6 +123,7 @@ PEERS = [
     (peft.DeloraConfig(r=3, **TARGETS), sx.DeLoRA(rank=3)),
     (peft.VeraConfig(r=3, **TARGETS), sx.VeRA(rank=3)),
     (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
+    (peft.FourierFTConfig(n_frequency=5, **TARGETS), sx.FourierFT(coefficients=5)),
     (peft.MissConfig(r=4, **TARGETS), sx.Bone(rank=4)),
     (peft.HRAConfig(r=2, **TARGETS), sx.HRA(rank=2)),
 ]

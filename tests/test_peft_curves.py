@@ -91,6 +91,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),
     "RandLoRA": sx.RandLoRA(rank=8, alpha=16.0),
     "C3A": sx.C3A(block=8),
+    "FourierFT": sx.FourierFT(coefficients=40),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -100,6 +101,8 @@ PLAIN: dict[str, AbstractMethod] = {
 CHANGED: dict[str, dict[str, Any]] = {
     # Without the regulariser that its budget is for.
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
+    # Entries of its weight are divided by the number of entries, so it learns slowly.
+    "FourierFT": {"recipe": adamw(lr=0.1)},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }

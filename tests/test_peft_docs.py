@@ -34,6 +34,7 @@ ROWS = [
     f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",
     "| `Bat` | MISS | MISS | `layers_to_transform` | truncated |",
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",
+    "| `FourierFT` | FOURIERFT | FOURIERFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
     "| `IA3` | IA3 | IA3 | - | truncated |",
     "| `VeRA` | VERA | VERA | `layers_to_transform` | exact |",
     "| `MiLoRA` | - | - | - | no |",
