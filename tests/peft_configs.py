@@ -48,5 +48,8 @@ FILES = {
     "FourierFT": peft.FourierFTConfig(
         n_frequency=40, scaling=60.5, random_loc_seed=3, target_modules=MIXED, n_frequency_pattern={"q_proj": 9}
     ),
+    "RoAd": peft.RoadConfig(group_size=8, target_modules=MIXED),
+    "RoAd-2": peft.RoadConfig(variant="road_2", group_size=32, target_modules=MIXED),
+    "RoAd-4": peft.RoadConfig(variant="road_4", group_size=2, target_modules=["q_proj", "up_proj"]),
 }
 """The other kinds."""

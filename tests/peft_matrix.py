@@ -43,6 +43,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "RandLoRA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 16}),
     "C3A": (peft.C3AConfig, {"block_size": 8}),
     "FourierFT": (peft.FourierFTConfig, {"n_frequency": 40}),
+    "RoAd": (peft.RoadConfig, {"group_size": 8}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -261,6 +262,13 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "frequencies": {"n_frequency_pattern": {"q_proj": 7}},
         "frequencies of a layer": {"n_frequency_pattern": {"model.layers.1.self_attn.q_proj": 4}},
         "frequencies by the end of a name": {"n_frequency_pattern": {"proj": 16}},
+    },
+    "RoAd": {
+        "pairs": {"group_size": 2},
+        "one group": {"group_size": 32},
+        "random start": {"init_weights": False},
+        "by output": {"variant": "road_2"},
+        "by term": {"variant": "road_4"},
     },
     "MiSS": {
         "r 32": {"r": 32},

@@ -92,6 +92,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "RandLoRA": sx.RandLoRA(rank=8, alpha=16.0),
     "C3A": sx.C3A(block=8),
     "FourierFT": sx.FourierFT(coefficients=40),
+    "RoAd": sx.RoAd(block=8),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -223,6 +224,8 @@ CASES: dict[str, Case] = {
     "OFT, exact and shared": Case(
         config("OFT", use_cayley_neumann=False, block_share=True), sx.OFT(block=8, terms=None, share=True)
     ),
+    "RoAd, by output": Case(config("RoAd", variant="road_2"), sx.RoAd(variant="2", block=8)),
+    "RoAd, by term": Case(config("RoAd", variant="road_4"), sx.RoAd(variant="4", block=8)),
     "LoKr, both sides": Case(
         config("LoKr", r=1, decompose_both=True), sx.LoKr(rank=1, alpha=3.0, both=True), adamw(lr=0.03)
     ),

@@ -36,6 +36,7 @@ ROWS = [
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",
     "| `FourierFT` | FOURIERFT | FOURIERFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
     "| `IA3` | IA3 | IA3 | - | truncated |",
+    "| `RoAd` | ROAD | ROAD | - | truncated |",
     "| `VeRA` | VERA | VERA | `layers_to_transform` | exact |",
     "| `MiLoRA` | - | - | - | no |",
 ]

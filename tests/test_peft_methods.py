@@ -165,6 +165,15 @@ CASES = [
         )
         for name, shape in {"even": (24, 18), "odd": (15, 21), "even-odd": (12, 11)}.items()
     ),
+    *(
+        Case(
+            f"RoAd-{variant}",
+            config("RoadConfig", variant=f"road_{variant}", group_size=6),
+            sx.RoAd(variant=variant, block=6),
+            same(theta="road_theta", alpha="road_alpha"),
+        )
+        for variant in ("1", "2", "4")
+    ),
     Case(
         "AdaLoRA",
         config("AdaLoraConfig", init_r=4, target_r=2, lora_alpha=6, total_step=10),

@@ -20,7 +20,13 @@ TABLE = (*LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL)
 PLAIN = TABLE[0]
 """The row of plain LoRA, as which every method with thin factors can be written."""
 
-KNOWN_BY_DEFAULTS = {"use_dora": False, "init_lora_weights": True, "init_weights": True, "init_ia3_weights": True}
+KNOWN_BY_DEFAULTS = {
+    "use_dora": False,
+    "init_lora_weights": True,
+    "init_weights": True,
+    "init_ia3_weights": True,
+    "variant": "road_1",
+}
 """PEFT's defaults of the fields in `Row.known_by`."""
 
 INERT = frozenset(

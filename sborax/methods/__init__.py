@@ -26,6 +26,7 @@ from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
 from sborax.methods.randlora import RandLoRA as RandLoRA
 from sborax.methods.reslora import ResLoRA as ResLoRA
+from sborax.methods.road import RoAd as RoAd
 from sborax.methods.sara import SARA as SARA
 from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
