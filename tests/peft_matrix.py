@@ -44,6 +44,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "C3A": (peft.C3AConfig, {"block_size": 8}),
     "FourierFT": (peft.FourierFTConfig, {"n_frequency": 40}),
     "RoAd": (peft.RoadConfig, {"group_size": 8}),
+    "GraLoRA": (peft.GraloraConfig, {"r": 4, "alpha": 6}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -270,6 +271,16 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "by output": {"variant": "road_2"},
         "by term": {"variant": "road_4"},
     },
+    "GraLoRA": {
+        "one block": {"gralora_k": 1},
+        "four blocks": {"gralora_k": 4},
+        "hybrid": {"hybrid_r": 2},
+        "alpha 0.5": {"alpha": 0.5},
+        "alpha 7 of 3": {"r": 2, "hybrid_r": 1, "alpha": 7},
+        "random start": {"init_weights": False},
+        "dropout": {"gralora_dropout": 0.25, "hybrid_r": 1},
+        "wide": {"r": 40},
+    },
     "MiSS": {
         "r 32": {"r": 32},
         "r 1": {"r": 1},
@@ -292,6 +303,7 @@ def of_one_tuner() -> Iterator[Option]:
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("HiRA", "wide"): {"refused": "rank must lie in"},
     ("DeLoRA", "wide"): {"refused": "rank must lie in"},
+    ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }

@@ -175,6 +175,20 @@ CASES = [
         for variant in ("1", "2", "4")
     ),
     Case(
+        "GraLoRA",
+        config("GraloraConfig", r=6, alpha=9, gralora_k=3),
+        sx.GraLoRA(rank=6, blocks=3),
+        same(a_i="gralora_A", b_j="gralora_B"),
+        scaled(1.5),
+    ),
+    Case(
+        "GraLoRA-hybrid",
+        config("GraloraConfig", r=4, hybrid_r=3, alpha=7),
+        sx.GraLoRA(rank=4, hybrid=3),
+        joined(same(a_i="gralora_A", b_j="gralora_B"), flipped(u="gralora_A_general", v="gralora_B_general")),
+        scaled(1.0),
+    ),
+    Case(
         "AdaLoRA",
         config("AdaLoraConfig", init_r=4, target_r=2, lora_alpha=6, total_step=10),
         sx.AdaLoRA(rank=4),

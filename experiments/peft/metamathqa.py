@@ -51,6 +51,7 @@ HOW = {
     "lora / rank64-rslora": _alone(sx.LoRA(rank=64, alpha=64.0, rslora=True)),
     "shira / lr_0.0003-random_seed_42": _alone(sx.SHiRA(rank=32)),
     "miss / bat": _alone(sx.Bat(rank=64)),
+    "gralora / rank32": _alone(sx.GraLoRA(rank=32)),
     "lora / rank10-target-mlp": ("rules.0.pattern=mlp", *_alone(sx.LoRA(rank=10, alpha=20.0))),
     "oft / rank32": _alone(sx.OFT(block=96)),
     "c3a / default": _alone(sx.C3A(block=64)),
@@ -195,6 +196,7 @@ DIFFERS = (
     "base measures the like.",
     "Settings are those of the experiments' files in PEFT at the commits that were read: LoHa, AdaLoRA, LoRA-FA and "
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
-    "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753.",
+    "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
+    "GraLoRA at 005745b.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

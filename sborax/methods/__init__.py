@@ -10,6 +10,7 @@ from sborax.methods.c3a import C3A as C3A
 from sborax.methods.delora import DeLoRA as DeLoRA
 from sborax.methods.dora import DoRA as DoRA
 from sborax.methods.fourier_ft import FourierFT as FourierFT
+from sborax.methods.gralora import GraLoRA as GraLoRA
 from sborax.methods.hira import HiRA as HiRA
 from sborax.methods.hra import HRA as HRA
 from sborax.methods.ia3 import IA3 as IA3
