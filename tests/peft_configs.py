@@ -51,6 +51,10 @@ FILES = {
     "RoAd": peft.RoadConfig(group_size=8, target_modules=MIXED),
     "RoAd-2": peft.RoadConfig(variant="road_2", group_size=32, target_modules=MIXED),
     "RoAd-4": peft.RoadConfig(variant="road_4", group_size=2, target_modules=["q_proj", "up_proj"]),
+    "WaveFT": peft.WaveFTConfig(
+        n_frequency=40, scaling=20.5, random_loc_seed=3, target_modules=MIXED, n_frequency_pattern={"q_proj": 9}
+    ),
+    "WaveFT-plain": peft.WaveFTConfig(n_frequency=40, use_idwt=False, target_modules=MIXED),
     "GraLoRA": peft.GraloraConfig(r=4, alpha=6, target_modules=MIXED),
     "GraLoRA-hybrid": peft.GraloraConfig(r=8, hybrid_r=3, gralora_k=4, target_modules=MIXED, layers_to_transform=[1]),
 }

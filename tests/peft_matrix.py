@@ -45,6 +45,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "FourierFT": (peft.FourierFTConfig, {"n_frequency": 40}),
     "RoAd": (peft.RoadConfig, {"group_size": 8}),
     "GraLoRA": (peft.GraloraConfig, {"r": 4, "alpha": 6}),
+    "WaveFT": (peft.WaveFTConfig, {"n_frequency": 40}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -281,6 +282,16 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"gralora_dropout": 0.25, "hybrid_r": 1},
         "wide": {"r": 40},
     },
+    "WaveFT": {
+        "scale 0.3": {"scaling": 0.3},
+        "another seed": {"random_loc_seed": 0},
+        "random start": {"init_weights": False},
+        "every place": {"n_frequency": 1024, "target_modules": ["q_proj"]},
+        "frequencies": {"n_frequency_pattern": {"q_proj": 7}},
+        "frequencies by a part of a name": {"n_frequency_pattern": {"layers.1.self_attn.q_proj": 4}},
+        "without a transform": {"use_idwt": False},
+        "a wavelet without a transform": {"use_idwt": False, "wavelet_family": "db2"},
+    },
     "MiSS": {
         "r 32": {"r": 32},
         "r 1": {"r": 1},
@@ -324,6 +335,8 @@ def refused() -> Iterator[Option]:
         ("OFT", {"coft": True}, "coft"),
         ("HRA", {"apply_GS": True}, "apply_GS"),
         ("VeRA", {"save_projection": False}, "save_projection=False"),
+        ("WaveFT", {"wavelet_family": "sym2"}, "wavelet_family='sym2'"),
+        ("WaveFT", {"proportional_parameters": True}, "proportional_parameters"),
         ("RandLoRA", {"save_projection": False}, "save_projection=False"),
     ]
     for tuner, fields, message in by_field:

@@ -126,6 +126,7 @@ PEERS = [
     (peft.FourierFTConfig(n_frequency=5, **TARGETS), sx.FourierFT(coefficients=5)),
     (peft.RoadConfig(group_size=2, target_modules=["first"]), sx.RoAd(block=2)),
     (peft.GraloraConfig(r=2, hybrid_r=1, gralora_k=1, **TARGETS), sx.GraLoRA(rank=2, blocks=1, hybrid=1)),
+    (peft.WaveFTConfig(n_frequency=5, **TARGETS), sx.WaveFT(coefficients=5)),
     (peft.MissConfig(r=4, **TARGETS), sx.Bone(rank=4)),
     (peft.HRAConfig(r=2, **TARGETS), sx.HRA(rank=2)),
 ]

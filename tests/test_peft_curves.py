@@ -94,6 +94,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "FourierFT": sx.FourierFT(coefficients=40),
     "RoAd": sx.RoAd(block=8),
     "GraLoRA": sx.GraLoRA(rank=4, alpha=6.0),
+    "WaveFT": sx.WaveFT(coefficients=40),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -228,6 +229,7 @@ CASES: dict[str, Case] = {
     "RoAd, by output": Case(config("RoAd", variant="road_2"), sx.RoAd(variant="2", block=8)),
     "RoAd, by term": Case(config("RoAd", variant="road_4"), sx.RoAd(variant="4", block=8)),
     "GraLoRA, hybrid": Case(config("GraLoRA", hybrid_r=2), sx.GraLoRA(rank=4, alpha=6.0, hybrid=2)),
+    "WaveFT without a transform": Case(config("WaveFT", use_idwt=False), sx.WaveFT(coefficients=40, wavelet=None)),
     "LoKr, both sides": Case(
         config("LoKr", r=1, decompose_both=True), sx.LoKr(rank=1, alpha=3.0, both=True), adamw(lr=0.03)
     ),

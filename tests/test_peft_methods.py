@@ -188,6 +188,22 @@ CASES = [
         joined(same(a_i="gralora_A", b_j="gralora_B"), flipped(u="gralora_A_general", v="gralora_B_general")),
         scaled(1.0),
     ),
+    *(
+        Case(
+            f"WaveFT-{name}",
+            config("WaveFTConfig", n_frequency=70, scaling=9.0, random_loc_seed=5, use_idwt=wavelet is not None),
+            sx.WaveFT(coefficients=70, wavelet=wavelet, seed=5),
+            same(c="waveft_spectrum"),
+            joined(lambda t: {"idx": t["waveft_indices"].astype(np.int32)}, scaled(9.0)),
+            shape=shape,
+        )
+        for name, wavelet, shape in [
+            ("even", "haar", (24, 18)),
+            ("odd", "haar", (15, 21)),
+            ("even-odd", "haar", (12, 11)),
+            ("plain", None, (15, 18)),
+        ]
+    ),
     Case(
         "AdaLoRA",
         config("AdaLoraConfig", init_r=4, target_r=2, lora_alpha=6, total_step=10),

@@ -36,6 +36,7 @@ PATTERNED = {
     "DELORA": {"r": 2},
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 8},
+    "WAVEFT": {"n_frequency": 8},
 }
 
 

@@ -65,6 +65,7 @@ HOW = {
     "lokr / rank32-factor4-lr0.003": _alone(sx.LoKr(rank=32, alpha=64.0, factor=4)),
     "ia3 / all-attn-5k-lr0.005": _ia3("self_attn", "mlp"),
     "lora / rank32-lorafa": ("optimizer.name=lora_fa",),
+    "waveft / n_frequency-5000": _alone(sx.WaveFT(coefficients=5000)),
     "ia3 / lr_0.001": _ia3("self_attn/(k|v)_proj", "down_proj"),
     "loha / rank32": _alone(sx.LoHa(rank=32, alpha=64.0)),
     "miss / mini": _alone(sx.Bone(rank=64, mini_rank=64)),
@@ -197,6 +198,6 @@ DIFFERS = (
     "Settings are those of the experiments' files in PEFT at the commits that were read: LoHa, AdaLoRA, LoRA-FA and "
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
     "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
-    "GraLoRA at 005745b.",
+    "GraLoRA at 005745b, WaveFT at f8bbafe.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

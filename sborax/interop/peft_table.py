@@ -26,6 +26,8 @@ KNOWN_BY_DEFAULTS = {
     "init_weights": True,
     "init_ia3_weights": True,
     "variant": "road_1",
+    "use_idwt": True,
+    "wavelet_family": "db1",
 }
 """PEFT's defaults of the fields in `Row.known_by`."""
 

@@ -32,6 +32,7 @@ from sborax.methods.sara import SARA as SARA
 from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
 from sborax.methods.vera import VeRA as VeRA
+from sborax.methods.wave_ft import WaveFT as WaveFT
 
 # pyright goes by the aliases above; it cannot read this list.
 __all__ = sorted(name for name, item in globals().items() if isinstance(item, type))  # pyright: ignore
