@@ -45,5 +45,17 @@ FILES = {
     "VeRA": peft.VeraConfig(r=6, target_modules=MIXED, d_initial=1.0),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
+    "FourierFT": peft.FourierFTConfig(
+        n_frequency=40, scaling=60.5, random_loc_seed=3, target_modules=MIXED, n_frequency_pattern={"q_proj": 9}
+    ),
+    "RoAd": peft.RoadConfig(group_size=8, target_modules=MIXED),
+    "RoAd-2": peft.RoadConfig(variant="road_2", group_size=32, target_modules=MIXED),
+    "RoAd-4": peft.RoadConfig(variant="road_4", group_size=2, target_modules=["q_proj", "up_proj"]),
+    "WaveFT": peft.WaveFTConfig(
+        n_frequency=40, scaling=20.5, random_loc_seed=3, target_modules=MIXED, n_frequency_pattern={"q_proj": 9}
+    ),
+    "WaveFT-plain": peft.WaveFTConfig(n_frequency=40, use_idwt=False, target_modules=MIXED),
+    "GraLoRA": peft.GraloraConfig(r=4, alpha=6, target_modules=MIXED),
+    "GraLoRA-hybrid": peft.GraloraConfig(r=8, hybrid_r=3, gralora_k=4, target_modules=MIXED, layers_to_transform=[1]),
 }
 """The other kinds."""

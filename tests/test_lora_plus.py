@@ -123,6 +123,10 @@ PEERS = [
     (peft.DeloraConfig(r=3, **TARGETS), sx.DeLoRA(rank=3)),
     (peft.VeraConfig(r=3, **TARGETS), sx.VeRA(rank=3)),
     (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
+    (peft.FourierFTConfig(n_frequency=5, **TARGETS), sx.FourierFT(coefficients=5)),
+    (peft.RoadConfig(group_size=2, target_modules=["first"]), sx.RoAd(block=2)),
+    (peft.GraloraConfig(r=2, hybrid_r=1, gralora_k=1, **TARGETS), sx.GraLoRA(rank=2, blocks=1, hybrid=1)),
+    (peft.WaveFTConfig(n_frequency=5, **TARGETS), sx.WaveFT(coefficients=5)),
     (peft.MissConfig(r=4, **TARGETS), sx.Bone(rank=4)),
     (peft.HRAConfig(r=2, **TARGETS), sx.HRA(rank=2)),
 ]
@@ -138,7 +142,7 @@ def test_groups_are_as_large_as_those_of_peft(config, method):
     for group in optimizer.param_groups:
         theirs["b" if group["lr"] > 1e-3 else "a"] += sum(parameter.numel() for parameter in group["params"])
     params = {"first": {"kernel": jnp.ones((IN, HIDDEN))}, "second": {"kernel": jnp.ones((HIDDEN, OUT))}}
-    _, adapters = sx.attach(jax.random.key(0), params, [("first|second", method)])
+    _, adapters = sx.attach(jax.random.key(0), params, [("|".join(config.target_modules), method)])
     train, _ = sx.split(adapters)
     ours = {"a": 0, "b": 0}
     for leaf, group in zip(jax.tree.leaves(train), jax.tree.leaves(groups(train)), strict=True):

@@ -91,6 +91,10 @@ PLAIN: dict[str, AbstractMethod] = {
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),
     "RandLoRA": sx.RandLoRA(rank=8, alpha=16.0),
     "C3A": sx.C3A(block=8),
+    "FourierFT": sx.FourierFT(coefficients=40),
+    "RoAd": sx.RoAd(block=8),
+    "GraLoRA": sx.GraLoRA(rank=4, alpha=6.0),
+    "WaveFT": sx.WaveFT(coefficients=40),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -100,6 +104,8 @@ PLAIN: dict[str, AbstractMethod] = {
 CHANGED: dict[str, dict[str, Any]] = {
     # Without the regulariser that its budget is for.
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
+    # Entries of its weight are divided by the number of entries, so it learns slowly.
+    "FourierFT": {"recipe": adamw(lr=0.1)},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }
@@ -220,6 +226,10 @@ CASES: dict[str, Case] = {
     "OFT, exact and shared": Case(
         config("OFT", use_cayley_neumann=False, block_share=True), sx.OFT(block=8, terms=None, share=True)
     ),
+    "RoAd, by output": Case(config("RoAd", variant="road_2"), sx.RoAd(variant="2", block=8)),
+    "RoAd, by term": Case(config("RoAd", variant="road_4"), sx.RoAd(variant="4", block=8)),
+    "GraLoRA, hybrid": Case(config("GraLoRA", hybrid_r=2), sx.GraLoRA(rank=4, alpha=6.0, hybrid=2)),
+    "WaveFT without a transform": Case(config("WaveFT", use_idwt=False), sx.WaveFT(coefficients=40, wavelet=None)),
     "LoKr, both sides": Case(
         config("LoKr", r=1, decompose_both=True), sx.LoKr(rank=1, alpha=3.0, both=True), adamw(lr=0.03)
     ),

@@ -34,8 +34,12 @@ ROWS = [
     f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",
     "| `Bat` | MISS | MISS | `layers_to_transform` | truncated |",
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",
+    "| `FourierFT` | FOURIERFT | FOURIERFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
+    "| `GraLoRA` | GRALORA | GRALORA | `layers_to_transform` | exact |",
     "| `IA3` | IA3 | IA3 | - | truncated |",
+    "| `RoAd` | ROAD | ROAD | - | truncated |",
     "| `VeRA` | VERA | VERA | `layers_to_transform` | exact |",
+    "| `WaveFT` | WAVEFT | WAVEFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
     "| `MiLoRA` | - | - | - | no |",
 ]
 

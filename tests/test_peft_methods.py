@@ -22,6 +22,7 @@ from sborax.adapters.core import AbstractMethod, Adapter
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.methods.lokr import divisors
+from sborax.methods.places import LARGEST_SEED, LONG, seeded_places
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -153,6 +154,56 @@ CASES = [
     Case(
         "C3A", config("C3AConfig", block_size=6), sx.C3A(block=6), lambda t: {"w": t["c3a_kernel"].transpose(1, 0, 2)}
     ),
+    *(
+        Case(
+            f"FourierFT-{name}",
+            config("FourierFTConfig", n_frequency=70, scaling=90.0, random_loc_seed=5),
+            sx.FourierFT(coefficients=70, seed=5),
+            same(c="fourierft_spectrum"),
+            joined(lambda t: {"idx": t["indices"].astype(np.int32)}, scaled(90.0)),
+            shape=shape,
+        )
+        for name, shape in {"even": (24, 18), "odd": (15, 21), "even-odd": (12, 11)}.items()
+    ),
+    *(
+        Case(
+            f"RoAd-{variant}",
+            config("RoadConfig", variant=f"road_{variant}", group_size=6),
+            sx.RoAd(variant=variant, block=6),
+            same(theta="road_theta", alpha="road_alpha"),
+        )
+        for variant in ("1", "2", "4")
+    ),
+    Case(
+        "GraLoRA",
+        config("GraloraConfig", r=6, alpha=9, gralora_k=3),
+        sx.GraLoRA(rank=6, blocks=3),
+        same(a_i="gralora_A", b_j="gralora_B"),
+        scaled(1.5),
+    ),
+    Case(
+        "GraLoRA-hybrid",
+        config("GraloraConfig", r=4, hybrid_r=3, alpha=7),
+        sx.GraLoRA(rank=4, hybrid=3),
+        joined(same(a_i="gralora_A", b_j="gralora_B"), flipped(u="gralora_A_general", v="gralora_B_general")),
+        scaled(1.0),
+    ),
+    *(
+        Case(
+            f"WaveFT-{name}",
+            config("WaveFTConfig", n_frequency=70, scaling=9.0, random_loc_seed=5, use_idwt=wavelet is not None),
+            sx.WaveFT(coefficients=70, wavelet=wavelet, seed=5),
+            same(c="waveft_spectrum"),
+            joined(lambda t: {"idx": t["waveft_indices"].astype(np.int32)}, scaled(9.0)),
+            shape=shape,
+        )
+        for name, wavelet, shape in [
+            ("even", "haar", (24, 18)),
+            ("odd", "haar", (15, 21)),
+            ("even-odd", "haar", (12, 11)),
+            ("plain", None, (15, 18)),
+        ]
+    ),
     Case(
         "AdaLoRA",
         config("AdaLoraConfig", init_r=4, target_r=2, lora_alpha=6, total_step=10),
@@ -244,6 +295,35 @@ def test_kernels_of_every_size_share_one_random_projection():
         for mine, yours in zip(small, large, strict=True):
             a, b = np.asarray(one[mine]), np.asarray(other[yours])
             np.testing.assert_array_equal(a, b[tuple(slice(size) for size in a.shape)])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 96)])
+@pytest.mark.parametrize("seed", [0, 777, LARGEST_SEED])
+def test_places_are_those_that_torch_draws(seed, shape):
+    """A file of PEFT's has the seed and not the places."""
+    fan_in, fan_out = shape
+    drawn = torch.randperm(fan_in * fan_out, generator=torch.Generator().manual_seed(seed)).numpy()
+    for count in {1, min(40, drawn.size), drawn.size}:
+        columns, rows = seeded_places(seed, count, shape)
+        np.testing.assert_array_equal(columns * fan_in + rows, drawn[:count])
+
+
+@pytest.mark.nightly
+def test_places_of_a_long_weight_are_those_that_torch_draws():
+    """PyTorch draws 64 bits from this many entries on, and 32 below."""
+    for size in (LONG - 1, LONG):
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(3))[:500].numpy()
+        np.testing.assert_array_equal(seeded_places(3, 500, (size, 1))[1], drawn)
+
+
+def test_other_places_than_those_of_the_seed_are_not_written(pair, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        method = sx.FourierFT(coefficients=5)
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", method)])
+        for node in nodes(adapters).values():
+            node.frozen["idx"] = node.frozen["idx"][:, :, ::-1]
+        with pytest.raises(sx.SboraxError, match="q_proj: 'idx' is not what PEFT's FOURIERFT draws from the seed"):
+            save_peft(tmp_path, pair.ours, params, adapters)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ allocating = pytest.mark.filterwarnings(
 CLOSE = {"rtol": 0, "atol": 1e-4}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TWO = ["q_proj", "down_proj"]
-EXCEPTIONS = {"rank_pattern": 4, "alpha_pattern": 5, "block_size_pattern": 16}
+EXCEPTIONS = {"rank_pattern": 4, "alpha_pattern": 5, "block_size_pattern": 16, "n_frequency_pattern": 16}
 PATTERNED = {
     "LORA": {"r": 2},
     "LOHA": {"r": 2},
@@ -35,6 +35,8 @@ PATTERNED = {
     "HIRA": {"r": 2},
     "DELORA": {"r": 2},
     "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 8},
+    "WAVEFT": {"n_frequency": 8},
 }
 
 

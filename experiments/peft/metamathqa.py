@@ -51,6 +51,7 @@ HOW = {
     "lora / rank64-rslora": _alone(sx.LoRA(rank=64, alpha=64.0, rslora=True)),
     "shira / lr_0.0003-random_seed_42": _alone(sx.SHiRA(rank=32)),
     "miss / bat": _alone(sx.Bat(rank=64)),
+    "gralora / rank32": _alone(sx.GraLoRA(rank=32)),
     "lora / rank10-target-mlp": ("rules.0.pattern=mlp", *_alone(sx.LoRA(rank=10, alpha=20.0))),
     "oft / rank32": _alone(sx.OFT(block=96)),
     "c3a / default": _alone(sx.C3A(block=64)),
@@ -64,12 +65,16 @@ HOW = {
     "lokr / rank32-factor4-lr0.003": _alone(sx.LoKr(rank=32, alpha=64.0, factor=4)),
     "ia3 / all-attn-5k-lr0.005": _ia3("self_attn", "mlp"),
     "lora / rank32-lorafa": ("optimizer.name=lora_fa",),
+    "waveft / n_frequency-5000": _alone(sx.WaveFT(coefficients=5000)),
     "ia3 / lr_0.001": _ia3("self_attn/(k|v)_proj", "down_proj"),
     "loha / rank32": _alone(sx.LoHa(rank=32, alpha=64.0)),
     "miss / mini": _alone(sx.Bone(rank=64, mini_rank=64)),
     "adalora / rank32": (*_alone(sx.AdaLoRA(rank=64, alpha=8.0)), f"procedure={json.dumps(BUDGET)}"),
     "vera / default": _alone(sx.VeRA(rank=256)),
     "ia3 / default": _ia3("self_attn/(k|v)_proj", "down_proj"),
+    "road / lr_0.001": _alone(sx.RoAd(variant="2")),
+    "fourierft / n_frequency-5000": _alone(sx.FourierFT(coefficients=5000, alpha=300.0)),
+    "fourierft / default": _alone(sx.FourierFT(alpha=300.0)),
 }
 """How sborax runs what it has: method / experiment, as PEFT's folders are called."""
 SOURCE = "results in method_comparison/MetaMathQA of github.com/huggingface/peft, commit 5d602fdb"
@@ -192,5 +197,7 @@ DIFFERS = (
     "base measures the like.",
     "Settings are those of the experiments' files in PEFT at the commits that were read: LoHa, AdaLoRA, LoRA-FA and "
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
-    "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96.",
+    "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
+    "GraLoRA at 005745b, WaveFT at f8bbafe.",
+    "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

@@ -20,16 +20,15 @@ from sborax.models.language_model import abstract
 from sborax.train.base import adapt
 from sborax.train.hints import promised
 
-SIZES = ("rank", "block")
-"""Fields that say how large an adapter is."""
-LARGEST = 128
+LARGEST = {"rank": 128, "block": 128, "coefficients": 4096}
+"""Fields that say how large an adapter is, with the largest value that is tried."""
 STORED = Path(__file__).parent / "sizes.json"
 
 
 def size_of(method: AbstractMethod) -> str | None:
     """The field that says how large its adapters are; None for a method without one, such as IA3."""
     fields = {field.name for field in dataclasses.fields(method)}  # pyright: ignore
-    return next((name for name in SIZES if name in fields), None)
+    return next((name for name in LARGEST if name in fields), None)
 
 
 def sized(method: AbstractMethod, value: int) -> AbstractMethod:
@@ -59,8 +58,10 @@ def matched(shape: LlamaConfig, pattern: str, method: AbstractMethod, target: in
 
     A method without a size, such as IA3, is returned as it is. A rank policy is replaced by one rank for all layers.
     """
-    if size_of(method) is None:
+    size = size_of(method)
+    if size is None:
         return method
+    largest = LARGEST[size]
 
     def distance(value: int) -> float:
         try:
@@ -68,14 +69,14 @@ def matched(shape: LlamaConfig, pattern: str, method: AbstractMethod, target: in
         except SboraxError:
             return float("inf")
 
-    # Parameters grow with a rank about linearly, so few ranks need to be counted: those around the estimate.
-    powers = [1 << power for power in range(LARGEST.bit_length())]
+    # Parameters grow about linearly but with a block, so few sizes need to be counted: those around the estimate.
+    powers = [1 << power for power in range(largest.bit_length())]
     best = min(powers, key=distance)
-    around = range(max(1, best // 2), min(LARGEST, 2 * best) + 1) if size_of(method) == "rank" else powers
+    around = powers if size == "block" else range(max(1, best // 2), min(largest, 2 * best) + 1)
     while len(around) > 9:
         step = max(1, len(around) // 8)
         best = min(around[::step], key=distance)
-        around = range(max(1, best - step), min(LARGEST, best + step) + 1)
+        around = range(max(1, best - step), min(largest, best + step) + 1)
     return sized(method, min(around, key=distance))
 
 

@@ -1,4 +1,4 @@
-"""Rows of the kinds with low-rank factors: LORA and ADALORA, HIRA, DELORA, LOHA, LOKR."""
+"""Rows of the kinds with low-rank factors: LORA and ADALORA, HIRA, DELORA, LOHA, LOKR, GRALORA."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from sborax.adapters.core import AbstractMethod, Adapter, SboraxError
 from sborax.interop.peft_layout import TYING
 from sborax.interop.peft_row import (
     ANY_START,
+    LARGEST_RANK,
     NO_BIAS,
     TRANSPOSED,
     Fields,
@@ -20,9 +21,10 @@ from sborax.interop.peft_row import (
     dropout_of,
     number_field,
     rank_field,
+    whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
 
 PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
@@ -134,6 +136,20 @@ def _write_lokr(node: Adapter) -> dict[str, Any]:
     return {**sizes, "decompose_both": method.both, "decompose_factor": method.factor}
 
 
+def _read_gralora(fields: Fields) -> Fit:
+    rank, hybrid = rank_field(fields), whole_field(fields, "hybrid_r", 0, LARGEST_RANK)
+    blocks, rate = rank_field(fields, "gralora_k"), number_field(fields, "gralora_dropout")
+    method = GraLoRA(rank=rank, blocks=blocks, hybrid=hybrid, dropout=rate)
+    return Fit(method, {"scale": number_field(fields, "alpha") / (rank + hybrid)})
+
+
+def _write_gralora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, GraLoRA)
+    sizes = {"r": method.rank, "hybrid_r": method.hybrid, "gralora_k": method.blocks}
+    return {**sizes, "alpha": alpha_of(node, method.rank + method.hybrid), "gralora_dropout": dropout_of(node)}
+
+
 LOW_RANK = (
     Row(
         LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
@@ -201,5 +217,14 @@ LOW_RANK = (
         ),
         _read_lokr, _write_lokr, {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True,
         inert=LYCORIS | {"rank_dropout_scale"}, constants=NO_BIAS,
+    ),
+    Row(
+        GraLoRA, "GRALORA", ANY_START,
+        {"r": 32, "hybrid_r": 0, "alpha": 64, "gralora_k": 2, "gralora_dropout": 0.0},
+        (
+            Tensor("gralora_A", "a_i", (0, 1, 2)), Tensor("gralora_B", "b_j", (0, 1, 2)),
+            Tensor("gralora_A_general.weight", "u", TRANSPOSED), Tensor("gralora_B_general.weight", "v", TRANSPOSED),
+        ),
+        _read_gralora, _write_gralora,
     ),
 )  # fmt: skip

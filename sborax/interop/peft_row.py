@@ -102,6 +102,7 @@ class Row:
     - inert: config fields that do not change the function of a saved adapter.
     - constants: fields that are always written.
     - layered: whether the config can choose layers by number.
+    - drawn: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
     """
 
     method: type[AbstractMethod]
@@ -120,14 +121,20 @@ class Row:
     inert: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"bias": "none"})
     layered: bool = True
+    drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
+
+
+def whole_field(fields: Fields, name: str, least: int, most: int) -> int:
+    """A field that holds a whole number. Raises SboraxError unless it lies in least..most."""
+    value = fields[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise SboraxError(f"{name} must be a whole number in {least}..{most}, got {str(value)[:40]}")
+    return value
 
 
 def rank_field(fields: Fields, name: str = "r") -> int:
     """A field that holds a size. Raises SboraxError unless it is a whole number in 1..LARGEST_RANK."""
-    value = fields[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_RANK:
-        raise SboraxError(f"{name} must be a whole number in 1..{LARGEST_RANK}, got {str(value)[:40]}")
-    return value
+    return whole_field(fields, name, 1, LARGEST_RANK)
 
 
 def number_field(fields: Fields, name: str) -> float:
@@ -159,9 +166,14 @@ def alpha_of(node: Adapter, rank: int) -> int | float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
+def decimal_of(node: Adapter, leaf: str) -> float:
+    """A frozen scalar of an adapter, rounded to the shortest decimal that gives the same float32; 0 without it."""
+    return float(str(np.float32(node.frozen.get(leaf, 0.0))))
+
+
 def dropout_of(node: Adapter) -> float:
     """An adapter's dropout rate, rounded to the shortest decimal that gives the same float32."""
-    return float(str(np.float32(node.frozen.get("dropout", 0.0))))
+    return decimal_of(node, "dropout")
 
 
 def leaf_shapes(method: AbstractMethod, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -171,6 +171,7 @@ def _entry(
     name = _name(node)
     for row in TABLE if form == "native" else [PLAIN]:
         if type(node.method) is row.method and row.write is not None and (fields := row.write(node)) is not None:
+            _check_drawn(module, row, node, layout.shape(path))
             return _Entry(row, name, fields if form == "native" else _undropped(fields), _tensors(row, node))
     factors = exact(node, layout.shape(path))
     if factors is not None:
@@ -194,6 +195,16 @@ def _entry(
     check_finite(f"{module}: its merged weight", merged)
     a, b, error = truncated(np.asarray(merged - wide(layout.kernel(path, layer))), rank)
     return _plain(name, (a, b), error)
+
+
+def _check_drawn(module: str, row: Row, node: Adapter, shape: tuple[int, int]) -> None:
+    """Raise SboraxError unless PEFT would draw the frozen leaves that its file lacks as they are here."""
+    for leaf, value in ({} if row.drawn is None else row.drawn(node.method, shape)).items():
+        if not np.array_equal(np.asarray(node.frozen[leaf]), value):
+            raise SboraxError(
+                f"{module}: {leaf!r} is not what PEFT's {row.peft_type} draws from the seed, and its file cannot hold "
+                "it; use as_='lora'"
+            )
 
 
 def _undropped(fields: dict[str, Any]) -> dict[str, Any]:

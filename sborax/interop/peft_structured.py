@@ -1,13 +1,13 @@
-"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, HRA, SHIRA, IA3."""
+"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, HRA, SHIRA, IA3, ROAD."""
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from sborax.adapters.core import Adapter, SboraxError
 from sborax.interop.peft_row import ANY_START, NO_BIAS, Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
 from sborax.interop.peft_targets import matched
-from sborax.methods import C3A, HRA, IA3, OFT, Bat, Bone, SHiRA
+from sborax.methods import C3A, HRA, IA3, OFT, Bat, Bone, RoAd, SHiRA
 
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
@@ -61,6 +61,22 @@ def _write_oft(node: Adapter) -> dict[str, Any]:
         "peft_version": SERIES_SINCE,
     }
     return fields if method.terms is None else {**fields, "num_cayley_neumann_terms": method.terms}
+
+
+def _road(variant: Literal["1", "2", "4"]) -> Row:
+    """The row of one variant of RoAd."""
+
+    def read(fields: Fields) -> Fit:
+        return Fit(RoAd(variant=variant, block=rank_field(fields, "group_size")), {})
+
+    def write(node: Adapter) -> dict[str, Any] | None:
+        method = node.method
+        assert isinstance(method, RoAd)
+        return {"group_size": method.block} if method.variant == variant else None
+
+    tensors = (Tensor("road_theta", "theta", (0,)), Tensor("road_alpha", "alpha", (0,)))
+    known_by = {"variant": (f"road_{variant}",), **ANY_START}
+    return Row(RoAd, "ROAD", known_by, {"group_size": 64}, tensors, read, write, constants=NO_BIAS, layered=False)
 
 
 def _feedforward(config: Fields, module: str) -> dict[str, Any]:
@@ -117,4 +133,7 @@ STRUCTURED = (
         by_module=_feedforward, in_config=_list_feedforward, reads=frozenset({"feedforward_modules"}),
         constants=NO_BIAS, layered=False,
     ),
+    _road("1"),
+    _road("2"),
+    _road("4"),
 )  # fmt: skip

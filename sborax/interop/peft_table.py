@@ -1,7 +1,7 @@
 """The methods that PEFT has, too. A row says how a method reads in PEFT's config and which tensors it has.
 
 PEFT keeps matrices as torch does, (out, in); ours are (in, out). A method that PEFT knows is exported and imported once
-it has a row in `peft_low_rank`, `peft_structured` or `peft_projected`. Key names and shapes follow peft 0.21.
+it has a row in one of the files from which `TABLE` is put together. Key names and shapes follow peft 0.21.
 """
 
 import re
@@ -12,14 +12,23 @@ from sborax.adapters.core import SboraxError
 from sborax.interop.peft_low_rank import LOW_RANK
 from sborax.interop.peft_projected import PROJECTED
 from sborax.interop.peft_row import Row
+from sborax.interop.peft_spectral import SPECTRAL
 from sborax.interop.peft_structured import STRUCTURED
 
-TABLE = (*LOW_RANK, *STRUCTURED, *PROJECTED)
+TABLE = (*LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL)
 
 PLAIN = TABLE[0]
 """The row of plain LoRA, as which every method with thin factors can be written."""
 
-KNOWN_BY_DEFAULTS = {"use_dora": False, "init_lora_weights": True, "init_weights": True, "init_ia3_weights": True}
+KNOWN_BY_DEFAULTS = {
+    "use_dora": False,
+    "init_lora_weights": True,
+    "init_weights": True,
+    "init_ia3_weights": True,
+    "variant": "road_1",
+    "use_idwt": True,
+    "wavelet_family": "db1",
+}
 """PEFT's defaults of the fields in `Row.known_by`."""
 
 INERT = frozenset(

@@ -9,6 +9,8 @@ from sborax.methods.bone import Bone as Bone
 from sborax.methods.c3a import C3A as C3A
 from sborax.methods.delora import DeLoRA as DeLoRA
 from sborax.methods.dora import DoRA as DoRA
+from sborax.methods.fourier_ft import FourierFT as FourierFT
+from sborax.methods.gralora import GraLoRA as GraLoRA
 from sborax.methods.hira import HiRA as HiRA
 from sborax.methods.hra import HRA as HRA
 from sborax.methods.ia3 import IA3 as IA3
@@ -25,10 +27,12 @@ from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
 from sborax.methods.randlora import RandLoRA as RandLoRA
 from sborax.methods.reslora import ResLoRA as ResLoRA
+from sborax.methods.road import RoAd as RoAd
 from sborax.methods.sara import SARA as SARA
 from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
 from sborax.methods.vera import VeRA as VeRA
+from sborax.methods.wave_ft import WaveFT as WaveFT
 
 # pyright goes by the aliases above; it cannot read this list.
 __all__ = sorted(name for name, item in globals().items() if isinstance(item, type))  # pyright: ignore

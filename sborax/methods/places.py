@@ -1,0 +1,43 @@
+"""Places of trained entries that follow from a seed."""
+
+import numpy as np
+from jaxtyping import Int
+
+from sborax.adapters.core import SboraxError
+
+LARGEST_SEED = (1 << 32) - 1
+LONG = LARGEST_SEED // 20
+"""From so many entries on, PyTorch draws 64 bits for each."""
+
+
+def seeded_places(seed: int, count: int, shape: tuple[int, int]) -> Int[np.ndarray, "2 count"]:
+    """Distinct random places of an (in, out) weight: a column and a row for each.
+
+    Place k is entry k of `torch.randperm(in * out)` after `torch.manual_seed(seed)`, over the (out, in) weight. PEFT's
+    files hold the seed alone. NumPy guarantees that `RandomState` never changes, and it is seeded as PyTorch's
+    generator is.
+
+    Args:
+    - seed: in 0..LARGEST_SEED.
+    - count: how many places.
+    - shape: (in, out).
+    """
+    fan_in, fan_out = shape
+    size = fan_in * fan_out
+    words = 2 if size >= LONG else 1
+    draws = np.random.RandomState(seed).randint(0, 1 << 32, (count, words), np.uint32).tolist()
+    places, moved = np.empty(count, np.int64), {}
+    # The first steps of a shuffle of all entries, of which only those that have moved are kept.
+    for k, draw in enumerate(draws):
+        other = k + (draw[0] if words == 1 else draw[0] << 32 | draw[1]) % (size - k)
+        places[k] = moved.get(other, other)
+        moved[other] = moved.get(k, k)
+    return np.stack([places // fan_in, places % fan_in]).astype(np.int32)
+
+
+def check_places(seed: int, count: int, shape: tuple[int, int]) -> None:
+    """Raise `SboraxError` unless `seeded_places` has so many places to draw."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise SboraxError(f"seed must lie in 0..{LARGEST_SEED}, got {seed}")
+    if not 1 <= count <= shape[0] * shape[1]:
+        raise SboraxError(f"coefficients must lie in 1..{shape[0] * shape[1]} (entries of the weight), got {count}")
