@@ -14,7 +14,7 @@ MOST_COEFFICIENTS = (1 << 31) - 1
 PATTERNS = {"n_frequency": "n_frequency_pattern"}
 
 
-def _sizes(fields: Fields) -> dict[str, int]:
+def _sizes(fields: Fields) -> dict[str, Any]:
     return {
         "coefficients": whole_field(fields, "n_frequency", 1, MOST_COEFFICIENTS),
         "seed": whole_field(fields, "random_loc_seed", 0, LARGEST_SEED),

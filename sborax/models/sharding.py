@@ -94,7 +94,9 @@ def used_whole(adapter: Adapter, module: str) -> Adapter:
 
 def sent_packed(kernel: Weight, module: str) -> Weight:
     """`kernel` as the projection `module` uses it on a mesh: a quantised one is gathered before it is made dense."""
-    return kernel.cut_along(*_used_axes(module)) if is_weight(kernel) and compiled_axes() else kernel
+    if isinstance(kernel, AbstractWeight) and compiled_axes():
+        return kernel.cut_along(*_used_axes(module))
+    return kernel
 
 
 def _used_axes(module: str) -> tuple[str | None, str | None]:
