@@ -308,12 +308,10 @@ def test_places_are_those_that_torch_draws(seed, shape):
         np.testing.assert_array_equal(columns * fan_in + rows, drawn[:count])
 
 
-@pytest.mark.nightly
-def test_places_of_a_long_weight_are_those_that_torch_draws():
-    """PyTorch draws 64 bits from this many entries on, and 32 below."""
-    for size in (LONG - 1, LONG):
-        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(3))[:500].numpy()
-        np.testing.assert_array_equal(seeded_places(3, 500, (size, 1))[1], drawn)
+def test_a_long_weight_is_refused():
+    """PyTorch draws the places of larger weights in another way."""
+    with pytest.raises(sx.SboraxError, match="places are drawn for fewer than"):
+        sx.FourierFT(coefficients=5).check((LONG, 1))
 
 
 def test_other_places_than_those_of_the_seed_are_not_written(pair, tmp_path):

@@ -7,7 +7,7 @@ from sborax.adapters.core import SboraxError
 
 LARGEST_SEED = (1 << 32) - 1
 LONG = LARGEST_SEED // 20
-"""From so many entries on, PyTorch draws 64 bits for each."""
+"""From so many entries on, PyTorch draws in another way, which is not reproduced here."""
 
 
 def seeded_places(seed: int, count: int, shape: tuple[int, int]) -> Int[np.ndarray, "2 count"]:
@@ -24,12 +24,11 @@ def seeded_places(seed: int, count: int, shape: tuple[int, int]) -> Int[np.ndarr
     """
     fan_in, fan_out = shape
     size = fan_in * fan_out
-    words = 2 if size >= LONG else 1
-    draws = np.random.RandomState(seed).randint(0, 1 << 32, (count, words), np.uint32).tolist()
+    draws = np.random.RandomState(seed).randint(0, 1 << 32, count, np.uint32).tolist()
     places, moved = np.empty(count, np.int64), {}
     # The first steps of a shuffle of all entries, of which only those that have moved are kept.
     for k, draw in enumerate(draws):
-        other = k + (draw[0] if words == 1 else draw[0] << 32 | draw[1]) % (size - k)
+        other = k + draw % (size - k)
         places[k] = moved.get(other, other)
         moved[other] = moved.get(k, k)
     return np.stack([places // fan_in, places % fan_in]).astype(np.int32)
@@ -39,5 +38,7 @@ def check_places(seed: int, count: int, shape: tuple[int, int]) -> None:
     """Raise `SboraxError` unless `seeded_places` has so many places to draw."""
     if not 0 <= seed <= LARGEST_SEED:
         raise SboraxError(f"seed must lie in 0..{LARGEST_SEED}, got {seed}")
+    if shape[0] * shape[1] >= LONG:
+        raise SboraxError(f"the weight has {shape[0] * shape[1]} entries; places are drawn for fewer than {LONG}")
     if not 1 <= count <= shape[0] * shape[1]:
         raise SboraxError(f"coefficients must lie in 1..{shape[0] * shape[1]} (entries of the weight), got {count}")
