@@ -6,12 +6,13 @@ measured too, eager and with compiled layers, if torch and peft are installed. C
 process; peers run in processes of their own. Utilisation is 4N FLOPs a token over the card's peak (`--peak`, dense
 bfloat16; 989 TFLOP/s for an H100 or H200).
 
-Each part is appended to `--out` when it ends, with the card and versions. Parts that are there already are not measured
+Each part is appended to `--out` when it ends, with the card, versions and a digest of the code. Parts that are there already are not measured
 again: a run that was cut off goes on, and `--again` measures anew. `--tiny` tries the whole program on any device.
 """
 
 import argparse
 import datetime
+import hashlib
 import json
 import shutil
 import statistics
@@ -34,13 +35,8 @@ STEPS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "SmolLM2-135M": [("LoRA", {"batch": 8, "length": 2048})],
 }
 """Cases by shape."""
-PEERS = {
-    "LLaMA-3.1-8B": ("PEFT", "PEFT, layers compiled"),
-    "LLaMA-3.2-1B": ("PEFT", "PEFT, layers compiled"),
-    "LLaMA-3.2-3B": ("PEFT", "PEFT, layers compiled"),
-    "SmolLM2-135M": ("PEFT", "PEFT, layers compiled"),
-}
-"""Peers by shape, on the first case of that shape."""
+PEERS = ("PEFT", "PEFT, layers compiled")
+"""What the first case of every shape is measured beside."""
 SWEEPS = {"SmolLM2-135M": {"batch": 4, "length": 512}, "LLaMA-3.2-1B": {"batch": 4, "length": 512}}
 MEMBERS = 6
 TINY = {"shape": "tiny", "layers": 2, "length": 64, "batch": 2, "dtype": "float32", "rank": 4}
@@ -62,7 +58,7 @@ def parts() -> dict[str, dict[str, Any]]:
     for shape, arms in STEPS.items():
         first, *others = ({**COMMON, "shape": shape, "method": method, **changes} for method, changes in arms)
         tasks[f"{shape}, steps"] = {"what": "arms", "case": first, "others": others}
-        tasks |= {f"{shape}, {peer}": {"what": peer, "case": {"remat": "cheap", **first}} for peer in PEERS[shape]}
+        tasks |= {f"{shape}, {peer}": {"what": peer, "case": {"remat": "cheap", **first}} for peer in PEERS}
     for shape, changes in SWEEPS.items():
         case = {**COMMON, "documents": 1, "shape": shape, "method": "SBoRA-FA", **changes}
         tasks[f"{shape}, sweep"] = {"what": "sweep", "case": case, "members": MEMBERS}
@@ -70,13 +66,20 @@ def parts() -> dict[str, dict[str, Any]]:
 
 
 def read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The results of parts that were measured on this card with these versions."""
+    """The results of parts that were measured on this card with this code and these versions."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {
         line["part"]: line["result"]
         for line in lines
-        if "part" in line and all(line[name] == about[name] for name in ("card", "versions"))
+        if "part" in line and all(line.get(name) == about[name] for name in ("card", "versions", "code"))
     }
+
+
+def code() -> str:
+    """A digest of the package and of the benchmarks: what other code gave is not taken for what this gives."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(path for folder in ("sborax", "benchmarks") for path in (root / folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def card_name() -> str:
@@ -118,7 +121,7 @@ def show_steps(results: dict[str, Any], tasks: dict[str, dict[str, Any]], peak: 
                 ]
             )
         case, got = measured[0]
-        for peer in PEERS[shape]:
+        for peer in PEERS:
             if (theirs := results.get(f"{shape}, {peer}")) is None:
                 continue
             seconds = statistics.median(theirs["seconds"])
@@ -161,7 +164,7 @@ def main() -> None:
         parser.error("there is no NVIDIA GPU here (nvidia-smi is missing); python -m benchmarks measures on a CPU")
     card = "a tiny trial" if args.tiny else card_name()
     versions = {name: version(name) for name in ("jax", "flax", "torch", "peft", "transformers")}
-    about = {"date": datetime.date.today().isoformat(), "card": card, "versions": versions}
+    about = {"date": datetime.date.today().isoformat(), "card": card, "versions": versions, "code": code()}
     tasks, results = parts(), {} if args.again else read(args.out, about)
     for name in args.only:
         if name in results:
