@@ -6,8 +6,9 @@ measured too, eager and with compiled layers, if torch and peft are installed. C
 process; peers run in processes of their own. Utilisation is 4N FLOPs a token over the card's peak (`--peak`, dense
 bfloat16; 989 TFLOP/s for an H100 or H200).
 
-Each part is appended to `--out` when it ends, with the card, versions and a digest of the code. Parts that are there already are not measured
-again: a run that was cut off goes on, and `--again` measures anew. `--tiny` tries the whole program on any device.
+Each part is appended to `--out` when it ends, with the card, versions and a digest of the code. Parts that are there
+already are not measured again: a run that was cut off goes on, and `--again` measures anew. `--tiny` tries the whole
+program on any device.
 """
 
 import argparse
