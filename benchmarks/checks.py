@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import sborax as sx
+from benchmarks.ours import plain_model
 from benchmarks.worker import run
 from sborax import methods
 from sborax.adapters.core import Hint
 from sborax.adapters.paths import kernels
 from sborax.layout.state import start, take_apart
-from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.models import LanguageModel
 from sborax.models.backends import attend, choose, platform
 from sborax.models.nf4 import quantise
 from sborax.sweep.grid import Sweep
@@ -32,20 +33,17 @@ from sborax.sweep.members import gather, make_sweep_step
 from sborax.train.optimizer import make_optimizer
 from sborax.train.step import make_step
 
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=512,
-    intermediate_size=768,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=(),
-)
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 TARGETS = "self_attn|mlp"
 FLOAT32 = 2e-5
 """Largest difference of float32 results whose sums are added in another order, relative to the largest entry."""
@@ -82,14 +80,14 @@ def is_plain(leaf: Any) -> bool:
     return not jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jax.dtypes.prng_key)
 
 
-def plain_model(dtype: str = "float32", attention: str = "xla") -> LanguageModel:
+def small_model(dtype: str = "float32", attention: str = "xla") -> LanguageModel:
     """The small model, without parameters."""
-    return LanguageModel(Llama(CONFIG, jnp.dtype(dtype), attention=attention), {}, CONFIG, None)
+    return plain_model(SHAPE, dtype, attention=attention)
 
 
 def small_batch(rows: int = 4, length: int = 32) -> dict[str, Any]:
     """One microbatch with two samples in a row, and padding."""
-    tokens = np.random.default_rng(0).integers(1, CONFIG.vocab_size, (1, rows, length), np.int32)
+    tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], (1, rows, length), np.int32)
     segments = np.broadcast_to(np.repeat(np.array([1, 2, 0], np.int32), [12, 16, length - 28]), tokens.shape)
     counts = (segments > 0) & (np.arange(length) % 12 > 3)
     return {"tokens": tokens, "targets": np.roll(tokens, -1, 2), "counts": counts, "segments": segments.copy()}
@@ -138,7 +136,7 @@ def gradients(model: LanguageModel, base: Any, adapters: Any, device: Any, times
 def check_method(name: str) -> Iterator[Check]:
     """A method's step beside the CPU's, repeated on the device, and its adapters as attached on the device."""
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    model = plain_model()
+    model = small_model()
     with jax.default_device(cpu):
         params = small_params(model)
         base, adapters = attached(name, params)
@@ -157,7 +155,7 @@ def check_method(name: str) -> Iterator[Check]:
 
 def check_donation() -> Iterator[Check]:
     """The state before a step is given up for the one behind it."""
-    model = plain_model()
+    model = small_model()
     base, adapters = attached("LoRA", small_params(model))
     parts, tx = take_apart(base, adapters), make_optimizer(sx.Optimizer(lr=1e-3), 10)
     state = start(parts, tx)
@@ -215,7 +213,7 @@ def check_nf4() -> Iterator[Check]:
 
 def check_sweep() -> Iterator[Check]:
     """Three steps of four members at once, beside as many single runs."""
-    model, batch = plain_model(), small_batch()
+    model, batch = small_model(), small_batch()
     params = small_params(model)
     rules = [(TARGETS, sx.SBoRA(rank=8))]
     plain = sx.Experiment(model="random", data=sx.Data("random"), rules=rules, steps=10)
@@ -245,13 +243,13 @@ def check_sweep() -> Iterator[Check]:
 def check_bfloat16() -> Iterator[Check]:
     """A step of LoRA in bfloat16 with the attention of the device, beside float32 on the CPU."""
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    narrow = plain_model("bfloat16", choose("auto", platform(), "bfloat16", CONFIG.head_dim))
+    narrow = small_model("bfloat16", "auto")
     with jax.default_device(cpu):
         params = small_params(narrow)
         base, adapters = attached("LoRA", params)
         adapters = moved(adapters)
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
-    (wanted,) = gradients(plain_model(), wide, adapters, cpu)
+    (wanted,) = gradients(small_model(), wide, adapters, cpu)
     (ours,) = gradients(narrow, base, adapters, device)
     yield "loss", relative(ours["loss"], wanted["loss"]), BFLOAT16
     yield "gradients", relative(ours["grads"], wanted["grads"]), 5 * BFLOAT16

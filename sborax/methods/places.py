@@ -1,9 +1,10 @@
 """Places of trained entries that follow from a seed."""
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sborax.adapters.core import SboraxError
+from sborax.adapters.core import Fitted, SboraxError
 
 LARGEST_SEED = (1 << 32) - 1
 LONG = LARGEST_SEED // 20
@@ -42,3 +43,9 @@ def check_places(seed: int, count: int, shape: tuple[int, int]) -> None:
         raise SboraxError(f"the weight has {shape[0] * shape[1]} entries; places are drawn for fewer than {LONG}")
     if not 1 <= count <= shape[0] * shape[1]:
         raise SboraxError(f"coefficients must lie in 1..{shape[0] * shape[1]} (entries of the weight), got {count}")
+
+
+def start_at_places(seed: int, count: int, shape: tuple[int, ...], alpha: float) -> Fitted:
+    """Leaves of an adapter with `count` entries c = 0 at `seeded_places` idx of an (in, out) weight, and its scale."""
+    places = seeded_places(seed, count, (shape[0], shape[1]))
+    return Fitted({"c": jnp.zeros(count)}, {"idx": jnp.asarray(places), "scale": jnp.float32(alpha)})

@@ -18,7 +18,7 @@ from sborax.adapters.core import (
     cast,
     hyper,
 )
-from sborax.methods.places import check_places, seeded_places
+from sborax.methods.places import check_places, start_at_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,7 @@ class WaveFT(AbstractAdditive):
         check_places(self.seed, self.coefficients, shape)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        places = seeded_places(self.seed, self.coefficients, (weight.shape[0], weight.shape[1]))
-        return Fitted(
-            {"c": jnp.zeros(self.coefficients)}, {"idx": jnp.asarray(places), "scale": jnp.float32(self.alpha)}
-        )
+        return start_at_places(self.seed, self.coefficients, weight.shape, self.alpha)
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
