@@ -24,6 +24,8 @@ from sborax.errors import SboraxError
 
 Leaves = dict[str, Any]
 """Arrays by name. Methods made of methods nest one level per part."""
+HIDDEN = "adapter_h"
+"""Name of the thin activation (tokens, rank) for rematerialisation policies, since it is cheap to save."""
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
 
@@ -71,6 +73,11 @@ class Context:
             return leaf.reshape(count, *leaf.shape[len(batch) :])
 
         return Context(self.key, jax.tree.map(per_row, self.rows), *jax.tree.map(per_token, tokens))
+
+    def take(self, tokens: Int[Array, " rows"]) -> "Context":
+        """The context of rows that are some of the tokens of a flattened context, in any order."""
+        fields = (self.rows, self.prompt, self.mask, self.memory)
+        return Context(self.key, *jax.tree.map(lambda leaf: leaf[tokens], fields))
 
 
 @jax.tree_util.register_dataclass

@@ -24,6 +24,8 @@ from sborax.adapters.core import (
     hyper,
     matmul,
 )
+from sborax.adapters.depth import over_stack
+from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_dropout, grouped_matmul, row_factors
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
 SMALLEST = 1e-2
@@ -31,7 +33,7 @@ SMALLEST = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class DoRA(AbstractReparametrisation):
+class DoRA(AbstractReparametrisation, AbstractGrouped):
     """W' = m * (W + s a b) / ||W + s a b||, the norm of each output column taken over the input axis.
 
     y = (m / n) * (x W + s (x a) b), n = ||W + s a b|| held constant in the backward pass (paper, section 4.3).
@@ -85,6 +87,19 @@ class DoRA(AbstractReparametrisation):
             # Saved for the gradient of m, else rematerialised layers would multiply by W once more.
             return ratio * checkpoint_name(base + low, HIDDEN)
         return base + (ratio - 1) * matmul(dropped, weight) + ratio * low
+
+    def apply_grouped(
+        self, x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "rows out"]:
+        train = adapter.train
+        norms = over_stack(lambda w, node: _norm(w, node.train, node.frozen), sizes.shape)(weight, adapter)
+        base, dropped = grouped_matmul(x, weight, sizes), grouped_dropout(x, sizes, adapter, ctx)
+        ratio = row_factors(train["m"] / jax.lax.stop_gradient(norms), sizes, base)
+        a = adapter.frozen["scale"][:, None, None] * train["a"]
+        low = grouped_matmul(grouped_matmul(dropped, cast(a, x), sizes), cast(train["b"], x), sizes)
+        if dropped is x:
+            return ratio * checkpoint_name(base + low, HIDDEN)
+        return base + (ratio - 1) * grouped_matmul(dropped, weight, sizes) + ratio * low
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         train = adapter.train

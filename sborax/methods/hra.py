@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from sborax.adapters.core import (
+    HIDDEN,
     AbstractMethod,
     Adapter,
     Axes,
@@ -21,7 +22,6 @@ from sborax.adapters.core import (
     dense,
     matmul,
 )
-from sborax.methods.lowrank import HIDDEN
 
 
 @dataclasses.dataclass(frozen=True)

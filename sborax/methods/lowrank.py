@@ -7,10 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.core import Adapter, Context, Fitted, Hint, Leaves, Rank, cast, dropout, live, width
-
-HIDDEN = "adapter_h"
-"""Name of the thin activation (tokens, rank) for rematerialisation policies, since it is cheap to save."""
+from sborax.adapters.core import HIDDEN, Adapter, Context, Fitted, Hint, Leaves, Rank, cast, dropout, live, width
 
 
 def scaling(alpha: float | None, rank: Rank, hint: Hint, stabilised: bool = False) -> Float[Array, ""]:

@@ -3,8 +3,8 @@
 import math
 
 from sborax.adapters.constraints import ROWS
-from sborax.adapters.core import is_weight, width
-from sborax.methods.lowrank import HIDDEN
+from sborax.adapters.core import HIDDEN, is_weight, width
+from sborax.models.decoder import active_width
 from sborax.models.llama import kept_names
 from sborax.plans.ahead import Outline, device_bytes
 from sborax.train.head_loss import CHUNK
@@ -35,7 +35,7 @@ def _kept(planned: Outline) -> float:
         "qkv": (heads + 2 * pairs) / tensor,
         "attended": heads / tensor,
         "mixed": config.hidden_size,
-        "gate_up": 2 * config.intermediate_size / tensor,
+        "gate_up": 2 * active_width(config) / tensor,
         HIDDEN: sum(width(site.method.rank) for site in planned.plan.sites),
     }
     names = kept_names(planned.model.module.remat)
@@ -54,7 +54,7 @@ def _layer(planned: Outline) -> float:
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     item = planned.model.module.dtype.itemsize
     scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item)
-    gated = 4 * rows * length * config.intermediate_size / tensor * item
+    gated = 4 * rows * length * active_width(config) / tensor * item
     kernels = [
         leaf for path, leaf in planned.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")
     ]

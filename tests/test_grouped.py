@@ -1,0 +1,104 @@
+"""Rows sorted by expert: every method's grouped form equals a loop over experts with `linear`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bare_kernels import assert_close, base, fitted, largest, normal, trained
+from cases import IN, METHODS, OUT, Case
+from nightly import nightly_unless
+
+import sborax as sx
+from sborax.adapters.compose import Chain
+from sborax.adapters.core import AbstractComposite, AbstractFactored, dense
+from sborax.adapters.grouped import AbstractGrouped, grouped_linear, grouped_matmul, tile_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+SIZES = (5, 0, 14)
+"""An expert without rows, one with more than a tile, and a tile that begins within a group of eight."""
+ROWS = sum(SIZES)
+by_base = pytest.mark.parametrize(
+    "quantised", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["f32", "nf4"]
+)
+
+
+def rows(seed: int = 7) -> jax.Array:
+    return jnp.asarray(normal(seed, ROWS, IN))
+
+
+def by_expert(x, weight, node=None):
+    """What a loop over experts computes."""
+    ends = np.cumsum(SIZES)
+    outputs = []
+    for expert, (end, size) in enumerate(zip(ends, SIZES, strict=True)):
+        if not size:
+            continue
+        matrix, own = jax.tree.map(lambda leaf, expert=expert: leaf[expert], (weight, node))
+        outputs.append(sx.linear(x[end - size : end], matrix, own))
+    return jnp.concatenate(outputs)
+
+
+@functools.partial(jax.jit, static_argnames="product")
+def with_gradients(product, x, weight, node, cotangent):
+    def loss(x, train):
+        y = product(x, weight, sx.Adapter(train, node.frozen, node.method, node.in_axes))
+        return jnp.sum(y * cotangent), y
+
+    (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, node.train)
+    return y, grads
+
+
+def grouped(x, weight, node):
+    return grouped_linear(x, weight, jnp.asarray(SIZES), node)
+
+
+FORMS = (AbstractGrouped, AbstractFactored, AbstractComposite, Chain)
+FEW = {
+    (bool(case.method.no_merge), *(isinstance(case.method, form) for form in FORMS)): case for case in reversed(METHODS)
+}.values()
+"""A row of every form that `grouped_linear` tells apart."""
+
+
+@by_base
+@pytest.mark.parametrize("case", nightly_unless(FEW, METHODS), ids=lambda case: case.name)
+def test_grouped_rows_equal_a_loop_over_experts(case: Case, quantised):
+    weight, node = fitted(case.method, quantised=quantised)
+    node, cotangent = trained(node), jnp.asarray(normal(8, ROWS, OUT))
+    ours, theirs = (with_gradients(product, rows(), weight, node, cotangent) for product in (grouped, by_expert))
+    for mine, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert largest(wanted) > 0
+        assert_close(mine, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["f32", "nf4"])
+def test_plain_rows_equal_a_loop_over_experts(quantised):
+    weight = base(quantised=quantised)
+    y = jax.jit(grouped_matmul)(rows(), weight, jnp.asarray(SIZES))
+    assert_close(y, by_expert(rows(), dense(weight)), 1e-6)
+
+
+def test_a_trained_stack_has_the_gradient_of_each_expert():
+    cotangent = jnp.asarray(normal(8, ROWS, OUT))
+
+    def gradient(product):
+        return jax.jit(jax.grad(lambda weight: jnp.sum(product(weight) * cotangent)))(base())
+
+    ours = gradient(lambda weight: grouped_matmul(rows(), weight, jnp.asarray(SIZES)))
+    assert_close(ours, gradient(lambda weight: by_expert(rows(), weight)), 1e-6)
+    assert not np.asarray(ours[1]).any()
+
+
+def test_members_of_a_sweep_may_route_their_rows_apart():
+    sizes = jnp.asarray([SIZES, (19, 0, 0), (1, 2, 16)])
+    x = jnp.asarray(normal(4, 3, ROWS, IN))
+    together = jax.jit(jax.vmap(grouped_matmul, (0, None, 0)))(x, base(), sizes)
+    for number in range(3):
+        assert_close(together[number], grouped_matmul(x[number], base(), sizes[number]), 1e-6)
+
+
+@pytest.mark.parametrize(("count", "experts", "tile"), [(8, 64, 8), (512, 8, 32), (16384, 8, 128)])
+def test_tiles_at_balanced_load_are_full(count, experts, tile):
+    assert tile_rows(count, experts) == tile and (count // experts) % tile in (0, count // experts)
