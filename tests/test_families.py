@@ -28,6 +28,7 @@ from sborax.interop.peft import load_peft, save_peft
 from sborax.layout.sharding import Layout
 from sborax.layout.state import flatten, selected, start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate, load_config, load_model, save_hf
+from sborax.models.decoder import active_width
 from sborax.models.families import FAMILIES
 from sborax.models.nf4 import NF4Array
 from sborax.plans.ahead import outline
@@ -44,6 +45,22 @@ FIELDS = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
     "gemma": {"head_dim": 12, "num_key_value_heads": 1},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 3, "attention_bias": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 24,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+    },
 }
 ALL = [("self_attn|mlp", sx.LoRA(rank=2, alpha=4.0))]
 
@@ -91,7 +108,7 @@ def test_a_merged_model_loads_in_transformers(pair, tmp_path):
     model = load_model(pair.path, scan=False)
     params, adapters = sx.attach(jax.random.key(0), model.params, ALL)
     adapters = shaken(adapters)
-    assert len(nodes(adapters)) == 2 * 7
+    assert len(nodes(adapters)) == 2 * (10 if model.config.experts and model.config.experts.shared_size else 7)
     save_hf(tmp_path, model, jax.jit(sx.merge)(params, adapters))
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -107,6 +124,10 @@ def test_configs_go_both_ways(pair):
     config = pair.ours.config
     assert config.eos_token_id == tuple(ENDS)
     assert LlamaConfig.from_hf(config.to_hf()) == config
+    if config.experts:
+        with pytest.raises(sx.SboraxError, match="layers with experts are all alike"):
+            dataclasses.replace(config, layer_sizes=((4, 1, 40), (2, 1, 8)))
+        return
     unequal = dataclasses.replace(config, layer_sizes=((4, 1, 40), (2, 1, 8)), model_type=f"sborax_{config.model_type}")
     assert LlamaConfig.from_hf(unequal.to_hf()) == unequal and unequal.family is config.family
 
@@ -143,6 +164,28 @@ PUBLISHED = {
     ),
     # Tied, although the file does not say so.
     "Gemma-2B": published("gemma", 18, 2048, 16384, 8, 1, 256000, **GEMMA),
+    "Mixtral-8x7B": published(
+        "mixtral", 32, 4096, 14336, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
+    ),
+    "OLMoE-1B-7B": published(
+        "olmoe", 16, 2048, 1024, 16, 16, 50304, num_experts=64, num_experts_per_tok=8, clip_qkv=None
+    ),
+    "Qwen1.5-MoE-A2.7B": published(
+        "qwen2_moe", 24, 2048, 5632, 16, 16, 151936, **SWITCHED_OFF, sliding_window=32768, decoder_sparse_step=1
+    ),
+    "Qwen3-30B-A3B": published(
+        "qwen3_moe",
+        48,
+        2048,
+        6144,
+        32,
+        4,
+        151936,
+        **SWITCHED_OFF,
+        mlp_only_layers=[],
+        head_dim=128,
+        norm_topk_prob=True,
+    ),
 }
 
 
@@ -158,7 +201,7 @@ def test_plans_count_what_transformers_builds(name, tmp_path, capsys):
     config = load_config(tmp_path)
     whole = outline(sx.Experiment("x", sx.Data("x"), ALL, steps=1), config)
     d, wide = config.hidden_size, config.num_attention_heads * config.head_dim
-    of_layer = 2 * d * (wide + config.num_key_value_heads * config.head_dim) + 3 * d * config.intermediate_size
+    of_layer = 2 * d * (wide + config.num_key_value_heads * config.head_dim) + 3 * d * active_width(config)
     assert model_flops(config, whole.parts) == 4 * (config.num_hidden_layers * of_layer + d * config.vocab_size)
 
 
@@ -184,8 +227,14 @@ REFUSED = {
     "foreign": ("Qwen2.5-0.5B", {"attn_logit_softcapping": 50.0}, "unknown field 'attn_logit_softcapping'"),
     **{
         kind: ("Qwen3-0.6B", {"model_type": kind}, f"{kind!r} is not supported; known: llama, mistral, qwen2")
-        for kind in ("gemma2", "gemma3_text", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+        for kind in ("gemma2", "gemma3_text", "deepseek_v3")
     },
+    "dense layers": ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+    "some sparse": ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported, only 1"),
+    "noise": ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported, only 0.0"),
+    "clipped": ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported, only None"),
+    "too many": ("OLMoE-1B-7B", {"num_experts_per_tok": 65}, r"num_experts_per_tok must lie in 1\.\.64, got 65"),
+    "biases of q": ("Qwen1.5-MoE-A2.7B", {"qkv_bias": False}, "qkv_bias = False is not supported, only True"),
 }
 
 

@@ -87,7 +87,7 @@ def test_a_host_reads_what_its_devices_hold():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
     shards = Shards.of((3, 32, 16), np.float32, Half(sharding))
     for layer, tensor in enumerate(tensors):
-        for region, part in shards.slots(layer):
+        for region, part in shards.slots((layer,)):
             part[...] = tensor[region]
     for layer, tensor in enumerate(tensors):
         np.testing.assert_array_equal(tensor.read, np.arange(32)[:, None].repeat(16, 1) < 16)

@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HFLayout:
-    """A parameter tree under Hugging Face's names."""
+    """A parameter tree under Hugging Face's names, without experts."""
 
     leaves: dict[str, Any]
     """Every leaf by our path."""
@@ -76,6 +76,9 @@ def layout_of(params: Any) -> HFLayout:
     leaves, slots, depths = flatten(params), {}, {}
     for path, leaf in leaves.items():
         entry, number = row(path), unlayered(path)[1]
+        if "{expert}" in entry.hf:
+            # transformers holds the experts of a layer in one parameter, which is no module.
+            continue
         stacked = "{layer}" in entry.hf and number is None
         if path.endswith("/kernel"):
             depths[path] = leaf.shape[0] if stacked else None

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import flatten
-from sborax.adapters.paths import bias_path
+from sborax.adapters.paths import bias_path, stacks_experts
 from sborax.adapters.tree import link, nodes
 from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
@@ -110,6 +110,11 @@ def save_peft(
         raise SboraxError("there is no adapter to save: the tree is empty")
     entries: dict[str, _Entry] = {}
     for path, node in linked.items():
+        if stacks_experts(path):
+            raise SboraxError(
+                f"{path}: an adapter of experts is not written in PEFT's form yet; merge it and save the model, or "
+                "leave experts out of the rules"
+            )
         if path not in layout.depths:
             raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
         if node.method.rewrites_base and isinstance(leaves[path], AbstractWeight):

@@ -19,7 +19,7 @@ from sborax.adapters.leaves import map_with_path
 from sborax.config.documents import check_plain, parse, read_object, shown
 from sborax.config.terminal import say
 from sborax.models.decoder import DecoderConfig
-from sborax.models.names import DERIVED, Row, row, unlayered
+from sborax.models.names import DERIVED, Row, row, stack_shape, tensor_names
 from sborax.models.nf4 import NF4Array, check, quantise, quantise_numpy
 from sborax.models.shards import aligned, read_sharded
 
@@ -41,7 +41,7 @@ class AbstractTensors(abc.ABC):
 
     @abc.abstractmethod
     def name(self, entry: Row) -> str:
-        """The name of a tensor in this kind of file, with `{layer}` for the number of the layer."""
+        """The name of a tensor in this kind of file, with `{layer}` and `{expert}` for the numbers of these."""
 
     @abc.abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,6 +67,8 @@ class Safetensors(AbstractTensors):
 
     where: str
     entries: Mapping[str, Entry]
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of the family's own, by path of our leaf."""
 
     def names(self) -> frozenset[str]:
         """All tensors but the rotary frequencies of old checkpoints."""
@@ -74,7 +76,7 @@ class Safetensors(AbstractTensors):
 
     def name(self, entry: Row) -> str:
         """Hugging Face's name."""
-        return entry.hf
+        return self.renamed.get(entry.ours, entry.hf)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the header, which is within the bounds of the file."""
@@ -106,8 +108,10 @@ def _entries(file: Path) -> dict[str, Entry]:
     }
 
 
-def open_safetensors(directory: Path) -> Safetensors:
+def open_safetensors(directory: Path, renamed: Mapping[str, str]) -> Safetensors:
     """The directory's `model.safetensors`, else the shards that its index lists, as transformers does.
+
+    - renamed: names of the family's own, by path of our leaf.
 
     An index that lists other files than the one that is read is reported on stderr.
     Raises SboraxError for a missing, truncated or unlisted shard.
@@ -124,7 +128,7 @@ def open_safetensors(directory: Path) -> Safetensors:
         entries |= _entries(directory / shard)
     if listed is not None and (lost := sorted(listed.keys() - entries.keys())):
         raise SboraxError(f"{directory}: tensor {lost[0]!r} is in {INDEX} but in no shard")
-    return Safetensors(str(directory), entries)
+    return Safetensors(str(directory), entries, renamed)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -164,17 +168,12 @@ def load_params(
     available, used = tensors.names(), set[str]()
     where = jax.tree.map(lambda _: None, shapes) if place is None else place(_held(shapes, quantised))
 
-    def is_stacked(path: str) -> bool:
-        return "{layer}" in tensors.name(row(path)) and unlayered(path)[1] is None
-
-    def names_of(path: str) -> Iterator[str]:
-        pattern = tensors.name(row(path))
-        for layer in range(config.num_hidden_layers) if is_stacked(path) else [unlayered(path)[1]]:
-            yield pattern.format(layer=layer)
+    def stack_of(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return stack_shape(tensors.name(row(path)), path, shape)
 
     def check_leaf(path: str, want: jax.ShapeDtypeStruct) -> None:
-        shape = want.shape[1:] if is_stacked(path) else want.shape
-        for name in names_of(path):
+        shape = want.shape[len(stack_of(path, want.shape)) :]
+        for name in tensor_names(tensors.name(row(path)), path, want.shape):
             if name not in available:
                 raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
             used.add(name)
@@ -186,21 +185,20 @@ def load_params(
     map_with_path(check_leaf, shapes)
 
     def read_leaf(path: str, want: jax.ShapeDtypeStruct, sharding: Any) -> Any:
-        entry, stacked = row(path), is_stacked(path)
+        entry, stack = row(path), stack_of(path, want.shape)
 
         def read() -> Iterator[tuple[str, np.ndarray]]:
-            for name in names_of(path):
+            for name in tensor_names(tensors.name(entry), path, want.shape):
                 tensor = tensors.read(name)
                 yield name, tensor.T if entry.transposed else tensor
 
         if sharding is not None:
-            layers = enumerate(read()) if stacked else ((None, tensor) for tensor in read())
-            return read_sharded(layers, want, sharding)
+            return read_sharded(zip(np.ndindex(*stack), read(), strict=True), want, sharding)
         if quantised(path):
-            return _quantised(path, want, read(), stacked)
+            return _quantised(path, want, read(), stack)
         target = aligned(want.shape, want.dtype)
-        for slot, (_, tensor) in zip(target if stacked else [target], read(), strict=True):
-            slot[...] = tensor
+        for place, (_, tensor) in zip(np.ndindex(*stack), read(), strict=True):
+            target[place] = tensor
         return jax.device_put(target)
 
     params = map_with_path(read_leaf, shapes, where)
@@ -230,22 +228,21 @@ def _check(path: str, want: jax.ShapeDtypeStruct) -> None:
 
 
 def _quantised(
-    path: str, want: jax.ShapeDtypeStruct, layers: Iterator[tuple[str, np.ndarray]], stacked: bool
+    path: str, want: jax.ShapeDtypeStruct, matrices: Iterator[tuple[str, np.ndarray]], stack: tuple[int, ...]
 ) -> NF4Array:
-    """`quantise` of a stack that is never dense in memory: one layer at a time."""
+    """`quantise` of a stack that is never dense in memory: one matrix at a time."""
     _check(path, want)
     target: Any = None
-    depth = want.shape[:1] if stacked else (1,)
-    for number, (name, tensor) in enumerate(layers):
+    for place, (name, tensor) in zip(np.ndindex(*stack), matrices, strict=True):
         try:
-            layer = quantise_numpy(tensor.astype(want.dtype, copy=False))
+            matrix = quantise_numpy(tensor.astype(want.dtype, copy=False))
         except SboraxError as error:
             raise SboraxError(f"quant: {name}: {error}") from None
         if target is None:
-            target = jax.tree.map(lambda leaf: aligned((*depth, *np.shape(leaf)), leaf.dtype), layer)
-        for slots, leaf in zip(jax.tree.leaves(target), jax.tree.leaves(layer), strict=True):
-            slots[number] = leaf
-    return jax.device_put(target if stacked else jax.tree.map(lambda leaf: leaf[0], target))
+            target = jax.tree.map(lambda leaf: aligned((*stack, *np.shape(leaf)), leaf.dtype), matrix)
+        for slots, leaf in zip(jax.tree.leaves(target), jax.tree.leaves(matrix), strict=True):
+            slots[place] = leaf
+    return jax.device_put(target)
 
 
 def _tied_copy(

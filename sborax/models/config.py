@@ -11,14 +11,15 @@ from jaxtyping import Float32
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.families import INERT, NEUTRAL, OPTIONAL, UNEQUAL, Family, family_of
+from sborax.models.families import INERT, NEUTRAL, OPTIONAL, UNEQUAL, ExpertKeys, Family, family_of
 
 MOST_LAYERS = 1 << 12
 MOST_UNEQUAL = 1 << 8
 WIDEST = 1 << 23
 WIDEST_HEAD = 1 << 16
-"""Bounds of the number of layers, of layers of unequal size (traced one by one), of an axis of an array, and of a head.
-They are far beyond real models."""
+MOST_EXPERTS = 1 << 14
+"""Bounds of the number of layers, of layers of unequal size (traced one by one), of an axis of an array, of a head,
+and of the experts of a layer. They are far beyond real models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,39 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in place of a dense MLP. Every expert is a gated unit.
+
+    - count: experts of a layer.
+    - chosen: experts that each token passes, those of the largest router probabilities.
+    - intermediate_size: the inner width of an expert.
+    - shared_size: the inner width of a gated unit for every token, weighed by a sigmoid; 0 for none.
+    - normalised: the probabilities of the chosen experts are divided by their sum.
+    - balance: the share of the load-balancing loss in the loss of a model whose router is trained.
+    """
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    shared_size: int = 0
+    normalised: bool = False
+    balance: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chosen <= self.count:
+            raise SboraxError(f"num_experts_per_tok must lie in 1..{self.count}, got {self.chosen}")
+        if self.count > MOST_EXPERTS or max(self.intermediate_size, self.shared_size) > WIDEST:
+            raise SboraxError(f"experts: at most {MOST_EXPERTS:,} of width {WIDEST:,}")
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Shapes and constants of a LLaMA-family decoder. The names are those of Hugging Face's `config.json`.
 
     - attention_bias: q, k, v and o have biases. In some families q, k and v always have them: see `qkv_bias`.
     - sliding_window: longest sequence with plainly causal attention, in tokens, or None.
     - model_type: a row of `families.FAMILIES`.
+    - experts: the mixture of experts in every layer; None for dense MLPs.
     - layer_sizes: (attention heads, key-value heads, intermediate size) of every layer; empty if all are alike.
     - eos_token_id: every id that ends a text.
     """
@@ -83,6 +111,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    experts: Experts | None = None
     layer_sizes: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,6 +119,10 @@ class LlamaConfig:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             _check_tokens(key, getattr(self, key), self.vocab_size)
         self._check_bounds()
+        if (self.experts is None) != (self.family.experts is None):
+            raise SboraxError(f"experts: {self.model_type} has {'none' if self.experts else 'some; say how many'}")
+        if self.layer_sizes and self.experts:
+            raise SboraxError("layer_sizes: layers with experts are all alike here")
         if self.layer_sizes and len(self.layer_sizes) != self.num_hidden_layers:
             raise SboraxError(f"layer_sizes: {len(self.layer_sizes)} entries for {self.num_hidden_layers} layers")
         for layer in range(len(self.layer_sizes)):
@@ -159,6 +192,7 @@ class LlamaConfig:
                 raise SboraxError(f"{where}: {key} = {str(given)[:80]} is not supported, only {allowed[0]}")
         known = {field.name for field in dataclasses.fields(LlamaConfig)} - OPTIONAL | family.optional
         known |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
+        known = known - {"experts"} | (family.experts.keys if family.experts else frozenset())
         unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
         if unknown:
             raise SboraxError(f"{where}: unknown field {unknown[0]!r}; remove it if it does not change the model")
@@ -179,7 +213,7 @@ class LlamaConfig:
             head_dim=read.optional_integer("head_dim") or width // heads,
             max_position_embeddings=length,
             rms_norm_eps=read.number("rms_norm_eps"),
-            rope=_read_rope(raw, where, length),
+            rope=_read_rope({**family.defaults, **raw}, where, length),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             attention_bias="attention_bias" in family.optional and read.flag("attention_bias"),
             mlp_bias="mlp_bias" in family.optional and read.flag("mlp_bias"),
@@ -191,7 +225,7 @@ class LlamaConfig:
             layer_sizes=_read_sizes(raw, where),
         )
         try:
-            return LlamaConfig(**given)
+            return LlamaConfig(**given, experts=_read_experts(read, family.experts))
         except SboraxError as error:
             raise SboraxError(f"{where}: {error}") from None
 
@@ -202,6 +236,8 @@ class LlamaConfig:
         raw["eos_token_id"] = (
             list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None)
         )
+        del raw["experts"]
+        raw |= _written_experts(self.experts, self.family.experts)
         raw |= {"hidden_act": self.family.activations[0], "rope_theta": self.rope.theta}
         if self.layer_sizes:
             raw["layer_sizes"] = [list(sizes) for sizes in self.layer_sizes]
@@ -263,6 +299,12 @@ class _Reader:
             raise SboraxError(f"{self.where}: {key} must be a positive number, got {shown(value)}")
         return float(value)
 
+    def share(self, key: str) -> float:
+        value = self._given(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e30:
+            raise SboraxError(f"{self.where}: {key} must be a number of at least 0, got {shown(value)}")
+        return float(value)
+
     def flag(self, key: str) -> bool:
         value = self.raw.get(key, False)
         if not isinstance(value, bool):
@@ -280,6 +322,33 @@ class _Reader:
         except SboraxError as error:
             raise SboraxError(f"{self.where}: {error}") from None
         return tuple(ids)
+
+
+def _read_experts(read: _Reader, keys: ExpertKeys | None) -> Experts | None:
+    if keys is None:
+        return None
+    count = next((key for key in keys.count if key in read.raw), keys.count[0])
+    return Experts(
+        count=read.integer(count),
+        chosen=read.integer("num_experts_per_tok"),
+        intermediate_size=read.integer(keys.intermediate_size),
+        shared_size=read.integer(keys.shared) if keys.shared else 0,
+        normalised=read.flag("norm_topk_prob") if keys.normalised is None else keys.normalised,
+        balance=read.share("router_aux_loss_coef"),
+    )
+
+
+def _written_experts(experts: Experts | None, keys: ExpertKeys | None) -> dict[str, Any]:
+    if experts is None or keys is None:
+        return {}
+    raw = {
+        keys.count[0]: experts.count,
+        "num_experts_per_tok": experts.chosen,
+        keys.intermediate_size: experts.intermediate_size,
+        "router_aux_loss_coef": experts.balance,
+    }
+    raw |= {keys.shared: experts.shared_size} if keys.shared else {}
+    return raw if keys.normalised is not None else raw | {"norm_topk_prob": experts.normalised}
 
 
 def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int], ...]:

@@ -61,6 +61,22 @@ class DecoderConfig(Protocol):
     def to_hf(self) -> dict[str, Any]: ...
 
 
+def active_share(config: DecoderConfig) -> float:
+    """The share of a layer's experts that a token passes; 1 for a config without experts."""
+    experts = getattr(config, "experts", None)
+    return 1.0 if experts is None else experts.chosen / experts.count
+
+
+def active_width(config: DecoderConfig) -> int:
+    """The inner width of the gated units that a token passes in one layer."""
+    experts = getattr(config, "experts", None)
+    return (
+        config.intermediate_size
+        if experts is None
+        else experts.chosen * experts.intermediate_size + experts.shared_size
+    )
+
+
 class AbstractDecoder(nn.Module, abc.ABC):
     """A decoder in Flax Linen.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sborax.adapters.core import SboraxError
 from sborax.config.classes import instances, load_plugins
@@ -37,6 +37,29 @@ OPTIONAL = frozenset({"attention_bias", "mlp_bias", "sliding_window"})
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertKeys:
+    """Where the files of a family with sparse layers say what `config.Experts` holds.
+
+    - count: keys of the number of experts: the first that a file has counts, and the first is written.
+    - intermediate_size: the key of an expert's inner width.
+    - shared: the key of the inner width of the expert that all tokens pass; None if there is none.
+    - normalised: weights of the chosen experts always add up to 1; None if key `norm_topk_prob` says so.
+    """
+
+    count: tuple[str, ...] = ("num_experts",)
+    intermediate_size: str = "moe_intermediate_size"
+    shared: str | None = None
+    normalised: bool | None = None
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Every key that is read."""
+        named = {*self.count, self.intermediate_size, "num_experts_per_tok", "router_aux_loss_coef"}
+        named |= {self.shared} if self.shared else set()
+        return frozenset(named if self.normalised is not None else named | {"norm_topk_prob"})
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """How the models of a family differ from LLaMA, and how their files say so.
 
@@ -45,7 +68,7 @@ class Family:
     - causal_lm: the class that transformers builds.
     - optional: the fields in `OPTIONAL` that its `config.json` has; the others are false.
     - qkv_bias: q, k and v have biases, whatever `attention_bias` says; o has none.
-    - qk_norm: an RMSNorm on each head of q and k before they are rotated.
+    - qk_norm: an RMSNorm on q and k before they are rotated: "head", on each head; "projection", on all heads together.
     - centred: norms multiply by 1 + weight.
     - scaled: vectors of the embedding are multiplied by sqrt(hidden_size); those of a tied head are not.
     - activations: of the gated unit: the one that is computed, then other names that mean it.
@@ -53,6 +76,8 @@ class Family:
     - neutral, inert: further entries of `NEUTRAL` and `INERT` for this family.
     - gguf: llama.cpp's name of the architecture; None if GGUF files are not read.
     - interleaved: GGUF files rotate neighbouring features together.
+    - experts: the MLPs are mixtures of experts, and the keys that say how large; None for dense ones.
+    - files: names of tensors in files of safetensors, by path of our leaf, where they are not those of LLaMA.
     - decoder: the class of the module; None for `Llama`, which reads the fields above.
     """
 
@@ -60,7 +85,7 @@ class Family:
     causal_lm: str
     optional: frozenset[str] = frozenset()
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["", "head", "projection"] = ""
     centred: bool = False
     scaled: bool = False
     activations: tuple[str, ...] = ("silu", "swish")
@@ -69,6 +94,8 @@ class Family:
     inert: frozenset[str] = frozenset()
     gguf: str | None = None
     interleaved: bool = False
+    experts: ExpertKeys | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     decoder: type[AbstractDecoder] | None = None
 
     @property
@@ -80,6 +107,13 @@ class Family:
 _QWEN = {"use_sliding_window": OFF, "use_mrope": OFF, "mlp_bias": OFF}
 # A window that `use_sliding_window` switches off.
 _WINDOW = frozenset({"sliding_window", "max_window_layers"})
+
+# The shares of the router's losses are read; transformers returns the losses themselves if `output_router_logits`.
+_LOGITS = frozenset({"output_router_logits"})
+_AUXILIARY = {"router_aux_loss_coef": 0.001}
+_QWEN_EXPERTS = {"intermediate_size": 5632, **_AUXILIARY}
+_SPARSE_EVERYWHERE = {"decoder_sparse_step": (1,), "mlp_only_layers": (None,)}
+_SPARSE = "model.layers.{layer}.block_sparse_moe"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
@@ -107,7 +141,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(
         "Qwen3ForCausalLM",
         optional=frozenset({"attention_bias"}),
-        qk_norm=True,
+        qk_norm="head",
         defaults={"head_dim": 128},
         neutral=_QWEN,
         inert=_WINDOW,
@@ -128,6 +162,51 @@ FAMILIES: Mapping[str, Family] = {
             "bos_token_id": 2,
         },
         neutral={"hidden_activation": ("gelu_pytorch_tanh", None), "use_bidirectional_attention": OFF, "mlp_bias": OFF},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        optional=frozenset({"sliding_window"}),
+        defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0, "num_local_experts": 8, "num_experts_per_tok": 2}
+        | _AUXILIARY,
+        neutral={"attention_bias": OFF, "mlp_bias": OFF, "router_jitter_noise": (0.0, 0)},
+        inert=_LOGITS,
+        experts=ExpertKeys(("num_local_experts", "num_experts"), "intermediate_size", normalised=True),
+        files={
+            "layers/mlp/router/weight": f"{_SPARSE}.gate.weight",
+            **{
+                f"layers/mlp/experts/{name}_proj/kernel": f"{_SPARSE}.experts.{{expert}}.{short}.weight"
+                for name, short in {"gate": "w1", "down": "w2", "up": "w3"}.items()
+            },
+        },
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        optional=frozenset({"attention_bias"}),
+        qk_norm="projection",
+        defaults={"num_experts": 64, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.01},
+        neutral={"clip_qkv": (None,), "mlp_bias": OFF},
+        inert=_LOGITS,
+        experts=ExpertKeys(("num_experts", "num_local_experts"), "intermediate_size"),
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        qkv_bias=True,
+        defaults=_QWEN_EXPERTS
+        | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
+        | {"shared_expert_intermediate_size": 5632},
+        neutral=_QWEN | _SPARSE_EVERYWHERE | {"qkv_bias": (True,)},
+        inert=_WINDOW | _LOGITS | {"attention_bias"},
+        experts=ExpertKeys(shared="shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        optional=frozenset({"attention_bias"}),
+        qk_norm="head",
+        defaults=_QWEN_EXPERTS | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        neutral=_QWEN | _SPARSE_EVERYWHERE,
+        inert=_WINDOW | _LOGITS,
+        # transformers writes the first and, since version 5, means the second.
+        experts=ExpertKeys(("num_local_experts", "num_experts")),
     ),
 }
 """`model_type` -> its family."""

@@ -11,13 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
 from sborax.adapters.constraints import check_axis_types
-from sborax.methods.lowrank import HIDDEN
+from sborax.adapters.core import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
+from sborax.models.sparse import SparseMLP
 
 Cache = tuple[Float[Array, "*layers batch _ kv_heads head_dim"], Float[Array, "*layers batch _ kv_heads head_dim"]]
 """Keys (rotated) and values."""
@@ -58,7 +59,11 @@ class Attention(nn.Module):
 
         def rotated(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
             plain = project(f"{name}_proj", heads)
-            return rotate(norm_of(cfg, self.dtype, f"{name}_norm")(plain) if cfg.family.qk_norm else plain, *rope)
+            if cfg.family.qk_norm:
+                together = cfg.family.qk_norm == "projection"
+                normed = plain.reshape(*x.shape[:2], -1) if together else plain
+                plain = norm_of(cfg, self.dtype, f"{name}_norm")(normed).reshape(plain.shape)
+            return rotate(plain, *rope)
 
         query, key = rotated("q", cfg.num_attention_heads), rotated("k", cfg.num_key_value_heads)
         value = project("v_proj", cfg.num_key_value_heads)
@@ -87,6 +92,13 @@ class MLP(nn.Module):
         return Linear(cfg.hidden_size, cfg.mlp_bias, self.dtype, name="down_proj")(activation(gate) * up, ctx)
 
 
+def mlp_of(config: LlamaConfig, dtype: Any) -> MLP | SparseMLP:
+    """The feed-forward part of a layer, dense or a mixture of experts."""
+    if config.experts is None:
+        return MLP(config, dtype, name="mlp")
+    return SparseMLP(config.experts, ACTIVATIONS[config.family.activations[0]], dtype, name="mlp")
+
+
 class Block(nn.Module):
     """One decoder layer with the signature of `nn.scan`: carry, shared inputs, input of the layer -> carry, output."""
 
@@ -105,7 +117,7 @@ class Block(nn.Module):
         attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
         mixed, cache = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
-        x = x + MLP(cfg, self.dtype, name="mlp")(norm("post_attention_layernorm")(x), ctx)
+        x = x + mlp_of(cfg, self.dtype)(norm("post_attention_layernorm")(x), ctx)
         return over_rows(x), cache if self.keep else None
 
 

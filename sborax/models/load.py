@@ -114,7 +114,7 @@ def load_model(
         config, tokenizer = tensors.config(), tensors.tokenizer()
     else:
         config = read_config(place)
-        tensors, tokenizer = open_safetensors(place), read_tokenizer(place)
+        tensors, tokenizer = open_safetensors(place, config.family.files), read_tokenizer(place)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size, tensors.where)
     if config.num_hidden_layers > len(tensors.names()):

@@ -5,13 +5,16 @@ Our kernels are `(in, out)`, Hugging Face's weights `(out, in)`. Paths of stacke
 """
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from sborax.adapters.core import SboraxError
 
 
 class Row(NamedTuple):
-    """The names of one tensor. `{layer}` stands for the number of the layer."""
+    """The names of one tensor. `{layer}` stands for the number of the layer, `{expert}` for that of the expert."""
 
     ours: str
     hf: str
@@ -25,6 +28,11 @@ def _projection(module: str, gguf: str) -> tuple[Row, Row]:
         Row(f"{ours}/kernel", f"{theirs}.weight", f"{short}.weight", True),
         Row(f"{ours}/bias", f"{theirs}.bias", f"{short}.bias", False),
     )
+
+
+def _expert(module: str, gguf: str) -> tuple[Row]:
+    theirs = "model.layers.{layer}.mlp.experts.{expert}." + module
+    return (Row(f"layers/mlp/experts/{module}/kernel", f"{theirs}.weight", f"blk.{{layer}}.{gguf}.weight", True),)
 
 
 def _norm(ours: str, hf: str, gguf: str) -> Row:
@@ -44,6 +52,19 @@ TABLE = (
     *_projection("mlp/gate_proj", "ffn_gate"),
     *_projection("mlp/up_proj", "ffn_up"),
     *_projection("mlp/down_proj", "ffn_down"),
+    Row("layers/mlp/router/weight", "model.layers.{layer}.mlp.gate.weight", "blk.{layer}.ffn_gate_inp.weight", True),
+    *_expert("gate_proj", "ffn_gate_exps"),
+    *_expert("up_proj", "ffn_up_exps"),
+    *_expert("down_proj", "ffn_down_exps"),
+    *_projection("mlp/shared_expert/gate_proj", "ffn_gate_shexp"),
+    *_projection("mlp/shared_expert/up_proj", "ffn_up_shexp"),
+    *_projection("mlp/shared_expert/down_proj", "ffn_down_shexp"),
+    Row(
+        "layers/mlp/shared_expert_gate/weight",
+        "model.layers.{layer}.mlp.shared_expert_gate.weight",
+        "blk.{layer}.ffn_gate_inp_shexp.weight",
+        True,
+    ),
     _norm("norm", "model.norm", "output_norm"),
     Row("lm_head/kernel", "lm_head.weight", "output.weight", True),
 )
@@ -67,11 +88,31 @@ def row(path: str) -> Row:
     raise SboraxError(f"{path}: not a parameter of this model")
 
 
-def hf_module(path: str, layer: int | None = None) -> str:
+def stack_shape(pattern: str, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of the leaf at `path` along which its tensors are separate in a file: layers, experts or both.
+
+    - pattern: the name of the tensors.
+    - shape: that of the leaf.
+    """
+    layers = "{layer}" in pattern and unlayered(path)[1] is None
+    return shape[: layers + ("{expert}" in pattern)]
+
+
+def tensor_names(pattern: str, path: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """The names of the tensors of a leaf, in the order of its flattened leading axes. See `stack_shape`."""
+    numbered = unlayered(path)[1]
+    for place in np.ndindex(*stack_shape(pattern, path, shape)):
+        layer, expert = (place[0] if numbered is None and place else numbered), place[-1] if place else None
+        yield pattern.format(layer=layer, expert=expert)
+
+
+def hf_module(path: str, layer: int | None = None, expert: int | None = None) -> str:
     """Hugging Face's name of a module: (`layers/self_attn/q_proj`, 3) -> `model.layers.3.self_attn.q_proj`."""
     plain, numbered = unlayered(path.removesuffix("/kernel"))
     pattern = row(f"{plain}/kernel").hf.removesuffix(".weight")
     number = numbered if numbered is not None else layer
     if "{layer}" in pattern and number is None:
         raise SboraxError(f"{path}: say which layer")
-    return pattern.format(layer=number)
+    if "{expert}" in pattern and expert is None:
+        raise SboraxError(f"{path}: say which expert")
+    return pattern.format(layer=number, expert=expert)

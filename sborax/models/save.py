@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -16,8 +17,9 @@ from sborax.adapters import core
 from sborax.adapters.core import SboraxError
 from sborax.adapters.leaves import flatten
 from sborax.models.checkpoint import INDEX
+from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.names import row, unlayered
+from sborax.models.names import row, stack_shape, tensor_names
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The safetensors format's names of numpy's dtypes."""
@@ -98,24 +100,20 @@ def _tensors(model: LanguageModel, params: Params) -> Iterator[Tensor]:
     leaves = flatten(params)
     if list(flatten(model.abstract())) != list(leaves):
         raise SboraxError("params: not the param tree of this model")
+    renamed = family_of(model.config.model_type).files
     for path, leaf in leaves.items():
-        entry, number = row(path), unlayered(path)[1]
-        stacked = "{layer}" in entry.hf and number is None
-        for layer in range(model.config.num_hidden_layers) if stacked else [number]:
-            shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        entry = row(path)
+        pattern = renamed.get(entry.ours, entry.hf)
+        stack = stack_shape(pattern, path, leaf.shape)
+        shape = tuple(leaf.shape[len(stack) :])
+        for place, name in zip(np.ndindex(*stack), tensor_names(pattern, path, leaf.shape), strict=True):
 
-            def read(
-                leaf: Any = leaf, layer: Any = layer if stacked else ..., flip: bool = entry.transposed
-            ) -> np.ndarray:
-                array = np.asarray((core.dense(leaf) if core.is_weight(leaf) else leaf)[layer])
+            def read(leaf: Any = leaf, place: tuple[int, ...] = place, flip: bool = entry.transposed) -> np.ndarray:
+                part = jax.tree.map(lambda leaf: leaf[place], leaf)
+                array = np.asarray(core.dense(part) if core.is_weight(part) else part)
                 return array.T if flip else array
 
-            yield Tensor(
-                entry.hf.format(layer=layer),
-                np.dtype(leaf.dtype).name,
-                shape[::-1] if entry.transposed else shape,
-                read,
-            )
+            yield Tensor(name, np.dtype(leaf.dtype).name, shape[::-1] if entry.transposed else shape, read)
 
 
 def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from sborax.adapters.constraints import ROWS, compiled_axes, cut
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, Weight, is_weight
 from sborax.adapters.leaves import map_with_path
-from sborax.adapters.tree import specs
+from sborax.adapters.tree import specs, stack_of
 from sborax.models.decoder import DecoderConfig
 
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -88,7 +88,8 @@ def used_whole(adapter: Adapter, module: str) -> Adapter:
     """
     if not compiled_axes():
         return adapter
-    leaf_specs = specs({"kernel": adapter}, {"kernel": PartitionSpec(*_used_axes(module))})["kernel"]
+    stack = (None,) * len(stack_of(adapter))
+    leaf_specs = specs({"kernel": adapter}, {"kernel": PartitionSpec(*stack, *_used_axes(module))})["kernel"]
     return jax.tree.map(lambda leaf, leaf_spec: cut(leaf, *leaf_spec), adapter, leaf_specs)
 
 

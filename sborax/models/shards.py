@@ -45,14 +45,13 @@ class Shards:
         sizes = {region: tuple(stop - start for start, stop in region) for region in regions}
         return cls(shape, sharding, {region: aligned(size, dtype) for region, size in sizes.items()})
 
-    def slots(self, layer: int | None) -> list[tuple[Region, np.ndarray]]:
-        """The region of every part and the buffer for it, in a layer of the stack or, with None, in the whole array."""
-        slots = []
+    def slots(self, place: tuple[int, ...]) -> list[tuple[Region, np.ndarray]]:
+        """The region of every part and the buffer for it, at a place in the leading axes; () for the whole array."""
+        slots, axes = [], len(place)
         for region, part in self.parts.items():
-            if layer is None:
-                slots.append((tuple(slice(*bounds) for bounds in region), part))
-            elif region[0][0] <= layer < region[0][1]:
-                slots.append((tuple(slice(*bounds) for bounds in region[1:]), part[layer - region[0][0]]))
+            if all(start <= number < stop for number, (start, stop) in zip(place, region[:axes], strict=True)):
+                within = tuple(number - start for number, (start, _) in zip(place, region[:axes], strict=True))
+                slots.append((tuple(slice(*bounds) for bounds in region[axes:]), part[within]))
         return slots
 
     def array(self) -> jax.Array:
@@ -62,10 +61,10 @@ class Shards:
         )
 
 
-def read_sharded(layers: Iterable[tuple[int | None, tuple[str, np.ndarray]]], want: Any, where: Any) -> Any:
+def read_sharded(tensors: Iterable[tuple[tuple[int, ...], tuple[str, np.ndarray]]], want: Any, where: Any) -> Any:
     """An array read from tensors. Each process reads the regions that its devices hold.
 
-    - layers: pairs of the number in the stack and (name, tensor), or one tensor without a number.
+    - tensors: pairs of the place in the stack, () without a stack, and (name, tensor).
     - want: shape and dtype of the array.
     - where: its sharding, or for a weight in 4 bits the shardings of an `NF4Array`. Each process quantises the blocks
       that it holds.
@@ -73,22 +72,22 @@ def read_sharded(layers: Iterable[tuple[int | None, tuple[str, np.ndarray]]], wa
     Raises SboraxError for a weight in 4 bits that is not finite.
     """
     if isinstance(where, AbstractWeight):
-        return _read_nf4(layers, want, where)
+        return _read_nf4(tensors, want, where)
     shards = Shards.of(want.shape, want.dtype, where)
-    for layer, (_, tensor) in layers:
-        for region, part in shards.slots(layer):
+    for place, (_, tensor) in tensors:
+        for region, part in shards.slots(place):
             part[...] = tensor[region]
     return shards.array()
 
 
-def _read_nf4(layers: Iterable[tuple[int | None, tuple[str, np.ndarray]]], want: Any, where: Any) -> NF4Array:
+def _read_nf4(tensors: Iterable[tuple[tuple[int, ...], tuple[str, np.ndarray]]], want: Any, where: Any) -> NF4Array:
     *stack, size, out = want.shape
     codes = Shards.of((*stack, size // 2, out), np.uint8, where.codes)
     # Codes and absmax of a matrix are cut into the same whole blocks.
     absmax = Shards.of((*stack, size // BLOCK, out), np.float32, where.absmax)
-    for layer, (name, tensor) in layers:
-        scales = {(rows.start * BLOCK, columns.start): part for (rows, columns), part in absmax.slots(layer)}
-        for (rows, columns), part in codes.slots(layer):
+    for place, (name, tensor) in tensors:
+        scales = {(rows.start * BLOCK, columns.start): part for (rows, columns), part in absmax.slots(place)}
+        for (rows, columns), part in codes.slots(place):
             blocks = tensor[2 * rows.start : 2 * rows.stop, columns].astype(want.dtype, copy=False)
             try:
                 part[...], scales[2 * rows.start, columns.start][...] = encode_blocks(blocks)

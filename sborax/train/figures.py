@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from sborax.adapters.core import AbstractComposite, AbstractMethod
+from sborax.adapters.paths import stacks_experts
 from sborax.adapters.tree import nodes
 from sborax.layout.state import Parts
-from sborax.models.decoder import DecoderConfig
+from sborax.models.decoder import DecoderConfig, active_share
 from sborax.records.report import peak_memory
 from sborax.train.outputs import TABLE
 
@@ -39,10 +40,11 @@ BASE = "base"
 def model_flops(config: DecoderConfig, parts: Parts) -> float:
     """FLOPs of the model for each token of a step, without those of attention.
 
-    N counts the entries of every kernel and of the head: 2N forward, 2N back to the activations, and 2N more for the
-    weights if the base is trained; 4N or 6N.
+    N counts the entries of every kernel that a token passes, and of the head: 2N forward, 2N back to the activations,
+    and 2N more for the weights if the base is trained; 4N or 6N.
     """
-    sizes = {path: math.prod(leaf.shape) for path, leaf in {**parts.base, **parts.trained_base}.items()}
+    leaves, share = {**parts.base, **parts.trained_base}, active_share(config)
+    sizes = {path: math.prod(leaf.shape) * (share if stacks_experts(path) else 1) for path, leaf in leaves.items()}
     kernels = {path: size for path, size in sizes.items() if path.split("/")[-1] == "kernel"}
     if config.tie_word_embeddings:
         kernels[TABLE] = sizes[TABLE]
