@@ -1,10 +1,11 @@
-"""The contract inside a model: every method takes a step in a tiny LLaMA, whatever form the model has.
+"""The contract inside a model: every method takes a step in a tiny LLaMA, dense or of experts, whatever its form.
 
 Rows come from `cases.py` and act on kernels of (IN, OUT). The first rows that vary in what a model has to do for them
 always run; the others run with `-m nightly`.
 """
 
 import dataclasses
+import functools
 import re
 
 import chex
@@ -13,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import IN, LAYERS, METHODS, OUT, Case
-from nightly import nightly_unless
 from torch_pair import shaken
 
 import sborax as sx
-from sborax.adapters.core import Hint, dense, is_weight
+from sborax.adapters.core import AbstractFactored, Hint, dense, is_weight
+from sborax.adapters.grouped import AbstractGrouped
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import kernels
 from sborax.adapters.routing import routed_parts
 from sborax.layout.state import take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, generate
+from sborax.models.config import Experts
 from sborax.models.nf4 import quantise
 
 CONFIG = LlamaConfig(
@@ -39,7 +41,8 @@ CONFIG = LlamaConfig(
     bos_token_id=0,
     eos_token_id=(),
 )
-TARGETS = "mlp/(gate|up)_proj"
+EXPERTS = dataclasses.replace(CONFIG, model_type="mixtral", experts=Experts(count=3, chosen=2, intermediate_size=OUT))
+TARGETS = "mlp/(experts/)?(gate|up)_proj"
 TOKENS = jax.random.randint(jax.random.key(0), (1, 4, 9), 1, CONFIG.vocab_size, jnp.int32)
 BATCH = {
     "tokens": TOKENS[:, :, :-1],
@@ -55,24 +58,62 @@ def demands(case: Case) -> tuple[bool, ...]:
     return bool(method.linked), bool(routed_parts(method)), bool(method.ragged), bool(method.materialises)
 
 
+def grouped_form(method) -> str:
+    """How an adapter of a stack of experts is applied to rows of theirs."""
+    if isinstance(method, AbstractGrouped):
+        return "own"
+    return "tiles" if method.no_merge else "thin" if isinstance(method, AbstractFactored) else "merged"
+
+
+def rows(cases, few):
+    """Parameters with ids, those that are not `few` nightly."""
+    marks = {case.name: () if case in few else (pytest.mark.nightly,) for case in cases}
+    return [pytest.param(case, id=case.name, marks=marks[case.name]) for case in cases]
+
+
 FEW = {demands(case): case for case in reversed(METHODS)}.values()
 """The first row of each kind."""
-by_case = pytest.mark.parametrize("case", nightly_unless(FEW, METHODS), ids=lambda case: case.name)
+# Methods that link layers do not act on experts.
+ON_EXPERTS = [case for case in METHODS if not case.method.linked]
+FEW_ON_EXPERTS = {grouped_form(case.method): case for case in reversed(ON_EXPERTS)}
 
 
-def model_of(**options) -> LanguageModel:
-    return LanguageModel(Llama(CONFIG, jnp.dtype("float32"), **options), {}, CONFIG, None)
+def by(few_on_experts):
+    """Every row in both models: dense, and with experts."""
+    dense_rows = (pytest.param(*row.values, CONFIG, id=row.id, marks=row.marks) for row in rows(METHODS, FEW))
+    return pytest.mark.parametrize(
+        ("case", "config"),
+        [
+            *dense_rows,
+            *(pytest.param(*row.values, EXPERTS, id=f"{row.id}-experts", marks=row.marks)
+              for row in rows(ON_EXPERTS, few_on_experts)),
+        ],
+    )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def params():
-    model = model_of()
-    return jax.jit(model.module.init)(jax.random.key(1), TOKENS[0])["params"]
+by_case = by([])
+"""A step with experts takes long to compile: most of them are compiled nightly."""
 
 
 @pytest.fixture
-def adapted(case, params):
+def model_of(config):
+    """A function of the module's options."""
+
+    def make(**options) -> LanguageModel:
+        return LanguageModel(Llama(config, jnp.dtype("float32"), **options), {}, config, None)
+
+    return make
+
+
+@functools.cache
+def params_of(config):
+    return jax.jit(Llama(config, jnp.dtype("float32")).init)(jax.random.key(1), TOKENS[0])["params"]
+
+
+@pytest.fixture
+def adapted(case, config):
     """The base and adapters that have moved from their start."""
+    params = params_of(config)
     grads = {
         path.removesuffix("/kernel"): Hint(grad=jax.random.normal(jax.random.key(2), leaf.shape))
         for path, leaf in kernels(params).items()
@@ -99,7 +140,7 @@ def layers_of(tree):
 
 
 @by_case
-def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, params, adapted):
+def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, model_of, adapted):
     base, adapters = adapted
     losses, grads = step(model_of(), base, adapters)
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(grads))
@@ -118,8 +159,8 @@ def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, params, adapt
         chex.assert_trees_all_close(slopes, wanted, rtol=1e-4, atol=1e-5, custom_message=name)
 
 
-@by_case
-def test_a_step_on_four_bits_is_one_on_what_they_mean(case, params, adapted):
+@by([FEW_ON_EXPERTS["thin"]])
+def test_a_step_on_four_bits_is_one_on_what_they_mean(case, model_of, adapted):
     flat = flatten(adapted[0])
     packed = nest(
         {path: quantise(leaf) if re.search(f"{TARGETS}/kernel", path) else leaf
@@ -133,8 +174,8 @@ def test_a_step_on_four_bits_is_one_on_what_they_mean(case, params, adapted):
     chex.assert_trees_all_close(grads, slopes, rtol=1e-3, atol=1e-5)
 
 
-@by_case
-def test_adapters_side_by_side_are_each_alone(case, params, adapted):
+@by([FEW_ON_EXPERTS["tiles"]])
+def test_adapters_side_by_side_are_each_alone(case, model_of, adapted):
     base, adapters = adapted
     train, frozen = sx.split(adapters)
     twice = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), train)
@@ -151,7 +192,7 @@ def test_adapters_side_by_side_are_each_alone(case, params, adapted):
 
 
 @by_case
-def test_text_with_a_cache_is_text_without(case, params, adapted):
+def test_text_with_a_cache_is_text_without(case, model_of, adapted):
     base, adapters = adapted
     model = dataclasses.replace(model_of(), params=base)
     prompt = [int(token) for token in TOKENS[0, 0, :5]]

@@ -24,6 +24,8 @@ from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
 """A kernel of three axes or more under a module of this name has one leading stack axis."""
+EXPERTS = "experts"
+"""A kernel under a module of this name has a stack axis of experts, after that of layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Rule:
     - layers: which layers: a slice, or numbers, negative ones from the end. Default None: all. A layer's number is the
       one in the path (`layers/3/...`), else the position on the first stack axis. Other stacked weights, such as the
       experts of a layer, go with their layer.
-    - stack_axes: how many leading axes stack weights. Default None: one under `layers/`, else none.
+    - stack_axes: how many leading axes stack weights. Default None: one under `layers/` and one under `experts/`.
     - in_axes: how many of the kernel's other axes belong to the input. Required if these are more than two.
+    - experts: which experts of a layer, in the same way: positions on the last stack axis of a kernel under `experts/`.
+      Default None: all, and kernels outside of experts.
 
     Raises SboraxError for a pattern that is no regular expression.
     """
@@ -48,22 +52,31 @@ class Rule:
     layers: slice | tuple[int, ...] | None = None
     stack_axes: int | None = None
     in_axes: int | None = None
+    experts: slice | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         try:
             compiled(self.pattern)
         except SboraxError as error:
             raise SboraxError(f"rule {error}") from None
-        if isinstance(self.layers, Sequence):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "experts"):
+            if isinstance(getattr(self, name), Sequence):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def covers(self, layer: int, depth: int) -> bool:
-        """Whether the rule acts on layer number `layer` of `depth`."""
-        if self.layers is None:
-            return True
-        if isinstance(self.layers, slice):
-            return layer in range(depth)[self.layers]
-        return layer in {number % depth for number in self.layers if -depth <= number < depth}
+    def covers(self, layer: int, depth: int, expert: int | None = None, experts: int = 0) -> bool:
+        """Whether the rule acts on a layer of `depth`, and there on an expert of `experts`; None for other kernels."""
+        if expert is None and self.experts is not None:
+            return False
+        return _chosen(self.layers, layer, depth) and (expert is None or _chosen(self.experts, expert, experts))
+
+
+def _chosen(numbers: slice | tuple[int, ...] | None, number: int, count: int) -> bool:
+    """Whether `number` of `count` is one of `numbers`, which may count from the end."""
+    if numbers is None:
+        return True
+    if isinstance(numbers, slice):
+        return number in range(count)[numbers]
+    return number in {other % count for other in numbers if -count <= other < count}
 
 
 RuleLike = Rule | tuple[str, AbstractMethod | None]
@@ -120,6 +133,18 @@ def stacks_layers(path: str, stack: Sequence[int]) -> bool:
     return bool(stack) and (under_layers or module_path(path)[1] is None)
 
 
+def stacks_experts(path: str) -> bool:
+    """Whether a kernel stacks experts along the last of its stack axes: not if its path has a number, `experts/3`."""
+    parts = path.split("/")
+    return EXPERTS in parts and not parts[parts.index(EXPERTS) + 1].isdecimal()
+
+
+def stack_axes(path: str, ndim: int) -> int:
+    """How many leading axes of a kernel stack weights, by the names of its modules."""
+    layers = STACKED_UNDER in path.split("/") and stacks_layers(path, (1,))
+    return max(0, min(ndim - 2, layers + stacks_experts(path)))
+
+
 def _layers(path: str, stack: Sequence[int], number: int) -> tuple[int, ...]:
     count = math.prod(stack)
     counted = stacks_layers(path, stack)
@@ -166,8 +191,7 @@ def as_rules(rules: Iterable[RuleLike]) -> tuple[Rule, ...]:
 
 def _axes(path: str, ndim: int, rule: Rule) -> tuple[int, int]:
     """How many leading axes are stack axes, and how many of the others are input axes."""
-    under_layers = STACKED_UNDER in path.split("/") and module_path(path)[1] is None
-    stack = rule.stack_axes if rule.stack_axes is not None else int(under_layers and ndim > 2)
+    stack = rule.stack_axes if rule.stack_axes is not None else stack_axes(path, ndim)
     others = ndim - stack
     if others < 2:
         raise SboraxError(f"{path}: a kernel of {ndim} axes has no (in, out) pair after {stack} stack axes")
@@ -232,8 +256,10 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         layers = _layers(path, stack, number or 0)
         depth = stack[0] if stacks_layers(path, stack) else numbered_depth
         by_rule: dict[int, list[int]] = {}
+        experts = stack[-1] if stack and stacks_experts(path) else None
         for position, layer in enumerate(layers):
-            first = next((i for i, rule in matching if rule.covers(layer, depth)), None)
+            expert = (None, 0) if experts is None else (position % experts, experts)
+            first = next((i for i, rule in matching if rule.covers(layer, depth, *expert)), None)
             if first is not None:
                 used.add(first)
                 by_rule.setdefault(first, []).append(position)
@@ -264,8 +290,17 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
-    experts = {site.path: Expert(site.method, site.stack, not isinstance(site.method, ByLayer)) for site in sites}
-    for path, method, stack, shape in routers(experts, weights, STACKED_UNDER):
+    planned = {
+        site.path: Expert(
+            site.method, site.stack[: stacks_layers(site.path, site.stack)], not isinstance(site.method, ByLayer)
+        )
+        for site in sites
+    }
+    stacks = {site.path: len(site.stack) for site in sites}
+    widths = {
+        path: weight.shape[stacks.get(path, stack_axes(path, len(weight.shape)))] for path, weight in weights.items()
+    }
+    for path, method, stack, shape in routers(planned, widths, STACKED_UNDER):
         sites.append(Site(path, method, stack, shape, 1, module_path(path)[1] or 0))
     return Plan(tuple(sites), tuple(untouched))
 

@@ -7,7 +7,7 @@ and vmapped like every other adapter. The model calls it once per layer and pass
 import abc
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
@@ -71,7 +71,7 @@ def selective(method: AbstractMethod) -> bool:
 
 
 class Expert(NamedTuple):
-    """A planned projection: its method, the stack axes of its kernel, and whether every layer of it is adapted."""
+    """A planned projection: its method, the axis of layers of its kernel, if any, and whether all of it is adapted."""
 
     method: AbstractMethod
     stack: tuple[int, ...]
@@ -96,13 +96,13 @@ def layer_of(path: str, layers: str) -> str:
     return "/".join(parts[: end + parts[end].isdecimal()])
 
 
-def routers(planned: Mapping[str, Expert], kernels: Mapping[str, Any], layers: str) -> list[Placed]:
+def routers(planned: Mapping[str, Expert], widths: Mapping[str, int], layers: str) -> list[Placed]:
     """A router for every layer with two or more experts.
 
     Its width is the most frequent input size among the kernels of the layer: most kernels read the residual stream.
 
     - planned: projections by the path of their kernel.
-    - kernels: all kernels by path.
+    - widths: the input size of every kernel, by path.
     - layers: the name of the module that layers are under.
 
     Raises SboraxError for experts of one layer with different routers, or that are not in every layer of a stack.
@@ -128,7 +128,7 @@ def routers(planned: Mapping[str, Expert], kernels: Mapping[str, Any], layers: s
                     f"{path}: one router stands for all layers of a stack, so that {type(parts[0]).__name__} cannot be "
                     "in some of them; drop `layers=`, or load the model with scan=False"
                 )
-        read = Counter(weight.shape[len(stack)] for path, weight in kernels.items() if path.startswith(f"{layer}/"))
+        read = Counter(width for path, width in widths.items() if path.startswith(f"{layer}/"))
         (width, votes), *others = read.most_common(2)
         if others and others[0][1] == votes:
             raise SboraxError(f"{layer}: as many kernels read {width} as {others[0][0]} features: its width is unclear")

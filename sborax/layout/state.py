@@ -60,7 +60,8 @@ def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> l
     """Paths of the base leaves that are trained.
 
     - train_base: whether all are.
-    - train_also: "norm" for the scales of norms, "bias" for biases, "embed_tokens" and "lm_head" for these modules.
+    - train_also: "norm" for the scales of norms, "bias" for biases, "router" for the routers of experts, "embed_tokens"
+      and "lm_head" for these modules.
 
     Raises SboraxError for a name that matches nothing.
     """
@@ -68,8 +69,9 @@ def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> l
         return paths
     chosen: set[str] = set()
     for name in train_also:
-        leaf = {"norm": "scale", "bias": "bias"}.get(name)
-        matched = {path for path in paths if (path.split("/")[-1] == leaf if leaf else path.split("/")[0] == name)}
+        end = {"norm": ("scale",), "bias": ("bias",), "router": ("router", "weight")}.get(name)
+        parts = {path: tuple(path.split("/")) for path in paths}
+        matched = {path for path, names in parts.items() if (names[-len(end) :] == end if end else names[0] == name)}
         if not matched:
             why = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
             raise SboraxError(f"train_also: the model has no {name}{why}")
