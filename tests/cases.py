@@ -62,6 +62,7 @@ METHODS = [
     Case("ResLoRA-middle", sx.ResLoRA(rank=4, shortcut="middle", pre_num=2), lambda i, o: 4 * (i + o)),
     Case("AdaLoRA", sx.AdaLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("VeRA", sx.VeRA(rank=6), lambda i, o: 6 + o),
+    Case("PVeRA", sx.PVeRA(rank=6), lambda i, o: 2 * 6 + o),
     Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),
     Case("OFT-exact", sx.OFT(block=16, terms=None, share=True), lambda i, o: 16 * 15 // 2),
     Case("HRA", sx.HRA(rank=4), lambda i, o: 4 * i),
@@ -105,7 +106,7 @@ PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
 """One row a procedure: runs of seven steps in which it acts, with the method of every projection."""
 
 DECLARED = (
-    "rewrites_base", "identity_at_init", "no_merge", "materialises", "ragged", "needs", "sends", "linked"
+    "rewrites_base", "identity_at_init", "no_merge", "materialises", "ragged", "needs", "sends", "linked", "draws"
 )  # fmt: skip
 
 

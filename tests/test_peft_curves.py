@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import peft.optimizers
@@ -73,6 +75,12 @@ def whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.c3a.layer, "BlockCircularConvolution", Product)
 
 
+def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both libraries draw 1 wherever they draw a normal number in training."""
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.ones(shape, dtype))
+
+
 PLAIN: dict[str, AbstractMethod] = {
     "LoRA": sx.LoRA(rank=4, alpha=6.0),
     "rsLoRA": sx.LoRA(rank=4, alpha=6.0, rslora=True),
@@ -89,6 +97,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "HRA": sx.HRA(rank=4),
     "SHiRA": sx.SHiRA(rank=2),
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),
+    "PVeRA": sx.PVeRA(rank=6, d_initial=1.0),
     "RandLoRA": sx.RandLoRA(rank=8, alpha=16.0),
     "C3A": sx.C3A(block=8),
     "FourierFT": sx.FourierFT(coefficients=40),
@@ -106,6 +115,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
     # Entries of its weight are divided by the number of entries, so it learns slowly.
     "FourierFT": {"recipe": adamw(lr=0.1)},
+    "PVeRA": {"patch": equal_draws},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }

@@ -86,6 +86,13 @@ CASES = [
         same(d="vera_lambda_d", m="vera_lambda_b"),
         joined(flipped(a="vera_A", b="vera_B"), scaled(1.0)),
     ),
+    Case(
+        "PVeRA",
+        config("PveraConfig", r=5, init_weights=False),
+        sx.PVeRA(rank=5),
+        same(d="pvera_lambda_d", m="pvera_lambda_b"),
+        joined(flipped(a="pvera_A", b="pvera_B"), scaled(1.0)),
+    ),
     Case("LoHa", config("LoHaConfig", r=3, alpha=6), sx.LoHa(rank=3), flipped(**LOHA), scaled(2.0)),
     Case(
         "LoKr",
@@ -288,6 +295,7 @@ def test_kernels_of_every_size_share_one_random_projection():
     params = {"small": {"kernel": jnp.ones((8, 6))}, "large": {"kernel": jnp.ones((20, 30))}}
     for method, small, large in [
         (sx.VeRA(rank=4), ("a", "b"), ("a", "b")),
+        (sx.PVeRA(rank=4), ("a", "b"), ("a", "b")),
         (sx.RandLoRA(rank=4), ("p_in", "q_out"), ("p_out", "q_in")),
     ]:
         _, adapters = sx.attach(jax.random.key(0), params, [(".*", method)])
@@ -348,7 +356,9 @@ def test_files_both_ways(kind, pair, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("method", [sx.VeRA(rank=4), sx.RandLoRA(rank=8)], ids=["VeRA", "RandLoRA"])
+@pytest.mark.parametrize(
+    "method", [sx.VeRA(rank=4), sx.PVeRA(rank=4), sx.RandLoRA(rank=8)], ids=["VeRA", "PVeRA", "RandLoRA"]
+)
 def test_our_own_projections_in_peft(method, pair, tmp_path):
     """Kernels of several sizes cut one projection, which PEFT gets whole; two projections cannot be written."""
     with jax.numpy_dtype_promotion("standard"):

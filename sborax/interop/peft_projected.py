@@ -1,4 +1,4 @@
-"""Rows of the kinds with frozen random projections that all modules share: VERA and RANDLORA."""
+"""Rows of the kinds with frozen random projections that all modules share: VERA, PVERA and RANDLORA."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from sborax.interop.peft_row import (
     number_field,
     rank_field,
 )
-from sborax.methods import RandLoRA, VeRA
+from sborax.methods import PVeRA, RandLoRA, VeRA
 
 SEEDED = frozenset({"projection_prng_key"})
 
@@ -29,6 +29,11 @@ def _check_projected(fields: Fields) -> None:
 def _read_vera(fields: Fields) -> Fit:
     _check_projected(fields)
     return Fit(VeRA(rank=rank_field(fields), dropout=number_field(fields, "vera_dropout")), {"scale": 1.0})
+
+
+def _read_pvera(fields: Fields) -> Fit:
+    _check_projected(fields)
+    return Fit(PVeRA(rank=rank_field(fields), dropout=number_field(fields, "pvera_dropout")), {"scale": 1.0})
 
 
 def _read_randlora(fields: Fields) -> Fit:
@@ -52,6 +57,15 @@ PROJECTED = (
         ),
         _read_vera, lambda node: {"r": node.method.rank, "vera_dropout": dropout_of(node)},
         any_rank=True, inert=SEEDED | {"d_initial"},
+    ),
+    Row(
+        PVeRA, "PVERA", ANY_START, {"r": 256, "pvera_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("pvera_lambda_d", "d", (0,), times="scale"), Tensor("pvera_lambda_b", "m", (0,)),
+            Tensor("pvera_A", "a", TRANSPOSED, shared=True), Tensor("pvera_B", "b", TRANSPOSED, shared=True),
+        ),
+        _read_pvera, lambda node: {"r": node.method.rank, "pvera_dropout": dropout_of(node)},
+        any_rank=True, inert=SEEDED | {"d_initial", "generator_seed"},
     ),
     Row(
         RandLoRA, "RANDLORA", ANY_START,
