@@ -92,6 +92,7 @@ ARMS = [
     Arm("DeLoRA", sx.DeLoRA(rank=8, strength=1.0), 1e-3),
     Arm("VeRA", sx.VeRA(rank=32), 1e-2),
     Arm("PVeRA", sx.PVeRA(rank=32), 1e-2),
+    Arm("TinyLoRA", sx.TinyLoRA(rank=4), 1e-2),
     Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-3),
     Arm("HiRA", sx.HiRA(rank=8), 1e-2),
     Arm("LoHa", sx.LoHa(rank=4, alpha=8.0)),

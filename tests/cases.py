@@ -63,6 +63,7 @@ METHODS = [
     Case("AdaLoRA", sx.AdaLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("VeRA", sx.VeRA(rank=6), lambda i, o: 6 + o),
     Case("PVeRA", sx.PVeRA(rank=6), lambda i, o: 2 * 6 + o),
+    Case("TinyLoRA", sx.TinyLoRA(rank=3, coefficients=7), lambda i, o: 7),
     Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),
     Case("OFT-exact", sx.OFT(block=16, terms=None, share=True), lambda i, o: 16 * 15 // 2),
     Case("HRA", sx.HRA(rank=4), lambda i, o: 4 * i),

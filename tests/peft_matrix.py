@@ -41,6 +41,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 0}),
     "VeRA": (peft.VeraConfig, {"r": 6, "d_initial": 1.0}),
     "PVeRA": (peft.PveraConfig, {"r": 6, "d_initial": 1.0}),
+    "TinyLoRA": (peft.TinyLoraConfig, {"r": 4, "u": 40, "init_weights": "uniform", "init_v_bound": 0.1}),
     "RandLoRA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 16}),
     "C3A": (peft.C3AConfig, {"block_size": 8}),
     "FourierFT": (peft.FourierFTConfig, {"n_frequency": 40}),
@@ -249,6 +250,13 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "random start": {"init_weights": False},
         "dropout": {"pvera_dropout": 0.25},
     },
+    "TinyLoRA": {
+        "u 1": {"u": 1, "init_v_bound": 1.0},
+        "r 1": {"r": 1},
+        "another seed": {"projection_seed": 7},
+        "dropout": {"tinylora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
     "RandLoRA": {
         "sparse": {"sparse": True},
         "very sparse": {"very_sparse": True},
@@ -324,6 +332,7 @@ UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("HiRA", "wide"): {"refused": "rank must lie in"},
     ("DeLoRA", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
+    ("TinyLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }
@@ -346,6 +355,8 @@ def refused() -> Iterator[Option]:
         ("VeRA", {"save_projection": False}, "save_projection=False"),
         ("PVeRA", {"save_projection": False}, "save_projection=False"),
         ("PVeRA", {"sample_at_inference": True}, "sample_at_inference=True"),
+        ("TinyLoRA", {"save_projection": False}, "save_projection=False"),
+        ("TinyLoRA", {"weight_tying": 0.5}, "weight_tying=0.5"),
         ("WaveFT", {"wavelet_family": "sym2"}, "wavelet_family='sym2'"),
         ("WaveFT", {"proportional_parameters": True}, "proportional_parameters"),
         ("RandLoRA", {"save_projection": False}, "save_projection=False"),

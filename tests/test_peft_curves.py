@@ -98,6 +98,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "SHiRA": sx.SHiRA(rank=2),
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),
     "PVeRA": sx.PVeRA(rank=6, d_initial=1.0),
+    "TinyLoRA": sx.TinyLoRA(rank=4, coefficients=40),
     "RandLoRA": sx.RandLoRA(rank=8, alpha=16.0),
     "C3A": sx.C3A(block=8),
     "FourierFT": sx.FourierFT(coefficients=40),

@@ -39,6 +39,7 @@ ROWS = [
     "| `IA3` | IA3 | IA3 | - | truncated |",
     "| `PVeRA` | PVERA | PVERA | `layers_to_transform` | exact |",
     "| `RoAd` | ROAD | ROAD | - | truncated |",
+    "| `TinyLoRA` | TINYLORA | TINYLORA | `layers_to_transform` | exact |",
     "| `VeRA` | VERA | VERA | `layers_to_transform` | exact |",
     "| `WaveFT` | WAVEFT | WAVEFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
     "| `MiLoRA` | - | - | - | no |",

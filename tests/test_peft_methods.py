@@ -93,6 +93,13 @@ CASES = [
         same(d="pvera_lambda_d", m="pvera_lambda_b"),
         joined(flipped(a="pvera_A", b="pvera_B"), scaled(1.0)),
     ),
+    Case(
+        "TinyLoRA",
+        config("TinyLoraConfig", r=3, u=5),
+        sx.TinyLoRA(rank=3, coefficients=5),
+        same(v="tinylora_v"),
+        joined(flipped(a="tinylora_A", b="tinylora_B"), lambda t: {"p": t["tinylora_P"].transpose(0, 2, 1)}),
+    ),
     Case("LoHa", config("LoHaConfig", r=3, alpha=6), sx.LoHa(rank=3), flipped(**LOHA), scaled(2.0)),
     Case(
         "LoKr",
@@ -235,6 +242,8 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
             continue
         value = held["default"]
         value = getattr(value, "weight", value)
+        if isinstance(value, torch.nn.ParameterDict):
+            (value,) = value.values()
         if isinstance(value, torch.nn.Parameter) and value.requires_grad:
             torch.nn.init.normal_(value, std=0.3)
         if isinstance(value, torch.Tensor):

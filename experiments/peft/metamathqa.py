@@ -73,6 +73,7 @@ HOW = {
     "vera / default": _alone(sx.VeRA(rank=256)),
     "pvera / rank64": _alone(sx.PVeRA(rank=64)),
     "pvera / default": _alone(sx.PVeRA(rank=256)),
+    "tinylora / default": _alone(sx.TinyLoRA()),
     "ia3 / default": _ia3("self_attn/(k|v)_proj", "down_proj"),
     "road / lr_0.001": _alone(sx.RoAd(variant="2")),
     "fourierft / n_frequency-5000": _alone(sx.FourierFT(coefficients=5000, alpha=300.0)),
@@ -200,6 +201,7 @@ DIFFERS = (
     "Settings are those of the experiments' files in PEFT at the commits that were read: LoHa, AdaLoRA, LoRA-FA and "
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
     "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
-    "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70.",
+    "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70, TinyLoRA at "
+    "6d71a28.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

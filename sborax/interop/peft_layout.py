@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from sborax.adapters.core import AbstractWeight
 from sborax.adapters.leaves import flatten
-from sborax.models.names import hf_module, row, unlayered
+from sborax.models.names import TABLE, hf_module, row, unlayered
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TYING = "ensure_weight_tying"
@@ -50,6 +50,18 @@ class HFLayout:
     def modules(self) -> list[str]:
         """Every module that has a tensor."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.slots))
+
+    def numbers(self, modules: Iterable[str]) -> dict[str, int]:
+        """The position of each of these modules in transformers' model, among them."""
+        kinds = {entry.hf: kind for kind, entry in enumerate(TABLE)}
+
+        def place(module: str) -> tuple[int, int]:
+            slot = self.slots[f"{module}.weight"]
+            entry, number = row(slot.path), unlayered(slot.path)[1]
+            layer = number if slot.layer is None else slot.layer
+            return (len(self.slots) if layer is None else layer), kinds[entry.hf]
+
+        return {module: number for number, module in enumerate(sorted(modules, key=place))}
 
     @property
     def tied(self) -> bool:

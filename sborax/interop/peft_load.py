@@ -162,7 +162,7 @@ def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
 def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, tuple[int, ...]]:
     """The shape of every adapter tensor by its name in the file, as the config implies it."""
     shapes: dict[tuple[AbstractMethod, tuple[int, int]], dict[str, tuple[int, ...]]] = {}
-    expected = {}
+    expected, numbers = {}, layout.numbers(fits)
     for module, fit in fits.items():
         shape = layout.shape(layout.slots[f"{module}.weight"].path)
         if (fit.method, shape) not in shapes:
@@ -175,7 +175,7 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
         leaves = shapes[fit.method, shape]
         for tensor in row.tensors:
             if tensor.leaf in leaves and not tensor.shared:
-                expected[tensor.key(module)] = tensor.shape(leaves[tensor.leaf])
+                expected[tensor.key(module, numbers)] = tensor.shape(leaves[tensor.leaf])
     return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
 
 
@@ -311,14 +311,16 @@ def _filled_layers(
 ) -> Adapter:
     train = {name: np.array(leaf) for name, leaf in node.train.items()}
     frozen = {name: np.array(leaf) for name, leaf in node.frozen.items()}
+    numbers = layout.numbers(fits)
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
         for tensor in row.tensors:
             if tensor.leaf not in (leaves := {**train, **frozen}):
                 continue
-            value = tensor.inward(read(tensor.key(module)))
+            name = tensor.key(module, numbers)
+            value = tensor.inward(read(name))
             if tensor.places:
-                _check_places(tensor.key(module), value, layout.shape(path))
+                _check_places(name, value, layout.shape(path))
             slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
             if tensor.shared:
                 value = value[tuple(slice(size) for size in slot.shape)]

@@ -1,4 +1,4 @@
-"""Rows of the kinds with frozen random projections that all modules share: VERA, PVERA and RANDLORA."""
+"""Rows of the kinds with frozen random projections: VERA, PVERA and RANDLORA, whose modules share them, TINYLORA."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from sborax.interop.peft_row import (
     number_field,
     rank_field,
 )
-from sborax.methods import PVeRA, RandLoRA, VeRA
+from sborax.methods import PVeRA, RandLoRA, TinyLoRA, VeRA
 
 SEEDED = frozenset({"projection_prng_key"})
 
@@ -46,6 +46,18 @@ def _read_randlora(fields: Fields) -> Fit:
 def _write_randlora(node: Adapter) -> dict[str, Any]:
     rank = node.train["l"].shape[-2]
     return {"r": rank, "randlora_alpha": alpha_of(node, rank), "randlora_dropout": dropout_of(node)}
+
+
+def _read_tinylora(fields: Fields) -> Fit:
+    _check_projected(fields)
+    size, rate = rank_field(fields, "u"), number_field(fields, "tinylora_dropout")
+    return Fit(TinyLoRA(rank=rank_field(fields), coefficients=size, dropout=rate), {})
+
+
+def _write_tinylora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, TinyLoRA)
+    return {"r": method.rank, "u": method.coefficients, "tinylora_dropout": dropout_of(node)}
 
 
 PROJECTED = (
@@ -79,5 +91,14 @@ PROJECTED = (
             Tensor("randlora_B", "p_out", (2, 0, 1), shared=True, repeated=True),
         ),
         _read_randlora, _write_randlora, any_rank=True, inert=SEEDED | {"sparse", "very_sparse"},
+    ),
+    Row(
+        TinyLoRA, "TINYLORA", {"init_weights": (True, False, "uniform")},
+        {"r": 2, "u": 64, "tinylora_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("tinylora_v", "v", (0,), numbered=True), Tensor("tinylora_P", "p", (0, 2, 1)),
+            Tensor("tinylora_A", "a", TRANSPOSED), Tensor("tinylora_B", "b", TRANSPOSED),
+        ),
+        _read_tinylora, _write_tinylora, inert=frozenset({"projection_seed", "init_v_bound"}),
     ),
 )  # fmt: skip

@@ -228,8 +228,9 @@ def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
 
 def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) -> dict[str, np.ndarray]:
     """The adapter's tensors by their names in the file."""
+    numbers = layout.numbers(entries)
     tensors = {
-        tensor.key(module): entry.tensors[tensor.suffix]
+        tensor.key(module, numbers): entry.tensors[tensor.suffix]
         for module, entry in entries.items()
         for tensor in row.tensors
         if tensor.suffix in entry.tensors and not tensor.shared
@@ -329,9 +330,11 @@ def _check_keys(
     config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], written: set[str]
 ) -> None:
     """Raise SboraxError unless the names of the tensors are those that the config implies."""
+    modules = targeted(config, layout.linear)
+    numbers = layout.numbers(modules)
     implied = {
-        tensor.key(module)
-        for module in targeted(config, layout.linear)
+        tensor.key(module, numbers)
+        for module in modules
         for tensor in row.tensors
         if module not in entries or tensor.suffix in entries[module].tensors
     }

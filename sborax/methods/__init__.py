@@ -32,6 +32,7 @@ from sborax.methods.road import RoAd as RoAd
 from sborax.methods.sara import SARA as SARA
 from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
+from sborax.methods.tiny_lora import TinyLoRA as TinyLoRA
 from sborax.methods.vera import VeRA as VeRA
 from sborax.methods.wave_ft import WaveFT as WaveFT
 
