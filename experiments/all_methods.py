@@ -102,6 +102,7 @@ ARMS = [
     Arm("WaveFT", sx.WaveFT(coefficients=1000), 1e-2),
     Arm("SHiRA", sx.SHiRA(rank=8)),
     Arm("OFT", sx.OFT(block=4)),
+    Arm("PSOFT", sx.PSOFT(rank=32), 1e-2),
     Arm("HRA", sx.HRA(rank=8)),
     Arm("RoAd", sx.RoAd(block=4), 1e-2),
     Arm("IA3", sx.IA3(), 1e-2),

@@ -66,6 +66,8 @@ METHODS = [
     Case("TinyLoRA", sx.TinyLoRA(rank=3, coefficients=7), lambda i, o: 7),
     Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),
     Case("OFT-exact", sx.OFT(block=16, terms=None, share=True), lambda i, o: 16 * 15 // 2),
+    Case("PSOFT", sx.PSOFT(rank=6), lambda i, o: 6 * 5 // 2 + 2 * 6),
+    Case("PSOFT-series", sx.PSOFT(rank=5, terms=5, scaled=False), lambda i, o: 5 * 4 // 2),
     Case("HRA", sx.HRA(rank=4), lambda i, o: 4 * i),
     Case("LoHa", sx.LoHa(rank=3, alpha=6.0), lambda i, o: 2 * 3 * (i + o)),
     Case("LoKr", sx.LoKr(rank=4, alpha=8.0), lambda i, o: kronecker(i, o, 4)),

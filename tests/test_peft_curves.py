@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import typing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from peft_training import (
     read,
     with_tokenizer,
 )
-from torch_pair import Pair
+from torch_pair import DEPTH, Pair
 
 import sborax as sx
 import sborax.optim
@@ -51,6 +52,7 @@ from sborax.adapters.leaves import nest, replace_leaves
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import Adapters, Params, nodes, rewrite
 from sborax.interop.peft_table import TABLE, row_for
+from sborax.models.names import hf_module
 from sborax.train.hints import gradients
 from sborax.train.optimizers import OPTIMIZERS
 from sborax.train.read import silent
@@ -207,6 +209,36 @@ def signed(node: sx.Adapter, theirs: sx.Adapter) -> sx.Adapter:
     return sx.Adapter(flipped, kept, node.method, node.in_axes)
 
 
+def stacked(model: Any, path: str, values: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """`values` of PEFT's module of every layer, for one of our kernels."""
+    modules = (model.base_model.model.get_submodule(hf_module(path, layer)) for layer in range(DEPTH))
+    return np.stack([values(module) for module in modules])
+
+
+def from_singular_vectors(pair: Pair, case: Case, batches: list[Any], directory: Path) -> tuple[Any, Params, Adapters]:
+    """PSOFT's start, with PEFT's singular vectors: ours are the same but for signs."""
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), copy.deepcopy(case.config))
+    params, adapters = prepared(pair, case).attach(pair.ours.params)
+    for path, node in nodes(adapters).items():
+        a = stacked(model, path, lambda module: module._psoft_A_cache["default"].numpy().T)
+        b = stacked(model, path, lambda module: module._psoft_B_cache["default"].numpy().T * module.scaling["default"])
+        chex.assert_trees_all_close(np.abs(node.frozen["a"]), np.abs(a), rtol=0, atol=1e-4)
+        chex.assert_trees_all_close(node.frozen["a"] @ node.frozen["b"], a @ b, rtol=0, atol=1e-5)
+        node.frozen.update(a=jnp.asarray(a), b=jnp.asarray(b))
+    return model, params, adapters
+
+
+def of_rotations(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
+    """PSOFT's trained leaves, which PEFT's file holds without the vectors that they belong to."""
+    names = {"q": "weight", "g": "vector_a", "h": "vector_b"}
+
+    def leaf(path: str, name: str) -> np.ndarray:
+        return stacked(model, path, lambda module: getattr(module.psoft_R["default"], name).detach().numpy())
+
+    paths = [f"layers/{module}/kernel" for module in ("mlp/down_proj", "self_attn/q_proj")]
+    return {path: {ours: leaf(path, theirs) for ours, theirs in names.items()} for path in paths}
+
+
 PLUS = Recipe(sx.Optimizer(lr=LR, b_ratio=4.0, **SCHEDULED), lora_plus)
 PROJECTED = Recipe(sx.Optimizer(name="lora_fa", lr=LR, **SCHEDULED), lora_fa)
 BUDGETED = dataclasses.replace(adamw(), procedure=BUDGET, after=allocate)
@@ -229,6 +261,12 @@ CASES: dict[str, Case] = {
         sx.LoRAGA(rank=4, alpha=6.0, formula="peft"),
         start=from_gradients,
         patch=exact_svd,
+    ),
+    "PSOFT": Case(
+        peft.PsoftConfig(r=8, target_modules=TWO, task_type="CAUSAL_LM"),
+        sx.PSOFT(rank=8),
+        start=from_singular_vectors,
+        leaves=of_rotations,
     ),
     "AdaLoRA with its budget": Case(config("AdaLoRA", **ALLOCATION), PLAIN["AdaLoRA"], BUDGETED),
     "LoRA at a constant rate": Case(config("LoRA"), PLAIN["LoRA"], CONSTANT),

@@ -38,6 +38,7 @@ ROWS = [
     "| `GraLoRA` | GRALORA | GRALORA | `layers_to_transform` | exact |",
     "| `IA3` | IA3 | IA3 | - | truncated |",
     "| `PVeRA` | PVERA | PVERA | `layers_to_transform` | exact |",
+    f"| `PSOFT` | - | LORA | {PATTERNS} | exact |",
     "| `RoAd` | ROAD | ROAD | - | truncated |",
     "| `TinyLoRA` | TINYLORA | TINYLORA | `layers_to_transform` | exact |",
     "| `VeRA` | VERA | VERA | `layers_to_transform` | exact |",

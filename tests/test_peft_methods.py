@@ -100,6 +100,24 @@ CASES = [
         same(v="tinylora_v"),
         joined(flipped(a="tinylora_A", b="tinylora_B"), lambda t: {"p": t["tinylora_P"].transpose(0, 2, 1)}),
     ),
+    *(
+        Case(
+            name,
+            config("PsoftConfig", r=5, **fields),
+            method,
+            same(q="psoft_R", **({"g": "vector_a", "h": "vector_b"} if method.scaled else {})),
+            lambda t: {"a": t["_psoft_A_cache"].T, "b": t["_psoft_B_cache"].T * (32 / 5)},
+        )
+        for name, method, fields in [
+            ("PSOFT", sx.PSOFT(rank=5), {}),
+            ("PSOFT-bare", sx.PSOFT(rank=5, scaled=False), {"psoft_mag_a": False, "psoft_mag_b": False}),
+            (
+                "PSOFT-series",
+                sx.PSOFT(rank=5, terms=6),
+                {"use_cayley_neumann": True, "num_cayley_neumann_terms": 6},
+            ),
+        ]
+    ),
     Case("LoHa", config("LoHaConfig", r=3, alpha=6), sx.LoHa(rank=3), flipped(**LOHA), scaled(2.0)),
     Case(
         "LoKr",
@@ -244,6 +262,10 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
         value = getattr(value, "weight", value)
         if isinstance(value, torch.nn.ParameterDict):
             (value,) = value.values()
+        for part in ("vector_a", "vector_b"):
+            if isinstance(vector := getattr(held["default"], part, None), torch.nn.Parameter):
+                torch.nn.init.normal_(vector, mean=1.0, std=0.3)
+                tensors[part] = vector.detach().numpy().copy()
         if isinstance(value, torch.nn.Parameter) and value.requires_grad:
             torch.nn.init.normal_(value, std=0.3)
         if isinstance(value, torch.Tensor):
@@ -381,6 +403,22 @@ def test_our_own_projections_in_peft(method, pair, tmp_path):
         params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
         with pytest.raises(sx.SboraxError, match="the same projection_seed"):
             save_peft(tmp_path / "two", pair.ours, params, adapters)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_psoft_is_written_as_lora_and_its_own_files_are_refused(pair, tmp_path):
+    """They lack the singular vectors of the base, whose signs torch's LAPACK and JAX's do not agree on."""
+    with jax.numpy_dtype_promotion("standard"):
+        with_peft(pair, peft.PsoftConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "theirs")
+        with pytest.raises(sx.SboraxError, match="'PSOFT' is not supported: the file lacks the base's singular"):
+            load_peft(tmp_path / "theirs", pair.ours)
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj|down_proj", sx.PSOFT(rank=4))])
+        adapters = shaken(adapters)
+        exported = save_peft(tmp_path / "ours", pair.ours, params, adapters)
+        assert exported.peft_type == "LORA" and exported.errors == {}
+        expected = logits(pair.ours, params, adapters)
+        assert np.abs(expected - torch_logits(pair.torch)).max() > 0.01
+        np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("place", [(0, 32), (1, -1), "twice"])

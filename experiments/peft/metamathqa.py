@@ -74,6 +74,8 @@ HOW = {
     "pvera / rank64": _alone(sx.PVeRA(rank=64)),
     "pvera / default": _alone(sx.PVeRA(rank=256)),
     "tinylora / default": _alone(sx.TinyLoRA()),
+    "psoft / fast": _alone(sx.PSOFT(rank=256, terms=5)),
+    "psoft / default": _alone(sx.PSOFT(rank=256)),
     "ia3 / default": _ia3("self_attn/(k|v)_proj", "down_proj"),
     "road / lr_0.001": _alone(sx.RoAd(variant="2")),
     "fourierft / n_frequency-5000": _alone(sx.FourierFT(coefficients=5000, alpha=300.0)),
@@ -202,6 +204,6 @@ DIFFERS = (
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
     "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
     "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70, TinyLoRA at "
-    "6d71a28.",
+    "6d71a28, PSOFT at f8bbafe and 95a929d, whose fast form has a randomised SVD there and an exact one here.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

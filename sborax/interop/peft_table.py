@@ -47,6 +47,13 @@ BIASES = r"all|\w+_only"
 """Values of `bias` with which PEFT stores biases. They mean nothing for a model without biases."""
 
 
+UNREAD = {
+    "PSOFT": "the file lacks the base's singular vectors, whose signs depend on the machine; save it in PEFT as LoRA, "
+    "with save_as_lora"
+}
+"""Kinds whose files do not say the function."""
+
+
 def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
     """The row of an adapter that `config` describes.
 
@@ -57,6 +64,8 @@ def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
     Raises SboraxError for a kind or an option that no row reads.
     """
     kind = config.get("peft_type")
+    if kind in UNREAD:
+        raise SboraxError(f"peft_type {kind!r} is not supported: {UNREAD[kind]}")
     rows = [row for row in TABLE if row.peft_type == kind]
     if not rows:
         known = ", ".join(sorted({row.peft_type for row in TABLE} | {"BONE"}))

@@ -25,6 +25,7 @@ from sborax.methods.olora import OLoRA as OLoRA
 from sborax.methods.orthogonal import OrthogonalAdaptation as OrthogonalAdaptation
 from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
+from sborax.methods.psoft import PSOFT as PSOFT
 from sborax.methods.pvera import PVeRA as PVeRA
 from sborax.methods.randlora import RandLoRA as RandLoRA
 from sborax.methods.reslora import ResLoRA as ResLoRA
