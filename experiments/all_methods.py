@@ -100,6 +100,7 @@ ARMS = [
     Arm("C3A", sx.C3A(block=4), 1e-2),
     Arm("FourierFT", sx.FourierFT(coefficients=1000), 1e-1),
     Arm("WaveFT", sx.WaveFT(coefficients=1000), 1e-2),
+    Arm("PEANuT", sx.PEANuT(rank=8), 1e-2),
     Arm("SHiRA", sx.SHiRA(rank=8)),
     Arm("OFT", sx.OFT(block=4)),
     Arm("PSOFT", sx.PSOFT(rank=32), 1e-2),

@@ -88,6 +88,8 @@ METHODS = [
     Case("GraLoRA-hybrid", sx.GraLoRA(rank=8, blocks=4, alpha=None, hybrid=3), lambda i, o: 11 * (i + o)),
     Case("WaveFT", sx.WaveFT(coefficients=50), lambda i, o: 50),
     Case("WaveFT-plain", sx.WaveFT(coefficients=50, wavelet=None), lambda i, o: 50),
+    Case("PEANuT", sx.PEANuT(rank=4), lambda i, o: 2 * 4 * o),
+    Case("PEANuT-deep", sx.PEANuT(rank=4, depth=2, activation="silu", alpha=2.0), lambda i, o: 2 * 4 * o + 4 * 16),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),

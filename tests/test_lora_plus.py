@@ -125,6 +125,7 @@ PEERS = [
     (peft.PveraConfig(r=3, **TARGETS), sx.PVeRA(rank=3)),
     (peft.TinyLoraConfig(u=3, **TARGETS), sx.TinyLoRA(coefficients=3)),
     (peft.PsoftConfig(r=3, **TARGETS), sx.PSOFT(rank=3)),
+    (peft.PeanutConfig(r=3, depth=1, **TARGETS), sx.PEANuT(rank=3, depth=1)),
     (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
     (peft.FourierFTConfig(n_frequency=5, **TARGETS), sx.FourierFT(coefficients=5)),
     (peft.RoadConfig(group_size=2, target_modules=["first"]), sx.RoAd(block=2)),

@@ -107,6 +107,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "RoAd": sx.RoAd(block=8),
     "GraLoRA": sx.GraLoRA(rank=4, alpha=6.0),
     "WaveFT": sx.WaveFT(coefficients=40),
+    "PEANuT": sx.PEANuT(rank=4),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -261,6 +262,12 @@ CASES: dict[str, Case] = {
         sx.LoRAGA(rank=4, alpha=6.0, formula="peft"),
         start=from_gradients,
         patch=exact_svd,
+    ),
+    "PEANuT, deep": Case(
+        config("PEANuT", depth=2, act_fn="silu"), sx.PEANuT(rank=4, depth=2, activation="silu"), adamw(lr=0.03)
+    ),
+    "PEANuT by gelu": Case(
+        config("PEANuT", act_fn="gelu", scaling=2.0), sx.PEANuT(rank=4, activation="gelu", alpha=2.0)
     ),
     "PSOFT": Case(
         peft.PsoftConfig(r=8, target_modules=TWO, task_type="CAUSAL_LM"),

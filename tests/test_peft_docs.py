@@ -37,6 +37,7 @@ ROWS = [
     "| `FourierFT` | FOURIERFT | FOURIERFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
     "| `GraLoRA` | GRALORA | GRALORA | `layers_to_transform` | exact |",
     "| `IA3` | IA3 | IA3 | - | truncated |",
+    "| `PEANuT` | PEANUT | PEANUT | `layers_to_transform` | truncated |",
     "| `PVeRA` | PVERA | PVERA | `layers_to_transform` | exact |",
     f"| `PSOFT` | - | LORA | {PATTERNS} | exact |",
     "| `RoAd` | ROAD | ROAD | - | truncated |",

@@ -22,6 +22,7 @@ from sborax.adapters.core import AbstractMethod, Adapter
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.methods.lokr import divisors
+from sborax.methods.peanut import ACTIVATIONS
 from sborax.methods.places import LARGEST_SEED, LONG, seeded_places
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -117,6 +118,16 @@ CASES = [
                 {"use_cayley_neumann": True, "num_cayley_neumann_terms": 6},
             ),
         ]
+    ),
+    *(
+        Case(
+            f"PEANuT-{activation}",
+            config("PeanutConfig", r=5, act_fn=activation, scaling=1.5),
+            sx.PEANuT(rank=5, activation=activation),
+            flipped(u="peanut_A", b="peanut_B"),
+            scaled(1.5),
+        )
+        for activation in ACTIVATIONS
     ),
     Case("LoHa", config("LoHaConfig", r=3, alpha=6), sx.LoHa(rank=3), flipped(**LOHA), scaled(2.0)),
     Case(

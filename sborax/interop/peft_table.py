@@ -28,6 +28,7 @@ KNOWN_BY_DEFAULTS = {
     "variant": "road_1",
     "use_idwt": True,
     "wavelet_family": "db1",
+    "act_fn": "relu",
 }
 """PEFT's defaults of the fields in `Row.known_by`."""
 

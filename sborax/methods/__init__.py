@@ -23,6 +23,7 @@ from sborax.methods.mo_sara import MoSARA as MoSARA
 from sborax.methods.oft import OFT as OFT
 from sborax.methods.olora import OLoRA as OLoRA
 from sborax.methods.orthogonal import OrthogonalAdaptation as OrthogonalAdaptation
+from sborax.methods.peanut import PEANuT as PEANuT
 from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
 from sborax.methods.psoft import PSOFT as PSOFT
