@@ -205,7 +205,7 @@ DIFFERS = (
     "Settings are those of the experiments' files in PEFT at the commits that were read: LoHa, AdaLoRA, LoRA-FA and "
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
     "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
-    "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70, TinyLoRA at "
-    "6d71a28, PSOFT at f8bbafe and 95a929d, whose fast form has a randomised SVD there and an exact one here.",
+    "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70, TinyLoRA at 6d71a28, PEANuT at 814c32d and "
+    "5fbf730, PSOFT at f8bbafe and 95a929d, whose fast form has a randomised SVD there and an exact one here.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

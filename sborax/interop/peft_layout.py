@@ -1,7 +1,7 @@
 """Hugging Face's module and tensor names for the leaves of our parameter tree."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,12 @@ def layout_of(params: Any) -> HFLayout:
             name = entry.hf.format(layer=number if layer is None else layer)
             slots[name] = Slot(path, layer, entry.transposed)
     return HFLayout(leaves, slots, depths)
+
+
+def tensor_in(layout: HFLayout, leaves: Mapping[str, Any], name: str) -> Any:
+    """One of Hugging Face's tensors, by its name, of these leaves by path; a kernel as ours, (in, out)."""
+    slot = layout.slots[name]
+    return leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
 
 
 def same(leaf: Any, other: Any) -> bool:

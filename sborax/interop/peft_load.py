@@ -17,9 +17,10 @@ from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, Sborax
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site
 from sborax.adapters.tree import attach, nodes
+from sborax.interop.peft_base import kind_of
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
-from sborax.interop.peft_table import row_for
+from sborax.interop.peft_table import INERT, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
@@ -40,7 +41,7 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
 
     Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
-    `modules_to_save` are in `params`.
+    `modules_to_save` are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change `params` alone.
 
     Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
@@ -59,6 +60,15 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         names = dict(zip(headers, headers, strict=True))
         if str(config.get("peft_type")) in OLD_NAMES:
             config, names = _modern(config, headers)
+        kind = kind_of(config)
+        if kind is not None:
+            check_options(config, INERT - {"modules_to_save"} | kind.reads)
+            _compare(kind.expected(config, layout), names, headers)
+
+            def stored(name: str) -> np.ndarray:
+                return np.asarray(file.get_tensor(name), np.float32)
+
+            return _replaced(model.params, layout, kind.changed(config, layout, stored)), {}
         if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
         row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
@@ -80,7 +90,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
         base = _base_tensors(layout, saved, modules, names)
-        _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, row)
+        places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
+        _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, places)
 
         def read(name: str) -> np.ndarray:
             return np.asarray(file.get_tensor(names[name]), np.float32)
@@ -198,10 +209,15 @@ def _base_tensors(
 
 
 def _compare(
-    expected: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any], row: Row
+    expected: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    headers: Mapping[str, Any],
+    places: tuple[str, ...] = (),
 ) -> None:
-    """Raise SboraxError unless the file has exactly the expected tensors, with their shapes and a legal dtype."""
-    places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
+    """Raise SboraxError unless the file has exactly the expected tensors, with their shapes and a legal dtype.
+
+    places: endings of the names of tensors that hold indices.
+    """
     missing, surplus = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing:
         raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
