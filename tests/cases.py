@@ -111,7 +111,7 @@ PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
 """One row a procedure: runs of seven steps in which it acts, with the method of every projection."""
 
 DECLARED = (
-    "rewrites_base", "identity_at_init", "no_merge", "materialises", "ragged", "needs", "sends", "linked", "draws"
+    "rewrites_base", "identity_at_init", "no_merge", "materialises", "ragged", "needs", "sends", "linked"
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
@@ -178,7 +179,11 @@ def test_one_step_moves_the_trained_leaves_alone(case: Case):
         assert not np.any(np.asarray(now)[np.asarray(live) == 0]), "padding left zero"
 
 
-@by_few
+@pytest.mark.parametrize(
+    "case",
+    nightly_unless([METHODS[0], *(case for case in METHODS if case.method.draws)], METHODS),
+    ids=lambda case: case.name,
+)
 def test_only_what_draws_depends_on_the_key(case: Case):
     weight, node = fitted(case.method, stacked=False)
     node, x = trained(node), inputs()

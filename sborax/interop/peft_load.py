@@ -17,7 +17,7 @@ from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, Sborax
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site
 from sborax.adapters.tree import attach, nodes
-from sborax.interop.peft_base import kind_of
+from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, check_options, row_for
@@ -62,13 +62,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             config, names = _modern(config, headers)
         kind = kind_of(config)
         if kind is not None:
-            check_options(config, INERT - {"modules_to_save"} | kind.reads)
-            _compare(kind.expected(config, layout), names, headers)
-
-            def stored(name: str) -> np.ndarray:
-                return np.asarray(file.get_tensor(name), np.float32)
-
-            return _replaced(model.params, layout, kind.changed(config, layout, stored)), {}
+            return _changed_base(kind, config, headers, file, layout, model.params), {}
         if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
         row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
@@ -106,6 +100,16 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
         filled = {path: _filled(node, path, row, adapted, layout, read) for path, node in nodes(adapters).items()}
     return params, nest(filled)
+
+
+def _changed_base(
+    kind: Kind, config: Mapping[str, Any], headers: Mapping[str, Any], file: Any, layout: HFLayout, params: Any
+) -> Any:
+    """`params` with what the file of a kind without adapters changes."""
+    check_options(config, INERT - {"modules_to_save"} | kind.reads)
+    _compare(kind.expected(config, layout), dict(zip(headers, headers, strict=True)), headers)
+    changed = kind.changed(config, layout, lambda name: np.asarray(file.get_tensor(name), np.float32))
+    return _replaced(params, layout, changed)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
