@@ -43,6 +43,10 @@ FILES = {
     "HRA": peft.HRAConfig(r=4, target_modules=MIXED),
     "SHiRA": peft.ShiraConfig(r=2, random_seed=0, target_modules=MIXED),
     "VeRA": peft.VeraConfig(r=6, target_modules=MIXED, d_initial=1.0),
+    "PVeRA": peft.PveraConfig(r=6, target_modules=MIXED, d_initial=1.0, generator_seed=3),
+    "TinyLoRA": peft.TinyLoraConfig(r=3, u=5, target_modules=MIXED, init_weights="uniform", init_v_bound=0.5),
+    "PEANuT": peft.PeanutConfig(r=4, scaling=2.5, target_modules=MIXED),
+    "PEANuT-deep": peft.PeanutConfig(r=4, depth=2, act_fn="silu", target_modules=MIXED, layers_to_transform=[1]),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
     "FourierFT": peft.FourierFTConfig(

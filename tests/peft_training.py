@@ -80,10 +80,16 @@ def of_peft(pair: Pair, case: "Case", batches: Sequence[Batch], directory: Path)
     return model, params, adapters
 
 
+def of_file(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
+    """The trained leaves of PEFT's model, which we read from its files."""
+    return leaves_of(read(pair, model, directory)[1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A method with its settings, in PEFT and as our users write them.
 
+    - leaves: our leaves of PEFT's model after training, by kernel.
     - patch: changes PEFT where it does not compute what it says; each says why.
     """
 
@@ -91,6 +97,7 @@ class Case:
     method: AbstractMethod
     recipe: Recipe = adamw()
     start: Start = of_peft
+    leaves: Callable[[Pair, Any, Path], dict[str, Any]] = of_file
     patch: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
 
 
@@ -211,5 +218,5 @@ def curves(pair: Pair, case: Case, directory: Path) -> tuple[Curve, Curve]:
     batches = [sequence[step] for step in range(STEPS)]
     model, params, adapters = case.start(pair, case, batches, directory / "start")
     losses = their_losses(model, case.recipe, batches)
-    _, after = read(pair, model, directory / "trained")
-    return our_curve(prepared(pair, case), params, adapters, batches), Curve(losses, leaves_of(after))
+    after = case.leaves(pair, model, directory / "trained")
+    return our_curve(prepared(pair, case), params, adapters, batches), Curve(losses, after)

@@ -32,6 +32,7 @@ from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
+from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
@@ -149,8 +150,9 @@ def test_never_materialises_a_weight(case: Case, quantised):
 
 
 def loss_of(train, frozen, weight, x):
-    node = sx.combine(train, frozen)
-    y = over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node))(weight, node)
+    """With a key, as in training: leaves that only shape what is drawn are trained, too."""
+    node, ctx = sx.combine(train, frozen), sx.Context(jax.random.key(8))
+    y = over_stack(lambda w, n: sx.linear(x, w, n, ctx), stack_of(node))(weight, node)
     return jnp.mean(jnp.square(y - 1.0))
 
 
@@ -175,6 +177,22 @@ def test_one_step_moves_the_trained_leaves_alone(case: Case):
     ):
         assert not np.array_equal(before, now)
         assert not np.any(np.asarray(now)[np.asarray(live) == 0]), "padding left zero"
+
+
+@pytest.mark.parametrize(
+    "case",
+    nightly_unless([METHODS[0], *(case for case in METHODS if case.method.draws)], METHODS),
+    ids=lambda case: case.name,
+)
+def test_only_what_draws_depends_on_the_key(case: Case):
+    weight, node = fitted(case.method, stacked=False)
+    node, x = trained(node), inputs()
+    run = jax.jit(lambda key: sx.linear(x, weight, node, sx.Context(key)))
+    one, same, other = (host(run(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert (largest(one - other) > 1e-3) == bool(case.method.draws)
+    if not case.method.draws:
+        assert_close(one, forward(x, weight, node), 1e-5)
 
 
 @by_few

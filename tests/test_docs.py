@@ -23,6 +23,7 @@ from sborax.adapters.tree import over_stack
 from sborax.cli import main
 from sborax.cli.main import make_parser
 from sborax.cli.methods import describe
+from sborax.interop.peft_base import KINDS
 from sborax.interop.peft_table import TABLE
 
 PAGES = sorted(DOCS.glob("*.md"))
@@ -249,7 +250,8 @@ def test_a_run_directory_has_the_drawn_files(workshop):
 def test_kinds_of_adapters_are_those_of_the_table():
     table = (DOCS / "from_peft.md").read_text().partition("## Other kinds")[2].partition("\n## ")[0]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`([A-Z0-9]+)`", " ".join(first))) == sorted({row.peft_type for row in TABLE} | {"BONE"})
+    kinds = {kind.peft_type for kind in (*TABLE, *KINDS)} | {"BONE"}
+    assert sorted(re.findall(r"`([A-Z0-9_]+)`", " ".join(first))) == sorted(kinds)
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

@@ -8,10 +8,13 @@ import copy
 import dataclasses
 import typing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import peft.optimizers
@@ -39,7 +42,7 @@ from peft_training import (
     read,
     with_tokenizer,
 )
-from torch_pair import Pair
+from torch_pair import DEPTH, Pair
 
 import sborax as sx
 import sborax.optim
@@ -49,6 +52,7 @@ from sborax.adapters.leaves import nest, replace_leaves
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import Adapters, Params, nodes, rewrite
 from sborax.interop.peft_table import TABLE, row_for
+from sborax.models.names import hf_module
 from sborax.train.hints import gradients
 from sborax.train.optimizers import OPTIMIZERS
 from sborax.train.read import silent
@@ -73,6 +77,12 @@ def whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.c3a.layer, "BlockCircularConvolution", Product)
 
 
+def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both libraries draw 1 wherever they draw a normal number in training."""
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.ones(shape, dtype))
+
+
 PLAIN: dict[str, AbstractMethod] = {
     "LoRA": sx.LoRA(rank=4, alpha=6.0),
     "rsLoRA": sx.LoRA(rank=4, alpha=6.0, rslora=True),
@@ -89,12 +99,15 @@ PLAIN: dict[str, AbstractMethod] = {
     "HRA": sx.HRA(rank=4),
     "SHiRA": sx.SHiRA(rank=2),
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),
+    "PVeRA": sx.PVeRA(rank=6, d_initial=1.0),
+    "TinyLoRA": sx.TinyLoRA(rank=4, coefficients=40),
     "RandLoRA": sx.RandLoRA(rank=8, alpha=16.0),
     "C3A": sx.C3A(block=8),
     "FourierFT": sx.FourierFT(coefficients=40),
     "RoAd": sx.RoAd(block=8),
     "GraLoRA": sx.GraLoRA(rank=4, alpha=6.0),
     "WaveFT": sx.WaveFT(coefficients=40),
+    "PEANuT": sx.PEANuT(rank=4),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -106,6 +119,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
     # Entries of its weight are divided by the number of entries, so it learns slowly.
     "FourierFT": {"recipe": adamw(lr=0.1)},
+    "PVeRA": {"patch": equal_draws},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }
@@ -196,6 +210,36 @@ def signed(node: sx.Adapter, theirs: sx.Adapter) -> sx.Adapter:
     return sx.Adapter(flipped, kept, node.method, node.in_axes)
 
 
+def stacked(model: Any, path: str, values: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """`values` of PEFT's module of every layer, for one of our kernels."""
+    modules = (model.base_model.model.get_submodule(hf_module(path, layer)) for layer in range(DEPTH))
+    return np.stack([values(module) for module in modules])
+
+
+def from_singular_vectors(pair: Pair, case: Case, batches: list[Any], directory: Path) -> tuple[Any, Params, Adapters]:
+    """PSOFT's start, with PEFT's singular vectors: ours are the same but for signs."""
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), copy.deepcopy(case.config))
+    params, adapters = prepared(pair, case).attach(pair.ours.params)
+    for path, node in nodes(adapters).items():
+        a = stacked(model, path, lambda module: module._psoft_A_cache["default"].numpy().T)
+        b = stacked(model, path, lambda module: module._psoft_B_cache["default"].numpy().T * module.scaling["default"])
+        chex.assert_trees_all_close(np.abs(node.frozen["a"]), np.abs(a), rtol=0, atol=1e-4)
+        chex.assert_trees_all_close(node.frozen["a"] @ node.frozen["b"], a @ b, rtol=0, atol=1e-5)
+        node.frozen.update(a=jnp.asarray(a), b=jnp.asarray(b))
+    return model, params, adapters
+
+
+def of_rotations(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
+    """PSOFT's trained leaves, which PEFT's file holds without the vectors that they belong to."""
+    names = {"q": "weight", "g": "vector_a", "h": "vector_b"}
+
+    def leaf(path: str, name: str) -> np.ndarray:
+        return stacked(model, path, lambda module: getattr(module.psoft_R["default"], name).detach().numpy())
+
+    paths = [f"layers/{module}/kernel" for module in ("mlp/down_proj", "self_attn/q_proj")]
+    return {path: {ours: leaf(path, theirs) for ours, theirs in names.items()} for path in paths}
+
+
 PLUS = Recipe(sx.Optimizer(lr=LR, b_ratio=4.0, **SCHEDULED), lora_plus)
 PROJECTED = Recipe(sx.Optimizer(name="lora_fa", lr=LR, **SCHEDULED), lora_fa)
 BUDGETED = dataclasses.replace(adamw(), procedure=BUDGET, after=allocate)
@@ -218,6 +262,18 @@ CASES: dict[str, Case] = {
         sx.LoRAGA(rank=4, alpha=6.0, formula="peft"),
         start=from_gradients,
         patch=exact_svd,
+    ),
+    "PEANuT, deep": Case(
+        config("PEANuT", depth=2, act_fn="silu"), sx.PEANuT(rank=4, depth=2, activation="silu"), adamw(lr=0.03)
+    ),
+    "PEANuT by gelu": Case(
+        config("PEANuT", act_fn="gelu", scaling=2.0), sx.PEANuT(rank=4, activation="gelu", alpha=2.0)
+    ),
+    "PSOFT": Case(
+        peft.PsoftConfig(r=8, target_modules=TWO, task_type="CAUSAL_LM"),
+        sx.PSOFT(rank=8),
+        start=from_singular_vectors,
+        leaves=of_rotations,
     ),
     "AdaLoRA with its budget": Case(config("AdaLoRA", **ALLOCATION), PLAIN["AdaLoRA"], BUDGETED),
     "LoRA at a constant rate": Case(config("LoRA"), PLAIN["LoRA"], CONSTANT),

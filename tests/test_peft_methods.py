@@ -22,6 +22,7 @@ from sborax.adapters.core import AbstractMethod, Adapter
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.methods.lokr import divisors
+from sborax.methods.peanut import ACTIVATIONS
 from sborax.methods.places import LARGEST_SEED, LONG, seeded_places
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -85,6 +86,48 @@ CASES = [
         sx.VeRA(rank=5),
         same(d="vera_lambda_d", m="vera_lambda_b"),
         joined(flipped(a="vera_A", b="vera_B"), scaled(1.0)),
+    ),
+    Case(
+        "PVeRA",
+        config("PveraConfig", r=5, init_weights=False),
+        sx.PVeRA(rank=5),
+        same(d="pvera_lambda_d", m="pvera_lambda_b"),
+        joined(flipped(a="pvera_A", b="pvera_B"), scaled(1.0)),
+    ),
+    Case(
+        "TinyLoRA",
+        config("TinyLoraConfig", r=3, u=5),
+        sx.TinyLoRA(rank=3, coefficients=5),
+        same(v="tinylora_v"),
+        joined(flipped(a="tinylora_A", b="tinylora_B"), lambda t: {"p": t["tinylora_P"].transpose(0, 2, 1)}),
+    ),
+    *(
+        Case(
+            name,
+            config("PsoftConfig", r=5, **fields),
+            method,
+            same(q="psoft_R", **({"g": "vector_a", "h": "vector_b"} if method.scaled else {})),
+            lambda t: {"a": t["_psoft_A_cache"].T, "b": t["_psoft_B_cache"].T * (32 / 5)},
+        )
+        for name, method, fields in [
+            ("PSOFT", sx.PSOFT(rank=5), {}),
+            ("PSOFT-bare", sx.PSOFT(rank=5, scaled=False), {"psoft_mag_a": False, "psoft_mag_b": False}),
+            (
+                "PSOFT-series",
+                sx.PSOFT(rank=5, terms=6),
+                {"use_cayley_neumann": True, "num_cayley_neumann_terms": 6},
+            ),
+        ]
+    ),
+    *(
+        Case(
+            f"PEANuT-{activation}",
+            config("PeanutConfig", r=5, act_fn=activation, scaling=1.5),
+            sx.PEANuT(rank=5, activation=activation),
+            flipped(u="peanut_A", b="peanut_B"),
+            scaled(1.5),
+        )
+        for activation in ACTIVATIONS
     ),
     Case("LoHa", config("LoHaConfig", r=3, alpha=6), sx.LoHa(rank=3), flipped(**LOHA), scaled(2.0)),
     Case(
@@ -228,6 +271,12 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
             continue
         value = held["default"]
         value = getattr(value, "weight", value)
+        if isinstance(value, torch.nn.ParameterDict):
+            (value,) = value.values()
+        for part in ("vector_a", "vector_b"):
+            if isinstance(vector := getattr(held["default"], part, None), torch.nn.Parameter):
+                torch.nn.init.normal_(vector, mean=1.0, std=0.3)
+                tensors[part] = vector.detach().numpy().copy()
         if isinstance(value, torch.nn.Parameter) and value.requires_grad:
             torch.nn.init.normal_(value, std=0.3)
         if isinstance(value, torch.Tensor):
@@ -288,6 +337,7 @@ def test_kernels_of_every_size_share_one_random_projection():
     params = {"small": {"kernel": jnp.ones((8, 6))}, "large": {"kernel": jnp.ones((20, 30))}}
     for method, small, large in [
         (sx.VeRA(rank=4), ("a", "b"), ("a", "b")),
+        (sx.PVeRA(rank=4), ("a", "b"), ("a", "b")),
         (sx.RandLoRA(rank=4), ("p_in", "q_out"), ("p_out", "q_in")),
     ]:
         _, adapters = sx.attach(jax.random.key(0), params, [(".*", method)])
@@ -348,7 +398,9 @@ def test_files_both_ways(kind, pair, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("method", [sx.VeRA(rank=4), sx.RandLoRA(rank=8)], ids=["VeRA", "RandLoRA"])
+@pytest.mark.parametrize(
+    "method", [sx.VeRA(rank=4), sx.PVeRA(rank=4), sx.RandLoRA(rank=8)], ids=["VeRA", "PVeRA", "RandLoRA"]
+)
 def test_our_own_projections_in_peft(method, pair, tmp_path):
     """Kernels of several sizes cut one projection, which PEFT gets whole; two projections cannot be written."""
     with jax.numpy_dtype_promotion("standard"):
@@ -362,6 +414,22 @@ def test_our_own_projections_in_peft(method, pair, tmp_path):
         params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
         with pytest.raises(sx.SboraxError, match="the same projection_seed"):
             save_peft(tmp_path / "two", pair.ours, params, adapters)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_psoft_is_written_as_lora_and_its_own_files_are_refused(pair, tmp_path):
+    """They lack the singular vectors of the base, whose signs torch's LAPACK and JAX's do not agree on."""
+    with jax.numpy_dtype_promotion("standard"):
+        with_peft(pair, peft.PsoftConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "theirs")
+        with pytest.raises(sx.SboraxError, match="'PSOFT' is not supported: the file lacks the base's singular"):
+            load_peft(tmp_path / "theirs", pair.ours)
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj|down_proj", sx.PSOFT(rank=4))])
+        adapters = shaken(adapters)
+        exported = save_peft(tmp_path / "ours", pair.ours, params, adapters)
+        assert exported.peft_type == "LORA" and exported.errors == {}
+        expected = logits(pair.ours, params, adapters)
+        assert np.abs(expected - torch_logits(pair.torch)).max() > 0.01
+        np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("place", [(0, 32), (1, -1), "twice"])

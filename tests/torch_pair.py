@@ -81,6 +81,7 @@ def reloaded(pair: Pair, directory: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type '.*LlamaRMSNorm'", UserWarning)
         model = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), directory)
     stored = load_file(directory / "adapter_model.safetensors")
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)

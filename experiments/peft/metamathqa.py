@@ -71,6 +71,13 @@ HOW = {
     "miss / mini": _alone(sx.Bone(rank=64, mini_rank=64)),
     "adalora / rank32": (*_alone(sx.AdaLoRA(rank=64, alpha=8.0)), f"procedure={json.dumps(BUDGET)}"),
     "vera / default": _alone(sx.VeRA(rank=256)),
+    "pvera / rank64": _alone(sx.PVeRA(rank=64)),
+    "pvera / default": _alone(sx.PVeRA(rank=256)),
+    "tinylora / default": _alone(sx.TinyLoRA()),
+    "psoft / fast": _alone(sx.PSOFT(rank=256, terms=5)),
+    "psoft / default": _alone(sx.PSOFT(rank=256)),
+    "peanut / rank32-relu-depth0-s2.0": _alone(sx.PEANuT(rank=32, alpha=2.0)),
+    "peanut / rank1-relu-depth0-s32.0": _alone(sx.PEANuT(rank=1, alpha=32.0)),
     "ia3 / default": _ia3("self_attn/(k|v)_proj", "down_proj"),
     "road / lr_0.001": _alone(sx.RoAd(variant="2")),
     "fourierft / n_frequency-5000": _alone(sx.FourierFT(coefficients=5000, alpha=300.0)),
@@ -198,6 +205,7 @@ DIFFERS = (
     "Settings are those of the experiments' files in PEFT at the commits that were read: LoHa, AdaLoRA, LoRA-FA and "
     "LoRA on the MLP at 1948110, LoRA of rank 64 at f8bbafe, LoKr at 63a21ad, DeLoRA at 42aa7c2, IA3 at 7285473, OFT "
     "at 711075f, whose rank of 32 over 3,072 inputs is a block of 96, FourierFT at 1948110, RoAd at 493e753, "
-    "GraLoRA at 005745b, WaveFT at f8bbafe.",
+    "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70, TinyLoRA at 6d71a28, PEANuT at 814c32d and "
+    "5fbf730, PSOFT at f8bbafe and 95a929d, whose fast form has a randomised SVD there and an exact one here.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
 )

@@ -20,8 +20,8 @@ from sborax.models.language_model import abstract
 from sborax.train.base import adapt
 from sborax.train.hints import promised
 
-LARGEST = {"rank": 128, "block": 128, "coefficients": 4096}
-"""Fields that say how large an adapter is, with the largest value that is tried."""
+LARGEST = {"coefficients": 4096, "rank": 128, "block": 128}
+"""Fields that say how large an adapter is, with the largest value that is tried. Of several, the first counts."""
 STORED = Path(__file__).parent / "sizes.json"
 
 

@@ -155,6 +155,8 @@ class AbstractMethod(abc.ABC):
     """Fields of `Hint` that `init` requires."""
     sends: str = ""
     """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
+    draws: str = ""
+    """Empty, or what a call with a key draws at random beside dropout. Without a key it is left out."""
     group_b: frozenset[str] = frozenset()
     """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies. As in PEFT, if it has the method."""
     linked: bool = False
@@ -303,6 +305,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def sends(self) -> str:
         return next((part.sends for part in self.members if part.sends), "")
+
+    @property
+    def draws(self) -> str:
+        return next((part.draws for part in self.members if part.draws), "")
 
     @property
     def needs(self) -> frozenset[str]:

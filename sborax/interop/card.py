@@ -36,10 +36,11 @@ def adapter_card(
     name = base or "path/to/the/base/model"
     size = next((f", {word} {config[field]}" for field, word in SIZES.items() if config.get(field)), "")
     size += ", with exceptions in `rank_pattern`" if config.get("rank_pattern") else ""
+    targets = config["target_modules"]
     lines = [
         f"Method: {', '.join(methods)}, stored as PEFT's `{config['peft_type']}`{size}.",
         f"Base model: {base or 'not recorded'}.",
-        f"Adapted modules: {', '.join(config['target_modules'])}.",
+        f"Adapted modules: {targets if isinstance(targets, str) else ', '.join(targets)}.",
         *([f"Layers: {config['layers_to_transform']}."] if "layers_to_transform" in config else []),
         *([f"Stored in full: {', '.join(config['modules_to_save'])}."] if "modules_to_save" in config else []),
         _exactness(errors),

@@ -1,7 +1,7 @@
 """Hugging Face's module and tensor names for the leaves of our parameter tree."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from sborax.adapters.core import AbstractWeight
 from sborax.adapters.leaves import flatten
-from sborax.models.names import hf_module, row, unlayered
+from sborax.models.names import TABLE, hf_module, row, unlayered
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 TYING = "ensure_weight_tying"
@@ -51,6 +51,18 @@ class HFLayout:
         """Every module that has a tensor."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.slots))
 
+    def numbers(self, modules: Iterable[str]) -> dict[str, int]:
+        """The position of each of these modules in transformers' model, among them."""
+        kinds = {entry.hf: kind for kind, entry in enumerate(TABLE)}
+
+        def place(module: str) -> tuple[int, int]:
+            slot = self.slots[f"{module}.weight"]
+            entry, number = row(slot.path), unlayered(slot.path)[1]
+            layer = number if slot.layer is None else slot.layer
+            return (len(self.slots) if layer is None else layer), kinds[entry.hf]
+
+        return {module: number for number, module in enumerate(sorted(modules, key=place))}
+
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
@@ -86,6 +98,12 @@ def layout_of(params: Any) -> HFLayout:
             name = entry.hf.format(layer=number if layer is None else layer)
             slots[name] = Slot(path, layer, entry.transposed)
     return HFLayout(leaves, slots, depths)
+
+
+def tensor_in(layout: HFLayout, leaves: Mapping[str, Any], name: str) -> Any:
+    """One of Hugging Face's tensors, by its name, of these leaves by path; a kernel as ours, (in, out)."""
+    slot = layout.slots[name]
+    return leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
 
 
 def same(leaf: Any, other: Any) -> bool:

@@ -17,9 +17,10 @@ from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, Sborax
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site
 from sborax.adapters.tree import attach, nodes
+from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
-from sborax.interop.peft_table import row_for
+from sborax.interop.peft_table import INERT, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
@@ -40,7 +41,7 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
 
     Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
-    `modules_to_save` are in `params`.
+    `modules_to_save` are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change `params` alone.
 
     Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
@@ -59,6 +60,9 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         names = dict(zip(headers, headers, strict=True))
         if str(config.get("peft_type")) in OLD_NAMES:
             config, names = _modern(config, headers)
+        kind = kind_of(config)
+        if kind is not None:
+            return _changed_base(kind, config, headers, file, layout, model.params), {}
         if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
         row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
@@ -80,7 +84,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
         base = _base_tensors(layout, saved, modules, names)
-        _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, row)
+        places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
+        _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, places)
 
         def read(name: str) -> np.ndarray:
             return np.asarray(file.get_tensor(names[name]), np.float32)
@@ -95,6 +100,16 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
         filled = {path: _filled(node, path, row, adapted, layout, read) for path, node in nodes(adapters).items()}
     return params, nest(filled)
+
+
+def _changed_base(
+    kind: Kind, config: Mapping[str, Any], headers: Mapping[str, Any], file: Any, layout: HFLayout, params: Any
+) -> Any:
+    """`params` with what the file of a kind without adapters changes."""
+    check_options(config, INERT - {"modules_to_save"} | kind.reads)
+    _compare(kind.expected(config, layout), dict(zip(headers, headers, strict=True)), headers)
+    changed = kind.changed(config, layout, lambda name: np.asarray(file.get_tensor(name), np.float32))
+    return _replaced(params, layout, changed)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -162,7 +177,7 @@ def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
 def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, tuple[int, ...]]:
     """The shape of every adapter tensor by its name in the file, as the config implies it."""
     shapes: dict[tuple[AbstractMethod, tuple[int, int]], dict[str, tuple[int, ...]]] = {}
-    expected = {}
+    expected, numbers = {}, layout.numbers(fits)
     for module, fit in fits.items():
         shape = layout.shape(layout.slots[f"{module}.weight"].path)
         if (fit.method, shape) not in shapes:
@@ -175,7 +190,7 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
         leaves = shapes[fit.method, shape]
         for tensor in row.tensors:
             if tensor.leaf in leaves and not tensor.shared:
-                expected[tensor.key(module)] = tensor.shape(leaves[tensor.leaf])
+                expected[tensor.key(module, numbers)] = tensor.shape(leaves[tensor.leaf])
     return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
 
 
@@ -198,10 +213,15 @@ def _base_tensors(
 
 
 def _compare(
-    expected: Mapping[str, tuple[int, ...]], names: Mapping[str, str], headers: Mapping[str, Any], row: Row
+    expected: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    headers: Mapping[str, Any],
+    places: tuple[str, ...] = (),
 ) -> None:
-    """Raise SboraxError unless the file has exactly the expected tensors, with their shapes and a legal dtype."""
-    places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
+    """Raise SboraxError unless the file has exactly the expected tensors, with their shapes and a legal dtype.
+
+    places: endings of the names of tensors that hold indices.
+    """
     missing, surplus = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing:
         raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
@@ -311,14 +331,16 @@ def _filled_layers(
 ) -> Adapter:
     train = {name: np.array(leaf) for name, leaf in node.train.items()}
     frozen = {name: np.array(leaf) for name, leaf in node.frozen.items()}
+    numbers = layout.numbers(fits)
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
         for tensor in row.tensors:
             if tensor.leaf not in (leaves := {**train, **frozen}):
                 continue
-            value = tensor.inward(read(tensor.key(module)))
+            name = tensor.key(module, numbers)
+            value = tensor.inward(read(name))
             if tensor.places:
-                _check_places(tensor.key(module), value, layout.shape(path))
+                _check_places(name, value, layout.shape(path))
             slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
             if tensor.shared:
                 value = value[tuple(slice(size) for size in slot.shape)]

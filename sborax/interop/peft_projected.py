@@ -1,4 +1,4 @@
-"""Rows of the kinds with frozen random projections that all modules share: VERA and RANDLORA."""
+"""Rows of the kinds with frozen random projections: VERA, PVERA and RANDLORA, whose modules share them, TINYLORA."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from sborax.interop.peft_row import (
     number_field,
     rank_field,
 )
-from sborax.methods import RandLoRA, VeRA
+from sborax.methods import PVeRA, RandLoRA, TinyLoRA, VeRA
 
 SEEDED = frozenset({"projection_prng_key"})
 
@@ -31,6 +31,11 @@ def _read_vera(fields: Fields) -> Fit:
     return Fit(VeRA(rank=rank_field(fields), dropout=number_field(fields, "vera_dropout")), {"scale": 1.0})
 
 
+def _read_pvera(fields: Fields) -> Fit:
+    _check_projected(fields)
+    return Fit(PVeRA(rank=rank_field(fields), dropout=number_field(fields, "pvera_dropout")), {"scale": 1.0})
+
+
 def _read_randlora(fields: Fields) -> Fit:
     _check_projected(fields)
     rank = rank_field(fields)
@@ -41,6 +46,18 @@ def _read_randlora(fields: Fields) -> Fit:
 def _write_randlora(node: Adapter) -> dict[str, Any]:
     rank = node.train["l"].shape[-2]
     return {"r": rank, "randlora_alpha": alpha_of(node, rank), "randlora_dropout": dropout_of(node)}
+
+
+def _read_tinylora(fields: Fields) -> Fit:
+    _check_projected(fields)
+    size, rate = rank_field(fields, "u"), number_field(fields, "tinylora_dropout")
+    return Fit(TinyLoRA(rank=rank_field(fields), coefficients=size, dropout=rate), {})
+
+
+def _write_tinylora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, TinyLoRA)
+    return {"r": method.rank, "u": method.coefficients, "tinylora_dropout": dropout_of(node)}
 
 
 PROJECTED = (
@@ -54,6 +71,15 @@ PROJECTED = (
         any_rank=True, inert=SEEDED | {"d_initial"},
     ),
     Row(
+        PVeRA, "PVERA", ANY_START, {"r": 256, "pvera_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("pvera_lambda_d", "d", (0,), times="scale"), Tensor("pvera_lambda_b", "m", (0,)),
+            Tensor("pvera_A", "a", TRANSPOSED, shared=True), Tensor("pvera_B", "b", TRANSPOSED, shared=True),
+        ),
+        _read_pvera, lambda node: {"r": node.method.rank, "pvera_dropout": dropout_of(node)},
+        any_rank=True, inert=SEEDED | {"d_initial", "generator_seed"},
+    ),
+    Row(
         RandLoRA, "RANDLORA", ANY_START,
         {"r": 32, "randlora_alpha": 640, "randlora_dropout": 0.0, "save_projection": True},
         (
@@ -65,5 +91,14 @@ PROJECTED = (
             Tensor("randlora_B", "p_out", (2, 0, 1), shared=True, repeated=True),
         ),
         _read_randlora, _write_randlora, any_rank=True, inert=SEEDED | {"sparse", "very_sparse"},
+    ),
+    Row(
+        TinyLoRA, "TINYLORA", {"init_weights": (True, False, "uniform")},
+        {"r": 2, "u": 64, "tinylora_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("tinylora_v", "v", (0,), numbered=True), Tensor("tinylora_P", "p", (0, 2, 1)),
+            Tensor("tinylora_A", "a", TRANSPOSED), Tensor("tinylora_B", "b", TRANSPOSED),
+        ),
+        _read_tinylora, _write_tinylora, inert=frozenset({"projection_seed", "init_v_bound"}),
     ),
 )  # fmt: skip

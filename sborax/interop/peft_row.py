@@ -36,6 +36,7 @@ class Tensor(NamedTuple):
     - shared: the file has one tensor for all modules, sized for the largest, and each module reads its first part.
     - repeated: shared, and PEFT also writes a copy for every module.
     - places: whether it holds indices of columns and rows of W.
+    - numbered: the file keeps it outside the modules, by the module's number among those that are adapted.
     """
 
     suffix: str
@@ -45,14 +46,17 @@ class Tensor(NamedTuple):
     shared: bool = False
     repeated: bool = False
     places: bool = False
+    numbered: bool = False
 
-    def key(self, module: str) -> str:
-        """The tensor's name in the file."""
+    def key(self, module: str, numbers: Mapping[str, int]) -> str:
+        """The tensor's name in the file. numbers: those of the adapted modules, see `HFLayout.numbers`."""
+        if self.numbered:
+            return f"{ROOT}{self.suffix}.{numbers[module]}"
         return ROOT + self.suffix if self.shared else f"{PREFIX}{module}.{self.suffix}"
 
     def copies(self, modules: Iterable[str]) -> dict[str, str]:
         """`{name of the copy: name of the tensor}` for the copies that PEFT writes for modules."""
-        return {f"{PREFIX}{module}.{self.suffix}": self.key(module) for module in modules if self.repeated}
+        return {f"{PREFIX}{module}.{self.suffix}": ROOT + self.suffix for module in modules if self.repeated}
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """PEFT's shape from ours."""
@@ -193,4 +197,4 @@ def shared_shapes(row: Row, method: AbstractMethod, shapes: Iterable[tuple[int, 
         return {}
     fan_in, fan_out = np.max(np.asarray(list(shapes)), axis=0)
     leaves = leaf_shapes(method, (int(fan_in), int(fan_out)))
-    return {tensor.key(""): tensor.shape(leaves[tensor.leaf]) for tensor in shared if tensor.leaf in leaves}
+    return {ROOT + tensor.suffix: tensor.shape(leaves[tensor.leaf]) for tensor in shared if tensor.leaf in leaves}

@@ -17,6 +17,7 @@ from sborax.adapters.tree import link, nodes
 from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Factors, by_layer, exact, truncated
+from sborax.interop.peft_base import kind_for
 from sborax.interop.peft_layout import (
     CONFIG,
     TENSORS,
@@ -24,6 +25,7 @@ from sborax.interop.peft_layout import (
     HFLayout,
     layout_of,
     same,
+    tensor_in,
     tied_copies,
     wide,
 )
@@ -85,6 +87,8 @@ def save_peft(
 
     A method that PEFT has is written in PEFT's form. A method with thin factors is written as plain LoRA, exactly:
     SBoRA, contiguous Bone, sums and multiples, PiSSA and OLoRA (at rank 2r, since PEFT's base is the original one).
+    Without adapters, norms, biases or rows of the embedding that were trained are written as LN_TUNING, BEFT or
+    TRAINABLE_TOKENS.
 
     Args:
     - directory: created if missing.
@@ -107,7 +111,15 @@ def save_peft(
     check_card(epath.Path(directory))
     layout, leaves, linked = layout_of(model.params), flatten(params), nodes(link(adapters))
     if not linked:
-        raise SboraxError("there is no adapter to save: the tree is empty")
+        changed = _changed(layout, leaves, linked)
+        if not changed or as_ == "lora":
+            raise SboraxError("there is no adapter to save: the tree is empty")
+        kind = kind_for(changed)
+        written = kind.written(changed, layout, leaves)
+        config = {**_common(kind.peft_type, base), **written.config}
+        exported = Exported(kind.peft_type, len(written.tensors), _size(written.tensors), {})
+        _write(directory, config, written.tensors, [kind.peft_type], exported, base, facts)
+        return exported
     entries: dict[str, _Entry] = {}
     for path, node in linked.items():
         if stacks_experts(path):
@@ -138,23 +150,49 @@ def save_peft(
         config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
     _check_keys(config, row, layout, entries, set(tensors))
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
-    exported = Exported(row.peft_type, len(entries), sum(tensor.size for tensor in tensors.values()), errors)
+    exported = Exported(row.peft_type, len(entries), _size(tensors), errors)
+    methods = sorted({entry.method for entry in entries.values()})
+    _write(directory, config, tensors, methods, exported, base, facts)
+    return exported
+
+
+def _size(tensors: Mapping[str, np.ndarray]) -> int:
+    return sum(tensor.size for tensor in tensors.values())
+
+
+def _write(
+    directory: str | epath.PathLike,
+    config: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+    methods: list[str],
+    exported: Exported,
+    base: str | None,
+    facts: Mapping[str, str] | None,
+) -> None:
+    """Write the files of a directory."""
     out = epath.Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     (out / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    methods = sorted({entry.method for entry in entries.values()})
-    write_card(out, adapter_card(methods, config, errors, base, facts or {}))
-    return exported
+    write_card(out, adapter_card(methods, config, exported.errors, base, facts or {}))
+
+
+def _common(peft_type: str, base: str | None) -> dict[str, Any]:
+    """The config fields of all kinds."""
+    return {
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
 
 
 def _trained_tensors(layout: HFLayout, leaves: Mapping[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
     """The tensors of trained leaves of the base, under PEFT's names."""
     tensors = {}
     for name in names:
-        slot = layout.slots[name]
-        leaf = wide(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
-        tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if slot.transposed else leaf)
+        leaf = wide(tensor_in(layout, leaves, name))
+        tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if layout.slots[name].transposed else leaf)
     return tensors
 
 
@@ -233,8 +271,9 @@ def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
 
 def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) -> dict[str, np.ndarray]:
     """The adapter's tensors by their names in the file."""
+    numbers = layout.numbers(entries)
     tensors = {
-        tensor.key(module): entry.tensors[tensor.suffix]
+        tensor.key(module, numbers): entry.tensors[tensor.suffix]
         for module, entry in entries.items()
         for tensor in row.tensors
         if tensor.suffix in entry.tensors and not tensor.shared
@@ -281,14 +320,7 @@ def _trained_base(
     layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter], entries: Mapping[str, _Entry]
 ) -> list[str]:
     """The tensors of every module whose base weights were trained beside the adapters."""
-    missing = sorted(layout.leaves.keys() - leaves.keys())
-    if missing:
-        raise SboraxError(f"{missing[0]}: the model has this parameter, the given params do not")
-    changed = {
-        path
-        for path, leaf in layout.leaves.items()
-        if not (path in linked and linked[path].method.rewrites_base) and not same(leaves[path], leaf)
-    }
+    changed = _changed(layout, leaves, linked)
     modules = {name.rpartition(".")[0] for name, slot in layout.slots.items() if slot.path in changed}
     for module in sorted(modules):
         if module in entries:
@@ -296,15 +328,24 @@ def _trained_base(
     return [name for name in layout.slots if name.rpartition(".")[0] in modules]
 
 
+def _changed(layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter]) -> set[str]:
+    """Paths of the base leaves that were trained. Raises SboraxError for a parameter that is missing."""
+    missing = sorted(layout.leaves.keys() - leaves.keys())
+    if missing:
+        raise SboraxError(f"{missing[0]}: the model has this parameter, the given params do not")
+    return {
+        path
+        for path, leaf in layout.leaves.items()
+        if not (path in linked and linked[path].method.rewrites_base) and not same(leaves[path], leaf)
+    }
+
+
 def _config(
     row: Row, entries: Mapping[str, _Entry], layout: HFLayout, base: str | None, trained: list[str]
 ) -> dict[str, Any]:
     """The fields of `adapter_config.json`. Raises SboraxError for fields that differ where PEFT has one for all."""
     config: dict[str, Any] = {
-        "peft_type": row.peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
+        **_common(row.peft_type, base),
         **row.constants,
         **{name: values[0] for name, values in row.known_by.items()},
         **row.defaults,
@@ -334,9 +375,11 @@ def _check_keys(
     config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], written: set[str]
 ) -> None:
     """Raise SboraxError unless the names of the tensors are those that the config implies."""
+    modules = targeted(config, layout.linear)
+    numbers = layout.numbers(modules)
     implied = {
-        tensor.key(module)
-        for module in targeted(config, layout.linear)
+        tensor.key(module, numbers)
+        for module in modules
         for tensor in row.tensors
         if module not in entries or tensor.suffix in entries[module].tensors
     }

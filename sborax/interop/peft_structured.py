@@ -1,16 +1,31 @@
-"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, HRA, SHIRA, IA3, ROAD."""
+"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, HRA, SHIRA, IA3, ROAD, and PEANUT."""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from sborax.adapters.core import Adapter, SboraxError
-from sborax.interop.peft_row import ANY_START, NO_BIAS, Fields, Fit, Row, Tensor, dropout_of, number_field, rank_field
+from sborax.interop.peft_row import (
+    ANY_START,
+    NO_BIAS,
+    TRANSPOSED,
+    Fields,
+    Fit,
+    Row,
+    Tensor,
+    decimal_of,
+    dropout_of,
+    number_field,
+    rank_field,
+    whole_field,
+)
 from sborax.interop.peft_targets import matched
-from sborax.methods import C3A, HRA, IA3, OFT, Bat, Bone, RoAd, SHiRA
+from sborax.methods import C3A, HRA, IA3, OFT, Bat, Bone, PEANuT, RoAd, SHiRA
 
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
+MOST_LAYERS = 16
+"""Encoders of PEANuT in a file, and as many decoders."""
 SERIES_SINCE = "0.18.0"
 """The version of PEFT that changed the series of OFT's rotations."""
 
@@ -79,6 +94,34 @@ def _road(variant: Literal["1", "2", "4"]) -> Row:
     return Row(RoAd, "ROAD", known_by, {"group_size": 64}, tensors, read, write, constants=NO_BIAS, layered=False)
 
 
+def _peanut(activation: Literal["relu", "silu", "gelu"]) -> Row:
+    """The row of one activation of PEANuT."""
+
+    def read(fields: Fields) -> Fit:
+        depth = whole_field(fields, "depth", 0, MOST_LAYERS)
+        return Fit(
+            PEANuT(rank=rank_field(fields), depth=depth, activation=activation),
+            {"scale": number_field(fields, "scaling")},
+        )
+
+    def write(node: Adapter) -> dict[str, Any] | None:
+        method = node.method
+        assert isinstance(method, PEANuT)
+        if method.activation != activation or method.depth > MOST_LAYERS:
+            return None
+        return {"r": method.rank, "depth": method.depth, "scaling": decimal_of(node, "scale")}
+
+    layers = [
+        Tensor(f"peanut_{side}.{i}.weight", f"{side[0]}{i}", TRANSPOSED)
+        for side in ("encoders", "decoders")
+        for i in range(MOST_LAYERS)
+    ]
+    tensors = (Tensor("peanut_A.weight", "u", TRANSPOSED), Tensor("peanut_B.weight", "b", TRANSPOSED), *layers)
+    known_by = {"act_fn": (activation,), **ANY_START}
+    defaults = {"r": 32, "depth": 0, "scaling": 1.0}
+    return Row(PEANuT, "PEANUT", known_by, defaults, tensors, read, write, any_rank=True, constants=NO_BIAS)
+
+
 def _feedforward(config: Fields, module: str) -> dict[str, Any]:
     return {"feedforward": matched(config, "feedforward_modules", module)}
 
@@ -136,4 +179,7 @@ STRUCTURED = (
     _road("1"),
     _road("2"),
     _road("4"),
+    _peanut("relu"),
+    _peanut("silu"),
+    _peanut("gelu"),
 )  # fmt: skip

@@ -5,10 +5,11 @@ it has a row in one of the files from which `TABLE` is put together. Key names a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sborax.adapters.core import SboraxError
+from sborax.interop.peft_base import KINDS
 from sborax.interop.peft_low_rank import LOW_RANK
 from sborax.interop.peft_projected import PROJECTED
 from sborax.interop.peft_row import Row
@@ -28,6 +29,7 @@ KNOWN_BY_DEFAULTS = {
     "variant": "road_1",
     "use_idwt": True,
     "wavelet_family": "db1",
+    "act_fn": "relu",
 }
 """PEFT's defaults of the fields in `Row.known_by`."""
 
@@ -47,6 +49,13 @@ BIASES = r"all|\w+_only"
 """Values of `bias` with which PEFT stores biases. They mean nothing for a model without biases."""
 
 
+UNREAD = {
+    "PSOFT": "the file lacks the base's singular vectors, whose signs depend on the machine; save it in PEFT as LoRA, "
+    "with save_as_lora"
+}
+"""Kinds whose files do not say the function."""
+
+
 def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
     """The row of an adapter that `config` describes.
 
@@ -57,9 +66,11 @@ def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
     Raises SboraxError for a kind or an option that no row reads.
     """
     kind = config.get("peft_type")
+    if kind in UNREAD:
+        raise SboraxError(f"peft_type {kind!r} is not supported: {UNREAD[kind]}")
     rows = [row for row in TABLE if row.peft_type == kind]
     if not rows:
-        known = ", ".join(sorted({row.peft_type for row in TABLE} | {"BONE"}))
+        known = ", ".join(sorted({row.peft_type for row in TABLE} | {kind.peft_type for kind in KINDS} | {"BONE"}))
         raise SboraxError(f"peft_type {str(kind)[:40]!r} is not supported; known: {known}")
 
     def is_of(row: Row, name: str) -> bool:
@@ -73,10 +84,15 @@ def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
             f"{kind} with {values[:120]} is not supported; if it changes the base, save it in PEFT with "
             "path_initial_model_for_weight_conversion"
         )
-    read = INERT | row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | row.inert
+    read = row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | row.inert
+    check_options(config, INERT | read, biased)
+    return row
+
+
+def check_options(config: Mapping[str, Any], read: Iterable[str], biased: bool = True) -> None:
+    """Raise SboraxError for a field with a value, unless it is read. biased: whether the model has biases."""
     for name, value in config.items():
         if name == "bias" and not biased and re.fullmatch(BIASES, str(value)):
             continue
         if name not in read and value and value != NEUTRAL.get(name):
             raise SboraxError(f"option {name[:60]}={str(value)[:60]} is not supported")
-    return row

@@ -23,14 +23,18 @@ from sborax.methods.mo_sara import MoSARA as MoSARA
 from sborax.methods.oft import OFT as OFT
 from sborax.methods.olora import OLoRA as OLoRA
 from sborax.methods.orthogonal import OrthogonalAdaptation as OrthogonalAdaptation
+from sborax.methods.peanut import PEANuT as PEANuT
 from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
+from sborax.methods.psoft import PSOFT as PSOFT
+from sborax.methods.pvera import PVeRA as PVeRA
 from sborax.methods.randlora import RandLoRA as RandLoRA
 from sborax.methods.reslora import ResLoRA as ResLoRA
 from sborax.methods.road import RoAd as RoAd
 from sborax.methods.sara import SARA as SARA
 from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
+from sborax.methods.tiny_lora import TinyLoRA as TinyLoRA
 from sborax.methods.vera import VeRA as VeRA
 from sborax.methods.wave_ft import WaveFT as WaveFT
 

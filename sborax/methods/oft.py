@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from sborax.adapters.core import (
@@ -19,6 +18,7 @@ from sborax.adapters.core import (
     dense,
     matmul,
 )
+from sborax.methods.rotation import rotations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +72,5 @@ class OFT(AbstractMethod):
         return turned.reshape(wide.shape)
 
     def _rotations(self, q: Float[Array, "blocks upper"], fan_in: int) -> Float[Array, "n block block"]:
-        rows, columns = np.triu_indices(self.block, 1)
-        upper = jnp.zeros((q.shape[0], self.block, self.block)).at[:, rows, columns].set(q)
-        skew, eye = upper - upper.transpose(0, 2, 1), jnp.eye(self.block)[None]
-        if self.terms is None:
-            # (I - Q)(I + Q)^-1 solved from the left: the two commute.
-            r = jnp.linalg.solve(eye + skew, eye - skew)
-        else:
-            r, power = eye, skew
-            for _ in range(self.terms - 2):
-                r, power = r + 2.0 * power, jnp.matmul(power, skew, precision="highest")
-            r = r + power
+        r = rotations(q, self.block, self.terms)
         return jnp.broadcast_to(r, (fan_in // self.block, self.block, self.block))

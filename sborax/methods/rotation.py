@@ -1,0 +1,25 @@
+"""Rotations by Cayley's transform of skew-symmetric matrices."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def rotations(q: Float[Array, "blocks upper"], size: int, terms: int | None) -> Float[Array, "blocks size size"]:
+    """(I - Q)(I + Q)^-1 of every block, or the series of its inverse: I + 2 Q + ... + 2 Q^(t-2) + Q^(t-1), t terms.
+
+    Args:
+    - q: the entries of Q above the diagonal, row by row.
+    - size: of Q.
+    - terms: length of the series, at least 4; None for the exact rotation.
+    """
+    rows, columns = np.triu_indices(size, 1)
+    upper = jnp.zeros((q.shape[0], size, size)).at[:, rows, columns].set(q)
+    skew, eye = upper - upper.transpose(0, 2, 1), jnp.eye(size)[None]
+    if terms is None:
+        # Solved from the left: the two commute.
+        return jnp.linalg.solve(eye + skew, eye - skew)
+    r, power = eye, skew
+    for _ in range(terms - 2):
+        r, power = r + 2.0 * power, jnp.matmul(power, skew, precision="highest")
+    return r + power
