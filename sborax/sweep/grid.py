@@ -7,14 +7,30 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sborax.adapters.core import SboraxError, structure
+from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import as_rules
 from sborax.config.codec import encode, entries, override
+from sborax.config.documents import parse
 from sborax.data.options import at_least
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import AbstractOptimizer
 
-MAY_VARY = "optimizer.*, seed_adapter, and numbers of a method that are no shapes, such as alpha"
+MAY_VARY = (
+    "rules",
+    "optimizer",
+    "steps",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "procedure",
+    "hint_batches",
+    "seed_data",
+    "seed_adapter",
+    "train_base",
+    "train_also",
+    "imports",
+)
+"""Fields of an experiment in which members may differ. The others say what the base is, or how members are compared."""
 
 MOST = 512
 """The most members that a sweep may have."""
@@ -36,14 +52,14 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Several runs over one base that share data, model and the structure of their adapters.
+    """Several runs over one base that share model and data. Those that are alike share a program (`groups.grouped`).
 
     Args:
     - experiment: what all members have in common.
     - grid: values by dotted key, `{"optimizer.lr": (1e-4, 3e-4), "seed_adapter": (0, 1)}`; every combination is a
       member. A text is read as on the command line.
-    - at_once: how many members a step computes together, by `vmap`; groups of that size follow one another, by
-      `lax.map`. More need more memory for activations. None (default): one on a CPU, all elsewhere.
+    - at_once: how many members of a program a step computes together, by `vmap`; so many at a time follow one another,
+      by `lax.map`. More need more memory for activations. None (default): one on a CPU, all elsewhere.
 
     Raises SboraxError for a grid without alternatives, with a value given twice, or with more than 512 members.
     """
@@ -75,7 +91,7 @@ class Sweep:
         for values in itertools.product(*self.grid.values()):
             pairs = list(zip(self.grid, map(_text, values), strict=True))
             changes = tuple(f"{key}={text}" for key, text in pairs)
-            varied = [f"{_short(key, self.grid)}={text}" for key, text in pairs if len(self.grid[key]) > 1]
+            varied = [f"{_short(key, self.grid)}={_label(text)}" for key, text in pairs if len(self.grid[key]) > 1]
             members.append(Member(",".join(varied).replace("/", "_"), changes, override(self.experiment, changes)))
         _check(members)
         return tuple(members)
@@ -140,7 +156,26 @@ def _values(text: str) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as it is written on the command line; of a dataclass, the fields that differ from their defaults."""
+    if isinstance(value, str):
+        return value
+    content = encode(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        usual = {field.name for field in dataclasses.fields(value) if getattr(value, field.name) == field.default}
+        content = {name: item for name, item in content.items() if name not in usual or name == "rank"}
+    return json.dumps(content)
+
+
+def _label(text: str) -> str:
+    """A value as part of a directory's name: `{"type": "LoRA", "rank": 2}` is `LoRA(rank=2)`."""
+    try:
+        value = parse(text.encode(), "") if text.startswith("{") else None
+    except SboraxError:
+        return text
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return text
+    options = ",".join(f"{name}={json.dumps(item)}" for name, item in value.items() if name != "type")
+    return f"{value['type']}({options})" if options else value["type"]
 
 
 def _short(key: str, keys: Mapping[str, Any]) -> str:
@@ -150,7 +185,7 @@ def _short(key: str, keys: Mapping[str, Any]) -> str:
 
 
 def _check(members: Sequence[Member]) -> None:
-    """Raise SboraxError unless the members can be trained as one program over one base."""
+    """Raise SboraxError unless the members can be trained over one base and compared."""
     first = members[0].experiment
     for number, member in enumerate(members):
         for other in members[:number]:
@@ -159,7 +194,7 @@ def _check(members: Sequence[Member]) -> None:
     for wrong, why in (
         (first.mesh is not None, "mesh: a sweep runs on one device; leave mesh at None"),
         (
-            not isinstance(first.optimizer, AbstractOptimizer),
+            any(not isinstance(member.experiment.optimizer, AbstractOptimizer) for member in members),
             "optimizer: a sweep needs the learning rate of every step, which an optax transformation does not give; "
             "give an Optimizer, or a class of yours that extends AbstractOptimizer",
         ),
@@ -167,23 +202,28 @@ def _check(members: Sequence[Member]) -> None:
     ):
         if wrong:
             raise SboraxError(why)
-    keys = varying(members)
-    for key in keys:
-        if not (key == "seed_adapter" or key.startswith("optimizer.") or _in_leaves(key, members)):
-            raise SboraxError(f"{key}: members may differ in {MAY_VARY}; run each value of {key} alone")
-    rewriting = [rule.method for rule in as_rules(first.rules) if rule.method is not None and rule.method.rewrites_base]
-    moved = [key for key in keys if not key.startswith("optimizer.")]
-    if rewriting and moved:
+    for key in varying(members):
+        if key.partition(".")[0] not in MAY_VARY:
+            raise SboraxError(f"{key}: members may differ in {', '.join(MAY_VARY[:-1])}; run each value of {key} alone")
+    # A kernel that a method rewrites is read dense, any other in 4 bits.
+    dense = {json.dumps(_rewriting(member.experiment)) for member in members}
+    if first.quant is not None and len(dense) > 1:
         raise SboraxError(
-            f"{moved[0]}: {type(rewriting[0]).__name__} rewrites the base, which all members share; "
-            f"vary optimizer.* alone, or run each value of {moved[0]} alone"
+            f"quant: members rewrite different kernels before these are quantised, so that no base of {first.quant} is "
+            "common to them; sweep over each method that rewrites the base alone"
         )
 
 
-def _in_leaves(key: str, members: Sequence[Member]) -> bool:
-    """Whether `key` is a hyper-parameter that a method keeps in its leaves, so that it does not change the program."""
-    where, number, what = (*key.split(".", 2), "", "")[:3]
-    if where != "rules" or not what.startswith("method."):
-        return False
-    methods = (as_rules(member.experiment.rules)[int(number)].method for member in members)
-    return len({None if method is None else structure(method) for method in methods}) == 1
+def _rewriting(experiment: Experiment) -> list[Any]:
+    """Which kernels an experiment's methods rewrite: patterns and layers of its rules. Empty if they rewrite none."""
+    listed = [
+        [rule.pattern, encode(rule.layers), rule.method is not None and rule.method.rewrites_base]
+        for rule in as_rules(experiment.rules)
+    ]
+    return listed if rewrites_base(experiment) else []
+
+
+def rewrites_base(experiment: Experiment) -> bool:
+    """Whether a rule's method rewrites the base."""
+    methods = (rule.method for rule in as_rules(experiment.rules))
+    return any(method is not None and method.rewrites_base for method in methods)

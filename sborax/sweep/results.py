@@ -1,9 +1,11 @@
 """The results of a sweep: `sweep.json`, and a table with the best member marked."""
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +14,7 @@ from sborax.adapters.core import SboraxError
 from sborax.config.documents import read_object
 from sborax.records.disk import replace
 from sborax.sweep.grid import Member
+from sborax.sweep.groups import Group
 
 SWEEP = "sweep.json"
 
@@ -20,11 +23,13 @@ SWEEP = "sweep.json"
 class Result:
     """The result of a member. Losses are in nats per token.
 
+    - program: the number of its group; members of a group share a program.
     - diverged: the step whose loss or gradient was not finite; None if there was none.
     """
 
     name: str
     changes: tuple[str, ...]
+    program: int
     steps: int
     diverged: int | None
     last_loss: float | None
@@ -41,13 +46,32 @@ class Result:
 class Results:
     """The results of a sweep.
 
-    - finished: False if a signal stopped the sweep.
+    - finished: False until every member has ended.
     - seconds: of this process.
     """
 
     finished: bool
     seconds: float
     members: tuple[Result, ...]
+
+    @classmethod
+    def of(cls, members: Sequence[Member], groups: Sequence[Group]) -> "Results":
+        """The results of members that have not begun."""
+        programs = {member.name: group.number for group in groups for member in group.members}
+        nothing = 0, None, None, None
+        results = (Result(member.name, member.changes, programs[member.name], *nothing) for member in members)
+        return cls(False, 0.0, tuple(results))
+
+    def updated(self, changed: Sequence[Result], goals: Mapping[str, int], began: float) -> "Results":
+        """The results with those of some members replaced.
+
+        - goals: how many steps each member is to make, by name.
+        - began: when the process began, by `time.monotonic`.
+        """
+        by_name = {result.name: result for result in changed}
+        members = tuple(by_name.get(result.name, result) for result in self.members)
+        finished = all(result.diverged or result.steps == goals[result.name] for result in members)
+        return Results(finished, time.monotonic() - began, members)
 
     @property
     def best(self) -> str | None:
@@ -56,14 +80,16 @@ class Results:
         return first.name if math.isfinite(first.loss) else None
 
     def table(self) -> list[str]:
-        """A line for each member, with a mark at the best."""
+        """A line for each member, with the number of the program that it shares, and a mark at the best."""
         width = max(len("member"), *(len(result.name) for result in self.members))
-        lines = [f"{'member':{width}}  {'last loss':>9}  {'held-out':>9}"]
+        sizes = collections.Counter(result.program for result in self.members)
+        lines = [f"{'member':{width}}  {'program':>7}  {'last loss':>9}  {'held-out':>9}"]
         for result in self.members:
+            program = str(result.program) if sizes[result.program] > 1 else "alone"
             cells = ("" if loss is None else f"{loss:.4f}" for loss in (result.last_loss, result.eval_loss))
             mark = f"  diverged at step {result.diverged:,}" if result.diverged else ""
             mark = "  best" if result.name == self.best else mark
-            lines.append(f"{result.name:{width}}  " + "  ".join(f"{cell:>9}" for cell in cells) + mark)
+            lines.append(f"{result.name:{width}}  {program:>7}  " + "  ".join(f"{cell:>9}" for cell in cells) + mark)
         return lines
 
 

@@ -57,6 +57,10 @@ class SweepStepper(AbstractStepper):
         self.state, numbers = self._step(self.state, stacked.constants, stacked.shared, self.base, batch)
         return numbers
 
+    @property
+    def ended(self) -> bool:
+        return len(self.diverged) == len(self.members)
+
     def programs(self) -> int:
         return self._step._cache_size()  # type: ignore[attr-defined]
 
@@ -76,7 +80,7 @@ class SweepStepper(AbstractStepper):
             losses.append(numbers["loss"])
             self.records[place].add_step(made, numbers, float(self.rates[place, made.step - 1]))
         if not losses:
-            return f"no member is left, all {len(self.members)} have a loss that is not finite"
+            return None
         speed = self.speed.mean() or made.tokens / made.seconds
         self.progress.show(made.step, min(losses), speed * len(losses))
         return None
