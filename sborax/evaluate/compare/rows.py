@@ -20,6 +20,7 @@ from sborax.records.adapter import PLAN
 from sborax.records.disk import CONFIG
 from sborax.records.eval_losses import EVAL_LOSSES
 from sborax.records.report import METRICS, SUMMARY, Summary
+from sborax.sweep.rates import LR, SEEDS
 from sborax.sweep.results import SWEEP, read_members
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.loop import ADAPTER
@@ -28,8 +29,6 @@ HELD_OUT = "held-out loss"
 TRAINING = "training loss"
 LAST = 10
 """Steps whose mean is the training loss of a run."""
-LR = "optimizer.lr"
-SEEDS = ("seed_data", "seed_adapter")
 Curve = tuple[tuple[int, float], ...]
 """Losses in nats a token by step."""
 
