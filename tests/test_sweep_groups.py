@@ -155,7 +155,8 @@ def test_members_of_other_data_order_and_length(places, tmp_path):
         member = Sweep(mixed(places), grid).members()[number]
         train(member.experiment, tmp_path / str(number), echo=quiet)
         same_run(tmp_path / str(number), tmp_path / "eight" / member.name, atol=1e-6)
-    far = {"optimizer": (sx.Optimizer(name="sgd", lr=1e17), sx.Optimizer(lr=1e-2)), "batch_size": (1, 2)}
+    rates = sx.Optimizer(lr=1e17, decay=0.01), sx.Optimizer(name="adam", lr=1e-2)
+    far = {"optimizer": rates, "batch_size": (1, 2)}
     results = sweep(Sweep(mixed(places), far), tmp_path / "far", echo=quiet)
     assert results.finished and [result.diverged for result in results.members] == [2, 2, None, None]
     again = sweep(Sweep(mixed(places), far), tmp_path / "far", resume=True, echo=quiet)

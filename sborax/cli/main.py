@@ -129,6 +129,10 @@ def _add_training(commands: Commands) -> None:
     sweep.add_argument(
         "--at-once", type=int, metavar="N", help="members computed together (default: 1 on a CPU, else all)"
     )
+    sweep.add_argument(
+        "--halving", metavar="STEP,...|auto",
+        help="at each of these steps, stop the half of the members with the higher held-out loss",
+    )  # fmt: skip
 
 
 def _add_generation(commands: Commands) -> None:
@@ -308,7 +312,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     changes = with_mesh(arguments.changes, arguments.mesh)
     finished = sweep(
-        arguments.experiment, changes, arguments.out, arguments.resume, arguments.at_once, imports=arguments.imports
+        arguments.experiment,
+        changes,
+        arguments.out,
+        arguments.resume,
+        arguments.at_once,
+        arguments.halving,
+        imports=arguments.imports,
     )
     return OK if finished else INTERRUPTED
 

@@ -1,17 +1,18 @@
 """A sweep: an experiment, and a grid of values for some of its fields. Every combination is a member."""
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import as_rules
 from sborax.config.codec import encode, entries, override
 from sborax.config.documents import parse
 from sborax.data.options import at_least
+from sborax.sweep.rates import EXTENSIONS, LR, SEEDS, Sensitivity, extension, higher, lower, sensitivity
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import AbstractOptimizer
 
@@ -34,6 +35,8 @@ MAY_VARY = (
 
 MOST = 512
 """The most members that a sweep may have."""
+AUTO = "auto"
+"""In place of learning rates, or after them: more are tried until the best is neither the lowest nor the highest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,41 +63,131 @@ class Sweep:
       member. A text is read as on the command line.
     - at_once: how many members of a program a step computes together, by `vmap`; so many at a time follow one another,
       by `lax.map`. More need more memory for activations. None (default): one on a CPU, all elsewhere.
+    - halving: rungs of successive halving (arXiv:1502.07943): at each of these steps the half of the members with the
+      higher held-out loss stops. "auto" for as many rungs as leave one member, each at twice the step of the one
+      before and the last in the middle of the run. Empty (default) for none.
 
-    Raises SboraxError for a grid without alternatives, with a value given twice, or with more than 512 members.
+    The learning rates of the grid may be `("auto",)`, or end in "auto" (see `rates.extension`). Rates are then added
+    for each combination of the other values, by the mean over its seeds.
+
+    Raises SboraxError for a grid without alternatives, with a value given twice, or with more than 512 members, and for
+    rungs and "auto" that do not go together with the rest.
     """
 
     experiment: Experiment
     grid: Mapping[str, Sequence[Any]]
     at_once: int | None = None
+    halving: Sequence[int] | Literal["auto"] = ()
 
     def __post_init__(self) -> None:
         at_least(1, at_once=self.at_once)
+        rungs = [] if self.halving == AUTO else list(self.halving)
+        if any(type(rung) is not int or rung < 1 for rung in rungs) or rungs != sorted(set(rungs)):
+            raise SboraxError(
+                f"halving: {', '.join(map(str, rungs))}: rungs are steps in ascending order, such as 100, 200"
+            )
+        if self.halving and self.experiment.eval.data is None:
+            raise SboraxError("halving: needs held-out losses to compare members by; set eval.data")
+        if self.auto:
+            self._check_auto()
         for key, values in self.grid.items():
             if isinstance(values, str):
                 raise SboraxError(f"{key}: give its values as a list, got {values!r}")
-        if not any(len(values) > 1 for values in self.grid.values()):
+        if not self.auto and not any(len(values) > 1 for values in self.grid.values()):
             raise SboraxError("nothing to sweep over: give a key several values, such as optimizer.lr=1e-4,3e-4")
-        if (count := math.prod(map(len, self.grid.values()))) > MOST:
+        if (count := math.prod(map(len, self.values.values()))) > MOST:
             raise SboraxError(f"{count:,} members are more than the {MOST} of a sweep; leave out some values")
         for key, values in self.grid.items():
             repeated = [value for number, value in enumerate(values) if value in values[:number]]
             if repeated or not values:
                 raise SboraxError(f"{key}: {f'{repeated[0]} is given twice' if repeated else 'has no value'}")
 
+    @property
+    def auto(self) -> bool:
+        """Whether learning rates are added until the best is interior."""
+        return AUTO in self.grid.get(LR, ())
+
+    @property
+    def values(self) -> dict[str, tuple[Any, ...]]:
+        """The grid, with the learning rates to begin with in place of "auto"."""
+        values = {key: tuple(items) for key, items in self.grid.items()}
+        if self.auto:
+            given = tuple(item for item in values[LR] if item != AUTO)
+            rate = getattr(self.experiment.optimizer, "lr", 0.0)
+            values[LR] = given or tuple(f"{each:g}" for each in (lower(rate), rate, higher(rate)))
+        return values
+
     def members(self) -> tuple[Member, ...]:
         """Every combination, the last key varying fastest.
 
         Raises SboraxError as `override` does, for equal members, and for a key in which members may not differ.
         """
-        members = []
-        for values in itertools.product(*self.grid.values()):
-            pairs = list(zip(self.grid, map(_text, values), strict=True))
-            changes = tuple(f"{key}={text}" for key, text in pairs)
-            varied = [f"{_short(key, self.grid)}={_label(text)}" for key, text in pairs if len(self.grid[key]) > 1]
-            members.append(Member(",".join(varied).replace("/", "_"), changes, override(self.experiment, changes)))
+        members = [self._member(dict(zip(self.grid, each, strict=True))) for each in product(*self.values.values())]
         _check(members)
         return tuple(members)
+
+    def extended(self, members: Sequence[Member], losses: Mapping[str, float]) -> tuple[Member, ...]:
+        """The members to add: for each combination of values whose best learning rate is at an end, the next rate.
+
+        - members: all so far.
+        - losses: by name; infinite for a member that diverged.
+        """
+        added = []
+        for arm in arms(members):
+            rates = tried(arm, losses)
+            rate = extension(rates)
+            if rate is None or len(rates.rates) >= len(self.values[LR]) + EXTENSIONS:
+                continue
+            first = min(member_rate(member) for member in arm)
+            for member in arm:
+                if member_rate(member) == first:
+                    values: dict[str, Any] = {}
+                    for change in member.changes:
+                        key, _, values[key] = change.partition("=")
+                    added.append(self._member({**values, LR: f"{rate:g}"}))
+        return tuple(added)
+
+    def _member(self, values: Mapping[str, Any]) -> Member:
+        texts = {key: _text(value) for key, value in values.items()}
+        changes = tuple(f"{key}={text}" for key, text in texts.items())
+        several = [key for key, items in self.values.items() if len(items) > 1]
+        name = ",".join(f"{_short(key, self.grid)}={_label(texts[key])}" for key in several)
+        return Member(name.replace("/", "_"), changes, override(self.experiment, changes))
+
+    def _check_auto(self) -> None:
+        given = [item for item in self.grid[LR] if item != AUTO]
+        rate = getattr(self.experiment.optimizer, "lr", None)
+        if self.halving:
+            raise SboraxError(f"{LR}=auto: tries rates one after the other, and halving compares members; use one")
+        if len(given) == 1:
+            raise SboraxError(
+                f"{LR}={given[0]},auto: one rate has no side on which to go on; give two or more, or auto alone, which "
+                "begins with the experiment's and one on each side of it"
+            )
+        if not given and not (isinstance(rate, float) and rate > 0):
+            raise SboraxError(f"{LR}=auto: the experiment has no learning rate to begin with; give two, and then auto")
+
+
+def member_rate(member: Member) -> float:
+    """The peak learning rate of a member; 0 for an optimiser without a field `lr`."""
+    return float(getattr(member.experiment.optimizer, "lr", 0.0))
+
+
+def arms(members: Sequence[Member]) -> list[tuple[Member, ...]]:
+    """Members that differ in learning rate and seeds alone, together."""
+    by_rest: dict[tuple[str, ...], list[Member]] = {}
+    for member in members:
+        rest = tuple(change for change in member.changes if change.partition("=")[0] not in (LR, *SEEDS))
+        by_rest.setdefault(rest, []).append(member)
+    return [tuple(arm) for arm in by_rest.values()]
+
+
+def tried(arm: Sequence[Member], losses: Mapping[str, float]) -> Sensitivity:
+    """The mean loss over seeds by learning rate. A rate at which a seed diverged is infinitely bad."""
+    by_rate: dict[float, list[float]] = {}
+    for member in arm:
+        by_rate.setdefault(member_rate(member), []).append(losses[member.name])
+    return sensitivity({rate: sum(each) / len(each) for rate, each in by_rate.items()}, lower=True)
 
 
 def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
@@ -108,7 +201,7 @@ def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...
         key, equals, text = word.partition("=")
         values = tuple(_values(text))
         # A mesh of several axes is one value.
-        if not equals or len(values) == 1 or entries(text) is not None:
+        if not equals or (len(values) == 1 and (key, text) != (LR, AUTO)) or entries(text) is not None:
             changes.append(word)
         elif key in grid:
             raise SboraxError(f"{key}: is given twice; put all its values into one, {key}={text},...")

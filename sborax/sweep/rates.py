@@ -7,6 +7,8 @@ from collections.abc import Mapping
 LR = "optimizer.lr"
 """The key of the learning rate in a config."""
 SEEDS = ("seed_data", "seed_adapter")
+EXTENSIONS = 6
+"""How many rates a sweep adds to those it begins with: three decades."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -23,7 +23,16 @@ from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
 from sborax.sweep.groups import Group, grouped
 from sborax.sweep.members import gather
-from sborax.sweep.results import SWEEP, Result, Results, check_same, read_results, write_results
+from sborax.sweep.results import (
+    SWEEP,
+    Result,
+    Results,
+    check_same,
+    rate_lines,
+    read_results,
+    rungs,
+    write_results,
+)
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.begin import begin
 from sborax.train.experiment import Experiment, save_experiment
@@ -65,8 +74,15 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     for group in groups:
         preflight(group.members[0].experiment)
     with contextlib.ExitStack() as claims:
-        claim_members(place, groups, members, resume, claims)
-        return _train_all(description, groups, place, resume, echo, stop, began)
+        folders = [entry.place(place).name for entry in groups[1:]]
+        names = [member.name for member in members]
+        claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, CHECKPOINTS, *folders, *names)))
+        if (place / SWEEP).exists():
+            check_same(place, members, description.auto)
+        else:
+            write_results(place, members)
+        claim_runs(place, groups, claims)
+        return _train_all(description, groups, place, claims, resume, echo, stop, began)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +119,10 @@ class Shared:
         first = group.members[0].experiment
         return first.steps or self.batches(first).steps(first.epochs or 1.0)
 
+    def goals(self, groups: Sequence[Group]) -> dict[str, int]:
+        """How many steps each member is to make, by name."""
+        return {member.name: self.steps(group) for group in groups for member in group.members}
+
 
 def _read(first: Experiment, place: epath.Path, resume: bool, echo: Echo, stop: Stop, began: float) -> Shared:
     """Read the base and the data."""
@@ -119,6 +139,7 @@ def _train_all(
     description: Sweep,
     groups: Sequence[Group],
     place: epath.Path,
+    claims: contextlib.ExitStack,
     resume: bool,
     echo: Echo,
     stop: Stop,
@@ -126,22 +147,30 @@ def _train_all(
 ) -> Results:
     members = description.members()
     echo(f"{len(members)} members: {', '.join(member.name for member in members)}")
-    for group in groups if len(groups) > 1 else ():
-        echo(f"program {group.number}: {', '.join(member.name for member in group.members)}")
     shared = _read(members[0].experiment, place, resume, echo, stop, began)
-    attention = shared.model[0].module.attention
-    at_once = [members_at_once(description.at_once, len(group.members), attention) for group in groups]
-    goals = {member.name: shared.steps(group) for group in groups for member in group.members}
+    goals = shared.goals(groups)
+    fresh = Results.of(members, groups, rungs(description.halving, goals))
     known = read_results(place)
-    results = known or Results.of(members, groups)
-    for group, together in zip(groups, at_once, strict=True):
-        if is_over(results, group, place, goals):
-            for member, run in zip(group.members, group.runs(place), strict=True):
-                save_experiment(member.experiment, run)
-        elif not stop.asked.is_set():
-            known = None
-            results = results.updated(train_group(shared, group, together, group is groups[-1]), goals, began)
-            write_results(place, members, results)
+    if known is not None and known.halving != fresh.halving:
+        what = f"with halving at {','.join(map(str, known.halving))}" if known.halving else "without halving"
+        raise SboraxError(f"{place}: holds a sweep {what}; resume it in the same way")
+    results = fresh if known is None else known.including(fresh)
+    more = True
+    while more:
+        results = _train_groups(description, groups, shared, results)
+        losses = {result.name: result.loss for result in results.members}
+        unfinished = any(not result.over(goals[result.name]) for result in results.members if result.name in goals)
+        added = description.extended(members, losses) if description.auto and not unfinished else ()
+        if more := bool(added):
+            echo(f"{len(added)} more, since the best learning rate is at an end: {', '.join(m.name for m in added)}")
+            groups, members = grouped(added, groups[-1].number), (*members, *added)
+            claim_runs(place, groups, claims)
+            goals |= shared.goals(groups)
+            results = results.including(Results.of(added, groups))
+    if known is None or not known.finished or results.members != known.members:
+        known = None
+        results = dataclasses.replace(results, finished=not unfinished, seconds=time.monotonic() - began)
+        write_results(place, members, results)
     if all(result.diverged for result in results.members):
         last = max(result.diverged or 0 for result in results.members)
         raise SboraxError(
@@ -150,26 +179,60 @@ def _train_all(
         )
     end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
     end = end if known is None else f"already finished after step {max(goals.values()):,}: {place}"
-    for line in [*results.table(), end]:
+    for line in [*results.table(), *(rate_lines(members, results) if description.auto else ()), end]:
         echo(line)
     return results
 
 
-def is_over(results: Results, group: Group, place: epath.Path, goals: Mapping[str, int]) -> bool:
-    """Whether the members of a group have ended, and nothing of them is left to write."""
-    runs = dict(zip([member.name for member in group.members], group.runs(place), strict=True))
-    for result in results.members:
-        if result.name in runs:
-            run = runs[result.name]
-            if (Summary.read(run) if result.diverged else ending(run, goals[result.name])) is None:
-                return False
-    return True
+def _train_groups(description: Sweep, groups: Sequence[Group], shared: Shared, results: Results) -> Results:
+    """Train the members of some groups, from rung to rung. A signal ends this early."""
+    for group in groups if len(groups) > 1 else ():
+        shared.echo(f"program {group.number}: {', '.join(member.name for member in group.members)}")
+    attention = shared.model[0].module.attention
+    at_once = {group.number: members_at_once(description.at_once, len(group.members), attention) for group in groups}
+    for rung in (*results.halving, None):
+        # With one program, and none to come, nothing needs the base as it was.
+        last = None if results.halving or description.auto else groups[-1]
+        for group in groups:
+            going, until = results.going(group.members), rung or shared.steps(group)
+            if all(is_over(results, member, shared.place, until, rung is None) for member in group.members):
+                for member, run in zip(group.members, group.runs(shared.place), strict=True):
+                    save_experiment(member.experiment, run)
+            elif not shared.stop.asked.is_set():
+                trained = train_group(shared, group, going, at_once[group.number], until, group is last)
+                results = results.updated(trained)
+                write_results(shared.place, (), results)
+        if shared.stop.asked.is_set():
+            break
+        if rung is not None:
+            before, results = results, results.halved(rung)
+            stopped = [new.name for new, old in zip(results.members, before.members, strict=True) if new != old]
+            if stopped:
+                write_results(shared.place, (), results)
+                shared.echo(f"step {rung:,}: {len(stopped)} of {len(results.members)} stop: {', '.join(stopped)}")
+    return results
 
 
-def train_group(shared: Shared, group: Group, at_once: int, last: bool) -> list[Result]:
-    """Train the members of a group by one program, and write their run directories.
+def is_over(results: Results, member: Member, place: epath.Path, until: int, end: bool) -> bool:
+    """Whether a member has made its steps, and nothing of it is left to write.
 
+    - until: how many steps.
+    - end: whether these are all of the run.
+    """
+    result, run = results.of_member(member), place / member.name
+    if result.diverged or result.stopped:
+        return Summary.read(run) is not None
+    return ending(run, until) is not None if end else result.steps >= until
+
+
+def train_group(
+    shared: Shared, group: Group, going: Sequence[int], at_once: int, until: int, last: bool
+) -> list[Result]:
+    """Train members of a group by one program, and write their run directories.
+
+    - going: numbers of the members that go on. The others have stopped, and keep their state.
     - at_once: how many a step computes together.
+    - until: the step after which they pause, or end.
     - last: whether no other program needs the base after it.
     """
     members, first, echo = group.members, group.members[0].experiment, shared.echo
@@ -187,7 +250,7 @@ def train_group(shared: Shared, group: Group, at_once: int, last: bool) -> list[
     step_figures = figures(prepared[0].model.config, parts[0], 1)
     del parts
     checkpoints = open_checkpoints(place, first.save.keep)
-    restored = checkpoints.restore(state, echo) if shared.resume else None
+    restored = checkpoints.restore(state, echo)
     state, done = (state, 0) if restored is None else restored
     check_steps(place, done, steps)
     # A changed config replaces that of a member once nothing refuses it any more.
@@ -197,10 +260,11 @@ def train_group(shared: Shared, group: Group, at_once: int, last: bool) -> list[
     with contextlib.ExitStack() as ends:
         ends.callback(checkpoints.close)
         ends.callback(progress.close)
-        records = [
-            Record(Metrics(run, done), step_figures, open_logs(member.experiment, run, done, ends))
-            for member, run in zip(members, runs, strict=True)
-        ]
+        records = {}
+        for number in going:
+            run, experiment = runs[number], members[number].experiment
+            records[number] = Record(Metrics(run, done), step_figures, open_logs(experiment, run, done, ends))
+        stacked = dataclasses.replace(stacked, going=None if len(going) == len(members) else tuple(going))
         stepper = SweepStepper(members, prepared, stacked, state, base, records, progress)
         # The first step donates their buffers.
         del stacked, state
@@ -210,7 +274,7 @@ def train_group(shared: Shared, group: Group, at_once: int, last: bool) -> list[
         elif shared.resume:
             echo("no checkpoint yet: starting from step 0")
         progress.say("compiling")
-        loop(stepper, first, batches, held_out, checkpoints, steps, done, shared.stop)
+        loop(stepper, first, batches, held_out, checkpoints, until, done, shared.stop)
     return write_members(stepper, group, shared, trained, steps)
 
 
@@ -228,20 +292,11 @@ def members_at_once(at_once: int | None, count: int, attention: str) -> int:
     return at_once or (1 if jax.default_backend() == "cpu" else count)
 
 
-def claim_members(
-    place: epath.Path, groups: Sequence[Group], members: Sequence[Member], resume: bool, claims: contextlib.ExitStack
-) -> None:
-    """Make the run directories of the members in `place`, locked until `claims` ends, beside `sweep.json`.
+def claim_runs(place: epath.Path, groups: Sequence[Group], claims: contextlib.ExitStack) -> None:
+    """Make the run directories of the members in `place`, locked until `claims` ends.
 
-    Raises SboraxError if a directory is in use, and, to resume, if `place` holds another sweep.
+    Raises SboraxError if one is in use, or if its config differs in a field that a resumed run may not change.
     """
-    folders = [group.place(place).name for group in groups[1:]]
-    names = [member.name for member in members]
-    claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, CHECKPOINTS, *folders, *names)))
-    if (place / SWEEP).exists():
-        check_same(place, members)
-    else:
-        write_results(place, members)
     for group in groups:
         for run, member in zip(group.runs(place), group.members, strict=True):
             run.mkdir(parents=True, exist_ok=True)
@@ -275,15 +330,14 @@ def begin_members(
 
 
 def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: int, steps: int) -> list[Result]:
-    """Write the summary of every member, and the adapter of each that made all steps.
+    """Write the summary of every member that goes on, and the adapter of each that made all steps.
 
     - trained: how many parameters.
     """
     results = []
-    for number, (member, prepared, run) in enumerate(
-        zip(stepper.members, stepper.prepared, group.runs(shared.place), strict=True)
-    ):
-        state, parts = stepper.member(number)
+    for number, record in stepper.records.items():
+        member, prepared = stepper.members[number], stepper.prepared[number]
+        run, (state, parts) = shared.place / member.name, stepper.member(number)
         made, experiment, procedure = int(state.step), member.experiment, prepared.procedure
         if made == steps:
             save_adapter(
@@ -294,7 +348,7 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
                 trained_base=state.train["base"],
                 about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
             )
-        metrics, diverged = stepper.records[number].metrics, stepper.diverged.get(number)
+        metrics, diverged = record.metrics, stepper.diverged.get(number)
         summary = Summary.of(
             metrics, stepper.speed, shared.began, made == steps, made, trained, shared.size, shared.report, devices=1
         )
