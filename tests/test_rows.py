@@ -33,7 +33,7 @@ TARGET = "mlp/down_proj"
 def place(tmp_path_factory):
     """A model with a kernel of the sizes that the table of methods is written for."""
     place = tmp_path_factory.mktemp("rows")
-    write_model(place / "model", hidden_size=96, intermediate_size=128)
+    write_model(place / "model", hidden_size=96, intermediate_size=128, tie_word_embeddings=False)
     write_data(place / "data.jsonl")
     return place
 
@@ -43,19 +43,19 @@ def model(place):
     return load_model(place / "model")
 
 
-def trained(model, method, seed, pattern=TARGET):
+def trained(model, method, seed, pattern=TARGET, size=0.3):
     """Adapters whose trained leaves have moved at random."""
     params, adapters = sx.attach(jax.random.key(seed), model.params, [(pattern, method)])
     train, frozen = sx.split(adapters)
     leaves, structure = jax.tree.flatten(train)
     keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    moved = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return params, sx.combine(jax.tree.unflatten(structure, moved), frozen)
 
 
 SHARING = [case for case in METHODS if not (case.method.rewrites_base or case.method.linked or case.method.adapts_bias)]
 SHARING = [case for case in SHARING if not routed_parts(case.method)]
-FIRST = [case for case in SHARING if case.name in ("LoRA", "SBoRA-FA")]
+FIRST = [case for case in SHARING if case.name == "LoRA"]
 
 
 @pytest.mark.parametrize("case", nightly_unless(FIRST, SHARING), ids=lambda case: case.name)
@@ -73,19 +73,19 @@ def test_logits_are_those_of_each_alone(model, case):
 
 
 def test_adapters_that_are_not_alike_stay_by_themselves(model):
-    moved = nodes(trained(model, sx.LoRA(rank=2), 5)[1])[f"layers/{TARGET}/kernel"]
+    base, thin = trained(model, sx.LoRA(rank=2), 0)
+    vector = trained(model, sx.IA3(), 1)
     pairs = [
-        trained(model, sx.LoRA(rank=2), 0),
+        (base, thin),
         trained(model, sx.LoRA(rank=4), 1),
-        (model.params, None),
-        trained(model, sx.LoRA(rank=2), 2),
-        trained(model, sx.IA3(), 3),
-        trained(model, sx.IA3(), 4),
-        (model.params, {"lm_head": {"kernel": moved}}),
-        (jax.tree.map(lambda leaf: leaf + 0, model.params), trained(model, sx.LoRA(rank=2), 6)[1]),
-        trained(model, sx.PiSSA(rank=2), 7),
-        trained(model, sx.LoRA(rank=2), 8, "up_proj"),
-        (model.params, None),
+        (base, None),
+        (base, thin),
+        vector,
+        vector,
+        (base, {"lm_head": {"kernel": nodes(thin)[f"layers/{TARGET}/kernel"]}}),
+        (jax.tree.map(lambda leaf: leaf + 0, base), thin),
+        (base, {"layers": {"mlp": {"up_proj": thin["layers"]["mlp"]["down_proj"]}}}),
+        (base, None),
     ]
     params, adapters = zip(*pairs, strict=True)
     assert together(params, adapters) == [[0, 3], *([number] for number in range(1, len(pairs)) if number != 3)]
@@ -98,34 +98,45 @@ def test_adapters_that_are_not_alike_stay_by_themselves(model):
         sx.merge(model.params, stack)
 
 
-def test_text_is_that_of_each_alone(model):
-    """Rows choose among adapters of two methods, and the base, in any order."""
+TWO = (sx.LoRA(rank=2), sx.LoRA(rank=2)), [1, 0]
+MIXED = (sx.LoRA(rank=2), sx.LoRA(rank=2), sx.Bone(rank=4), None, sx.PiSSA(rank=2)), [2, 1, 0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("case", nightly_unless([TWO], [TWO, MIXED]), ids=lambda case: f"{len(case[0])}")
+def test_text_is_that_of_each_alone(model, case):
+    """Rows choose among adapters of several methods, and the base, in any order."""
+    methods, choice = case
     params, adapters = zip(
-        trained(model, sx.LoRA(rank=2), 0), trained(model, sx.LoRA(rank=2), 1), trained(model, sx.Bone(rank=4), 2),
-        (model.params, None), trained(model, sx.LoRA(rank=2), 3), strict=True,
-    )  # fmt: skip
-    prompts = [model.tokenizer(text)["input_ids"] for text in ("1 plus 1?", "what is it", "a", "3 plus 3 is")]
-    choice = [2, 1, 0, 1]
+        *(
+            (model.params, None) if method is None else trained(model, method, seed, size=3.0)
+            for seed, method in enumerate(methods)
+        ),
+        strict=True,
+    )
+    prompts = [model.tokenizer(f"{number} plus{' 1' * number}?")["input_ids"] for number in range(len(choice))]
     texts = generate_by_row(model, params, adapters, prompts, choice, NEW)
-    alone = [
-        generate(model, params[number], adapters[number], [prompt], NEW)[0]
-        for prompt, number in zip(prompts, choice, strict=True)
-    ]
-    assert texts == alone and len({tuple(text) for text in texts}) == 4
-    drawn = generate_by_row(
-        model, params, adapters, prompts[:2], [0, 3], NEW, temperature=2.0, key=jax.random.key(1)
-    )  # fmt: skip
-    for number, prompt, text in zip((0, 3), prompts, drawn, strict=False):
-        options = {"temperature": 2.0, "key": jax.random.key(1)}
-        assert [text] == generate(model, params[number], adapters[number], [prompt], NEW, **options)
-    with pytest.raises(sx.SboraxError, match="choice: every prompt needs the number of an adapter, 0 to 4"):
-        generate_by_row(model, params, adapters, prompts, [0, 1, 2, 5], NEW)
+    for prompt, number, text in zip(prompts, choice, texts, strict=True):
+        assert [text] == generate(model, params[number], adapters[number], [prompt], NEW)
+    assert len({tuple(text) for text in texts}) == len(texts)
+    with pytest.raises(sx.SboraxError, match="choice: every prompt needs the number of an adapter, 0 to"):
+        generate_by_row(model, params, adapters, prompts, [len(methods)] * len(prompts), NEW)
+
+
+@pytest.mark.nightly
+def test_drawn_text_is_that_of_each_alone(model):
+    params, adapters = zip(*(trained(model, sx.LoRA(rank=2), seed) for seed in (0, 1)), strict=True)
+    prompts, options = [[5, 6, 7], [8, 9]], {"temperature": 2.0, "key": jax.random.key(1)}
+    texts = generate_by_row(model, params, adapters, prompts, [0, 1], NEW, **options)
+    for number in (0, 1):
+        assert [texts[number]] == generate(model, params[number], adapters[number], [prompts[number]], NEW, **options)
 
 
 @pytest.mark.nightly
 def test_scores_are_those_of_each_alone(model):
     methods = (sx.SBoRA(rank=4), sx.SBoRA(rank=4), sx.LoRA(rank=2), sx.SBoRA(rank=4))
-    params, adapters = zip(*(trained(model, method, seed) for seed, method in enumerate(methods)), strict=True)
+    params, adapters = zip(
+        *(trained(model, method, seed, size=3.0) for seed, method in enumerate(methods)), strict=True
+    )
     together_ = scorers(model, params, adapters)
     assert [scorer.mates is not None for scorer in together_] == [True, True, False, True]
     ids = [model.tokenizer(text)["input_ids"] for text in ("what is it", "a", "3 plus 3 is")]

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 from etils import epath
-from nightly import nightly_unless
 
 import sborax as sx
 from sborax.cli.main import main
@@ -15,7 +14,7 @@ from sborax.records.adapter import LEAVES
 from sborax.sweep import run as module
 from sborax.sweep.grid import Sweep
 from sborax.sweep.groups import grouped
-from sborax.sweep.results import Result, Results, read_results
+from sborax.sweep.results import read_results
 from sborax.sweep.run import sweep
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.experiment import save_experiment
@@ -48,10 +47,9 @@ def mixed(places, **changes):
     return an_experiment(places, **(settings | changes))
 
 
-@pytest.fixture(scope="module")
-def swept(places, tmp_path_factory):
-    """A sweep over ranks and methods, and where the base lay in memory in each of its programs."""
-    out, bases, loads = tmp_path_factory.mktemp("sweeps") / "mixed", [], []
+def watched(description, out):
+    """The results of a sweep, where the base lay in memory in each of its programs, and how often it was loaded."""
+    bases, loads = [], []
     before = SweepStepper.__init__, module.read_model
 
     def watch(self, members, prepared, stacked, state, base, *rest):
@@ -65,17 +63,38 @@ def swept(places, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SweepStepper, "__init__", watch)
         patch.setattr(module, "read_model", load)
-        results = sweep(Sweep(mixed(places), GRID), out, echo=quiet)
-    return out, results, bases, len(loads)
+        results = sweep(description, out, echo=quiet)
+    return results, bases, len(loads)
 
 
-@pytest.mark.parametrize("number", nightly_unless([6], range(8)))
+@pytest.fixture(scope="module")
+def swept(places, tmp_path_factory):
+    """A sweep over ranks and methods."""
+    out = tmp_path_factory.mktemp("sweeps") / "mixed"
+    return out, *watched(Sweep(mixed(places), GRID), out)
+
+
+def test_two_methods_in_one_sweep(places, tmp_path):
+    """What the sweep below shows, in two programs of one member each."""
+    experiment = mixed(places, eval=sx.Eval(), steps=2)
+    description = Sweep(experiment, {"rules.0.method": METHODS[1:3]})
+    results, bases, loads = watched(description, tmp_path / "two")
+    assert loads == 1 and len(bases) == 2 and bases[0] == bases[1] and len(bases[0]) > 8
+    assert [line.split()[1] for line in results.table()[1:]] == ["alone", "alone"]
+    member = description.members()[1]
+    train(member.experiment, tmp_path / "alone", echo=quiet)
+    same_run(tmp_path / "alone", tmp_path / "two" / member.name, atol=1e-6)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", range(8))
 def test_a_member_is_its_own_single_run(swept, places, tmp_path, number):
     member = Sweep(mixed(places), GRID).members()[number]
     train(member.experiment, tmp_path / "alone", echo=quiet)
     same_run(tmp_path / "alone", swept[0] / member.name, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_all_programs_read_the_same_buffers(swept):
     _, results, bases, loads = swept
     assert loads == 1 and len(bases) == 4 and len(bases[0]) > 8
@@ -83,6 +102,7 @@ def test_all_programs_read_the_same_buffers(swept):
     assert len({result.last_loss for result in results.members}) == 8
 
 
+@pytest.mark.nightly
 def test_the_table_says_who_shared_a_program(swept, places):
     _, results, _, _ = swept
     assert [result.name for result in results.members] == [f"{name},lr={lr}" for name in NAMES for lr in (0.01, 0.03)]
@@ -90,10 +110,9 @@ def test_the_table_says_who_shared_a_program(swept, places):
     lines = results.table()
     assert [line.split()[1] for line in lines] == ["program", "1", "1", "2", "2", "3", "3", "4", "4"]
     assert [line.split()[0] for line in lines if line.endswith("  best")] == [results.best]
-    members = (Result("a", (), 1, 4, None, 1.0, None), Result("b", (), 2, 4, None, 2.0, None))
-    assert [line.split()[1] for line in Results(True, 0.0, members).table()[1:]] == ["alone", "alone"]
 
 
+@pytest.mark.nightly
 def test_a_finished_sweep_is_left_as_it_is(swept, places):
     out, results, bases, _ = swept
     before, lines, programs = content(out), [], len(bases)
