@@ -10,8 +10,8 @@ from sborax.evaluate.compare.statistics import (
     over_items,
     over_seeds,
     seed_difference,
-    sensitivity,
 )
+from sborax.sweep.rates import sensitivity
 
 pytestmark = pytest.mark.quick
 TRIALS = 600

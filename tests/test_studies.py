@@ -21,10 +21,11 @@ from experiments.studies.matching import STORED, matched, sized, trained
 from experiments.studies.plots import digest
 from experiments.studies.report import FIGURES, PAGE, Outcome, figure_names, page, ranked, write
 from experiments.studies.store import Store
-from experiments.studies.study import Arm, Base, Held, Piece, Study, half_decades, higher, lower, settings, sparse
+from experiments.studies.study import Arm, Base, Held, Piece, Study, settings, sparse
 from experiments.studies.tuning import Tuned, pending, progress
 from sborax.models.config import LlamaConfig
 from sborax.records.claim import locked
+from sborax.sweep.rates import half_decades, higher, lower
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.measure import loss_on
 

@@ -362,20 +362,9 @@ WRONG = [
     (("optimizer.lr=1e-4,",), "optimizer.lr: must be a number"),
     (("optimizer.*.lr=1,2",), r"optimizer.\*.lr: optimizer is no list"),
     (("optimizer.rate=1,2",), "optimizer.rate: unknown key"),
-    (("rules.0.method.rank=4,8",), "rules.0.method.rank: members may differ in optimizer.*, seed_adapter, and numbers"),
-    (("rules.0.pattern=q,v",), "rules.0.pattern: members may differ in"),
-    (("seed_data=0,1",), "seed_data: members may differ in .* run each value of seed_data alone"),
-    (("steps=1,2",), "steps: members may differ in"),
-    (
-        ("seed_adapter=0,1", 'rules.1.method={"type": "PiSSA"}'),
-        "seed_adapter: PiSSA rewrites the base, which all members share",
-    ),
     (("seed_adapter=0,1", 'mesh={"data": 2}'), "mesh: a sweep runs on one device"),
     (("seed_adapter=0,1", "mesh=fsdp=2,tensor=2"), "mesh: a sweep runs on one device"),
     (("seed_adapter=0,1", "--mesh", "data=2"), "mesh: a sweep runs on one device"),
-    (("procedure.every=1,2", 'procedure={"type": "COLA", "every": 1}'), "procedure.every: members may differ in"),
-    (("rules.0.method.dropout=0.0,0.1",), "dropout=0.0 and dropout=0.1: their adapters have different leaves"),
-    (("optimizer.name=adamw,lion",), "name=adamw and name=lion: their optimisers keep different leaves"),
     (("optimizer.lr=1e-4,3e-4", "--at-once", "0"), "at_once must be at least 1"),
 ]
 

@@ -13,10 +13,11 @@ from typing import Any
 import sborax as sx
 from experiments.studies.claims import Beats, RateRatio, Within
 from experiments.studies.matching import STORED, matched, sized
-from experiments.studies.study import Arm, Held, Study, half_decades
+from experiments.studies.study import Arm, Held, Study
 from sborax import methods
 from sborax.adapters.core import AbstractMethod
 from sborax.models.config import LlamaConfig
+from sborax.sweep.rates import half_decades
 
 MODEL = "stories260k"
 SHAPE = LlamaConfig(

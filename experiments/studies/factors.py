@@ -13,8 +13,9 @@ from typing import Any
 import sborax as sx
 from experiments.studies.atlas import arm, rules
 from experiments.studies.claims import Beats, LessGrowth, RateSlope
-from experiments.studies.study import Arm, Study, half_decades
+from experiments.studies.study import Arm, Study
 from sborax.adapters.core import AbstractMethod
+from sborax.sweep.rates import half_decades
 
 EXAMPLES = 1024
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import sborax as sx
 from experiments.studies.atlas import arm, rules
 from experiments.studies.claims import Beats
-from experiments.studies.study import Arm, Held, Study, half_decades
+from experiments.studies.study import Arm, Held, Study
+from sborax.sweep.rates import half_decades
 
 SPARSITIES = (0.5, 0.2, 0.3, 0.1)
 """Those that claims need come first."""

@@ -18,7 +18,8 @@ import sborax as sx
 from experiments.studies import atlas
 from experiments.studies.atlas import BEATS, OPTIMIZERS, rules
 from experiments.studies.claims import Beats, RateRatio, Within
-from experiments.studies.study import Arm, Held, Study, half_decades
+from experiments.studies.study import Arm, Held, Study
+from sborax.sweep.rates import half_decades
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = {

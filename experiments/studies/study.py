@@ -178,23 +178,3 @@ def sparse(value: Any) -> Any:
         if chosen != field.default:
             fields[field.name] = sparse(chosen)
     return fields
-
-
-def half_decades(low: float, count: int) -> tuple[float, ...]:
-    """Learning rates half a decade apart from `low`, a 1 or a 3 with zeros: 1e-3, 3e-3, 1e-2, ..."""
-    rates = [low]
-    while len(rates) < count:
-        rates.append(higher(rates[-1]))
-    return tuple(rates)
-
-
-def higher(rate: float) -> float:
-    """The next learning rate: 3e-3 after 1e-3, 1e-2 after 3e-3."""
-    digit, exponent = f"{rate:.0e}".split("e")
-    return float(f"3e{exponent}") if digit == "1" else float(f"1e{int(exponent) + 1}")
-
-
-def lower(rate: float) -> float:
-    """The learning rate before: 1e-3 before 3e-3, 3e-4 before 1e-3."""
-    digit, exponent = f"{rate:.0e}".split("e")
-    return float(f"1e{exponent}") if digit == "3" else float(f"3e{int(exponent) - 1}")

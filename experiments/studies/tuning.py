@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.studies.store import Store
-from experiments.studies.study import Arm, Base, Piece, Study, higher, lower
-from sborax.evaluate.compare.statistics import Sensitivity, sensitivity
+from experiments.studies.study import Arm, Base, Piece, Study
+from sborax.sweep.rates import Sensitivity, extension, sensitivity
 
 Numbers = Mapping[str, Any]
 """What a result holds of a member."""
@@ -113,9 +113,9 @@ def progress(study: Study, arm: Arm, store: Store) -> tuple[list[Piece], Tuned |
     extensions = 0
     while all(store.get(piece) for piece in pieces):
         rates = selected(_members(pieces, store), study.tuning)
-        if rates.best is None or rates.interior or extensions == study.extensions:
+        rate = extension(rates)
+        if rate is None or extensions == study.extensions:
             break
-        rate = lower(rates.rates[0]) if rates.best == rates.rates[0] else higher(rates.rates[-1])
         pieces += [Piece(arm, (rate,), seed) for seed in study.tuning]
         extensions += 1
     else:

@@ -10,6 +10,7 @@ import jax
 
 from sborax.adapters.core import SboraxError
 from sborax.cli.layout import read_mesh
+from sborax.cli.several import labels, load_several, say_batches
 from sborax.cli.targets import Target, load_target
 from sborax.config.classes import is_known
 from sborax.config.terminal import print_text, say
@@ -17,6 +18,7 @@ from sborax.data.template import NAMES, AbstractTemplate, chat_ends, prompt_of, 
 from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
 from sborax.models import generate as write
+from sborax.models.by_row import generate_by_row
 from sborax.models.tokenizer import finished, text_of, tokens_of, until
 
 
@@ -24,10 +26,49 @@ def generate(arguments: argparse.Namespace) -> None:
     """`sborax generate --prompt`."""
     target, tokenizer = _load(arguments)
     prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
-    # A continued prompt ends at the end tokens of the model's config, an answer where the template ends a turn.
-    ends = _ends(target, tokenizer) if arguments.template == "chat" else None
     key, stopped = jax.random.key(arguments.seed), finished(tokenizer, arguments.stop)
-    written = _write(target, prompts, arguments.max_new_tokens, ends, key, stopped, arguments)
+    ends = _prompt_ends(target, tokenizer, arguments)
+    _print_texts(
+        prompts, _write(target, prompts, arguments.max_new_tokens, ends, key, stopped, arguments), tokenizer, arguments
+    )
+
+
+def generate_several(arguments: argparse.Namespace) -> None:
+    """`sborax generate --prompt` with several runs: the texts of each, after its name, in the order of the targets."""
+    targets = load_several(arguments.targets)
+    model = targets[0].model
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise SboraxError(f"{arguments.target}: has no tokenizer.json, so text cannot become tokens")
+    prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
+    say_batches(arguments.targets, targets)
+    written = generate_by_row(
+        model,
+        [target.params for target in targets],
+        [target.adapters for target in targets],
+        prompts * len(targets),
+        [number for number in range(len(targets)) for _ in prompts],
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        key=jax.random.key(arguments.seed),
+        eos=_prompt_ends(targets[0], tokenizer, arguments),
+        finished=finished(tokenizer, arguments.stop),
+    )
+    for number, name in enumerate(labels(arguments.targets)):
+        say(f"{name}:")
+        _print_texts(prompts, written[number * len(prompts) : (number + 1) * len(prompts)], tokenizer, arguments)
+
+
+def _prompt_ends(target: Target, tokenizer: Any, arguments: argparse.Namespace) -> list[int] | None:
+    """A continued prompt ends at the end tokens of the model's config, an answer where the template ends a turn."""
+    return _ends(target, tokenizer) if arguments.template == "chat" else None
+
+
+def _print_texts(
+    prompts: Sequence[list[int]], written: Sequence[list[int]], tokenizer: Any, arguments: argparse.Namespace
+) -> None:
     for prompt, new in zip(prompts, written, strict=True):
         # A wrapped prompt is not printed.
         printed = [] if arguments.template else prompt

@@ -8,6 +8,7 @@ from typing import Any
 
 from sborax.adapters.core import SboraxError
 from sborax.cli.layout import read_mesh
+from sborax.cli.several import labels, load_several, say_batches
 from sborax.cli.targets import Target, find_run, load_run, load_target
 from sborax.config.classes import load_plugins
 from sborax.config.terminal import say
@@ -15,6 +16,7 @@ from sborax.data.samples import load_samples
 from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
 from sborax.evaluate.run import SCORE_FOLDER, read_scores
+from sborax.evaluate.scorer import scorers
 from sborax.layout.hosts import several
 from sborax.train.experiment import Experiment
 from sborax.train.read import end_token
@@ -43,6 +45,35 @@ def score(arguments: argparse.Namespace) -> None:
     if arguments.harness:
         _harness(arguments, scorer, out)
     say(f"{out}: the scores, and every item")
+
+
+def score_several(arguments: argparse.Namespace) -> None:
+    """`score` for several runs of one base, each into a folder of its own in `--out`.
+
+    The first of those that share a batch computes for all of them.
+    """
+    if not arguments.tasks:
+        raise SboraxError("give --tasks; `sborax tasks` lists what it takes")
+    tasks = _tasks(arguments)
+    for task in tasks:
+        task.check()
+    targets = load_several(arguments.targets)
+    say_batches(arguments.targets, targets)
+    params, adapters = [target.params for target in targets], [target.adapters for target in targets]
+    place = Path(arguments.out or f"runs/eval-{Path(arguments.target).name}-{len(targets)}")
+    for target, source, name, scorer in zip(
+        targets,
+        arguments.targets,
+        labels(arguments.targets),
+        scorers(targets[0].model, params, adapters, arguments.batch_tokens),
+        strict=True,
+    ):
+        say(f"{name}:")
+        evaluate(
+            tasks, scorer, limit=arguments.limit, seed=arguments.seed, out=place / name,
+            trained_on=_trained_on(target), about={"target": source, "adapter": None},
+        )  # fmt: skip
+    say(f"{place}: the scores of each, and every item")
 
 
 def check_tasks(experiment: Experiment) -> None:

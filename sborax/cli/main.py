@@ -118,7 +118,8 @@ def _add_training(commands: Commands) -> None:
     sweep.add_argument("experiment", help=EXPERIMENT)
     sweep.add_argument(
         "changes", metavar="key=value[,value]", nargs="*", default=[],
-        help="values to train with, such as optimizer.lr=1e-4,3e-4 seed_adapter=0,1: every combination is a member",
+        help="values to train with, such as optimizer.lr=1e-4,3e-4 seed_adapter=0,1: every combination is a member; "
+        "optimizer.lr=auto adds rates until the best is interior",
     )  # fmt: skip
     # Taken to be refused in one line, as `mesh=` is.
     _add_mesh(sweep, argparse.SUPPRESS)
@@ -129,6 +130,10 @@ def _add_training(commands: Commands) -> None:
     sweep.add_argument(
         "--at-once", type=int, metavar="N", help="members computed together (default: 1 on a CPU, else all)"
     )
+    sweep.add_argument(
+        "--halving", metavar="STEP,...|auto",
+        help="at each of these steps, stop the half of the members with the higher held-out loss",
+    )  # fmt: skip
 
 
 def _add_generation(commands: Commands) -> None:
@@ -274,7 +279,10 @@ def _add_mesh(parser: argparse.ArgumentParser, says: str = MESH) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="Hugging Face directory, hub id, .gguf file, or RUN_DIR")
+    parser.add_argument(
+        "target", metavar="TARGET", nargs="+",
+        help="Hugging Face directory, hub id, .gguf file, or RUN_DIR; or several runs, or a sweep, of one base",
+    )  # fmt: skip
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory to load on top")
 
 
@@ -308,7 +316,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     changes = with_mesh(arguments.changes, arguments.mesh)
     finished = sweep(
-        arguments.experiment, changes, arguments.out, arguments.resume, arguments.at_once, imports=arguments.imports
+        arguments.experiment,
+        changes,
+        arguments.out,
+        arguments.resume,
+        arguments.at_once,
+        arguments.halving,
+        imports=arguments.imports,
     )
     return OK if finished else INTERRUPTED
 
@@ -322,9 +336,15 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise SboraxError("--system begins a conversation; give --chat")
     if "" in arguments.stop:
         raise SboraxError("--stop '': every text holds the empty string; give what ends a text, or leave it out")
-    from sborax.cli.chat import chat, generate
+    from sborax.cli.chat import chat, generate, generate_several
+    from sborax.cli.several import check_single, expand
 
-    if arguments.chat:
+    arguments.targets = expand(arguments.target)
+    arguments.target = arguments.targets[0]
+    if len(arguments.targets) > 1:
+        check_single(arguments, "chat", "adapter", "mesh")
+        generate_several(arguments)
+    elif arguments.chat:
         chat(arguments)
     else:
         generate(arguments)
@@ -332,9 +352,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from sborax.cli.evaluate import score
+    from sborax.cli.evaluate import score, score_several
+    from sborax.cli.several import check_single, expand
 
-    score(arguments)
+    arguments.targets = expand(arguments.target)
+    arguments.target = arguments.targets[0]
+    if len(arguments.targets) > 1:
+        check_single(arguments, "adapter", "mesh", "harness")
+        score_several(arguments)
+    else:
+        score(arguments)
     return OK
 
 

@@ -1,8 +1,10 @@
 """A model to score: log-likelihoods of continuations, and generated texts."""
 
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import routed_parts
+from sborax.adapters.rows import by_row, together
 from sborax.adapters.tree import Adapters, nodes
 from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.evaluate.shapes import RequestBatch, batches
@@ -51,11 +54,33 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Batchmates:
+    """Adapters that are scored in one batch. A task asks all of them the same, so the first that asks computes for all.
+
+    - adapters: of all, for equal shares of the rows (`sborax.adapters.rows.by_row`).
+    - count: how many.
+    - results: of each adapter, by a digest of what was asked.
+    """
+
+    adapters: Adapters
+    count: int
+    results: dict[str, list[Any]]
+
+    def ask(self, number: int, key: str, compute: Callable[[], list[Any]]) -> Any:
+        """The result of one adapter. compute: gives those of all, in order."""
+        if key not in self.results:
+            self.results[key] = compute()
+        return self.results[key][number]
+
+
+@dataclasses.dataclass(frozen=True)
 class Scorer:
     """A model with its parameters and adapters on their devices.
 
     - layout: the mesh, if any.
     - budget: tokens of one forward pass.
+    - mates: what it shares forward passes with; None for nothing.
+    - number: of its adapter among `mates`.
     """
 
     model: LanguageModel
@@ -63,6 +88,8 @@ class Scorer:
     adapters: Adapters | None
     layout: Layout
     budget: int
+    mates: Batchmates | None = None
+    number: int = 0
 
     @staticmethod
     def of(
@@ -225,26 +252,44 @@ class Scorer:
         fitted = [list(prompt)[-room:] for prompt in prompts]
         texts: list[list[int]] = [[] for _ in prompts]
         lengths = [(len(prompt) + new_tokens, 1) for prompt in fitted]
-        for number, batch in enumerate(self._batches(lengths, 1, beams)):
+        # A drawn token depends on its place in the batch.
+        scorer = self if temperature == 0 else dataclasses.replace(self, mates=None)
+        for number, batch in enumerate(scorer._batches(lengths, 1, beams)):
             rows = [fitted[i] for i in batch.members]
             # Rows of padding are copies of a prompt, so they end no later than it.
             rows += rows[-1:] * (batch.rows - len(rows))
             key = jax.random.fold_in(jax.random.key(seed), number)
-            with self.layout.context():
-                if beams > 1:
-                    new = beam_search(self.model, self.params, self.adapters, rows, new_tokens, beams)
-                else:
-                    new = generate(
-                        self.model, self.params, self.adapters, rows, new_tokens, temperature=temperature, top_k=top_k,
-                        top_p=top_p, key=key, finished=finished(self.model.tokenizer, stop),
-                    )  # fmt: skip
-            for i, text in zip(batch.members, new, strict=False):
+            options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key}
+            for i, text in zip(batch.members, scorer._texts(rows, new_tokens, beams, stop, options), strict=False):
                 texts[i] = text
         return texts
+
+    def _texts(
+        self, rows: list[list[int]], new: int, beams: int, stop: Sequence[str], options: dict[str, Any]
+    ) -> list[list[int]]:
+        """New tokens for each row of a batch."""
+
+        def write(adapters: Adapters | None, rows: list[list[int]]) -> list[list[int]]:
+            with self.layout.context():
+                if beams > 1:
+                    return beam_search(self.model, self.params, adapters, rows, new, beams)
+                ends = finished(self.model.tokenizer, stop)
+                return generate(self.model, self.params, adapters, rows, new, finished=ends, **options)
+
+        mates = self.mates
+        if mates is None:
+            return write(self.adapters, rows)
+
+        def write_all() -> list[Any]:
+            texts = write(mates.adapters, rows * mates.count)
+            return [texts[start : start + len(rows)] for start in range(0, len(texts), len(rows))]
+
+        return mates.ask(self.number, json.dumps([rows, new, beams, list(stop)]), write_all)
 
     def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[RequestBatch]:
         mesh = self.layout.mesh
         multiple = 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
+        share *= 1 if self.mates is None else self.mates.count
         listed = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))
         return tqdm(listed, unit="batch", leave=False, disable=None)
 
@@ -261,13 +306,54 @@ class Scorer:
             raise SboraxError(f"a continuation of {len(continuation)} tokens does not fit the context of {context}")
         return Pair(prompt[cut:], continuation), cut
 
-    def _run(self, program: Any, tokens: np.ndarray, *rest: np.ndarray) -> Any:
-        variables = {"params": self.params, "adapters": self.adapters or {}}
-        inputs = [jnp.asarray(array) for array in (tokens, *rest)]
+    def _run(self, program: Any, *arrays: np.ndarray) -> Any:
+        mates = self.mates
+        if mates is None:
+            return self._compute(program, self.adapters, arrays)
+
+        def compute_all() -> list[Any]:
+            copies = [np.concatenate([array] * mates.count) for array in arrays]
+            parts = [np.split(array, mates.count) for array in self._compute(program, mates.adapters, copies)]
+            return list(zip(*parts, strict=True))
+
+        return mates.ask(self.number, _digest(program.__name__, arrays), compute_all)
+
+    def _compute(self, program: Any, adapters: Adapters | None, arrays: Sequence[np.ndarray]) -> Any:
+        variables = {"params": self.params, "adapters": adapters or {}}
+        inputs = [jnp.asarray(array) for array in arrays]
         if self.layout.mesh is not None:
             inputs = [jax.device_put(x, NamedSharding(self.layout.mesh, PartitionSpec(ROWS))) for x in inputs]
         with self.layout.context():
             return jax.device_get(program(self.model.module.clone(remat="none"), variables, *inputs))
+
+
+def _digest(name: str, arrays: Sequence[np.ndarray]) -> str:
+    """What is asked of a program, in a few letters."""
+    asked = hashlib.sha256(name.encode())
+    for array in arrays:
+        asked.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return asked.hexdigest()
+
+
+def scorers(
+    model: LanguageModel, params: Sequence[Params], adapters: Sequence[Adapters | None], budget: int = BUDGET
+) -> list[Scorer]:
+    """A scorer for each of several adapters of one base. Those that are alike share their forward passes.
+
+    Args:
+    - params: what goes with each of `adapters`.
+    - adapters: trees of adapters; None for the base alone.
+    - budget: tokens of one forward pass.
+
+    Raises SboraxError as `Scorer.of` does.
+    """
+    listed = [Scorer.of(model, *pair, budget=budget) for pair in zip(params, adapters, strict=True)]
+    for group in together(params, adapters):
+        if len(group) > 1:
+            mates = Batchmates(by_row([adapters[number] or {} for number in group]), len(group), {})
+            for place, number in enumerate(group):
+                listed[number] = dataclasses.replace(listed[number], params=params[group[0]], mates=mates, number=place)
+    return listed
 
 
 def _rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:

@@ -68,6 +68,7 @@ class StackedMembers:
     - txs: an optax transformation for each of `optimizers`, without learning rates.
     - procedure: of one member; None without one.
     - loss: of all members.
+    - going: numbers of the members that a step computes; None for all. The others keep their state.
     """
 
     constants: MemberConstants
@@ -79,18 +80,32 @@ class StackedMembers:
     txs: tuple[optax.GradientTransformation, ...] = ()
     procedure: ActiveProcedure | None = None
     loss: AbstractLoss = CrossEntropy()
+    going: tuple[int, ...] | None = None
 
     def tx(self, number: int) -> optax.GradientTransformation:
         """The optimiser of a member, without its learning rates."""
         return self.txs[int(self.constants.optimizer[number])]
 
     def over(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Map `function` of one member over all of them, `at_once` at a time."""
-        if self.at_once >= self.count:
+        """Map `function` of one member over all that go on, `at_once` at a time."""
+        count = self.count if self.going is None else len(self.going)
+        if self.at_once >= count:
             return jax.vmap(function)
         if self.at_once == 1:
             return lambda members: jax.lax.map(function, members)
         return lambda members: jax.lax.map(function, members, batch_size=self.at_once)
+
+    def some(self, members: PyTree) -> PyTree:
+        """The members that go on, out of leaves with a leading axis of all members."""
+        if self.going is None:
+            return members
+        return jax.tree.map(lambda leaf: leaf[jnp.asarray(self.going, jnp.int32)], members)
+
+    def replaced(self, members: PyTree, some: PyTree) -> PyTree:
+        """The inverse of `some`: all members, with those that go on replaced."""
+        if self.going is None:
+            return some
+        return jax.tree.map(lambda leaf, part: leaf.at[jnp.asarray(self.going, jnp.int32)].set(part), members, some)
 
 
 def rates(optimizer: AbstractOptimizer, steps: int) -> Float[Array, " steps"]:
@@ -194,8 +209,8 @@ def make_sweep_step(
 ) -> Callable[[SweepState, MemberConstants, list[Array], Flat, dict[str, Any]], tuple[SweepState, dict[str, Any]]]:
     """The compiled step of all members on one batch: `step(state, constants, shared, base, batch)`.
 
-    It returns `(state, numbers)`; numbers are those of a single step, with a leading axis of members. Only `state` is
-    donated.
+    It returns `(state, numbers)`; numbers are those of a single step, with a leading axis of the members that go on.
+    Only `state` is donated.
     """
     observe = stacked.procedure is not None and stacked.procedure.method.observes
 
@@ -216,8 +231,8 @@ def make_sweep_step(
             kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
             return kept, jnp.where((diverged == 0) & ~finite, after.step, diverged), numbers
 
-        run, diverged, numbers = stacked.over(member_step)((state.run, state.diverged, constants))
-        return SweepState(run, diverged), numbers
+        *after, numbers = stacked.over(member_step)(stacked.some((state.run, state.diverged, constants)))
+        return SweepState(*stacked.replaced((state.run, state.diverged), tuple(after))), numbers
 
     return jax.jit(step, donate_argnums=0)
 
@@ -225,7 +240,7 @@ def make_sweep_step(
 def make_sweep_evaluation(
     model: LanguageModel, stacked: StackedMembers
 ) -> Callable[..., tuple[Float[Array, " members"], Array, Float[Array, "members batch length"] | None]]:
-    """The compiled evaluation of all members, with a leading axis of members in every result.
+    """The compiled evaluation of all members that go on, with a leading axis of these in every result.
 
     `(train, constants, shared, base, batch) -> (sums of losses, items, terms)`, as `make_evaluation` gives them.
     """
@@ -237,7 +252,7 @@ def make_sweep_evaluation(
             train, frozen, kernels = member
             return evaluation(train, stacked.join(shared, frozen), {**base, **kernels}, batch)
 
-        return stacked.over(member_evaluation)((train, constants.frozen, constants.base))
+        return stacked.over(member_evaluation)(stacked.some((train, constants.frozen, constants.base)))
 
     return evaluate
 

@@ -1,17 +1,20 @@
 """The results of a sweep: `sweep.json`, and a table with the best member marked."""
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from etils import epath
 
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import read_object
 from sborax.records.disk import replace
-from sborax.sweep.grid import Member
+from sborax.sweep.grid import Member, arms, tried
+from sborax.sweep.groups import Group
+from sborax.sweep.rates import LR, SEEDS
 
 SWEEP = "sweep.json"
 
@@ -20,34 +23,87 @@ SWEEP = "sweep.json"
 class Result:
     """The result of a member. Losses are in nats per token.
 
+    - program: the number of its group; members of a group share a program.
+    - stopped: the rung at which halving stopped it; None if it did not.
     - diverged: the step whose loss or gradient was not finite; None if there was none.
     """
 
     name: str
     changes: tuple[str, ...]
+    program: int
     steps: int
     diverged: int | None
     last_loss: float | None
     eval_loss: float | None
+    stopped: int | None = None
+
+    def over(self, steps: int) -> bool:
+        """Whether it has made its steps, or will make no more."""
+        return bool(self.diverged or self.stopped) or self.steps == steps
 
     @property
     def loss(self) -> float:
-        """The loss to compare members by: on held-out data, else the last training loss; infinite if it diverged."""
+        """The loss to compare members by: on held-out data, else the last training loss; infinite without an end."""
         known = self.last_loss if self.eval_loss is None else self.eval_loss
-        return math.inf if self.diverged or known is None else known
+        return math.inf if self.diverged or self.stopped or known is None else known
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
     """The results of a sweep.
 
-    - finished: False if a signal stopped the sweep.
+    - finished: False until every member has ended.
     - seconds: of this process.
+    - halving: the rungs, ascending; empty without any.
     """
 
     finished: bool
     seconds: float
     members: tuple[Result, ...]
+    halving: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, members: Sequence[Member], groups: Sequence[Group], halving: tuple[int, ...] = ()) -> "Results":
+        """The results of members that have not begun."""
+        programs = {member.name: group.number for group in groups for member in group.members}
+        nothing = 0, None, None, None
+        results = (Result(member.name, member.changes, programs[member.name], *nothing) for member in members)
+        return cls(False, 0.0, tuple(results), halving)
+
+    def of_member(self, member: Member) -> Result:
+        """The result of a member."""
+        return next(result for result in self.members if result.name == member.name)
+
+    def going(self, members: Sequence[Member]) -> list[int]:
+        """The numbers of those members that halving has not stopped."""
+        return [number for number, member in enumerate(members) if not self.of_member(member).stopped]
+
+    def including(self, others: "Results") -> "Results":
+        """The results with members of `others` that are not among them."""
+        names = {result.name for result in self.members}
+        added = tuple(result for result in others.members if result.name not in names)
+        return dataclasses.replace(self, members=(*self.members, *added))
+
+    def updated(self, changed: Sequence[Result]) -> "Results":
+        """The results with those of some members replaced."""
+        by_name = {result.name: result for result in changed}
+        members = tuple(by_name.get(result.name, result) for result in self.members)
+        return dataclasses.replace(self, finished=False, members=members)
+
+    def halved(self, rung: int) -> "Results":
+        """The results once the members with the higher losses at a rung are stopped.
+
+        After the rung with number n from 1, at most count / 2^n members go on, rounded up. Of equal losses the earlier
+        member's is the lower one. Those that diverged have stopped by themselves.
+        """
+        count = math.ceil(len(self.members) / 2 ** (self.halving.index(rung) + 1))
+        going = [number for number, result in enumerate(self.members) if not (result.diverged or result.stopped)]
+        worse = sorted(going, key=lambda number: self.members[number].loss)[count:]
+        members = (
+            dataclasses.replace(result, stopped=rung) if number in worse else result
+            for number, result in enumerate(self.members)
+        )
+        return dataclasses.replace(self, members=tuple(members))
 
     @property
     def best(self) -> str | None:
@@ -56,14 +112,17 @@ class Results:
         return first.name if math.isfinite(first.loss) else None
 
     def table(self) -> list[str]:
-        """A line for each member, with a mark at the best."""
+        """A line for each member, with the number of the program that it shares, and a mark at the best."""
         width = max(len("member"), *(len(result.name) for result in self.members))
-        lines = [f"{'member':{width}}  {'last loss':>9}  {'held-out':>9}"]
+        sizes = collections.Counter(result.program for result in self.members)
+        lines = [f"{'member':{width}}  {'program':>7}  {'last loss':>9}  {'held-out':>9}"]
         for result in self.members:
+            program = str(result.program) if sizes[result.program] > 1 else "alone"
             cells = ("" if loss is None else f"{loss:.4f}" for loss in (result.last_loss, result.eval_loss))
             mark = f"  diverged at step {result.diverged:,}" if result.diverged else ""
+            mark = f"  stopped at step {result.stopped:,}" if result.stopped else mark
             mark = "  best" if result.name == self.best else mark
-            lines.append(f"{result.name:{width}}  " + "  ".join(f"{cell:>9}" for cell in cells) + mark)
+            lines.append(f"{result.name:{width}}  {program:>7}  " + "  ".join(f"{cell:>9}" for cell in cells) + mark)
         return lines
 
 
@@ -87,7 +146,7 @@ def read_results(place: epath.Path) -> Results | None:
     if content.keys() != names or any(member.keys() != member_names for member in content["members"]):
         return None
     members = tuple(Result(**{**member, "changes": tuple(member["changes"])}) for member in content["members"])
-    results = Results(content["finished"], content["seconds"], members)
+    results = Results(content["finished"], content["seconds"], members, tuple(content["halving"]))
     return results if results.best == best else None
 
 
@@ -101,8 +160,49 @@ def read_members(place: epath.Path) -> list[dict[str, Any]]:
     return members
 
 
-def check_same(place: epath.Path, members: Sequence[Member]) -> None:
-    """Raise SboraxError if `place` holds a sweep over other members."""
+def check_same(place: epath.Path, members: Sequence[Member], auto: bool) -> None:
+    """Raise SboraxError if `place` holds a sweep over other members.
+
+    - auto: whether the sweep may have added members.
+    """
     names = [member["name"] for member in read_members(place)]
-    if names != [member.name for member in members]:
+    if names[: len(members) if auto else None] != [member.name for member in members]:
         raise SboraxError(f"{place}: holds a sweep over {'; '.join(names)}; resume it with the same values")
+
+
+def rungs(halving: Sequence[int] | Literal["auto"], goals: Mapping[str, int]) -> tuple[int, ...]:
+    """The rungs of a sweep: those that are given, or for "auto" at 1/2, 1/4, ... of the run, until one member is left.
+
+    - goals: how many steps each member is to make, by name.
+
+    Raises SboraxError if members make unequal numbers of steps, and for a rung after the last but one.
+    """
+    if not halving:
+        return ()
+    steps = min(goals.values())
+    if len(set(goals.values())) > 1:
+        raise SboraxError("halving: members make unequal numbers of steps, so that they have no rungs in common")
+    depth = math.ceil(math.log2(len(goals)))
+    halves = sorted({steps // 2**number for number in range(1, depth + 1)} - {0})
+    at = tuple(halves) if isinstance(halving, str) else tuple(halving)
+    if not at or at[-1] >= steps:
+        last = at[-1] if at else 0
+        raise SboraxError(f"halving: there is no rung at step {last:,}, the run ends at {steps:,}; give earlier steps")
+    return at
+
+
+def rate_lines(members: Sequence[Member], results: Results) -> list[str]:
+    """What each combination of the other values says of its learning rates."""
+    losses = {result.name: result.loss for result in results.members}
+    lines = []
+    for arm in arms(members):
+        rates = tried(arm, losses)
+        rest = ", ".join(change for change in arm[0].changes if change.partition("=")[0] not in (LR, *SEEDS))
+        if rates.best is None:
+            says = "diverged at every learning rate"
+        else:
+            end = "lowest" if rates.best == rates.rates[0] else "highest"
+            where = "interior" if rates.interior else f"the {end} that was tried, so not known to be the best"
+            says = f"best learning rate {rates.best:g}, {where}"
+        lines.append(f"{rest}: {says}" if rest else says)
+    return lines

@@ -1,4 +1,4 @@
-"""Trains the members of a sweep: one load, one compiled step, one copy of the base."""
+"""Trains the members of a sweep over one base: one load, and for each group of members one compiled step."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import combine
 from sborax.config.codec import encode
 from sborax.config.terminal import say
-from sborax.data.batches import Batches
+from sborax.data.batches import Batches, Rows, in_order, shuffled
 from sborax.layout.state import Parts, parameters
 from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import fingerprint, save_adapter
@@ -21,27 +21,38 @@ from sborax.records.checkpoint import CHECKPOINTS, open_checkpoints
 from sborax.records.claim import claimed, locked
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
+from sborax.sweep.groups import Group, grouped
 from sborax.sweep.members import gather
-from sborax.sweep.results import SWEEP, Result, Results, check_same, read_results, write_results
+from sborax.sweep.results import (
+    SWEEP,
+    Result,
+    Results,
+    check_same,
+    rate_lines,
+    read_results,
+    rungs,
+    write_results,
+)
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.begin import begin
-from sborax.train.experiment import save_experiment
+from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
 from sborax.train.loop import ADAPTER, ending, loop
 from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
-from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
+from sborax.train.read import HELD_OUT, Echo, preflight, read_model, read_rows, silent
 from sborax.train.record import Record
 from sborax.train.resume import check_config, check_steps, has_computed
 from sborax.train.stop import Stop, stopping
 
 
 def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, echo: Echo = say) -> Results:
-    """Train all members of a sweep at once and write `out`: a run directory for each, checkpoints, `sweep.json`.
+    """Train all members of a sweep and write `out`: a run directory for each, checkpoints, `sweep.json`.
 
-    A member whose loss is not finite is stopped and reported; the others go on. SIGTERM and Ctrl-C save a checkpoint
-    and end the sweep.
+    Members that are alike are trained at once, by one program; the programs follow one another over the one base. A
+    member whose loss is not finite is stopped and reported; the others go on. SIGTERM and Ctrl-C save a checkpoint and
+    end the sweep.
 
     Args:
     - description: the experiment and the grid.
@@ -58,33 +69,177 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
 def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop: Stop) -> Results:
     began = time.monotonic()
     members = description.members()
-    first = members[0].experiment
-    check_logs(first.log)
-    preflight(first)
+    groups = grouped(members)
+    check_logs(members[0].experiment.log)
+    for group in groups:
+        preflight(group.members[0].experiment)
     with contextlib.ExitStack() as claims:
-        runs = claim_members(place, members, resume, claims)
-        return _train_all(description, members, place, runs, resume, echo, stop, began)
+        folders = [entry.place(place).name for entry in groups[1:]]
+        names = [member.name for member in members]
+        claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, CHECKPOINTS, *folders, *names)))
+        if (place / SWEEP).exists():
+            check_same(place, members, description.auto)
+        else:
+            write_results(place, members)
+        claim_runs(place, groups, claims)
+        return _train_all(description, groups, place, claims, resume, echo, stop, began)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What all programs of a sweep have in common.
+
+    - model: the base in a list, from which the last program takes it: what that one rewrites is then freed.
+    - rows, held_out: of the data and of the held-out data; None without any.
+    - report: how many records of the data are used.
+    - prints: fingerprints of the base.
+    - size: parameters of the base.
+    - place: the directory of the sweep.
+    - began: when the process began, by `time.monotonic`.
+    """
+
+    model: list[LanguageModel]
+    rows: Rows
+    held_out: Rows | None
+    report: str
+    prints: dict[str, str]
+    size: int
+    place: epath.Path
+    resume: bool
+    echo: Echo
+    stop: Stop
+    began: float
+
+    def batches(self, experiment: Experiment) -> Batches:
+        """The batches of a member."""
+        return shuffled(self.rows, experiment.batch_size, experiment.accumulate, experiment.seed_data)
+
+    def steps(self, group: Group) -> int:
+        """The steps that the members of a group are to make."""
+        first = group.members[0].experiment
+        return first.steps or self.batches(first).steps(first.epochs or 1.0)
+
+    def goals(self, groups: Sequence[Group]) -> dict[str, int]:
+        """How many steps each member is to make, by name."""
+        return {member.name: self.steps(group) for group in groups for member in group.members}
+
+
+def _read(first: Experiment, place: epath.Path, resume: bool, echo: Echo, stop: Stop, began: float) -> Shared:
+    """Read the base and the data."""
+    echo(f"loading {first.model} ({first.precision})")
+    model = read_model(first)
+    echo(f"attention: {model.module.attention}")
+    rows, report = read_rows(first.data, model, echo)
+    held_out = None if first.eval.data is None else read_rows(first.eval.data, model, echo, HELD_OUT)[0]
+    prints, size = fingerprint(model.params), parameters(model.params)
+    return Shared([model], rows, held_out, report, prints, size, place, resume, echo, stop, began)
 
 
 def _train_all(
     description: Sweep,
-    members: Sequence[Member],
+    groups: Sequence[Group],
     place: epath.Path,
-    runs: Sequence[epath.Path],
+    claims: contextlib.ExitStack,
     resume: bool,
     echo: Echo,
     stop: Stop,
     began: float,
 ) -> Results:
-    first = members[0].experiment
+    members = description.members()
     echo(f"{len(members)} members: {', '.join(member.name for member in members)}")
-    echo(f"loading {first.model} ({first.precision})")
-    model = read_model(first)
-    echo(f"attention: {model.module.attention}")
-    at_once = members_at_once(description.at_once, len(members), model.module.attention)
-    (batches, report), held_out = read_data(first, model, echo), read_held_out(first, model, echo)
-    steps = first.steps or batches.steps(first.epochs or 1.0)
-    prints, base_size = fingerprint(model.params), parameters(model.params)
+    shared = _read(members[0].experiment, place, resume, echo, stop, began)
+    goals = shared.goals(groups)
+    fresh = Results.of(members, groups, rungs(description.halving, goals))
+    known = read_results(place)
+    if known is not None and known.halving != fresh.halving:
+        what = f"with halving at {','.join(map(str, known.halving))}" if known.halving else "without halving"
+        raise SboraxError(f"{place}: holds a sweep {what}; resume it in the same way")
+    results = fresh if known is None else known.including(fresh)
+    more = True
+    while more:
+        results = _train_groups(description, groups, shared, results)
+        losses = {result.name: result.loss for result in results.members}
+        unfinished = any(not result.over(goals[result.name]) for result in results.members if result.name in goals)
+        added = description.extended(members, losses) if description.auto and not unfinished else ()
+        if more := bool(added):
+            echo(f"{len(added)} more, since the best learning rate is at an end: {', '.join(m.name for m in added)}")
+            groups, members = grouped(added, groups[-1].number), (*members, *added)
+            claim_runs(place, groups, claims)
+            goals |= shared.goals(groups)
+            results = results.including(Results.of(added, groups))
+    if known is None or not known.finished or results.members != known.members:
+        known = None
+        results = dataclasses.replace(results, finished=not unfinished, seconds=time.monotonic() - began)
+        write_results(place, members, results)
+    if all(result.diverged for result in results.members):
+        last = max(result.diverged or 0 for result in results.members)
+        raise SboraxError(
+            f"step {last}: no member is left, all {len(members)} have a loss that is not finite; lower optimizer.lr or "
+            "look at the data"
+        )
+    end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
+    end = end if known is None else f"already finished after step {max(goals.values()):,}: {place}"
+    for line in [*results.table(), *(rate_lines(members, results) if description.auto else ()), end]:
+        echo(line)
+    return results
+
+
+def _train_groups(description: Sweep, groups: Sequence[Group], shared: Shared, results: Results) -> Results:
+    """Train the members of some groups, from rung to rung. A signal ends this early."""
+    for group in groups if len(groups) > 1 else ():
+        shared.echo(f"program {group.number}: {', '.join(member.name for member in group.members)}")
+    attention = shared.model[0].module.attention
+    at_once = {group.number: members_at_once(description.at_once, len(group.members), attention) for group in groups}
+    for rung in (*results.halving, None):
+        # With one program, and none to come, nothing needs the base as it was.
+        last = None if results.halving or description.auto else groups[-1]
+        for group in groups:
+            going, until = results.going(group.members), rung or shared.steps(group)
+            if all(is_over(results, member, shared.place, until, rung is None) for member in group.members):
+                for member, run in zip(group.members, group.runs(shared.place), strict=True):
+                    save_experiment(member.experiment, run)
+            elif not shared.stop.asked.is_set():
+                trained = train_group(shared, group, going, at_once[group.number], until, group is last)
+                results = results.updated(trained)
+                write_results(shared.place, (), results)
+        if shared.stop.asked.is_set():
+            break
+        if rung is not None:
+            before, results = results, results.halved(rung)
+            stopped = [new.name for new, old in zip(results.members, before.members, strict=True) if new != old]
+            if stopped:
+                write_results(shared.place, (), results)
+                shared.echo(f"step {rung:,}: {len(stopped)} of {len(results.members)} stop: {', '.join(stopped)}")
+    return results
+
+
+def is_over(results: Results, member: Member, place: epath.Path, until: int, end: bool) -> bool:
+    """Whether a member has made its steps, and nothing of it is left to write.
+
+    - until: how many steps.
+    - end: whether these are all of the run.
+    """
+    result, run = results.of_member(member), place / member.name
+    if result.diverged or result.stopped:
+        return Summary.read(run) is not None
+    return ending(run, until) is not None if end else result.steps >= until
+
+
+def train_group(
+    shared: Shared, group: Group, going: Sequence[int], at_once: int, until: int, last: bool
+) -> list[Result]:
+    """Train members of a group by one program, and write their run directories.
+
+    - going: numbers of the members that go on. The others have stopped, and keep their state.
+    - at_once: how many a step computes together.
+    - until: the step after which they pause, or end.
+    - last: whether no other program needs the base after it.
+    """
+    members, first, echo = group.members, group.members[0].experiment, shared.echo
+    place, runs = group.place(shared.place), group.runs(shared.place)
+    batches, steps = shared.batches(first), shared.steps(group)
+    held_out = [] if shared.held_out is None else in_order(shared.held_out, first.batch_size)
+    model = shared.model.pop() if last else shared.model[0]
     prepared, parts = begin_members(members, model, batches, runs, steps, echo)
     # A second reference would keep a base alive that the adapters have rewritten.
     del model
@@ -95,56 +250,32 @@ def _train_all(
     step_figures = figures(prepared[0].model.config, parts[0], 1)
     del parts
     checkpoints = open_checkpoints(place, first.save.keep)
-    restored = checkpoints.restore(state, echo) if resume else None
+    restored = checkpoints.restore(state, echo)
     state, done = (state, 0) if restored is None else restored
     check_steps(place, done, steps)
     # A changed config replaces that of a member once nothing refuses it any more.
     for run, member in zip(runs, members, strict=True):
         save_experiment(member.experiment, run)
-    if done == steps and (results := finished_results(place, runs, steps)) is not None:
-        checkpoints.close()
-        return _print_results(results, f"already finished after step {done:,}: {place}", echo)
     progress = Progress(steps, done, echo)
     with contextlib.ExitStack() as ends:
         ends.callback(checkpoints.close)
         ends.callback(progress.close)
-        records = [
-            Record(Metrics(run, done), step_figures, open_logs(member.experiment, run, done, ends))
-            for member, run in zip(members, runs, strict=True)
-        ]
+        records = {}
+        for number in going:
+            run, experiment = runs[number], members[number].experiment
+            records[number] = Record(Metrics(run, done), step_figures, open_logs(experiment, run, done, ends))
+        stacked = dataclasses.replace(stacked, going=None if len(going) == len(members) else tuple(going))
         stepper = SweepStepper(members, prepared, stacked, state, base, records, progress)
         # The first step donates their buffers.
         del stacked, state
         if restored is not None:
             stepper.replay()
             echo(f"resuming after step {done:,}")
-        elif resume:
+        elif shared.resume:
             echo("no checkpoint yet: starting from step 0")
         progress.say("compiling")
-        loop(stepper, first, batches, held_out, checkpoints, steps, done, stop)
-    results = write_members(stepper, runs, Sizes(prints, trained, base_size), report, steps, began)
-    write_results(place, members, results)
-    end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
-    return _print_results(results, end, echo)
-
-
-def _print_results(results: Results, last: str, echo: Echo) -> Results:
-    """The results, once their table and the last line are printed."""
-    for line in [*results.table(), last]:
-        echo(line)
-    return results
-
-
-def finished_results(place: epath.Path, runs: Sequence[epath.Path], steps: int) -> Results | None:
-    """The results of a sweep that has made its `steps` and written all adapters; None if something is left to write."""
-    results = read_results(place)
-    if results is None or not results.finished:
-        return None
-    for result, run in zip(results.members, runs, strict=True):
-        summary = Summary.read(run) if result.diverged else ending(run, steps)
-        if summary is None:
-            return None
-    return results
+        loop(stepper, first, batches, held_out, checkpoints, until, done, shared.stop)
+    return write_members(stepper, group, shared, trained, steps)
 
 
 def members_at_once(at_once: int | None, count: int, attention: str) -> int:
@@ -161,24 +292,16 @@ def members_at_once(at_once: int | None, count: int, attention: str) -> int:
     return at_once or (1 if jax.default_backend() == "cpu" else count)
 
 
-def claim_members(
-    place: epath.Path, members: Sequence[Member], resume: bool, claims: contextlib.ExitStack
-) -> list[epath.Path]:
-    """The run directories of the members in `place`, made and locked until `claims` ends, beside `sweep.json`.
+def claim_runs(place: epath.Path, groups: Sequence[Group], claims: contextlib.ExitStack) -> None:
+    """Make the run directories of the members in `place`, locked until `claims` ends.
 
-    Raises SboraxError if a directory is in use, and, to resume, if `place` holds another sweep.
+    Raises SboraxError if one is in use, or if its config differs in a field that a resumed run may not change.
     """
-    runs = [place / member.name for member in members]
-    claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, CHECKPOINTS, *(run.name for run in runs))))
-    if (place / SWEEP).exists():
-        check_same(place, members)
-    else:
-        write_results(place, members)
-    for run, member in zip(runs, members, strict=True):
-        run.mkdir(parents=True, exist_ok=True)
-        claims.enter_context(locked(run))
-        check_config(run, member.experiment, has_computed(place) or has_computed(run))
-    return runs
+    for group in groups:
+        for run, member in zip(group.runs(place), group.members, strict=True):
+            run.mkdir(parents=True, exist_ok=True)
+            claims.enter_context(locked(run))
+            check_config(run, member.experiment, has_computed(group.place(place)) or has_computed(run))
 
 
 def begin_members(
@@ -206,47 +329,31 @@ def begin_members(
     return list(prepared), list(parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the summaries of all members share.
+def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: int, steps: int) -> list[Result]:
+    """Write the summary of every member that goes on, and the adapter of each that made all steps.
 
-    - prints: fingerprints of the base.
-    - trained, base: numbers of parameters.
+    - trained: how many parameters.
     """
-
-    prints: dict[str, str]
-    trained: int
-    base: int
-
-
-def write_members(
-    stepper: SweepStepper,
-    runs: Sequence[epath.Path],
-    sizes: Sizes,
-    report: str,
-    steps: int,
-    began: float,
-) -> Results:
-    """Write the summary of every member, and the adapter of each that made all steps."""
     results = []
-    for number, (member, prepared, run) in enumerate(zip(stepper.members, stepper.prepared, runs, strict=True)):
-        state, parts = stepper.member(number)
+    for number, record in stepper.records.items():
+        member, prepared = stepper.members[number], stepper.prepared[number]
+        run, (state, parts) = shared.place / member.name, stepper.member(number)
         made, experiment, procedure = int(state.step), member.experiment, prepared.procedure
         if made == steps:
             save_adapter(
                 run / ADAPTER,
                 procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen),
                 rules=experiment.rules,
-                base=sizes.prints,
+                base=shared.prints,
                 trained_base=state.train["base"],
                 about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
             )
-        metrics = stepper.records[number].metrics
+        metrics, diverged = record.metrics, stepper.diverged.get(number)
         summary = Summary.of(
-            metrics, stepper.speed, began, made == steps, made, sizes.trained, sizes.base, report, devices=1
+            metrics, stepper.speed, shared.began, made == steps, made, trained, shared.size, shared.report, devices=1
         )
         summary.write(run)
-        diverged = stepper.diverged.get(number)
-        results.append(Result(member.name, member.changes, made, diverged, summary.last_loss, summary.eval_loss))
-    most = max(int(step) for step in stepper.state.run.step)
-    return Results(most == steps, time.monotonic() - began, tuple(results))
+        results.append(
+            Result(member.name, member.changes, group.number, made, diverged, summary.last_loss, summary.eval_loss)
+        )
+    return results

@@ -1,6 +1,6 @@
 """The members of a sweep, stepped together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class SweepStepper(AbstractStepper):
 
     - prepared: of every member.
     - base: the part of the base that all members share.
+    - records: of the members that go on, by number.
     - diverged: the step at which a member was stopped, by the member's number.
     """
 
@@ -42,7 +43,7 @@ class SweepStepper(AbstractStepper):
         stacked: StackedMembers,
         state: SweepState,
         base: Flat,
-        records: Sequence[Record],
+        records: Mapping[int, Record],
         progress: Progress,
     ) -> None:
         self.members, self.prepared, self.stacked, self.state, self.base = members, prepared, stacked, state, base
@@ -57,15 +58,20 @@ class SweepStepper(AbstractStepper):
         self.state, numbers = self._step(self.state, stacked.constants, stacked.shared, self.base, batch)
         return numbers
 
+    @property
+    def ended(self) -> bool:
+        return self.diverged.keys() >= self.records.keys()
+
     def programs(self) -> int:
         return self._step._cache_size()  # type: ignore[attr-defined]
 
     def record(self, made: Made, first: bool) -> str | None:
         losses = []
-        for place, member in enumerate(self.members):
+        for row, place in enumerate(self.records):
             if place in self.diverged:
                 continue
-            numbers = jax.tree.map(lambda leaf, place=place: float(leaf[place]), made.numbers)
+            member = self.members[place]
+            numbers = jax.tree.map(lambda leaf, row=row: float(leaf[row]), made.numbers)
             problem = not_finite(numbers)
             if problem is not None:
                 self.diverged[place] = made.step
@@ -76,7 +82,7 @@ class SweepStepper(AbstractStepper):
             losses.append(numbers["loss"])
             self.records[place].add_step(made, numbers, float(self.rates[place, made.step - 1]))
         if not losses:
-            return f"no member is left, all {len(self.members)} have a loss that is not finite"
+            return None
         speed = self.speed.mean() or made.tokens / made.seconds
         self.progress.show(made.step, min(losses), speed * len(losses))
         return None
@@ -95,15 +101,17 @@ class SweepStepper(AbstractStepper):
         return procedure is not None and procedure.due(step)
 
     def act(self, step: int) -> None:
-        """Apply the procedure to every member that has not diverged, one after the other."""
-        for number, prepared in enumerate(self.prepared):
+        """Apply the procedure to every member that goes on, one after the other."""
+        for number in self.records:
+            prepared = self.prepared[number]
             if number not in self.diverged and prepared.procedure is not None:
                 single, parts = self.member(number)
                 self._replace(number, *prepared.procedure.apply(step, single, parts, self.stacked.tx(number)))
 
     def replay(self) -> None:
         """Make every member's constant parts again as the procedure had made them, after a checkpoint is restored."""
-        for number, prepared in enumerate(self.prepared):
+        for number in self.records:
+            prepared = self.prepared[number]
             if prepared.procedure is not None:
                 single, parts = self.member(number)
                 self._replace(number, single, prepared.procedure.replay(int(single.step), single, parts))
@@ -117,19 +125,19 @@ class SweepStepper(AbstractStepper):
 
     def evaluate(self, step: int, held_out: Sequence[Batch]) -> None:
         stacked, train = self.stacked, self.state.run.train
-        totals, items = np.zeros(stacked.count), np.zeros(stacked.count)
-        losses: list[list[SampleLoss]] = [[] for _ in self.members]
+        totals, items = np.zeros(len(self.records)), np.zeros(len(self.records))
+        losses: dict[int, list[SampleLoss]] = {place: [] for place in self.records}
         for batch in held_out:
             sums, counted, terms = self._evaluation(train, stacked.constants, stacked.shared, self.base, batch)
             totals, items = totals + np.asarray(sums, np.float64), items + np.asarray(counted, np.float64)
             if terms is not None and step == self.prepared[0].steps:
-                for place, of_member in enumerate(np.asarray(terms)):
+                for place, of_member in zip(self.records, np.asarray(terms), strict=True):
                     losses[place] += sample_losses(batch, of_member)
-        values = totals / np.maximum(items, 1)
-        for place, value in enumerate(values):
+        values = dict(zip(self.records, map(float, totals / np.maximum(items, 1)), strict=True))
+        for place, value in values.items():
             if place not in self.diverged:
-                self.records[place].add({"step": step, "eval_loss": float(value)})
+                self.records[place].add({"step": step, "eval_loss": value})
                 if losses[place]:
                     self.records[place].add_eval_losses(losses[place])
-        best = min((float(value), place) for place, value in enumerate(values) if place not in self.diverged)
+        best = min((value, place) for place, value in values.items() if place not in self.diverged)
         self.progress.say(f"step {step:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")

@@ -218,7 +218,9 @@ def loop(
     stop: Stop,
     layout: Layout = Layout(),
 ) -> None:
-    """Make steps until `steps` have been made, or until a signal: data, step, record, act, evaluate, save.
+    """Make steps until `steps` have been made, a signal comes, or the stepper has ended.
+
+    Each is: data, step, record, act, evaluate, save.
 
     Args:
     - held_out: batches for the held-out loss; empty for none.
@@ -249,6 +251,8 @@ def loop(
                 # A checkpoint is only made of a state whose loss is known to be finite.
                 recorder.finish(pending)
                 pending = None
+            if stepper.ended:
+                break
             if act:
                 stepper.act(now)
             if evaluate:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sborax.adapters.paths import as_rules, has_policy, plan
-from sborax.data.batches import Batches, arrange, in_order, shuffled
+from sborax.data.batches import Batches, Rows, arrange, in_order, shuffled
 from sborax.data.options import Data
 from sborax.data.samples import Sample, check_ids, load_samples
 from sborax.data.source import check_named
@@ -14,6 +14,8 @@ from sborax.train.base import rewritten
 from sborax.train.experiment import Experiment
 from sborax.train.hints import Echo, promised
 from sborax.train.optimizer import make_optimizer
+
+HELD_OUT = "held-out data"
 
 
 def silent(text: str) -> None:
@@ -62,10 +64,15 @@ def read_model(experiment: Experiment, layout: Layout = Layout()) -> LanguageMod
     )
 
 
+def read_rows(data: Data, model: LanguageModel, echo: Echo, what: str = "data") -> tuple[Rows, str]:
+    """The rows of a data set, and a line that tells how many of its records are used."""
+    samples, report = _samples(data, model, echo, what)
+    return arrange(samples, data), report
+
+
 def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple[Batches, str]:
     """The batches of a run, and a line that tells how many of its records are used."""
-    samples, report = _samples(experiment.data, model, echo, "data")
-    rows = arrange(samples, experiment.data)
+    rows, report = read_rows(experiment.data, model, echo)
     return shuffled(rows, experiment.batch_size, experiment.accumulate, experiment.seed_data), report
 
 
@@ -73,5 +80,4 @@ def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> l
     """The batches of `eval.data`; an empty list without it."""
     if experiment.eval.data is None:
         return []
-    samples, _ = _samples(experiment.eval.data, model, echo, "held-out data")
-    return in_order(arrange(samples, experiment.eval.data), experiment.batch_size)
+    return in_order(read_rows(experiment.eval.data, model, echo, HELD_OUT)[0], experiment.batch_size)

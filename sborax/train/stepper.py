@@ -37,6 +37,11 @@ class AbstractStepper(abc.ABC):
     def step(self, number: int, batch: Batch) -> dict[str, Any]:
         """Dispatch step `number`, counted from 0, and return its numbers, which may still be computed."""
 
+    @property
+    @abc.abstractmethod
+    def ended(self) -> bool:
+        """Whether nothing is left to step, before the last step is made."""
+
     @abc.abstractmethod
     def programs(self) -> int:
         """The number of programs compiled for steps so far."""
@@ -100,6 +105,10 @@ class RunStepper(AbstractStepper):
         batch = self.layout.batch(batch)
         self.state, numbers = self._step(self.state, self.parts.frozen, self.parts.base, batch)
         return numbers
+
+    @property
+    def ended(self) -> bool:
+        return False
 
     def programs(self) -> int:
         return self._step._cache_size()  # type: ignore[attr-defined]

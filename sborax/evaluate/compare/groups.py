@@ -14,16 +14,15 @@ import numpy as np
 
 from sborax.adapters.core import AbstractComposite, AbstractMethod, SboraxError
 from sborax.adapters.paths import as_rules
-from sborax.evaluate.compare.rows import HELD_OUT, LR, SEEDS, TRAINING, Measurement, Row, lower_is_better
+from sborax.evaluate.compare.rows import HELD_OUT, TRAINING, Measurement, Row, lower_is_better
 from sborax.evaluate.compare.statistics import (
     Interval,
-    Sensitivity,
     over_items,
     over_seeds,
     seed_difference,
-    sensitivity,
 )
 from sborax.records.report import method_line
+from sborax.sweep.rates import LR, SEEDS, Sensitivity, sensitivity
 from sborax.train.experiment import Experiment
 from sborax.train.figures import label
 

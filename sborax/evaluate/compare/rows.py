@@ -20,6 +20,7 @@ from sborax.records.adapter import PLAN
 from sborax.records.disk import CONFIG
 from sborax.records.eval_losses import EVAL_LOSSES
 from sborax.records.report import METRICS, SUMMARY, Summary
+from sborax.sweep.rates import LR, SEEDS
 from sborax.sweep.results import SWEEP, read_members
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.loop import ADAPTER
@@ -28,8 +29,6 @@ HELD_OUT = "held-out loss"
 TRAINING = "training loss"
 LAST = 10
 """Steps whose mean is the training loss of a run."""
-LR = "optimizer.lr"
-SEEDS = ("seed_data", "seed_adapter")
 Curve = tuple[tuple[int, float], ...]
 """Losses in nats a token by step."""
 
@@ -123,7 +122,9 @@ Member = tuple[epath.Path, Mapping[str, Any] | None]
 def _runs(place: epath.Path) -> Iterator[Member]:
     if (place / SWEEP).exists():
         for member in _members(place):
-            yield place / member["name"], member
+            # What halving has stopped was not trained to the end.
+            if not member.get("stopped"):
+                yield place / member["name"], member
     elif (place / CONFIG).exists():
         above = place.resolve().parent
         members = _members(above) if (above / SWEEP).exists() else []
@@ -153,6 +154,8 @@ def _read_row(run: epath.Path, member: Mapping[str, Any] | None) -> Row:
     diverged = diverged if type(diverged) is int else None
     if summary is None:
         raise SboraxError(f"{run}: no readable {SUMMARY}, the run has not ended; --resume goes on with it")
+    if member is not None and member.get("stopped"):
+        raise SboraxError(f"{run}: its sweep's halving has stopped it after step {summary.steps:,}; leave it out")
     if not summary.finished and diverged is None:
         raise SboraxError(f"{run}: was stopped after step {summary.steps:,}; --resume goes on with it, or leave it out")
     lines = list(_metrics(run))

@@ -1,4 +1,4 @@
-"""Intervals, learning-rate sensitivity and Pareto fronts of a comparison."""
+"""Intervals and Pareto fronts of a comparison."""
 
 import dataclasses
 import math
@@ -131,40 +131,6 @@ def seed_difference(values: Mapping[tuple[int, int], float], reference: Mapping[
 def _student(mean: float, error: float, degrees: int | float, count: int) -> Interval:
     reach = error * float(stats.t.ppf((1.0 + LEVEL) / 2, degrees))
     return Interval(mean, mean - reach, mean + reach, "seeds", count)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sensitivity:
-    """Scores by learning rate.
-
-    - rates: ascending.
-    - scores: mean over seeds at each; infinitely bad where every seed diverged.
-    - best: the rate of the best score; None where no score is finite.
-    - interior: whether a lower and a higher rate were tried and are worse; None where the question makes no sense,
-      because fewer than two rates were tried. False calls for more rates beyond the best.
-    """
-
-    rates: tuple[float, ...]
-    scores: tuple[float, ...]
-    best: float | None
-    interior: bool | None
-
-
-def sensitivity(scores: Mapping[float, float], lower: bool) -> Sensitivity:
-    """Order scores by learning rate and say which is best. Of equal scores the lowest rate counts as the best.
-
-    Args:
-    - scores: by learning rate. Runs that diverged count as tried: infinity where lower is better, else minus infinity.
-    - lower: whether lower scores are better.
-    """
-    rates = tuple(sorted(scores))
-    ordered = tuple(scores[rate] for rate in rates)
-    finite = [rate for rate in rates if math.isfinite(scores[rate])]
-    if not finite:
-        return Sensitivity(rates, ordered, None, None if len(rates) < 2 else False)
-    best = (min if lower else max)(finite, key=lambda rate: scores[rate])
-    interior = None if len(rates) < 2 else rates[0] < best < rates[-1]
-    return Sensitivity(rates, ordered, best, interior)
 
 
 def front(scores: Sequence[float], costs: Sequence[int | float | None], lower: bool) -> list[bool]:
