@@ -1,5 +1,6 @@
 """Rows sorted by expert: every method's grouped form equals a loop over experts with `linear`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -71,6 +72,31 @@ def test_grouped_rows_equal_a_loop_over_experts(case: Case, quantised):
     for mine, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert largest(wanted) > 0
         assert_close(mine, wanted, 1e-5)
+
+
+DRAWING = [case for case in METHODS if case.method.draws or hasattr(case.method, "dropout")]
+KINDS = {
+    (bool(case.method.draws), isinstance(case.method, AbstractGrouped), isinstance(case.method, AbstractFactored)): case
+    for case in reversed(DRAWING)
+}
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=lambda case: case.name)
+def test_what_is_drawn_is_drawn_in_rows_of_experts_too(case: Case):
+    """With a key, and not without one: noise, and dropout before thin factors, in a method's own form and in tiles."""
+    method = case.method if case.method.draws else dataclasses.replace(case.method, dropout=0.5)
+    weight, node = fitted(method)
+    node = trained(node)
+
+    def product(key):
+        return grouped_linear(rows(), weight, jnp.asarray(SIZES), node, sx.Context(key=key))
+
+    first, again, other, without = map(
+        jax.jit(product), (jax.random.key(1), jax.random.key(1), jax.random.key(2), None)
+    )
+    assert jnp.array_equal(first, again)
+    changed = np.abs(np.asarray(first - other)).max(axis=1) > 1e-4
+    assert changed.all() and largest(first - without) > 1e-4
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["f32", "nf4"])

@@ -212,6 +212,8 @@ def grouped_linear(
     method = adapter.method.second if isinstance(adapter.method, Chain) else adapter.method
     if isinstance(method, AbstractGrouped):
         return method.apply_grouped(x, weight, sizes, adapter, ctx)
+    if ctx.key is not None and method.draws:
+        return _by_tiles(x, weight, sizes, adapter, ctx)
     if _is_thin(method):
         return _add_thin(grouped_matmul(x, weight, sizes), x, sizes, adapter, weight.shape[-2:], ctx)
     if not method.no_merge and not method.linked and (ctx.key is None or not _drops(adapter.frozen)):
