@@ -14,7 +14,6 @@ from sborax.adapters.core import dense, is_weight
 from sborax.adapters.grouped import grouped_linear
 from sborax.adapters.tree import nodes
 from sborax.config import codec
-from sborax.interop.peft import save_peft
 from sborax.layout.state import flatten, selected
 from sborax.models import load_model
 from sborax.models.config import Experts
@@ -93,12 +92,6 @@ def test_experts_are_quantised_as_they_are_read(place, model):
     for path in chosen:
         wanted = jax.tree.map(np.asarray, dense(quantise(flatten(model.params)[path])))
         chex.assert_trees_all_equal(np.asarray(dense(flatten(packed)[path])), wanted)
-
-
-def test_adapters_of_experts_are_refused_in_peft(model, tmp_path):
-    params, adapters = sx.attach(jax.random.key(0), model.params, [("experts/up", sx.LoRA(rank=2))])
-    with pytest.raises(sx.SboraxError, match="adapter of experts is not written"):
-        save_peft(tmp_path, model, params, adapters)
 
 
 def test_a_run_on_experts(place, tmp_path):

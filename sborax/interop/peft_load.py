@@ -18,9 +18,10 @@ from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site
 from sborax.adapters.tree import attach, nodes
 from sborax.interop.peft_base import Kind, kind_of
+from sborax.interop.peft_experts import FIELD, read_experts
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
-from sborax.interop.peft_table import INERT, check_options, row_for
+from sborax.interop.peft_table import INERT, PLAIN, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
@@ -65,8 +66,14 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             return _changed_base(kind, config, headers, file, layout, model.params), {}
         if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
+        listed, config = config, {**config, FIELD: None}
         row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
-        modules = _targets(config, layout)
+        experts = None
+        if listed.get(FIELD):
+            if row is not PLAIN:
+                raise SboraxError(f"{FIELD} is read of plain LoRA alone, and this is {config.get('peft_type')}")
+            experts = read_experts(listed, model.params, lambda module: _fit(row, config, module))
+        modules = [] if experts and not config.get("target_modules") else _targets(config, layout)
         saved = saved_modules(config, layout.modules)
         tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
         if tied and config.get(TYING) is not True:
@@ -77,7 +84,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         if row.method.rewrites_base:
             _check_dense(row, modules, layout)
         fits = {module: _fit(row, config, module) for module in modules}
-        expected = _expected(row, fits, layout)
+        expected = _expected(row, fits, layout) if fits else {}
+        expected |= experts.shapes if experts else {}
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
         adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
         copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys()
@@ -99,6 +107,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
         filled = {path: _filled(node, path, row, adapted, layout, read) for path, node in nodes(adapters).items()}
+        filled |= experts.fill(read) if experts else {}
     return params, nest(filled)
 
 

@@ -18,6 +18,7 @@ from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Factors, by_layer, exact, truncated
 from sborax.interop.peft_base import kind_for
+from sborax.interop.peft_experts import FIELD, Written, write_experts
 from sborax.interop.peft_layout import (
     CONFIG,
     TENSORS,
@@ -121,26 +122,25 @@ def save_peft(
         _write(directory, config, written.tensors, [kind.peft_type], exported, base, facts)
         return exported
     entries: dict[str, _Entry] = {}
+    of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
     for path, node in linked.items():
-        if stacks_experts(path):
-            raise SboraxError(
-                f"{path}: an adapter of experts is not written in PEFT's form yet; merge it and save the model, or "
-                "leave experts out of the rules"
-            )
-        if path not in layout.depths:
+        if path not in layout.depths and path not in of_experts:
             raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
         if node.method.rewrites_base and isinstance(leaves[path], AbstractWeight):
             raise SboraxError(
                 f"{path}: {_name(node)} moved part of the base into its factors before the base was quantised, "
                 "so no adapter of the original base equals it; merge instead"
             )
-        for layer, adapter in by_layer(node, layout.depths[path]):
+        for layer, adapter in () if path in of_experts else by_layer(node, layout.depths[path]):
             module = layout.module(path, layer)
             entries[module] = _entry(module, adapter, layout, leaves, path, layer, as_, rank)
-    row = _common_row(entries)
+    row = _common_row(entries) if entries else PLAIN
     trained = _trained_base(layout, leaves, linked, entries)
-    config = _config(row, entries, layout, base, trained)
-    tensors = _adapter_tensors(row, entries, layout)
+    written = write_experts(of_experts, layout.leaves) if of_experts else None
+    if written is not None and row is not PLAIN:
+        raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
+    config = _config(row, entries, layout, base, trained, written)
+    tensors = _adapter_tensors(row, entries, layout) if entries else {}
     tensors |= _trained_tensors(layout, leaves, trained)
     for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
         if TYING not in row.reads:
@@ -148,10 +148,12 @@ def save_peft(
                 f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
             )
         config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
-    _check_keys(config, row, layout, entries, set(tensors))
+    if entries:
+        _check_keys(config, row, layout, entries, set(tensors))
+    tensors |= {} if written is None else written.tensors
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
-    exported = Exported(row.peft_type, len(entries), _size(tensors), errors)
-    methods = sorted({entry.method for entry in entries.values()})
+    exported = Exported(row.peft_type, len(entries) + len(of_experts), _size(tensors), errors)
+    methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
     _write(directory, config, tensors, methods, exported, base, facts)
     return exported
 
@@ -341,9 +343,16 @@ def _changed(layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, A
 
 
 def _config(
-    row: Row, entries: Mapping[str, _Entry], layout: HFLayout, base: str | None, trained: list[str]
+    row: Row,
+    entries: Mapping[str, _Entry],
+    layout: HFLayout,
+    base: str | None,
+    trained: list[str],
+    experts: Written | None,
 ) -> dict[str, Any]:
     """The fields of `adapter_config.json`. Raises SboraxError for fields that differ where PEFT has one for all."""
+    # Patterns name modules, so the defaults are those of experts, which are parameters. PEFT drops nothing beside them.
+    fixed = {} if experts is None else {"r": experts.rank, "lora_alpha": experts.rank, "lora_dropout": 0.0}
     config: dict[str, Any] = {
         **_common(row.peft_type, base),
         **row.constants,
@@ -352,11 +361,17 @@ def _config(
     }
     if row.in_config is not None:
         config |= row.in_config({module: entry.fields for module, entry in entries.items()})
-    for name in next(iter(entries.values())).fields:
+    for name in next(iter(entries.values())).fields if entries else fixed:
         if name not in row.defaults:
+            continue
+        if name in fixed and (name not in row.patterns or not entries):
+            config[name] = fixed[name]
             continue
         values = {module: entry.fields[name] for module, entry in entries.items()}
         common, exceptions = pattern_for(values)
+        if name in fixed:
+            common = fixed[name]
+            exceptions = {module: value for module, value in values.items() if value != common}
         config[name] = common
         if name in row.patterns:
             config[row.patterns[name]] = exceptions
@@ -368,7 +383,12 @@ def _config(
             )
     if trained:
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in trained})
-    return config | naming(list(entries), layout.linear, row.layered)
+    if experts is None:
+        return config | naming(list(entries), layout.linear, row.layered)
+    if config.get("use_rslora"):
+        raise SboraxError("use_rslora: one scale is written for experts and other kernels; use as_='lora'")
+    named = naming(list(entries), layout.linear, layered=False) if entries else {"target_modules": []}
+    return config | named | {FIELD: experts.parameters}
 
 
 def _check_keys(
