@@ -137,12 +137,12 @@ def test_scores_are_those_of_each_alone(model):
     params, adapters = zip(
         *(trained(model, method, seed, size=3.0) for seed, method in enumerate(methods)), strict=True
     )
-    together_ = scorers(model, params, adapters)
-    assert [scorer.mates is not None for scorer in together_] == [True, True, False, True]
+    sharing = scorers(model, params, adapters)
+    assert [scorer.mates is not None for scorer in sharing] == [True, True, False, True]
     ids = [model.tokenizer(text)["input_ids"] for text in ("what is it", "a", "3 plus 3 is")]
     pairs = [Pair(prompt, ids[number - 1]) for number, prompt in enumerate(ids)]
     questions = [[Pair(ids[0], ids[1]), Pair(ids[0], ids[2])], [Pair(ids[2], ids[0]), Pair(ids[2], ids[1])]]
-    for number, scorer in enumerate(together_):
+    for number, scorer in enumerate(sharing):
         alone = Scorer.of(model, params[number], adapters[number])
         for theirs, its in (
             (scorer.continuations(pairs), alone.continuations(pairs)),

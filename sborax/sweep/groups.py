@@ -1,6 +1,7 @@
 """Members of a sweep in groups: those of a group differ in arrays alone, and share a program."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,10 @@ def _program(experiment: Experiment) -> str:
         rules = as_rules(experiment.rules)
         for rule, of_rule in zip(rules, content["rules"], strict=True):
             of_rule["method"] = None if rule.method is None else [encode(structure(rule.method)), _zeros(rule.method)]
-    return json.dumps([content, halves(experiment.optimizer).__name__, _optimizer_form(experiment.optimizer)])
+    optimizer = experiment.optimizer
+    # `Sweep.members` has checked its type.
+    assert isinstance(optimizer, AbstractOptimizer)
+    return json.dumps([content, halves(optimizer).__name__, _optimizer_form(optimizer.without_rate())])
 
 
 def _zeros(method: AbstractMethod) -> list[Any]:
@@ -75,10 +79,12 @@ def _zeros(method: AbstractMethod) -> list[Any]:
     ]
 
 
-def _optimizer_form(optimizer: Any) -> list[Any]:
-    """An optimiser's class, its choices by name, and the shapes and dtypes of what it keeps for a weight."""
-    assert isinstance(optimizer, AbstractOptimizer)
-    plain = optimizer.without_rate()
+@functools.cache
+def _optimizer_form(plain: AbstractOptimizer) -> list[Any]:
+    """An optimiser's class, its choices by name, and the shapes and dtypes of what it keeps for a weight.
+
+    - plain: without its learning rates.
+    """
     train = {"adapters": {}, "base": {"kernel": jnp.zeros((4, 3))}}
     state = jax.eval_shape(make_optimizer(plain, 1).init, train)
     names = [value for value in encode(plain).values() if isinstance(value, str)]

@@ -82,7 +82,7 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
         else:
             write_results(place, members)
         claim_runs(place, groups, claims)
-        return _train_all(description, groups, place, claims, resume, echo, stop, began)
+        return _train_all(description, members, groups, place, claims, resume, echo, stop, began)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,7 @@ def _read(first: Experiment, place: epath.Path, resume: bool, echo: Echo, stop: 
 
 def _train_all(
     description: Sweep,
+    members: Sequence[Member],
     groups: Sequence[Group],
     place: epath.Path,
     claims: contextlib.ExitStack,
@@ -145,7 +146,6 @@ def _train_all(
     stop: Stop,
     began: float,
 ) -> Results:
-    members = description.members()
     echo(f"{len(members)} members: {', '.join(member.name for member in members)}")
     shared = _read(members[0].experiment, place, resume, echo, stop, began)
     goals = shared.goals(groups)
