@@ -45,7 +45,8 @@ def _kept(planned: Outline) -> float:
     if names is None:
         # Also norms in float32, rotated heads, the gated unit's activations, scores and their softmax.
         total += rows * length * (2 * 4 * config.hidden_size + item * (widths["qkv"] + 1.5 * widths["gate_up"]))
-        total += rows * config.num_attention_heads / tensor * length**2 * (4 + item)
+        if planned.model.module.attention == "xla":
+            total += rows * config.num_attention_heads / tensor * length**2 * (4 + item)
     return float(config.num_hidden_layers * total)
 
 
@@ -53,7 +54,9 @@ def _layer(planned: Outline) -> float:
     """Bytes of one layer: attention's scores or the gated unit, with gradients, and the largest kernel, if gathered."""
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     item = planned.model.module.dtype.itemsize
-    scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item)
+    # Other programs for attention hold no scores.
+    whole = planned.model.module.attention == "xla"
+    scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item) if whole else 0
     gated = 4 * rows * length * config.intermediate_size / tensor * item
     kernels = [
         leaf for path, leaf in planned.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")
