@@ -59,14 +59,14 @@ def test_a_step_of_seven_billion_compiles_for_sixteen_chips(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_computes_and_sends_near_the_least(name):
-    """With `remat="full"` the forward pass runs twice: 6N FLOPs instead of 4N."""
+    """With `remat="full"` a layer runs twice forward, up to the input of `down_proj`."""
     laid_out, program = step_of(name)
     pod, trained, text = (
         Pod("LLaMA-2-7B", "v5e", NAMES.get(name, name), 1, "full"),
         laid_out.parts.count,
         program.as_text(),
     )
-    assert 1.48 < matmul_flops(text, 2048 // CHUNK) / least_flops(pod, trained) < 1.55
+    assert 1.3 < matmul_flops(text, 2048 // CHUNK) / least_flops(pod, trained) < 1.4
     assert sum(collective_bytes(text).values()) <= SENT_GOALS[pod.method] * least_sent(pod, trained)
 
 

@@ -3,7 +3,11 @@
 import pytest
 
 from benchmarks import pods, pods_page
+from benchmarks.tpu import step
+from sborax.layout.mesh import abstract_mesh
 from sborax.plans import hlo
+from sborax.plans.ahead import on_mesh
+from sborax.plans.estimate import temporary_bytes
 from sborax.plans.roofline import CHIPS, Roofline, attention_flops, received_bytes, roofline
 
 STORED = pods.stored()
@@ -22,12 +26,23 @@ def test_every_stored_step_is_one_of_the_list():
 def test_stored_steps_cost_near_the_least(pod):
     result = STORED[pod.name]["result"]
     over = result["matmul_flops"] / pods.least_flops(pod, result["trained"])
-    # Recomputing a layer is a third forward pass.
-    assert 0.98 < over < (1.55 if pod.remat == "full" else 1.05)
+    # Recomputing a layer is a third pass over all kernels but those of `down_proj` and the head.
+    assert 0.98 < over < (1.4 if pod.remat == "full" else 1.05)
     assert sum(result["sent_bytes"].values()) / pods.least_sent(pod, result["trained"]) <= pods.SENT_GOALS[pod.method]
     assert pods.held(result) <= CHIPS[pod.chip].memory
     share = result["arguments"]["trained"] + result["arguments"]["optimizer"]
     assert share <= 1.3 * result["state"] / pods.CHIPS_OF_A_SLICE
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pod", [pod for pod in DONE if not pod.method.startswith("Q")], ids=lambda pod: pod.name)
+def test_the_formula_for_temporaries_is_near_the_compiled_ones(pod):
+    """It decides which mesh and which changes a plan proposes."""
+    rows = pod.rows * pods.CHIPS_OF_A_SLICE
+    planned = step(pod.shape, pod.method, rows, pods.LENGTH, pod.remat, "splash")
+    laid = on_mesh(planned, abstract_mesh({"fsdp": pods.CHIPS_OF_A_SLICE}))
+    compiled = STORED[pod.name]["result"]["temporary_bytes"]
+    assert 0.85 * compiled < temporary_bytes(laid) < 1.2 * compiled
 
 
 PROGRAM = """

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import is_weight, width
 from sborax.methods.lowrank import HIDDEN
@@ -51,7 +53,8 @@ def _kept(planned: Outline) -> float:
 
 
 def _layer(planned: Outline) -> float:
-    """Bytes of one layer: attention's scores or the gated unit, with gradients, and the largest kernel, if gathered."""
+    """Bytes of one layer: attention's scores or the gated unit, with gradients; the kernels of two layers, if gathered,
+    since those of the next layer are under way; and the largest kernel made dense, if quantised."""
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     item = planned.model.module.dtype.itemsize
     # Other programs for attention hold no scores.
@@ -61,12 +64,13 @@ def _layer(planned: Outline) -> float:
     kernels = [
         leaf for path, leaf in planned.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")
     ]
-    quantised, sharded = (
-        any(is_weight(leaf) for leaf in kernels),
-        planned.mesh is not None and planned.mesh.shape["fsdp"] > 1,
-    )
     largest = max((math.prod(leaf.shape[1:]) for leaf in kernels), default=0) / tensor
-    return max(scores, gated) + (largest * (item + 4 * quantised) if quantised or sharded else 0)
+    dense = largest * (item + 4) if any(is_weight(leaf) for leaf in kernels) else 0
+    gathered = 0.0
+    if planned.mesh is not None and planned.mesh.shape["fsdp"] > 1:
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernels))
+        gathered = 2 * stored / config.num_hidden_layers / tensor
+    return max(scores, gated) + gathered + dense
 
 
 def _head(planned: Outline) -> float:
