@@ -21,7 +21,6 @@ METHODS = {
     "Bone": (sx.Bone(rank=32), None),
     "NF4 LoRA": (sx.LoRA(rank=16), "nf4"),
 }
-NAMES = {"NF4 LoRA": "QLoRA"}
 GIB = 2**30
 
 
@@ -62,7 +61,7 @@ def test_a_step_computes_and_sends_near_the_least(name):
     """With `remat="full"` a layer runs twice forward, up to the input of `down_proj`."""
     laid_out, program = step_of(name)
     pod, trained, text = (
-        Pod("LLaMA-2-7B", "v5e", NAMES.get(name, name), 1, "full"),
+        Pod("LLaMA-2-7B", "v5e", name.replace("NF4 ", "Q"), 1, "full"),
         laid_out.parts.count,
         program.as_text(),
     )
