@@ -31,6 +31,7 @@ METHODS = {
     "Mo-SARA": lambda r: sx.MoSARA(rank=r),
     "QLoRA": lambda r: sx.LoRA(rank=r),
     "QSBoRA-FA": lambda r: sx.SBoRA(rank=2 * r),
+    "QBone": lambda r: sx.Bone(rank=2 * r),
     "full": lambda r: None,
 }
 """Methods by the rank of LoRA. The others train about as many parameters as LoRA, where they can."""

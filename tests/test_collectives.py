@@ -1,5 +1,7 @@
 """What a step sends between devices, read from compiled programs: what the base sends, and what a method declares."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,13 @@ from tiny_model import WIDE
 import sborax as sx
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import linear
+from sborax.adapters.leaves import nest
 from sborax.adapters.routing import AbstractRouted
 from sborax.adapters.tree import nodes, specs
 from sborax.layout.mesh import make_mesh
+from sborax.layout.spread import mesh_axes
 from sborax.models.nf4 import quantise
-from sborax.models.sharding import quantised_specs, sent_packed, used_whole
+from sborax.models.sharding import base_specs, quantised_specs, sent_packed, used_whole
 from sborax.plans.ahead import compiled, on_mesh, outline
 from sborax.plans.hlo import collective_bytes
 from sborax.train.step import sums
@@ -82,13 +86,21 @@ def base(module, quant):
     return BASE[module, quant]
 
 
-def leaf_bytes(tree):
-    """Bytes of leaves as a device uses them, and of those among them that lie cut along fsdp."""
+def leaf_bytes(tree, natural=None):
+    """Bytes of leaves as a device uses them, and of those among them that lie in smaller parts.
+
+    - natural: specs of the leaves as their kernels are cut; by default as they lie.
+    """
     used = gathered = 0
-    for leaf in jax.tree.leaves(tree):
-        names = [name for entry in leaf.sharding.spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
-        size = leaf.size * leaf.dtype.itemsize // (SIZES["tensor"] if "tensor" in names else 1)
-        used, gathered = used + size, gathered + size * ("fsdp" in names)
+    specs_of = [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
+    for leaf, spec in zip(
+        jax.tree.leaves(tree), specs_of if natural is None else jax.tree.leaves(natural), strict=True
+    ):
+        shared = any("tensor" in mesh_axes(entry) for entry in spec)
+        size = leaf.size * leaf.dtype.itemsize // (SIZES["tensor"] if shared else 1)
+        used += size
+        if math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize < size:
+            gathered += size
     return used, gathered
 
 
@@ -181,12 +193,15 @@ def test_a_step_sends_what_its_methods_declare(quant):
     one = on_mesh(outline(experiment, WIDE), make_mesh(SIZES))
     sent, own = collective_bytes(compiled(one).as_text()), dx_alone(one)
     tokens, layers = 8 * 32 // SIZES["fsdp"], WIDE.num_hidden_layers
-    used, gathered = leaf_bytes(one.state.train)
+    base = base_specs(nest(one.parts.base), SIZES)
+    train, frozen = (specs(half, base) for half in (one.parts.adapters, one.parts.frozen))
+    used, gathered = leaf_bytes(one.parts.adapters, train)
     thin = 4 * tokens * layers * sum(method.summed for _, method in RULES)
     # Put together in the forward pass and again in the backward one.
-    again = 2 * (gathered + leaf_bytes(one.parts.frozen)[1])
+    again = 2 * (gathered + leaf_bytes(one.parts.frozen, frozen)[1])
     assert sent["all-gather"] == own["all-gather"] + again
-    # Of each leaf the sums of squares for four reported norms, of gradients and updates; and how many tokens count.
+    # Of each leaf the sums of squares for four reported norms, of gradients and updates, along up to two axes of the
+    # mesh; and how many tokens count.
     numbers = sent["all-reduce"] - own["all-reduce"] - used - thin
-    assert 0 <= numbers <= 4 * (4 * len(jax.tree.leaves(one.state.train)) + 4)
+    assert 0 <= numbers <= 4 * (2 * 4 * len(jax.tree.leaves(one.state.train)) + 4)
     assert set(sent) == set(own)

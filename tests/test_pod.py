@@ -2,13 +2,16 @@
 
 import functools
 
+import jax
 import pytest
 from published import ALL, PUBLISHED
 
 import sborax as sx
+from benchmarks.pods import SENT_GOALS, Pod, least_flops, least_sent
 from sborax.models import LlamaConfig
-from sborax.plans.ahead import argument_bytes, compiled, on_mesh, outline, pod_mesh
-from sborax.plans.hlo import collective_bytes
+from sborax.plans.ahead import argument_bytes, compiled, device_bytes, on_mesh, outline, pod_mesh
+from sborax.plans.hlo import collective_bytes, matmul_flops
+from sborax.train.head_loss import CHUNK
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("compiled_fully")]
 
@@ -51,6 +54,26 @@ def test_a_step_of_seven_billion_compiles_for_sixteen_chips(name):
     # The compiler may pad: small arrays are whole tiles.
     assert sum(held.values()) <= memory.argument_size_in_bytes < 1.01 * sum(held.values())
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16 * GIB, "a v5e chip has 16 GiB"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_computes_and_sends_near_the_least(name):
+    """With `remat="full"` a layer runs twice forward, up to the input of `down_proj`."""
+    laid_out, program = step_of(name)
+    pod, trained, text = (
+        Pod("LLaMA-2-7B", "v5e", name.replace("NF4 ", "Q"), 1, "full"),
+        laid_out.parts.count,
+        program.as_text(),
+    )
+    assert 1.3 < matmul_flops(text, 2048 // CHUNK) / least_flops(pod, trained) < 1.4
+    assert sum(collective_bytes(text).values()) <= SENT_GOALS[pod.method] * least_sent(pod, trained)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_chip_holds_its_share_of_what_is_trained(name):
+    laid_out, _ = step_of(name)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((laid_out.state.train, laid_out.state.opt)))
+    assert device_bytes((laid_out.state.train, laid_out.state.opt)) <= 1.3 * whole / 16
 
 
 def test_a_four_bit_base_is_sent_in_four_bits():

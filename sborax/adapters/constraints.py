@@ -13,6 +13,8 @@ from sborax.errors import SboraxError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """Mesh axes that the rows of a batch, and so tokens, are cut over."""
+SHARED = "tensor"
+"""The mesh axis of devices that share the features of a projection."""
 
 
 def compiled_axes() -> dict[str, int]:
@@ -68,8 +70,8 @@ def cut(x: Shaped[Array, "..."], *entries: Any) -> Shaped[Array, "..."]:
 
 
 def sharing() -> int:
-    """How many devices share the features of a projection: the size of mesh axis "tensor", 1 without one."""
-    return compiled_axes().get("tensor", 1)
+    """How many devices share the features of a projection: the size of mesh axis `SHARED`, 1 without one."""
+    return compiled_axes().get(SHARED, 1)
 
 
 def by_rows(x: Float[Array, "tokens _"]) -> Float[Array, "tokens _"]:

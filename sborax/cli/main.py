@@ -216,7 +216,7 @@ def _add_overviews(commands: Commands) -> None:
     plan = _command(commands, "plan", _importing(_plan), "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
     _add_changes(plan)
-    _add_mesh(plan, "lay it out over devices, which need not exist: fsdp=8,tensor=2")
+    _add_mesh(plan, "lay it out over devices, which need not exist: fsdp=8,tensor=2; auto: chosen for --topology")
     plan.add_argument("--topology", metavar="NAME", help="compile for a TPU slice, which need not exist: v5e:16x16")
     plan.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: the longest of the data)")
 

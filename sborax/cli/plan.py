@@ -19,6 +19,7 @@ from sborax.cli.targets import is_experiment
 from sborax.config.codec import override
 from sborax.config.documents import read_object
 from sborax.data.options import Data
+from sborax.errors import SboraxError
 from sborax.layout.mesh import abstract_mesh, make_mesh
 from sborax.layout.state import parameters
 from sborax.methods import LoRA
@@ -26,11 +27,16 @@ from sborax.models import abstract, load_config
 from sborax.models.decoder import DecoderConfig
 from sborax.plans.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
 from sborax.plans.estimate import temporary_bytes
-from sborax.plans.hlo import collective_bytes
+from sborax.plans.fit import best_mesh, mending
+from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes
+from sborax.plans.roofline import CHIPS, attention_flops, chip_of, received_bytes, roofline
 from sborax.records.disk import CONFIG
 from sborax.records.report import method_line
 from sborax.train.experiment import Experiment, load_experiment
+from sborax.train.figures import model_flops
+from sborax.train.head_loss import CHUNK
 
+AUTO = "auto"
 Table = list[tuple[str, ...]]
 PROJECTIONS = "self_attn|mlp"
 """The rule of a model that is planned as a run, unless rules are given."""
@@ -50,7 +56,8 @@ def show(
 
     - target: an experiment, a run or a model.
     - changes: `key=value` for fields of the experiment.
-    - mesh: sizes of axes, "fsdp=8,tensor=2", in place of the experiment's. The devices need not exist.
+    - mesh: sizes of axes, "fsdp=8,tensor=2", in place of the experiment's. The devices need not exist. "auto" takes the
+      mesh that formulas prefer for the topology (`sborax.plans.fit.best_mesh`).
     - topology: a TPU slice to compile the step for, such as "v5e:16x16". It need not exist.
     - length: tokens of a row; by default the longest that the data may have.
 
@@ -59,13 +66,17 @@ def show(
     if topology is not None and not os.environ.get("JAX_PLATFORMS"):
         # This machine's TPU is not needed, and may be busy.
         jax.config.update("jax_platforms", "cpu")
-    changes, source = with_mesh(changes, mesh), Path(target)
+    auto = mesh == AUTO
+    if auto and topology is None:
+        raise SboraxError(f"--mesh {AUTO}: say for which slice, such as --topology v5e:16x16")
+    changes, source = with_mesh(changes, None if auto else mesh), Path(target)
     if source.name == CONFIG and _is_model(source):
         target = str(source.parent)
     elif is_experiment(target):
         experiment = load_experiment(target, changes)
-        devices = _mesh(experiment.mesh, topology)
-        return describe_experiment(experiment, load_config(experiment.model), devices, topology, length)
+        config = load_config(experiment.model)
+        sizes = _best(experiment, config, str(topology), length) if auto else experiment.mesh
+        return describe_experiment(experiment, config, _mesh(sizes, topology), topology, length)
     config = load_config(target)
     if not changes and topology is None and length is None:
         return describe_model(target, config)
@@ -73,7 +84,15 @@ def show(
     devices = _mesh(override(default, changes).mesh, topology)
     rows = 1 if devices is None else math.prod(devices.shape[axis] for axis in ROWS)
     experiment = override(dataclasses.replace(default, batch_size=rows), changes)
+    if auto:
+        devices = _mesh(_best(experiment, config, str(topology), length), topology)
     return describe_experiment(experiment, config, devices, topology, length)
+
+
+def _best(experiment: Experiment, config: DecoderConfig, topology: str, length: int | None) -> dict[str, int]:
+    """The mesh that formulas prefer for the chips of a topology."""
+    planned = outline(experiment, config, length, "tpu")
+    return best_mesh(planned, pod_mesh(topology, None).size, chip_of(topology))
 
 
 def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | AbstractMesh | None:
@@ -145,14 +164,67 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
             *aligned(table),
             "temporaries by a formula, since these devices are not here; arguments exactly",
         ]
-    program = compiled(planned)
-    table += [("temporaries", f"{program.memory_analysis().temp_size_in_bytes:,}")]
-    kind = topology or f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    lines += [*aligned(table), f"temporaries as compiled for {kind}; arguments exactly"]
+    if topology is None:
+        program = compiled(planned)
+        kind = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        return [*lines, *_compiled(program, table, kind)]
+    try:
+        program = compiled(planned)
+    except jax.errors.JaxRuntimeError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "hbm" in line.lower()), None)
+        if reason is None:
+            raise
+        mend = _try(planned, topology) if _kind(topology) in CHIPS else ""
+        return [*lines, *aligned(table), f"does not fit: {reason}{mend}"]
+    lines += _compiled(program, table, topology)
+    return [*lines, "", *_judged(planned, program, topology)] if _kind(topology) in CHIPS else lines
+
+
+def _kind(topology: str) -> str:
+    """The chip that a topology names."""
+    return topology.partition(":")[0]
+
+
+def _compiled(program: Any, table: Table, kind: str) -> list[str]:
+    """The lines on bytes, from the compiled step."""
+    table = [*table, ("temporaries", f"{program.memory_analysis().temp_size_in_bytes:,}")]
+    lines = [*aligned(table), f"temporaries as compiled for {kind}; arguments exactly"]
     sent = collective_bytes(program.as_text())
     if sent:
         lines += ["", "results of collectives in a step, bytes on each device:", *aligned(_rows(sent))]
     return lines
+
+
+def _judged(planned: Outline, program: Any, topology: str) -> list[str]:
+    """The least time of a step by the chip's published rates, and whether it fits the chip."""
+    chip, config = chip_of(topology), planned.model.config
+    accumulate, rows, length = planned.batch["tokens"].shape
+    assert planned.mesh is not None
+    shards, tensor = math.prod(planned.mesh.shape[axis] for axis in ROWS), planned.mesh.shape["tensor"]
+    text, memory = program.as_text(), program.memory_analysis()
+    most, width = rows * length // shards // CHUNK, config.num_attention_heads * config.head_dim // tensor
+    again = planned.model.module.remat == "full"
+    attention = accumulate * attention_flops(config.num_hidden_layers, width, rows // shards, length, again)
+    received = received_bytes(collective_bytes(text), planned.mesh.size)
+    times = roofline(chip, matmul_flops(text, most) + attention, memory_bytes(text, most), received)
+    flops = model_flops(config, planned.parts) * accumulate * rows * length / planned.mesh.size
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    seconds = f"{times.compute:.3f} s of computing, {times.memory:.3f} s of HBM, {times.links:.3f} s of ICI"
+    share, told = flops / times.seconds / chip.flops, f"{held / 2**30:.1f} of {chip.memory / 2**30:.0f} GiB"
+    return [
+        f"least time of a step: the largest of {seconds}",
+        f"at most {share:.0%} of the chip's peak, by the model's FLOPs",
+        f"fits: {told}" if held <= chip.memory else f"does not fit: {told}{_try(planned, topology)}",
+    ]
+
+
+def _try(planned: Outline, topology: str) -> str:
+    """What to change so that the step fits, by formulas."""
+    assert planned.mesh is not None
+    memory, length = chip_of(topology).memory, planned.batch["tokens"].shape[-1]
+    experiment, config = planned.prepared.experiment, planned.model.config
+    words = mending(experiment, config, length, dict(planned.mesh.shape), "tpu", memory)
+    return f"; try {' '.join(words)}" if words else "; take a larger slice"
 
 
 def _rows(sent: dict[str, int]) -> Table:

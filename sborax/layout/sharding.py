@@ -11,11 +11,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from sborax.adapters.constraints import ROWS
-from sborax.adapters.core import SboraxError, is_weight
+from sborax.adapters.constraints import ROWS, SHARED
+from sborax.adapters.core import Adapter, Leaves, SboraxError, is_adapter, is_weight
+from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest
+from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
+from sborax.layout.spread import SMALL, mesh_axes, spread
 from sborax.layout.state import Flat, Parts, TrainState, take_apart
 from sborax.models.decoder import DecoderConfig
 from sborax.models.sharding import base_specs, check_heads, quantised_specs
@@ -48,19 +51,45 @@ def _flat_specs(leaves: Flat, kernels: Flat) -> Flat:
 
 
 def parts_shardings(mesh: Mesh | AbstractMesh, config: DecoderConfig, parts: Parts) -> Parts:
-    """Shardings of the parts of a model. Adapter leaves follow the kernel that they adapt.
+    """Shardings of the parts of a model. Adapter leaves are cut along the mesh axes of the kernel that they adapt.
 
-    Raises SboraxError for heads and leaves that cannot be cut evenly.
+    Raises SboraxError for heads and parameters that cannot be cut evenly.
     """
     check_heads(config, mesh.shape["tensor"])
     base = base_specs(nest({**parts.base, **parts.trained_base}), mesh.shape)
     flat = flatten(base)
     return Parts(
-        _shardings(mesh, parts.adapters, specs(parts.adapters, base)),
-        _shardings(mesh, parts.frozen, specs(parts.frozen, base)),
+        _adapter_shardings(mesh, parts.adapters, base),
+        _adapter_shardings(mesh, parts.frozen, base),
         _shardings(mesh, parts.base, _flat_specs(parts.base, flat)),
         _shardings(mesh, parts.trained_base, _flat_specs(parts.trained_base, flat)),
     )
+
+
+def _adapter_shardings(mesh: Mesh | AbstractMesh, adapters: Adapters, base: PyTree) -> Adapters:
+    """Shardings of one half of the adapters, from the specs of the parameters."""
+    kernels = flatten(base)
+
+    def node_shardings(path: str, node: Adapter, natural: Adapter) -> Adapter:
+        stack = len(stack_of(node))
+        # A router has no kernel, and is on every device.
+        entries = () if isinstance(node.method, AbstractRouter) else tuple(kernels[path])[stack:]
+        names = [name for entry in entries for name in mesh_axes(entry)]
+
+        def half(kind: str, leaves: Leaves, leaf_specs: Leaves, small: int) -> Leaves:
+            def leaf_sharding(inner: str, leaf: Any, spec: PartitionSpec) -> NamedSharding:
+                # Devices that share a projection hold what belongs to their own features.
+                shared = [SHARED if SHARED in mesh_axes(entry) else None for entry in spec]
+                check_divisible(f"{path}/{kind}/{inner}", leaf.shape, PartitionSpec(*shared), mesh)
+                own = [name for entry in spec for name in mesh_axes(entry)]
+                return spread(mesh, leaf.shape, spec, stack, own if leaf.size < small else names)
+
+            return map_with_path(leaf_sharding, leaves, leaf_specs)
+
+        train, frozen = half("train", node.train, natural.train, 0), half("frozen", node.frozen, natural.frozen, SMALL)
+        return Adapter(train, frozen, node.method, node.in_axes)
+
+    return map_with_path(node_shardings, adapters, specs(adapters, base), is_leaf=is_adapter)
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import HIDDEN, is_weight, width
 from sborax.models.decoder import active_width
@@ -45,25 +47,30 @@ def _kept(planned: Outline) -> float:
     if names is None:
         # Also norms in float32, rotated heads, the gated unit's activations, scores and their softmax.
         total += rows * length * (2 * 4 * config.hidden_size + item * (widths["qkv"] + 1.5 * widths["gate_up"]))
-        total += rows * config.num_attention_heads / tensor * length**2 * (4 + item)
+        if planned.model.module.attention == "xla":
+            total += rows * config.num_attention_heads / tensor * length**2 * (4 + item)
     return float(config.num_hidden_layers * total)
 
 
 def _layer(planned: Outline) -> float:
-    """Bytes of one layer: attention's scores or the gated unit, with gradients, and the largest kernel, if gathered."""
+    """Bytes of one layer: attention's scores or the gated unit, with gradients; the kernels of two layers, if gathered,
+    since those of the next layer are under way; and the largest kernel made dense, if quantised."""
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     item = planned.model.module.dtype.itemsize
-    scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item)
+    # Other programs for attention hold no scores.
+    whole = planned.model.module.attention == "xla"
+    scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item) if whole else 0
     gated = 4 * rows * length * active_width(config) / tensor * item
     kernels = [
         leaf for path, leaf in planned.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")
     ]
-    quantised, sharded = (
-        any(is_weight(leaf) for leaf in kernels),
-        planned.mesh is not None and planned.mesh.shape["fsdp"] > 1,
-    )
     largest = max((math.prod(leaf.shape[1:]) for leaf in kernels), default=0) / tensor
-    return max(scores, gated) + (largest * (item + 4 * quantised) if quantised or sharded else 0)
+    dense = largest * (item + 4) if any(is_weight(leaf) for leaf in kernels) else 0
+    gathered = 0.0
+    if planned.mesh is not None and planned.mesh.shape["fsdp"] > 1:
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernels))
+        gathered = 2 * stored / config.num_hidden_layers / tensor
+    return max(scores, gated) + gathered + dense
 
 
 def _head(planned: Outline) -> float:

@@ -1,4 +1,4 @@
-"""The bytes that a compiled program sends between devices, read from its HLO text."""
+"""What a compiled program computes, moves and sends between devices, read from its HLO text."""
 
 import collections
 import math
@@ -9,6 +9,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _OPERATION = re.compile(r"= (\(.*?\)|\S+) ([a-z-]+)\(")
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z-]+)\((.*)$")
+_NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota")
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -31,7 +34,7 @@ def collective_bytes(text: str) -> dict[str, int]:
                 key = (opcode.removesuffix("-start"), channel.group(1) if channel else f"{computation}:{len(sizes)}")
                 sizes[key] = _result(shape, opcode.endswith("-start"))
             if opcode in ("while", "call", "fusion", "conditional", "async-start"):
-                times = _iterations(line, lines) if opcode == "while" else 1
+                times = (_iterations(line, lines) or 1) if opcode == "while" else 1
                 for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{)=?%?([\w.-]+)", line):
                     for key, size in sent(called).items():
                         sizes[key] = max(sizes.get(key, 0), size * times)
@@ -41,6 +44,191 @@ def collective_bytes(text: str) -> dict[str, int]:
     for (kind, _), size in sent(entry).items():
         totals[kind] += size
     return dict(totals)
+
+
+def matmul_flops(text: str, most: int = 1) -> int:
+    """The FLOPs of all matrix products of a program on one device, those in loops for every iteration.
+
+    Kernels that the compiler does not see into, such as attention's, are not counted.
+
+    - most: iterations of a loop whose end depends on data.
+    """
+    lines, entry = _computations(text)
+    total = 0
+    for computation, times in _turns(lines, entry, most, inside=True).items():
+        shapes = {match.group(2): match.group(3) for match in map(_INSTRUCTION.match, lines[computation]) if match}
+        for line in lines[computation]:
+            match = _INSTRUCTION.match(line)
+            if match and match.group(4) in ("dot", "convolution"):
+                total += times * _product_flops(match.group(3), match.group(5), shapes)
+    return total
+
+
+def memory_bytes(text: str, most: int = 1) -> int:
+    """The bytes that a program reads from and writes to a device's main memory, those in loops for every iteration.
+
+    Of each operation outside of fusions its operands and results, once, if they lie in main memory. Of an array of
+    which only a slice is read or written, the slice.
+
+    - most: iterations of a loop whose end depends on data.
+    """
+    lines, entry = _computations(text)
+    parsed = {
+        name: {match.group(2): match for match in map(_INSTRUCTION.match, body) if match}
+        for name, body in lines.items()
+    }
+    return sum(
+        times * sum(_traffic(match, parsed[computation], parsed) for match in parsed[computation].values())
+        for computation, times in _turns(lines, entry, most, inside=False).items()
+    )
+
+
+def _turns(lines: dict[str, list[str]], entry: str, most: int, inside: bool) -> dict[str, int]:
+    """How often each computation runs.
+
+    - most: iterations of a loop whose end depends on data.
+    - inside: whether to follow fusions and the computations of asynchronous operations.
+    """
+    times: dict[str, int] = collections.Counter()
+    opcodes = ("while", "call", "conditional", *(("fusion", "async-start") if inside else ()))
+
+    def visit(computation: str, count: int) -> None:
+        times[computation] += count
+        for line in lines.get(computation, []):
+            match = _INSTRUCTION.match(line)
+            if match and match.group(4) in opcodes:
+                turns = (_iterations(line, lines) or most) if match.group(4) == "while" else 1
+                for called in _called(line):
+                    visit(called, count * turns)
+
+    visit(entry, 1)
+    return times
+
+
+def _called(line: str) -> list[str]:
+    """The computations that an operation runs."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", line)
+    names = re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
+    return names + ([name.strip().lstrip("%") for name in listed.group(1).split(",")] if listed else [])
+
+
+def _product_flops(result: str, rest: str, shapes: dict[str, str]) -> int:
+    """2 x entries of the result x length of the sum, of a `dot` or of a `convolution` that stands for one."""
+    names = _operands(rest)
+    left, right = (_sides(shapes.get(name, "")) for name in names[:2])
+    labels = re.search(r"dim_labels=\w+_(\w+)->", rest)
+    if labels:
+        # A dilated window runs over the batch of a batched product, of which one entry belongs to each result.
+        dilated = "lhs_dilate" in rest
+        summed = [
+            side
+            for side, label in zip(right, labels.group(1), strict=True)
+            if label == "i" or (label.isdigit() and not dilated)
+        ]
+    else:
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
+        summed = [left[int(axis)] for axis in axes.group(1).split(",") if axis] if axes else []
+    return 2 * math.prod(_sides(result)) * math.prod(summed)
+
+
+def _operands(rest: str) -> list[str]:
+    """The names of an operation's operands, from the text behind its opening bracket."""
+    return re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
+
+
+def _sides(shape: str) -> list[int]:
+    match = _ARRAY.search(shape)
+    return [int(side) for side in match.group(2).split(",") if side] if match else []
+
+
+def _main_memory(shape: str) -> int:
+    """The bytes of the arrays of a shape that lie in main memory; others have a memory space S(n) in their layout."""
+    arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", shape)
+    return sum(
+        BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side)
+        for kind, sides, layout in arrays
+        if "S(" not in layout
+    )
+
+
+Parsed = dict[str, dict[str, re.Match[str]]]
+
+
+def _traffic(match: re.Match[str], here: dict[str, re.Match[str]], parsed: Parsed) -> int:
+    """The bytes that one operation reads and writes in main memory."""
+    _, name, shape, opcode, rest = match.groups()
+    # The two ends of a collective may be fusions.
+    if opcode in _NO_TRAFFIC or re.search(r"-done(\.|$)", f"{opcode} {name}"):
+        return 0
+    if opcode.endswith("-start") or re.search(r"-start(\.|$)", name):
+        # Its shape lists operands and results.
+        return _main_memory(shape)
+    shapes = [here[name].group(3) for name in _operands(rest) if name in here]
+    if opcode in _SLICES:
+        return 2 * _main_memory(shape)
+    if opcode == "dynamic-update-slice":
+        return 2 * _main_memory(shapes[1])
+    called = _called(rest) if opcode == "fusion" else []
+    if not called:
+        return _main_memory(shape) + sum(map(_main_memory, shapes))
+    body = parsed[called[0]]
+    read = sum(_read(body, i, parsed, size) for i, size in enumerate(map(_main_memory, shapes)) if size)
+    return read + _written(body, shape)
+
+
+def _read(body: dict[str, re.Match[str]], number: int, parsed: Parsed, size: int) -> int:
+    """The bytes that a fusion reads of its operand `number`, which has `size` bytes."""
+    name = next(
+        (
+            name
+            for name, match in body.items()
+            if match.group(4) == "parameter" and match.group(5).startswith(f"{number})")
+        ),
+        None,
+    )
+    return size if name is None else min(size, _used(body, name, parsed, size))
+
+
+def _used(body: dict[str, re.Match[str]], name: str, parsed: Parsed, size: int) -> int:
+    total = 0
+    for user, match in body.items():
+        operands = _operands(match.group(5))
+        if name not in operands:
+            continue
+        opcode = match.group(4)
+        if opcode in _SLICES and operands[0] == name:
+            total += _main_memory(re.sub(r"S\(\d+\)", "", match.group(3)))
+        elif opcode == "dynamic-update-slice" and operands[0] == name:
+            total += 0
+        elif opcode == "bitcast":
+            total += _used(body, user, parsed, size)
+        elif opcode == "fusion":
+            total += _read(parsed[_called(match.group(5))[0]], operands.index(name), parsed, size)
+        else:
+            return size
+    return total
+
+
+def _written(body: dict[str, re.Match[str]], shape: str) -> int:
+    """The bytes that a fusion writes: its results, or the slices of them that it updates."""
+    root = next(match for match in body.values() if match.group(1))
+    names = _operands(root.group(5)) if root.group(4) == "tuple" else [root.group(2)]
+    total = 0
+    for name, part in zip(names, _parts(shape), strict=False):
+        source = body.get(name)
+        while source is not None and source.group(4) == "bitcast":
+            source = body.get(_operands(source.group(5))[0])
+        if source is not None and source.group(4) == "dynamic-update-slice" and _main_memory(part):
+            update = body.get(_operands(source.group(5))[1])
+            total += _main_memory(part) if update is None else _main_memory(re.sub(r"S\(\d+\)", "", update.group(3)))
+        else:
+            total += _main_memory(part)
+    return total
+
+
+def _parts(shape: str) -> list[str]:
+    """The arrays of a shape, with their layouts."""
+    return [match.group(0) for match in re.finditer(r"[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", shape)]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -69,19 +257,19 @@ def _result(shape: str, starts: bool) -> int:
     return sum(sizes[len(sizes) // 2 :] if starts and shape[0] == "(" else sizes)
 
 
-def _iterations(line: str, lines: dict[str, list[str]]) -> int:
-    """A loop's number of iterations: its annotation, else (limit - 0) / step of its counter; 1 if unknown."""
+def _iterations(line: str, lines: dict[str, list[str]]) -> int | None:
+    """A loop's number of iterations: its annotation, else (limit - 0) / step of its counter; None if unknown."""
     annotated = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
     if annotated:
         return int(annotated.group(1))
     condition, body = (re.search(rf"{part}=%?([\w.-]+)", line) for part in ("condition", "body"))
     if condition is None or body is None:
-        return 1
+        return None
     within = lines[condition.group(1)]
     limits = _constants(within)
     compared = [limits[name] for name in limits if any("compare(" in text and f"%{name}" in text for text in within)]
     if len(compared) != 1:
-        return 1
+        return None
     return -(-compared[0] // _step(within, lines[body.group(1)]))
 
 

@@ -1,0 +1,76 @@
+"""Shardings of adapter leaves: each is cut along every mesh axis that its kernel is cut along, where that divides."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+SMALL = 2**16
+"""A frozen leaf with fewer entries, in all layers, is only cut as its kernel is: each layer would gather it."""
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def spread(
+    mesh: Mesh | AbstractMesh, shape: Sequence[int], spec: PartitionSpec, stack: int, names: Sequence[str]
+) -> NamedSharding:
+    """The sharding of a leaf that is cut along all mesh axes of `names`.
+
+    A mesh axis stays where `spec` has it, if it divides the leaf there. Else it cuts the axis with the longest parts
+    among those that it divides. If it divides none, its prime factors are placed in this way, one by one, on a mesh of
+    the same devices that has an axis for each. A factor that divides nothing is left out. Stack axes are not cut, since
+    layers are used in turn.
+
+    - spec: the leaf's entries, those of its stack axes first.
+    - stack: the number of stack axes.
+    """
+    given = {name: axis for axis, entry in enumerate(spec) for name in mesh_axes(entry)}
+    used = sorted(
+        (name for name in names if mesh.shape[name] > 1), key=lambda name: (name not in given, -mesh.shape[name])
+    )
+    parts, chosen, split = list(shape), [list[str]() for _ in shape], dict[str, dict[str, int]]()
+
+    def place(name: str, size: int, home: int | None) -> bool:
+        """Cut the leaf along an axis of a mesh; whether there is an axis of the leaf that it divides."""
+        order = sorted(range(stack, len(shape)), key=lambda axis: (axis != home, -parts[axis]))
+        axis = next((axis for axis in order if parts[axis] % size == 0), None)
+        if axis is not None:
+            parts[axis] //= size
+            chosen[axis].append(name)
+        return axis is not None
+
+    for name in used:
+        if not place(name, mesh.shape[name], given.get(name)):
+            split[name] = {f"{name}/{i}": prime for i, prime in enumerate(_primes(mesh.shape[name]))}
+            for factor, prime in split[name].items():
+                place(factor, prime, given.get(name))
+    entries = [*spec[:stack], *(None,) * (stack - len(spec)), *map(_entry, chosen[stack:])]
+    return NamedSharding(_finer(mesh, split), PartitionSpec(*entries))
+
+
+def _entry(names: Sequence[str]) -> Any:
+    return names[0] if len(names) == 1 else tuple(names) or None
+
+
+def _primes(size: int) -> list[int]:
+    """The prime factors of `size`, the smallest first."""
+    for prime in range(2, math.isqrt(size) + 1):
+        if size % prime == 0:
+            return [prime, *_primes(size // prime)]
+    return [size]
+
+
+def _finer(mesh: Mesh | AbstractMesh, split: Mapping[str, Mapping[str, int]]) -> Mesh | AbstractMesh:
+    """The mesh of the same devices in the same order, with several axes in place of each axis in `split`."""
+    if not split:
+        return mesh
+    sizes = {part: size for name in mesh.axis_names for part, size in split.get(name, {name: mesh.shape[name]}).items()}
+    types = (AxisType.Auto,) * len(sizes)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    return Mesh(np.reshape(mesh.devices, tuple(sizes.values())), tuple(sizes), axis_types=types)

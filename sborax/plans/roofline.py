@@ -1,0 +1,94 @@
+"""The least time of a step on a TPU chip, from what its program computes, moves and sends."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from sborax.errors import SboraxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Rates of a TPU chip, as https://cloud.google.com/tpu/docs/v5e, v5p and v6e state them.
+
+    - flops: dense bfloat16 FLOP/s.
+    - memory: bytes of HBM.
+    - bandwidth: bytes/s of HBM.
+    - links: bytes/s that all links to other chips (ICI) carry in one direction: 1,600, 4,800 and 3,200 Gbit/s.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    links: float
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1600e9, 400e9),
+}
+"""By the first part of a topology's name."""
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology, such as "v5e:16x16".
+
+    Raises SboraxError for a chip whose rates are not known here.
+    """
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise SboraxError(f"topology {topology}: the rates of {kind} are not known; those of {', '.join(CHIPS)} are")
+    return CHIPS[kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that a step takes at least for each of three things, which may overlap.
+
+    compute = FLOPs / peak; memory = bytes / HBM bandwidth; links = bytes received / the links' bandwidth
+    """
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest of the three."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def bound(self) -> str:
+        """Which one is the largest."""
+        times = dataclasses.asdict(self)
+        return max(times, key=lambda name: times[name])
+
+
+def attention_flops(layers: int, width: int, rows: int, length: int, again: bool) -> int:
+    """FLOPs of splash's kernels: matrix products over the half of all pairs of tokens that the causal mask leaves.
+
+    The forward pass has 2 products. The backward pass has 7, since the kernels for queries and for keys each form
+    scores and their gradients.
+
+    - width: heads x features of a head.
+    - again: whether the forward pass runs twice, as under `remat="full"`.
+    """
+    return (9 + 2 * again) * layers * rows * length**2 * width
+
+
+def received_bytes(sent: Mapping[str, int], devices: int) -> int:
+    """The bytes that reach a chip.
+
+    An all-reduce comes twice, as sums and as their result. Of a reduce-scatter every part comes, and one is left.
+
+    - sent: bytes of the results of collectives by kind.
+    """
+    return sum(sent.values()) + sent.get("all-reduce", 0) + (devices - 1) * sent.get("reduce-scatter", 0)
+
+
+def roofline(chip: Chip, flops: int, moved: int, received: int) -> Roofline:
+    """The roofline of a step.
+
+    - flops, moved, received: FLOPs, bytes of HBM traffic, and bytes from other chips, of one chip.
+    """
+    return Roofline(flops / chip.flops, moved / chip.bandwidth, received / chip.links)

@@ -1,0 +1,84 @@
+"""Meshes and settings with which a step fits a chip, and what a plan says of it; by formulas, without a TPU."""
+
+import json
+
+import jax
+import pytest
+from published import ALL, PUBLISHED
+from tiny_model import WIDE
+
+import sborax as sx
+from sborax.cli import main
+from sborax.cli.plan import _judged
+from sborax.layout.mesh import abstract_mesh, make_mesh
+from sborax.models import LlamaConfig
+from sborax.plans.ahead import compiled, on_mesh, outline
+from sborax.plans.fit import best_mesh, held_bytes, link_bytes, mending
+from sborax.plans.roofline import CHIPS, chip_of
+
+V5E = CHIPS["v5e"]
+
+
+def run(batch_size, **settings):
+    settings = {"steps": 10, "precision": "bfloat16", "batch_size": batch_size, **settings}
+    return sx.Experiment("x", sx.Data("x", max_length=2048), ((ALL, sx.LoRA(rank=16)),), **settings)
+
+
+def config_of(model):
+    return LlamaConfig.from_hf(PUBLISHED[model])
+
+
+FITTING = [
+    (256, 256, ["remat=full"]),
+    (256, 2048, ["remat=full", "batch_size=256", "accumulate=8"]),
+    (8, 8, ["remat=full", "quant=nf4"]),
+    (2, 2, None),
+]
+"""Chips, rows, and the changes with which LLaMA-3.1-70B fits."""
+
+
+@pytest.mark.parametrize(
+    ("chips", "rows", "words"), [FITTING[0], *(pytest.param(*each, marks=pytest.mark.nightly) for each in FITTING[1:])]
+)
+def test_what_makes_a_step_fit(chips, rows, words):
+    experiment, config = run(rows), config_of("LLaMA-3.1-70B")
+    assert held_bytes(on_mesh(outline(experiment, config, device="tpu"), abstract_mesh({"fsdp": chips}))) > V5E.memory
+    assert mending(experiment, config, 2048, {"fsdp": chips}, "tpu", V5E.memory) == words
+
+
+def test_a_mesh_is_chosen_by_what_fits_and_what_is_sent():
+    seven = outline(run(256), config_of("LLaMA-2-7B"), device="tpu")
+    assert best_mesh(seven, 256, V5E) == {"fsdp": 256, "tensor": 1}
+    # Fewer rows than chips: heads are shared.
+    few = outline(run(64), config_of("LLaMA-2-7B"), device="tpu")
+    assert best_mesh(few, 256, V5E) == {"fsdp": 64, "tensor": 4}
+    with pytest.raises(
+        sx.SboraxError, match="no fsdp x tensor of 256 devices divides 3 rows and the heads; try batch_"
+    ):
+        best_mesh(outline(run(3), config_of("LLaMA-2-7B"), device="tpu"), 256, V5E)
+
+
+def test_bytes_between_devices_by_the_formula():
+    step = outline(run(256), config_of("LLaMA-2-7B"), device="tpu")
+    kernels, trained = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000, step.parts.count
+    assert link_bytes(on_mesh(step, abstract_mesh({"fsdp": 256}))) == 4 * kernels + 12 * trained
+    shared = 2 * 4 * 32 * 2 * 2048 * 4096 * 2
+    both = link_bytes(on_mesh(step, abstract_mesh({"fsdp": 128, "tensor": 2})))
+    assert both == 2 * kernels + shared + 12 * trained
+
+
+def test_a_compiled_step_is_judged():
+    experiment = sx.Experiment("x", sx.Data("x", max_length=32), ((ALL, sx.LoRA(rank=4)),), steps=1, batch_size=8)
+    laid = on_mesh(outline(experiment, WIDE), make_mesh({"fsdp": 8}))
+    time, share, fits = _judged(laid, compiled(laid), "v5e:2x4")
+    assert time.startswith("least time of a step: the largest of 0.000 s of computing")
+    assert share.endswith("% of the chip's peak, by the model's FLOPs") and fits == "fits: 0.0 of 16 GiB"
+
+
+def test_chips_that_are_not_known(tmp_path, capsys):
+    with pytest.raises(sx.SboraxError, match="the rates of v9z are not known; those of v5e, v5p, v6e are"):
+        chip_of("v9z:4x4")
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["LLaMA-2-7B"]))
+    assert main(["plan", str(tmp_path), "--mesh", "auto"]) == 2
+    assert capsys.readouterr().err == "error: --mesh auto: say for which slice, such as --topology v5e:16x16\n"
+    assert jax.device_count() == 8

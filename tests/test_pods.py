@@ -1,0 +1,103 @@
+"""The pod's program, judged without a pod: the page is that of the stored steps, which hold what we want of them."""
+
+import pytest
+
+from benchmarks import pods, pods_page
+from benchmarks.tpu import step
+from sborax.layout.mesh import abstract_mesh
+from sborax.plans import hlo
+from sborax.plans.ahead import on_mesh
+from sborax.plans.estimate import temporary_bytes
+from sborax.plans.roofline import CHIPS, Roofline, attention_flops, received_bytes, roofline
+
+STORED = pods.stored()
+DONE = [pod for pod in pods.pods() if pod.name in STORED and "refused" not in STORED[pod.name]["result"]]
+
+
+def test_the_page_is_made_from_the_stored_steps():
+    assert pods.PAGE.read_text() == pods_page.page(STORED)
+
+
+def test_every_stored_step_is_one_of_the_list():
+    assert set(STORED) <= {pod.name for pod in pods.pods()}
+
+
+@pytest.mark.parametrize("pod", DONE, ids=lambda pod: pod.name)
+def test_stored_steps_cost_near_the_least(pod):
+    result = STORED[pod.name]["result"]
+    over = result["matmul_flops"] / pods.least_flops(pod, result["trained"])
+    # Recomputing a layer is a third pass over all kernels but those of `down_proj` and the head.
+    assert 0.98 < over < (1.4 if pod.remat == "full" else 1.05)
+    assert sum(result["sent_bytes"].values()) / pods.least_sent(pod, result["trained"]) <= pods.SENT_GOALS[pod.method]
+    assert pods.held(result) <= CHIPS[pod.chip].memory
+    share = result["arguments"]["trained"] + result["arguments"]["optimizer"]
+    assert share <= 1.3 * result["state"] / pods.CHIPS_OF_A_SLICE
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pod", [pod for pod in DONE if not pod.method.startswith("Q")], ids=lambda pod: pod.name)
+def test_the_formula_for_temporaries_is_near_the_compiled_ones(pod):
+    """It decides which mesh and which changes a plan proposes."""
+    rows = pod.rows * pods.CHIPS_OF_A_SLICE
+    planned = step(pod.shape, pod.method, rows, pods.LENGTH, pod.remat, "splash")
+    laid = on_mesh(planned, abstract_mesh({"fsdp": pods.CHIPS_OF_A_SLICE}))
+    compiled = STORED[pod.name]["result"]["temporary_bytes"]
+    assert 0.85 * compiled < temporary_bytes(laid) < 1.2 * compiled
+
+
+PROGRAM = """
+HloModule jit_step
+
+%fused (param_0: bf16[4,8,16], param_1: s32[]) -> bf16[8,16] {
+  %param_0 = bf16[4,8,16]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = bf16[1,8,16]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = bf16[8,16]{1,0} bitcast(%part)
+}
+
+%body (arg: (s32[], bf16[4,8,16], bf16[2,8])) -> (s32[], bf16[4,8,16], bf16[2,8]) {
+  %arg = (s32[], bf16[4,8,16], bf16[2,8]) parameter(0)
+  %turn = s32[] get-tuple-element(%arg), index=0
+  %all = bf16[4,8,16]{2,1,0} get-tuple-element(%arg), index=1
+  %x = bf16[2,8]{1,0:T(8,128)S(1)} get-tuple-element(%arg), index=2
+  %w = bf16[8,16]{1,0} fusion(%all, %turn), kind=kLoop, calls=%fused
+  %y = bf16[2,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %out = (s32[], bf16[4,8,16], bf16[2,8]) tuple(%turn, %all, %x)
+}
+
+%ends (arg: (s32[], bf16[4,8,16], bf16[2,8])) -> pred[] {
+  %arg = (s32[], bf16[4,8,16], bf16[2,8]) parameter(0)
+  %turn = s32[] get-tuple-element(%arg), index=0
+  ROOT %less = pred[] compare(%turn, %turn), direction=LT
+}
+
+ENTRY %main (x: bf16[2,8], all: bf16[4,8,16]) -> bf16[2,8] {
+  %x = bf16[2,8]{1,0} parameter(0)
+  %all = bf16[4,8,16]{2,1,0} parameter(1)
+  %start = s32[] constant(0)
+  %before = (s32[], bf16[4,8,16], bf16[2,8]) tuple(%start, %all, %x)
+  %known = (s32[], bf16[4,8,16], bf16[2,8]) while(%before), condition=%ends, body=%body, TRIP
+  ROOT %y = bf16[2,8]{1,0} get-tuple-element(%known), index=2
+}
+"""
+
+
+def test_products_and_traffic_are_counted_by_the_turns_of_loops():
+    text = PROGRAM.replace("TRIP", 'backend_config={"known_trip_count":{"n":"4"}}')
+    product = 2 * 2 * 16 * 8
+    # A turn reads a slice of the stack, writes it, reads it again, and writes the product. x lies in vector memory.
+    turn = 3 * 2 * 8 * 16 + 2 * 2 * 16 + 4
+    assert (hlo.matmul_flops(text), hlo.memory_bytes(text)) == (4 * product, 4 * turn)
+    open_ended = PROGRAM.replace(", TRIP", "")
+    assert (hlo.matmul_flops(open_ended, 3), hlo.memory_bytes(open_ended, 3)) == (3 * product, 3 * turn)
+    assert hlo.matmul_flops(open_ended) == product
+
+
+def test_the_largest_time_bounds_a_step():
+    assert received_bytes({"all-gather": 100, "all-reduce": 10, "reduce-scatter": 1}, 4) == 100 + 20 + 4
+    times = roofline(CHIPS["v5e"], 197 * 10**12, 2 * 819 * 10**9, 50 * 10**9)
+    assert times == Roofline(1.0, 2.0, 0.25) and (times.seconds, times.bound) == (2.0, "memory")
+    # Forward, 2 products over half of all pairs, 2 FLOPs for each multiply-add.
+    twice, once = (attention_flops(3, 64, 5, 128, again) for again in (True, False))
+    assert twice - once == 3 * 5 * 2 * 2 * (128 * 128 / 2) * 64
