@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS
+from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS
 from nightly import nightly_unless
 
 import sborax as sx
@@ -23,7 +23,7 @@ SETTINGS = [
     pytest.param("float32", False, True, id="nf4-flat"),
     pytest.param("float32", True, True, id="nf4-stacked"),
 ]
-by_case = pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+by_case = pytest.mark.parametrize("case", nightly_unless(FIRST, METHODS), ids=lambda case: case.name)
 by_few = pytest.mark.parametrize("case", nightly_unless(FEW, METHODS), ids=lambda case: case.name)
 """Rows that have every declaration both ways; the nightly run takes all."""
 

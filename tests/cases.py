@@ -128,3 +128,5 @@ def varied(cases: list[Case]) -> list[Case]:
 
 FEW = varied(METHODS)
 """What the quick tests take for all."""
+FIRST = [*FEW, *{type(case.method): case for case in reversed(METHODS)}.values()]
+"""`FEW` and the first row of every class. The nightly run also takes the rows of other options."""

@@ -28,7 +28,7 @@ from bare_kernels import (
     tolerance,
     trained,
 )
-from cases import FEW, IN, LAYERS, METHODS, OUT, TOKENS, Case
+from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
@@ -43,7 +43,15 @@ from sborax.records.adapter import read_adapter, save_adapter
 pytestmark = pytest.mark.usefixtures("strict")
 
 by_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.quick] * (case in FEW)) for case in METHODS]
+    "case",
+    [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[pytest.mark.quick] if case in FEW else [pytest.mark.nightly] * (case not in FIRST),
+        )
+        for case in METHODS
+    ],
 )
 # Every dtype, stack and base is in one of these. All rows take the first; the nightly run takes all six.
 SOME = (1, 2, 5)
@@ -57,7 +65,8 @@ by_setting = pytest.mark.parametrize(
             marks=(
                 [pytest.mark.quick]
                 if case in FEW and number in SOME
-                else [pytest.mark.nightly] * (number not in SOME or case not in FEW and number != SOME[0])
+                else [pytest.mark.nightly]
+                * (number not in SOME or case not in FEW and number != SOME[0] or case not in FIRST)
             ),
         )
         for case in METHODS
