@@ -95,6 +95,25 @@ def test_logits_on_a_mesh_equal_transformers(pair):
     assert relative(ours, torch_logits(pair.torch, tokens)) < TOLERANCE
 
 
+def test_the_load_of_experts_equals_transformers(pair):
+    """With padding, which counts for nothing."""
+    if pair.ours.config.experts is None:
+        with pytest.raises(sx.SboraxError, match="experts: .* has some"):
+            dataclasses.replace(pair.ours.config, model_type="mixtral")
+        return
+    tokens = tokens_of(pair.ours, 2, 9)
+    mask = np.ones((2, 9), np.int32)
+    mask[1, 6:] = 0
+    _, collected = pair.ours.collect(pair.ours.params, None, tokens, ["load"], segment_ids=jnp.asarray(mask))
+    with torch.no_grad():
+        theirs = pair.torch(
+            torch.tensor(np.asarray(tokens), dtype=torch.long),
+            attention_mask=torch.tensor(mask),
+            output_router_logits=True,
+        )
+    assert math.isclose(float(collected.load.imbalance()), float(theirs.aux_loss), rel_tol=1e-5)
+
+
 @pytest.mark.usefixtures("strict")
 def test_greedy_text_equals_transformers(pair):
     prompts = np.asarray(tokens_of(pair.ours, 2, 9)).tolist()

@@ -1,6 +1,8 @@
 """Models with experts: rules for some of them, what trains, what is counted, and runs."""
 
 import dataclasses
+import json
+import math
 
 import chex
 import jax
@@ -107,3 +109,6 @@ def test_a_run_on_experts(place, tmp_path):
     assert moved.shape == (2, 6, 2, 64) and np.asarray(moved).any(axis=(2, 3)).sum() >= 6
     before = load_model(place).params["layers"]["mlp"]["router"]["weight"]
     assert (params["layers"]["mlp"]["router"]["weight"] != before).any()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # Two experts of six for each token: the loss is twice its share at equal load, and hardly more at the start.
+    assert math.isclose(lines[0]["balance_loss"], 2 * EXPERTS.balance, rel_tol=0.1)

@@ -67,6 +67,12 @@ def active_share(config: DecoderConfig) -> float:
     return 1.0 if experts is None else experts.chosen / experts.count
 
 
+def balance_share(config: DecoderConfig) -> float:
+    """The share of the imbalance of experts' load in the loss of a run that trains the router; 0 without experts."""
+    experts = getattr(config, "experts", None)
+    return 0.0 if experts is None else experts.balance
+
+
 def active_width(config: DecoderConfig) -> int:
     """The inner width of the gated units that a token passes in one layer."""
     experts = getattr(config, "experts", None)

@@ -17,6 +17,7 @@ from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder, DecoderConfig
 from sborax.models.llama import Llama
 from sborax.models.memory import run, values_at
+from sborax.models.sparse import load_of
 
 Params = dict[str, Any]
 
@@ -47,7 +48,7 @@ def projections(module: AbstractDecoder) -> frozenset[str]:
     return frozenset([*kernels, *(f"{layer}/{ROUTER}" for layer in layers)])
 
 
-_COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance": "routing"}
+_COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance": "routing", "load": "routing"}
 """Flax's collection for each field of `Collected`."""
 
 
@@ -60,12 +61,14 @@ class Collected:
     - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel.
       The axes of a token's values are flattened. Empty for adapters that remember nothing.
     - balance: mean over the layers of their routers' losses; 0 without routers.
+    - load: how the routers of experts spread the tokens of the batch, padding left out; see `models.sparse.Load`.
     """
 
     # Any: a pytree node also holds arrays with other axes in front.
     inputs: Any
     remembered: Any
     balance: Any
+    load: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,7 @@ class LanguageModel:
             inputs=flatten(collections.get(_COLLECTIONS["inputs"], {})),
             remembered=values_at(collections.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
             balance=jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0),
+            load=load_of(routing),
         )
 
     def head(

@@ -1,6 +1,7 @@
 """Mixtures of experts in place of a dense MLP: a router, grouped projections and their weighted sum."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,47 @@ from sborax.adapters.routing import GATE
 from sborax.models.config import Experts
 from sborax.models.layers import Linear
 from sborax.models.sharding import sent_packed, used_whole
+
+ROUTER_WEIGHT = "router/weight"
+"""The end of the path of a router's weight."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How the routers of all layers spread tokens over experts, summed over layers.
+
+    - chosen: how often each expert was chosen.
+    - probability: the sum of each expert's probabilities.
+    - tokens: how many tokens were routed.
+    """
+
+    chosen: Float[Array, " experts"]
+    probability: Float[Array, " experts"]
+    tokens: Float[Array, ""]
+
+    def imbalance(self) -> Float[Array, ""]:
+        """E sum_e f_e p_e: E experts, f_e the share of tokens that chose e, p_e its mean probability.
+
+        It is the number of experts of a token if all are equally likely. As in transformers, f and p are means over all
+        layers. [arXiv:2101.03961]
+        """
+        return self.chosen.size * jnp.sum(self.chosen * self.probability) / jnp.square(self.tokens)
+
+
+def load_of(routing: Mapping[str, Array]) -> Load | None:
+    """The load from the values of collection `routing` by path; None without routers of experts."""
+    sums = {
+        name: [leaf for path, leaf in routing.items() if path.endswith(f"router/{name}")]
+        for name in ("chosen", "probability", "tokens")
+    }
+    if not sums["tokens"]:
+        return None
+    experts = sums["chosen"][0].shape[-1]
+    chosen, probability = (
+        sum(jnp.sum(leaf.reshape(-1, experts), axis=0) for leaf in sums[name]) for name in ("chosen", "probability")
+    )
+    return Load(jnp.asarray(chosen), jnp.asarray(probability), jnp.asarray(sum(map(jnp.sum, sums["tokens"]))))
 
 
 class Router(nn.Module):

@@ -14,7 +14,9 @@ from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import combine, nodes
 from sborax.layout.state import Flat, TrainState, put_together
+from sborax.models.decoder import balance_share
 from sborax.models.language_model import LanguageModel
+from sborax.models.sparse import ROUTER_WEIGHT
 from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.outputs import Outputs
 
@@ -35,7 +37,8 @@ def prompt_mask(
 class Sums:
     """The sums of a microbatch.
 
-    - losses: the minimised losses, summed over items: `loss`, and with routers `balance_loss`.
+    - losses: the minimised losses, summed over items: `loss`, and with routers, of adapters or trained ones of experts,
+      `balance_loss`.
     - items: number of items that the loss is a sum over.
     - norms: with `observe`, ||X_j|| of every projection's input features j by path, without padding.
     """
@@ -57,11 +60,11 @@ def sums(
     observe: bool = False,
 ) -> Sums:
     """The sums of one microbatch of arrays (batch, length). key: of dropout; None for no dropout."""
-    outputs, collected, routed = _outputs(model, train, frozen, base, batch, key, observe)
+    outputs, collected, balance = _outputs(model, train, frozen, base, batch, key, observe)
     total, items = loss(outputs)
     losses = {"loss": total}
-    if routed:
-        losses["balance_loss"] = collected.balance * items.astype(jnp.float32)
+    if balance is not None:
+        losses["balance_loss"] = balance * items.astype(jnp.float32)
     return Sums(losses, items, collected.inputs)
 
 
@@ -73,16 +76,21 @@ def _outputs(
     batch: dict[str, Array],
     key: Key[Array, ""] | None,
     observe: bool = False,
-) -> tuple[Outputs, Any, bool]:
-    """The model at a microbatch, what it collected, and whether it has routers."""
+) -> tuple[Outputs, Any, Array | None]:
+    """The model at a microbatch, what it collected, and the loss that keeps its routers in balance, if it has some."""
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
     tokens, segments = batch["tokens"], batch["segments"]
     routed = any(isinstance(node.method, AbstractRouter) for node in nodes(adapters).values())
     ctx = Context(prompt=prompt_mask(segments, batch["counts"])) if routed else Context()
-    wanted = ["balance"] * routed + ["inputs"] * observe
+    share = balance_share(model.config) if any(path.endswith(ROUTER_WEIGHT) for path in train["base"]) else 0.0
+    wanted = ["balance"] * routed + ["load"] * (share > 0) + ["inputs"] * observe
     hidden, collected = model.collect(params, adapters, tokens, wanted, segment_ids=segments, dropout_key=key, ctx=ctx)
-    return Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key), collected, routed
+    balance = collected.balance if routed else None
+    if share > 0:
+        of_experts = share * collected.load.imbalance()
+        balance = of_experts if balance is None else balance + of_experts
+    return Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key), collected, balance
 
 
 def forward_backward(
