@@ -1,5 +1,6 @@
 """One step over several devices: the numbers are those of one device, whatever the mesh."""
 
+import dataclasses
 import functools
 import json
 
@@ -15,6 +16,7 @@ import sborax as sx
 from sborax.layout.sharding import Layout
 from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
+from sborax.models.config import Experts
 from sborax.models.nf4 import quantise
 from sborax.train.experiment import Optimizer
 from sborax.train.loop import train
@@ -56,22 +58,28 @@ ODD = [
 """Leaves that are not cut where their kernel is."""
 
 
-def curve(sizes, rules):
+SPARSE = dataclasses.replace(
+    WIDE, model_type="mixtral", experts=Experts(count=4, chosen=2, intermediate_size=WIDE.intermediate_size)
+)
+
+
+def curve(sizes, rules, config=WIDE):
     """Losses of 30 steps at lr 1e-3, and the gradients' norms of the first; gate_proj is in 4 bits."""
-    model = LanguageModel(Llama(WIDE, jnp.dtype("float32"), "cheap"), {}, WIDE, None)
+    model = LanguageModel(Llama(config, jnp.dtype("float32"), "cheap"), {}, config, None)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32)), model.abstract()
     )
-    gate = params["layers"]["mlp"]["gate_proj"]
+    mlp = params["layers"]["mlp"]
+    gate = (mlp["experts"] if config.experts else mlp)["gate_proj"]
     gate["kernel"] = quantise(gate["kernel"])
     params, adapters = sx.attach(jax.random.key(0), params, rules)
     layout, parts = Layout.of(sizes, 8), take_apart(params, adapters, train_also=["norm"])
     tx = make_optimizer(Optimizer(lr=1e-3, warmup=0, schedule="constant"), STEPS)
-    parts = layout.place(parts, WIDE)
+    parts = layout.place(parts, config)
     state, shardings = layout.state(start(parts, tx))
     step = make_step(model, tx, jax.random.key(1), shardings=shardings)
-    tokens = rng.integers(0, WIDE.vocab_size, (1, 8, 32)).astype(np.int32)
+    tokens = rng.integers(0, config.vocab_size, (1, 8, 32)).astype(np.int32)
     counts = rng.random(tokens.shape) < 0.7
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 2), "counts": counts, "segments": np.ones_like(tokens)}
     losses = []
@@ -88,7 +96,7 @@ def curve(sizes, rules):
     return np.array(jax.device_get(losses)), first
 
 
-alone = functools.cache(lambda rules: curve(None, rules))
+alone = functools.cache(lambda rules, config: curve(None, rules, config))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +118,14 @@ def test_leaves_that_are_not_cut_as_their_kernel_train_on_two_axes():
     trains_as_one_device_does({"fsdp": 4, "tensor": 2}, tuple(ODD))
 
 
-def trains_as_one_device_does(sizes, rules):
-    (losses, first), (expected, norms) = curve(sizes, rules), alone(rules)
+@pytest.mark.nightly
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=["fsdp8", "fsdp4 tensor2"])
+def test_experts_train_as_on_one_device(sizes):
+    trains_as_one_device_does(sizes, tuple(RULES), SPARSE)
+
+
+def trains_as_one_device_does(sizes, rules, config=WIDE):
+    (losses, first), (expected, norms) = curve(sizes, rules, config), alone(rules, config)
     assert expected[-1] < expected[0] - 0.02
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
     chex.assert_trees_all_close(first, norms, rtol=1e-5)

@@ -19,6 +19,7 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax import procedures
+from sborax.models.config import Experts
 from sborax.procedures import AbstractProcedure
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
@@ -36,7 +37,9 @@ def places(tmp_path_factory):
     sizes = {"hidden_size": 192, "intermediate_size": 192, "head_dim": 32}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 6}
     wide, tiny = write_model(place / "wide", **sizes), write_model(place / "tiny")
-    return {"wide": str(wide), "tiny": str(tiny), "data": str(write_data(place / "data.jsonl"))}
+    experts = Experts(count=4, chosen=2, intermediate_size=32)
+    sparse = write_model(place / "sparse", model_type="mixtral", experts=experts)
+    return {"wide": str(wide), "tiny": str(tiny), "sparse": str(sparse), "data": str(write_data(place / "data.jsonl"))}
 
 
 def quiet(_):
@@ -182,11 +185,17 @@ def output(process):
 
 
 @pytest.mark.nightly
-def test_kill_9_of_every_procedure_then_resume_ends_with_the_same_bits(places, tmp_path):
+def test_kill_9_then_resume_ends_with_the_same_bits(places, tmp_path):
+    """Every procedure, and adapters of experts beside a router that is trained."""
     moments, cache, configs = random.Random(9), tmp_path / "cache", {}
-    for name, (procedure, method) in PROCEDURES.items():
-        rules, save = [("self_attn|mlp", method)], sx.Save(every=2, keep=3)
-        experiment = an_experiment(places, "tiny", rules, procedure=procedure, steps=24, save=save, eval=sx.Eval())
+    runs = {
+        name: (places["tiny"], [("self_attn|mlp", method)], {"procedure": procedure})
+        for name, (procedure, method) in PROCEDURES.items()
+    }
+    runs["experts"] = (places["sparse"], [("experts", sx.LoRA(rank=2))], {"train_also": ("router",)})
+    for name, (model, rules, changes) in runs.items():
+        save = sx.Save(every=2, keep=3)
+        experiment = an_experiment(places, "tiny", rules, steps=24, save=save, eval=sx.Eval(), model=model, **changes)
         (tmp_path / name).mkdir()
         save_experiment(experiment, epath.Path(tmp_path / name))
         configs[tmp_path / name] = tmp_path / name / "config.json"
@@ -207,6 +216,6 @@ def test_kill_9_of_every_procedure_then_resume_ends_with_the_same_bits(places, t
         process.communicate()
         assert not (place / "cut" / "adapter").exists(), f"the run had ended before step {lines} was seen"
     said = output(child(cache, "resume", *all_in("cut")))
-    assert said.count("resuming after step") == len(PROCEDURES)
+    assert said.count("resuming after step") == len(configs)
     for place in configs:
         same_but_for_times(files(place / "cut"), files(place / "whole"))
