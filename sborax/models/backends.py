@@ -60,18 +60,22 @@ def obstacle(name: Backend, device: str, dtype: Any, head_dim: int) -> str | Non
     return None
 
 
-def choose(name: str, device: str, dtype: Any, head_dim: int) -> Backend:
+def choose(name: str, device: str, dtype: Any, head_dim: int, plain: bool = True) -> Backend:
     """The back end called `name`, or for "auto" the fastest that can compute this attention.
+
+    plain: whether scores have neither windows nor caps.
 
     Raises SboraxError for an unknown name, and for a named back end that cannot compute it.
     """
     if name == "auto":
         native: dict[str, Backend] = {"cuda": "cudnn", "tpu": "splash"}
         wanted = native.get(device, "xla")
-        return wanted if obstacle(wanted, device, dtype, head_dim) is None else "xla"
+        return wanted if plain and obstacle(wanted, device, dtype, head_dim) is None else "xla"
     for known in BACKENDS:
         if name == known:
             why = obstacle(known, device, dtype, head_dim)
+            if known != "xla" and not plain:
+                why = "has neither windows nor caps of scores"
             if why is not None:
                 raise SboraxError(f"attention: {name} {why}; use auto or xla")
             return known
@@ -85,10 +89,17 @@ def attend(
     value: Float[Array, "batch keys kv_heads head_dim"],
     query_segments: Int[Array, "batch queries"] | None = None,
     key_segments: Int[Array, "batch keys"] | None = None,
+    window: Int[Array, ""] | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """`attention` by the named back end. Queries over a cache, which has more keys than queries, are left to XLA."""
+    """`attention` by the named back end. Queries over a cache, which has more keys than queries, are left to XLA.
+
+    Raises SboraxError for a window or a cap by another back end than XLA.
+    """
+    if backend != "xla" and (window is not None or cap is not None):
+        raise SboraxError(f"attention: {backend} has neither windows nor caps of scores; use auto or xla")
     if backend == "xla" or query.shape[1] != key.shape[1]:
-        return checkpoint_name(attention(query, key, value, query_segments, key_segments), ATTENDED)
+        return checkpoint_name(attention(query, key, value, query_segments, key_segments, window, cap), ATTENDED)
     return _on_each_device(KERNELS[backend])(query, key, value, query_segments)
 
 

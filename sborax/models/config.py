@@ -11,8 +11,9 @@ from jaxtyping import Float32
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.families import INERT, NEUTRAL, OPTIONAL, UNEQUAL, ExpertKeys, Family, family_of
+from sborax.models.families import CAPS, INERT, NEUTRAL, OPTIONAL, UNEQUAL, ExpertKeys, Family, family_of
 
+SLIDING = "sliding_attention"
 MOST_LAYERS = 1 << 12
 MOST_UNEQUAL = 1 << 8
 WIDEST = 1 << 23
@@ -86,7 +87,11 @@ class LlamaConfig:
     """Shapes and constants of a LLaMA-family decoder. The names are those of Hugging Face's `config.json`.
 
     - attention_bias: q, k, v and o have biases. In some families q, k and v always have them: see `qkv_bias`.
-    - sliding_window: longest sequence with plainly causal attention, in tokens, or None.
+    - sliding_window: how many tokens back a layer sees, where `layer_types` says so; without these, the longest
+      sequence with plainly causal attention, or None.
+    - layer_types: "full_attention" or "sliding_attention" for every layer; empty for plainly causal attention.
+    - query_pre_attn_scalar: scores are divided by its square root; None for that of head_dim.
+    - attn_logit_softcapping, final_logit_softcapping: scores and logits x become cap tanh(x / cap); None for no cap.
     - model_type: a row of `families.FAMILIES`.
     - experts: the mixture of experts in every layer; None for dense MLPs.
     - layer_sizes: (attention heads, key-value heads, intermediate size) of every layer; empty if all are alike.
@@ -107,6 +112,10 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    query_pre_attn_scalar: int | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -121,6 +130,10 @@ class LlamaConfig:
         self._check_bounds()
         if (self.experts is None) != (self.family.experts is None):
             raise SboraxError(f"experts: {self.model_type} has {'none' if self.experts else 'some; say how many'}")
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise SboraxError(f"layer_types: {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+        if self.layer_sizes and self.layer_types:
+            raise SboraxError("layer_sizes: layers with windows are all alike here")
         if self.layer_sizes and self.experts:
             raise SboraxError("layer_sizes: layers with experts are all alike here")
         if self.layer_sizes and len(self.layer_sizes) != self.num_hidden_layers:
@@ -167,7 +180,15 @@ class LlamaConfig:
     @property
     def context(self) -> int:
         """The longest sequence that the model computes here, in tokens."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+        if self.layer_types or self.sliding_window is None:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.sliding_window)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens back each layer sees; empty if all see all of them."""
+        full = self.max_position_embeddings
+        return tuple((self.sliding_window or full) if kind == SLIDING else full for kind in self.layer_types)
 
     def of_layer(self, layer: int) -> "LlamaConfig":
         """The config of a model with all layers like this one."""
@@ -188,7 +209,7 @@ class LlamaConfig:
         family = family_of(kind, where)
         for key, allowed in family.keys.items():
             given = raw.get(key, allowed[0])
-            if any(value not in allowed for value in (given if isinstance(given, list) else [given])):
+            if any(value not in allowed for value in (given if isinstance(given, list | tuple) else [given])):
                 raise SboraxError(f"{where}: {key} = {str(given)[:80]} is not supported, only {allowed[0]}")
         known = {field.name for field in dataclasses.fields(LlamaConfig)} - OPTIONAL | family.optional
         known |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
@@ -218,6 +239,11 @@ class LlamaConfig:
             attention_bias="attention_bias" in family.optional and read.flag("attention_bias"),
             mlp_bias="mlp_bias" in family.optional and read.flag("mlp_bias"),
             sliding_window=read.optional_integer("sliding_window") if "sliding_window" in family.optional else None,
+            layer_types=_read_types(read, family) if "layer_types" in family.optional else (),
+            query_pre_attn_scalar=(
+                read.optional_integer("query_pre_attn_scalar") if "query_pre_attn_scalar" in family.optional else None
+            ),
+            **{key: read.optional_number(key) for key in sorted(CAPS & family.optional)},
             model_type=str(kind),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocabulary)), None),
             eos_token_id=read.tokens("eos_token_id", vocabulary),
@@ -299,6 +325,9 @@ class _Reader:
             raise SboraxError(f"{self.where}: {key} must be a positive number, got {shown(value)}")
         return float(value)
 
+    def optional_number(self, key: str) -> float | None:
+        return None if self.raw.get(key) is None else self.number(key)
+
     def share(self, key: str) -> float:
         value = self._given(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e30:
@@ -322,6 +351,17 @@ class _Reader:
         except SboraxError as error:
             raise SboraxError(f"{self.where}: {error}") from None
         return tuple(ids)
+
+
+def _read_types(read: _Reader, family: Family) -> tuple[str, ...]:
+    """The kind of attention of every layer. Its values have been checked."""
+    given, layers = read.raw.get("layer_types"), read.integer("num_hidden_layers")
+    if given is not None and not isinstance(given, list | tuple):
+        raise SboraxError(f"{read.where}: layer_types must be a list, got {shown(given)}")
+    every = [
+        SLIDING if (layer + 1) % family.full_every else "full_attention" for layer in range(min(layers, MOST_LAYERS))
+    ]
+    return tuple(given or every)
 
 
 def _read_experts(read: _Reader, keys: ExpertKeys | None) -> Experts | None:

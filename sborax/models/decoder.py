@@ -61,6 +61,11 @@ class DecoderConfig(Protocol):
     def to_hf(self) -> dict[str, Any]: ...
 
 
+def plain_scores(config: DecoderConfig) -> bool:
+    """Whether attention has neither windows nor caps of its scores."""
+    return not (getattr(config, "layer_types", ()) or getattr(config, "attn_logit_softcapping", None))
+
+
 def active_share(config: DecoderConfig) -> float:
     """The share of a layer's experts that a token passes; 1 for a config without experts."""
     experts = getattr(config, "experts", None)
@@ -103,6 +108,14 @@ class AbstractDecoder(nn.Module, abc.ABC):
     scan: bool = True
     keep: bool = False
     attention: str = "xla"
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are hidden states times the head's kernel, and nothing else.
+
+        Then a loss need not hold the logits of all tokens at once. By default False: losses call `head`.
+        """
+        return False
 
     @abc.abstractmethod
     def hidden(

@@ -32,7 +32,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys with their supported values. Other values ask for something that no family does here, also within a list."""
 
-OPTIONAL = frozenset({"attention_bias", "mlp_bias", "sliding_window"})
+CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
+OPTIONAL = CAPS | {"attention_bias", "mlp_bias", "sliding_window", "layer_types", "query_pre_attn_scalar"}
 """Fields of a config that not every family has."""
 
 
@@ -76,6 +77,8 @@ class Family:
     - neutral, inert: further entries of `NEUTRAL` and `INERT` for this family.
     - gguf: llama.cpp's name of the architecture; None if GGUF files are not read.
     - interleaved: GGUF files rotate neighbouring features together.
+    - sandwich: norms on the outputs of attention and of the MLP, too.
+    - full_every: of how many layers one sees all tokens, if `layer_types` is left out; the others have a window.
     - experts: the MLPs are mixtures of experts, and the keys that say how large; None for dense ones.
     - files: names of tensors in files of safetensors, by path of our leaf, where they are not those of LLaMA.
     - decoder: the class of the module; None for `Llama`, which reads the fields above.
@@ -94,6 +97,8 @@ class Family:
     inert: frozenset[str] = frozenset()
     gguf: str | None = None
     interleaved: bool = False
+    sandwich: bool = False
+    full_every: int = 1
     experts: ExpertKeys | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     decoder: type[AbstractDecoder] | None = None
@@ -162,6 +167,34 @@ FAMILIES: Mapping[str, Family] = {
             "bos_token_id": 2,
         },
         neutral={"hidden_activation": ("gelu_pytorch_tanh", None), "use_bidirectional_attention": OFF, "mlp_bias": OFF},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        optional=CAPS | {"attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar"},
+        centred=True,
+        scaled=True,
+        activations=("gelu_pytorch_tanh",),
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        neutral={
+            "hidden_activation": ("gelu_pytorch_tanh", None),
+            "use_bidirectional_attention": OFF,
+            "mlp_bias": OFF,
+            "layer_types": ("full_attention", "sliding_attention", None),
+        },
+        inert=frozenset({"cache_implementation"}),
+        sandwich=True,
+        full_every=2,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",

@@ -49,8 +49,9 @@ class Attention(nn.Module):
         segments: Any,
         past: Cache | None,
         ctx: core.Context,
+        window: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "batch seq d"], Cache]:
-        """Attention over the past and `x`. The keys and values of `x` are returned too."""
+        """Attention over the past and `x`, at most `window` tokens back, and the keys and values of `x`."""
         cfg = self.config
 
         def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
@@ -70,7 +71,11 @@ class Attention(nn.Module):
         new = (key, value)
         if past is not None:
             key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, new, strict=True))
-        attended = attend(self.attention, query, key, value, *segments).reshape(*x.shape[:2], -1)
+        if cfg.query_pre_attn_scalar is not None:
+            # Back ends divide by the square root of head_dim.
+            query = query * jnp.asarray((cfg.head_dim / cfg.query_pre_attn_scalar) ** 0.5, query.dtype)
+        cap = cfg.attn_logit_softcapping
+        attended = attend(self.attention, query, key, value, *segments, window, cap).reshape(*x.shape[:2], -1)
         return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), new
 
 
@@ -109,16 +114,27 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Cache | None
+        self,
+        x: Float[Array, "batch seq d"],
+        rope: Any,
+        segments: Any,
+        ctx: core.Context,
+        past: Cache | None,
+        window: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
         """The layer's output, and its keys and values if `keep`."""
         cfg, norm = self.config, functools.partial(norm_of, self.config, self.dtype)
         ctx = routed(self, x, ctx)
         attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
-        mixed, cache = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx)
+        mixed, cache = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx, window)
+        if cfg.family.sandwich:
+            mixed = norm("post_attention_layernorm")(mixed)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
-        x = x + mlp_of(cfg, self.dtype)(norm("post_attention_layernorm")(x), ctx)
-        return over_rows(x), cache if self.keep else None
+        before = "pre_feedforward_layernorm" if cfg.family.sandwich else "post_attention_layernorm"
+        fed = mlp_of(cfg, self.dtype)(norm(before)(x), ctx)
+        if cfg.family.sandwich:
+            fed = norm("post_feedforward_layernorm")(fed)
+        return over_rows(x + fed), cache if self.keep else None
 
 
 class Unrolled(nn.Module):
@@ -132,7 +148,13 @@ class Unrolled(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq d"], rope: Any, segments: Any, ctx: core.Context, past: Any
+        self,
+        x: Float[Array, "batch seq d"],
+        rope: Any,
+        segments: Any,
+        ctx: core.Context,
+        past: Any,
+        windows: Int[Array, " layers"] | None = None,
     ) -> tuple[Float[Array, "batch seq d"], Any]:
         """What the scanned stack returns. The cache of layers of unequal size is a tuple of stacks of one layer."""
         kept = []
@@ -142,7 +164,7 @@ class Unrolled(nn.Module):
             else:
                 before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
             block = self.block(self.config.of_layer(layer), self.dtype, self.keep, self.attention, name=str(layer))
-            x, cache = block(x, rope, segments, ctx, before)
+            x, cache = block(x, rope, segments, ctx, before, None if windows is None else windows[layer])
             kept.append(cache)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
@@ -214,6 +236,11 @@ class Llama(AbstractDecoder):
 
     config: LlamaConfig
 
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are not capped."""
+        return self.config.final_logit_softcapping is None
+
     def setup(self) -> None:
         """The parts, under the names of their params."""
         cfg = self.config
@@ -226,7 +253,7 @@ class Llama(AbstractDecoder):
                 variable_axes={"params": 0, "adapters": 0, "observations": 0, "remembered": 0, "routing": 0},
                 variable_carry="memory",
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,
             )(cfg, self.dtype, self.keep, self.attention)
         else:
@@ -263,7 +290,8 @@ class Llama(AbstractDecoder):
             cache, earlier = past
             queries = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
             segments = (queries, jnp.concatenate([earlier, queries], axis=1))
-        x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache)
+        windows = jnp.asarray(cfg.windows, jnp.int32) if cfg.windows else None
+        x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache, windows)
         return self.norm(x), kept
 
     def head(
@@ -271,5 +299,8 @@ class Llama(AbstractDecoder):
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of normed hidden states, float32."""
         if self.config.tie_word_embeddings:
-            return core.linear(hidden, self.embed_tokens.embedding.T).astype(jnp.float32)
-        return self.lm_head(hidden, ctx).astype(jnp.float32)
+            logits = core.linear(hidden, self.embed_tokens.embedding.T).astype(jnp.float32)
+        else:
+            logits = self.lm_head(hidden, ctx).astype(jnp.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

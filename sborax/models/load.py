@@ -17,7 +17,7 @@ from sborax.config.documents import read_object
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig, ends
-from sborax.models.decoder import DecoderConfig
+from sborax.models.decoder import DecoderConfig, plain_scores
 from sborax.models.gguf import open_gguf
 from sborax.models.language_model import LanguageModel, Params, abstract, decoder_of
 from sborax.models.llama import kept_names
@@ -119,7 +119,7 @@ def load_model(
         check_vocabulary(tokenizer, config.vocab_size, tensors.where)
     if config.num_hidden_layers > len(tensors.names()):
         raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
-    backend = choose(attention, platform(), dtype, config.head_dim)
+    backend = choose(attention, platform(), dtype, config.head_dim, plain_scores(config))
     module = decoder_of(config, dtype, remat, scan, backend)
 
     def quantised(path: str) -> bool:

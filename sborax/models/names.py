@@ -49,6 +49,12 @@ TABLE = (
     *_projection("self_attn/v_proj", "attn_v"),
     *_projection("self_attn/o_proj", "attn_output"),
     _norm("layers/post_attention_layernorm", "model.layers.{layer}.post_attention_layernorm", "blk.{layer}.ffn_norm"),
+    _norm("layers/pre_feedforward_layernorm", "model.layers.{layer}.pre_feedforward_layernorm", "blk.{layer}.ffn_norm"),
+    _norm(
+        "layers/post_feedforward_layernorm",
+        "model.layers.{layer}.post_feedforward_layernorm",
+        "blk.{layer}.post_ffw_norm",
+    ),
     *_projection("mlp/gate_proj", "ffn_gate"),
     *_projection("mlp/up_proj", "ffn_up"),
     *_projection("mlp/down_proj", "ffn_down"),

@@ -23,7 +23,7 @@ from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.sharding import parts_shardings, state_shardings
 from sborax.layout.state import Parts, TrainState, start
 from sborax.models.backends import choose
-from sborax.models.decoder import DecoderConfig
+from sborax.models.decoder import DecoderConfig, plain_scores
 from sborax.models.language_model import LanguageModel, abstract, decoder_of
 from sborax.train.experiment import Experiment
 from sborax.train.prepare import Prepared, prepare
@@ -83,7 +83,7 @@ def outline(
     params = abstract(config, experiment.precision)
     attention = "xla"
     if device is not None:
-        attention = choose(experiment.attention, device, experiment.precision, config.head_dim)
+        attention = choose(experiment.attention, device, experiment.precision, config.head_dim, plain_scores(config))
     module = decoder_of(config, experiment.precision, experiment.remat, attention=attention)
     # Without a run directory: procedures write to it only between steps, of which a plan makes none.
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)

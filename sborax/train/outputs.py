@@ -38,14 +38,14 @@ class Outputs:
     def cross_entropy(self) -> Float[Array, ""]:
         """sum_t counts_t (-log p(target_t)), in nats. No (tokens, vocab) array is kept."""
         flat, targets, counts = self._flat()
-        if self._head_moves():
+        if self._calls_head():
             return trained_head_loss(self._head(self.adapters), flat, targets, counts)
         return head_loss(flat, self._table(), targets, counts, self._tied)
 
     def cross_entropies(self) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
         """`cross_entropy`, and its terms by token, which are 0 for targets that do not count; for evaluation only."""
         flat, targets, counts = self._flat()
-        if self._head_moves():
+        if self._calls_head():
             total, terms = trained_head_losses(self._head(self.adapters), flat, targets, counts)
         else:
             total, terms = head_losses(flat, self._table(), targets, counts, self._tied)
@@ -77,8 +77,10 @@ class Outputs:
         flat = self.hidden.reshape(-1, self.hidden.shape[-1])
         return flat, self.batch["targets"].reshape(-1), self.batch["counts"].reshape(-1)
 
-    def _head_moves(self) -> bool:
-        """Whether the head is trained or adapted."""
+    def _calls_head(self) -> bool:
+        """Whether the head is trained, adapted or more than a product with a frozen table."""
+        if not self.model.module.plain_head:
+            return True
         return (TABLE if self._tied else HEAD) in self.trained or HEAD in nodes(self.adapters)
 
     def _table(self) -> Float[Array, "_ _"]:
