@@ -50,6 +50,7 @@ def test_the_least_possible_is_that_of_the_shape():
     assert minimum_flops(shape, 1, 1, 7) - minimum_flops(shape, 1, 1, 0) == 6 * 7
 
 
+@pytest.mark.nightly
 def test_a_second_step_compiles_nothing():
     prepared = workload(TINY)
     state, constants = prepared.state, (prepared.parts.frozen, prepared.parts.base, prepared.batch)

@@ -108,7 +108,8 @@ def test_every_mesh_trains_as_one_device_does(sizes):
     trains_as_one_device_does(sizes, tuple(RULES))
 
 
-@pytest.mark.parametrize("count", nightly_unless([3], [3, 7]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("count", [3, 7])
 def test_leaves_that_are_not_cut_as_their_kernel_train_as_on_one_device(count):
     trains_as_one_device_does({"fsdp": 8}, tuple(ODD[:count]))
 

@@ -119,7 +119,8 @@ def test_commands_are_ones(name):
     train = _parse(words)
     assert (train.command, train.experiment) == ("train", f"experiments/{name}.py")
     score = _parse(shlex.split(recipe.score_command.partition("sborax ")[2]))
-    assert score.command == "eval" and score.target.removesuffix("/best") == train.out
+    (target,) = score.target
+    assert score.command == "eval" and target.removesuffix("/best") == train.out
     assert "arXiv:" in recipe.about.partition("\n")[0] or "github.com" in recipe.about.partition("\n")[0]
     if train.mesh is not None:
         experiment = override(recipe.experiment, [f"mesh={train.mesh}"])

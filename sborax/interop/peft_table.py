@@ -66,7 +66,7 @@ def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
     Raises SboraxError for a kind or an option that no row reads.
     """
     kind = config.get("peft_type")
-    if kind in UNREAD:
+    if isinstance(kind, str) and kind in UNREAD:
         raise SboraxError(f"peft_type {kind!r} is not supported: {UNREAD[kind]}")
     rows = [row for row in TABLE if row.peft_type == kind]
     if not rows:

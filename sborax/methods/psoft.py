@@ -45,6 +45,7 @@ class PSOFT(AbstractFactored):
 
     paper = "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, arXiv:2505.11235"
     group_b = frozenset({"q", "g", "h"})
+    sends = "the gradient of the rotation, rank^2 floats a kernel, instead of that of its angles"
 
     rank: int = 32
     terms: int | None = None

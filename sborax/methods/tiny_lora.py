@@ -43,6 +43,7 @@ class TinyLoRA(AbstractFactored):
 
     paper = "Learning to Reason in 13 Parameters, arXiv:2602.04118"
     group_b = frozenset({"v"})
+    sends = "the gradient of R, rank^2 floats a kernel, instead of that of v"
 
     rank: int = 2
     coefficients: int = 64

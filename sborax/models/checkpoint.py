@@ -108,10 +108,10 @@ def _entries(file: Path) -> dict[str, Entry]:
     }
 
 
-def open_safetensors(directory: Path, renamed: Mapping[str, str]) -> Safetensors:
+def open_safetensors(directory: Path, renamed: Mapping[str, str] | None = None) -> Safetensors:
     """The directory's `model.safetensors`, else the shards that its index lists, as transformers does.
 
-    - renamed: names of the family's own, by path of our leaf.
+    - renamed: names of the family's own, by path of our leaf; none by default.
 
     An index that lists other files than the one that is read is reported on stderr.
     Raises SboraxError for a missing, truncated or unlisted shard.
@@ -128,7 +128,7 @@ def open_safetensors(directory: Path, renamed: Mapping[str, str]) -> Safetensors
         entries |= _entries(directory / shard)
     if listed is not None and (lost := sorted(listed.keys() - entries.keys())):
         raise SboraxError(f"{directory}: tensor {lost[0]!r} is in {INDEX} but in no shard")
-    return Safetensors(str(directory), entries, renamed)
+    return Safetensors(str(directory), entries, renamed or {})
 
 
 def _weight_map(index: Path) -> dict[str, str]:
