@@ -75,7 +75,9 @@ class Attention(nn.Module):
             # Back ends divide by the square root of head_dim.
             query = query * jnp.asarray((cfg.head_dim / cfg.query_pre_attn_scalar) ** 0.5, query.dtype)
         cap = cfg.attn_logit_softcapping
-        attended = attend(self.attention, query, key, value, *segments, window, cap).reshape(*x.shape[:2], -1)
+        attended = attend(self.attention, query, key, value, *segments, window=window, cap=cap).reshape(
+            *x.shape[:2], -1
+        )
         return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), new
 
 
