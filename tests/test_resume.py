@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cases import METHODS, PROCEDURES
@@ -188,14 +189,14 @@ def output(process):
 def test_kill_9_then_resume_ends_with_the_same_bits(places, tmp_path):
     """Every procedure, and adapters of experts beside a router that is trained."""
     moments, cache, configs = random.Random(9), tmp_path / "cache", {}
-    runs = {
-        name: (places["tiny"], [("self_attn|mlp", method)], {"procedure": procedure})
+    runs: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        name: ("tiny", [("self_attn|mlp", method)], {"procedure": procedure})
         for name, (procedure, method) in PROCEDURES.items()
     }
-    runs["experts"] = (places["sparse"], [("experts", sx.LoRA(rank=2))], {"train_also": ("router",)})
+    runs["experts"] = ("sparse", [("experts", sx.LoRA(rank=2))], {"train_also": ("router",)})
     for name, (model, rules, changes) in runs.items():
         save = sx.Save(every=2, keep=3)
-        experiment = an_experiment(places, "tiny", rules, steps=24, save=save, eval=sx.Eval(), model=model, **changes)
+        experiment = an_experiment(places, model, rules, steps=24, save=save, eval=sx.Eval(), **changes)
         (tmp_path / name).mkdir()
         save_experiment(experiment, epath.Path(tmp_path / name))
         configs[tmp_path / name] = tmp_path / name / "config.json"
