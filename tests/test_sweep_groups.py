@@ -154,6 +154,8 @@ ALIKE = [
     ({"steps": (1, 2), "seed_data": (0, 1), "batch_size": (1, 2)}, [1] * 8),
     ({"rules.0.method": (sx.PiSSA(rank=2), sx.LoRA(rank=2)), "seed_adapter": (0, 1), "optimizer.lr": (1.0, 2.0)},
      [2, 2, 4]),
+    *(({"optimizer": (sx.Optimizer(name=name, lr=1.0), sx.Optimizer(name=name, lr=2.0))}, [2])
+      for name in ("lion", "adafactor", "lora_rite", "lora_fa")),
 ]  # fmt: skip
 
 

@@ -1,13 +1,10 @@
 """Members of a sweep in groups: those of a group differ in arrays alone, and share a program."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
 from sborax.adapters.core import AbstractMethod, structure
@@ -15,7 +12,7 @@ from sborax.adapters.paths import as_rules
 from sborax.config.codec import encode
 from sborax.sweep.grid import Member, rewrites_base
 from sborax.train.experiment import Experiment
-from sborax.train.optimizer import AbstractOptimizer, halves, make_optimizer
+from sborax.train.optimizer import AbstractOptimizer, halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +76,17 @@ def _zeros(method: AbstractMethod) -> list[Any]:
     ]
 
 
-@functools.cache
 def _optimizer_form(plain: AbstractOptimizer) -> list[Any]:
-    """An optimiser's class, its choices by name, and the shapes and dtypes of what it keeps for a weight.
+    """An optimiser's class and its choices. Of its numbers it says which are zero: those may keep nothing of a weight.
 
     - plain: without its learning rates.
     """
-    train = {"adapters": {}, "base": {"kernel": jnp.zeros((4, 3))}}
-    state = jax.eval_shape(make_optimizer(plain, 1).init, train)
-    names = [value for value in encode(plain).values() if isinstance(value, str)]
-    return [type(plain).__name__, *names, *(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state))]
+
+    def form(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: form(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [form(part) for part in value]
+        return f"number, {value == 0}" if isinstance(value, float) else value
+
+    return [type(plain).__name__, form(encode(plain))]
