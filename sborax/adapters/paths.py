@@ -290,6 +290,11 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
+    return Plan((*sites, *_router_sites(sites, weights)), tuple(untouched))
+
+
+def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Site]:
+    """The routers of the methods at these sites. weights: every kernel of the model by its path."""
     planned = {
         site.path: Expert(
             site.method, site.stack[: stacks_layers(site.path, site.stack)], not isinstance(site.method, ByLayer)
@@ -300,9 +305,8 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     widths = {
         path: weight.shape[stacks.get(path, stack_axes(path, len(weight.shape)))] for path, weight in weights.items()
     }
-    for path, method, stack, shape in routers(planned, widths, STACKED_UNDER):
-        sites.append(Site(path, method, stack, shape, 1, module_path(path)[1] or 0))
-    return Plan(tuple(sites), tuple(untouched))
+    placed = routers(planned, widths, STACKED_UNDER)
+    return [Site(path, method, stack, shape, 1, module_path(path)[1] or 0) for path, method, stack, shape in placed]
 
 
 def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, kernel: Sequence[int]) -> None:

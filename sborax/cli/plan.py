@@ -210,11 +210,11 @@ def _judged(planned: Outline, program: Any, topology: str) -> list[str]:
     flops = model_flops(config, planned.parts) * accumulate * rows * length / planned.mesh.size
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     seconds = f"{times.compute:.3f} s of computing, {times.memory:.3f} s of HBM, {times.links:.3f} s of ICI"
-    share, told = flops / times.seconds / chip.flops, f"{held / 2**30:.1f} of {chip.memory / 2**30:.0f} GiB"
+    share, shown = flops / times.seconds / chip.flops, f"{held / 2**30:.1f} of {chip.memory / 2**30:.0f} GiB"
     return [
         f"least time of a step: the largest of {seconds}",
         f"at most {share:.0%} of the chip's peak, by the model's FLOPs",
-        f"fits: {told}" if held <= chip.memory else f"does not fit: {told}{_try(planned, topology)}",
+        f"fits: {shown}" if held <= chip.memory else f"does not fit: {shown}{_try(planned, topology)}",
     ]
 
 

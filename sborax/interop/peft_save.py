@@ -115,12 +115,7 @@ def save_peft(
         changed = _changed(layout, leaves, linked)
         if not changed or as_ == "lora":
             raise SboraxError("there is no adapter to save: the tree is empty")
-        kind = kind_for(changed)
-        written = kind.written(changed, layout, leaves)
-        config = {**_common(kind.peft_type, base), **written.config}
-        exported = Exported(kind.peft_type, len(written.tensors), _size(written.tensors), {})
-        _write(directory, config, written.tensors, [kind.peft_type], exported, base, facts)
-        return exported
+        return _save_changed(directory, changed, layout, leaves, base, facts)
     entries: dict[str, _Entry] = {}
     of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
     for path, node in linked.items():
@@ -155,6 +150,23 @@ def save_peft(
     exported = Exported(row.peft_type, len(entries) + len(of_experts), _size(tensors), errors)
     methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
     _write(directory, config, tensors, methods, exported, base, facts)
+    return exported
+
+
+def _save_changed(
+    directory: str | epath.PathLike,
+    changed: Iterable[str],
+    layout: HFLayout,
+    leaves: Mapping[str, Any],
+    base: str | None,
+    facts: Mapping[str, str] | None,
+) -> Exported:
+    """`save_peft` of leaves of the base that were trained without adapters. changed: their paths."""
+    kind = kind_for(changed)
+    written = kind.written(changed, layout, leaves)
+    config = {**_common(kind.peft_type, base), **written.config}
+    exported = Exported(kind.peft_type, len(written.tensors), _size(written.tensors), {})
+    _write(directory, config, written.tensors, [kind.peft_type], exported, base, facts)
     return exported
 
 

@@ -66,21 +66,26 @@ def plain_scores(config: DecoderConfig) -> bool:
     return not (getattr(config, "layer_types", ()) or getattr(config, "attn_logit_softcapping", None))
 
 
+def _experts(config: DecoderConfig) -> Any:
+    """The mixture of experts of a config; None for one without, which need not have the field."""
+    return getattr(config, "experts", None)
+
+
 def active_share(config: DecoderConfig) -> float:
     """The share of a layer's experts that a token passes; 1 for a config without experts."""
-    experts = getattr(config, "experts", None)
+    experts = _experts(config)
     return 1.0 if experts is None else experts.chosen / experts.count
 
 
 def balance_share(config: DecoderConfig) -> float:
     """The share of the imbalance of experts' load in the loss of a run that trains the router; 0 without experts."""
-    experts = getattr(config, "experts", None)
+    experts = _experts(config)
     return 0.0 if experts is None else experts.balance
 
 
 def active_width(config: DecoderConfig) -> int:
     """The inner width of the gated units that a token passes in one layer."""
-    experts = getattr(config, "experts", None)
+    experts = _experts(config)
     return (
         config.intermediate_size
         if experts is None

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
@@ -64,6 +65,24 @@ class Linear(nn.Module):
         if self.is_mutable_collection("remembered"):
             flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
             self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, ctx.mask), flat))
+
+
+class GatedUnit(nn.Module):
+    """down(f(gate(x)) * up(x)), f the activation."""
+
+    width: int
+    activation: Callable[[Array], Array]
+    use_bias: bool = False
+    dtype: Any = jnp.dtype(jnp.float32)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d"], ctx: core.Context) -> Float[Array, "batch seq d"]:
+        """The gated feed-forward unit."""
+        gate, up = (
+            checkpoint_name(Linear(self.width, self.use_bias, self.dtype, name=name)(x, ctx), "gate_up")
+            for name in ("gate_proj", "up_proj")
+        )
+        return Linear(x.shape[-1], self.use_bias, self.dtype, name="down_proj")(self.activation(gate) * up, ctx)
 
 
 def feature_norms(x: Float[Array, "*batch in"], mask: Array | None = None) -> Float[Array, " in"]:

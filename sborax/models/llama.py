@@ -15,7 +15,7 @@ from sborax.adapters.core import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import LlamaConfig
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rotate, routed
+from sborax.models.layers import ACTIVATIONS, Embed, GatedUnit, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
 from sborax.models.sparse import SparseMLP
@@ -81,29 +81,12 @@ class Attention(nn.Module):
         return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), new
 
 
-class MLP(nn.Module):
-    """down(f(gate(x)) * up(x)), f the family's activation."""
-
-    config: LlamaConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch seq d"], ctx: core.Context) -> Float[Array, "batch seq d"]:
-        """The gated feed-forward unit."""
-        cfg = self.config
-        gate, up = (
-            checkpoint_name(Linear(cfg.intermediate_size, cfg.mlp_bias, self.dtype, name=name)(x, ctx), "gate_up")
-            for name in ("gate_proj", "up_proj")
-        )
-        activation = ACTIVATIONS[cfg.family.activations[0]]
-        return Linear(cfg.hidden_size, cfg.mlp_bias, self.dtype, name="down_proj")(activation(gate) * up, ctx)
-
-
-def mlp_of(config: LlamaConfig, dtype: Any) -> MLP | SparseMLP:
+def mlp_of(config: LlamaConfig, dtype: Any) -> GatedUnit | SparseMLP:
     """The feed-forward part of a layer, dense or a mixture of experts."""
+    activation = ACTIVATIONS[config.family.activations[0]]
     if config.experts is None:
-        return MLP(config, dtype, name="mlp")
-    return SparseMLP(config.experts, ACTIVATIONS[config.family.activations[0]], dtype, name="mlp")
+        return GatedUnit(config.intermediate_size, activation, config.mlp_bias, dtype, name="mlp")
+    return SparseMLP(config.experts, activation, dtype, name="mlp")
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from sborax.adapters import core
 from sborax.adapters.grouped import expert_of_row, grouped_linear
 from sborax.adapters.routing import GATE
 from sborax.models.config import Experts
-from sborax.models.layers import Linear
+from sborax.models.layers import GatedUnit
 from sborax.models.sharding import sent_packed, used_whole
 
 ROUTER_WEIGHT = "router/weight"
@@ -158,7 +158,7 @@ class SparseMLP(nn.Module):
         y = jnp.einsum("tkd,tk->td", mixed, weights).reshape(x.shape)
         if not experts.shared_size:
             return y
-        shared = SharedExpert(experts.shared_size, self.activation, self.dtype, name="shared_expert")(x, ctx)
+        shared = GatedUnit(experts.shared_size, self.activation, dtype=self.dtype, name="shared_expert")(x, ctx)
         return y + jnp.broadcast_to(Gate(self.dtype, name="shared_expert_gate")(x), x.shape) * shared
 
 
@@ -181,23 +181,6 @@ class Mixture(nn.Module):
         )
         down = GroupedLinear(count, x.shape[-1], self.dtype, name="down_proj")
         return down(self.activation(gate) * up, sizes, ctx)
-
-
-class SharedExpert(nn.Module):
-    """The gated unit that every token passes."""
-
-    width: int
-    activation: Any
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch seq d"], ctx: core.Context) -> Float[Array, "batch seq d"]:
-        """down(f(gate(x)) * up(x))."""
-        gate, up = (
-            checkpoint_name(Linear(self.width, False, self.dtype, name=name)(x, ctx), "gate_up")
-            for name in ("gate_proj", "up_proj")
-        )
-        return Linear(x.shape[-1], False, self.dtype, name="down_proj")(self.activation(gate) * up, ctx)
 
 
 class Gate(nn.Module):
