@@ -133,16 +133,17 @@ def in_every_setting(arms: dict[str, dict[str, Any]]) -> tuple[Arm, ...]:
 def study() -> Study:
     """The study."""
     arms = method_arms()
-    claimed = {"full fine-tuning", *(name for claim in BEATS for name in (claim.arm, claim.other))}
+    claimed = {"full fine-tuning", *LIKE_LORA, *(name for claim in BEATS for name in (claim.arm, claim.other))}
+    # Arms run in this order.
+    first = [name for name in arms if name in claimed]
+    rest = [name for name in arms if name not in claimed]
     return Study(
         name="atlas",
         title="every method at its best learning rate, stories260k",
         protocol=__doc__ or "",
-        arms=tuple(
-            arm(setting, name, **changes)
-            for setting in SETTINGS
-            for name, changes in arms.items()
-            if setting == "E2E" or name in claimed
+        arms=(
+            *in_every_setting({name: arms[name] for name in first}),
+            *(arm("E2E", name, **arms[name]) for name in rest),
         ),
         **TUNING,
         claims=(
