@@ -32,6 +32,8 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 emitters="${XLA_FLAGS:-} --xla_cpu_use_fusion_emitters=false"
 if XLA_FLAGS=$emitters $bin/python -c 'import jax; jax.devices()' 2>/dev/null; then export XLA_FLAGS=$emitters; fi
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+# Where Python may not keep compiled modules, each of the many processes compiles JAX and its like again.
+unset PYTHONDONTWRITEBYTECODE
 
 $bin/ruff check
 $bin/ruff format --check

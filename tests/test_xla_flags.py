@@ -61,7 +61,7 @@ def test_a_process_that_has_computed_is_warned_in_one_line():
 )
 @pytest.mark.quick
 def test_flags_are_left_alone(flags, switch, started, monkeypatch):
-    monkeypatch.setattr(xla_flags, "backends_are_initialized", lambda: started)
+    monkeypatch.setattr(xla_flags, "has_computed", lambda: started)
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv(SWITCH, switch)
     xla_flags.guard()  # a warning would be an error
@@ -71,7 +71,7 @@ def test_flags_are_left_alone(flags, switch, started, monkeypatch):
 def test_flags_in_a_file_stay(tmp_path, monkeypatch):
     file = tmp_path / "flags"
     file.write_text(f"{OTHER}\n")
-    monkeypatch.setattr(xla_flags, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(xla_flags, "has_computed", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", str(file))
     xla_flags.guard()
     assert os.environ["XLA_FLAGS"] == f"{OTHER} {RIGHT_SUMS}"
@@ -96,7 +96,7 @@ def test_a_jaxlib_without_the_flag_does_not_get_it(tmp_path, monkeypatch):
     library = tmp_path / "libjax_common.so"
     monkeypatch.setattr(jaxlib, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(xla_flags, "JAXLIB", "0.10.2")
-    monkeypatch.setattr(xla_flags, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(xla_flags, "has_computed", lambda: False)
     for content, flags in ((b"xla_cpu_multi_thread_eigen", OTHER), (FLAG[2:].encode(), f"{OTHER} {RIGHT_SUMS}")):
         library.write_bytes(content)
         monkeypatch.setenv("XLA_FLAGS", OTHER)

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from sborax.adapters.core import SboraxError
+from sborax.cli.cache import cache_dir
 from sborax.config.terminal import say
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,11 +37,6 @@ HELD_OUT = 16
 
 PROBE_SECONDS = 10.0
 """Time limit for a process to start and the hub to answer."""
-
-
-def cache_dir() -> Path:
-    """`sborax` under `$XDG_CACHE_HOME`, by default `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sborax"
 
 
 def smollm2() -> Path:

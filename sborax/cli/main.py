@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import sborax
-from sborax.adapters.core import SboraxError
 from sborax.cli import launcher
+from sborax.cli.cache import keep_programs
 from sborax.config.classes import import_source
 from sborax.config.terminal import say
-from sborax.errors import is_panic
+from sborax.errors import SboraxError, is_panic
 
 Command = Callable[[argparse.Namespace], int]
 Commands = argparse._SubParsersAction
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         arguments.argv = argv
+        keep_programs()
         code = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
@@ -110,7 +111,9 @@ def _add_training(commands: Commands) -> None:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
     train.add_argument("--profile", action="store_true", help="write an xprof trace of a few steps to RUN_DIR/profile")
     train.add_argument(
-        "--compile-cache", metavar="DIR", help="keep compiled programs in DIR (default: $JAX_COMPILATION_CACHE_DIR)"
+        "--compile-cache",
+        metavar="DIR",
+        help="keep all compiled programs in DIR (default: those that took a second to compile, in the user's cache)",
     )
     launcher.add_arguments(train)
 

@@ -63,6 +63,8 @@ def source_of(kind: type) -> str:
 
 def concrete(kind: type[T]) -> Iterator[type[T]]:
     """Every class of the kind that is not abstract. If one was defined twice, as in a notebook, the last."""
+    # Subclasses are known once their modules are imported.
+    importlib.import_module("sborax.public")
     classes: dict[tuple[str, str], type[T]] = {}
     for child in _below(kind):
         key = home(child), child.__name__

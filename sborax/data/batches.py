@@ -4,15 +4,17 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from sborax.adapters.core import SboraxError
 from sborax.data.options import Data
 from sborax.data.samples import Sample
+
+if TYPE_CHECKING:
+    import grain
 
 _ROUND = 16
 """Default row lengths are multiples of this, in tokens."""
@@ -123,7 +125,7 @@ class Batches:
     rows: Rows
     batch_size: int
     accumulate: int
-    order: grain.MapDataset[int]
+    order: "grain.MapDataset[int]"
 
     def __getitem__(self, step: int) -> Batch:
         return self.part(step, None)
@@ -166,6 +168,9 @@ class Batches:
 
 def shuffled(rows: Rows, batch_size: int, accumulate: int, seed: int) -> Batches:
     """Batches in an order that depends on the seed alone."""
+    # It takes seconds to import, which a plan of a run does not need.
+    import grain
+
     order = grain.MapDataset.range(len(rows.rows)).seed(seed).shuffle().repeat()
     return Batches(rows, batch_size, accumulate, order)
 

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
-import datasets
 import fsspec
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import LiveObject
@@ -108,6 +106,10 @@ def where(name: Named, split: str, number: int) -> str:
 
 
 def _from_hub(name: str, split: str) -> Records:
+    # It takes seconds to import, which records in JSON do not need.
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
     try:
         builder = datasets.load_dataset_builder(name)
         options = _as_text(builder.config) if builder.name == "csv" and builder.info.features is None else {}
@@ -121,6 +123,8 @@ def _from_hub(name: str, split: str) -> Records:
 
 def _as_text(config: Any) -> dict[str, Any]:
     """Options with which `datasets` reads every cell of CSV files as text."""
+    import datasets
+
     first = next(file for files in config.data_files.values() for file in files)
     with fsspec.open(first, "rt", encoding="utf-8-sig", newline="", compression="infer") as lines:
         names = config.names or next(csv.reader(lines, delimiter=config.sep), [])
@@ -141,6 +145,9 @@ def _from_file(path: Path) -> Records:
         return [{"text": _text(path)}]
     if kind == "csv":
         return _from_csv(path, "\t" if path.suffix == ".tsv" else ",")
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
     try:
         loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:

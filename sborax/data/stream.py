@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import grain
-
 from sborax.adapters.core import SboraxError
 from sborax.data.batches import Batch
 
@@ -22,6 +20,7 @@ def stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Iter
 
     A SboraxError of `make` is raised when its batch is taken.
     """
+    import grain
 
     def batch_or_error(step: int) -> Batch | SboraxError:
         try:

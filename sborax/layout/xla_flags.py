@@ -5,15 +5,15 @@ sum can be wrong from 32,769 rows on (one in `tests/test_xla_flags.py` is off by
 leaves products to YNNPACK and takes sums away from it. Processes that are started later inherit it.
 """
 
+import importlib
 import mmap
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
 import jaxlib
-from jax._src.xla_bridge import backends_are_initialized
-from jax.extend.backend import backends
 from jaxlib.version import __version__ as JAXLIB
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
@@ -32,9 +32,9 @@ def guard() -> None:
     flags = _flags()
     if os.environ.get(SWITCH) == "0" or FLAG in flags or not affected(JAXLIB) or not _is_known():
         return
-    if not backends_are_initialized():
+    if not has_computed():
         os.environ["XLA_FLAGS"] = f"{flags} {RIGHT_SUMS}".strip()
-    elif "cpu" in backends():
+    elif "cpu" in importlib.import_module("jax.extend.backend").backends():
         warnings.warn(
             f"JAX computed before `import sborax`, so sums on this CPU may be wrong (jaxlib {JAXLIB}); "
             f"import sborax first or set XLA_FLAGS={RIGHT_SUMS} ({SWITCH}=0 silences this)",
@@ -46,6 +46,12 @@ def affected(version: str) -> bool:
     """Whether a jaxlib of this version computes wrong sums."""
     first, beyond = AFFECTED
     return first <= tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < beyond
+
+
+def has_computed() -> bool:
+    """Whether JAX has read XLA_FLAGS. JAX is not imported for this."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bridge.backends_are_initialized()
 
 
 def _flags() -> str:

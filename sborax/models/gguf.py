@@ -3,12 +3,11 @@
 import dataclasses
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
@@ -17,6 +16,9 @@ from sborax.models.config import LlamaConfig
 from sborax.models.families import FAMILIES, Family
 from sborax.models.gguf_header import check_header
 from sborax.models.names import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 KNOWN = frozenset(
     """
@@ -135,11 +137,13 @@ class GGUF(AbstractTensors):
                 )
         return config
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The byte-level BPE tokenizer in the file, with its chat template.
 
         Raises SboraxError for another kind of tokenizer.
         """
+        from transformers import PreTrainedTokenizerFast
+
         kind, cut = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or not isinstance(cut, str) or cut not in PRE_TOKENIZERS:
             raise SboraxError(

@@ -5,14 +5,16 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import check_plain, read_object, shown
 from sborax.errors import is_panic
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 CONFIG = "tokenizer_config.json"
 ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "__slow_tokenizer", "tokenizer_object")
@@ -24,11 +26,14 @@ MOST_LETTERS = 4096
 """Bound of the letters that a normalizer or a decoder makes of one."""
 
 
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerFast | None":
     """The tokenizer of a model directory with its chat template, or None if the directory has no tokenizer.
 
     Raises SboraxError for a tokenizer that is broken, not in `tokenizer.json`, or refers to other files.
     """
+    # It takes seconds to import, which a plan of a run does not need.
+    from transformers import PreTrainedTokenizerFast
+
     for pattern in ("*.json", "*.jinja", "additional_chat_templates/*"):
         for file in directory.glob(pattern):
             check_plain(file)
@@ -61,7 +66,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
     return tokenizer
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str | list[str], **options: Any) -> BatchEncoding:
+def tokens_of(tokenizer: "PreTrainedTokenizerFast", text: str | list[str], **options: Any) -> "BatchEncoding":
     """The tokens of a text or several, without a warning that a text is long.
 
     Raises SboraxError for a text on which a pattern of the tokenizer gives up.
@@ -70,7 +75,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str | list[str], **optio
         return tokenizer(text, verbose=False, **options)
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+def text_of(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int]) -> str:
     """The text of tokens, without special ones.
 
     Raises SboraxError for tokens on which a pattern of the tokenizer gives up.
@@ -129,7 +134,7 @@ def _applied(kind: str, step: dict[str, Any]) -> Callable[[str], str]:
     return tokenizer.normalizer.normalize_str if kind == "normalizer" else lambda text: tokenizer.decoder.decode([text])
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, size: int, where: str) -> None:
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", size: int, where: str) -> None:
     """Raise SboraxError for a token beyond a model's vocabulary of this size. It would mean another token there.
 
     An added token passes if the tokenizer does not add it by itself: some tokenizers have a padding token that their
@@ -150,7 +155,9 @@ def until(text: str, stop: Sequence[str]) -> str:
     return text[: min((text.index(mark) for mark in stop if mark and mark in text), default=len(text))]
 
 
-def finished(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> Callable[[list[list[int]]], list[bool]] | None:
+def finished(
+    tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str]
+) -> Callable[[list[list[int]]], list[bool]] | None:
     """A function that says which texts, given as tokens, hold one of the `stop` strings; None if there are none."""
 
     def holds(texts: list[list[int]]) -> list[bool]:
