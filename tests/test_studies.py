@@ -19,6 +19,7 @@ from experiments.studies.claims import Beats, Difference, LessGrowth, RateRatio,
 from experiments.studies.items import held_out
 from experiments.studies.matching import STORED, matched, sized, trained
 from experiments.studies.plots import digest
+from experiments.studies.repeat import Repeated, claim_of, repeat
 from experiments.studies.report import FIGURES, PAGE, Outcome, figure_names, page, ranked, write
 from experiments.studies.store import Store
 from experiments.studies.study import Arm, Base, Held, Piece, Study, settings, sparse
@@ -65,6 +66,24 @@ def test_a_study_runs_once(tiny, ran):
     assert command.run(tiny, store, work, float("inf")) == 0
     assert not [place for place in work.iterdir() if place.name != "programs"]
     assert all(file.stat().st_size < 60_000 for file in files)
+
+
+def test_a_claim_is_repeated(tiny, ran, tmp_path):
+    claims = (Beats("Bone beats LoRA", "", "Bone"), Beats("Bone beats LoRA by its area", "", "Bone", kind="area"))
+    study = dataclasses.replace(tiny, claims=claims)
+    assert [claim_of(study, text) for text in ("bone beats LoRA", "area")] == list(claims)
+    for text, reason in (("DoRA", "no claim of tiny: Bone beats LoRA; "), ("LoRA", "several claims of tiny")):
+        with pytest.raises(sx.SboraxError, match=reason):
+            claim_of(study, text)
+    lines = []
+    (again,) = repeat(study, claims[0], Store(study, ran[0]), tmp_path, echo=lines.append)
+    # The same seeds, but each rate in a run of its own.
+    np.testing.assert_allclose(again.again.seeds.value, again.stored.seeds.value, rtol=0, atol=1e-4)
+    assert again.seeds == (0, 1) and again.inside and len(lines) == 5 and "inside the stored intervals" in lines[-1]
+    far = dataclasses.replace(again.again, seeds=dataclasses.replace(again.again.seeds, value=100.0))
+    assert "OUTSIDE" in str(Repeated("sums", again.stored, far, (0, 1)))
+    with pytest.raises(sx.SboraxError, match="no setting has results of both arms"):
+        repeat(study, claims[0], Store(study, tmp_path / "empty"), tmp_path)
 
 
 def test_results_hold_what_a_member_did(tiny, ran):

@@ -1,8 +1,9 @@
-"""Run studies of adapters, and write what they decide: python -m experiments.studies list | run NAME | report
+"""Run studies of adapters, and write what they decide: python -m experiments.studies list | run | repeat | report
 
 `list` tells how many pieces of each study are done. `run` runs the pending pieces of a study in order, and stores a
 small file for each; it begins none that would not end in time. Models are found under $SBORAX_MODELS and data under
-$SBORAX_DATA, as by `sborax train`. `report` writes docs/RESULTS.md from the stored files alone.
+$SBORAX_DATA, as by `sborax train`. `repeat NAME CLAIM` trains the arms of a claim again and says whether the difference
+lies in the stored intervals. `report` writes docs/RESULTS.md from the stored files alone.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import jax
 
 from experiments import studies
 from experiments.studies.pieces import Stopped, measure_base, run_piece
+from experiments.studies.repeat import claim_of, repeat
 from experiments.studies.report import Outcome, write
 from experiments.studies.store import RESULTS, Store
 from experiments.studies.study import Base, Study, settings
@@ -121,6 +123,11 @@ def main() -> int:
     runs.add_argument("--minutes", type=float, default=float("inf"), help="begin no piece that would end later")
     runs.add_argument("--setting", help="run this setting alone, so that others can run in another process")
     runs.add_argument("--work", type=Path, default=WORK, help=f"folder for run directories (default {WORK})")
+    again = commands.add_parser("repeat", help="measure the difference of a claim again")
+    again.add_argument("name")
+    again.add_argument("claim", help="words of its sentence, such as 'SBoRA-FB beats LoRA'")
+    again.add_argument("--seeds", type=int, nargs="+", default=(), help="other seeds than the stored ones")
+    again.add_argument("--work", type=Path, default=WORK / "repeat", help="folder for run directories")
     commands.add_parser("report", help="write docs/RESULTS.md and its figures from the stored results")
     arguments = parser.parse_args()
     try:
@@ -133,6 +140,9 @@ def main() -> int:
             jax.config.update("jax_compilation_cache_dir", str(arguments.work.absolute() / "programs"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             study = declared(arguments.name)
+            if arguments.command == "repeat":
+                again = repeat(study, claim_of(study, arguments.claim), Store(study), arguments.work, arguments.seeds)
+                return 0 if all(each.inside for each in again) else 1
             limit = 60 * arguments.minutes
             run(study, Store(study), arguments.work, limit, arguments.setting, lambda line: print(line, flush=True))
     except SboraxError as error:
