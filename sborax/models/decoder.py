@@ -63,7 +63,7 @@ class DecoderConfig(Protocol):
 
 def plain_scores(config: DecoderConfig) -> bool:
     """Whether attention has neither windows nor caps of its scores."""
-    return not (getattr(config, "layer_types", ()) or getattr(config, "attn_logit_softcapping", None))
+    return not (getattr(config, "windows", ()) or getattr(config, "attn_logit_softcapping", None))
 
 
 def _experts(config: DecoderConfig) -> Any:
