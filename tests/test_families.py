@@ -19,6 +19,7 @@ from tiny_model import write_data, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch_pair import TOKENS, Pair, reloaded, shaken
 from torch_pair import torch_logits as pair_logits
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 import sborax as sx
 from sborax.adapters.tree import nodes
@@ -167,6 +168,35 @@ def test_the_load_of_experts_equals_transformers(pair):
             output_router_logits=True,
         )
     assert math.isclose(float(collected.load.imbalance()), float(theirs.aux_loss), rel_tol=1e-5)
+    # transformers has the z-loss for other families.
+    logits = torch.stack(theirs.router_logits)[:, mask.reshape(-1) == 1]
+    assert math.isclose(float(collected.load.z_loss()), float(router_z_loss_func(logits)), rel_tol=1e-5)
+
+
+@pytest.mark.nightly
+def test_the_losses_of_a_trained_router_equal_transformers(pair):
+    """The gradient of the cross entropy with both losses of the router, each at its share."""
+    if pair.ours.config.experts is None:
+        return
+    experts = dataclasses.replace(pair.ours.config.experts, balance=0.3, z_loss=0.2)
+    config = dataclasses.replace(pair.ours.config, experts=experts)
+    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    model = LanguageModel(pair.ours.module, pair.ours.params, config, None)
+    tokens = tokens_of(pair.ours, 2, 12)
+    ones = jnp.ones((1, 2, 11), jnp.int32)
+    batch = {"tokens": tokens[None, :, :-1], "targets": tokens[None, :, 1:], "counts": ones > 0, "segments": ones}
+    parts = take_apart(*sx.attach(jax.random.key(0), model.params, [("o_proj", sx.LoRA(rank=2))]), False, ("router",))
+    train = {"adapters": parts.adapters, "base": parts.trained_base}
+    sums, grads = sx.forward_backward(model, train, parts.frozen, parts.base, batch, jax.random.key(1))
+    ids = torch.tensor(np.asarray(tokens), dtype=torch.long)
+    out = pair.torch(ids[:, :-1], output_router_logits=True)
+    entropy = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss = entropy + 0.3 * out.aux_loss + 0.2 * router_z_loss_func(torch.stack(out.router_logits))
+    weights = [parameter for name, parameter in pair.torch.named_parameters() if name.endswith("mlp.gate.weight")]
+    wanted = np.stack([grad.numpy().T for grad in torch.autograd.grad(loss, weights)])
+    assert math.isclose(float(sum(sums.losses.values()) / sums.items), float(loss.detach()), rel_tol=1e-5)
+    assert set(sums.losses) == {"loss", "balance_loss", "z_loss"}
+    assert relative(grads["base"]["layers/mlp/router/weight"], wanted) < TOLERANCE
 
 
 @pytest.mark.usefixtures("strict")
@@ -400,6 +430,64 @@ def test_configs_that_are_refused(name):
     with pytest.raises(sx.SboraxError, match=message) as caught:
         LlamaConfig.from_hf(PUBLISHED[model] | change)
     assert "\n" not in str(caught.value)
+
+
+ROUTED = {
+    "mixtral": ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, {"num_local_experts": 4}),
+    "olmoe": ("OLMoE-1B-7B", {"clip_qkv": 8.0}, {"num_experts": 32, "norm_topk_prob": True}),
+    "qwen2_moe": (
+        "Qwen1.5-MoE-A2.7B",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "qkv_bias": False, "use_sliding_window": True}
+        | {"layer_types": ["full_attention", "sliding_attention"]},
+        {"num_experts": 32, "norm_topk_prob": True, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 64},
+    ),
+    "qwen3_moe": (
+        "Qwen3-30B-A3B",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True},
+        {"num_experts": 32, "norm_topk_prob": False, "moe_intermediate_size": 32},
+    ),
+}
+"""By family: a model, and values of fields that LLaMA lacks: those that are refused, and those that are read."""
+READ = {"num_experts_per_tok": 3, "router_aux_loss_coef": 0.5}
+"""Fields of all of them that are read, and the field of each that changes nothing is `output_router_logits`."""
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_every_option_of_a_router_is_read_or_refused(kind):
+    """A field that transformers' config has beyond LLaMA's, and that is not in the table, fails the test."""
+    model, refused, read = ROUTED[kind]
+    raw, read = PUBLISHED[model], read | READ
+    theirs, plain = (
+        {field.name for field in dataclasses.fields(type(transformers.AutoConfig.for_model(name)))}
+        for name in (kind, "llama")
+    )
+    # Windows are refused by the switch, and Mixtral's is that of Mistral.
+    assert theirs - plain == {*refused, *read, "output_router_logits"} | (
+        theirs & {"sliding_window", "max_window_layers"}
+    )
+    for field, value in refused.items():
+        with pytest.raises(sx.SboraxError, match=f"config.json: {field} = ") as caught:
+            LlamaConfig.from_hf(raw | {field: value})
+        assert "\n" not in str(caught.value)
+    before = LlamaConfig.from_hf(raw)
+    for field, value in read.items():
+        after = LlamaConfig.from_hf(raw | {field: value})
+        assert after.experts != before.experts and LlamaConfig.from_hf(after.to_hf()) == after, field
+    assert LlamaConfig.from_hf(raw | {"output_router_logits": True}) == before
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("kind", [kind for kind in ROUTED if kind != "mixtral"])
+def test_weights_of_experts_that_add_up_to_one_or_not(kind, tmp_path):
+    """The other value than in `FIELDS`, of two experts a token."""
+    other = not FIELDS[kind].get("norm_topk_prob", False)
+    fields = {**FIELDS[kind], "num_hidden_layers": 1, "eos_token_id": ENDS}
+    fields |= {"norm_topk_prob": other, "num_experts_per_tok": 2}
+    theirs, ours = make(kind, tmp_path, **fields), load_model(tmp_path)
+    tokens = tokens_of(ours, 2, 9)
+    assert relative(jax.jit(ours.apply)(ours.params, None, tokens), torch_logits(theirs, tokens)) < TOLERANCE
 
 
 def test_a_family_that_there_is_not():

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.families import CAPS, INERT, NEUTRAL, OPTIONAL, UNEQUAL, ExpertKeys, Family, family_of
+from sborax.models.families import CAPS, INERT, NEUTRAL, OPTIONAL, UNEQUAL, Z_LOSS, ExpertKeys, Family, family_of
 
 SLIDING = "sliding_attention"
 MOST_LAYERS = 1 << 12
@@ -81,6 +81,8 @@ class Experts:
     - shared_size: the inner width of a gated unit for every token, weighed by a sigmoid; 0 for none.
     - normalised: the probabilities of the chosen experts are divided by their sum.
     - balance: the share of the load-balancing loss in the loss of a model whose router is trained.
+    - z_loss: the share of the router's z-loss (arXiv:2202.08906) there; its authors take 0.001. Key
+      `router_z_loss_coef`, which transformers knows in other families; 0 where a file does not have it.
     """
 
     count: int
@@ -89,6 +91,7 @@ class Experts:
     shared_size: int = 0
     normalised: bool = False
     balance: float = 0.001
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.chosen <= self.count:
@@ -426,6 +429,7 @@ def _read_experts(read: _Reader, keys: ExpertKeys | None) -> Experts | None:
         shared_size=read.integer(keys.shared) if keys.shared else 0,
         normalised=read.flag("norm_topk_prob") if keys.normalised is None else keys.normalised,
         balance=read.share("router_aux_loss_coef"),
+        z_loss=read.share(Z_LOSS) if Z_LOSS in read.raw else 0.0,
     )
 
 
@@ -439,6 +443,7 @@ def _written_experts(experts: Experts | None, keys: ExpertKeys | None) -> dict[s
         "router_aux_loss_coef": experts.balance,
     }
     raw |= {keys.shared: experts.shared_size} if keys.shared else {}
+    raw |= {Z_LOSS: experts.z_loss} if experts.z_loss else {}
     return raw if keys.normalised is not None else raw | {"norm_topk_prob": experts.normalised}
 
 

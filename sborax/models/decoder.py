@@ -83,6 +83,12 @@ def balance_share(config: DecoderConfig) -> float:
     return 0.0 if experts is None else experts.balance
 
 
+def z_share(config: DecoderConfig) -> float:
+    """The share of the router's z-loss in the loss of a run that trains the router; 0 without experts."""
+    experts = _experts(config)
+    return 0.0 if experts is None else experts.z_loss
+
+
 def active_width(config: DecoderConfig) -> int:
     """The inner width of the gated units that a token passes in one layer."""
     experts = _experts(config)

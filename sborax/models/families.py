@@ -38,6 +38,9 @@ OPTIONAL = CAPS | {
 }
 """Fields of a config that not every family has."""
 
+Z_LOSS = "router_z_loss_coef"
+"""The key of the share of a router's z-loss. It may be in the config of every family with experts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertKeys:
@@ -57,7 +60,7 @@ class ExpertKeys:
     @property
     def keys(self) -> frozenset[str]:
         """Every key that is read."""
-        named = {*self.count, self.intermediate_size, "num_experts_per_tok", "router_aux_loss_coef"}
+        named = {*self.count, self.intermediate_size, "num_experts_per_tok", "router_aux_loss_coef", Z_LOSS}
         named |= {self.shared} if self.shared else set()
         return frozenset(named if self.normalised is not None else named | {"norm_topk_prob"})
 
