@@ -96,7 +96,7 @@ class Safetensors(AbstractTensors):
         - fused: the names of the projections by module, in the order of their outputs.
         - shapes: the shapes of the params, which say how many outputs each projection has.
 
-        Raises SboraxError for a tensor that has not the outputs of its projections.
+        Raises SboraxError for a tensor that is missing, that has other outputs, or of which a part is there twice.
         """
         entries = dict(self.entries)
         for module, parts in fused_tensors(fused, shapes).items():
@@ -108,6 +108,8 @@ class Safetensors(AbstractTensors):
             row = math.prod(entry.shape[1:]) * np.dtype(jnp.dtype(FLOATS.get(entry.dtype, "float32"))).itemsize
             start = entry.start
             for part, size in parts.items():
+                if part in self.entries:
+                    raise SboraxError(f"{self.where}: tensor {part!r} is there beside {module!r}, which holds it, too")
                 entries[part] = entry._replace(shape=(size, *entry.shape[1:]), start=start)
                 start += size * row
         return dataclasses.replace(self, entries=entries)
