@@ -77,16 +77,16 @@ def active_share(config: DecoderConfig) -> float:
     return 1.0 if experts is None else experts.chosen / experts.count
 
 
-def balance_share(config: DecoderConfig) -> float:
-    """The share of the imbalance of experts' load in the loss of a run that trains the router; 0 without experts."""
-    experts = _experts(config)
-    return 0.0 if experts is None else experts.balance
-
-
 def z_share(config: DecoderConfig) -> float:
     """The share of the router's z-loss in the loss of a run that trains the router; 0 without experts."""
     experts = _experts(config)
     return 0.0 if experts is None else experts.z_loss
+
+
+def balance_share(config: DecoderConfig) -> float:
+    """The share of the imbalance of experts' load in the loss of a run that trains the router; 0 without experts."""
+    experts = _experts(config)
+    return 0.0 if experts is None else experts.balance
 
 
 def active_width(config: DecoderConfig) -> int:
