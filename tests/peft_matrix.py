@@ -19,6 +19,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 8}),
     "gemma": ("gemma", {"head_dim": 8}),
     "nf4": ("llama", {"hidden_size": 64, "intermediate_size": 128}),
+    # Not tied, and windows shorter than the text in its first layer.
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 """transformers' kind of model, and its fields beside `test_peft_matrix.SIZES`."""
 BIASED, TIED = {"biased", "qwen2"}, {"tied", "gemma"}

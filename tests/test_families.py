@@ -19,6 +19,7 @@ from tiny_model import write_data, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch_pair import TOKENS, Pair, reloaded, shaken
 from torch_pair import torch_logits as pair_logits
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 import sborax as sx
 from sborax.adapters.tree import nodes
@@ -54,6 +55,31 @@ FIELDS = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 4.0,
     },
+    # Both kinds of layers, each with a rotary embedding of its kind.
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 20,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    },
+    # As Phi-4-mini, but for the window, which is shorter than the text.
+    "phi3": {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "sliding_window": 7,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 56,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.3, 3.0],
+            "long_factor": [9.0, 9.0, 9.0],
+        },
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 3, "attention_bias": True},
     "qwen2_moe": {
@@ -77,7 +103,11 @@ ALL = [("self_attn|mlp", sx.LoRA(rank=2, alpha=4.0))]
 SPARSE = [kind for kind, family in FAMILIES.items() if family.experts]
 
 
-@pytest.fixture(scope="module", params=nightly_unless([*(FAMILIES.keys() - SPARSE), SPARSE[2]], FAMILIES))
+@pytest.fixture(
+    scope="module",
+    # What the families that are left out add to LLaMA is in one of the others, too.
+    params=nightly_unless([*(FAMILIES.keys() - {*SPARSE, "mistral", "gemma"}), SPARSE[2]], FAMILIES),
+)
 def pair(request, tmp_path_factory):
     """A random torch model of the family, and ours read from its files."""
     place = tmp_path_factory.mktemp(request.param)
@@ -138,6 +168,35 @@ def test_the_load_of_experts_equals_transformers(pair):
             output_router_logits=True,
         )
     assert math.isclose(float(collected.load.imbalance()), float(theirs.aux_loss), rel_tol=1e-5)
+    # transformers has the z-loss for other families.
+    logits = torch.stack(theirs.router_logits)[:, mask.reshape(-1) == 1]
+    assert math.isclose(float(collected.load.z_loss()), float(router_z_loss_func(logits)), rel_tol=1e-5)
+
+
+@pytest.mark.nightly
+def test_the_losses_of_a_trained_router_equal_transformers(pair):
+    """The gradient of the cross entropy with both losses of the router, each at its share."""
+    if pair.ours.config.experts is None:
+        return
+    experts = dataclasses.replace(pair.ours.config.experts, balance=0.3, z_loss=0.2)
+    config = dataclasses.replace(pair.ours.config, experts=experts)
+    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    model = LanguageModel(pair.ours.module, pair.ours.params, config, None)
+    tokens = tokens_of(pair.ours, 2, 12)
+    ones = jnp.ones((1, 2, 11), jnp.int32)
+    batch = {"tokens": tokens[None, :, :-1], "targets": tokens[None, :, 1:], "counts": ones > 0, "segments": ones}
+    parts = take_apart(*sx.attach(jax.random.key(0), model.params, [("o_proj", sx.LoRA(rank=2))]), False, ("router",))
+    train = {"adapters": parts.adapters, "base": parts.trained_base}
+    sums, grads = sx.forward_backward(model, train, parts.frozen, parts.base, batch, jax.random.key(1))
+    ids = torch.tensor(np.asarray(tokens), dtype=torch.long)
+    out = pair.torch(ids[:, :-1], output_router_logits=True)
+    entropy = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss = entropy + 0.3 * out.aux_loss + 0.2 * router_z_loss_func(torch.stack(out.router_logits))
+    weights = [parameter for name, parameter in pair.torch.named_parameters() if name.endswith("mlp.gate.weight")]
+    wanted = np.stack([grad.numpy().T for grad in torch.autograd.grad(loss, weights)])
+    assert math.isclose(float(sum(sums.losses.values()) / sums.items), float(loss.detach()), rel_tol=1e-5)
+    assert set(sums.losses) == {"loss", "balance_loss", "z_loss"}
+    assert relative(grads["base"]["layers/mlp/router/weight"], wanted) < TOLERANCE
 
 
 @pytest.mark.usefixtures("strict")
@@ -149,6 +208,22 @@ def test_greedy_text_equals_transformers(pair):
         mask = torch.ones_like(ids)
         theirs = pair.torch.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
         assert new == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.usefixtures("strict")
+def test_texts_packed_or_padded_equal_transformers(pair):
+    """The same 12 and 9 tokens in one row, and on either side of padding."""
+    if not pair.ours.config.windows:
+        return
+    tokens = np.asarray(tokens_of(pair.ours, 21))
+    first, second = tokens[:12], tokens[12:]
+    rows = np.zeros((2, 21), np.int32)
+    segments = np.array([[1] * 12 + [2] * 9, [0] * 5 + [1] * 12 + [0] * 4], np.int32)
+    rows[0], rows[1, 5:17] = tokens, first
+    out = jax.jit(pair.ours.apply)(pair.ours.params, None, jnp.asarray(rows), segment_ids=jnp.asarray(segments))
+    parts = ((first, out[0, :12]), (second, out[0, 12:]), (first, out[1, 5:17]))
+    for text, ours in parts:
+        assert relative(ours, torch_logits(pair.torch, text[None])[0]) < TOLERANCE
 
 
 @pytest.mark.usefixtures("strict")
@@ -216,6 +291,53 @@ PUBLISHED = {
     "Mixtral-8x7B": published(
         "mixtral", 32, 4096, 14336, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
     ),
+    # Its file leaves `layer_types` out: five windows, then full attention.
+    "Gemma-3-1B": published(
+        "gemma3_text",
+        26,
+        1152,
+        6912,
+        4,
+        1,
+        262144,
+        head_dim=256,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        cache_implementation="hybrid",
+        rope_local_base_freq=10000,
+        sliding_window=512,
+        sliding_window_pattern=6,
+    )
+    | {"rope_theta": 1000000},
+    "Phi-4-mini": published(
+        "phi3",
+        32,
+        3072,
+        8192,
+        24,
+        8,
+        200064,
+        original_max_position_embeddings=4096,
+        partial_rotary_factor=0.75,
+        sliding_window=262144,
+        bos_token_id=199999,
+        eos_token_id=199999,
+        pad_token_id=199999,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        lm_head_bias=False,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        full_attn_mod=1,
+        interpolate_factor=1,
+    )
+    | {
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"type": "longrope", "long_factor": [32.0] * 48, "short_factor": [1.0] * 48},
+    },
     "OLMoE-1B-7B": published(
         "olmoe", 16, 2048, 1024, 16, 16, 50304, num_experts=64, num_experts_per_tok=8, clip_qkv=None
     ),
@@ -238,7 +360,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", nightly_unless(PUBLISHED.keys() - {"Gemma-2B", "OLMoE-1B-7B"}, PUBLISHED))
 def test_plans_count_what_transformers_builds(name, tmp_path, capsys):
     raw = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -274,10 +396,25 @@ REFUSED = {
     "both ways": ("Gemma-2B", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     "yarn": ("Qwen3-0.6B", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
     "foreign": ("Qwen2.5-0.5B", {"attn_logit_softcapping": 50.0}, "unknown field 'attn_logit_softcapping'"),
-    **{
-        kind: ("Qwen3-0.6B", {"model_type": kind}, f"{kind!r} is not supported; known: llama, mistral, qwen2")
-        for kind in ("gemma3_text", "deepseek_v3")
-    },
+    "another family": ("Qwen3-0.6B", {"model_type": "deepseek_v3"}, "'deepseek_v3' is not supported; known: llama, m"),
+    "images": ("Qwen3-0.6B", {"model_type": "gemma3"}, "'gemma3' is not supported; .* save its text part as gemma3_te"),
+    "scaled window": (
+        "Gemma-3-1B",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "sliding_attention: rope type 'linear' is not supported, only default",
+    ),
+    "flat ropes": ("Gemma-3-1B", {"rope_parameters": {"rope_theta": 3.0}}, "an object for full_attention and sliding"),
+    "capped scores": ("Gemma-3-1B", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 .* only None"),
+    "part of a head": ("Qwen3-0.6B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    "odd part": ("Phi-4-mini", {"partial_rotary_factor": 0.9, "rope_scaling": None}, "that is rotated must be even"),
+    "more than a head": ("Phi-4-mini", {"partial_rotary_factor": 2.0}, "partial_rotary_factor must be at most 1, got"),
+    "few factors": (
+        "Phi-4-mini",
+        {"rope_scaling": {"type": "su", "long_factor": [1.0] * 48, "short_factor": [1.0] * 47}},
+        "short_factor must be a list of 48 numbers",
+    ),
+    "linear Phi": ("Phi-4-mini", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' .* default, longrope"),
+    "a head's bias": ("Phi-4-mini", {"lm_head_bias": True}, "lm_head_bias = True is not supported, only False"),
     "dense layers": ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
     "some sparse": ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported, only 1"),
     "noise": ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported, only 0.0"),
@@ -295,9 +432,116 @@ def test_configs_that_are_refused(name):
     assert "\n" not in str(caught.value)
 
 
+ROUTED = {
+    "mixtral": ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, {"num_local_experts": 4}),
+    "olmoe": ("OLMoE-1B-7B", {"clip_qkv": 8.0}, {"num_experts": 32, "norm_topk_prob": True}),
+    "qwen2_moe": (
+        "Qwen1.5-MoE-A2.7B",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "qkv_bias": False, "use_sliding_window": True}
+        | {"layer_types": ["full_attention", "sliding_attention"]},
+        {"num_experts": 32, "norm_topk_prob": True, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 64},
+    ),
+    "qwen3_moe": (
+        "Qwen3-30B-A3B",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True},
+        {"num_experts": 32, "norm_topk_prob": False, "moe_intermediate_size": 32},
+    ),
+}
+"""By family: a model, and values of fields that LLaMA lacks: those that are refused, and those that are read."""
+READ = {"num_experts_per_tok": 3, "router_aux_loss_coef": 0.5}
+"""Fields of all of them that are read, and the field of each that changes nothing is `output_router_logits`."""
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_every_option_of_a_router_is_read_or_refused(kind):
+    """A field that transformers' config has beyond LLaMA's, and that is not in the table, fails the test."""
+    model, refused, read = ROUTED[kind]
+    raw, read = PUBLISHED[model], read | READ
+    theirs, plain = (
+        {field.name for field in dataclasses.fields(type(transformers.AutoConfig.for_model(name)))}
+        for name in (kind, "llama")
+    )
+    # Windows are refused by the switch, and Mixtral's is that of Mistral.
+    assert theirs - plain == {*refused, *read, "output_router_logits"} | (
+        theirs & {"sliding_window", "max_window_layers"}
+    )
+    for field, value in refused.items():
+        with pytest.raises(sx.SboraxError, match=f"config.json: {field} = ") as caught:
+            LlamaConfig.from_hf(raw | {field: value})
+        assert "\n" not in str(caught.value)
+    before = LlamaConfig.from_hf(raw)
+    for field, value in read.items():
+        after = LlamaConfig.from_hf(raw | {field: value})
+        assert after.experts != before.experts and LlamaConfig.from_hf(after.to_hf()) == after, field
+    assert LlamaConfig.from_hf(raw | {"output_router_logits": True}) == before
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("kind", [kind for kind in ROUTED if kind != "mixtral"])
+def test_weights_of_experts_that_add_up_to_one_or_not(kind, tmp_path):
+    """The other value than in `FIELDS`, of two experts a token."""
+    other = not FIELDS[kind].get("norm_topk_prob", False)
+    fields = {**FIELDS[kind], "num_hidden_layers": 1, "eos_token_id": ENDS}
+    fields |= {"norm_topk_prob": other, "num_experts_per_tok": 2}
+    theirs, ours = make(kind, tmp_path, **fields), load_model(tmp_path)
+    tokens = tokens_of(ours, 2, 9)
+    assert relative(jax.jit(ours.apply)(ours.params, None, tokens), torch_logits(theirs, tokens)) < TOLERANCE
+
+
 def test_a_family_that_there_is_not():
     with pytest.raises(sx.SboraxError, match="model_type 'gemma9' is not supported"):
         LlamaConfig(**TINY, head_dim=8, model_type="gemma9")
+
+
+def test_longrope_ends_with_the_pretraining():
+    """Longer texts have other frequencies, from the first token on."""
+    phi = LlamaConfig.from_hf(PUBLISHED["Phi-4-mini"])
+    assert (phi.context, phi.windows, phi.rope.features(phi.head_dim)) == (4096, (), 96)
+    assert math.isclose(phi.rope_magnitude, math.sqrt(1 + math.log(32) / math.log(4096)))
+    scaling = PUBLISHED["Phi-4-mini"]["rope_scaling"]
+    for fields in ({"factor": 32.0}, {"attention_factor": phi.rope_magnitude}):
+        same = LlamaConfig.from_hf(PUBLISHED["Phi-4-mini"] | {"rope_scaling": scaling | fields})
+        assert same.rope_magnitude == phi.rope_magnitude and LlamaConfig.from_hf(same.to_hf()) == same
+
+
+def test_gemma3_files_of_either_form_say_the_same():
+    old = LlamaConfig.from_hf(PUBLISHED["Gemma-3-1B"])
+    assert old.layer_types == (("sliding_attention",) * 5 + ("full_attention",)) * 4 + ("sliding_attention",) * 2
+    assert (old.rope.theta, old.rope_local_base_freq, old.windows[:6]) == (1e6, 1e4, (512,) * 5 + (8192,))
+    bare = {key: value for key, value in PUBLISHED["Gemma-3-1B"].items() if not key.startswith(("rope", "sliding_w"))}
+    nested = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "default"}}
+    assert LlamaConfig.from_hf(bare | {"sliding_window": 512, "rope_parameters": nested}) == old
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    full = LlamaConfig.from_hf(PUBLISHED["Gemma-3-1B"] | scaled)
+    assert (full.rope.kind, full.rope.factor, full.local_rope.kind) == ("linear", 8.0, "default")
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(full.to_hf()))).rope_parameters
+    assert theirs["full_attention"] == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    assert theirs["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.nightly
+def test_the_text_part_of_a_gemma_3_with_images(tmp_path):
+    """The lines of docs/models.md."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=TINY | {"head_dim": 8, "layer_types": None, "num_hidden_layers": 2},
+        vision_config=sizes | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    both = transformers.Gemma3ForConditionalGeneration(config).eval()
+    both.save_pretrained(tmp_path / "both")
+    with pytest.raises(sx.SboraxError, match="save its text part as gemma3_text"):
+        load_model(tmp_path / "both")
+    both = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "both")
+    text = transformers.Gemma3ForCausalLM(both.config.text_config)
+    text.model, text.lm_head = both.model.language_model, both.lm_head
+    text.save_pretrained(tmp_path / "text")
+    ours = load_model(tmp_path / "text")
+    tokens = tokens_of(ours, 2, 9)
+    assert relative(jax.jit(ours.apply)(ours.params, None, tokens), torch_logits(both, tokens)) < TOLERANCE
 
 
 def test_a_window_is_a_limit():

@@ -25,7 +25,7 @@ from sborax.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-EXPERTS = Experts(count=6, chosen=2, intermediate_size=64, shared_size=64)
+EXPERTS = Experts(count=6, chosen=2, intermediate_size=64, shared_size=64, z_loss=0.002)
 SHAPE = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
 
 
@@ -112,3 +112,5 @@ def test_a_run_on_experts(place, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Two experts of six for each token: the loss is twice its share at equal load, and hardly more at the start.
     assert math.isclose(lines[0]["balance_loss"], 2 * EXPERTS.balance, rel_tol=0.1)
+    # Logits near zero, whose exponentials add up to six.
+    assert math.isclose(lines[0]["z_loss"], math.log(6) ** 2 * EXPERTS.z_loss, rel_tol=0.1)

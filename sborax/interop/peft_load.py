@@ -19,10 +19,12 @@ from sborax.adapters.paths import Plan, Site
 from sborax.adapters.tree import attach, nodes
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_experts import FIELD, read_experts
+from sborax.interop.peft_fused import taken_apart
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
 from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
+from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
 
@@ -56,7 +58,8 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
 def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
     config, file = _read_config(place / CONFIG), _open(place / TENSORS)
     layout = layout_of(model.params)
-    with file:
+    with file as stored:
+        config, file = taken_apart(config, stored, layout, family_of(model.config.model_type).fused)
         headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         names = dict(zip(headers, headers, strict=True))
         if str(config.get("peft_type")) in OLD_NAMES:
@@ -121,7 +124,7 @@ def _changed_base(
     return _replaced(params, layout, changed)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise SboraxError(f"{CONFIG} is missing; is this a PEFT adapter directory?")
     if path.stat().st_size > LARGEST_CONFIG:
@@ -146,7 +149,7 @@ def _open(path: Path) -> Any:
         raise SboraxError(f"{TENSORS} is not a readable safetensors file ({str(failure)[:80]})") from None
 
 
-def _modern(config: dict[str, Any], headers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _modern(config: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
     """`(config, {new name: stored name})` of a kind that PEFT has renamed."""
     kind, old, new = OLD_NAMES[config["peft_type"]]
     config = {**config, "peft_type": kind}

@@ -19,6 +19,7 @@ from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Factors, by_layer, exact, truncated
 from sborax.interop.peft_base import kind_for
 from sborax.interop.peft_experts import FIELD, Written, write_experts
+from sborax.interop.peft_fused import put_together
 from sborax.interop.peft_layout import (
     CONFIG,
     TENSORS,
@@ -34,6 +35,7 @@ from sborax.interop.peft_row import PREFIX, ROOT, Row, shared_shapes
 from sborax.interop.peft_table import PLAIN, TABLE
 from sborax.interop.peft_targets import naming, pattern_for, saved_modules, targeted
 from sborax.methods import LoRA
+from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
 
 
@@ -146,8 +148,12 @@ def save_peft(
     if entries:
         _check_keys(config, row, layout, entries, set(tensors))
     tensors |= {} if written is None else written.tensors
+    modules = len(entries)
+    if entries and (fused := family_of(model.config.model_type).fused):
+        fields = {module: entry.fields for module, entry in entries.items()}
+        config, tensors, modules = put_together(config, tensors, fields, row, layout, fused)
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
-    exported = Exported(row.peft_type, len(entries) + len(of_experts), _size(tensors), errors)
+    exported = Exported(row.peft_type, modules + len(of_experts), _size(tensors), errors)
     methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
     _write(directory, config, tensors, methods, exported, base, facts)
     return exported

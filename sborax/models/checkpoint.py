@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 import re
 import struct
 import sys
@@ -19,7 +20,7 @@ from sborax.adapters.leaves import map_with_path
 from sborax.config.documents import check_plain, parse, read_object, shown
 from sborax.config.terminal import say
 from sborax.models.decoder import DecoderConfig
-from sborax.models.names import DERIVED, Row, row, stack_shape, tensor_names
+from sborax.models.names import DERIVED, Row, fused_tensors, row, stack_shape, tensor_names
 from sborax.models.nf4 import NF4Array, check, quantise, quantise_numpy
 from sborax.models.shards import aligned, read_sharded
 
@@ -88,6 +89,30 @@ class Safetensors(AbstractTensors):
         if entry.dtype not in FLOATS:
             raise SboraxError(f"{entry.file}: {name} has dtype {entry.dtype}; known: {', '.join(FLOATS)}")
         return np.memmap(entry.file, jnp.dtype(FLOATS[entry.dtype]), "r", entry.start, entry.shape)
+
+    def parted(self, fused: Mapping[str, tuple[str, ...]], shapes: Mapping[str, Any]) -> "Safetensors":
+        """These tensors, with those of modules that hold several projections taken apart without reading them.
+
+        - fused: the names of the projections by module, in the order of their outputs.
+        - shapes: the shapes of the params, which say how many outputs each projection has.
+
+        Raises SboraxError for a tensor that is missing, that has other outputs, or of which a part is there twice.
+        """
+        entries = dict(self.entries)
+        for module, parts in fused_tensors(fused, shapes).items():
+            if (entry := entries.pop(module, None)) is None:
+                raise SboraxError(f"{self.where}: tensor {module!r} is missing")
+            outputs = sum(parts.values())
+            if entry.shape[:1] != (outputs,):
+                raise SboraxError(f"{self.where}: {module} has shape {entry.shape}, config says {outputs} outputs")
+            row = math.prod(entry.shape[1:]) * np.dtype(jnp.dtype(FLOATS.get(entry.dtype, "float32"))).itemsize
+            start = entry.start
+            for part, size in parts.items():
+                if part in self.entries:
+                    raise SboraxError(f"{self.where}: tensor {part!r} is there beside {module!r}, which holds it, too")
+                entries[part] = entry._replace(shape=(size, *entry.shape[1:]), start=start)
+                start += size * row
+        return dataclasses.replace(self, entries=entries)
 
 
 def _entries(file: Path) -> dict[str, Entry]:

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import shown
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.families import CAPS, INERT, NEUTRAL, OPTIONAL, UNEQUAL, ExpertKeys, Family, family_of
+from sborax.models.families import CAPS, INERT, NEUTRAL, OPTIONAL, UNEQUAL, Z_LOSS, ExpertKeys, Family, family_of
 
 SLIDING = "sliding_attention"
 MOST_LAYERS = 1 << 12
@@ -27,8 +27,12 @@ and of the experts of a layer. They are far beyond real models."""
 class Rope:
     """Rotary embedding: its base, and how its frequencies are scaled.
 
-    - kind: "default", "linear" (arXiv:2306.15595) or "llama3" (arXiv:2407.21783; the fields below `factor`).
+    - kind: "default", "linear" (arXiv:2306.15595), "llama3" (arXiv:2407.21783; the fields below `factor`) or "longrope"
+      (arXiv:2402.13753; the fields below `original_length`).
     - original_length: context length of the pre-training, in tokens.
+    - rotated: the share of a head's features that is rotated: the first ones.
+    - short_factor, long_factor: what divides each frequency in sequences up to `original_length`, and in longer ones.
+    - attention_factor: what multiplies rotated vectors; None for `LlamaConfig.rope_magnitude`.
     """
 
     theta: float = 10_000.0
@@ -37,15 +41,26 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    rotated: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float | None = None
+
+    def features(self, head_dim: int) -> int:
+        """How many features of a head are rotated."""
+        return int(head_dim * self.rotated)
 
     def inverse_frequencies(self, head_dim: int) -> Float32[np.ndarray, " half"]:
-        """Angle per position of every pair of features: theta^(-2 i / head_dim), scaled. Radians per token."""
-        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        """Angle per position of every pair of features: theta^(-2 i / features), scaled. Radians per token."""
+        features = self.features(head_dim)
+        exponent = np.arange(0, features, 2, dtype=np.float32) / np.float32(features)
         plain = np.float32(1.0) / np.power(np.float64(self.theta), exponent.astype(np.float64)).astype(np.float32)
         if self.kind == "default":
             return plain
         if self.kind == "linear":
             return plain / np.float32(self.factor)
+        if self.kind == "longrope":
+            return plain / np.asarray(self.short_factor, np.float32)
         wavelength = np.float32(2 * math.pi) / plain
         span = np.float32(self.high_freq_factor - self.low_freq_factor)
         smooth = (np.float32(self.original_length) / wavelength - np.float32(self.low_freq_factor)) / span
@@ -66,6 +81,8 @@ class Experts:
     - shared_size: the inner width of a gated unit for every token, weighed by a sigmoid; 0 for none.
     - normalised: the probabilities of the chosen experts are divided by their sum.
     - balance: the share of the load-balancing loss in the loss of a model whose router is trained.
+    - z_loss: the share of the router's z-loss (arXiv:2202.08906) there; its authors take 0.001. Key
+      `router_z_loss_coef`, which transformers knows in other families; 0 where a file does not have it.
     """
 
     count: int
@@ -74,6 +91,7 @@ class Experts:
     shared_size: int = 0
     normalised: bool = False
     balance: float = 0.001
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.chosen <= self.count:
@@ -88,8 +106,9 @@ class LlamaConfig:
 
     - attention_bias: q, k, v and o have biases. In some families q, k and v always have them: see `qkv_bias`.
     - sliding_window: how many tokens back a layer sees, where `layer_types` says so; without these, the longest
-      sequence with plainly causal attention, or None.
+      sequence with plainly causal attention, or None. In some families every layer has it: see `windows`.
     - layer_types: "full_attention" or "sliding_attention" for every layer; empty for plainly causal attention.
+    - rope_local_base_freq: the base of the rotary embedding in layers with windows; None for that of the others.
     - query_pre_attn_scalar: scores are divided by its square root; None for that of head_dim.
     - attn_logit_softcapping, final_logit_softcapping: scores and logits x become cap tanh(x / cap); None for no cap.
     - model_type: a row of `families.FAMILIES`.
@@ -113,6 +132,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    rope_local_base_freq: float | None = None
     query_pre_attn_scalar: int | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -145,8 +165,9 @@ class LlamaConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise SboraxError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.rope.features(self.head_dim) % 2:
+            name = "head_dim" if self.rope.rotated == 1 else "the share of head_dim that is rotated"
+            raise SboraxError(f"{name} must be even for rotary embeddings, got {self.rope.features(self.head_dim)}")
 
     def _check_bounds(self) -> None:
         bounds = {"vocab_size": WIDEST, "hidden_size": WIDEST, "intermediate_size": WIDEST, "head_dim": WIDEST_HEAD}
@@ -179,16 +200,44 @@ class LlamaConfig:
 
     @property
     def context(self) -> int:
-        """The longest sequence that the model computes here, in tokens."""
-        if self.layer_types or self.sliding_window is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.sliding_window)
+        """The longest sequence that the model computes here, in tokens.
+
+        That of a model with longrope is the length of its pre-training: longer texts have other frequencies, from their
+        first token on.
+        """
+        longest = self.max_position_embeddings
+        if self.rope.kind == "longrope":
+            longest = min(longest, self.rope.original_length)
+        if self.layer_types or self.family.windowed or self.sliding_window is None:
+            return longest
+        return min(longest, self.sliding_window)
 
     @property
     def windows(self) -> tuple[int, ...]:
         """How many tokens back each layer sees; empty if all see all of them."""
         full = self.max_position_embeddings
-        return tuple((self.sliding_window or full) if kind == SLIDING else full for kind in self.layer_types)
+        kinds = self.layer_types or ((SLIDING,) * self.num_hidden_layers if self.family.windowed else ())
+        windows = tuple((self.sliding_window or full) if kind == SLIDING else full for kind in kinds)
+        return windows if any(window < self.context for window in windows) else ()
+
+    @property
+    def local_rope(self) -> Rope | None:
+        """The rotary embedding of layers with windows, if it is not that of the others."""
+        return None if self.rope_local_base_freq is None else Rope(self.rope_local_base_freq)
+
+    @property
+    def rope_magnitude(self) -> float:
+        """What multiplies rotated vectors: sqrt(1 + ln s / ln L), s = context / L, L that of the pre-training.
+
+        It is 1 but for longrope.
+        """
+        rope = self.rope
+        if rope.kind != "longrope":
+            return 1.0
+        stretch = self.max_position_embeddings / rope.original_length
+        if rope.attention_factor is not None or stretch <= 1:
+            return rope.attention_factor or 1.0
+        return math.sqrt(1 + math.log(stretch) / math.log(rope.original_length))
 
     def of_layer(self, layer: int) -> "LlamaConfig":
         """The config of a model with all layers like this one."""
@@ -207,12 +256,15 @@ class LlamaConfig:
         """
         kind = raw.get("model_type")
         family = family_of(kind, where)
+        raw = _flat_rope(raw, where) if "rope_local_base_freq" in family.optional else raw
         for key, allowed in family.keys.items():
             given = raw.get(key, allowed[0])
             if any(value not in allowed for value in (given if isinstance(given, list | tuple) else [given])):
                 raise SboraxError(f"{where}: {key} = {str(given)[:80]} is not supported, only {allowed[0]}")
         known = {field.name for field in dataclasses.fields(LlamaConfig)} - OPTIONAL | family.optional
         known |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
+        known |= {family.full_every_key} - {""} | ({"partial_rotary_factor"} if family.partial else set())
+        known |= {"original_max_position_embeddings"} if "longrope" in family.ropes else set()
         known = known - {"experts"} | (family.experts.keys if family.experts else frozenset())
         unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
         if unknown:
@@ -222,6 +274,7 @@ class LlamaConfig:
         if read.optional_integer("head_dim") is None and width % heads:
             raise SboraxError(f"{where}: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
         length, vocabulary = read.integer("max_position_embeddings"), read.integer("vocab_size")
+        head_dim = read.optional_integer("head_dim") or width // heads
         # The first LLaMA's files say -1 for no padding token.
         pad = None if raw.get("pad_token_id") == -1 else next(iter(read.tokens("pad_token_id", vocabulary)), None)
         given: dict[str, Any] = dict(
@@ -231,15 +284,18 @@ class LlamaConfig:
             num_hidden_layers=read.integer("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=read.optional_integer("num_key_value_heads") or heads,
-            head_dim=read.optional_integer("head_dim") or width // heads,
+            head_dim=head_dim,
             max_position_embeddings=length,
             rms_norm_eps=read.number("rms_norm_eps"),
-            rope=_read_rope({**family.defaults, **raw}, where, length),
+            rope=_read_rope(read, family, length, head_dim),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             attention_bias="attention_bias" in family.optional and read.flag("attention_bias"),
             mlp_bias="mlp_bias" in family.optional and read.flag("mlp_bias"),
             sliding_window=read.optional_integer("sliding_window") if "sliding_window" in family.optional else None,
             layer_types=_read_types(read, family) if "layer_types" in family.optional else (),
+            rope_local_base_freq=(
+                read.number("rope_local_base_freq") if "rope_local_base_freq" in family.optional else None
+            ),
             query_pre_attn_scalar=(
                 read.optional_integer("query_pre_attn_scalar") if "query_pre_attn_scalar" in family.optional else None
             ),
@@ -270,15 +326,7 @@ class LlamaConfig:
         else:
             del raw["layer_sizes"]
             raw["architectures"] = [self.family.causal_lm]
-        if self.rope.kind != "default":
-            raw["rope_scaling"] = {"rope_type": self.rope.kind, "factor": self.rope.factor}
-        if self.rope.kind == "llama3":
-            raw["rope_scaling"] |= {
-                "low_freq_factor": self.rope.low_freq_factor,
-                "high_freq_factor": self.rope.high_freq_factor,
-                "original_max_position_embeddings": self.rope.original_length,
-            }
-        return raw
+        return raw | _written_rope(self.rope, self.family)
 
 
 def ends(raw: Mapping[str, Any], where: str, vocabulary: int) -> tuple[int, ...]:
@@ -328,6 +376,13 @@ class _Reader:
     def optional_number(self, key: str) -> float | None:
         return None if self.raw.get(key) is None else self.number(key)
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers."""
+        value = self._given(key)
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise SboraxError(f"{self.where}: {key} must be a list of {count} numbers, got {shown(value)}")
+        return tuple(_Reader({key: number}, self.where).number(key) for number in value)
+
     def share(self, key: str) -> float:
         value = self._given(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e30:
@@ -358,9 +413,8 @@ def _read_types(read: _Reader, family: Family) -> tuple[str, ...]:
     given, layers = read.raw.get("layer_types"), read.integer("num_hidden_layers")
     if given is not None and not isinstance(given, list | tuple):
         raise SboraxError(f"{read.where}: layer_types must be a list, got {shown(given)}")
-    every = [
-        SLIDING if (layer + 1) % family.full_every else "full_attention" for layer in range(min(layers, MOST_LAYERS))
-    ]
+    period = read.optional_integer(family.full_every_key, family.full_every) or family.full_every
+    every = [SLIDING if (layer + 1) % period else "full_attention" for layer in range(min(layers, MOST_LAYERS))]
     return tuple(given or every)
 
 
@@ -375,6 +429,7 @@ def _read_experts(read: _Reader, keys: ExpertKeys | None) -> Experts | None:
         shared_size=read.integer(keys.shared) if keys.shared else 0,
         normalised=read.flag("norm_topk_prob") if keys.normalised is None else keys.normalised,
         balance=read.share("router_aux_loss_coef"),
+        z_loss=read.share(Z_LOSS) if Z_LOSS in read.raw else 0.0,
     )
 
 
@@ -388,6 +443,7 @@ def _written_experts(experts: Experts | None, keys: ExpertKeys | None) -> dict[s
         "router_aux_loss_coef": experts.balance,
     }
     raw |= {keys.shared: experts.shared_size} if keys.shared else {}
+    raw |= {Z_LOSS: experts.z_loss} if experts.z_loss else {}
     return raw if keys.normalised is not None else raw | {"norm_topk_prob": experts.normalised}
 
 
@@ -404,8 +460,45 @@ def _read_sizes(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, int, int
     return tuple((heads, kv_heads, width) for heads, kv_heads, width in layers)
 
 
-def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
-    """The rotary embedding, in the form of transformers before version 5 (`rope_theta`, `rope_scaling`) or since."""
+def _flat_rope(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The config with the rotary embeddings of the two kinds of layers in the form before transformers 5.
+
+    Since then `rope_parameters` holds an object for each kind of layer.
+    """
+    nested = raw.get("rope_parameters")
+    if nested is None:
+        return raw
+    kinds = ("full_attention", SLIDING)
+    if not isinstance(nested, dict) or nested.keys() - kinds:
+        raise SboraxError(f"{where}: rope_parameters must have an object for {kinds[0]} and {kinds[1]}")
+    full, local = (nested.get(kind) or {} for kind in kinds)
+    if not isinstance(full, dict) or not isinstance(local, dict):
+        raise SboraxError(f"{where}: rope_parameters must have an object for {kinds[0]} and {kinds[1]}")
+    kind = local.get("rope_type", local.get("type", "default"))
+    if kind != "default":
+        raise SboraxError(f"{where}: {SLIDING}: rope type {shown(kind)} is not supported, only default")
+    flat = {key: value for key, value in raw.items() if key not in ("rope_parameters", "rope_scaling")}
+    flat["rope_scaling"] = {**full, **(raw.get("rope_scaling") or {})}
+    return flat | ({"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {})
+
+
+FREQUENCY_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""The fields that each kind of rotary embedding must have."""
+LONGROPE_NAMES = ("su", "yarn")
+"""Earlier names of longrope in the families that have it."""
+
+
+def _read_rope(top: _Reader, family: Family, length: int, head_dim: int) -> Rope:
+    """The rotary embedding, in the form of transformers before version 5 (`rope_theta`, `rope_scaling`) or since.
+
+    top: the fields of the config.
+    """
+    raw, where = top.raw, top.where
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise SboraxError(f"{where}: rope scaling must be an object, got {shown(given)}")
@@ -414,25 +507,26 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     read = _Reader(scaling, f"{where}, rope scaling")
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    if not isinstance(kind, str) or kind not in needed:
-        raise SboraxError(f"{where}: rope type {shown(kind)} is not supported; known: {', '.join(needed)}")
-    allowed = {"rope_theta", "original_max_position_embeddings", "partial_rotary_factor", *needed[kind]}
+    kind = "longrope" if kind in LONGROPE_NAMES and "longrope" in family.ropes else kind
+    if not isinstance(kind, str) or kind not in family.ropes:
+        raise SboraxError(f"{where}: rope type {shown(kind)} is not supported; known: {', '.join(family.ropes)}")
+    allowed = {"rope_theta", "original_max_position_embeddings", "partial_rotary_factor", *FREQUENCY_KEYS[kind]}
+    allowed |= {"factor", "attention_factor"} if kind == "longrope" else set()
     # A plain rope may have the fields of a scaling that is switched off.
     unknown = sorted(scaling.keys() - allowed) if kind != "default" else []
     if unknown:
         raise SboraxError(f"{where}: rope scaling has an unknown field {unknown[0]!r}")
-    if scaling.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
+    rope = Rope(theta=read.number("rope_theta"), kind=kind)
+    if family.partial:
+        rope = dataclasses.replace(rope, rotated=_read_rotated(scaling, top))
+    elif scaling.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
         raise SboraxError(
             f"{where}: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported, only 1.0"
         )
-    rope = Rope(theta=read.number("rope_theta"), kind=kind)
     if kind == "default":
         return rope
+    if kind == "longrope":
+        return _read_longrope(rope, read, top, head_dim)
     rope = dataclasses.replace(rope, factor=read.number("factor"))
     if kind == "linear":
         return rope
@@ -445,3 +539,38 @@ def _read_rope(raw: Mapping[str, Any], where: str, length: int) -> Rope:
         high_freq_factor=high,
         original_length=read.optional_integer("original_max_position_embeddings", length) or length,
     )
+
+
+def _read_rotated(scaling: Mapping[str, Any], top: _Reader) -> float:
+    key = "partial_rotary_factor"
+    share = _Reader({key: scaling.get(key, top.raw.get(key, 1.0))}, top.where).number(key)
+    if share > 1:
+        raise SboraxError(f"{top.where}: {key} must be at most 1, got {share:g}")
+    return share
+
+
+def _read_longrope(rope: Rope, read: _Reader, top: _Reader, head_dim: int) -> Rope:
+    """`rope` with the fields of longrope. transformers reads the original length beside these fields, not in them."""
+    pairs = rope.features(head_dim) // 2
+    original = top.integer("original_max_position_embeddings")
+    factors = {key: read.numbers(key, pairs) for key in FREQUENCY_KEYS["longrope"]}
+    magnitude, stretch = read.optional_number("attention_factor"), read.optional_number("factor")
+    if magnitude is None and stretch is not None:
+        magnitude = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    return dataclasses.replace(rope, original_length=original, attention_factor=magnitude, **factors)
+
+
+def _written_rope(rope: Rope, family: Family) -> dict[str, Any]:
+    """The fields for `_read_rope`, apart from `rope_theta`."""
+    raw: dict[str, Any] = {"partial_rotary_factor": rope.rotated} if family.partial else {}
+    if rope.kind == "default":
+        return raw
+    if rope.kind == "longrope":
+        # transformers before version 5 wants `type` here, and no other field than the two lists.
+        scaling = {"type": rope.kind, **{key: list(getattr(rope, key)) for key in FREQUENCY_KEYS["longrope"]}}
+        scaling |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
+        return {**raw, "rope_scaling": scaling, "original_max_position_embeddings": rope.original_length}
+    scaling = {"rope_type": rope.kind, **{key: getattr(rope, key) for key in FREQUENCY_KEYS[rope.kind]}}
+    if rope.kind == "llama3":
+        scaling["original_max_position_embeddings"] = rope.original_length
+    return {**raw, "rope_scaling": scaling}

@@ -63,7 +63,7 @@ class DecoderConfig(Protocol):
 
 def plain_scores(config: DecoderConfig) -> bool:
     """Whether attention has neither windows nor caps of its scores."""
-    return not (getattr(config, "layer_types", ()) or getattr(config, "attn_logit_softcapping", None))
+    return not (getattr(config, "windows", ()) or getattr(config, "attn_logit_softcapping", None))
 
 
 def _experts(config: DecoderConfig) -> Any:
@@ -75,6 +75,12 @@ def active_share(config: DecoderConfig) -> float:
     """The share of a layer's experts that a token passes; 1 for a config without experts."""
     experts = _experts(config)
     return 1.0 if experts is None else experts.chosen / experts.count
+
+
+def z_share(config: DecoderConfig) -> float:
+    """The share of the router's z-loss in the loss of a run that trains the router; 0 without experts."""
+    experts = _experts(config)
+    return 0.0 if experts is None else experts.z_loss
 
 
 def balance_share(config: DecoderConfig) -> float:

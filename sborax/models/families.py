@@ -33,8 +33,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keys with their supported values. Other values ask for something that no family does here, also within a list."""
 
 CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
-OPTIONAL = CAPS | {"attention_bias", "mlp_bias", "sliding_window", "layer_types", "query_pre_attn_scalar"}
+OPTIONAL = CAPS | {
+    *("attention_bias", "mlp_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "rope_local_base_freq")
+}
 """Fields of a config that not every family has."""
+
+Z_LOSS = "router_z_loss_coef"
+"""The key of the share of a router's z-loss. It may be in the config of every family with experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ExpertKeys:
     @property
     def keys(self) -> frozenset[str]:
         """Every key that is read."""
-        named = {*self.count, self.intermediate_size, "num_experts_per_tok", "router_aux_loss_coef"}
+        named = {*self.count, self.intermediate_size, "num_experts_per_tok", "router_aux_loss_coef", Z_LOSS}
         named |= {self.shared} if self.shared else set()
         return frozenset(named if self.normalised is not None else named | {"norm_topk_prob"})
 
@@ -79,6 +84,11 @@ class Family:
     - interleaved: GGUF files rotate neighbouring features together.
     - sandwich: norms on the outputs of attention and of the MLP, too.
     - full_every: of how many layers one sees all tokens, if `layer_types` is left out; the others have a window.
+    - full_every_key: the key of that number; empty if files cannot say it.
+    - windowed: every layer has the window `sliding_window`.
+    - ropes: the kinds of rotary embeddings that its files may name.
+    - partial: files may say the share of a head's features that is rotated (`partial_rotary_factor`).
+    - fused: modules of its files that hold several projections, output after output, and the names of these.
     - experts: the MLPs are mixtures of experts, and the keys that say how large; None for dense ones.
     - files: names of tensors in files of safetensors, by path of our leaf, where they are not those of LLaMA.
     - decoder: the class of the module; None for `Llama`, which reads the fields above.
@@ -99,6 +109,11 @@ class Family:
     interleaved: bool = False
     sandwich: bool = False
     full_every: int = 1
+    full_every_key: str = ""
+    windowed: bool = False
+    ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    partial: bool = False
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     experts: ExpertKeys | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     decoder: type[AbstractDecoder] | None = None
@@ -106,7 +121,8 @@ class Family:
     @property
     def keys(self) -> Mapping[str, tuple[Any, ...]]:
         """Every key that is supported with some values alone, with these values."""
-        return {"hidden_act": self.activations, **NEUTRAL, **self.neutral}
+        keys = {"hidden_act": self.activations, **NEUTRAL, **self.neutral}
+        return {key: values for key, values in keys.items() if key != "partial_rotary_factor" or not self.partial}
 
 
 _QWEN = {"use_sliding_window": OFF, "use_mrope": OFF, "mlp_bias": OFF}
@@ -196,6 +212,63 @@ FAMILIES: Mapping[str, Family] = {
         sandwich=True,
         full_every=2,
     ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        optional=frozenset({"final_logit_softcapping", "attention_bias", "sliding_window", "layer_types"})
+        | {"query_pre_attn_scalar", "rope_local_base_freq"},
+        qk_norm="head",
+        centred=True,
+        scaled=True,
+        activations=("gelu_pytorch_tanh",),
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+        neutral={
+            "hidden_activation": ("gelu_pytorch_tanh", None),
+            "use_bidirectional_attention": OFF,
+            "mlp_bias": OFF,
+            "layer_types": ("full_attention", "sliding_attention", None),
+            # transformers has the field and does not use it.
+            "attn_logit_softcapping": (None,),
+        },
+        inert=frozenset({"cache_implementation"}),
+        sandwich=True,
+        full_every=6,
+        full_every_key="sliding_window_pattern",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        optional=frozenset({"sliding_window"}),
+        defaults={
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+            "eos_token_id": 32000,
+            "bos_token_id": 1,
+        },
+        neutral={
+            "attention_bias": OFF,
+            "mlp_bias": OFF,
+            "lm_head_bias": OFF,
+            "embd_pdrop": (0.0, 0, None),
+            "resid_pdrop": (0.0, 0, None),
+            # Options of the code in Phi-4-mini's directory.
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
+        windowed=True,
+        ropes=("default", "longrope"),
+        partial=True,
+        fused={"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")},
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         optional=frozenset({"sliding_window"}),
@@ -244,6 +317,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 """`model_type` -> its family."""
 
+UNSUPPORTED: Mapping[str, str] = {
+    "gemma3": "it also reads images; save its text part as gemma3_text, as docs/models.md shows",
+}
+"""`model_type` -> what to do instead, where there is something."""
+
 
 def family_of(model_type: Any, where: str = "config") -> Family:
     """The row of a `model_type`, with the prefix `UNEQUAL` or without it. `where` names the file in errors.
@@ -253,7 +331,8 @@ def family_of(model_type: Any, where: str = "config") -> Family:
     name = str(model_type).removeprefix(UNEQUAL)
     family = FAMILIES.get(name) or _of_class(name) or (load_plugins() and _of_class(name)) or None
     if family is None:
-        raise SboraxError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
+        known = UNSUPPORTED.get(name, f"known: {', '.join(FAMILIES)}")
+        raise SboraxError(f"{where}: model_type {model_type!r} is not supported; {known}")
     return family
 
 

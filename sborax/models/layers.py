@@ -174,7 +174,12 @@ def rotate(
     cos: Float[Array, "batch seq half"],
     sin: Float[Array, "batch seq half"],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotary embedding: features (i, i + head_dim / 2) turn together, as Hugging Face's weights expect."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Rotary embedding: features (i, i + half) turn together, as Hugging Face's weights expect.
+
+    Features after the first 2 half are left as they are.
+    """
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

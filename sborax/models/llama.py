@@ -1,19 +1,19 @@
 """The LLaMA decoder in Flax Linen, with the options of the families in `families.FAMILIES`."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters import core
 from sborax.adapters.constraints import check_axis_types
 from sborax.adapters.core import HIDDEN
 from sborax.models.backends import ATTENDED, attend
-from sborax.models.config import LlamaConfig
+from sborax.models.config import SLIDING, LlamaConfig, Rope
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.layers import ACTIVATIONS, Embed, GatedUnit, Linear, RMSNorm, rotate, routed
 from sborax.models.memory import handed_on
@@ -27,6 +27,17 @@ OFFLOAD = "offload:"
 SAVEABLE = ("qkv", ATTENDED, "mixed", "gate_up", HIDDEN)
 """Intermediate values that `remat` may keep, by name: projections before rotation, attention's output before `o_proj`,
 the residual stream after attention, both halves of the gated unit, and the thin value inside an adapter."""
+
+
+class Reach(NamedTuple):
+    """What tells layers apart that see differently far. In a stack of layers each leaf has an axis of them.
+
+    - window: how many tokens back a layer sees; None if all see all tokens.
+    - local: whether a layer has the second of the model's rotary embeddings; None if there is a single one.
+    """
+
+    window: Int[Array, "*layers"] | None
+    local: Bool[Array, "*layers"] | None
 
 
 def norm_of(config: LlamaConfig, dtype: Any, name: str | None = None) -> RMSNorm:
@@ -105,13 +116,15 @@ class Block(nn.Module):
         segments: Any,
         ctx: core.Context,
         past: Cache | None,
-        window: Int[Array, ""] | None = None,
+        reach: Reach = Reach(None, None),
     ) -> tuple[Float[Array, "batch seq d"], Cache | None]:
         """The layer's output, and its keys and values if `keep`."""
+        if reach.local is not None:
+            rope = tuple(jnp.where(reach.local, local, full) for full, local in rope)
         cfg, norm = self.config, functools.partial(norm_of, self.config, self.dtype)
         ctx = routed(self, x, ctx)
         attend_to = Attention(cfg, self.dtype, self.attention, name="self_attn")
-        mixed, cache = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx, window)
+        mixed, cache = attend_to(norm("input_layernorm")(x), rope, segments, past, ctx, reach.window)
         if cfg.family.sandwich:
             mixed = norm("post_attention_layernorm")(mixed)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
@@ -139,7 +152,7 @@ class Unrolled(nn.Module):
         segments: Any,
         ctx: core.Context,
         past: Any,
-        windows: Int[Array, " layers"] | None = None,
+        reach: Reach = Reach(None, None),
     ) -> tuple[Float[Array, "batch seq d"], Any]:
         """What the scanned stack returns. The cache of layers of unequal size is a tuple of stacks of one layer."""
         kept = []
@@ -149,7 +162,7 @@ class Unrolled(nn.Module):
             else:
                 before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
             block = self.block(self.config.of_layer(layer), self.dtype, self.keep, self.attention, name=str(layer))
-            x, cache = block(x, rope, segments, ctx, before, None if windows is None else windows[layer])
+            x, cache = block(x, rope, segments, ctx, before, jax.tree.map(lambda leaf, i=layer: leaf[i], reach))
             kept.append(cache)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
@@ -216,6 +229,16 @@ def positions_of(
     return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
+def rotations(
+    rope: Rope, positions: Int[Array, "batch seq"], head_dim: int, magnitude: float = 1.0
+) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
+    """Cosine and sine of the angle of each pair of features at each position, times `magnitude`."""
+    frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
+
+
 class Llama(AbstractDecoder):
     """The decoder. Its params follow the table in `sborax.models.names`. Layers of unequal size are never scanned."""
 
@@ -267,16 +290,19 @@ class Llama(AbstractDecoder):
             )
         if positions is None:
             positions = positions_of(tokens, segment_ids)
-        frequencies = jnp.asarray(cfg.rope.inverse_frequencies(cfg.head_dim))
-        angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-        rope = (jnp.cos(angles), jnp.sin(angles))
+        rope, local = rotations(cfg.rope, positions, cfg.head_dim, cfg.rope_magnitude), cfg.local_rope
+        if local is not None:
+            rope = tuple(zip(rope, rotations(local, positions, cfg.head_dim), strict=True))
         cache, segments = None, (segment_ids, segment_ids)
         if past is not None:
             cache, earlier = past
             queries = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
             segments = (queries, jnp.concatenate([earlier, queries], axis=1))
-        windows = jnp.asarray(cfg.windows, jnp.int32) if cfg.windows else None
-        x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache, windows)
+        reach = Reach(
+            jnp.asarray(cfg.windows, jnp.int32) if cfg.windows else None,
+            None if local is None else jnp.asarray([kind == SLIDING for kind in cfg.layer_types]),
+        )
+        x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache, reach)
         return self.norm(x), kept
 
     def head(

@@ -115,6 +115,8 @@ def load_model(
     else:
         config = read_config(place)
         tensors, tokenizer = open_safetensors(place, config.family.files), read_tokenizer(place)
+        if config.num_hidden_layers <= len(tensors.names()):
+            tensors = tensors.parted(config.family.fused, abstract(config, dtype, scan=scan))
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size, tensors.where)
     if config.num_hidden_layers > len(tensors.names()):

@@ -5,12 +5,13 @@ Our kernels are `(in, out)`, Hugging Face's weights `(out, in)`. Paths of stacke
 """
 
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.leaves import flatten
 
 
 class Row(NamedTuple):
@@ -110,6 +111,40 @@ def tensor_names(pattern: str, path: str, shape: tuple[int, ...]) -> Iterator[st
     for place in np.ndindex(*stack_shape(pattern, path, shape)):
         layer, expert = (place[0] if numbered is None and place else numbered), place[-1] if place else None
         yield pattern.format(layer=layer, expert=expert)
+
+
+def fused_module(name: str, fused: Mapping[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]] | None:
+    """The module of a file that holds the projection `name`, and all projections of it; None for one by itself.
+
+    `layers.3.self_attn.k_proj` -> (`layers.3.self_attn.qkv_proj`, (`layers.3.self_attn.q_proj`, ...)).
+
+    - fused: `Family.fused`.
+    """
+    top, _, last = name.rpartition(".")
+    for module, parts in fused.items():
+        inner, _, joined = module.rpartition(".")
+        if last in parts and f".{top}".endswith(f".{inner}"):
+            return f"{top}.{joined}", tuple(f"{top}.{part}" for part in parts)
+    return None
+
+
+def fused_tensors(fused: Mapping[str, tuple[str, ...]], params: Any) -> dict[str, dict[str, int]]:
+    """The tensors of a file that hold several projections: how many outputs each of these has, in order.
+
+    - fused: `Family.fused`.
+    - params: the param tree, or its shapes.
+    """
+    outputs = {}
+    for path, leaf in flatten(params).items() if fused else ():
+        if path.endswith("/kernel"):
+            names = tensor_names(row(path).hf, path, leaf.shape)
+            outputs |= dict.fromkeys((name.removesuffix(".weight") for name in names), leaf.shape[-1])
+    tensors = {}
+    for name in outputs:
+        if (joint := fused_module(name, fused)) is not None:
+            module, parts = joint
+            tensors[f"{module}.weight"] = {f"{part}.weight": outputs[part] for part in parts}
+    return tensors
 
 
 def hf_module(path: str, layer: int | None = None, expert: int | None = None) -> str:

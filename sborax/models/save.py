@@ -5,7 +5,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from sborax.adapters.leaves import flatten
 from sborax.models.checkpoint import INDEX
 from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.names import row, stack_shape, tensor_names
+from sborax.models.names import fused_tensors, row, stack_shape, tensor_names
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The safetensors format's names of numpy's dtypes."""
@@ -54,7 +54,8 @@ def save_hf(
     if place.exists() and any(place.glob("*.safetensors")):
         raise SboraxError(f"{directory}: already holds a model; choose another directory or remove it")
     place.mkdir(parents=True, exist_ok=True)
-    shards = _shards(list(_tensors(model, params)), shard_bytes)
+    fused = fused_tensors(family_of(model.config.model_type).fused, params)
+    shards = _shards(_joined(list(_tensors(model, params)), fused), shard_bytes)
     listed = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -114,6 +115,25 @@ def _tensors(model: LanguageModel, params: Params) -> Iterator[Tensor]:
                 return array.T if flip else array
 
             yield Tensor(name, np.dtype(leaf.dtype).name, shape[::-1] if entry.transposed else shape, read)
+
+
+def _joined(tensors: list[Tensor], fused: Mapping[str, Mapping[str, int]]) -> list[Tensor]:
+    """`tensors`, with projections that share a module of the file in one tensor, output after output.
+
+    fused: the names of the parts of each such tensor, in order.
+    """
+    named = {tensor.name: tensor for tensor in tensors}
+    joined: dict[str, Tensor] = {}
+    for name, parts in fused.items():
+        group = [named[part] for part in parts]
+
+        def read(group: list[Tensor] = group) -> np.ndarray:
+            return np.concatenate([tensor.read() for tensor in group])
+
+        shape = (sum(tensor.shape[0] for tensor in group), *group[0].shape[1:])
+        joined |= dict.fromkeys(parts, Tensor(name, group[0].dtype, shape, read))
+    written = (joined.get(tensor.name, tensor) for tensor in tensors)
+    return list({tensor.name: tensor for tensor in written}.values())
 
 
 def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:

@@ -29,11 +29,13 @@ class Load:
     - chosen: how often each expert was chosen.
     - probability: the sum of each expert's probabilities.
     - tokens: how many tokens were routed.
+    - partition: the sum of (log sum_e exp l_e)^2 over tokens, l_e the logits of the router.
     """
 
     chosen: Float[Array, " experts"]
     probability: Float[Array, " experts"]
     tokens: Float[Array, ""]
+    partition: Float[Array, ""]
 
     def imbalance(self) -> Float[Array, ""]:
         """E sum_e f_e p_e: E experts, f_e the share of tokens that chose e, p_e its mean probability.
@@ -43,12 +45,16 @@ class Load:
         """
         return self.chosen.size * jnp.sum(self.chosen * self.probability) / jnp.square(self.tokens)
 
+    def z_loss(self) -> Float[Array, ""]:
+        """The mean of (log sum_e exp l_e)^2 over tokens and layers, which keeps logits small. [arXiv:2202.08906]"""
+        return self.partition / self.tokens
+
 
 def load_of(routing: Mapping[str, Array]) -> Load | None:
     """The load from the values of collection `routing` by path; None without routers of experts."""
     sums = {
         name: [leaf for path, leaf in routing.items() if path.endswith(f"router/{name}")]
-        for name in ("chosen", "probability", "tokens")
+        for name in ("chosen", "probability", "tokens", "partition")
     }
     if not sums["tokens"]:
         return None
@@ -56,7 +62,8 @@ def load_of(routing: Mapping[str, Array]) -> Load | None:
     chosen, probability = (
         sum(jnp.sum(leaf.reshape(-1, experts), axis=0) for leaf in sums[name]) for name in ("chosen", "probability")
     )
-    return Load(jnp.asarray(chosen), jnp.asarray(probability), jnp.asarray(sum(map(jnp.sum, sums["tokens"]))))
+    tokens, partition = (sum(map(jnp.sum, sums[name])) for name in ("tokens", "partition"))
+    return Load(*map(jnp.asarray, (chosen, probability, tokens, partition)))
 
 
 class Router(nn.Module):
@@ -77,7 +84,8 @@ class Router(nn.Module):
         """
         shape = (x.shape[-1], self.experts.count)
         weight = self.param("weight", nn.initializers.normal(0.02), shape, self.dtype)
-        probabilities = jax.nn.softmax((x @ weight.astype(x.dtype)).astype(jnp.float32), axis=-1)
+        logits = (x @ weight.astype(x.dtype)).astype(jnp.float32)
+        probabilities = jax.nn.softmax(logits, axis=-1)
         weights, numbers = jax.lax.top_k(probabilities, self.experts.chosen)
         if self.is_mutable_collection("routing") and not self.is_initializing():
             counted = jnp.ones(x.shape[0]) if mask is None else (mask != 0).astype(jnp.float32)
@@ -85,6 +93,7 @@ class Router(nn.Module):
             self.put_variable("routing", "chosen", counted @ chosen)
             self.put_variable("routing", "probability", counted @ probabilities)
             self.put_variable("routing", "tokens", jnp.sum(counted))
+            self.put_variable("routing", "partition", counted @ jnp.square(jax.nn.logsumexp(logits, axis=-1)))
         if self.experts.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(x.dtype), numbers

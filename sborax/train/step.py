@@ -14,7 +14,7 @@ from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import combine, nodes
 from sborax.layout.state import Flat, TrainState, put_together
-from sborax.models.decoder import balance_share
+from sborax.models.decoder import balance_share, z_share
 from sborax.models.language_model import LanguageModel
 from sborax.models.sparse import ROUTER_WEIGHT
 from sborax.train.loss import AbstractLoss, CrossEntropy
@@ -22,6 +22,9 @@ from sborax.train.outputs import Outputs
 
 WATCHED = ("loss", "grad_norm", "update_norm")
 """Numbers of a step that must be finite."""
+BALANCE, Z_LOSS = "balance_loss", "z_loss"
+ROUTER_LOSSES = (BALANCE, Z_LOSS)
+"""Losses of routers by name, each times its share."""
 
 
 def prompt_mask(
@@ -38,7 +41,7 @@ class Sums:
     """The sums of a microbatch.
 
     - losses: the minimised losses, summed over items: `loss`, and with routers, of adapters or trained ones of experts,
-      `balance_loss`.
+      those in `ROUTER_LOSSES`.
     - items: number of items that the loss is a sum over.
     - norms: with `observe`, ||X_j|| of every projection's input features j by path, without padding.
     """
@@ -60,11 +63,10 @@ def sums(
     observe: bool = False,
 ) -> Sums:
     """The sums of one microbatch of arrays (batch, length). key: of dropout; None for no dropout."""
-    outputs, collected, balance = _outputs(model, train, frozen, base, batch, key, observe)
+    outputs, collected, of_routers = _outputs(model, train, frozen, base, batch, key, observe)
     total, items = loss(outputs)
     losses = {"loss": total}
-    if balance is not None:
-        losses["balance_loss"] = balance * items.astype(jnp.float32)
+    losses |= {name: value * items.astype(jnp.float32) for name, value in of_routers.items()}
     return Sums(losses, items, collected.inputs)
 
 
@@ -76,21 +78,23 @@ def _outputs(
     batch: dict[str, Array],
     key: Key[Array, ""] | None,
     observe: bool = False,
-) -> tuple[Outputs, Any, Array | None]:
-    """The model at a microbatch, what it collected, and the loss that keeps its routers in balance, if it has some."""
+) -> tuple[Outputs, Any, dict[str, Array]]:
+    """The model at a microbatch, what it collected, and the losses of its routers by name."""
     params = put_together(base, train["base"], model.module.dtype)
     adapters = combine(train["adapters"], frozen)
     tokens, segments = batch["tokens"], batch["segments"]
     routed = any(isinstance(node.method, AbstractRouter) for node in nodes(adapters).values())
     ctx = Context(prompt=prompt_mask(segments, batch["counts"])) if routed else Context()
-    share = balance_share(model.config) if any(path.endswith(ROUTER_WEIGHT) for path in train["base"]) else 0.0
-    wanted = ["balance"] * routed + ["load"] * (share > 0) + ["inputs"] * observe
+    trained = any(path.endswith(ROUTER_WEIGHT) for path in train["base"])
+    balance, z_loss = (share(model.config) if trained else 0.0 for share in (balance_share, z_share))
+    wanted = ["balance"] * routed + ["load"] * (balance > 0 or z_loss > 0) + ["inputs"] * observe
     hidden, collected = model.collect(params, adapters, tokens, wanted, segment_ids=segments, dropout_key=key, ctx=ctx)
-    balance = collected.balance if routed else None
-    if share > 0:
-        of_experts = share * collected.load.imbalance()
-        balance = of_experts if balance is None else balance + of_experts
-    return Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key), collected, balance
+    losses: dict[str, Any] = {BALANCE: collected.balance} if routed else {}
+    if balance > 0:
+        losses[BALANCE] = losses.get(BALANCE, jnp.float32(0)) + balance * collected.load.imbalance()
+    if z_loss > 0:
+        losses[Z_LOSS] = z_loss * collected.load.z_loss()
+    return Outputs(hidden, batch, model, params, adapters, frozenset(train["base"]), key), collected, losses
 
 
 def forward_backward(
@@ -164,8 +168,8 @@ def make_step(
     The step takes a batch of arrays (accumulate, batch, length), one microbatch after the other, and follows the
     gradient of (sum of losses) / items over all of them. Only `state` is donated. Its numbers are `loss` (the mean over
     items), `tokens` that count, `grad_norm` before clipping, `update_norm` of what the optimiser adds, `grad_norms` and
-    `update_norms` by path; with routers also `balance_loss`, which is minimised too: its mean over microbatches,
-    weighted by their items.
+    `update_norms` by path; with routers also those in `ROUTER_LOSSES`, which are minimised too: their means over
+    microbatches, weighted by their items.
     """
     tx = optax.with_extra_args_support(tx)
 
