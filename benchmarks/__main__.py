@@ -6,6 +6,7 @@ scaling: the cost of our step against length, rank and adapted modules.
 sweep: the step of 2 and of 6 adapters trained at once, over as many single steps.
 packing: useful tokens of packed rows over padded rows (needs the data set alpaca_en_demo under $SBORAX_DATA).
 foreign: adapters inside Flax models that are not ours, over merging in the loss (two models come with the extra test).
+experts: adapters on experts of a mixture, over dense layers that multiply each token as often.
 
 For CPUs: SmolLM2-135M's shape, 4 x 256 tokens in float32, two threads. For a GPU see `python -m benchmarks.gpu`.
 Methods in JAX alternate with LoRA step by step in one process. Peers in torch and our LoRA run in separate processes,
@@ -27,7 +28,7 @@ from benchmarks.shapes import SHAPES, minimum_flops, model_flops
 from benchmarks.worker import run
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-TABLES = ["step", "generation", "scaling", "sweep", "packing", "foreign"]
+TABLES = ["step", "generation", "scaling", "sweep", "packing", "foreign", "experts"]
 PEERS = ("PEFT", "PEFT, compiled", "qwix")
 METHODS = (
     "LoRA", "SBoRA-FA", "SBoRA-FB", "Bone", "Bat", "DoRA", "PiSSA", "SARA", "Mo-SARA", "QLoRA", "QSBoRA-FA", "full",
@@ -35,7 +36,7 @@ METHODS = (
 FOREIGN = ("three Dense(1024)", "NanoMoE", "Mamba-2")
 GOALS = {"SBoRA-FA": 1.05, "Bone": 1.05, "DoRA": 1 / 1.12, "Bat": 1 / 1.2}
 """The least speed over our LoRA's that we want."""
-FLOPS_GOAL, PEFT_GOAL, GENERATION_GOAL, PACKING_GOAL = 1.05, 1.0, 1.0, 2.0
+FLOPS_GOAL, PEFT_GOAL, GENERATION_GOAL, PACKING_GOAL, EXPERTS_GOAL = 1.05, 1.0, 1.0, 2.0, 1.3
 
 
 def short(value: float, goal: float | None, at_most: bool = False) -> str:
@@ -205,6 +206,21 @@ def foreign(steps: int) -> dict[str, Any]:
     return record
 
 
+def experts(steps: int) -> dict[str, Any]:
+    """Steps with adapters on experts, over steps of dense layers."""
+    rows, record = [], {}
+    for name in ("LoRA", "SBoRA-FA", "Bone"):
+        result = attempt(name, what="experts", method=name, steps=steps)
+        if result is None:
+            continue
+        record[name] = result
+        cells = [short(result["time"], EXPERTS_GOAL, at_most=True), number(result["temporaries"])]
+        rows.append([name, *cells, f"{result['trained']:,}", f"{result['dense_trained']:,}"])
+    columns = ["method", "time over dense layers", "temporaries", "trained", "dense layers'"]
+    show("Adapters on experts, as many multiplied a token as in the dense layers", columns, rows)
+    return record
+
+
 def main() -> None:
     """Run the chosen benchmarks, print their tables and append the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,6 +257,8 @@ def main() -> None:
             record["packing"] = packing(6 * args.rounds)
         if "foreign" in args.tables:
             record["foreign"] = foreign(6 * args.rounds)
+        if "experts" in args.tables:
+            record["experts"] = experts(4 * args.rounds)
     finally:
         # The tables before one that fails are kept.
         with RESULTS.open("a") as file:

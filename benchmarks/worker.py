@@ -55,6 +55,10 @@ def do(what: str, **task: Any) -> dict[str, Any]:
         from benchmarks import foreign
 
         return foreign.measure(**task)
+    if what == "experts":
+        from benchmarks import experts
+
+        return experts.measure(**task)
     from benchmarks import ours
 
     case = ours.Case(**task["case"])
