@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch_pair import build, logits, reloaded, shake, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.arithmetic import by_layer
 from sborax.adapters.leaves import nest
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft
@@ -105,7 +106,8 @@ def checkerboard(shape):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_combinations_are_those_of_peft(tmp_path, monkeypatch):
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_combinations_are_those_of_peft(few, tmp_path, monkeypatch):
     """Every kind of `add_weighted_adapter`, three adapters, one weight negative: merged weights, and the LoRA's change.
 
     DARE's masks are the same on both sides.
@@ -124,6 +126,8 @@ def test_combinations_are_those_of_peft(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "bernoulli", lambda chances: torch.tensor(checkerboard(chances.shape)).to(chances))
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, chance, shape: jnp.asarray(checkerboard(shape)))
     for number, (kind, options) in enumerate(KINDS):
+        if few and kind != "dare_ties":
+            continue
         model = copy.deepcopy(theirs)
         model.add_weighted_adapter(names, weights, str(number), combination_type=kind, **options)
         model.set_adapter(str(number))
@@ -143,6 +147,7 @@ def test_combinations_are_those_of_peft(tmp_path, monkeypatch):
                     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5, err_msg=f"{kind} {options} {module}")
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_combined_lora_is_read_by_peft(tmp_path):
     """DoRA and OFT on one kernel and a single layer of another, as LoRA of rank 5."""
@@ -169,13 +174,32 @@ def test_what_dare_drops_follows_from_key_path_and_layer():
     draws = jax.lax.map(draw, jax.random.split(key, 400))
     assert abs(float((draws != 0).mean()) - 0.25) < 0.005
     np.testing.assert_allclose(draws.mean(0), change, rtol=0, atol=5 * float(jnp.abs(change).max()) * (3 / 400) ** 0.5)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("strict")
+def test_layers_are_combined_each_by_itself():
+    """A stack is combined as its layers are, where an adapter acts on one of them alone, too."""
+    params, key = base(), jax.random.key(5)
+    kernel = params["layers"]["q"]["kernel"]
+    rules = [[("q", sx.LoRA(3, alpha=2.0))], [sx.Rule("q", sx.LoRA(3), layers=(1,))]]
+    parts = [sx.Weighted(0.6, tuned(params, rule, seed)[1]) for seed, rule in enumerate(rules)]
     flat = {"layers": {str(i): {"q": {"kernel": kernel[i]}} for i in range(2)}}
-    node = nodes(parts[0].adapters)["layers/q/kernel"]
-    alone = {"layers": {str(i): {"q": {"kernel": jax.tree.map(lambda leaf, i=i: leaf[i], node)}} for i in range(2)}}
-    ties = sx.Combination("ties_svd", density=0.3)
-    got = sx.merge_weighted(flat, [sx.Weighted(1.0, alone)], ties)
-    want = sx.merge_weighted(params, parts, ties)["layers"]["q"]["kernel"]
-    chex.assert_trees_all_close(jnp.stack([got["layers"][str(i)]["q"]["kernel"] for i in range(2)]), want, atol=1e-6)
+    flat_nodes = []
+    for part in parts:
+        ((child, layers),) = by_layer(nodes(part.adapters)["layers/q/kernel"])
+        apart = {i: jax.tree.map(lambda leaf, i=i: leaf[i], child) for i in layers or range(2)}
+        flat_nodes.append({"layers": {str(i): {"q": {"kernel": node}} for i, node in apart.items()}})
+    for combination in (
+        sx.Combination("ties_svd", density=0.3),
+        sx.Combination("dare_linear", density=0.5),
+        sx.Combination("linear"),
+        sx.Combination("svd", rank=2),
+    ):
+        got = sx.merge_weighted(flat, [sx.Weighted(0.6, each) for each in flat_nodes], combination, key)["layers"]
+        want = sx.merge_weighted(params, parts, combination, key)["layers"]["q"]["kernel"]
+        chex.assert_trees_all_close(jnp.stack([got[str(i)]["q"]["kernel"] for i in range(2)]), want, atol=1e-6)
+        assert np.abs(want - kernel).max(axis=(1, 2)).min() > 1e-3
 
 
 @pytest.mark.usefixtures("strict")
