@@ -38,7 +38,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
     "BOFT": (peft.BOFTConfig, {"boft_block_size": 8}),
-    "OSF": (peft.OSFConfig, {"effective_rank": 24}),
+    "OSF": (peft.OSFConfig, {"effective_rank": 0.75}),
     "HRA": (peft.HRAConfig, {"r": 4}),
     "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 0}),
     "VeRA": (peft.VeraConfig, {"r": 6, "d_initial": 1.0}),
@@ -248,7 +248,7 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
     },
     "OSF": {
         "half": {"effective_rank": None},
-        "a share": {"effective_rank": 0.9},
+        "a number": {"effective_rank": 24},
         "random start": {"init_weights": False},
     },
     "HRA": {"r 1": {"r": 1}, "r 5": {"r": 5}, "wide": {"r": 40}},
@@ -371,6 +371,7 @@ def of_one_tuner() -> Iterator[Option]:
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("HiRA", "wide"): {"refused": "rank must lie in"},
     ("DeLoRA", "wide"): {"refused": "rank must lie in"},
+    ("DEFT", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
     ("TinyLoRA", "wide"): {"refused": "rank must lie in"},

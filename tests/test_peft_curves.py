@@ -97,7 +97,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "DeLoRA": sx.DeLoRA(rank=4, strength=3.0),
     "OFT": sx.OFT(block=8),
     "BOFT": sx.BOFT(block=8),
-    "OSF": sx.OSF(kept=24),
+    "OSF": sx.OSF(kept=0.75),
     "HRA": sx.HRA(rank=4),
     "SHiRA": sx.SHiRA(rank=2),
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),

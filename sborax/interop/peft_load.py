@@ -104,7 +104,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
         new = {name: read(PREFIX + key) for key, (name, _) in base.items()}
-        residual = new.pop(f"{HEAD}.weight", None) if row.method.rewrites_base and HEAD in modules else None
+        rewritten = row.method.rewrites_base and not row.keeps_base and HEAD in modules
+        residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])

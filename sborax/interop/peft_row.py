@@ -106,6 +106,7 @@ class Row:
     - inert: config fields that do not change the function of a saved adapter.
     - constants: fields that are always written.
     - layered: whether the config can choose layers by number.
+    - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
     - drawn: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
     """
 
@@ -125,6 +126,7 @@ class Row:
     inert: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"bias": "none"})
     layered: bool = True
+    keeps_base: bool = False
     drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
 
 

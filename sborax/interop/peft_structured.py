@@ -242,6 +242,7 @@ STRUCTURED = (
             Tensor("osf_svd_params.S_low", "e", (0,)),
         ),
         _read_osf, _write_osf, constants=NO_BIAS, layered=False, inert=frozenset({"target_svd_config"}),
+        keeps_base=True,
     ),
     Row(
         HRA, "HRA", ANY_START, {"r": 8}, (Tensor("hra_u", "u", (0, 1)),),
