@@ -193,7 +193,7 @@ def test_adapters_merged_with_weights(made, capsys, tmp_path):
         for tree in (load_model(tmp_path / "dare").params, change(made, "one")[1])
     )
     kept = moved != 0
-    assert 0.15 < kept.mean() < 0.35
+    assert 0.1 < kept[whole != 0].mean() < 0.4
     np.testing.assert_allclose(moved[kept], 2.0 * whole[kept], rtol=0, atol=1e-6)
     # A run counts once; its own change added with weight -1 leaves the base.
     prints(capsys, "merge", made / "one", tmp_path / "none", "--add", f"{made / 'one'}=-1")
