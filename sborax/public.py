@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sborax import methods
+from sborax.adapters.combination import Combination
 from sborax.adapters.compose import chain
 from sborax.adapters.core import Adapter, Context, Hint, SboraxError, linear
 from sborax.adapters.experts import combine_experts, remove_expert
@@ -49,6 +50,7 @@ from sborax.train.optimizers import (
 if TYPE_CHECKING:
     from sborax.data.batches import Batches
     from sborax.interop.peft import load_peft, save_peft
+    from sborax.interop.weighted_lora import weighted_lora
     from sborax.layout.sharding import Layout
     from sborax.models import generate, load_model, save_hf
     from sborax.models.linen import apply_linen
@@ -85,6 +87,7 @@ _LATER = {
     "save_adapter": "sborax.records.adapter",
     "save_hf": "sborax.models",
     "save_peft": "sborax.interop.peft",
+    "weighted_lora": "sborax.interop.weighted_lora",
 }
 
 
@@ -117,6 +120,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "AdamW",
     "Adapter",
     "COLA",
+    "Combination",
     "Context",
     "Data",
     "Eval",
@@ -176,5 +180,6 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "trainable",
     "unmerge",
     "value_and_grad",
+    "weighted_lora",
     *methods.__all__,
 ]

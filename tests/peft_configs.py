@@ -40,6 +40,15 @@ FILES = {
     "DeLoRA": peft.DeloraConfig(r=4, delora_lambda=3, target_modules=MIXED, bias="none"),
     "OFT": peft.OFTConfig(oft_block_size=8, target_modules=MIXED),
     "OFT-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=MIXED),
+    "BOFT": peft.BOFTConfig(boft_block_size=8, target_modules=MIXED, layers_to_transform=[1]),
+    "BOFT-butterfly": peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3, target_modules=MIXED),
+    "SuperTuning": peft.SupertuningConfig(sparsity=0.9, target_modules=MIXED),
+    "SuperTuning-hybrid": peft.SupertuningConfig(
+        sparsity=0.95, select_top=False, r=3, lora_alpha=5, target_modules=MIXED
+    ),
+    "DEFT": peft.DeftConfig(r=4, target_modules=MIXED, layers_to_transform=[1]),
+    "DEFT-qr": peft.DeftConfig(r=4, alpha=6, decomposition_method="qr", target_modules=MIXED),
+    "OSF": peft.OSFConfig(effective_rank=27, target_modules=MIXED),
     "HRA": peft.HRAConfig(r=4, target_modules=MIXED),
     "SHiRA": peft.ShiraConfig(r=2, random_seed=0, target_modules=MIXED),
     "VeRA": peft.VeraConfig(r=6, target_modules=MIXED, d_initial=1.0),

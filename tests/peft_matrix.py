@@ -42,6 +42,8 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "HiRA": (peft.HiraConfig, {"r": 4}),
     "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "BOFT": (peft.BOFTConfig, {"boft_block_size": 8}),
+    "OSF": (peft.OSFConfig, {"effective_rank": 0.75}),
     "HRA": (peft.HRAConfig, {"r": 4}),
     "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 0}),
     "VeRA": (peft.VeraConfig, {"r": 6, "d_initial": 1.0}),
@@ -54,6 +56,8 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "GraLoRA": (peft.GraloraConfig, {"r": 4, "alpha": 6}),
     "WaveFT": (peft.WaveFTConfig, {"n_frequency": 40}),
     "PEANuT": (peft.PeanutConfig, {"r": 4}),
+    "SuperTuning": (peft.SupertuningConfig, {"sparsity": 0.9}),
+    "DEFT": (peft.DeftConfig, {"r": 4}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -83,7 +87,7 @@ class Option:
     @property
     def rewrites_base(self) -> bool:
         fields = {**TUNERS[self.tuner][1], **self.fields}
-        return fields.get("init_lora_weights") in ("pissa", "olora")
+        return fields.get("init_lora_weights") in ("pissa", "olora") or self.tuner == "OSF"
 
     @property
     def config(self) -> peft.PeftConfig:
@@ -240,6 +244,18 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         **{f"{terms} terms": {"num_cayley_neumann_terms": terms} for terms in (3, 4, 6)},
         "dropout": {"module_dropout": 0.5},
     },
+    "BOFT": {
+        "block 4": {"boft_block_size": 4},
+        "two factors": {"boft_n_butterfly_factor": 2},
+        "three factors": {"boft_block_size": 4, "boft_n_butterfly_factor": 3},
+        "random start": {"init_weights": False},
+        "dropout": {"boft_dropout": 0.5},
+    },
+    "OSF": {
+        "half": {"effective_rank": None},
+        "a number": {"effective_rank": 24},
+        "random start": {"init_weights": False},
+    },
     "HRA": {"r 1": {"r": 1}, "r 5": {"r": 5}, "wide": {"r": 40}},
     "SHiRA": {"r 1": {"r": 1}, "seed 3": {"random_seed": 3}, "random start": {"init_weights": False}},
     "VeRA": {
@@ -323,6 +339,21 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "random start": {"init_weights": False},
         "wide": {"r": 40},
     },
+    "SuperTuning": {
+        "dense": {"sparsity": 0.0},
+        "smallest": {"select_top": False},
+        "hybrid": {"r": 3},
+        "hybrid, alpha 2.5": {"r": 3, "lora_alpha": 2.5, "lora_dropout": 0.25},
+        "random start": {"init_weights": False, "r": 2},
+        "wide": {"r": 40},
+    },
+    "DEFT": {
+        "qr": {"decomposition_method": "qr"},
+        "alpha 7 of 3": {"r": 3, "alpha": 7},
+        "random start": {"init_weights": False, "init_scale": 2.0},
+        "dropout": {"deft_dropout": 0.25},
+        "wide": {"r": 40},
+    },
     "MiSS": {
         "r 32": {"r": 32},
         "r 1": {"r": 1},
@@ -345,7 +376,9 @@ def of_one_tuner() -> Iterator[Option]:
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("HiRA", "wide"): {"refused": "rank must lie in"},
     ("DeLoRA", "wide"): {"refused": "rank must lie in"},
+    ("DEFT", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
+    ("SuperTuning", "wide"): {"refused": "rank must lie in"},
     ("TinyLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
@@ -365,6 +398,11 @@ def refused() -> Iterator[Option]:
         ("OFT", {"oft_block_size": 12}, "block must"),
         ("OFT", {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2"),
         ("OFT", {"coft": True}, "coft"),
+        ("BOFT", {"boft_block_size": 0, "boft_block_num": 4}, "boft_block_num=4: BOFT by the number of blocks"),
+        ("SuperTuning", {"save_precomputed_indices": False}, "save_precomputed_indices=False"),
+        ("DEFT", {"para": True}, "option para=True"),
+        ("OSF", {"effective_rank": 32}, "kept must leave 1..31"),
+        ("OSF", {"rank_pattern": {"q_proj": 8}}, "option rank_pattern"),
         ("HRA", {"apply_GS": True}, "apply_GS"),
         ("VeRA", {"save_projection": False}, "save_projection=False"),
         ("PVeRA", {"save_projection": False}, "save_projection=False"),

@@ -17,12 +17,14 @@ from torch_pair import Pair, build
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod
+from sborax.adapters.leaves import flatten
 from sborax.adapters.tree import Adapters, Params, nodes
 from sborax.data.batches import Batch, Batches
 from sborax.interop.peft import load_peft
 from sborax.interop.peft_table import TABLE
 from sborax.models.load import load_model
 from sborax.procedures import AbstractProcedure
+from sborax.train.experiment import Also
 from sborax.train.read import silent
 
 STEPS, WARMUP, DECAY, CLIP = 50, 5, 0.05, 1.0
@@ -82,20 +84,26 @@ def of_peft(pair: Pair, case: "Case", batches: Sequence[Batch], directory: Path)
 
 def of_file(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
     """The trained leaves of PEFT's model, which we read from its files."""
-    return leaves_of(read(pair, model, directory)[1])
+    params, adapters = read(pair, model, directory)
+    before, after = flatten(pair.ours.params), flatten(params)
+    changed = {path: leaf for path, leaf in after.items() if leaf is not before[path]}
+    return {**leaves_of(adapters), **({} if adapters else changed)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A method with its settings, in PEFT and as our users write them.
 
+    - method: None for no adapters.
+    - also: what is trained of the base.
     - leaves: our leaves of PEFT's model after training, by kernel.
     - patch: changes PEFT where it does not compute what it says; each says why.
     """
 
     config: peft.PeftConfig
-    method: AbstractMethod
+    method: AbstractMethod | None
     recipe: Recipe = adamw()
+    also: tuple[Also, ...] = ()
     start: Start = of_peft
     leaves: Callable[[Pair, Any, Path], dict[str, Any]] = of_file
     patch: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
@@ -103,14 +111,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A training run: the loss of every step, and the trained leaves after the last, by kernel."""
+    """A training run: the loss of every step, and the trained leaves after the last, by path."""
 
     losses: np.ndarray
     leaves: Mapping[str, Any]
 
 
-def with_tokenizer(directory: Path) -> Pair:
-    pair = build(directory, vocab_size=258)
+def with_tokenizer(directory: Path, **changes: Any) -> Pair:
+    pair = build(directory, vocab_size=258, **changes)
     tokenizer().save_pretrained(directory)
     return pair._replace(ours=load_model(directory))
 
@@ -119,7 +127,8 @@ def experiment(pair: Pair, case: Case) -> sx.Experiment:
     return sx.Experiment(
         str(pair.path),
         sx.Data(QUESTIONS, template="{q} ", answer="{a}", max_length=16, buckets=(16,)),
-        [(TARGETS, case.method)],
+        [] if case.method is None else [(TARGETS, case.method)],
+        train_also=case.also,
         optimizer=case.recipe.ours,
         steps=STEPS,
         batch_size=4,
@@ -157,7 +166,8 @@ def our_curve(run: sx.Prepared, params: Params, adapters: Adapters, batches: Seq
         losses.append(float(numbers["loss"]))
         if run.procedure is not None and run.procedure.due(number):
             state, parts = run.procedure.apply(number, state, parts, run.tx)
-    return Curve(np.array(losses), leaves_of(sx.combine(state.train["adapters"], parts.frozen)))
+    leaves = leaves_of(sx.combine(state.train["adapters"], parts.frozen))
+    return Curve(np.array(losses), {**leaves, **state.train["base"]})
 
 
 def labelled(batch: Batch) -> list[dict[str, torch.Tensor]]:

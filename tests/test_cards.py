@@ -181,6 +181,20 @@ def test_adapters_merged_with_weights(made, capsys, tmp_path):
     np.testing.assert_allclose(logits, base.apply(got, None, TOKENS), rtol=1e-4, atol=1e-4)
     card = (tmp_path / "several" / "README.md").read_text()
     assert f"{made / 'one'}: Data: " in card and "2 times the change by" in card and "- dora" in card
+    # Each kept entry of a change alone stays, times its weight.
+    words = ("--add", f"{made / 'one'}=0.5", "--combination", "dare_ties_svd", "--density", "0.25", "--seed", "3")
+    assert "combined by dare_ties_svd, density 0.25" in prints(
+        capsys, "merge", made / "model", tmp_path / "dare", *words
+    )
+    moved, whole = (
+        np.asarray(
+            tree["layers"]["self_attn"]["q_proj"]["kernel"] - base.params["layers"]["self_attn"]["q_proj"]["kernel"]
+        )
+        for tree in (load_model(tmp_path / "dare").params, change(made, "one")[1])
+    )
+    kept = moved != 0
+    assert 0.1 < kept[whole != 0].mean() < 0.4
+    np.testing.assert_allclose(moved[kept], 2.0 * whole[kept], rtol=0, atol=1e-6)
     # A run counts once; its own change added with weight -1 leaves the base.
     prints(capsys, "merge", made / "one", tmp_path / "none", "--add", f"{made / 'one'}=-1")
     for one, other in zip(
@@ -200,6 +214,9 @@ def test_merges_that_are_refused(made, capsys, tmp_path):
         (["--add", f"{made / 'model'}=1"], "neither a run nor a PEFT adapter"),
         (["--add", f"{run}=1"], "(layers/mlp/up_proj/kernel differs)"),
         (["--add", f"{made / 'two'}=1", "--approximate", "weights"], "leave --add out"),
+        (["--combination", "ties_svd", "--density", "0.5"], "combines several changes; give them with --add"),
+        (["--add", f"{made / 'one'}=1", "--combination", "ties"], "'ties' needs a density in (0, 1], got None"),
+        (["--add", f"{made / 'one'}=1", "--combination", "tie"], "combination must be one of cat, linear"),
     ]:
         assert says in fails(capsys, "merge", made / "model", tmp_path / "out", *words)
     assert "not a run" in fails(capsys, "merge", made / "model", tmp_path / "out")

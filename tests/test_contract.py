@@ -132,9 +132,11 @@ def depends_on(jaxpr: Jaxpr, tainted: set[Var]) -> bool:
         touched = [isinstance(v, Var) and v in tainted for v in eqn.invars]
         if not any(touched):
             continue
-        tainted.update(eqn.outvars)
+        # A barrier hands each operand on as it is.
+        handed = touched if eqn.primitive is jax.lax.optimization_barrier_p else [True] * len(eqn.outvars)
+        tainted.update(out for out, hit in zip(eqn.outvars, handed, strict=True) if hit)
         # A value with a token axis is an activation, whatever its size.
-        sizes = [math.prod(out.aval.shape) for out in eqn.outvars]
+        sizes = [math.prod(out.aval.shape) for out in eqn.outvars if out in tainted]
         if any(size >= IN * OUT and size % TOKENS for size in sizes):
             return True
         for sub in jaxprs_in_params(eqn.params):

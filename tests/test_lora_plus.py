@@ -9,6 +9,7 @@ import peft
 import peft.optimizers.lorafa
 import pytest
 import torch
+import torch_pair  # noqa: F401 - replaces the CUDA extension of BOFT
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 import sborax as sx
@@ -127,6 +128,10 @@ PEERS = [
     (peft.PsoftConfig(r=3, **TARGETS), sx.PSOFT(rank=3)),
     (peft.PeanutConfig(r=3, depth=1, **TARGETS), sx.PEANuT(rank=3, depth=1)),
     (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
+    (peft.SupertuningConfig(sparsity=0.5, r=2, **TARGETS), sx.SuperTuning(sparsity=0.5, lora_rank=2)),
+    (peft.OSFConfig(effective_rank=2, **TARGETS), sx.OSF(kept=2)),
+    (peft.DeftConfig(r=2, **TARGETS), sx.DEFT(rank=2)),
+    (peft.BOFTConfig(boft_block_size=2, target_modules=["second"]), sx.BOFT(block=2)),
     (peft.FourierFTConfig(n_frequency=5, **TARGETS), sx.FourierFT(coefficients=5)),
     (peft.RoadConfig(group_size=2, target_modules=["first"]), sx.RoAd(block=2)),
     (peft.GraloraConfig(r=2, hybrid_r=1, gralora_k=1, **TARGETS), sx.GraLoRA(rank=2, blocks=1, hybrid=1)),

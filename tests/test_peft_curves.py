@@ -42,7 +42,7 @@ from peft_training import (
     read,
     with_tokenizer,
 )
-from torch_pair import DEPTH, Pair
+from torch_pair import ALL, DEPTH, Pair
 
 import sborax as sx
 import sborax.optim
@@ -96,6 +96,8 @@ PLAIN: dict[str, AbstractMethod] = {
     "HiRA": sx.HiRA(rank=4),
     "DeLoRA": sx.DeLoRA(rank=4, strength=3.0),
     "OFT": sx.OFT(block=8),
+    "BOFT": sx.BOFT(block=8),
+    "OSF": sx.OSF(kept=0.75),
     "HRA": sx.HRA(rank=4),
     "SHiRA": sx.SHiRA(rank=2),
     "VeRA": sx.VeRA(rank=6, d_initial=1.0),
@@ -108,6 +110,8 @@ PLAIN: dict[str, AbstractMethod] = {
     "GraLoRA": sx.GraLoRA(rank=4, alpha=6.0),
     "WaveFT": sx.WaveFT(coefficients=40),
     "PEANuT": sx.PEANuT(rank=4),
+    "SuperTuning": sx.SuperTuning(sparsity=0.9),
+    "DEFT": sx.DEFT(rank=4),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -117,6 +121,8 @@ PLAIN: dict[str, AbstractMethod] = {
 CHANGED: dict[str, dict[str, Any]] = {
     # Without the regulariser that its budget is for.
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
+    # Where p < 0, its gradient at the common start is rounding alone, of which Adam makes a whole step.
+    "DEFT": {"config": config("DEFT", init_weights=False)},
     # Entries of its weight are divided by the number of entries, so it learns slowly.
     "FourierFT": {"recipe": adamw(lr=0.1)},
     "PVeRA": {"patch": equal_draws},
@@ -282,6 +288,11 @@ CASES: dict[str, Case] = {
     "OFT, exact and shared": Case(
         config("OFT", use_cayley_neumann=False, block_share=True), sx.OFT(block=8, terms=None, share=True)
     ),
+    "BOFT, three factors": Case(
+        config("BOFT", boft_block_size=4, boft_n_butterfly_factor=3), sx.BOFT(block=4, factors=3)
+    ),
+    "SuperTuning, hybrid": Case(config("SuperTuning", r=3), sx.SuperTuning(sparsity=0.9, lora_rank=3)),
+    "DEFT, orthogonal": Case(config("DEFT", decomposition_method="qr"), sx.DEFT(rank=4, projection="qr")),
     "RoAd, by output": Case(config("RoAd", variant="road_2"), sx.RoAd(variant="2", block=8)),
     "RoAd, by term": Case(config("RoAd", variant="road_4"), sx.RoAd(variant="4", block=8)),
     "GraLoRA, hybrid": Case(config("GraLoRA", hybrid_r=2), sx.GraLoRA(rank=4, alpha=6.0, hybrid=2)),
@@ -291,6 +302,19 @@ CASES: dict[str, Case] = {
     ),
     "LoKr, whole": Case(config("LoKr", r=6, decompose_factor=4), sx.LoKr(rank=6, alpha=3.0, factor=4)),
 }
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+BASE: dict[str, tuple[dict[str, Any], Case]] = {
+    "norms": ({}, Case(peft.LNTuningConfig(target_modules=NORMS), None, adamw(decay=0.0), ("norm",))),
+    "biases": (
+        {"attention_bias": True, "mlp_bias": True},
+        Case(peft.BeftConfig(target_modules=ALL), None, adamw(decay=0.0), ("bias",)),
+    ),
+    "rows of the embedding": (
+        {},
+        Case(peft.TrainableTokensConfig(token_indices=list(range(258))), None, adamw(decay=0.0), ("embed_tokens",)),
+    ),
+}
+"""PEFT's kinds without adapters, with the fields of a model that has their leaves."""
 CHEAP = ("LoRA", "DoRA", "PiSSA", "IA3", "HiRA", "OFT", "SHiRA", "MiSS", "Bat", "LoRA-FA")
 
 
@@ -313,6 +337,24 @@ def test_losses_are_those_of_peft(name, pair, tmp_path, monkeypatch):
     assert len(difference) == STEPS and theirs.losses[-5:].mean() < theirs.losses[0] - 1.0
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=0, atol=1e-4)
     # Adam moves an entry by about the learning rate.
+    chex.assert_trees_all_close(ours.leaves, theirs.leaves, rtol=0, atol=2e-3 * case.recipe.ours.lr)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", BASE)
+def test_losses_without_adapters_are_those_of_peft(name, tmp_path):
+    """As closely: norms, biases, and every row of the embedding."""
+    fields, case = BASE[name]
+    pair = with_tokenizer(tmp_path / "base", **fields)
+    case.config.task_type = "CAUSAL_LM"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = curves(pair, case, tmp_path)
+    difference = np.abs(ours.losses - theirs.losses)
+    print(f"{name}: losses within {difference.max():.1e}, from {ours.losses[0]:.3f} to {ours.losses[-5:].mean():.3f}")
+    assert len(difference) == STEPS and theirs.losses[-5:].mean() < theirs.losses[0] - 1.0
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=0, atol=1e-4)
+    assert ours.leaves
     chex.assert_trees_all_close(ours.leaves, theirs.leaves, rtol=0, atol=2e-3 * case.recipe.ours.lr)
 
 

@@ -178,7 +178,40 @@ CASES = [
         sx.OFT(block=8, terms=None, share=True),
         same(q="oft_R"),
     ),
+    *(
+        Case(
+            f"BOFT-{factors}",
+            config("BOFTConfig", boft_block_size=block, boft_n_butterfly_factor=factors),
+            sx.BOFT(block=block, factors=factors),
+            joined(same(d="boft_R"), lambda t: {"m": t["boft_s"][:, 0]}),
+        )
+        for block, factors in [(3, 1), (4, 2), (2, 3)]
+    ),
     Case("HRA", config("HRAConfig", r=6), sx.HRA(rank=6), same(u="hra_u")),
+    Case(
+        "SuperTuning",
+        config("SupertuningConfig", sparsity=0.8),
+        sx.SuperTuning(sparsity=0.8),
+        same(values="supertuning_values"),
+        same(idx="supertuning_indices"),
+    ),
+    Case(
+        "SuperTuning-hybrid",
+        config("SupertuningConfig", sparsity=0.9, r=3, lora_alpha=9),
+        sx.SuperTuning(sparsity=0.9, lora_rank=3),
+        joined(same(values="supertuning_values"), flipped(a="supertuning_lora_A", b="supertuning_lora_B")),
+        joined(same(idx="supertuning_indices"), scaled(3.0)),
+    ),
+    *(
+        Case(
+            f"DEFT-{projection}",
+            config("DeftConfig", r=5, alpha=10, decomposition_method=projection),
+            sx.DEFT(rank=5, projection=projection),
+            joined(same(p="deft_P"), flipped(a="deft_R")),
+            scaled(2.0),
+        )
+        for projection in ("relu", "qr")
+    ),
     Case(
         "RandLoRA",
         config("RandLoraConfig", r=4, randlora_alpha=80),

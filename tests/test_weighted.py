@@ -1,6 +1,7 @@
 """Several adapters in one base: against PEFT, against single merges, bit for bit where nothing changes; and back."""
 
 import copy
+import dataclasses
 import re
 
 import chex
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_pair import build, shake, shaken, with_peft
+from torch_pair import build, logits, reloaded, shake, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.arithmetic import by_layer
 from sborax.adapters.leaves import nest
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft
@@ -81,6 +84,145 @@ def test_weights_mean_what_they_mean_in_peft(tmp_path):
                 np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
     other = thin[0].self_attn.q_proj.weight.detach().numpy().T
     assert np.abs(np.asarray(ours["self_attn"]["q_proj"]["kernel"][0]) - other).max() > 1e-3
+
+
+KINDS = [
+    ("svd", {}), ("linear", {}),
+    *(
+        (f"{function}{tail}", {"density": 0.4, **sign})
+        for tail in ("", "_svd")
+        for function, sign in [
+            ("ties", {}), ("ties", {"majority_sign_method": "frequency"}), ("magnitude_prune", {}), ("dare_linear", {}),
+            ("dare_ties", {"majority_sign_method": "frequency"}),
+        ]
+    ),
+    ("cat", {}),
+]  # fmt: skip
+
+
+def checkerboard(shape):
+    """A mask that a matrix and its transpose share, in place of what the two draw."""
+    return np.add.outer(*(np.arange(size) for size in shape)) % 5 < 2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_combinations_are_those_of_peft(few, tmp_path, monkeypatch):
+    """Every kind of `add_weighted_adapter`, three adapters, one weight negative: merged weights, and the LoRA's change.
+
+    DARE's masks are the same on both sides.
+    """
+    pair, weights, names = build(tmp_path / "base"), [0.7, -0.4, 1.3], ["default", "second", "third"]
+    theirs = with_peft(pair, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
+    for number, modules in [(1, ["q_proj", "up_proj"]), (2, ["q_proj", "up_proj", "v_proj"])]:
+        theirs.add_adapter(names[number], peft.LoraConfig(r=4, lora_alpha=3 * number, target_modules=modules))
+        theirs.set_adapter(names[number])
+        shake(theirs, number)
+    theirs.save_pretrained(tmp_path / "peft")
+    parts = []
+    for weight, place in zip(weights, (".", "second", "third"), strict=True):
+        params, adapters = load_peft(tmp_path / "peft" / place, pair.ours)
+        parts.append(sx.Weighted(weight, adapters, params))
+    monkeypatch.setattr(torch, "bernoulli", lambda chances: torch.tensor(checkerboard(chances.shape)).to(chances))
+    monkeypatch.setattr(jax.random, "bernoulli", lambda key, chance, shape: jnp.asarray(checkerboard(shape)))
+    for number, (kind, options) in enumerate(KINDS):
+        if few and kind != "dare_ties":
+            continue
+        model = copy.deepcopy(theirs)
+        model.add_weighted_adapter(names, weights, str(number), combination_type=kind, **options)
+        model.set_adapter(str(number))
+        layers = model.merge_and_unload().model.layers
+        combination = sx.Combination(kind, **options)
+        # PEFT keeps as many singular vectors as an adapter has.
+        truncated = dataclasses.replace(combination, rank=4) if kind.endswith("svd") else combination
+        merged = sx.merge_weighted(pair.ours.params, parts, truncated, jax.random.key(0))
+        lora = sx.weighted_lora(pair.ours.params, parts, combination, jax.random.key(0))
+        again = sx.merge(pair.ours.params, lora)
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
+            group, name = module.split(".")
+            for layer in range(2):
+                want = layers[layer].get_submodule(module).weight.detach().numpy().T
+                for tree in (merged, again):
+                    got = np.asarray(tree["layers"][group][name]["kernel"][layer])
+                    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5, err_msg=f"{kind} {options} {module}")
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_combined_lora_is_read_by_peft(tmp_path):
+    """DoRA and OFT on one kernel and a single layer of another, as LoRA of rank 5."""
+    pair = build(tmp_path / "base")
+    rules = [[("q_proj", sx.DoRA(3))], [("q_proj", sx.OFT(block=4)), sx.Rule("up_proj", sx.LoRA(2), layers=(1,))]]
+    parts = [sx.Weighted(0.5, tuned(pair.ours.params, each, seed)[1]) for seed, each in enumerate(rules)]
+    combination = sx.Combination("ties_svd", density=0.5, rank=5)
+    lora = sx.weighted_lora(pair.ours.params, parts, combination)
+    sx.save_peft(tmp_path / "out", pair.ours, pair.ours.params, lora)
+    want = logits(pair.ours, sx.merge_weighted(pair.ours.params, parts, combination), None)
+    np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "out")), want, rtol=0, atol=1e-4)
+    assert np.abs(want - logits(pair.ours, pair.ours.params, None)).max() > 1e-2
+
+
+@pytest.mark.usefixtures("strict")
+def test_what_dare_drops_follows_from_key_path_and_layer():
+    """A stack drops what its layers drop, as many as it should, and the mean of many draws is the change."""
+    params, key = base(), jax.random.key(5)
+    parts = [sx.Weighted(1.0, tuned(params, [("q", sx.LoRA(8))])[1])]
+    kernel = params["layers"]["q"]["kernel"]
+    change = sx.merge_weighted(params, parts)["layers"]["q"]["kernel"] - kernel
+    dare = sx.Combination("dare_linear_svd", density=0.25)
+    draw = jax.jit(lambda key: sx.merge_weighted(params, parts, dare, key)["layers"]["q"]["kernel"] - kernel)
+    draws = jax.lax.map(draw, jax.random.split(key, 400))
+    assert abs(float((draws != 0).mean()) - 0.25) < 0.005
+    np.testing.assert_allclose(draws.mean(0), change, rtol=0, atol=5 * float(jnp.abs(change).max()) * (3 / 400) ** 0.5)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("strict")
+def test_layers_are_combined_each_by_itself():
+    """A stack is combined as its layers are, where an adapter acts on one of them alone, too."""
+    params, key = base(), jax.random.key(5)
+    kernel = params["layers"]["q"]["kernel"]
+    rules = [[("q", sx.LoRA(3, alpha=2.0))], [sx.Rule("q", sx.LoRA(3), layers=(1,))]]
+    parts = [sx.Weighted(0.6, tuned(params, rule, seed)[1]) for seed, rule in enumerate(rules)]
+    flat = {"layers": {str(i): {"q": {"kernel": kernel[i]}} for i in range(2)}}
+    flat_nodes = []
+    for part in parts:
+        ((child, layers),) = by_layer(nodes(part.adapters)["layers/q/kernel"])
+        apart = {i: jax.tree.map(lambda leaf, i=i: leaf[i], child) for i in layers or range(2)}
+        flat_nodes.append({"layers": {str(i): {"q": {"kernel": node}} for i, node in apart.items()}})
+    for combination in (
+        sx.Combination("ties_svd", density=0.3),
+        sx.Combination("dare_linear", density=0.5),
+        sx.Combination("linear"),
+        sx.Combination("svd", rank=2),
+    ):
+        got = sx.merge_weighted(flat, [sx.Weighted(0.6, each) for each in flat_nodes], combination, key)["layers"]
+        want = sx.merge_weighted(params, parts, combination, key)["layers"]["q"]["kernel"]
+        chex.assert_trees_all_close(jnp.stack([got[str(i)]["q"]["kernel"] for i in range(2)]), want, atol=1e-6)
+        assert np.abs(want - kernel).max(axis=(1, 2)).min() > 1e-3
+
+
+@pytest.mark.usefixtures("strict")
+def test_combinations_that_mean_nothing_are_refused():
+    params = base()
+    plain, wide, dora = (sx.Weighted(1.0, tuned(params, [("q", m)])[1]) for m in (sx.LoRA(2), sx.LoRA(3), sx.DoRA(2)))
+    moved = sx.Weighted(1.0, plain.adapters, {**params, "norm": {"scale": params["norm"]["scale"] + 1.0}})
+    for make, message in [
+        (lambda: sx.Combination("tie"), "combination must be one of cat, linear"),
+        (lambda: sx.Combination("ties"), "'ties' needs a density in (0, 1], got None"),
+        (lambda: sx.Combination("ties", 1.5), "got 1.5"),
+        (lambda: sx.Combination("svd", 0.5), "'svd' prunes nothing"),
+        (lambda: sx.Combination("cat", rank=2), "rank must be 1 or more"),
+        (lambda: sx.Combination("ties", 0.5, "sum"), "majority_sign_method must be"),
+        (lambda: sx.merge_weighted(params, [plain, wide], sx.Combination("linear")), "adapters of one rank, got 2, 3"),
+        (lambda: sx.merge_weighted(params, [dora], sx.Combination("linear")), "DoRA is more than a pair of factors"),
+        (lambda: sx.weighted_lora(params, [dora]), "layers/q/kernel: DoRA is more than a pair of factors"),
+        (lambda: sx.merge_weighted(params, [moved], sx.Combination("svd")), "norm/scale: was trained beside adapters"),
+        (lambda: sx.merge_weighted(params, [moved], sx.Combination("linear")), "norm/scale: this part changes it"),
+        (lambda: sx.merge_weighted(params, [plain], sx.Combination("dare_ties", 0.5)), "at random; give a key"),
+    ]:
+        with pytest.raises(sx.SboraxError, match=re.escape(message)):
+            make()
 
 
 @pytest.mark.usefixtures("strict")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import peft
+import peft.tuners.boft.layer
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -19,6 +20,18 @@ from sborax.models.load import load_model
 VOCAB, DEPTH = 64, 2
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class BlockDiagonal:
+    """In place of BOFT's CUDA extension in PEFT, without which it takes one butterfly factor whatever is asked."""
+
+    @staticmethod
+    def apply(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+peft.tuners.boft.layer.get_fbd_cuda = lambda: True
+peft.tuners.boft.layer.FastBlockDiag = BlockDiagonal
 
 
 class Pair(NamedTuple):

@@ -52,8 +52,11 @@ VARIANTS: dict[str, AbstractMethod] = {
     "SBoRA-FA": sx.SBoRA(),
     "SBoRA-FB": sx.SBoRA(variant="FB"),
     "rsLoRA": sx.LoRA(rslora=True),
+    # Sized by a share, which nothing searches: 48,455 and 46,195 trained parameters.
+    "OSF": sx.OSF(kept=0.87),
+    "SuperTuning": sx.SuperTuning(sparsity=0.796),
 }
-"""Options that make another method of a class."""
+"""Options that make another method of a class, or its size."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "LoRA+": {"b_ratio": 16.0},
     "LoRA-RITE": {"name": "lora_rite"},

@@ -190,6 +190,18 @@ def _add_conversion(commands: Commands) -> None:
         help="also add WEIGHT times the change that a run or a PEFT adapter makes to the base; repeat for several",
     )  # fmt: skip
     merge.add_argument(
+        "--combination", default="cat", metavar="KIND",
+        help="how the changes are combined: cat (default), their weighted sum, or svd, ties_svd, dare_linear_svd, "
+        "dare_ties_svd, magnitude_prune_svd; without _svd factors of LoRA are combined, and linear; as PEFT's names",
+    )  # fmt: skip
+    merge.add_argument("--density", type=float, metavar="D", help="share of entries that a combination keeps")
+    merge.add_argument(
+        "--majority-sign-method", choices=("total", "frequency"), default="total",
+        help="whose sign TIES takes: that of the sum (default) or that of most",
+    )  # fmt: skip
+    merge.add_argument("--rank", type=int, metavar="R", help="rank of a combination in svd (default: not truncated)")
+    merge.add_argument("--seed", type=int, default=0, help="seed of what DARE drops (default: 0)")
+    merge.add_argument(
         "--approximate", choices=("inputs", "weights"),
         help="merge ResLoRA's input and middle shortcuts, which no weight equals, and print the error on its data",
     )  # fmt: skip
@@ -383,9 +395,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    from sborax.adapters.combination import Combination
     from sborax.cli.merging import merge
 
-    merge(arguments.target, arguments.out_dir, arguments.approximate, arguments.add)
+    combination = Combination(arguments.combination, arguments.density, arguments.majority_sign_method, arguments.rank)
+    merge(arguments.target, arguments.out_dir, arguments.approximate, arguments.add, combination, arguments.seed)
     return OK
 
 

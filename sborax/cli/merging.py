@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
+from sborax.adapters.combination import Combination
 from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import merge as merge_tree
 from sborax.adapters.weighted import Weighted, merge_weighted
@@ -20,18 +22,29 @@ from sborax.models import save_hf
 from sborax.records.adapter import fingerprint, load_adapter, read_adapter
 
 
-def merge(target: str, out: str, approximate: str | None = None, added: Sequence[str] = ()) -> None:
+def merge(
+    target: str,
+    out: str,
+    approximate: str | None = None,
+    added: Sequence[str] = (),
+    combination: Combination = Combination(),
+    seed: int = 0,
+) -> None:
     """Write a dense model and its card to `out`.
 
     - target: a run; with `added`, also a model without an adapter.
     - approximate: "inputs" or "weights", a merge of `sborax.interop.reslora`, whose error is printed; None for an exact
       merge.
     - added: `NAME=WEIGHT`: runs and PEFT adapters whose change of the base is added, times WEIGHT.
+    - combination: how the changes are combined, if there is any `added`.
+    - seed: of what the combination draws.
 
     Raises SboraxError for adapters that do not merge, or were trained on another base.
     """
     check_card(out)
     terms = [_term(word) for word in added]
+    if not terms and combination != Combination():
+        raise SboraxError(f"--combination {combination.kind}: combines several changes; give them with --add")
     if not terms:
         loaded = load_run(target)
         merged: Any = (
@@ -45,9 +58,10 @@ def merge(target: str, out: str, approximate: str | None = None, added: Sequence
         parts = [] if loaded.experiment is None else [Weighted(1.0, loaded.adapters, loaded.params)]
         prints = fingerprint(loaded.model.params)
         parts += [_part(loaded, prints, target, name, weight) for name, weight in terms]
-        merged = merge_weighted(loaded.model.params, parts)
+        merged = merge_weighted(loaded.model.params, parts, combination, jax.random.key(seed))
         terms = ([] if loaded.experiment is None else [(target, 1.0)]) + terms
         made = "the base plus " + " plus ".join(f"{weight:g} times the change by {name}" for name, weight in terms)
+        made += "" if combination.kind == "cat" else f", combined by {combination.described}"
     runs = [name for name in (target, *dict(terms)) if is_run(name) or is_best(name)]
     card = _card(target if loaded.experiment is None else loaded.experiment.model, made, list(dict.fromkeys(runs)))
     save_hf(out, loaded.model, merged)

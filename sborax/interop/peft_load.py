@@ -99,13 +99,16 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, places)
 
         def read(name: str) -> np.ndarray:
-            return np.asarray(file.get_tensor(names[name]), np.float32)
+            tensor = np.asarray(file.get_tensor(names[name]))
+            # A flat index may be larger than float32 can tell from the next one.
+            return tensor if tensor.dtype.kind in "iu" else tensor.astype(np.float32)
 
         for copy, stored in heads.items():
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
         new = {name: read(PREFIX + key) for key, (name, _) in base.items()}
-        residual = new.pop(f"{HEAD}.weight", None) if row.method.rewrites_base and HEAD in modules else None
+        rewritten = row.method.rewrites_base and not row.keeps_base and HEAD in modules
+        residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
@@ -364,7 +367,11 @@ def _filled_layers(
 
 
 def _check_places(name: str, value: np.ndarray, shape: tuple[int, int]) -> None:
-    """Raise SboraxError unless `value` holds distinct places of an (in, out) weight, a column of (column, row) each."""
-    inside = (value >= 0).all() and (value < np.asarray(shape[::-1])[:, None]).all() and (value % 1 == 0).all()
-    if not inside or len(np.unique(value, axis=1).T) != value.shape[1]:
+    """Raise SboraxError unless `value` holds distinct places of an (in, out) weight.
+
+    A column of (column, row) is a place, or else a number into the transposed weight, row by row.
+    """
+    bounds = np.asarray(shape[::-1])[:, None] if value.ndim == 2 else np.prod(shape)
+    inside = (value >= 0).all() and (value < bounds).all() and (value % 1 == 0).all()
+    if not inside or np.unique(value, axis=-1).shape[-1] != value.shape[-1]:
         raise SboraxError(f"{name}: an index lies outside the {shape} weight or comes twice")

@@ -106,6 +106,7 @@ class Row:
     - inert: config fields that do not change the function of a saved adapter.
     - constants: fields that are always written.
     - layered: whether the config can choose layers by number.
+    - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
     - drawn: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
     """
 
@@ -125,6 +126,7 @@ class Row:
     inert: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"bias": "none"})
     layered: bool = True
+    keeps_base: bool = False
     drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
 
 
@@ -150,15 +152,18 @@ def number_field(fields: Fields, name: str) -> float:
 
 
 def check_types(fields: Fields, defaults: Mapping[str, Any]) -> None:
-    """Raise SboraxError for a field of another type than its default's: a boolean, a number or, for None, a string."""
+    """Raise SboraxError for a field of another type than its default's: a boolean or a number.
+
+    Where the default is None, a text or a number.
+    """
     for name, default in defaults.items():
         value = fields[name]
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise SboraxError(f"{name} must be true or false, got {str(value)[:40]!r}")
         elif default is None:
-            if not isinstance(value, str | None):
-                raise SboraxError(f"{name} must be a text, got {str(value)[:40]!r}")
+            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+                raise SboraxError(f"{name} must be a text or a number, got {str(value)[:40]!r}")
         else:
             number_field(fields, name)
 

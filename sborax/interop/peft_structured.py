@@ -1,4 +1,4 @@
-"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, HRA, SHIRA, IA3, ROAD, and PEANUT."""
+"""Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, BOFT, HRA, SHIRA, IA3, ROAD, and others."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from sborax.interop.peft_row import (
     Fit,
     Row,
     Tensor,
+    alpha_of,
     decimal_of,
     dropout_of,
     number_field,
@@ -20,7 +21,7 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import matched
-from sborax.methods import C3A, HRA, IA3, OFT, Bat, Bone, PEANuT, RoAd, SHiRA
+from sborax.methods import BOFT, C3A, DEFT, HRA, IA3, OFT, OSF, Bat, Bone, PEANuT, RoAd, SHiRA, SuperTuning
 
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
@@ -76,6 +77,78 @@ def _write_oft(node: Adapter) -> dict[str, Any]:
         "peft_version": SERIES_SINCE,
     }
     return fields if method.terms is None else {**fields, "num_cayley_neumann_terms": method.terms}
+
+
+def _read_boft(fields: Fields) -> Fit:
+    if fields["boft_block_num"] or not fields["boft_block_size"]:
+        raise SboraxError(
+            f"boft_block_num={fields['boft_block_num']}: BOFT by the number of blocks is not supported; give "
+            "boft_block_size"
+        )
+    factors = rank_field(fields, "boft_n_butterfly_factor")
+    return Fit(BOFT(block=rank_field(fields, "boft_block_size"), factors=factors), {})
+
+
+def _write_boft(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, BOFT)
+    return {"boft_block_size": method.block, "boft_n_butterfly_factor": method.factors}
+
+
+def _read_osf(fields: Fields) -> Fit:
+    kept = fields["effective_rank"]
+    if kept is not None and number_field(fields, "effective_rank") > 1.0:
+        kept = int(kept)
+    return Fit(OSF(kept=kept), {"scale": 1.0})
+
+
+def _write_osf(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, OSF)
+    return {"effective_rank": method.kept}
+
+
+def _read_super(fields: Fields) -> Fit:
+    """Without a rank there is neither scale nor dropout."""
+    sparsity, largest = number_field(fields, "sparsity"), bool(fields["select_top"])
+    if not fields["save_precomputed_indices"]:
+        raise SboraxError("save_precomputed_indices=False: the file must hold the places; save it again with True")
+    if fields["r"] is None:
+        return Fit(SuperTuning(sparsity=sparsity, largest=largest), {})
+    rank, rate = rank_field(fields), number_field(fields, "lora_dropout")
+    scale = 2.0 if fields["lora_alpha"] is None else number_field(fields, "lora_alpha") / rank
+    method = SuperTuning(sparsity=sparsity, largest=largest, lora_rank=rank, dropout=rate)
+    return Fit(method, {"scale": scale})
+
+
+def _write_super(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, SuperTuning)
+    fields = {"sparsity": method.sparsity, "select_top": method.largest}
+    rank = method.lora_rank
+    return fields | ({"r": rank, "lora_alpha": alpha_of(node, rank), "lora_dropout": dropout_of(node)} if rank else {})
+
+
+def _deft(projection: Literal["relu", "qr"]) -> Row:
+    """The row of one projection of DEFT."""
+
+    def read(fields: Fields) -> Fit:
+        rank = rank_field(fields)
+        method = DEFT(rank=rank, projection=projection, dropout=number_field(fields, "deft_dropout"))
+        # PEFT takes an alpha of 0 for none.
+        return Fit(method, {"scale": number_field(fields, "alpha") / rank if fields["alpha"] else 1.0})
+
+    def write(node: Adapter) -> dict[str, Any] | None:
+        method = node.method
+        assert isinstance(method, DEFT)
+        if method.projection != projection:
+            return None
+        return {"r": method.rank, "alpha": alpha_of(node, method.rank), "deft_dropout": dropout_of(node)}
+
+    tensors = (Tensor("deft_P", "p", (0, 1)), Tensor("deft_R", "a", TRANSPOSED))
+    known_by = {"decomposition_method": (projection,), **ANY_START}
+    defaults = {"r": 8, "alpha": None, "deft_dropout": 0.0}
+    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, inert=frozenset({"init_scale"}))
 
 
 def _road(variant: Literal["1", "2", "4"]) -> Row:
@@ -158,6 +231,20 @@ STRUCTURED = (
         (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft, inert=frozenset({"eps", "module_dropout"}),
     ),
     Row(
+        BOFT, "BOFT", ANY_START, {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
+        (Tensor("boft_R", "d", (0, 1, 2, 3)), Tensor("boft_s", "m", (0, None))), _read_boft, _write_boft,
+        inert=frozenset({"boft_dropout"}),
+    ),
+    Row(
+        OSF, "OSF", ANY_START, {"effective_rank": None},
+        (
+            Tensor("osf_svd_params.V_low", "a", TRANSPOSED), Tensor("osf_svd_params.U_low", "b", TRANSPOSED),
+            Tensor("osf_svd_params.S_low", "e", (0,)),
+        ),
+        _read_osf, _write_osf, constants=NO_BIAS, layered=False, inert=frozenset({"target_svd_config"}),
+        keeps_base=True,
+    ),
+    Row(
         HRA, "HRA", ANY_START, {"r": 8}, (Tensor("hra_u", "u", (0, 1)),),
         lambda fields: Fit(HRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
         any_rank=True,
@@ -167,6 +254,18 @@ STRUCTURED = (
         (Tensor("shira_weight", "values", (0,)), Tensor("shira_indices", "idx", (0, 1), places=True)),
         lambda fields: Fit(SHiRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
         inert=frozenset({"mask_type", "random_seed"}), constants=NO_BIAS, layered=False,
+    ),
+    Row(
+        SuperTuning, "SUPERTUNING", ANY_START,
+        {
+            "sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0,
+            "save_precomputed_indices": True,
+        },
+        (
+            Tensor("supertuning_values", "values", (0,)), Tensor("supertuning_indices", "idx", (0,), places=True),
+            Tensor("supertuning_lora_A.weight", "a", TRANSPOSED), Tensor("supertuning_lora_B.weight", "b", TRANSPOSED),
+        ),
+        _read_super, _write_super, constants=NO_BIAS, layered=False,
     ),
     Row(
         IA3, "IA3", {"init_ia3_weights": (True, False)}, {},
@@ -182,4 +281,6 @@ STRUCTURED = (
     _peanut("relu"),
     _peanut("silu"),
     _peanut("gelu"),
+    _deft("relu"),
+    _deft("qr"),
 )  # fmt: skip

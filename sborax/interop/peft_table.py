@@ -30,6 +30,7 @@ KNOWN_BY_DEFAULTS = {
     "use_idwt": True,
     "wavelet_family": "db1",
     "act_fn": "relu",
+    "decomposition_method": "relu",
 }
 """PEFT's defaults of the fields in `Row.known_by`."""
 

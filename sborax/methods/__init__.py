@@ -5,8 +5,10 @@ A line here makes a class public: `sborax.LoRA`, a name in rules and commands, a
 
 from sborax.methods.adalora import AdaLoRA as AdaLoRA
 from sborax.methods.bat import Bat as Bat
+from sborax.methods.boft import BOFT as BOFT
 from sborax.methods.bone import Bone as Bone
 from sborax.methods.c3a import C3A as C3A
+from sborax.methods.deft import DEFT as DEFT
 from sborax.methods.delora import DeLoRA as DeLoRA
 from sborax.methods.dora import DoRA as DoRA
 from sborax.methods.fourier_ft import FourierFT as FourierFT
@@ -23,6 +25,7 @@ from sborax.methods.mo_sara import MoSARA as MoSARA
 from sborax.methods.oft import OFT as OFT
 from sborax.methods.olora import OLoRA as OLoRA
 from sborax.methods.orthogonal import OrthogonalAdaptation as OrthogonalAdaptation
+from sborax.methods.osf import OSF as OSF
 from sborax.methods.peanut import PEANuT as PEANuT
 from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
@@ -34,6 +37,7 @@ from sborax.methods.road import RoAd as RoAd
 from sborax.methods.sara import SARA as SARA
 from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
+from sborax.methods.super_tuning import SuperTuning as SuperTuning
 from sborax.methods.tiny_lora import TinyLoRA as TinyLoRA
 from sborax.methods.vera import VeRA as VeRA
 from sborax.methods.wave_ft import WaveFT as WaveFT

@@ -15,7 +15,12 @@ def rotations(q: Float[Array, "blocks upper"], size: int, terms: int | None) -> 
     """
     rows, columns = np.triu_indices(size, 1)
     upper = jnp.zeros((q.shape[0], size, size)).at[:, rows, columns].set(q)
-    skew, eye = upper - upper.transpose(0, 2, 1), jnp.eye(size)[None]
+    return cayley(upper - upper.transpose(0, 2, 1), terms)
+
+
+def cayley(skew: Float[Array, "blocks size size"], terms: int | None) -> Float[Array, "blocks size size"]:
+    """The rotations of `rotations`, from the skew-symmetric matrices Q."""
+    eye = jnp.eye(skew.shape[-1])[None]
     if terms is None:
         # Solved from the left: the two commute.
         return jnp.linalg.solve(eye + skew, eye - skew)

@@ -1,0 +1,99 @@
+"""BOFT: orthogonal fine-tuning by butterfly factors, arXiv:2311.06243."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.adapters.core import (
+    AbstractMethod,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    SboraxError,
+    Weight,
+    cast,
+    dense,
+    matmul,
+)
+from sborax.methods.rotation import cayley
+
+
+@dataclasses.dataclass(frozen=True)
+class BOFT(AbstractMethod):
+    """y = m * ((x R) W), R = R_k ... R_1: every factor rotates blocks of inputs, and factors mix ever farther ones.
+
+    The blocks of factor i are rotated by (I - Q)(I + Q)^-1, Q = (D - D^T) / 2 with D (block, block). R_1 rotates
+    neighbours. A block of R_i takes half its inputs from each half of a group of 2^(i-1) blocks.
+
+    block: size of a block, which must divide in (PEFT: 4).
+    factors: how many factors (PEFT: 1). With more than one, block must be even and block 2^(factors-1) divide in.
+
+    D = 0 and m (out,) = 1 at init: identity. Exact merge m * (R W). x is rotated, never W. PEFT takes one factor
+    wherever its CUDA extension cannot be compiled, without a word; such files are those of factors=1.
+    Trained parameters: factors in block + out.
+    """
+
+    paper = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv:2311.06243"
+    sends = "the rotations of all blocks, and x, for blocks are cut in another way than tokens"
+    rank = 1
+
+    block: int = 4
+    factors: int = 1
+
+    @property
+    def axes(self) -> Axes:
+        return {"d": (None, "in", None, None), "m": ("out",)}
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if self.factors < 1:
+            raise SboraxError(f"factors must be 1 or more, got {self.factors}")
+        widest = self.block * 2 ** (self.factors - 1)
+        if self.block < 2 or shape[0] % widest or (self.factors > 1 and self.block % 2):
+            even = "be even and " if self.factors > 1 else ""
+            raise SboraxError(
+                f"block must {even}be at least 2, and block 2^(factors - 1) divide {shape[0]} rows; got block "
+                f"{self.block} and factors {self.factors}"
+            )
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        fan_in, fan_out = weight.shape
+        d = jnp.zeros((self.factors, fan_in // self.block, self.block, self.block))
+        return Fitted({"d": d, "m": jnp.ones(fan_out)}, {})
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        r = cast(self._rotations(adapter), x)
+        for i in reversed(range(self.factors)):
+            x = self._turned(x, r[i], i)
+        return matmul(x, weight) * cast(adapter.train["m"], x)[None, :]
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        r = self._rotations(adapter).swapaxes(-1, -2)
+        turned = dense(weight).astype(jnp.float32).T
+        with jax.default_matmul_precision("highest"):
+            for i in range(self.factors):
+                turned = self._turned(turned, r[i], i)
+        return turned.T * adapter.train["m"][None, :]
+
+    def _rotations(self, adapter: Adapter) -> Float[Array, "factors blocks block block"]:
+        d = adapter.train["d"]
+        skew = 0.5 * (d - d.swapaxes(-1, -2))
+        return cayley(skew.reshape(-1, self.block, self.block), None).reshape(d.shape)
+
+    def _turned(
+        self, x: Float[Array, "rows in"], r: Float[Array, "blocks block block"], factor: int
+    ) -> Float[Array, "rows in"]:
+        """Blocks of `x` times those of `r`, where halves of a block lie 2^factor halves apart."""
+        rows, fan_in = x.shape
+        halves = (rows, -1, 2, 2**factor, self.block // 2)
+        if factor:
+            x = x.reshape(halves).swapaxes(2, 3)
+        turned = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, -1, self.block), r)
+        if factor:
+            turned = turned.reshape(rows, -1, 2**factor, 2, self.block // 2).swapaxes(2, 3)
+        return turned.reshape(rows, fan_in)
