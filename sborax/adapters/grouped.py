@@ -18,7 +18,7 @@ from sborax.adapters.depth import over_stack
 from sborax.adapters.weight import AbstractWeight, Weight, dense
 
 Sizes = Int[Array, " experts"]
-"""How many rows each expert has. They add up to all rows."""
+"""How many rows each expert has. Rows beyond their sum belong to no expert: what is computed of them is undefined."""
 
 LEAST_TILE, LARGEST_TILE = 8, 128
 """Bounds of the rows that are multiplied at once where the back end has no grouped product."""
@@ -181,7 +181,7 @@ def grouped_matmul(x: Float[Array, "rows in"], weight: Weight, sizes: Sizes) -> 
     - x: rows sorted by expert.
     - weight: (experts, in, out), a plain array or a quantised one, which is made dense one expert at a time and gets no
       gradient.
-    - sizes: how many rows each expert has. They add up to all rows.
+    - sizes: how many rows each expert has. Results of rows beyond their sum are undefined.
     """
     if isinstance(weight, AbstractWeight):
         return _frozen_product(x, weight, sizes)
@@ -203,7 +203,7 @@ def grouped_linear(
     Args:
     - x: rows sorted by expert.
     - weight: (experts, in, out).
-    - sizes: how many rows each expert has. They add up to all rows.
+    - sizes: how many rows each expert has. Results of rows beyond their sum are undefined.
     - adapter: an adapter whose leaves have one stack axis, of experts; None for the base projection.
     - ctx: what the adapter reads. Arrays that belong to tokens have one entry a row.
     """
@@ -318,8 +318,12 @@ def _by_tiles(
     def apply(_: None, tiles: Any) -> tuple[None, Array]:
         number, expert, node, (x, *fields) = tiles
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, number)
-        matrix = jax.tree.map(lambda leaf: leaf[expert], weight)
-        return None, node.method.apply(x, matrix, node, Context(key, *fields))
+
+        def used() -> Array:
+            matrix = jax.tree.map(lambda leaf: leaf[expert], weight)
+            return node.method.apply(x, matrix, node, Context(key, *fields))
+
+        return None, jax.lax.cond(number < total, used, lambda: jnp.zeros((tile, weight.shape[-1]), x.dtype))
 
     _, products = jax.lax.scan(apply, None, (numbers, experts, of_tile, per_row))
     y = jnp.zeros((rows, products.shape[-1]), products.dtype)

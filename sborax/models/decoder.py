@@ -71,6 +71,12 @@ def _experts(config: DecoderConfig) -> Any:
     return getattr(config, "experts", None)
 
 
+def count_experts(config: DecoderConfig) -> int:
+    """The experts of a layer; 0 for a config without experts."""
+    experts = _experts(config)
+    return 0 if experts is None else experts.count
+
+
 def active_share(config: DecoderConfig) -> float:
     """The share of a layer's experts that a token passes; 1 for a config without experts."""
     experts = _experts(config)
