@@ -164,8 +164,9 @@ class Mixture:
 
         rows = PartitionSpec(over)
         mapped = jax.shard_map(
-            # Without this a layer that recomputes nothing would keep what it gathered.
-            jax.checkpoint(device, policy=_but_gathered),
+            # Without this a scanned layer that recomputes nothing would keep what it gathered. Where all is recomputed,
+            # the compiler merges what is gathered twice.
+            jax.checkpoint(device, policy=_but_gathered, prevent_cse=False),
             in_specs=(PartitionSpec(tuple(manual)), rows, specs),
             out_specs=(rows, PartitionSpec(share)),
             axis_names=set(manual),

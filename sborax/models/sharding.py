@@ -49,7 +49,7 @@ def is_expert(path: str) -> bool:
 
 
 def _split(module: str, fully: Any) -> tuple[Any, Any]:
-    """The mesh axes of a projection's input and output: tensor on the side of heads or channels, `fully` on the other."""
+    """The mesh axes of a projection's input and output: tensor for heads or channels, `fully` on the other side."""
     return ("tensor", fully) if module in ROW_PARALLEL else (fully, "tensor")
 
 

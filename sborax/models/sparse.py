@@ -7,10 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
-from sborax.adapters.constraints import EXPERT
+from sborax.adapters.constraints import EXPERT, ROWS, dividing
 from sborax.models.config import Experts
 from sborax.models.layers import GatedUnit
 from sborax.models.mixture import Mixture, Projection, mixed
@@ -77,7 +78,7 @@ class Router(nn.Module):
         shape = (x.shape[-1], self.experts.count)
         weight = self.param("weight", nn.initializers.normal(0.02), shape, self.dtype)
         probabilities = jax.nn.softmax((x @ weight.astype(x.dtype)).astype(jnp.float32), axis=-1)
-        weights, numbers = jax.lax.top_k(probabilities, self.experts.chosen)
+        weights, numbers = largest(probabilities, self.experts.chosen)
         if self.is_mutable_collection("routing") and not self.is_initializing():
             counted = jnp.ones(x.shape[0]) if mask is None else (mask != 0).astype(jnp.float32)
             chosen = jnp.sum(jax.nn.one_hot(numbers, self.experts.count), axis=1)
@@ -87,6 +88,23 @@ class Router(nn.Module):
         if self.experts.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(x.dtype), numbers
+
+
+def largest(
+    probabilities: Float[Array, "tokens experts"], count: int
+) -> tuple[Float[Array, "tokens chosen"], Int[Array, "tokens chosen"]]:
+    """The `count` largest numbers of each token, and their places. On a mesh each device sorts those of its tokens."""
+    axes = dividing(probabilities.shape[0], ROWS)
+    if not axes:
+        return tuple(jax.lax.top_k(probabilities, count))
+
+    def of_device(probabilities: Array) -> tuple[Array, Array]:
+        return tuple(jax.lax.top_k(probabilities, count))
+
+    # The compiler would gather the probabilities of all tokens on every device.
+    rows = PartitionSpec(axes)
+    sharded = jax.shard_map(of_device, in_specs=rows, out_specs=(rows, rows), axis_names=set(axes), check_vma=False)
+    return sharded(probabilities)
 
 
 class GroupedLinear(nn.Module):
