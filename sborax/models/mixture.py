@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sborax.adapters.constraints import EXPERT, ROWS, compiled_axes, dividing, mesh_axes
+from sborax.adapters.constraints import AXES, EXPERT, SHARED, compiled_axes, dividing, mesh_axes
 from sborax.adapters.core import Context
 from sborax.adapters.grouped import expert_of_row, grouped_linear
 from sborax.adapters.routing import GATE
-from sborax.models.sharding import expert_specs, sent_packed
+from sborax.models.sharding import expert_specs
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +45,7 @@ class Projection:
     ) -> Float[Array, "rows out"]:
         """The adapted projection of rows that are sorted by expert."""
         ctx = dataclasses.replace(ctx, key=self.key).at(self.path, GATE)
-        kernel = sent_packed(self.kernel, self.path.rpartition("/")[-1])
-        return grouped_linear(x, kernel, sizes, self.adapter, ctx)
+        return grouped_linear(x, self.kernel, sizes, self.adapter, ctx)
 
 
 Projections = Mapping[str, Projection]
@@ -120,14 +119,16 @@ class Mixture:
     ) -> tuple[Float[Array, "tokens d"], Squares]:
         """`here` of all experts, on the current mesh.
 
-        Devices with the same share of the experts have different tokens. Along "expert":
+        Along "expert", which has another share of the experts on each device:
 
         1. The tokens, and which experts they chose, are gathered.
         2. Each device computes the rows of its own experts.
         3. The outputs are summed, and each device is left with those of its tokens (a reduce-scatter).
 
-        Kernels that are cut along fsdp are gathered as they are stored, and again for the backward pass. The gradients
-        of trained ones are reduce-scattered. Within the axes of `ROWS` a row is multiplied on one device.
+        Along all other axes each device has other tokens, also along tensor, and the kernels of its experts are
+        gathered as they are stored, and again for the backward pass. The gradients of trained kernels are
+        reduce-scattered. So a row is multiplied on one device, with a kernel that is whole: any method applies, and no
+        device waits for another one inside a loop whose length depends on data.
 
         With n devices along "expert", t tokens on each, d features and k experts a token, a device receives
         2 (n - 1) t d entries a layer in the forward pass, and as many in the backward pass. Two all-to-alls that send
@@ -137,7 +138,7 @@ class Mixture:
         would be dropped.
         """
         axes = compiled_axes()
-        manual = [name for name in ROWS if name in axes]
+        manual = [name for name in AXES if name in axes]
         count = projections["gate_proj"].kernel.shape[0]
         shares = axes.get(EXPERT, 1)
         # On a mesh of the user's, whose sizes nothing has checked, all devices have all experts.
@@ -154,7 +155,7 @@ class Mixture:
             if sent:
                 tokens = jax.tree.map(functools.partial(_gathered, axis=0, name=EXPERT), tokens)
             whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
-            first = (device[0] % shares) * (count // shares) if shares > 1 else None
+            first = (device[0] // axes.get(SHARED, 1)) % shares * (count // shares) if shares > 1 else None
             y, squares = self.here(*tokens, whole, first)
             if sent:
                 y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
@@ -187,15 +188,15 @@ def mixed(
     """sum_e p_e down_e(f(gate_e(x)) * up_e(x)) over the experts e that the router chose for a token.
 
     Args:
-    - x: the tokens. On a mesh they are cut over `ROWS`.
+    - x: the tokens.
     - weights, numbers: p_e and e of each token.
     - ctx: with one entry a token.
     - projections: of all experts, by name.
     - form: the activation, and whether squares are wanted, which are empty otherwise.
     """
     axes = compiled_axes()
-    cut = math.prod(axes.get(name, 1) for name in ROWS) > 1
-    return (form.on_mesh if cut else form.here)(x, weights, numbers, ctx, projections)
+    form_of = form.on_mesh if math.prod(axes.values()) > 1 else form.here
+    return form_of(x, weights, numbers, ctx, projections)
 
 
 def _squares(
@@ -221,12 +222,12 @@ def _specs(name: str, projection: Projection, share: str | None) -> Projection:
 
 
 def _whole(projection: Projection, specs: Projection, device: Int[Array, ""]) -> Projection:
-    """A projection on a device: its kernel gathered along fsdp, and a dropout key that differs between devices."""
+    """A projection on a device: the kernels of its experts, and a dropout key that differs between devices."""
 
     def gathered_leaf(leaf: Array, spec: PartitionSpec) -> Array:
         for axis, entry in enumerate(spec):
-            for name in mesh_axes(entry):
-                leaf = leaf if name == EXPERT else _gathered(leaf, axis, name)
+            if axis > 0 and entry:
+                leaf = _gathered(leaf, axis, mesh_axes(entry))
         return leaf
 
     kernel = jax.tree.map(gathered_leaf, projection.kernel, specs.kernel)
@@ -234,7 +235,7 @@ def _whole(projection: Projection, specs: Projection, device: Int[Array, ""]) ->
     return dataclasses.replace(projection, kernel=kernel, key=key)
 
 
-def _gathered(leaf: Array, axis: int, name: str) -> Array:
+def _gathered(leaf: Array, axis: int, name: str | tuple[str, ...]) -> Array:
     return jax.lax.all_gather(leaf, name, axis=axis, tiled=True)
 
 

@@ -101,7 +101,7 @@ def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
 
 
 def expert_specs(module: str, kernel: Weight, share: str | None) -> Any:
-    """Specs of the kernels (experts, in, out) of a layer's experts along the mesh axes of rows, as their leaves lie.
+    """Specs of the kernels (experts, in, out) of a layer's experts on the current mesh, as `base_specs` has them.
 
     - share: the mesh axis that experts are cut over; None if all devices have all experts.
     """
@@ -113,8 +113,7 @@ def expert_specs(module: str, kernel: Weight, share: str | None) -> Any:
     def leaf_spec(leaf: Array) -> PartitionSpec:
         if leaf.ndim < len(kernel.shape):
             return PartitionSpec(share)
-        fully = (tuple(name for name in mesh_axes(entry) if name != SHARED) for entry in (inner, outer))
-        return PartitionSpec(share, *map(dividing, leaf.shape[1:], fully))
+        return PartitionSpec(share, *map(dividing, leaf.shape[1:], map(mesh_axes, (inner, outer))))
 
     return jax.tree.map(leaf_spec, kernel)
 
@@ -137,16 +136,14 @@ def over_rows(x: Array) -> Array:
     return cut(x, ROWS, *(None,) * (x.ndim - 1))
 
 
-def used_whole(adapter: Adapter, module: str, stack: tuple[str, ...] = ()) -> Adapter:
+def used_whole(adapter: Adapter, module: str) -> Adapter:
     """`adapter` as the projection `module` uses it on a mesh: gathered along fsdp, as its kernel is.
 
     Otherwise the compiler may cut activations like the leaves, and send activations. Leaves stay cut along tensor.
-
-    - stack: the mesh axes of the stack axes of a layer's adapter.
     """
     if not compiled_axes():
         return adapter
-    stack = stack or (None,) * len(stack_of(adapter))
+    stack = (None,) * len(stack_of(adapter))
     leaf_specs = specs({"kernel": adapter}, {"kernel": PartitionSpec(*stack, *_used_axes(module))})["kernel"]
     return jax.tree.map(lambda leaf, leaf_spec: cut(leaf, *leaf_spec), adapter, leaf_specs)
 

@@ -11,11 +11,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
-from sborax.adapters.constraints import EXPERT, ROWS, dividing
+from sborax.adapters.constraints import ROWS, dividing
 from sborax.models.config import Experts
 from sborax.models.layers import GatedUnit
 from sborax.models.mixture import Mixture, Projection, mixed
-from sborax.models.sharding import used_whole
 
 ROUTER_WEIGHT = "router/weight"
 """The end of the path of a router's weight."""
@@ -127,9 +126,7 @@ class GroupedLinear(nn.Module):
             shape = (self.experts, self.fan_in, self.features)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        adapter = self.get_variable("adapters", "kernel")
-        adapter = None if adapter is None else used_whole(adapter, self.path[-1], (EXPERT,))
-        return Projection(kernel, adapter, key, "/".join(self.path))
+        return Projection(kernel, self.get_variable("adapters", "kernel"), key, "/".join(self.path))
 
     def observe(self, squares: Float[Array, "experts in"]) -> None:
         """Put the norms of the input features of each expert into collection `observations`."""
