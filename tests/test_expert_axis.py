@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
 import sborax as sx
+from sborax.adapters import grouped
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import is_weight
-from sborax.adapters.leaves import flatten
+from sborax.adapters.leaves import nest
 from sborax.adapters.tree import nodes
 from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
@@ -25,8 +26,8 @@ from sborax.models import LanguageModel, Llama
 from sborax.models.config import Experts
 from sborax.models.mixture import Mixture, Projection, mixed
 from sborax.models.nf4 import quantise
-from sborax.models.sharding import expert_specs
-from sborax.plans.hlo import collective_bytes
+from sborax.models.sharding import base_specs, quantised_specs
+from sborax.plans.hlo import collective_bytes, matmul_flops
 
 COUNT, CHOSEN, TOKENS = 8, 2, 16
 SPARSE = dataclasses.replace(
@@ -122,13 +123,10 @@ def a_mixture(method=None, quantised=False, layers=()):
         if name != "down_proj":
             kernel = quantise(kernel) if quantised else kernel
         if method is not None and name != "down_proj":
-            hint = {f"experts/{name}": sx.Hint(grad=jnp.asarray(normal(seed + 3, *kernel.shape)))}
-            params, adapters = sx.attach(
-                jax.random.key(seed),
-                {"experts": {name: {"kernel": kernel}}},
-                [("experts", method)],
-                hint if method.needs else None,
-            )
+            path = f"layers/experts/{name}" if layers else f"experts/{name}"
+            hints = {path: sx.Hint(grad=jnp.asarray(normal(seed + 3, *kernel.shape)))} if method.needs else None
+            params = nest({f"{path}/kernel": kernel})
+            params, adapters = sx.attach(jax.random.key(seed), params, [("experts", method)], hints)
             (node,), (kernel,) = nodes(adapters).values(), jax.tree.leaves(params, is_leaf=is_weight)
             node = trained(node, seed)
         projections[name] = Projection(kernel, node, None, f"experts/{name}")
@@ -207,24 +205,17 @@ LAYERS, SIZES = 3, {"data": 2, "expert": 2, "fsdp": 2}
 def compiled_layers(sizes, quantised, method=sx.LoRA(rank=4), tokens=256):
     """The program of the gradients of LAYERS mixtures in turn, and the shapes of their projections."""
     mesh = make_mesh(sizes)
-    projections = jax.eval_shape(functools.partial(a_mixture, method, quantised, (LAYERS,)))
+    projections = a_mixture(method, quantised, (LAYERS,))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
+    def shaped(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
     def placed(name, projection):
-        with jax.set_mesh(mesh):
-            layer = jax.eval_shape(lambda leaf: jax.tree.map(lambda leaf: leaf[0], leaf), projection.kernel)
-            entries = expert_specs(name, layer, "expert")
-        kernel = jax.tree.map(
-            lambda leaf, spec: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(None, *spec))
-            ),
-            projection.kernel,
-            entries,
-        )
-        by_expert = NamedSharding(mesh, PartitionSpec(None, "expert"))
-        adapter = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_expert), projection.adapter
-        )
+        kernel, path = projection.kernel, f"layers/mlp/experts/{name}/kernel"
+        (spec,) = jax.tree.leaves(base_specs(nest({path: kernel}), mesh.shape))
+        kernel = jax.tree.map(shaped, kernel, quantised_specs(kernel, spec) if is_weight(kernel) else spec)
+        adapter = jax.tree.map(lambda leaf: shaped(leaf, PartitionSpec(None, "expert")), projection.adapter)
         return dataclasses.replace(projection, kernel=kernel, adapter=adapter)
 
     projections = {name: placed(name, leaf) for name, leaf in projections.items()}
@@ -258,12 +249,46 @@ def leaf_bytes(tree, parts):
 def test_a_mixture_sends_its_tokens_its_kernels_as_stored_and_its_gradients(quantised):
     program, projections = compiled_layers(SIZES, quantised)
     sent = collective_bytes(program.as_text())
-    tokens = 256 // 8
-    features, choice = 4 * IN * tokens, 4 * CHOSEN * tokens
+    features, choices = 4 * IN * 256 // 8, 4 * CHOSEN * 256 // 8
     matrices = [leaf for leaf in jax.tree.leaves([p.kernel for p in projections.values()]) if leaf.ndim == 4]
-    # Tokens, weights and numbers, and again for the backward pass; the slopes of the outputs; kernels, twice.
-    gathered = LAYERS * 2 * (3 * features + 2 * 2 * choice) + 2 * leaf_bytes(matrices, 2)
+    # Of each layer the tokens, the slopes of its outputs, and kernels twice; once weights and numbers, which all layers
+    # have in common here.
+    gathered = LAYERS * 2 * 2 * features + 2 * 2 * choices + 2 * leaf_bytes(matrices, 2)
     # Outputs, and the slopes of tokens.
     scattered = LAYERS * 2 * features
     trained_leaves = leaf_bytes([p.adapter.train for p in projections.values() if p.adapter], 2)
     assert sent == {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": trained_leaves}
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 8}, {"expert": 2, "fsdp": 4}, {"data": 8}], ids=str)
+def test_at_balanced_load_each_row_is_multiplied_once(sizes, monkeypatch):
+    """FLOPs of the compiled program, with as many turns of the loops over tiles as were counted in a call."""
+    tokens, turns = 512, []
+
+    def counted(sizes, tile, tiles=grouped._tiles):
+        total, place = tiles(sizes, tile)
+        jax.debug.callback(lambda number: turns.append(int(number)), total)
+        return total, place
+
+    monkeypatch.setattr(grouped, "_tiles", counted)
+    projections = a_mixture()
+    x = jnp.asarray(normal(8, tokens, IN))
+    numbers = jnp.arange(tokens * CHOSEN, dtype=jnp.int32).reshape(tokens, CHOSEN) % COUNT
+    mesh = make_mesh(sizes)
+    x, weights, numbers = (
+        jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(ROWS)))
+        for leaf in (x, jnp.full(numbers.shape, 0.5, jnp.float32), numbers)
+    )
+
+    def loss(x, projections):
+        return jnp.sum(together(x, weights, numbers, projections))
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(loss)).lower(x, projections).compile()
+        jax.block_until_ready(program(x, projections))
+    jax.effects_barrier()
+    # Three products, and those with their transposes, whose number of tiles is the same everywhere.
+    assert len(set(turns)) == 1 and len(turns) >= 6 * 8
+    least = 6 * 2 * IN * OUT * tokens * CHOSEN // 8
+    counted_flops = matmul_flops(program.as_text(), turns[0])
+    assert least <= counted_flops <= 1.1 * least, counted_flops / least

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from sborax.adapters.constraints import AXES, EXPERT, SHARED, compiled_axes, dividing, mesh_axes
 from sborax.adapters.core import Context
-from sborax.adapters.grouped import expert_of_row, grouped_linear
+from sborax.adapters.grouped import Sizes, expert_of_row, grouped_linear
 from sborax.adapters.routing import GATE
 from sborax.models.sharding import expert_specs
 
@@ -40,9 +40,7 @@ class Projection:
     key: Any
     path: str = dataclasses.field(metadata={"static": True})
 
-    def __call__(
-        self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"], ctx: Context
-    ) -> Float[Array, "rows out"]:
+    def __call__(self, x: Float[Array, "rows in"], sizes: Sizes, ctx: Context) -> Float[Array, "rows out"]:
         """The adapted projection of rows that are sorted by expert."""
         ctx = dataclasses.replace(ctx, key=self.key).at(self.path, GATE)
         return grouped_linear(x, self.kernel, sizes, self.adapter, ctx)
@@ -73,29 +71,32 @@ class Mixture:
         numbers: Int[Array, "tokens chosen"],
         ctx: Context,
         projections: Projections,
-        first: Int[Array, ""] | None = None,
+        shares: int = 1,
+        share: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "tokens d"], Squares]:
         """sum_e p_e down_e(f(gate_e(x)) * up_e(x)) over those experts of a token that are on this device.
 
         Rows are sorted by expert. Those of experts elsewhere come last and are not multiplied.
 
-        - first: the number of the first expert of `projections`; None if there are no others.
+        - shares, share: how many parts all experts are divided into, and the number of the part in `projections`; None
+            if there are no others.
         """
         (tokens, chosen), count = numbers.shape, projections["gate_proj"].kernel.shape[0]
-        number = numbers.reshape(-1)
-        if first is not None:
-            number = number - first
+        number, elsewhere = numbers.reshape(-1), share is not None
+        if share is not None:
+            number = number - share * count
             number = jnp.where((number >= 0) & (number < count), number, count)
         order = jnp.argsort(number, stable=True)
-        sizes = jnp.bincount(number, length=count).astype(jnp.int32)
         # A token passes an expert once.
         most = tokens * min(chosen, count)
+        room = max(1, shares * min(chosen, count) // chosen)
+        sizes = Sizes(jnp.bincount(number, length=count).astype(jnp.int32), room)
         token = order[:most] // chosen
         per_row = ctx.take(token)
-        present = jnp.arange(most) < jnp.sum(sizes)
+        present = jnp.arange(most) < jnp.sum(sizes.rows)
 
         def only_here(rows: Float[Array, "rows _"]) -> Float[Array, "rows _"]:
-            return rows if first is None else jnp.where(present[:, None], rows, jnp.zeros((), rows.dtype))
+            return jnp.where(present[:, None], rows, jnp.zeros((), rows.dtype)) if elsewhere else rows
 
         rows = only_here(x[token])
         gate, up = (
@@ -106,7 +107,7 @@ class Mixture:
         inputs = {"gate_proj": rows, "up_proj": rows, "down_proj": inner} if self.observed else {}
         squares = {name: _squares(leaf, sizes, per_row.mask) for name, leaf in inputs.items()}
         place = jnp.argsort(order)
-        by_choice = outputs[place] if first is None else outputs.at[place].get(mode="fill", fill_value=0)
+        by_choice = outputs.at[place].get(mode="fill", fill_value=0) if elsewhere else outputs[place]
         return jnp.einsum("tkd,tk->td", by_choice.reshape(tokens, chosen, -1), weights), squares
 
     def on_mesh(
@@ -144,8 +145,8 @@ class Mixture:
         # On a mesh of the user's, whose sizes nothing has checked, all devices have all experts.
         shares = shares if count % shares == 0 else 1
         over = dividing(x.shape[0], manual)
-        share = EXPERT if shares > 1 else None
-        specs = {name: _specs(name, leaf, share) for name, leaf in projections.items()}
+        cut = EXPERT if shares > 1 else None
+        specs = {name: _specs(name, leaf, cut) for name, leaf in projections.items()}
         sent = EXPERT in over and shares > 1
         summed = tuple(name for name in over if name != EXPERT or shares == 1)
 
@@ -155,8 +156,8 @@ class Mixture:
             if sent:
                 tokens = jax.tree.map(functools.partial(_gathered, axis=0, name=EXPERT), tokens)
             whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
-            first = (device[0] // axes.get(SHARED, 1)) % shares * (count // shares) if shares > 1 else None
-            y, squares = self.here(*tokens, whole, first)
+            share = device[0] // axes.get(SHARED, 1) % shares if shares > 1 else None
+            y, squares = self.here(*tokens, whole, shares, share)
             if sent:
                 y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
             elif shares > 1:
@@ -169,7 +170,7 @@ class Mixture:
             # the compiler merges what is gathered twice.
             jax.checkpoint(device, policy=_but_gathered, prevent_cse=False),
             in_specs=(PartitionSpec(tuple(manual)), rows, specs),
-            out_specs=(rows, PartitionSpec(share)),
+            out_specs=(rows, PartitionSpec(cut)),
             axis_names=set(manual),
             check_vma=False,
         )
@@ -199,9 +200,7 @@ def mixed(
     return form_of(x, weights, numbers, ctx, projections)
 
 
-def _squares(
-    x: Float[Array, "rows in"], sizes: Int[Array, " experts"], mask: Array | None = None
-) -> Float[Array, "experts in"]:
+def _squares(x: Float[Array, "rows in"], sizes: Sizes, mask: Array | None = None) -> Float[Array, "experts in"]:
     """Sums of squares of each input feature over the rows of each expert, float32, without a gradient.
 
     mask: (rows,), zero at padding.
@@ -210,15 +209,15 @@ def _squares(
     if mask is not None:
         wide = jnp.where((mask != 0)[:, None], wide, 0.0)
     experts = expert_of_row(sizes, x.shape[0])
-    return jax.ops.segment_sum(wide, experts, sizes.size, indices_are_sorted=True)
+    return jax.ops.segment_sum(wide, experts, sizes.experts, indices_are_sorted=True)
 
 
-def _specs(name: str, projection: Projection, share: str | None) -> Projection:
+def _specs(name: str, projection: Projection, cut: str | None) -> Projection:
     """How the leaves of a projection are handed to a device: kernels as they lie, adapters with their experts."""
-    adapter, key = jax.tree.map(lambda _: PartitionSpec(share), projection.adapter), None
+    adapter, key = jax.tree.map(lambda _: PartitionSpec(cut), projection.adapter), None
     if projection.key is not None:
         key = PartitionSpec()
-    return Projection(expert_specs(name, projection.kernel, share), adapter, key, projection.path)
+    return Projection(expert_specs(name, projection.kernel, cut), adapter, key, projection.path)
 
 
 def _whole(projection: Projection, specs: Projection, device: Int[Array, ""]) -> Projection:

@@ -100,10 +100,10 @@ def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
     return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else shared, weight)
 
 
-def expert_specs(module: str, kernel: Weight, share: str | None) -> Any:
+def expert_specs(module: str, kernel: Weight, cut: str | None) -> Any:
     """Specs of the kernels (experts, in, out) of a layer's experts on the current mesh, as `base_specs` has them.
 
-    - share: the mesh axis that experts are cut over; None if all devices have all experts.
+    - cut: the mesh axis that experts are cut over; None if all devices have all experts.
     """
     axes = compiled_axes()
     inner, outer = _split(module, "fsdp")
@@ -112,8 +112,9 @@ def expert_specs(module: str, kernel: Weight, share: str | None) -> Any:
 
     def leaf_spec(leaf: Array) -> PartitionSpec:
         if leaf.ndim < len(kernel.shape):
-            return PartitionSpec(share)
-        return PartitionSpec(share, *map(dividing, leaf.shape[1:], map(mesh_axes, (inner, outer))))
+            return PartitionSpec(cut)
+        several = (tuple(name for name in mesh_axes(entry) if axes.get(name, 1) > 1) for entry in (inner, outer))
+        return PartitionSpec(cut, *map(dividing, leaf.shape[1:], several))
 
     return jax.tree.map(leaf_spec, kernel)
 

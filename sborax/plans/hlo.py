@@ -21,27 +21,35 @@ def collective_bytes(text: str) -> dict[str, int]:
     """
     lines, entry = _computations(text)
 
-    def sent(computation: str) -> dict[tuple[str, str], int]:
-        """Bytes by kind and channel. A channel that appears in several computations is one operation."""
+    def sent(computation: str, scope: str) -> dict[tuple[str, str], int]:
+        """Bytes by kind, channel and place.
+
+        A channel that appears in several fusions of one `scope`, an entry or the body of a loop, is one operation. All
+        operations that a `shard_map` names itself have the same channel.
+        """
         sizes: dict[tuple[str, str], int] = {}
+        seen: dict[tuple[str, str], int] = collections.Counter()
         for line in lines.get(computation, []):
             operation = _OPERATION.search(line)
             if not operation:
                 continue
             shape, opcode = operation.groups()
             if opcode.removesuffix("-start") in KINDS:
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = (opcode.removesuffix("-start"), channel.group(1) if channel else f"{computation}:{len(sizes)}")
+                kind, channel = opcode.removesuffix("-start"), re.search(r"channel_id=(\d+)", line)
+                place = f"{scope}:{channel.group(1)}" if channel else computation
+                key = (kind, f"{place}:{seen[kind, place]}")
+                seen[kind, place] += 1
                 sizes[key] = _result(shape, opcode.endswith("-start"))
             if opcode in ("while", "call", "fusion", "conditional", "async-start"):
                 times = (_iterations(line, lines) or 1) if opcode == "while" else 1
                 for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{)=?%?([\w.-]+)", line):
-                    for key, size in sent(called).items():
+                    inside = scope if opcode in ("fusion", "async-start") else called
+                    for key, size in sent(called, inside).items():
                         sizes[key] = max(sizes.get(key, 0), size * times)
         return sizes
 
     totals: dict[str, int] = collections.Counter()
-    for (kind, _), size in sent(entry).items():
+    for (kind, _), size in sent(entry, entry).items():
         totals[kind] += size
     return dict(totals)
 
