@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+from collections.abc import Callable
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -18,6 +19,31 @@ def collective_bytes(text: str) -> dict[str, int]:
     """The bytes of the results of collectives on one device, by kind. Loops count once for every iteration.
 
     An operation with several results counts with all of them. A loop whose end depends on data counts once.
+    """
+    return _collectives(text, lambda _, size: size)
+
+
+def scattered_bytes(text: str, devices: int) -> int:
+    """The bytes that reach a device in reduce-scatters: of each result a part from every other device of its group.
+
+    - devices: of a group that the text does not describe.
+    """
+    return _collectives(text, lambda line, size: size * (_group(line, devices) - 1)).get("reduce-scatter", 0)
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices a collective goes between."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return listed.group(1).count(",") + 1
+    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(tiled.group(1)) if tiled else devices
+
+
+def _collectives(text: str, measure: Callable[[str, int], int]) -> dict[str, int]:
+    """Sums over collectives by kind.
+
+    - measure: a function of an operation's line and the bytes of its results.
     """
     lines, entry = _computations(text)
 
@@ -39,7 +65,7 @@ def collective_bytes(text: str) -> dict[str, int]:
                 place = f"{scope}:{channel.group(1)}" if channel else computation
                 key = (kind, f"{place}:{seen[kind, place]}")
                 seen[kind, place] += 1
-                sizes[key] = _result(shape, opcode.endswith("-start"))
+                sizes[key] = measure(line, _result(shape, opcode.endswith("-start")))
             if opcode in ("while", "call", "fusion", "conditional", "async-start"):
                 times = (_iterations(line, lines) or 1) if opcode == "while" else 1
                 for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{)=?%?([\w.-]+)", line):
