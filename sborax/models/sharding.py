@@ -33,8 +33,8 @@ def _mesh_axes(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> t
         if is_expert(path):
             return (EXPERT, *_split(module, "fsdp"))
         side = -1 if module in ROW_PARALLEL else -2
-        parts = _dividing(shape[side], sizes, _fully(sizes)) or ("fsdp",)
-        fully = parts if len(parts) > 1 else parts[0]
+        every = _fully(sizes)
+        fully = every if len(every) > 1 and _dividing(shape[side], sizes, every) else "fsdp"
         if module == "lm_head":
             return (fully, _dividing(shape[1], sizes, ("tensor",)))
         return _split(module, fully)

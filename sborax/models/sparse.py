@@ -93,13 +93,14 @@ def largest(
     probabilities: Float[Array, "tokens experts"], count: int
 ) -> tuple[Float[Array, "tokens chosen"], Int[Array, "tokens chosen"]]:
     """The `count` largest numbers of each token, and their places. On a mesh each device sorts those of its tokens."""
-    axes = dividing(probabilities.shape[0], ROWS)
-    if not axes:
-        return tuple(jax.lax.top_k(probabilities, count))
 
     def of_device(probabilities: Array) -> tuple[Array, Array]:
-        return tuple(jax.lax.top_k(probabilities, count))
+        values, places = jax.lax.top_k(probabilities, count)
+        return values, places
 
+    axes = dividing(probabilities.shape[0], ROWS)
+    if not axes:
+        return of_device(probabilities)
     # The compiler would gather the probabilities of all tokens on every device.
     rows = PartitionSpec(axes)
     sharded = jax.shard_map(of_device, in_specs=rows, out_specs=(rows, rows), axis_names=set(axes), check_vma=False)
