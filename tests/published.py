@@ -9,5 +9,11 @@ PUBLISHED = {
 }
 """The contents of their `config.json`."""
 
+SPARSE = {
+    "Mixtral-8x7B": CONFIGS["mistralai/Mixtral-8x7B-v0.1"],
+    "Qwen3-30B-A3B": CONFIGS["Qwen/Qwen3-30B-A3B"],
+}
+"""Those of models with experts."""
+
 ALL = "self_attn|mlp"
 """A rule for all seven projections."""

@@ -11,13 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
 import sborax as sx
-from sborax.adapters.constraints import ROWS
+from sborax.adapters.constraints import ROWS, mesh_axes
 from sborax.adapters.core import linear
 from sborax.adapters.leaves import nest
 from sborax.adapters.routing import AbstractRouted
 from sborax.adapters.tree import nodes, specs
 from sborax.layout.mesh import make_mesh
-from sborax.layout.spread import mesh_axes
 from sborax.models.nf4 import quantise
 from sborax.models.sharding import base_specs, quantised_specs, sent_packed, used_whole
 from sborax.plans.ahead import compiled, on_mesh, outline

@@ -91,7 +91,7 @@ def test_changes_are_checked_together():
         ("eval.data.name.x=1", "eval.data.name"),
         ("steps", "write key=value"),
         ("mesh={'data': 1.5}", "mesh.data: must be a whole number"),
-        ("mesh={'model': 2}", "mesh: no axis 'model'; there are data, fsdp, tensor"),
+        ("mesh={'model': 2}", "mesh: no axis 'model'; there are data, fsdp, expert, tensor"),
         ("mesh={'data': 0}", "mesh: data must be at least 1"),
         ("rules.0.method=lorax", "there is no 'lorax'; did you mean .*LoRA"),
         ("quant=int8", 'quant: must be "nf4" or null, got'),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from nightly import nightly_unless
 from pages import DOCS, ROOT, blocks, build_site, commands, try_command, try_page
-from published import PUBLISHED
+from published import PUBLISHED, SPARSE
 from questions import QUESTIONS, instruction
 from tiny_model import write_data, write_model
 
@@ -54,6 +54,7 @@ def experiment():
 # A vocabulary of bytes makes long prompts; SBoRA's rank of 64 asks for as many rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 1024}
 SEVEN = ("yahma/llama-7b-hf", "meta-llama/Llama-2-7b-hf")
+THIRTY = "Qwen/Qwen3-30B-A3B"
 
 
 def write_json(file: Path, rows: list[dict[str, str]]) -> None:
@@ -70,6 +71,8 @@ def workshop(compiled_once, tmp_path_factory):
     for name in SEVEN:
         (place / name).mkdir(parents=True)
         (place / name / "config.json").write_text(json.dumps(PUBLISHED["LLaMA-2-7B"]))
+    (place / THIRTY).mkdir(parents=True)
+    (place / THIRTY / "config.json").write_text(json.dumps(SPARSE["Qwen3-30B-A3B"]))
     rows = [instruction(*question) for question in QUESTIONS]
     asked = (
         "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"

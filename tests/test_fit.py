@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from published import ALL, PUBLISHED
+from published import ALL, PUBLISHED, SPARSE
 from tiny_model import WIDE
 
 import sborax as sx
@@ -56,6 +56,27 @@ def test_a_mesh_is_chosen_by_what_fits_and_what_is_sent():
         sx.SboraxError, match="no fsdp x tensor of 256 devices divides 3 rows and the heads; try batch_"
     ):
         best_mesh(outline(run(3), config_of("LLaMA-2-7B"), device="tpu"), 256, V5E)
+
+
+MESHES_OF_EXPERTS = [
+    ("Qwen3-30B-A3B", "v5e", 256, {}, {"fsdp": 32, "expert": 8, "tensor": 1}),
+    ("Qwen3-30B-A3B", "v5e", 256, {"quant": "nf4"}, {"fsdp": 64, "expert": 4, "tensor": 1}),
+    ("Qwen3-30B-A3B", "v5p", 16, {}, {"fsdp": 2, "expert": 8, "tensor": 1}),
+    ("Mixtral-8x7B", "v5e", 64, {}, {"fsdp": 32, "expert": 2, "tensor": 1}),
+    ("Mixtral-8x7B", "v5e", 256, {"quant": "nf4"}, {"fsdp": 256, "expert": 1, "tensor": 1}),
+    ("Mixtral-8x7B", "v5p", 16, {}, {"fsdp": 8, "expert": 2, "tensor": 1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "chips", "settings", "sizes"),
+    [MESHES_OF_EXPERTS[0], *(pytest.param(*each, marks=pytest.mark.nightly) for each in MESHES_OF_EXPERTS[1:])],
+)
+def test_the_mesh_of_a_model_with_experts(model, chip, chips, settings, sizes):
+    """Few experts whose kernels are gathered, or many tokens that are sent: the least of both that fits."""
+    planned = outline(run(chips, remat="full", **settings), LlamaConfig.from_hf(SPARSE[model]), device="tpu")
+    assert best_mesh(planned, chips, CHIPS[chip]) == sizes
+    assert held_bytes(on_mesh(planned, abstract_mesh(sizes))) < CHIPS[chip].memory / 2
 
 
 def test_bytes_between_devices_by_the_formula():

@@ -14,7 +14,7 @@ from nightly import nightly_unless
 import sborax as sx
 from sborax.adapters.compose import Chain
 from sborax.adapters.core import AbstractComposite, AbstractFactored, dense
-from sborax.adapters.grouped import AbstractGrouped, grouped_linear, grouped_matmul, tile_rows
+from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_linear, grouped_matmul
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -24,6 +24,10 @@ ROWS = sum(SIZES)
 by_base = pytest.mark.parametrize(
     "quantised", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["f32", "nf4"]
 )
+
+
+def sizes_of(counts) -> Sizes:
+    return Sizes(jnp.asarray(counts))
 
 
 def rows(seed: int = 7) -> jax.Array:
@@ -53,7 +57,7 @@ def with_gradients(product, x, weight, node, cotangent):
 
 
 def grouped(x, weight, node):
-    return grouped_linear(x, weight, jnp.asarray(SIZES), node)
+    return grouped_linear(x, weight, sizes_of(SIZES), node)
 
 
 FORMS = (AbstractGrouped, AbstractFactored, AbstractComposite, Chain)
@@ -89,7 +93,7 @@ def test_what_is_drawn_is_drawn_in_rows_of_experts_too(case: Case):
     node = trained(node)
 
     def product(key):
-        return grouped_linear(rows(), weight, jnp.asarray(SIZES), node, sx.Context(key=key))
+        return grouped_linear(rows(), weight, sizes_of(SIZES), node, sx.Context(key=key))
 
     first, again, other, without = map(
         jax.jit(product), (jax.random.key(1), jax.random.key(1), jax.random.key(2), None)
@@ -102,7 +106,7 @@ def test_what_is_drawn_is_drawn_in_rows_of_experts_too(case: Case):
 @pytest.mark.parametrize("quantised", [False, True], ids=["f32", "nf4"])
 def test_plain_rows_equal_a_loop_over_experts(quantised):
     weight = base(quantised=quantised)
-    y = jax.jit(grouped_matmul)(rows(), weight, jnp.asarray(SIZES))
+    y = jax.jit(grouped_matmul)(rows(), weight, sizes_of(SIZES))
     assert_close(y, by_expert(rows(), dense(weight)), 1e-6)
 
 
@@ -112,19 +116,19 @@ def test_a_trained_stack_has_the_gradient_of_each_expert():
     def gradient(product):
         return jax.jit(jax.grad(lambda weight: jnp.sum(product(weight) * cotangent)))(base())
 
-    ours = gradient(lambda weight: grouped_matmul(rows(), weight, jnp.asarray(SIZES)))
+    ours = gradient(lambda weight: grouped_matmul(rows(), weight, sizes_of(SIZES)))
     assert_close(ours, gradient(lambda weight: by_expert(rows(), weight)), 1e-6)
     assert not np.asarray(ours[1]).any()
 
 
 def test_members_of_a_sweep_may_route_their_rows_apart():
-    sizes = jnp.asarray([SIZES, (19, 0, 0), (1, 2, 16)])
+    sizes = sizes_of([SIZES, (19, 0, 0), (1, 2, 16)])
     x = jnp.asarray(normal(4, 3, ROWS, IN))
     together = jax.jit(jax.vmap(grouped_matmul, (0, None, 0)))(x, base(), sizes)
     for number in range(3):
-        assert_close(together[number], grouped_matmul(x[number], base(), sizes[number]), 1e-6)
+        assert_close(together[number], grouped_matmul(x[number], base(), sizes_of(sizes.rows[number])), 1e-6)
 
 
 @pytest.mark.parametrize(("count", "experts", "tile"), [(8, 64, 8), (512, 8, 32), (16384, 8, 128)])
 def test_tiles_at_balanced_load_are_full(count, experts, tile):
-    assert tile_rows(count, experts) == tile and (count // experts) % tile in (0, count // experts)
+    assert sizes_of([0] * experts).tile(count) == tile and (count // experts) % tile in (0, count // experts)

@@ -42,6 +42,11 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"fsdp": 2, "tensor": 4},
 ]
+EXPERT_MESHES = [{"expert": 4, "fsdp": 2}, {"data": 2, "expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}]
+
+
+def spelled(sizes):
+    return " ".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
 ODD = [
@@ -102,7 +107,7 @@ alone = functools.cache(lambda rules, config: curve(None, rules, config))
 @pytest.mark.parametrize(
     "sizes",
     nightly_unless([sizes for sizes in MESHES if len(sizes) > 2], MESHES),
-    ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items()),
+    ids=spelled,
 )
 def test_every_mesh_trains_as_one_device_does(sizes):
     trains_as_one_device_does(sizes, tuple(RULES))
@@ -120,7 +125,7 @@ def test_leaves_that_are_not_cut_as_their_kernel_train_on_two_axes():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=["fsdp8", "fsdp4 tensor2"])
+@pytest.mark.parametrize("sizes", [*MESHES[1:4], *EXPERT_MESHES], ids=spelled)
 def test_experts_train_as_on_one_device(sizes):
     trains_as_one_device_does(sizes, tuple(RULES), SPARSE)
 

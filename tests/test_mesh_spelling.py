@@ -44,7 +44,7 @@ def test_spellings_of_a_change(made, changes, before):
         ("mesh=fsdp", 'mesh: must be .*, got "fsdp"'),
         ("mesh=fsdp=two", "mesh.fsdp: must be a whole number"),
         ("mesh=fsdp=2,", 'mesh: must be .*, got "fsdp=2,"'),
-        ("mesh.model=2", "mesh: no axis 'model'; there are data, fsdp, tensor"),
+        ("mesh.model=2", "mesh: no axis 'model'; there are data, fsdp, expert, tensor"),
         ("mesh.fsdp.x=2", "mesh: no axis 'fsdp.x'"),
     ],
 )

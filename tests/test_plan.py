@@ -130,7 +130,7 @@ def test_planned_bytes_are_those_of_arrays(quant, sizes):
     [
         ("LLaMA-3.1-8B", {"tensor": 16}, "num_key_value_heads = 8 is not divisible by tensor = 16"),
         ("LLaMA-2-7B", {"fsdp": 3}, "256 rows are not divisible by data x fsdp = 3"),
-        ("LLaMA-2-7B", {"rows": 3}, "mesh: no axis 'rows'; there are data, fsdp, tensor"),
+        ("LLaMA-2-7B", {"rows": 3}, "mesh: no axis 'rows'; there are data, fsdp, expert, tensor"),
         (
             "LLaMA-3.1-8B",
             {"data": 1, "fsdp": 2**13},

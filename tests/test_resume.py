@@ -168,6 +168,7 @@ def child(cache, mode, *places):
     """A process that trains the experiments of `places`, each a config and a run directory, one after the other."""
     names = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": str(ROOT),
@@ -187,13 +188,19 @@ def output(process):
 
 @pytest.mark.nightly
 def test_kill_9_then_resume_ends_with_the_same_bits(places, tmp_path):
-    """Every procedure, and adapters of experts beside a router that is trained."""
+    """Every procedure, and adapters of experts beside a router that is trained, also on a mesh."""
     moments, cache, configs = random.Random(9), tmp_path / "cache", {}
     runs: dict[str, tuple[str, Any, dict[str, Any]]] = {
         name: ("tiny", [("self_attn|mlp", method)], {"procedure": procedure})
         for name, (procedure, method) in PROCEDURES.items()
     }
-    runs["experts"] = ("sparse", [("experts", sx.LoRA(rank=2))], {"train_also": ("router",)})
+    on_experts = [("experts", sx.LoRA(rank=2))]
+    runs["experts"] = ("sparse", on_experts, {"train_also": ("router",)})
+    runs["experts on a mesh"] = (
+        "sparse",
+        on_experts,
+        {"train_also": ("router",), "batch_size": 4, "mesh": {"expert": 2, "fsdp": 2}},
+    )
     for name, (model, rules, changes) in runs.items():
         save = sx.Save(every=2, keep=3)
         experiment = an_experiment(places, model, rules, steps=24, save=save, eval=sx.Eval(), **changes)

@@ -13,7 +13,7 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax.adapters.core import dense, is_weight
-from sborax.adapters.grouped import grouped_linear
+from sborax.adapters.grouped import Sizes, grouped_linear
 from sborax.adapters.tree import nodes
 from sborax.config import codec
 from sborax.layout.state import flatten, selected
@@ -80,7 +80,7 @@ def test_an_expert_without_rows_changes_nothing():
     (kernel,) = jax.tree.leaves(params)
 
     def loss(train):
-        return grouped_linear(x, kernel, jnp.asarray([4, 0, 0]), dataclasses.replace(node, train=train)).sum()
+        return grouped_linear(x, kernel, Sizes(jnp.asarray([4, 0, 0])), dataclasses.replace(node, train=train)).sum()
 
     grads = jax.jit(jax.grad(loss))(node.train)
     assert np.asarray(grads["b"][0]).any() and not np.asarray(grads["b"][1:]).any()

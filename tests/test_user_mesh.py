@@ -36,7 +36,7 @@ MESHES = {
     "fsdp tensor": ((4, 2), ("fsdp", "tensor")),
     "data": ((8,), ("data",)),
     "data mp": ((2, 4), ("data", "mp")),
-    "all of ours": ((2, 2, 2), AXES),
+    "all of ours": ((2, 2, 1, 2), AXES),
 }
 
 

@@ -10,11 +10,18 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from sborax.errors import SboraxError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
 """Mesh axes that the rows of a batch, and so tokens, are cut over."""
+EXPERT = "expert"
+"""The mesh axis that the experts of a mixture are cut over. Dense layers use it like fsdp."""
 SHARED = "tensor"
 """The mesh axis of devices that share the features of a projection."""
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def compiled_axes() -> dict[str, int]:

@@ -5,6 +5,7 @@ twice, and no value has an axis of experts beside one of rows.
 """
 
 import abc
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,11 +18,36 @@ from sborax.adapters.core import HIDDEN, AbstractFactored, AbstractMethod, Adapt
 from sborax.adapters.depth import over_stack
 from sborax.adapters.weight import AbstractWeight, Weight, dense
 
-Sizes = Int[Array, " experts"]
-"""How many rows each expert has. They add up to all rows."""
-
 LEAST_TILE, LARGEST_TILE = 8, 128
 """Bounds of the rows that are multiplied at once where the back end has no grouped product."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many rows each expert has.
+
+    - rows: by expert. Rows beyond their sum belong to no expert: what is computed of them is undefined.
+    - room: how many times as many rows as at balanced load there is room for.
+    """
+
+    # Any: a pytree node also holds shapes.
+    rows: Any
+    room: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def experts(self) -> int:
+        """The number of experts."""
+        return self.rows.shape[-1]
+
+    def tile(self, rows: int) -> int:
+        """Rows of a tile of an array of so many rows.
+
+        It is the power of two that is at most half the rows of an expert at balanced load, within bounds. An expert's
+        last tile may be partly empty, so smaller tiles compute less in vain, and larger ones run faster.
+        """
+        half = max(1, rows // self.room // (2 * self.experts))
+        return min(LARGEST_TILE, max(LEAST_TILE, 1 << (half.bit_length() - 1)))
 
 
 class AbstractGrouped(AbstractMethod):
@@ -41,36 +67,27 @@ class AbstractGrouped(AbstractMethod):
 
 def expert_of_row(sizes: Sizes, rows: int) -> Int[Array, " rows"]:
     """The expert of every row."""
-    return jnp.repeat(jnp.arange(sizes.size, dtype=jnp.int32), sizes, total_repeat_length=rows)
-
-
-def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a tile: the power of two that is at most half the rows of an expert at balanced load, within bounds.
-
-    An expert's last tile may be partly empty, so smaller tiles compute less in vain, and larger ones run faster.
-    """
-    half = max(1, rows // (2 * experts))
-    return min(LARGEST_TILE, max(LEAST_TILE, 1 << (half.bit_length() - 1)))
+    return jnp.repeat(jnp.arange(sizes.experts, dtype=jnp.int32), sizes.rows, total_repeat_length=rows)
 
 
 def _tiles(sizes: Sizes, tile: int) -> tuple[Array, Any]:
     """The number of tiles, and a function of a tile's number: its expert, its first row, and its expert's end."""
-    ends = jnp.cumsum(sizes)
-    counts = -(-sizes // tile)
+    ends = jnp.cumsum(sizes.rows)
+    counts = -(-sizes.rows // tile)
     last = jnp.cumsum(counts)
 
     def place(number: Array) -> tuple[Array, Array, Array]:
         # A search would be a loop inside the loop.
         expert = jnp.sum(last <= number)
         within = number - (last[expert] - counts[expert])
-        return expert, ends[expert] - sizes[expert] + within * tile, ends[expert]
+        return expert, ends[expert] - sizes.rows[expert] + within * tile, ends[expert]
 
     return last[-1], place
 
 
 def _tiled_product(x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, transposed: bool) -> Array:
     """Each row times the weight of its expert, or times its transpose, one tile after the other."""
-    rows, tile = x.shape[0], tile_rows(x.shape[0], sizes.size)
+    rows, tile = x.shape[0], sizes.tile(x.shape[0])
     padded = jnp.pad(x, ((0, tile), (0, 0)))
     total, place = _tiles(sizes, tile)
 
@@ -86,7 +103,7 @@ def _tiled_product(x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, tra
 
 
 def _tiled_outer(x: Float[Array, "rows in"], g: Float[Array, "rows out"], sizes: Sizes) -> Array:
-    tile = tile_rows(x.shape[0], sizes.size)
+    tile = sizes.tile(x.shape[0])
     left, right = (jnp.pad(leaf, ((0, tile), (0, 0))) for leaf in (x, g))
     total, place = _tiles(sizes, tile)
 
@@ -97,7 +114,7 @@ def _tiled_outer(x: Float[Array, "rows in"], g: Float[Array, "rows out"], sizes:
         grads = jax.lax.dynamic_slice_in_dim(right, first, tile)
         return sums.at[expert].add(jnp.matmul(live.T, grads, preferred_element_type=jnp.float32))
 
-    return jax.lax.fori_loop(0, total, add, jnp.zeros((sizes.size, x.shape[1], g.shape[1]), jnp.float32))
+    return jax.lax.fori_loop(0, total, add, jnp.zeros((sizes.experts, x.shape[1], g.shape[1]), jnp.float32))
 
 
 @jax.custom_batching.sequential_vmap
@@ -111,12 +128,12 @@ def _product_transposed(g: Float[Array, "rows out"], weight: Weight, sizes: Size
     return _platform_product(g, weight, sizes, transposed=True)
 
 
-def _platform_product(x: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
-    def native(x: Array, weight: Weight, sizes: Array) -> Array:
+def _platform_product(x: Array, weight: Weight, sizes: Sizes, transposed: bool) -> Array:
+    def native(x: Array, weight: Weight, sizes: Sizes) -> Array:
         matrices = dense(weight).astype(x.dtype)
-        return jax.lax.ragged_dot(x, jnp.swapaxes(matrices, -1, -2) if transposed else matrices, sizes)
+        return jax.lax.ragged_dot(x, jnp.swapaxes(matrices, -1, -2) if transposed else matrices, sizes.rows)
 
-    def tiled(x: Array, weight: Weight, sizes: Array) -> Array:
+    def tiled(x: Array, weight: Weight, sizes: Sizes) -> Array:
         return _tiled_product(x, weight, sizes, transposed)
 
     # Elsewhere than on a TPU `ragged_dot` multiplies every row with every expert's weight.
@@ -129,9 +146,9 @@ def _outer(
 ) -> Float[Array, "experts fan_in fan_out"]:
     """x^T g over the rows of each expert, float32."""
 
-    def native(x: Array, g: Array, sizes: Array) -> Array:
-        shape = jax.ShapeDtypeStruct((sizes.size, x.shape[1], g.shape[1]), x.dtype)
-        (transposed,) = jax.linear_transpose(lambda weight: jax.lax.ragged_dot(x, weight, sizes), shape)(g)
+    def native(x: Array, g: Array, sizes: Sizes) -> Array:
+        shape = jax.ShapeDtypeStruct((sizes.experts, x.shape[1], g.shape[1]), x.dtype)
+        (transposed,) = jax.linear_transpose(lambda weight: jax.lax.ragged_dot(x, weight, sizes.rows), shape)(g)
         return transposed.astype(jnp.float32)
 
     return jax.lax.platform_dependent(x, g, sizes, tpu=native, default=_tiled_outer)
@@ -144,7 +161,7 @@ def _trained_product(
     return _product(x, weight, sizes)
 
 
-def _trained_forward(x: Array, weight: Array, sizes: Array) -> tuple[Array, Any]:
+def _trained_forward(x: Array, weight: Array, sizes: Sizes) -> tuple[Array, Any]:
     return _trained_product(x, weight, sizes), (x, weight, sizes)
 
 
@@ -157,11 +174,11 @@ _trained_product.defvjp(_trained_forward, _trained_backward)
 
 
 @jax.custom_vjp
-def _frozen_product(x: Array, weight: AbstractWeight, sizes: Array) -> Array:
+def _frozen_product(x: Array, weight: AbstractWeight, sizes: Sizes) -> Array:
     return _product(x, weight, sizes)
 
 
-def _frozen_forward(x: Array, weight: AbstractWeight, sizes: Array) -> tuple[Array, Any]:
+def _frozen_forward(x: Array, weight: AbstractWeight, sizes: Sizes) -> tuple[Array, Any]:
     return _frozen_product(x, weight, sizes), (weight, sizes)
 
 
@@ -181,7 +198,7 @@ def grouped_matmul(x: Float[Array, "rows in"], weight: Weight, sizes: Sizes) -> 
     - x: rows sorted by expert.
     - weight: (experts, in, out), a plain array or a quantised one, which is made dense one expert at a time and gets no
       gradient.
-    - sizes: how many rows each expert has. They add up to all rows.
+    - sizes: how many rows each expert has.
     """
     if isinstance(weight, AbstractWeight):
         return _frozen_product(x, weight, sizes)
@@ -203,7 +220,7 @@ def grouped_linear(
     Args:
     - x: rows sorted by expert.
     - weight: (experts, in, out).
-    - sizes: how many rows each expert has. They add up to all rows.
+    - sizes: how many rows each expert has.
     - adapter: an adapter whose leaves have one stack axis, of experts; None for the base projection.
     - ctx: what the adapter reads. Arrays that belong to tokens have one entry a row.
     """
@@ -230,7 +247,7 @@ def _merged(weight: Weight, adapter: Adapter, sizes: Sizes, dtype: Any) -> Float
 
         return jax.lax.cond(size > 0, used, lambda: jnp.zeros(matrix.shape, dtype))
 
-    return over_stack(merge, sizes.shape)(weight, adapter, sizes)
+    return over_stack(merge, (sizes.experts,))(weight, adapter, sizes.rows)
 
 
 def _is_thin(method: AbstractMethod) -> bool:
@@ -300,9 +317,9 @@ def _by_tiles(
     x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
 ) -> Float[Array, "rows out"]:
     """`apply` on one tile of rows after the other."""
-    rows, tile = x.shape[0], tile_rows(x.shape[0], sizes.size)
+    rows, tile = x.shape[0], sizes.tile(x.shape[0])
     total, place = _tiles(sizes, tile)
-    most = -(-rows // tile) + sizes.size
+    most = -(-rows // tile) + sizes.experts
     numbers = jnp.arange(most)
     experts, first, end = jax.vmap(place)(jnp.minimum(numbers, total - 1))
     places = first[:, None] + jnp.arange(tile)[None]
@@ -318,8 +335,12 @@ def _by_tiles(
     def apply(_: None, tiles: Any) -> tuple[None, Array]:
         number, expert, node, (x, *fields) = tiles
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, number)
-        matrix = jax.tree.map(lambda leaf: leaf[expert], weight)
-        return None, node.method.apply(x, matrix, node, Context(key, *fields))
+
+        def used() -> Array:
+            matrix = jax.tree.map(lambda leaf: leaf[expert], weight)
+            return node.method.apply(x, matrix, node, Context(key, *fields))
+
+        return None, jax.lax.cond(number < total, used, lambda: jnp.zeros((tile, weight.shape[-1]), x.dtype))
 
     _, products = jax.lax.scan(apply, None, (numbers, experts, of_tile, per_row))
     y = jnp.zeros((rows, products.shape[-1]), products.dtype)

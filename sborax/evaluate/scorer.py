@@ -102,7 +102,7 @@ class Scorer:
     ) -> "Scorer":
         """Put a model on its devices.
 
-        - mesh: sizes of the axes data, fsdp and tensor, as in an experiment; None for one device.
+        - mesh: sizes of the axes data, fsdp, expert and tensor, as in an experiment; None for one device.
         - budget: tokens of one forward pass.
 
         Raises SboraxError for adapters that the model does not read, for a model without a tokenizer, and for a mesh

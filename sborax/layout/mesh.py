@@ -8,7 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from sborax.adapters.constraints import AXES, ROWS
+from sborax.adapters.constraints import AXES, EXPERT, ROWS
 from sborax.errors import SboraxError
 
 SLICES = "slices"
@@ -47,7 +47,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     named = all(isinstance(getattr(device, "slice_index", None), int) for device in devices)
     try:
         laid = mesh_utils.create_hybrid_device_mesh(
-            shape, [slices, 1, 1], devices[:needed], process_is_granule=not named
+            shape, [slices] + [1] * (len(AXES) - 1), devices[:needed], process_is_granule=not named
         )
     except ValueError as error:
         raise SboraxError(f"mesh: {shown} does not fit the slices or hosts that there are ({error})") from error
@@ -68,4 +68,5 @@ def check_rows(batch_size: int, sizes: Mapping[str, int]) -> None:
     """Raise SboraxError for a batch whose rows cannot be divided evenly over a mesh of these sizes."""
     shards = math.prod(sizes[name] for name in ROWS)
     if batch_size % shards:
-        raise SboraxError(f"batch_size: {batch_size} rows are not divisible by data x fsdp = {shards} of the mesh")
+        names = " x ".join(name for name in ROWS if name != EXPERT or sizes[name] > 1)
+        raise SboraxError(f"batch_size: {batch_size} rows are not divisible by {names} = {shards} of the mesh")

@@ -11,17 +11,17 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from sborax.adapters.constraints import ROWS, SHARED
+from sborax.adapters.constraints import ROWS, SHARED, mesh_axes
 from sborax.adapters.core import Adapter, Leaves, SboraxError, is_adapter, is_weight
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest
 from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
-from sborax.layout.spread import SMALL, mesh_axes, spread
+from sborax.layout.spread import SMALL, spread
 from sborax.layout.state import Flat, Parts, TrainState, take_apart
 from sborax.models.decoder import DecoderConfig
-from sborax.models.sharding import base_specs, check_heads, quantised_specs
+from sborax.models.sharding import base_specs, check_model, quantised_specs
 
 
 def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
@@ -55,7 +55,7 @@ def parts_shardings(mesh: Mesh | AbstractMesh, config: DecoderConfig, parts: Par
 
     Raises SboraxError for heads and parameters that cannot be cut evenly.
     """
-    check_heads(config, mesh.shape["tensor"])
+    check_model(config, mesh.shape)
     base = base_specs(nest({**parts.base, **parts.trained_base}), mesh.shape)
     flat = flatten(base)
     return Parts(
@@ -81,7 +81,7 @@ def _adapter_shardings(mesh: Mesh | AbstractMesh, adapters: Adapters, base: PyTr
                 # Devices that share a projection hold what belongs to their own features.
                 shared = [SHARED if SHARED in mesh_axes(entry) else None for entry in spec]
                 check_divisible(f"{path}/{kind}/{inner}", leaf.shape, PartitionSpec(*shared), mesh)
-                own = [name for entry in spec for name in mesh_axes(entry)]
+                own = [name for entry in tuple(spec)[stack:] for name in mesh_axes(entry)]
                 return spread(mesh, leaf.shape, spec, stack, own if leaf.size < small else names)
 
             return map_with_path(leaf_sharding, leaves, leaf_specs)
@@ -162,7 +162,7 @@ class Layout:
         Raises SboraxError for heads and leaves that cannot be cut evenly.
         """
         assert self.mesh is not None
-        check_heads(config, self.mesh.shape["tensor"])
+        check_model(config, self.mesh.shape)
         kernels = flatten(base_specs(shapes, self.mesh.shape))
         return _shardings(self.mesh, shapes, nest(_flat_specs(flatten(shapes), kernels)))
 

@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sborax.adapters.constraints import mesh_axes
+
 SMALL = 2**16
 """A frozen leaf with fewer entries, in all layers, is only cut as its kernel is: each layer would gather it."""
-
-
-def mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def spread(

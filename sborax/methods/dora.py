@@ -92,7 +92,7 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
         self, x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
     ) -> Float[Array, "rows out"]:
         train = adapter.train
-        norms = over_stack(lambda w, node: _norm(w, node.train, node.frozen), sizes.shape)(weight, adapter)
+        norms = over_stack(lambda w, node: _norm(w, node.train, node.frozen), (sizes.experts,))(weight, adapter)
         base, dropped = grouped_matmul(x, weight, sizes), grouped_dropout(x, sizes, adapter, ctx)
         ratio = row_factors(train["m"] / jax.lax.stop_gradient(norms), sizes, base)
         a = adapter.frozen["scale"][:, None, None] * train["a"]

@@ -71,6 +71,12 @@ def _experts(config: DecoderConfig) -> Any:
     return getattr(config, "experts", None)
 
 
+def count_experts(config: DecoderConfig) -> int:
+    """The experts of a layer; 0 for a config without experts."""
+    experts = _experts(config)
+    return 0 if experts is None else experts.count
+
+
 def active_share(config: DecoderConfig) -> float:
     """The share of a layer's experts that a token passes; 1 for a config without experts."""
     experts = _experts(config)
@@ -89,14 +95,22 @@ def balance_share(config: DecoderConfig) -> float:
     return 0.0 if experts is None else experts.balance
 
 
-def active_width(config: DecoderConfig) -> int:
-    """The inner width of the gated units that a token passes in one layer."""
+def active_width(config: DecoderConfig, shares: int = 1) -> int:
+    """The inner width of the gated units that a token passes in one layer.
+
+    - shares: devices that experts are divided among. Each has room for the largest load: all rows of the tokens of all
+      of them that its experts may be chosen for. The width is that of the room, for one token of a device.
+    """
     experts = _experts(config)
-    return (
-        config.intermediate_size
-        if experts is None
-        else experts.chosen * experts.intermediate_size + experts.shared_size
-    )
+    if experts is None:
+        return config.intermediate_size
+    return expert_rows(config, shares) * experts.intermediate_size + experts.shared_size
+
+
+def expert_rows(config: DecoderConfig, shares: int = 1) -> int:
+    """The rows of experts that a device has room for, for each of its tokens; 0 without experts. See `active_width`."""
+    experts = _experts(config)
+    return 0 if experts is None else shares * min(experts.chosen, experts.count // shares)
 
 
 class AbstractDecoder(nn.Module, abc.ABC):

@@ -1,7 +1,8 @@
 """Which axis of a mesh each axis of a parameter and of an activation lies on.
 
-A mesh has the axes data, fsdp and tensor. Rows of a batch lie on data and fsdp. Kernels are cut along fsdp, and along
-tensor on the side of their heads or channels: the output of q, k, v, gate and up, the input of o and down.
+A mesh has the axes data, fsdp, expert and tensor. Rows of a batch lie on data, fsdp and expert. Kernels are cut along
+fsdp, and along tensor on the side of their heads or channels: the output of q, k, v, gate and up, the input of o and
+down. Along expert the experts of a mixture are cut, and other parameters like along fsdp, so that none has copies.
 """
 
 import math
@@ -12,33 +13,54 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sborax.adapters.constraints import ROWS, compiled_axes, cut
+from sborax.adapters.constraints import AXES, EXPERT, ROWS, SHARED, compiled_axes, cut, dividing, mesh_axes
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError, Weight, is_weight
 from sborax.adapters.leaves import map_with_path
 from sborax.adapters.tree import specs, stack_of
-from sborax.models.decoder import DecoderConfig
+from sborax.models.decoder import DecoderConfig, count_experts
 
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def _mesh_axes(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
-    """The mesh axes of a parameter's axes without its stack axes."""
+    """The mesh axes of a parameter's axes without its stack axes; those of an expert with the axis of experts."""
     module, leaf = path.split("/")[-2:]
     if leaf == "embedding":
         # Whole vectors, since a look-up of cut vectors would have to gather them.
-        return (_dividing(shape[0], sizes, ("tensor", "fsdp"), ("fsdp",), ("tensor",)), None)
-    if module == "lm_head" and leaf == "kernel":
-        return ("fsdp", _dividing(shape[1], sizes, ("tensor",)))
+        every, fully = _fully(sizes, "tensor"), _fully(sizes)
+        return (_dividing(shape[0], sizes, every, fully, ("tensor", "fsdp"), ("fsdp",), ("tensor",)), None)
     if leaf == "kernel":
-        return ("tensor", "fsdp") if module in ROW_PARALLEL else ("fsdp", "tensor")
+        if is_expert(path):
+            return (EXPERT, *_split(module, "fsdp"))
+        side = -1 if module in ROW_PARALLEL else -2
+        every = _fully(sizes)
+        fully = every if len(every) > 1 and _dividing(shape[side], sizes, every) else "fsdp"
+        if module == "lm_head":
+            return (fully, _dividing(shape[1], sizes, ("tensor",)))
+        return _split(module, fully)
     if leaf == "bias":
         return (None,) if module in ROW_PARALLEL else ("tensor",)
     return (None,)
 
 
-def _dividing(vocab: int, sizes: Mapping[str, int], *choices: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The first choice that divides the vocabulary, which one added token can make odd; None if there is none."""
-    return next((names for names in choices if vocab % math.prod(sizes[name] for name in names) == 0), None)
+def is_expert(path: str) -> bool:
+    """Whether a kernel is that of the experts of a mixture, which has an axis of experts before input and output."""
+    return path.split("/")[-3:-2] == ["experts"]
+
+
+def _split(module: str, fully: Any) -> tuple[Any, Any]:
+    """The mesh axes of a projection's input and output: tensor for heads or channels, `fully` on the other side."""
+    return ("tensor", fully) if module in ROW_PARALLEL else (fully, "tensor")
+
+
+def _fully(sizes: Mapping[str, int], *before: str) -> tuple[str, ...]:
+    """The mesh axes that dense parameters are cut over to save memory, after `before`."""
+    return (*before, "fsdp", EXPERT) if sizes.get(EXPERT, 1) > 1 else (*before, "fsdp")
+
+
+def _dividing(side: int, sizes: Mapping[str, int], *choices: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The first choice that divides a side, such as a vocabulary that one added token made odd; None without one."""
+    return next((names for names in choices if side % math.prod(sizes[name] for name in names) == 0), None)
 
 
 def base_specs(params: Any, sizes: Mapping[str, int]) -> Any:
@@ -50,11 +72,20 @@ def base_specs(params: Any, sizes: Mapping[str, int]) -> Any:
 
     def leaf_spec(path: str, leaf: Any) -> PartitionSpec:
         axes = _mesh_axes(path, leaf.shape, sizes)
-        if is_weight(leaf) and any(part.shape[-2] % sizes[axes[0]] for part in _matrices(leaf)):
-            axes = (None, axes)
+        if is_weight(leaf):
+            axes = (*axes[:-2], *_of_blocks(leaf, axes[-2:], sizes))
         return PartitionSpec(*(None,) * (len(leaf.shape) - len(axes)), *axes)
 
     return map_with_path(leaf_spec, params)
+
+
+def _of_blocks(weight: AbstractWeight, axes: tuple[Any, Any], sizes: Mapping[str, int]) -> tuple[Any, Any]:
+    """The mesh axes of a quantised weight's input and output: all on the output if they would cut blocks apart."""
+    inner, outer = map(mesh_axes, axes)
+    parts = math.prod(sizes[name] for name in inner)
+    if not any(part.shape[-2] % parts for part in _matrices(weight)):
+        return axes
+    return None, tuple(sorted(inner + outer, key=AXES.index))
 
 
 def _matrices(weight: AbstractWeight) -> list[Any]:
@@ -63,17 +94,42 @@ def _matrices(weight: AbstractWeight) -> list[Any]:
 
 
 def quantised_specs(weight: AbstractWeight, spec: PartitionSpec) -> Any:
-    """Specs of a quantised kernel's leaves: matrices are cut as the kernel is, shared scales are on every device."""
-    axes = len(weight.shape)
-    return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else PartitionSpec(), weight)
+    """Specs of a quantised kernel's leaves: matrices are cut as the kernel is, shared scales along stack axes alone."""
+    axes, stack = len(weight.shape), tuple(spec)[: len(weight.shape) - 2]
+    shared = PartitionSpec(*stack) if any(stack) else PartitionSpec()
+    return jax.tree.map(lambda leaf: spec if len(leaf.shape) == axes else shared, weight)
 
 
-def check_heads(config: DecoderConfig, tensor: int) -> None:
-    """Raise SboraxError if heads cannot be divided among `tensor` devices."""
+def expert_specs(module: str, kernel: Weight, cut: str | None) -> Any:
+    """Specs of the kernels (experts, in, out) of a layer's experts on the current mesh, as `base_specs` has them.
+
+    - cut: the mesh axis that experts are cut over; None if all devices have all experts.
+    """
+    axes = compiled_axes()
+    inner, outer = _split(module, "fsdp")
+    if isinstance(kernel, AbstractWeight):
+        inner, outer = _of_blocks(kernel, (inner, outer), {name: axes.get(name, 1) for name in AXES})
+
+    def leaf_spec(leaf: Array) -> PartitionSpec:
+        if leaf.ndim < len(kernel.shape):
+            return PartitionSpec(cut)
+        several = (tuple(name for name in mesh_axes(entry) if axes.get(name, 1) > 1) for entry in (inner, outer))
+        return PartitionSpec(cut, *map(dividing, leaf.shape[1:], several))
+
+    return jax.tree.map(leaf_spec, kernel)
+
+
+def check_model(config: DecoderConfig, sizes: Mapping[str, int]) -> None:
+    """Raise SboraxError if a mesh of these sizes cannot divide the heads or the experts of a model."""
+    tensor, devices, experts = sizes[SHARED], sizes[EXPERT], count_experts(config)
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name)
         if heads % tensor:
             raise SboraxError(f"mesh: {name} = {heads} is not divisible by tensor = {tensor}")
+    if devices > 1 and not experts:
+        raise SboraxError(f"mesh: expert = {devices}, but {config.model_type} has no experts; use fsdp or data")
+    if experts % devices:
+        raise SboraxError(f"mesh: num_experts = {experts} is not divisible by expert = {devices}")
 
 
 def over_rows(x: Array) -> Array:

@@ -7,15 +7,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
-from sborax.adapters.grouped import expert_of_row, grouped_linear
-from sborax.adapters.routing import GATE
+from sborax.adapters.constraints import ROWS, dividing
 from sborax.models.config import Experts
 from sborax.models.layers import GatedUnit
-from sborax.models.sharding import sent_packed, used_whole
+from sborax.models.mixture import Mixture, Projection, mixed
 
 ROUTER_WEIGHT = "router/weight"
 """The end of the path of a router's weight."""
@@ -86,7 +85,7 @@ class Router(nn.Module):
         weight = self.param("weight", nn.initializers.normal(0.02), shape, self.dtype)
         logits = (x @ weight.astype(x.dtype)).astype(jnp.float32)
         probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, numbers = jax.lax.top_k(probabilities, self.experts.chosen)
+        weights, numbers = largest(probabilities, self.experts.chosen)
         if self.is_mutable_collection("routing") and not self.is_initializing():
             counted = jnp.ones(x.shape[0]) if mask is None else (mask != 0).astype(jnp.float32)
             chosen = jnp.sum(jax.nn.one_hot(numbers, self.experts.count), axis=1)
@@ -99,6 +98,24 @@ class Router(nn.Module):
         return weights.astype(x.dtype), numbers
 
 
+def largest(
+    probabilities: Float[Array, "tokens experts"], count: int
+) -> tuple[Float[Array, "tokens chosen"], Int[Array, "tokens chosen"]]:
+    """The `count` largest numbers of each token, and their places. On a mesh each device sorts those of its tokens."""
+
+    def of_device(probabilities: Array) -> tuple[Array, Array]:
+        values, places = jax.lax.top_k(probabilities, count)
+        return values, places
+
+    axes = dividing(probabilities.shape[0], ROWS)
+    if not axes:
+        return of_device(probabilities)
+    # The compiler would gather the probabilities of all tokens on every device.
+    rows = PartitionSpec(axes)
+    sharded = jax.shard_map(of_device, in_specs=rows, out_specs=(rows, rows), axis_names=set(axes), check_vma=False)
+    return sharded(probabilities)
+
+
 class GroupedLinear(nn.Module):
     """The projections of all experts of a layer: `layers.Linear` for rows that are sorted by expert.
 
@@ -106,41 +123,24 @@ class GroupedLinear(nn.Module):
     """
 
     experts: int
+    fan_in: int
     features: int
     dtype: Any = jnp.dtype(jnp.float32)
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"], ctx: core.Context = core.Context()
-    ) -> Float[Array, "rows out"]:
-        """The adapted projection of each row by its expert, with dropout if the call carries an rng named `dropout`."""
+    def __call__(self) -> Projection:
+        """The adapted projection, with dropout if the call carries an rng named `dropout`."""
         if self.has_variable("params", "kernel"):
-            kernel = sent_packed(self.get_variable("params", "kernel"), self.path[-1])
+            kernel = self.get_variable("params", "kernel")
         else:
-            shape = (self.experts, x.shape[-1], self.features)
+            shape = (self.experts, self.fan_in, self.features)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
-        if self.has_rng("dropout"):
-            ctx = dataclasses.replace(ctx, key=self.make_rng("dropout"))
-        ctx = ctx.at("/".join(self.path), GATE)
-        if self.is_mutable_collection("observations") and not self.is_initializing():
-            self.put_variable("observations", "kernel", expert_norms(x, sizes, ctx.mask))
-        adapter = self.get_variable("adapters", "kernel")
-        adapter = None if adapter is None else used_whole(adapter, self.path[-1])
-        return grouped_linear(x, kernel, sizes, adapter, ctx)
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return Projection(kernel, self.get_variable("adapters", "kernel"), key, "/".join(self.path))
 
-
-def expert_norms(
-    x: Float[Array, "rows in"], sizes: Int[Array, " experts"], mask: Array | None = None
-) -> Float[Array, "experts in"]:
-    """||X_j|| over the rows of each expert for each input feature j, float32, without a gradient.
-
-    mask: (rows,), zero at padding.
-    """
-    wide = jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))
-    if mask is not None:
-        wide = jnp.where((mask != 0)[:, None], wide, 0.0)
-    experts = expert_of_row(sizes, x.shape[0])
-    return jnp.sqrt(jax.ops.segment_sum(wide, experts, sizes.size, indices_are_sorted=True))
+    def observe(self, squares: Float[Array, "experts in"]) -> None:
+        """Put the norms of the input features of each expert into collection `observations`."""
+        self.put_variable("observations", "kernel", jnp.sqrt(squares))
 
 
 class SparseMLP(nn.Module):
@@ -156,22 +156,18 @@ class SparseMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq d"], ctx: core.Context) -> Float[Array, "batch seq d"]:
         """The mixture, and the shared expert's output if there is one."""
-        experts, d = self.experts, x.shape[-1]
-        flat, by_token = x.reshape(-1, d), ctx.flatten(x.shape[:-1])
+        experts = self.experts
+        flat, by_token = x.reshape(-1, x.shape[-1]), ctx.flatten(x.shape[:-1])
         weights, numbers = Router(experts, self.dtype, name="router")(flat, by_token.mask)
-        order = jnp.argsort(numbers.reshape(-1), stable=True)
-        sizes = jnp.bincount(numbers.reshape(-1), length=experts.count).astype(jnp.int32)
-        token = order // experts.chosen
-        mixed = Mixture(experts, self.activation, self.dtype, name="experts")(flat[token], sizes, by_token.take(token))
-        mixed = mixed[jnp.argsort(order)].reshape(-1, experts.chosen, d)
-        y = jnp.einsum("tkd,tk->td", mixed, weights).reshape(x.shape)
+        units = GatedUnits(experts, self.activation, self.dtype, name="experts")
+        y = units(flat, weights, numbers, by_token).reshape(x.shape)
         if not experts.shared_size:
             return y
         shared = GatedUnit(experts.shared_size, self.activation, dtype=self.dtype, name="shared_expert")(x, ctx)
         return y + jnp.broadcast_to(Gate(self.dtype, name="shared_expert_gate")(x), x.shape) * shared
 
 
-class Mixture(nn.Module):
+class GatedUnits(nn.Module):
     """The gated units of all experts."""
 
     experts: Experts
@@ -180,16 +176,22 @@ class Mixture(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "rows d"], sizes: Int[Array, " experts"], ctx: core.Context
-    ) -> Float[Array, "rows d"]:
-        """down(f(gate(x)) * up(x)) of each row by its expert."""
-        count, width = self.experts.count, self.experts.intermediate_size
-        gate, up = (
-            checkpoint_name(GroupedLinear(count, width, self.dtype, name=name)(x, sizes, ctx), "gate_up")
-            for name in ("gate_proj", "up_proj")
-        )
-        down = GroupedLinear(count, x.shape[-1], self.dtype, name="down_proj")
-        return down(self.activation(gate) * up, sizes, ctx)
+        self,
+        x: Float[Array, "tokens d"],
+        weights: Float[Array, "tokens chosen"],
+        numbers: Int[Array, "tokens chosen"],
+        ctx: core.Context,
+    ) -> Float[Array, "tokens d"]:
+        """The weighted sum of down(f(gate(x)) * up(x)) over the chosen experts of each token."""
+        count, width, d = self.experts.count, self.experts.intermediate_size, x.shape[-1]
+        sides = {"gate_proj": (d, width), "up_proj": (d, width), "down_proj": (width, d)}
+        modules = {name: GroupedLinear(count, *sides[name], self.dtype, name=name) for name in sides}
+        projections = {name: module() for name, module in modules.items()}
+        observed = self.is_mutable_collection("observations") and not self.is_initializing()
+        y, squares = mixed(x, weights, numbers, ctx, projections, Mixture(self.activation, observed))
+        for name, sums in squares.items():
+            modules[name].observe(sums)
+        return y
 
 
 class Gate(nn.Module):

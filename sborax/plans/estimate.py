@@ -4,10 +4,11 @@ import math
 
 import jax
 
-from sborax.adapters.constraints import ROWS
+from sborax.adapters.constraints import EXPERT, ROWS
 from sborax.adapters.core import HIDDEN, is_weight, width
-from sborax.models.decoder import active_width
+from sborax.models.decoder import active_width, expert_rows
 from sborax.models.llama import kept_names
+from sborax.models.sharding import is_expert
 from sborax.plans.ahead import Outline, device_bytes
 from sborax.train.head_loss import CHUNK
 
@@ -28,6 +29,12 @@ def _cut(planned: Outline) -> tuple[int, int, int]:
     return rows // math.prod(sizes.get(axis, 1) for axis in ROWS), length, sizes.get("tensor", 1)
 
 
+def _size(planned: Outline, *names: str) -> int:
+    """The number of devices along these axes of the mesh together; 1 without a mesh."""
+    sizes = {} if planned.mesh is None else planned.mesh.shape
+    return math.prod(sizes.get(name, 1) for name in names)
+
+
 def _kept(planned: Outline) -> float:
     """Bytes of the hidden states and of the values that `remat` keeps, of all layers."""
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
@@ -37,7 +44,7 @@ def _kept(planned: Outline) -> float:
         "qkv": (heads + 2 * pairs) / tensor,
         "attended": heads / tensor,
         "mixed": config.hidden_size,
-        "gate_up": 2 * active_width(config) / tensor,
+        "gate_up": 2 * active_width(config, _size(planned, EXPERT)) / tensor,
         HIDDEN: sum(width(site.method.rank) for site in planned.plan.sites),
     }
     names = kept_names(planned.model.module.remat)
@@ -54,22 +61,32 @@ def _kept(planned: Outline) -> float:
 
 def _layer(planned: Outline) -> float:
     """Bytes of one layer: attention's scores or the gated unit, with gradients; the kernels of two layers, if gathered,
-    since those of the next layer are under way; and the largest kernel made dense, if quantised."""
+    since those of the next layer are under way; and the largest kernel made dense, if quantised.
+
+    Experts are gathered whole, since their tokens are cut along tensor; inputs, outputs and gradients of their rows are
+    hidden states.
+    """
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     item = planned.model.module.dtype.itemsize
     # Other programs for attention hold no scores.
     whole = planned.model.module.attention == "xla"
     scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item) if whole else 0
-    gated = 4 * rows * length * active_width(config) / tensor * item
-    kernels = [
-        leaf for path, leaf in planned.parts.base.items() if path.startswith("layers/") and path.endswith("/kernel")
-    ]
-    largest = max((math.prod(leaf.shape[1:]) for leaf in kernels), default=0) / tensor
-    dense = largest * (item + 4) if any(is_weight(leaf) for leaf in kernels) else 0
+    shares = _size(planned, EXPERT)
+    gated = 4 * rows * length * active_width(config, shares) / tensor * item
+    gated += 3 * rows * length * expert_rows(config, shares) / tensor * config.hidden_size * item
+    kernels = {
+        path: leaf
+        for path, leaf in planned.parts.base.items()
+        if path.startswith("layers/") and path.endswith("/kernel")
+    }
+    used = {path: shares if is_expert(path) else tensor for path in kernels}
+    largest = max((math.prod(leaf.shape[1:]) / used[path] for path, leaf in kernels.items()), default=0)
+    dense = largest * (item + 4) if any(map(is_weight, kernels.values())) else 0
     gathered = 0.0
-    if planned.mesh is not None and planned.mesh.shape["fsdp"] > 1:
-        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernels))
-        gathered = 2 * stored / config.num_hidden_layers / tensor
+    for path, leaf in kernels.items():
+        if _size(planned, "fsdp", "tensor" if is_expert(path) else EXPERT) > 1:
+            stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+            gathered += 2 * stored / config.num_hidden_layers / used[path]
     return max(scores, gated) + gathered + dense
 
 

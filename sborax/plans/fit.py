@@ -1,14 +1,17 @@
 """The mesh of a step, and settings with which it fits, from formulas: nothing is compiled."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from sborax.adapters.constraints import AXES, EXPERT, ROWS, SHARED
 from sborax.errors import SboraxError
 from sborax.layout.mesh import abstract_mesh
-from sborax.models.decoder import DecoderConfig
+from sborax.models.decoder import DecoderConfig, count_experts
+from sborax.models.sharding import is_expert
 from sborax.plans.ahead import Outline, argument_bytes, on_mesh, outline
 from sborax.plans.estimate import temporary_bytes
 from sborax.plans.roofline import Chip
@@ -24,34 +27,54 @@ def held_bytes(planned: Outline) -> int:
 def link_bytes(planned: Outline) -> float:
     """An estimate of the bytes that reach each device from others.
 
-    2 x kernels as they are stored / tensor, if they are cut along fsdp: gathered forward and backward
+    2 x kernels as they are stored / tensor, if they are cut along fsdp or expert: gathered forward and backward
+    + 2 x kernels of experts / expert, if they are cut along fsdp or tensor
     + passes x 4 x layers x tokens of a device x hidden size, if projections are shared along tensor: two sums a layer
+    + passes x 2 x layers x tokens of a device x (expert - 1) / tensor x hidden size, if experts are cut along expert:
+      tokens gathered, and outputs summed
     + 12 for each trained parameter: gathered twice in bfloat16, and summed once in float32
     """
     assert planned.mesh is not None
     sizes, config = planned.mesh.shape, planned.model.config
     accumulate, rows, length = planned.batch["tokens"].shape
-    tokens = rows * length / (sizes["data"] * sizes["fsdp"])
-    stored = [leaf for path, leaf in planned.parts.base.items() if path.endswith("/kernel")]
-    kernels = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+    tokens = rows * length / math.prod(sizes[name] for name in ROWS)
+    gathered = 0.0
+    for path, leaf in planned.parts.base.items():
+        used, others = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
+        if path.endswith("/kernel") and sizes["fsdp"] * sizes[others] > 1:
+            stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+            gathered += 2 * stored / sizes[used]
     passes = 3 if planned.model.module.remat == "full" else 2
-    gathered = 2 * kernels / sizes["tensor"] if sizes["fsdp"] > 1 else 0
-    shared = passes * 4 * config.num_hidden_layers * tokens * config.hidden_size * planned.model.module.dtype.itemsize
-    return accumulate * (gathered + (shared if sizes["tensor"] > 1 else 0)) + 12 * planned.parts.count
+    states = passes * config.num_hidden_layers * tokens * config.hidden_size * planned.model.module.dtype.itemsize
+    shared = 4 * states if sizes[SHARED] > 1 else 0
+    exchanged = 2 * states * (sizes[EXPERT] - 1) / sizes[SHARED]
+    return accumulate * (gathered + shared + exchanged) + 12 * planned.parts.count
 
 
 def meshes(planned: Outline, devices: int) -> Iterator[tuple[dict[str, int], Outline]]:
-    """Every mesh fsdp x tensor of so many devices that divides rows, heads and leaves, with the step laid out on it."""
-    for tensor in (size for size in range(1, devices + 1) if devices % size == 0):
-        sizes = {"fsdp": devices // tensor, "tensor": tensor}
-        try:
-            yield sizes, on_mesh(planned, abstract_mesh(sizes))
-        except SboraxError:
-            continue
+    """Every mesh fsdp x tensor of so many devices that divides rows, heads and leaves, with the step laid out on it.
+
+    For models with experts every mesh fsdp x expert x tensor, those with the same tensor axis by their expert axis.
+    """
+    experts = count_experts(planned.model.config)
+    for tensor in _divisors(devices):
+        for expert in _divisors(math.gcd(devices // tensor, experts)) if experts else [1]:
+            sizes = {"fsdp": devices // tensor // expert, EXPERT: expert, "tensor": tensor}
+            if not experts:
+                del sizes[EXPERT]
+            try:
+                yield sizes, on_mesh(planned, abstract_mesh(sizes))
+            except SboraxError:
+                continue
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def best_mesh(planned: Outline, devices: int, chip: Chip) -> dict[str, int]:
-    """The mesh with the smallest tensor axis on which a step fits, and receives bytes no longer than it computes.
+    """The mesh with the smallest tensor axis, and then the smallest expert axis, on which a step fits, and receives
+    bytes no longer than it computes.
 
     If there is none, that on which it fits and receives least; if it fits on none, that on which it holds least.
 
@@ -81,7 +104,7 @@ def mending(
     They are tried in the order of what they cost: recomputing layers, rows in turn, an NF4 base, sharing projections.
     """
     changes: dict[str, Any] = {}
-    devices = sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    devices, expert = math.prod(sizes.get(name, 1) for name in AXES), sizes.get(EXPERT, 1)
 
     def fits() -> bool:
         changed = dataclasses.replace(experiment, **changes)
@@ -95,7 +118,7 @@ def mending(
         changes["remat"] = "full"
         if fits():
             return _words(changes)
-    shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    shards = math.prod(sizes.get(name, 1) for name in ROWS)
     rows = experiment.batch_size // shards
     if rows > 1:
         changes |= {"batch_size": shards, "accumulate": experiment.accumulate * rows}
@@ -105,8 +128,10 @@ def mending(
         changes["quant"] = "nf4"
         if fits():
             return _words(changes)
-    for tensor in (size for size in (2, 4, 8, 16) if devices % size == 0 and size > sizes.get("tensor", 1)):
-        changes["mesh"] = {"fsdp": devices // tensor, "tensor": tensor}
+    for tensor in (size for size in (2, 4, 8, 16) if devices // expert % size == 0 and size > sizes.get("tensor", 1)):
+        changes["mesh"] = {"fsdp": devices // expert // tensor, EXPERT: expert, "tensor": tensor}
+        if expert == 1:
+            del changes["mesh"][EXPERT]
         if fits():
             return _words(changes)
     return None

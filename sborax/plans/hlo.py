@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+from collections.abc import Callable
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -19,29 +20,62 @@ def collective_bytes(text: str) -> dict[str, int]:
 
     An operation with several results counts with all of them. A loop whose end depends on data counts once.
     """
+    return _collectives(text, lambda _, size: size)
+
+
+def scattered_bytes(text: str, devices: int) -> int:
+    """The bytes that reach a device in reduce-scatters: of each result a part from every other device of its group.
+
+    - devices: of a group that the text does not describe.
+    """
+    return _collectives(text, lambda line, size: size * (_group(line, devices) - 1)).get("reduce-scatter", 0)
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices a collective goes between."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return listed.group(1).count(",") + 1
+    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(tiled.group(1)) if tiled else devices
+
+
+def _collectives(text: str, measure: Callable[[str, int], int]) -> dict[str, int]:
+    """Sums over collectives by kind.
+
+    - measure: a function of an operation's line and the bytes of its results.
+    """
     lines, entry = _computations(text)
 
-    def sent(computation: str) -> dict[tuple[str, str], int]:
-        """Bytes by kind and channel. A channel that appears in several computations is one operation."""
+    def sent(computation: str, scope: str) -> dict[tuple[str, str], int]:
+        """Bytes by kind, channel and place.
+
+        A channel that appears in several fusions of one `scope`, an entry or the body of a loop, is one operation. All
+        operations that a `shard_map` names itself have the same channel.
+        """
         sizes: dict[tuple[str, str], int] = {}
+        seen: dict[tuple[str, str], int] = collections.Counter()
         for line in lines.get(computation, []):
             operation = _OPERATION.search(line)
             if not operation:
                 continue
             shape, opcode = operation.groups()
             if opcode.removesuffix("-start") in KINDS:
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = (opcode.removesuffix("-start"), channel.group(1) if channel else f"{computation}:{len(sizes)}")
-                sizes[key] = _result(shape, opcode.endswith("-start"))
+                kind, channel = opcode.removesuffix("-start"), re.search(r"channel_id=(\d+)", line)
+                place = f"{scope}:{channel.group(1)}" if channel else computation
+                key = (kind, f"{place}:{seen[kind, place]}")
+                seen[kind, place] += 1
+                sizes[key] = measure(line, _result(shape, opcode.endswith("-start")))
             if opcode in ("while", "call", "fusion", "conditional", "async-start"):
                 times = (_iterations(line, lines) or 1) if opcode == "while" else 1
                 for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{)=?%?([\w.-]+)", line):
-                    for key, size in sent(called).items():
+                    inside = scope if opcode in ("fusion", "async-start") else called
+                    for key, size in sent(called, inside).items():
                         sizes[key] = max(sizes.get(key, 0), size * times)
         return sizes
 
     totals: dict[str, int] = collections.Counter()
-    for (kind, _), size in sent(entry).items():
+    for (kind, _), size in sent(entry, entry).items():
         totals[kind] += size
     return dict(totals)
 

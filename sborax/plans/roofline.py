@@ -82,6 +82,7 @@ def received_bytes(sent: Mapping[str, int], devices: int) -> int:
     An all-reduce comes twice, as sums and as their result. Of a reduce-scatter every part comes, and one is left.
 
     - sent: bytes of the results of collectives by kind.
+    - devices: how many a reduce-scatter goes between.
     """
     return sum(sent.values()) + sent.get("all-reduce", 0) + (devices - 1) * sent.get("reduce-scatter", 0)
 
