@@ -80,10 +80,10 @@ class Experiment:
     - accumulate: forward passes of one step (default 1), which is exactly that of a batch so many times as large.
     - precision: of the base and of activations; trained leaves are float32.
     - quant: "nf4" for a 4-bit base.
-    - mesh: sizes of the axes "data", "fsdp", "expert" and "tensor" over which the devices of all processes are laid out,
-        such as {"fsdp": 4, "tensor": 2}; None (default) for one device. Rows of a batch lie on data, fsdp and expert,
-        and experts of a mixture on expert. "slices" is the number of device groups with a slow network between them;
-        the other sizes are then those within a group.
+    - mesh: sizes of the axes "data", "fsdp", "expert" and "tensor" over which the devices of all processes are laid
+        out, such as {"fsdp": 4, "tensor": 2}; None (default) for one device. Rows of a batch lie on data, fsdp and
+        expert, and experts of a mixture on expert. "slices" is the number of device groups with a slow network between
+        them; the other sizes are then those within a group.
     - remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and
         faster on a CPU), "none", "full", or a list of names to keep while all else is recomputed, such as
         "attended,offload:gate_up" (`offload:` keeps the value in the host's memory).
