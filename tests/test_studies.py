@@ -68,6 +68,14 @@ def test_a_study_runs_once(tiny, ran):
     assert all(file.stat().st_size < 60_000 for file in files)
 
 
+def test_a_piece_that_another_process_ran_is_not_run_again(tiny, ran, tmp_path):
+    store, (file, *_) = Store(tiny, tmp_path), sorted((ran[0] / "tiny").iterdir())
+    before = pending(tiny, store)
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / file.name).write_text(file.read_text())
+    assert [piece.digest for piece in before if piece not in pending(tiny, store)] == [file.stem]
+
+
 def test_a_claim_is_repeated(tiny, ran, tmp_path):
     claims = (Beats("Bone beats LoRA", "", "Bone"), Beats("Bone beats LoRA by its area", "", "Bone", kind="area"))
     study = dataclasses.replace(tiny, claims=claims)

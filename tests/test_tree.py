@@ -44,6 +44,7 @@ def trained(adapters, seed: int = 5):
         ([("self_attn", sx.LoRA()), ("q_proj", sx.Bone())], "rule 'q_proj' matches no kernel"),
         ([("q_proj", sx.LoRA(rank=17))], "layers/self_attn/q_proj/kernel (16, 24): rank must lie in 1..16"),
         ([("q_proj", sx.LoRA(rank=0))], "rank must lie in 1..16"),
+        ([("q_proj", sx.LoRA(rslora=True))], "rslora divides alpha by sqrt(rank), and there is none"),
         ([("q_proj", sx.Bat(rank=5))], "layers/self_attn/q_proj/kernel (16, 24): the block size 5 must divide"),
         ([("v_proj", sx.Bone(rank=4, mini_rank=3))], "mini_rank must divide 8 columns"),
         ([sx.Rule("q_proj", sx.LoRA(), layers=(7,))], "matches no kernel"),

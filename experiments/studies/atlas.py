@@ -51,7 +51,7 @@ SETTINGS = {
 VARIANTS: dict[str, AbstractMethod] = {
     "SBoRA-FA": sx.SBoRA(),
     "SBoRA-FB": sx.SBoRA(variant="FB"),
-    "rsLoRA": sx.LoRA(rslora=True),
+    "rsLoRA": sx.LoRA(alpha=16.0, rslora=True),
     # Sized by a share, which nothing searches: 48,455 and 46,195 trained parameters.
     "OSF": sx.OSF(kept=0.87),
     "SuperTuning": sx.SuperTuning(sparsity=0.796),

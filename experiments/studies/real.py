@@ -30,7 +30,7 @@ METHODS = {
     "Bat": sx.Bat(rank=16),
     "DoRA": sx.DoRA(rank=7),
     "PiSSA": sx.PiSSA(rank=8, niter=16),
-    "rsLoRA": sx.LoRA(rank=8, rslora=True),
+    "rsLoRA": sx.LoRA(rank=8, alpha=16.0, rslora=True),
     "SARA": sx.SARA(rank=8),
     "MoSARA": sx.MoSARA(rank=128),
 }

@@ -29,6 +29,10 @@ class Store:
 
     def get(self, piece: Piece | Base) -> dict[str, Any] | None:
         """The result of a piece; None if it is pending."""
+        if piece.digest not in self._results:
+            # Another process may have added it.
+            for file in self.folder.parent.glob(f"*/{piece.digest}.json"):
+                self._results[piece.digest] = json.loads(file.read_text())
         return self._results.get(piece.digest)
 
     def add(self, piece: Piece | Base, result: dict[str, Any]) -> Path:

@@ -33,7 +33,7 @@ class LoRA(AbstractFactored):
 
     rank: width of the factors, an int or a `RankPolicy`.
     alpha: s = alpha / rank; None (default) is s = 1.
-    rslora: s = alpha / sqrt(rank) instead.
+    rslora: s = alpha / sqrt(rank) instead, which needs an alpha.
     dropout: rate on the adapter's input in training (paper: 0 to 0.1; default 0).
     init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0.
 
@@ -60,6 +60,8 @@ class LoRA(AbstractFactored):
         check_rank(self.rank, min(shape), "the smaller side")
         if self.init_a not in ("kaiming", "gaussian"):
             raise SboraxError(f"init_a must be 'kaiming' or 'gaussian', got {self.init_a!r}")
+        if self.rslora and self.alpha is None:
+            raise SboraxError("rslora divides alpha by sqrt(rank), and there is none: give alpha, such as 16")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
