@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.nightly, pytest.mark.skipif(CHROMIUM is None, reason="
 WIDTHS = (400, 1280)
 METHODS = (
     sx.LoRA(rank=4), sx.LoRA(rank=4, alpha=8.0, rslora=True), sx.SBoRA(rank=4), sx.SBoRA(rank=4, variant="FB"),
-    sx.Bone(rank=8), sx.DoRA(rank=4), sx.PiSSA(rank=4), sx.OLoRA(rank=4), sx.VeRA(rank=16), sx.HRA(rank=8), sx.IA3(), sx.SHiRA(rank=4),
+    sx.Bone(rank=8), sx.DoRA(rank=4), sx.PiSSA(rank=4), sx.OLoRA(rank=4), sx.VeRA(rank=16), sx.HRA(rank=8), sx.IA3(),
+    sx.SHiRA(rank=4),
 )  # fmt: skip
 MEASURE = """
 <!DOCTYPE html><meta charset="utf-8"><body><iframe id="page" style="width: WIDTHpx; height: 3000px; border: 0"
