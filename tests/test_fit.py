@@ -9,7 +9,7 @@ from tiny_model import WIDE
 
 import sborax as sx
 from sborax.cli import main
-from sborax.cli.plan import _judged
+from sborax.cli.plan import _bytes, _judged
 from sborax.layout.mesh import abstract_mesh, make_mesh
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import compiled, on_mesh, outline
@@ -44,6 +44,26 @@ def test_what_makes_a_step_fit(chips, rows, words):
     experiment, config = run(rows), config_of("LLaMA-3.1-70B")
     assert held_bytes(on_mesh(outline(experiment, config, device="tpu"), abstract_mesh({"fsdp": chips}))) > V5E.memory
     assert mending(experiment, config, 2048, {"fsdp": chips}, "tpu", V5E.memory) == words
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out\nUsed 20.1G of 15.75G hbm. Exceeded", "does not fit: Used 20.1G of 15.75G hbm"),
+        ("RESOURCE_EXHAUSTED: VmemOom:\nRan out of memory in memory space vmem", None),
+    ],
+)
+def test_what_libtpu_does_not_compile_is_said_in_a_line(failure, said, monkeypatch):
+    def fail(_):
+        raise jax.errors.JaxRuntimeError(failure)
+
+    monkeypatch.setattr("sborax.cli.plan.compiled", fail)
+    planned = outline(run(1), LlamaConfig(16, 16, 16, 1, 1, 1, 16, 2048, 1e-5))
+    if said is None:
+        with pytest.raises(sx.SboraxError, match="libtpu does not compile this step: .*VmemOom: Ran out .* vmem$"):
+            _bytes(planned, "v9:1x1")
+    else:
+        assert said in "\n".join(_bytes(planned, "v9:1x1"))
 
 
 def test_a_mesh_is_chosen_by_what_fits_and_what_is_sent():

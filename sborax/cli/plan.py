@@ -173,7 +173,8 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
     except jax.errors.JaxRuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "hbm" in line.lower()), None)
         if reason is None:
-            raise
+            said = " ".join(str(error).splitlines()[:2])[:400]
+            raise SboraxError(f"topology {topology}: libtpu does not compile this step: {said}") from error
         mend = _try(planned, topology) if _kind(topology) in CHIPS else ""
         return [*lines, *aligned(table), f"does not fit: {reason}{mend}"]
     lines += _compiled(program, table, topology)
