@@ -39,6 +39,7 @@ METHODS = [
     Case("SBoRA-expert", sx.SBoRA(rank=5, expert=1, experts=2), lambda i, o: 5 * o),
     Case("Orthogonal", sx.OrthogonalAdaptation(rank=5, alpha=10.0, expert=1, experts=2), lambda i, o: 5 * o),
     Case("Orthogonal-out", sx.OrthogonalAdaptation(rank=5, side="out"), lambda i, o: 5 * i),
+    Case("Orthogonal-gaussian", sx.OrthogonalAdaptation(rank=5, sigma=0.2, basis="gaussian"), lambda i, o: 5 * o),
     Case("Bone", sx.Bone(rank=6), lambda i, o: 6 * o),
     Case("Bone-mini", sx.Bone(rank=8, mini_rank=12), lambda i, o: 8 * 12),
     Case("Bone-contiguous", sx.Bone(rank=6, grouping="contiguous"), lambda i, o: 6 * o),
