@@ -98,6 +98,7 @@ METHODS = [
 
 PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
     "COLA": (sx.COLA(every=2), sx.SBoRA(rank=4)),
+    "COLA-ranks": (sx.COLA(every=2, ranks=(4, 2, 1)), sx.LoRA(rank=4, alpha=8.0, dropout=0.1)),
     "XGBLoRA": (sx.XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
     "LoRAPrune": (sx.LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
     "LoRAPrune-magnitude": (sx.LoRAPrune(warmup=0.0, every=2, metric="magnitude"), sx.AdaLoRA(rank=2)),
