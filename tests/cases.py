@@ -103,6 +103,7 @@ PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
     "LoRAPrune": (sx.LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
     "LoRAPrune-magnitude": (sx.LoRAPrune(warmup=0.0, every=2, metric="magnitude"), sx.AdaLoRA(rank=2)),
     "LoRAPrune-random": (sx.LoRAPrune(warmup=0.0, every=2, protect=0.0, metric="random"), sx.LoRA(rank=2)),
+    "LoRAPrune-grad": (sx.LoRAPrune(warmup=0.0, every=2, protect=0.0, metric="grad"), sx.SBoRA(rank=2)),
     "AdaLoRABudget": (sx.AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
     "PRILoRAPruning": (sx.PRILoRAPruning(every=4), sx.PRILoRA(rank=sx.LinearRanks(2, 4))),
     "PRILoRAPruning-mask": (
