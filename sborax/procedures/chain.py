@@ -30,7 +30,8 @@ class COLA(AbstractSegmented):
 
     A link of rank r begins as the method does with rank r, s = alpha / r included. Its leaves keep the width of the
     first link, filled with zeros that stay zero in training: the step is compiled once, and costs the time and memory
-    of the first rank. What is trained, merged and written has the link's own rank.
+    of the first rank. What is trained, merged and written has the link's own rank. Adafactor counts the zeros in its
+    means over a leaf.
 
     The function does not change at a knot, since b = 0 after it. Adapted kernels are held in float32. The rank of the
     total change is at most that of all links together. One segment is plain LoRA.
