@@ -39,6 +39,7 @@ METHODS = [
     Case("SBoRA-expert", sx.SBoRA(rank=5, expert=1, experts=2), lambda i, o: 5 * o),
     Case("Orthogonal", sx.OrthogonalAdaptation(rank=5, alpha=10.0, expert=1, experts=2), lambda i, o: 5 * o),
     Case("Orthogonal-out", sx.OrthogonalAdaptation(rank=5, side="out"), lambda i, o: 5 * i),
+    Case("Orthogonal-gaussian", sx.OrthogonalAdaptation(rank=5, sigma=0.2, basis="gaussian"), lambda i, o: 5 * o),
     Case("Bone", sx.Bone(rank=6), lambda i, o: 6 * o),
     Case("Bone-mini", sx.Bone(rank=8, mini_rank=12), lambda i, o: 8 * 12),
     Case("Bone-contiguous", sx.Bone(rank=6, grouping="contiguous"), lambda i, o: 6 * o),
@@ -108,10 +109,12 @@ METHODS = [
 
 PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
     "COLA": (sx.COLA(every=2), sx.SBoRA(rank=4)),
+    "COLA-ranks": (sx.COLA(every=2, ranks=(4, 2, 1)), sx.LoRA(rank=4, alpha=8.0, dropout=0.1)),
     "XGBLoRA": (sx.XGBLoRA(every=2, layers=1), sx.LoRA(rank=1, dropout=0.1)),
     "LoRAPrune": (sx.LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
     "LoRAPrune-magnitude": (sx.LoRAPrune(warmup=0.0, every=2, metric="magnitude"), sx.AdaLoRA(rank=2)),
     "LoRAPrune-random": (sx.LoRAPrune(warmup=0.0, every=2, protect=0.0, metric="random"), sx.LoRA(rank=2)),
+    "LoRAPrune-grad": (sx.LoRAPrune(warmup=0.0, every=2, protect=0.0, metric="grad"), sx.SBoRA(rank=2)),
     "AdaLoRABudget": (sx.AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
     "PRILoRAPruning": (sx.PRILoRAPruning(every=4), sx.PRILoRA(rank=sx.LinearRanks(2, 4))),
     "PRILoRAPruning-mask": (

@@ -127,6 +127,65 @@ def test_each_expert_is_recovered_from_the_sum(method):
             np.testing.assert_allclose(delta @ q, scale * node.train["a"], atol=3e-5)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
+    """On inputs (outputs) in the span of an expert's block: what the other experts add, beside what it adds itself."""
+    size, rank = 400, 4
+    params = {"q": {"kernel": jnp.zeros((size, size))}}
+
+    def block(basis, number, **more):
+        method = sx.OrthogonalAdaptation(rank=rank, side=side, expert=number, experts=40, basis=basis, **more)
+        (node,) = nodes(sx.attach(jax.random.key(number), params, [("q", method)])[1]).values()
+        assert sx.count({"q": {"kernel": node}}) == rank * size
+        return np.asarray(node.frozen["a"] if side == "in" else node.frozen["b"].T, np.float64)
+
+    trained = np.random.default_rng(0).normal(size=(40, rank, size))
+
+    def crosstalk(basis):
+        blocks = [block(basis, number) for number in range(40)]
+        own = np.linalg.norm(blocks[0].T @ blocks[0] @ trained[0])
+        others = [np.linalg.norm(blocks[0].T @ q @ b) for q, b in zip(blocks[1:], trained[1:], strict=True)]
+        return np.mean(others) / own
+
+    assert crosstalk("orthogonal") < 1e-5
+    assert 0.9 < crosstalk("gaussian") / np.sqrt(rank / size) < 1.1
+    # E[q_i^T q_j] = 0 and E[q^T q] = 1; deviations by chance have size 1 / sqrt(size).
+    blocks = [block("gaussian", number) for number in range(40)]
+    cross = np.stack([blocks[0].T @ q for q in blocks[1:]])
+    assert abs(cross.mean()) < 4 / np.sqrt(size * cross.size)
+    assert 0.9 < cross.std() * np.sqrt(size) < 1.1
+    assert abs(np.mean([np.sum(q**2, axis=0) for q in blocks]) - 1) < 0.02
+    np.testing.assert_allclose(block("gaussian", 3, sigma=0.5), 0.5 * np.sqrt(size) * blocks[3], rtol=1e-6)
+    # Of the seed and the expert, not of the key or the number of experts.
+    assert np.abs(block("gaussian", 3, basis_seed=1) - blocks[3]).max() > 0.1
+    few = sx.OrthogonalAdaptation(rank=rank, side=side, expert=3, experts=4, basis="gaussian")
+    (node,) = nodes(sx.attach(jax.random.key(77), params, [("q", few)])[1]).values()
+    np.testing.assert_array_equal(node.frozen["a"] if side == "in" else node.frozen["b"].T, blocks[3])
+
+
+def test_gaussian_experts_are_summed_but_not_combined():
+    method = dataclasses.replace(METHODS["in"], basis="gaussian")
+    experts = [expert_of(method, number) for number in (0, 1)]
+    for mistake in (lambda: sx.combine_experts(experts), lambda: sx.remove_expert(sx.add(*experts), experts[0])):
+        with pytest.raises(
+            sx.SboraxError, match="orthogonal in expectation alone, so that experts interfere.*add"
+        ) as e:
+            mistake()
+        assert "\n" not in str(e.value)
+    both = merged(sx.add(*experts)) - WEIGHT
+    chex.assert_trees_all_close(both, sum(merged(expert) - WEIGHT for expert in experts), atol=2e-5)
+    # More experts than fit side by side; but not one beyond their number.
+    many = dataclasses.replace(method, experts=100, expert=99)
+    assert sx.plan(PARAMS, [("q", many)])
+    for wrong, message in (
+        (dataclasses.replace(many, expert=100), "expert must lie in 0..99"),
+        (dataclasses.replace(method, sigma=0.0), "sigma"),
+        (dataclasses.replace(METHODS["in"], sigma=0.1), "sigma=0.1 is of basis='gaussian'"),
+    ):
+        with pytest.raises(sx.SboraxError, match=message):
+            sx.plan(PARAMS, [("q", wrong)])
+
+
 def test_experts_may_adapt_different_kernels():
     method = METHODS["FA"]
     one, two = expert_of(method, 0, "q"), expert_of(method, 1)

@@ -25,9 +25,11 @@ from sborax.cli import main
 from sborax.interop.slim import slim
 from sborax.methods.masked import Masked
 from sborax.models import LlamaConfig, generate, load_model, save_hf
+from sborax.models.nf4 import quantise
 from sborax.procedures import Boundary, LoRAPrune, Run
-from sborax.procedures.criteria import Magnitude, lora_change
-from sborax.procedures.importance import BLOCKS, group_scores, watch_importance
+from sborax.procedures.criteria import FullGradient, Magnitude, lora_change
+from sborax.procedures.importance import BLOCKS, LoRAPruneState, group_scores, watch_importance
+from sborax.procedures.in_place import find_state
 from sborax.procedures.prune import masks_of, pruned
 from sborax.train.loop import train
 
@@ -147,6 +149,81 @@ def test_scores_by_magnitude():
         for layer in (0, 1):
             want = sum(GOLDEN[f"L{layer}_{module}__score_magnitude"] for module in modules)
             np.testing.assert_allclose(state.scores[f"layers/{block}"][layer], want, rtol=2e-5)
+
+
+def test_scores_by_the_full_gradient():
+    sites, base, train, frozen, grads = golden_trees()
+    groups = {"layers/self_attn": SIZES["self_attn"], "layers/mlp": SIZES["mlp"]}
+    watch = watch_importance(sites, groups, decay=0.0, criterion=FullGradient())
+    full = {}
+    for path in base:
+        _, _, module, _ = path.split("/")
+        full[path] = jnp.asarray(np.stack([GOLDEN[f"L{layer}_{module}__gW0"].T for layer in (0, 1)]), jnp.float32)
+    _, state = watch.update(grads, watch.init(train), train, frozen=frozen, base=base, base_grads=full)
+    for block, modules in BLOCKS.items():
+        for layer in (0, 1):
+            want = sum(GOLDEN[f"L{layer}_{module}__score_grad"] for module in modules)
+            np.testing.assert_allclose(state.scores[f"layers/{block}"][layer], want, rtol=2e-5)
+
+
+def test_a_step_scores_by_the_gradient_of_the_merged_model(tiny):
+    """Scores of a run's own step beside the gradient of the dense model that its adapters merge to."""
+    experiment = sx.Experiment(
+        model="unused",
+        data=sx.Data("unused"),
+        rules=[("self_attn|mlp", sx.LoRA(rank=2, alpha=4.0))],
+        procedure=LoRAPrune(metric="grad", decay=0.0),
+        optimizer=sx.Optimizer(lr=1e-2),
+        batch_size=3,
+        accumulate=2,
+        steps=10,
+    )
+    prepared = sx.prepare(experiment, tiny, 10)
+    params, adapters = prepared.attach(tiny.params)
+    trained, frozen = sx.split(adapters)
+    leaves, treedef = jax.tree.flatten(trained)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    adapters = sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+    tokens = jax.random.randint(jax.random.key(6), (2, 3, 17), 0, tiny.config.vocab_size)
+    batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:]}
+    batch |= {"counts": jnp.ones((2, 3, 16), bool), "segments": jnp.ones((2, 3, 16), jnp.int32)}
+
+    def dense_loss(params):
+        logits = tiny.apply(params, None, tokens[..., :-1].reshape(6, 16))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[..., 1:].reshape(6, 16)).mean()
+
+    merged = sx.merge(params, adapters)
+    full = jax.grad(dense_loss)(merged)["layers"]
+    parts = prepared.take_apart(params, adapters)
+    state, _ = prepared.make_step()(prepared.start(parts), parts.frozen, parts.base, batch)
+    scores = find_state(state.opt, LoRAPruneState).scores
+    for block, modules in BLOCKS.items():
+        groups = tiny.config.num_key_value_heads if block == "self_attn" else tiny.config.intermediate_size
+        want = np.zeros((tiny.config.num_hidden_layers, groups))
+        for module, side in modules.items():
+            taylor = full[block][module]["kernel"] * merged["layers"][block][module]["kernel"]
+            channels = np.abs(np.asarray(taylor, np.float64)).sum(axis=2 if side == "in" else 1)
+            sums = channels.reshape(len(want), groups, -1).sum(axis=2)
+            want += sums / np.linalg.norm(sums, axis=1, keepdims=True)
+        np.testing.assert_allclose(scores[f"layers/{block}"], want, rtol=1e-4)
+    # Not what LoRA's gradients say.
+    other = dataclasses.replace(experiment, procedure=LoRAPrune(decay=0.0))
+    lora = sx.prepare(other, tiny, 10)
+    parts = lora.take_apart(params, adapters)
+    state, _ = lora.make_step()(lora.start(parts), parts.frozen, parts.base, batch)
+    estimated = find_state(state.opt, LoRAPruneState).scores
+    assert np.abs(estimated["layers/mlp"] - scores["layers/mlp"]).max() > 1e-2
+
+
+def test_a_quantised_base_has_no_full_gradient(tiny):
+    run = Run(sx.plan(tiny.params, [("self_attn|mlp", sx.LoRA(rank=1))]), 4, 2)
+    base = {site.path: jnp.zeros((*site.stack, *site.shape)) for site in run.plan.sites}
+    path = "layers/mlp/up_proj/kernel"
+    base[path] = quantise(jnp.ones((2, 64, 4)))
+    with pytest.raises(SboraxError, match=f"{path}: a quantised weight has no gradient; use a dense base"):
+        LoRAPrune(metric="grad").check(run, base)
+    LoRAPrune().check(run, base)
 
 
 def test_a_random_order_is_drawn_at_every_pruning():

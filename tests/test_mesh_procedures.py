@@ -23,9 +23,11 @@ from sborax.train.step import make_step
 STEPS, CUT = 20, 13
 RUNS = {
     "COLA": (COLA(every=6), sx.SBoRA(rank=4)),
+    "COLA-ranks": (COLA(every=6, ranks=(3, 1)), sx.LoRA(rank=3)),
     "COLA in 4 bits": (COLA(every=8, requantise=True), sx.LoRA(rank=2)),
     "XGBLoRA": (XGBLoRA(every=4, layers=1, penalty=0.01), sx.LoRA(rank=1)),
     "LoRAPrune": (LoRAPrune(warmup=0.0, cooldown=0.3, every=3, protect=0.0), sx.LoRA(rank=2)),
+    "LoRAPrune-grad": (LoRAPrune(warmup=0.0, cooldown=0.3, every=3, protect=0.0, metric="grad"), sx.LoRA(rank=2)),
     "AdaLoRABudget": (AdaLoRABudget(target=2, warmup=2, cooldown=4, every=3), sx.AdaLoRA(rank=4)),
     "PRILoRAPruning": (PRILoRAPruning(every=6), sx.PRILoRA(rank=sx.LinearRanks(2, 4), persistent_mask=True)),
 }

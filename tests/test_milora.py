@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import runpy
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -20,10 +22,11 @@ from sborax.layout.state import start, take_apart
 from sborax.methods.prompt_router import DENOMINATOR, NUMERATOR, PromptRouter, rational
 from sborax.models import LanguageModel, Llama, LlamaConfig, abstract, generate
 from sborax.models.llama import Block
-from sborax.records.adapter import load_adapter, save_adapter
+from sborax.records.adapter import load_adapter, read_adapter, save_adapter
 from sborax.train.loop import train
 from sborax.train.optimizer import make_optimizer
 from sborax.train.step import make_loss, make_step, prompt_mask
+from tests.pages import ROOT
 from tests.tiny_model import write_data, write_model
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -43,6 +46,7 @@ CONFIG = LlamaConfig(
     eos_token_id=(),
 )
 EXPERTS = 7
+KEY = jax.random.key(0)
 RULES = [("self_attn|mlp", sx.MiLoRA(rank=4, top_k=2))]
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3])
 
@@ -600,3 +604,51 @@ def test_data_without_a_prompt_in_every_row_are_refused(tmp_path, changes, says)
     with pytest.raises(SboraxError, match="eval.data: a method that routes"):
         dataclasses.replace(good, eval=sx.Eval(bad))
     assert dataclasses.replace(good, data=bad, rules=[("mlp", sx.LoRA(rank=2))], eval=sx.Eval()).data == bad
+
+
+@pytest.mark.nightly
+def test_the_activation_learns_from_held_out_batches_in_turn(tmp_path):
+    """`examples/milora_bilevel.py`: each half moves by its own gradient alone, on its own data."""
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl")
+    example = runpy.run_path(str(ROOT / "examples" / "milora_bilevel.py"))
+    held = sx.Data(
+        [{"instruction": "is ice cold?", "output": "yes"}] * 4,
+        template="{instruction}",
+        answer=" {output}",
+        max_length=32,
+    )
+    optimizer = sx.AdamW(lr=1e-2, schedule="constant", warmup=0, clip=None)
+    experiment = an_experiment(tmp_path, steps=2, optimizer=optimizer, eval=sx.Eval(held))
+    losses = example["train"](experiment, tmp_path, theta_lr=1e-3)
+    assert len(losses) == 2 and losses[1][0] != losses[0][0]
+    adapters = nodes(read_adapter(tmp_path / "adapter").adapters)
+
+    # By hand: two Adams, each on its leaves of a gradient of the whole.
+    model = sx.read_model(experiment)
+    batches, _ = sx.read_data(experiment, model, lambda _: None)
+    (other,) = sx.read_held_out(experiment, model, lambda _: None)
+    prepared = sx.prepare(experiment, model, 2)
+    parts = prepared.adapt(model.params)
+    train, other = parts.train, jax.tree.map(lambda array: array[None], other)
+    txs = {"omega": optax.adam(1e-2), "theta": optax.adam(1e-3)}
+    states = {half: tx.init(train) for half, tx in txs.items()}
+    gradient = jax.jit(lambda train, batch: sx.forward_backward(model, train, parts.frozen, parts.base, batch, KEY)[1])
+    for number in range(2):
+        for half, batch in (("omega", batches[number]), ("theta", other)):
+            grads = gradient(train, batch)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, states[half] = txs[half].update(grads, states[half], train)
+                new_leaves = optax.apply_updates(train, updates)
+            halves = example["halves"](train)
+            train = jax.tree.map(lambda of, old, new, half=half: new if of == half else old, halves, train, new_leaves)
+    want = nodes(sx.combine(train["adapters"], parts.frozen))
+    assert set(want) == set(adapters)
+    chex.assert_trees_all_close(
+        {path: adapters[path].train for path in want}, {k: v.train for k, v in want.items()}, atol=2e-4
+    )
+    router = next(path for path in want if path.endswith("router"))
+    for name, first in (("numerator", NUMERATOR), ("denominator", DENOMINATOR)):
+        change = np.abs(np.asarray(adapters[router].train[name]) - np.asarray(first, np.float32))
+        # Two steps of 1e-3 of Adam, not of 1e-2.
+        assert 5e-4 < change.max() < 2.5e-3

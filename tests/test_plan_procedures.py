@@ -110,7 +110,7 @@ def test_a_plan_refuses_what_training_refuses_and_what_it_takes_can_be_done(numb
 
     def after_a_step(state, own, norms):
         """What is due after a step, without the model's part in it."""
-        watch, where = active.watch(), {"frozen": own.frozen, "base": own.base, "norms": norms}
+        watch, where = active.watch(), {"frozen": own.frozen, "base": own.base, "norms": norms, "base_grads": own.base}
         _, opt = watch.update(state.train, watch.init(state.train), state.train, **where)
         whole = Boundary(combine(state.train["adapters"], own.frozen), own.base, opt)
         return procedure.settle(procedure.apply(jax.random.key(0), 4, active.run, whole))
@@ -131,6 +131,11 @@ REFUSED = {
     "another method": (sx.AdaLoRABudget(), [(ALL, sx.LoRA(rank=2))], "has LoRA; use AdaLoRA for all"),
     "frozen factors": (sx.LoRAPrune(), [(ALL, sx.VeRA(rank=2))], "that of VeRA is another; use LoRA, or metric="),
     "a chain": (sx.LoRAPrune(), [(ALL, sx.chain(sx.PiSSA(rank=2), sx.DoRA()))], "that of Chain is another"),
+    "a weight that is rewritten": (
+        sx.LoRAPrune(metric="grad"),
+        [(ALL, sx.DoRA(rank=2))],
+        "DoRA does not add to the weight",
+    ),
     "routed": (sx.LoRAPrune(), [(ALL, sx.MiLoRA(rank=2))], "MiLoRA does not merge layer by layer; use LoRA"),
     "one frozen factor": (sx.XGBLoRA(), [(ALL, sx.OrthogonalAdaptation(rank=2))], "trains no pair a, b; use LoRA"),
     "a full budget": (

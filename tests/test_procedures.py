@@ -44,7 +44,7 @@ KERNEL = 0.3 * jax.random.normal(jax.random.key(0), (LAYERS, IN, OUT))
 INPUT = jax.random.normal(jax.random.key(1), (LAYERS, 20, IN))
 TARGET = jax.random.normal(jax.random.key(2), (LAYERS, 20, OUT))
 TX = optax.adam(optax.linear_schedule(2e-2, 1e-3, 12))
-SEGMENTED = [COLA(every=3), XGBLoRA(every=3, layers=2), XGBLoRA(every=2)]
+SEGMENTED = [COLA(every=3), COLA(every=4, ranks=(2, 1)), XGBLoRA(every=3, layers=2), XGBLoRA(every=2)]
 by_procedure = pytest.mark.parametrize("procedure", SEGMENTED, ids=str)
 
 
@@ -124,7 +124,7 @@ def test_one_segment_is_plain_lora(procedure):
     assert trail.kept == {}
 
 
-@by_procedure
+@pytest.mark.parametrize("procedure", [one for one in SEGMENTED if "ranks=(" not in str(one)], ids=str)
 def test_rank_of_the_whole_change(procedure):
     rank = 1
     trail = go(procedure, rank=rank)
@@ -167,6 +167,70 @@ def test_a_rate_scales_every_merged_booster():
     merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
     same = sx.merge(nest({PATH: KERNEL}), joined(procedure, trail))
     np.testing.assert_allclose(merged["layers"]["p"]["kernel"], same["layers"]["p"]["kernel"], rtol=0, atol=2e-6)
+
+
+def test_later_links_have_their_own_ranks():
+    """A link of rank r is a run of rank r: the same numbers as with leaves of that width, and exact zeros beyond it."""
+    procedure = COLA(every=4, ranks=(3, 1))
+    trail = go(procedure, rank=3)
+    segments = [nodes(part)[PATH] for part in (trail.kept[4], trail.kept[8], trail.boundary.adapters)]
+    for node, rank in zip(segments, (3, 1, 1), strict=True):
+        np.testing.assert_array_equal(np.any(node.train["a"] != 0, axis=1), [[True] * rank + [False] * (3 - rank)] * 4)
+        np.testing.assert_array_equal(np.any(node.train["b"] != 0, axis=2), [[True] * rank + [False] * (3 - rank)] * 4)
+        np.testing.assert_allclose(node.frozen["scale"], 3.0 / rank, rtol=1e-6)
+    assert len({jax.tree.structure(node) for node in segments}) == 1
+
+    # The second link by hand, on the base that the first one left, in leaves of width 1.
+    first = fold({PATH: KERNEL}, trail.kept[4])
+    plan = sx.plan(nest(first), [("p", sx.LoRA(rank=1, alpha=3.0))])
+    trained, frozen = sx.split(sx.attach(jax.random.key(4), nest(first), plan)[1])
+    opt = TX.init(trained)
+    opt = (opt[0], opt[1]._replace(count=jnp.int32(4)))
+    for step in range(5, 9):
+        trained, opt, value = one_step(trained, frozen, first, opt)
+        np.testing.assert_allclose(trail.values[step - 1], value, rtol=1e-6)
+    thin = nodes(trained)[PATH]
+    np.testing.assert_allclose(segments[1].train["a"][..., :1], thin.train["a"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(segments[1].train["b"][..., :1, :], thin.train["b"], rtol=0, atol=1e-6)
+
+    # All links are one LoRA of rank 3 + 1 + 1 on the base before.
+    whole = joined(procedure, trail)
+    assert nodes(whole)[PATH].method.rank == 5
+    merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
+    np.testing.assert_allclose(kernel_of(sx.merge(nest({PATH: KERNEL}), whole)), kernel_of(merged), rtol=0, atol=2e-6)
+    change = np.asarray(kernel_of(merged) - KERNEL, np.float64)
+    assert (np.linalg.matrix_rank(change, tol=1e-5) == 5).all()
+
+
+def test_ranks_that_do_not_go_down_change_nothing():
+    plain, equal = go(COLA(every=4), rank=2), go(COLA(every=4, ranks=(2, 2)), rank=2)
+    assert plain.values == equal.values
+    chex.assert_trees_all_equal(plain.boundary.adapters, equal.boundary.adapters)
+
+
+def test_ranks_by_layer_of_a_stack():
+    rules = [sx.Rule("p", sx.LoRA(rank=2), layers=(0,)), sx.Rule("p", sx.SARA(rank=2, lam_init="ones"), layers=(2, 3))]
+    procedure = COLA(every=4, ranks=(2, 1))
+    trail = go(procedure, rules=rules)
+    for before, after in trail.seams:
+        np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
+    assert nodes(joined(procedure, trail))[PATH].method.parts[0].rank == (4, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("procedure", "method", "message"),
+    [
+        (COLA(every=2, ranks=(2, 1)), sx.SBoRA(rank=2), "SBoRA has no rank that ranks= could lower; use LoRA"),
+        (COLA(every=2, ranks=(2, 1)), sx.IA3(), "IA3 is no plain product"),
+        (COLA(every=2, ranks=(4, 2)), sx.LoRA(rank=2), "the rank of the rules, 2, and ranks begins with 4"),
+        (COLA(every=2, ranks=(3, 2, 1)), sx.LoRA(rank=3), "ranks names 3 links, but .* a run of 4 steps has 2"),
+    ],
+)
+def test_ranks_that_cannot_be(procedure, method, message):
+    run = Run(sx.plan(nest({PATH: KERNEL}), [("p", method)]), 4, 1)
+    with pytest.raises(SboraxError, match=message) as error:
+        procedure.check(run, {PATH: KERNEL})
+    assert "\n" not in str(error.value)
 
 
 @by_procedure
@@ -285,6 +349,9 @@ def test_mistakes_are_told():
         XGBLoRA(layers=5).check(run, {PATH: KERNEL})
     with pytest.raises(SboraxError, match="trained itself"):
         COLA(every=1).check(run, {})
+    for ranks in ((), (2, 4), (2, 0)):
+        with pytest.raises(SboraxError, match="at least 1 and never rise"):
+            COLA(every=2, ranks=ranks)
     for broken in (lambda: COLA(every=0), lambda: XGBLoRA(every=0), lambda: XGBLoRA(penalty=-1.0)):
         with pytest.raises(SboraxError):
             broken()

@@ -23,9 +23,11 @@ from tests.tiny_model import write_data, write_model
 GRID = {"optimizer.lr": (1e-3, 1e-2), "seed_adapter": (0, 1)}
 RUNS = {
     "COLA": (COLA(every=2), sx.SBoRA(rank=4)),
+    "COLA-ranks": (COLA(every=2, ranks=(4, 2)), sx.LoRA(rank=4)),
     "COLA in 4 bits": (COLA(every=3, requantise=True), sx.LoRA(rank=2)),
     "XGBLoRA": (XGBLoRA(every=2, layers=1, penalty=0.01), sx.LoRA(rank=1, dropout=0.1)),
     "LoRAPrune": (LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0), sx.LoRA(rank=2)),
+    "LoRAPrune-grad": (LoRAPrune(warmup=0.0, cooldown=0.3, every=1, protect=0.0, metric="grad"), sx.LoRA(rank=2)),
     "AdaLoRABudget": (AdaLoRABudget(target=2, warmup=1, cooldown=1, every=2), sx.AdaLoRA(rank=4)),
     "PRILoRAPruning": (PRILoRAPruning(every=2), sx.PRILoRA(rank=sx.LinearRanks(2, 4), persistent_mask=True)),
 }
@@ -53,7 +55,7 @@ def with_procedure(name, places, **changes):
 
 
 # One after the other, by lax.map, or together, by vmap.
-AT_ONCE = dict(zip(RUNS, (1, 4, 1, 4, 1, 4), strict=True))
+AT_ONCE = dict(zip(RUNS, (1, 4, 4, 1, 4, 4, 1, 4), strict=True))
 
 
 @pytest.mark.nightly

@@ -63,6 +63,7 @@ NEEDS = (
     "The paper's other tables (several tasks at once; MT-Bench, MMLU and BBH after instructions) have no recipe.",
 )
 DIFFERS = (
-    "The router's activation is trained with the rest, where the paper alternates it on held-out batches.",
+    "The router's activation is trained with the rest, where the paper alternates it on held-out batches "
+    "(examples/milora_bilevel.py does).",
     "Training does not stop early; the paper evaluates every 200 steps with a patience of 10. Beams are 4, not 3.",
 )

@@ -19,20 +19,28 @@ DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, 
 
 
 class AbstractExpert(AbstractFactored):
-    """A factored method whose frozen factor is one of many mutually orthogonal blocks."""
+    """A factored method whose frozen factor is one of many blocks, which are orthogonal unless `interferes`."""
+
+    interferes: str = ""
+    """Empty, or the reason why blocks of different experts are not orthogonal. Such experts are not combined."""
 
     @abc.abstractmethod
     def overlaps(self, adapter: Adapter, other: Adapter) -> Bool[Array, ""]:
         """Whether two adapters of this class, on the same kernel, share a direction."""
 
 
-def check_block(expert: int | None, experts: int, rank: int, size: int) -> None:
-    """Raise SboraxError unless 0 <= expert < experts and experts * rank <= size; None goes with one."""
+def check_expert(expert: int | None, experts: int) -> None:
+    """Raise SboraxError unless 0 <= expert < experts; None goes with one."""
     if expert is None and experts == 1:
         return
     if expert is None or not 0 <= expert < experts:
         raise SboraxError(f"with experts={experts}, expert must lie in 0..{experts - 1}, got {expert}")
-    if experts * rank > size:
+
+
+def check_block(expert: int | None, experts: int, rank: int, size: int) -> None:
+    """Raise SboraxError unless `check_expert` passes and experts * rank <= size; any rank goes with expert None."""
+    check_expert(expert, experts)
+    if expert is not None and experts * rank > size:
         raise SboraxError(f"{experts} experts of rank {rank} need {experts * rank} directions, there are {size}")
 
 
@@ -64,6 +72,11 @@ def _parts(path: str, node: Adapter) -> list[Adapter]:
                     "puts its expert on a part of the stack, and only whole stacks combine",
                 )
             raise SboraxError(f"{path}: {name} {why}; sborax.add sums any additive adapters")
+        if part.method.interferes:
+            raise SboraxError(
+                f"{path}: {type(part.method).__name__}: {part.method.interferes}, so that experts interfere; "
+                "sborax.add sums them all the same"
+            )
     return parts
 
 
@@ -82,7 +95,8 @@ def combine_experts(experts: Sequence[Adapters]) -> Adapters:
     - experts: trees of adapters of the same model, with the same method, rank and basis_seed, and each with its own
       `expert=`. A tree that was combined before counts as its experts.
 
-    Raises SboraxError for no experts, for a method that has no blocks, and for two experts whose blocks overlap.
+    Raises SboraxError for no experts, for a method that has no blocks, or only blocks that interfere, and for two
+    experts whose blocks overlap.
     """
     if not experts:
         raise SboraxError("combine_experts needs at least one expert")

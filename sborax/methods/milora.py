@@ -47,7 +47,8 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
     The adapted projections of a layer are its experts, which share one router. It decides once per prompt, also for
     the text generated from it; in training the prompt ends at the first answer. Without a router g = 1: plain LoRA.
     a as in LoRA, b = 0, pool = 0, w ~ N(0, 0.01 / in). Identity at init. No merge: weights depend on the prompt.
-    ra is trained along with the rest (the paper alternates it on held-out batches). Trained parameters:
+    ra is trained along with the rest; the paper alternates it, on held-out batches, as examples/milora_bilevel.py does.
+    Trained parameters:
     rank (in + out) per expert, d N + 12 per router and d more for attention; d the layer's width, N its experts.
     """
 

@@ -19,7 +19,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
-from sborax.adapters.experts import AbstractExpert, basis_key, check_block
+from sborax.adapters.experts import AbstractExpert, basis_key, check_block, check_expert
 from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
 
 
@@ -31,11 +31,20 @@ class OrthogonalAdaptation(AbstractExpert):
     The frozen factors q of two experts are orthogonal, so each expert can be read from a sum of experts:
     q^T (sum_i delta_i) = s b for side "in", (sum_i delta_i) q = s a for "out".
 
+    basis="gaussian", the paper's other choice: the frozen factor q has entries from N(0, sigma^2), drawn for each
+    expert by itself. Then E[q_i^T q_j] = 0, but q_i^T q_j has entries of size sigma^2 sqrt(size): experts interfere.
+    On inputs in span(q_i), expert j adds about sqrt(rank / size) of what expert i adds, for trained factors of equal
+    size. `combine_experts` refuses such experts; `add` sums them, as the paper does.
+
     rank: width of a block; the paper's was not found.
     alpha: s = alpha / rank; None (default) is s = 1. For the paper's merging weights use `scale` on each expert.
     side: which factor is frozen.
-    expert, experts: block `expert` of `experts`; all blocks must fit into the side.
-    basis_seed: the same for experts that will be combined. Q = qr(N(0, 1)) depends on it and the side's size alone.
+    expert, experts: block `expert` of `experts`; all orthogonal blocks must fit into the side, any number of Gaussian.
+    basis_seed: the same for experts that will be combined. Q = qr(N(0, 1)) depends on it and the side's size alone, a
+        Gaussian block on these and `expert`.
+    basis: "orthogonal" (default) or "gaussian"; the paper compares both.
+    sigma: of "gaussian"; None (default) is 1 / sqrt(size), so that columns have length 1 in expectation (ours; the
+        paper's was not found).
     dropout: default 0.
 
     The trained factor starts at zero. Identity at init. Exact merge. Trained parameters: rank out, or rank in.
@@ -51,6 +60,12 @@ class OrthogonalAdaptation(AbstractExpert):
     experts: int = hyper(1)
     basis_seed: int = hyper(0)
     dropout: float = hyper(0.0)
+    basis: Literal["orthogonal", "gaussian"] = "orthogonal"
+    sigma: float | None = hyper(None, above=0.0)
+
+    @property
+    def interferes(self) -> str:
+        return "" if self.basis == "orthogonal" else "its Gaussian blocks are orthogonal in expectation alone"
 
     @property
     def axes(self) -> Axes:
@@ -61,7 +76,14 @@ class OrthogonalAdaptation(AbstractExpert):
             raise SboraxError(f"side must be 'in' or 'out', got {self.side!r}")
         size = shape[0] if self.side == "in" else shape[1]
         check_rank(self.rank, size, f"the {self.side}put side")
+        if self.basis not in ("orthogonal", "gaussian"):
+            raise SboraxError(f"basis must be 'orthogonal' or 'gaussian', got {self.basis!r}")
+        if self.basis == "gaussian":
+            check_expert(self.expert, self.experts)
+            return
         check_block(self.expert, self.experts, self.rank, size)
+        if self.sigma is not None:
+            raise SboraxError(f"sigma={self.sigma} is of basis='gaussian'; an orthogonal basis has columns of length 1")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
@@ -71,6 +93,10 @@ class OrthogonalAdaptation(AbstractExpert):
         return Fitted({"a": jnp.zeros((fan_in, self.rank))}, {"b": self._block(fan_out).T, **frozen})
 
     def _block(self, size: int) -> Float[Array, "size r"]:
+        if self.basis == "gaussian":
+            key = jax.random.fold_in(basis_key(self.basis_seed, size), self.expert)
+            sigma = size**-0.5 if self.sigma is None else self.sigma
+            return sigma * jax.random.normal(key, (size, self.rank))
         # Column j of Q needs columns 0..j of the Gaussian alone, so a block costs no size x size matrix.
         keys = jax.random.split(basis_key(self.basis_seed, size), size)[: (self.expert + 1) * self.rank]
         gaussian = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys).T

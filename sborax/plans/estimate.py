@@ -16,10 +16,11 @@ from sborax.train.head_loss import CHUNK
 def temporary_bytes(planned: Outline) -> int:
     """An estimate of the bytes of temporaries on each device.
 
-    gradients + values kept for the backward pass + one layer's workspace + the head: the sizes of the arrays that exist
-    at one time, without what a compiler adds or saves.
+    gradients, those that a procedure watches included, + values kept for the backward pass + one layer's workspace +
+    the head: the sizes of the arrays that exist at one time, without what a compiler adds or saves.
     """
-    return round(device_bytes(planned.state.train) + _kept(planned) + _layer(planned) + _head(planned))
+    watched = device_bytes([planned.parts.base[path] for path in planned.prepared.differentiated])
+    return round(device_bytes(planned.state.train) + watched + _kept(planned) + _layer(planned) + _head(planned))
 
 
 def _cut(planned: Outline) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,17 @@ class AbstractCriterion(abc.ABC):
 
     pair: bool
     """The change of every adapted weight must be s a b."""
+    full: bool = False
+    """`factor` reads the gradient of the base weight, which is that of the merged one for additive methods alone."""
 
     @abc.abstractmethod
-    def factor(
-        self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Array]
-    ) -> Float[Array, "in out"]:
+    def factor(self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Any]) -> Float[Array, "in out"]:
         """G, by which weights are multiplied before their absolute values are summed over a group.
 
         Args:
         - weight: with the adapter's change.
         - node: the adapter.
-        - grad: of its trained leaves.
+        - grad: of its trained leaves; if `full`, of the base weight alone, under `kernel`.
         """
 
     def order(self, key: Key[Array, ""], scores: Float[Array, "*stack groups"]) -> Float[Array, "*stack groups"]:
@@ -51,9 +52,7 @@ class LoRAGradient(AbstractCriterion):
 
     pair = True
 
-    def factor(
-        self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Array]
-    ) -> Float[Array, "in out"]:
+    def factor(self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Any]) -> Float[Array, "in out"]:
         return lora_change(node.train["a"], node.train["b"], grad["a"], grad["b"])
 
 
@@ -63,9 +62,7 @@ class Magnitude(AbstractCriterion):
 
     pair = False
 
-    def factor(
-        self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Array]
-    ) -> Float[Array, "in out"]:
+    def factor(self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Any]) -> Float[Array, "in out"]:
         return jnp.ones_like(weight)
 
 
@@ -75,14 +72,28 @@ class RandomOrder(AbstractCriterion):
 
     pair = False
 
-    def factor(
-        self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Array]
-    ) -> Float[Array, "in out"]:
+    def factor(self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Any]) -> Float[Array, "in out"]:
         return jnp.zeros_like(weight)
 
     def order(self, key: Key[Array, ""], scores: Float[Array, "*stack groups"]) -> Float[Array, "*stack groups"]:
         return jax.random.uniform(key, scores.shape, scores.dtype)
 
 
-CRITERIA: Mapping[str, AbstractCriterion] = {"lora": LoRAGradient(), "magnitude": Magnitude(), "random": RandomOrder()}
+@dataclasses.dataclass(frozen=True)
+class FullGradient(AbstractCriterion):
+    """|dL/dW * (W + change)|, the first-order importance that LoRA's gradients stand in for."""
+
+    pair = False
+    full = True
+
+    def factor(self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Any]) -> Float[Array, "in out"]:
+        return grad["kernel"].astype(jnp.float32)
+
+
+CRITERIA: Mapping[str, AbstractCriterion] = {
+    "lora": LoRAGradient(),
+    "magnitude": Magnitude(),
+    "random": RandomOrder(),
+    "grad": FullGradient(),
+}
 """Criteria by the name of the metric."""

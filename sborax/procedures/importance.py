@@ -71,12 +71,14 @@ def block_scores(
     base: Mapping[str, Any],
     power: int,
     criterion: AbstractCriterion,
+    base_grads: Mapping[str, Any] | None = None,
 ) -> dict[str, Float[Array, "*stack groups"]]:
     """The sum of the scores of a block's projections, for every block and layer.
 
-    `sites`, `adapters`, `grads` and `base` are by path of the kernel; `groups`, how many there are, by path of the
-    block.
+    `sites`, `adapters`, `grads`, `base` and `base_grads` are by path of the kernel; `groups`, how many there are, by
+    path of the block.
     """
+    assert not criterion.full or base_grads is not None
 
     def score_layer(weight: Any, node: Adapter, grad: Any, *, side: Literal["in", "out"], count: int) -> Array:
         merged = node.method.merge(weight, node)
@@ -88,6 +90,8 @@ def block_scores(
             continue
         parent, block, module = block_of(path)
         inner, grad = _inner(node), _inner(grads[path]).train
+        if criterion.full and base_grads is not None:
+            grad = {"kernel": base_grads[path]}
         scored = functools.partial(score_layer, side=BLOCKS[block][module], count=groups[parent])
         # One layer at a time: a dense gradient of every layer at once would be as large as the model.
         scores = over_stack(scored, stack_of(inner))(base[path], inner, grad)
@@ -104,7 +108,8 @@ def watch_importance(
 ) -> optax.GradientTransformationExtraArgs:
     """Passes gradients on, and keeps score <- decay score + (1 - decay) s of every group in its state.
 
-    A step with a NaN in any score changes no score. `update` needs `params`, `frozen=` and `base=`.
+    A step with a NaN in any score changes no score. `update` needs `params`, `frozen=` and `base=`, and `base_grads=`
+    for a criterion that is `full`.
     """
     parents = {block_of(path)[0]: site.stack for path, site in sites.items()}
 
@@ -122,6 +127,7 @@ def watch_importance(
         *,
         frozen: Any = None,
         base: Any = None,
+        base_grads: Any = None,
         **others: Any,
     ) -> tuple[PyTree, LoRAPruneState]:
         train, grads = adapters_by_path(params), adapters_by_path(updates)
@@ -129,7 +135,7 @@ def watch_importance(
             path: Adapter(train[path].train, node.frozen, node.method, node.in_axes)
             for path, node in adapters_by_path(frozen).items()
         }
-        step_scores = block_scores(sites, groups, adapters, grads, base, power, criterion)
+        step_scores = block_scores(sites, groups, adapters, grads, base, power, criterion, base_grads)
         sound = jnp.all(jnp.stack([jnp.all(~jnp.isnan(leaf)) for leaf in step_scores.values()]))
         scores = {
             parent: jnp.where(sound, decay * state.scores[parent] + (1 - decay) * new, state.scores[parent])

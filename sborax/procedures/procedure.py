@@ -48,6 +48,13 @@ class AbstractProcedure(abc.ABC):
     observes: bool = False
     """`watch` is given `norms=`, those of every projection's input features over the step's tokens, by path."""
 
+    def differentiates(self, run: Run) -> tuple[str, ...]:
+        """Paths of base kernels whose gradients `watch` is given, as `base_grads=` by path. By default none.
+
+        Every step then holds them all, as large as the kernels and in their precision.
+        """
+        return ()
+
     @abc.abstractmethod
     def check(self, run: Run, base: dict[str, Any]) -> None:
         """Raise `SboraxError` if this procedure cannot act on such a run."""
@@ -64,7 +71,8 @@ class AbstractProcedure(abc.ABC):
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
         """The transformation that gets every step's gradients after clipping and before the optimiser.
 
-        Its `update` is given `params`, and as keywords `frozen` and `base`. By default it passes gradients on.
+        Its `update` is given `params`, and as keywords `frozen`, `base` and `base_grads`. By default it passes
+        gradients on.
         """
         return optax.with_extra_args_support(optax.identity())
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
+from sborax.adapters.core import AbstractAdditive, AbstractFactored, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
 from sborax.adapters.tree import nodes
@@ -33,12 +33,16 @@ class LoRAPrune(AbstractInPlace):
     - every: steps between two prunings (authors: 10); one more brings the share to `ratio` exactly.
     - decay: of the running scores (authors: 0.9).
     - power: 1 as in the authors' code, 2 as in the paper.
-    - metric: "lora"; or to compare with it "magnitude", where G = 1, or "random", another order at every pruning.
+    - metric: "lora"; or to compare with it "grad", where G = dL/dW of the base weight itself, and "magnitude", where
+        G = 1, both in the authors' code; or "random", another order at every pruning.
     - protect: fraction of the layers, counted from the first, that are never pruned; above 0 the last layer is spared
         too (authors: 0.1). With 0 all layers shrink alike and transformers loads the result.
 
     All seven projections of a layer are adapted, for "lora" by methods whose change is s a b (`pair`), such as
-    LoRA, for the other metrics by any that merge. The model has no biases.
+    LoRA, for "grad" by additive ones, for the other metrics by any that merge. The model has no biases.
+
+    "grad" costs what "lora" is there to save: every step holds the gradients of all adapted kernels at once, as large
+    as these and in their precision (13 GB for LLaMA-7B in bfloat16). Its base is not quantised.
     """
 
     paper = "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, arXiv:2305.18403"
@@ -50,7 +54,7 @@ class LoRAPrune(AbstractInPlace):
     every: int = 10
     decay: float = 0.9
     power: Literal[1, 2] = 1
-    metric: Literal["lora", "magnitude", "random"] = "lora"
+    metric: Literal["lora", "magnitude", "random", "grad"] = "lora"
     protect: float = 0.1
 
     def __post_init__(self) -> None:
@@ -70,6 +74,15 @@ class LoRAPrune(AbstractInPlace):
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
             if site.method.no_merge or site.method.linked:
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
+            if CRITERIA[self.metric].full and not isinstance(site.method, AbstractAdditive):
+                raise SboraxError(
+                    f"LoRAPrune: {path}: {name} does not add to the weight, so that the base's gradient is not that of "
+                    "the merged weight; use LoRA, or metric='magnitude'"
+                )
+            if CRITERIA[self.metric].full and isinstance(base.get(path), AbstractWeight):
+                raise SboraxError(
+                    f"LoRAPrune: {path}: a quantised weight has no gradient; use a dense base, or metric='lora'"
+                )
             if CRITERIA[self.metric].pair and not pair:
                 raise SboraxError(
                     f"LoRAPrune: {path}: groups are scored by the change s a b, and that of {name} is another; use "
@@ -86,6 +99,9 @@ class LoRAPrune(AbstractInPlace):
         if not known or biased:
             where = biased[0] if biased else "the rules"
             raise SboraxError(f"LoRAPrune: {where}: prunes LLaMA layers without biases, adapted by LoRA")
+
+    def differentiates(self, run: Run) -> tuple[str, ...]:
+        return tuple(_sites(run)) if CRITERIA[self.metric].full else ()
 
     def watch(self, run: Run) -> optax.GradientTransformationExtraArgs:
         sites = _sites(run)

@@ -213,6 +213,7 @@ def make_sweep_step(
     Only `state` is donated.
     """
     observe = stacked.procedure is not None and stacked.procedure.method.observes
+    differentiated = () if stacked.procedure is None else stacked.procedure.differentiated
 
     def step(
         state: SweepState, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]
@@ -223,7 +224,7 @@ def make_sweep_step(
             before, diverged, of_member = member
             tx = make_member_optimizer(stacked.optimizers, of_member.lr, of_member.optimizer, stacked.procedure)
             frozen, weights = stacked.join(shared, of_member.frozen), {**base, **of_member.base}
-            single = make_step(model, tx, of_member.key, observe, loss=stacked.loss)
+            single = make_step(model, tx, of_member.key, observe, None, stacked.loss, differentiated)
             after, numbers = single(before, frozen, weights, batch)
             watched = jnp.stack([numbers[name] for name in WATCHED])
             finite = jnp.all(jnp.isfinite(watched))

@@ -49,6 +49,11 @@ class ActiveProcedure:
         """Paths of the kernels that the procedure changes."""
         return [site.path for site in self.run.plan.sites] if self.method.folds else []
 
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """Paths of the kernels whose gradients the procedure watches."""
+        return self.method.differentiates(self.run)
+
     def due(self, step: int) -> bool:
         """Whether the procedure acts after `step` steps."""
         return self.method.due(step, self.run)

@@ -60,6 +60,11 @@ class Prepared:
         """Whether the procedure needs norms of inputs."""
         return self.procedure is not None and self.procedure.method.observes
 
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """Paths of the base kernels whose gradients the procedure needs."""
+        return () if self.procedure is None else self.procedure.differentiated
+
     def adapt(
         self,
         params: Params,
@@ -105,7 +110,7 @@ class Prepared:
     def make_step(self, shardings: TrainState | None = None) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
         """The compiled step, see `sborax.train.step.make_step`."""
         key, loss = self.streams.dropout, self.experiment.loss
-        return make_step(self.model, self.tx, key, self.observe, shardings, loss)
+        return make_step(self.model, self.tx, key, self.observe, shardings, loss, self.differentiated)
 
     def make_evaluation(self) -> Callable[..., tuple[Any, Any, Any]]:
         """The compiled evaluation, see `sborax.train.step.make_evaluation`."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,12 +44,14 @@ class Sums:
       those in `ROUTER_LOSSES`.
     - items: number of items that the loss is a sum over.
     - norms: with `observe`, ||X_j|| of every projection's input features j by path, without padding.
+    - base_grads: with `differentiated`, the gradients of (sum of losses) / items by these kernels, by path.
     """
 
     # Any: a pytree node also holds arrays with an axis of microbatches in front.
     losses: Any
     items: Any
     norms: Any
+    base_grads: Any = dataclasses.field(default_factory=dict)
 
 
 def sums(
@@ -106,22 +108,27 @@ def forward_backward(
     key: Key[Array, ""],
     loss: AbstractLoss = CrossEntropy(),
     observe: bool = False,
+    differentiated: Sequence[str] = (),
 ) -> tuple[Sums, PyTree]:
     """The sums of a batch of arrays (accumulate, batch, length), and the gradient of (sum of losses) / items.
 
     The gradient is that of one batch as large as all microbatches together, and norms are over all of them.
+
+    - differentiated: paths of kernels in `base`, whose gradients are among the sums, in the kernels' precision.
     """
+    kernels = {path: base[path] for path in differentiated}
     batch = jax.tree.map(jnp.asarray, batch)
     accumulate = batch["tokens"].shape[0]
 
     def microbatch(number: Array | int, part: dict[str, Array]) -> tuple[Sums, PyTree]:
         part_key = jax.random.fold_in(key, number)
 
-        def objective(train: PyTree) -> tuple[Array, Sums]:
-            part_sums = sums(model, train, frozen, base, part, part_key, loss, observe)
+        def objective(trees: tuple[PyTree, Flat]) -> tuple[Array, Sums]:
+            train, kernels = trees
+            part_sums = sums(model, train, frozen, {**base, **kernels}, part, part_key, loss, observe)
             return jax.tree.reduce(jnp.add, part_sums.losses), part_sums
 
-        (_, part_sums), grads = jax.value_and_grad(objective, has_aux=True)(train)
+        (_, part_sums), grads = jax.value_and_grad(objective, has_aux=True)((train, kernels))
         return part_sums, grads
 
     if accumulate == 1:
@@ -132,7 +139,7 @@ def forward_backward(
             part_sums, grads = microbatch(*part)
             return jax.tree.map(jnp.add, carry, grads), part_sums
 
-        zero = jax.tree.map(jnp.zeros_like, train)
+        zero = jax.tree.map(jnp.zeros_like, (train, kernels))
         grads, each = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
         total = Sums(
             jax.tree.map(jnp.sum, each.losses),
@@ -140,7 +147,8 @@ def forward_backward(
             jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), each.norms),
         )
     share = 1 / total.items.astype(jnp.float32)
-    return total, jax.tree.map(lambda leaf: leaf * share, grads)
+    grads, base_grads = jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads)
+    return dataclasses.replace(total, base_grads=base_grads), grads
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
@@ -156,6 +164,7 @@ def make_step(
     observe: bool = False,
     shardings: TrainState | None = None,
     loss: AbstractLoss = CrossEntropy(),
+    differentiated: Sequence[str] = (),
 ) -> Callable[[TrainState, PyTree, Flat, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """The compiled step: `step(state, frozen, base, batch) -> (state, numbers)`.
 
@@ -164,6 +173,7 @@ def make_step(
     - observe: give `tx` the norms of inputs by path, as `norms=`.
     - shardings: on a mesh, of the state, before and after the step.
     - loss: what is minimised.
+    - differentiated: paths of base kernels; give `tx` their gradients by path, as `base_grads=`.
 
     The step takes a batch of arrays (accumulate, batch, length), one microbatch after the other, and follows the
     gradient of (sum of losses) / items over all of them. Only `state` is donated. Its numbers are `loss` (the mean over
@@ -176,11 +186,14 @@ def make_step(
     def step(state: TrainState, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         step_key = jax.random.fold_in(key, state.step)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            total, grads = forward_backward(model, state.train, frozen, base, batch, step_key, loss, observe)
+            total, grads = forward_backward(
+                model, state.train, frozen, base, batch, step_key, loss, observe, differentiated
+            )
             share = 1 / total.items.astype(jnp.float32)
         # optax mixes integers and floats.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, opt = tx.update(grads, state.opt, state.train, frozen=frozen, base=base, norms=total.norms)
+            extra = {"frozen": frozen, "base": base, "norms": total.norms, "base_grads": total.base_grads}
+            updates, opt = tx.update(grads, state.opt, state.train, **extra)
             train = optax.apply_updates(state.train, updates)
             numbers = {
                 **{name: value * share for name, value in total.losses.items()},
