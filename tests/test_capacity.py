@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, largest, normal
+from bare_kernels import assert_close, largest
 from cases import IN, METHODS
 from nightly import nightly_unless
 from test_expert_axis import CHOSEN, COUNT, SPARSE, TOKENS, a_mixture, by_expert, compiled_layers, routed
@@ -70,32 +70,28 @@ def test_choices_beyond_the_room_of_an_expert_are_dropped(room):
         assert (choice < numbers.size).sum() == kept.sum()
 
 
-@pytest.mark.parametrize("sizes", [None, {"expert": 8}, {"expert": 2, "fsdp": 2}, {"data": 2}], ids=str)
-def test_the_sum_is_over_the_choices_that_are_kept(sizes, strict):
-    """Each device drops by its own tokens, which are consecutive."""
-    x, weights, numbers = routed()
-    projections = a_mixture(sx.LoRA(rank=4))
-    devices = math.prod((sizes or {}).values())
-    here = TOKENS // devices
-    room = capacity_rows(SMALL, here, CHOSEN, COUNT)
-    kept = np.concatenate([kept_choices(part, room) for part in np.asarray(numbers).reshape(devices, here, CHOSEN)])
-    assert not kept.all()
-    wanted = by_expert(x, jnp.where(kept, weights, 0), numbers, projections)
+@pytest.mark.parametrize(
+    ("sizes", "tokens"),
+    [(None, 16), ({"expert": 8}, 16), ({"expert": 2, "fsdp": 2}, 16), ({"expert": 4}, 3)],
+    ids=str,
+)
+def test_the_sum_is_over_the_choices_that_are_kept(sizes, tokens, strict):
+    """Each device drops by its own tokens, which are consecutive; devices that do not divide them have the same."""
+    arguments, projections = [leaf[:tokens] for leaf in routed()], a_mixture()
+    devices = math.gcd(math.prod((sizes or {}).values()), tokens)
+    parts = np.asarray(arguments[2]).reshape(devices, -1, CHOSEN)
+    kept = np.concatenate([kept_choices(part, capacity_rows(SMALL, len(part), CHOSEN, COUNT)) for part in parts])
+
+    def summed(x, weights, numbers, projections):
+        return by_expert(x, jnp.where(kept, weights, 0), numbers, projections)
+
+    wanted = gradients_of(summed, projections, tokens)
     with jax.set_mesh(make_mesh(sizes or {"data": 1})):
-        y, _, dropped = jax.jit(limited(SMALL))(x, weights, numbers, projections)
-    assert_close(y, wanted, 1e-5)
-    assert int(dropped) == (~kept).sum()
-
-
-def test_devices_with_the_same_tokens_drop_as_one_device():
-    """As when tokens are too few to be cut."""
-    x, weights, numbers = (leaf[:3] for leaf in routed())
-    projections = a_mixture(sx.LoRA(rank=4))
-    kept = kept_choices(np.asarray(numbers), 1)
-    with jax.set_mesh(make_mesh({"expert": 4})):
-        y, _, dropped = jax.jit(limited(SMALL))(x, weights, numbers, projections)
-    assert_close(y, by_expert(x, jnp.where(kept, weights, 0), numbers, projections), 1e-5)
-    assert int(dropped) == (~kept).sum()
+        got = gradients_of(outputs(SMALL), projections, tokens)
+        dropped = jax.jit(limited(SMALL))(*arguments, projections)[2]
+    assert int(dropped) == (~kept).sum() > 0
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(mine, theirs, 1e-5)
 
 
 # Where nothing is dropped
@@ -149,30 +145,43 @@ def test_rows_are_sent_and_come_back_by_all_to_all():
 # Runs
 
 
-def test_a_run_says_what_it_dropped(tmp_path):
+def an_experiment(folder, **changes):
     place = write_model(
-        tmp_path / "model",
+        folder / "model",
         model_type="qwen2_moe",
         experts=Experts(count=6, chosen=2, intermediate_size=64, shared_size=64),
         hidden_size=64,
         head_dim=16,
         num_hidden_layers=1,
     )
-    data = sx.Data(str(write_data(tmp_path / "data.jsonl")), max_length=128, template="{instruction}\n")
-    experiment = sx.Experiment(str(place), data, [("experts", sx.LoRA(rank=2))], steps=2, batch_size=2, accumulate=2)
-    shares, losses = {}, {}
-    for capacity in (None, 3, 0.25):
-        run, lines = tmp_path / str(capacity), []
-        train(dataclasses.replace(experiment, expert_capacity=capacity), run, echo=lines.append)
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        shares[capacity] = [line.get("dropped") for line in steps]
-        losses[capacity] = [line["loss"] for line in steps]
-        assert any("experts dropped" in line for line in lines) == (capacity == 0.25)
-    assert shares[None] == [None, None] and shares[3] == [0, 0]
-    np.testing.assert_allclose(losses[3], losses[None], rtol=1e-5)
-    # At most a quarter of the choices at balanced load of all tokens, padding included, are kept.
-    assert all(0.2 < share < 1 for share in shares[0.25])
-    assert losses[0.25] != losses[None]
+    data = sx.Data(str(write_data(folder / "data.jsonl")), max_length=128, template="{instruction}\n")
+    rules = [("experts", sx.LoRA(rank=2))]
+    return sx.Experiment(str(place), data, rules, **{"steps": 2, "accumulate": 2, "batch_size": 4} | changes)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_says_what_it_dropped(tmp_path):
+    experiment = an_experiment(tmp_path)
+    for capacity, dropping in ((3, False), (0.25, True)):
+        run, said = tmp_path / str(capacity), []
+        train(dataclasses.replace(experiment, expert_capacity=capacity), run, echo=said.append)
+        shares = [line["dropped"] for line in lines_of(run)]
+        assert any(line.startswith("experts dropped") for line in said) == dropping
+        assert all(0.2 < share < 1 for share in shares) if dropping else shares == [0, 0]
+
+
+@pytest.mark.nightly
+def test_a_run_on_a_mesh_with_an_ample_capacity_is_one_without(tmp_path):
+    experiment = an_experiment(tmp_path, steps=4)
+    train(experiment, tmp_path / "alone")
+    cut = dataclasses.replace(experiment, expert_capacity=3, mesh={"expert": 2, "fsdp": 2, "tensor": 2})
+    train(cut, tmp_path / "mesh")
+    wanted, got = lines_of(tmp_path / "alone"), lines_of(tmp_path / "mesh")
+    assert not any("dropped" in line for line in wanted) and [line["dropped"] for line in got] == [0] * 4
+    np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in wanted], rtol=1e-5)
 
 
 def test_padding_takes_no_place_and_counts_for_nothing():

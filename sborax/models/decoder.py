@@ -144,8 +144,8 @@ class AbstractDecoder(nn.Module, abc.ABC):
     - scan: whether the params of the layers are stacked; otherwise each layer has a number (`layers/0`).
     - keep: whether `hidden` returns keys and values.
     - attention: the back end, see `sborax.models.backends`.
-    - expert_capacity: the rows that each expert takes of a device's tokens, as a multiple of those at balanced load; None
-        drops no token. See `mixture.Mixture.limited`.
+    - expert_capacity: the rows that each expert takes of a device's tokens, as a multiple of those at balanced load.
+        None drops no token. See `mixture.Mixture.limited`.
     """
 
     config: Any

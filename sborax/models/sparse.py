@@ -66,7 +66,8 @@ def load_of(routing: Mapping[str, Array]) -> Load | None:
     tokens, partition = (sum(map(jnp.sum, sums[name])) for name in ("tokens", "partition"))
     lost = [leaf for path, leaf in routing.items() if path.endswith("experts/dropped")]
     dropped = jnp.asarray(sum(map(jnp.sum, lost))) if lost else None
-    return Load(*map(jnp.asarray, (chosen, probability, tokens, partition)), dropped)
+    chosen, probability, tokens, partition = map(jnp.asarray, (chosen, probability, tokens, partition))
+    return Load(chosen, probability, tokens, partition, dropped)
 
 
 class Router(nn.Module):

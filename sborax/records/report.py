@@ -83,10 +83,10 @@ class Metrics:
 
 
 def _is_valid(line: Any) -> bool:
-    """Whether a line has a step, and whether its losses are numbers."""
+    """Whether a line has a step, and whether what is read from it later are numbers."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    return all(is_number(line.get(name, 0.0)) for name in ("loss", "eval_loss"))
+    return all(is_number(line.get(name, 0.0)) for name in ("loss", "eval_loss", "dropped"))
 
 
 class Progress:
