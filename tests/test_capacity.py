@@ -14,14 +14,19 @@ from cases import IN, METHODS
 from nightly import nightly_unless
 from test_expert_axis import CHOSEN, COUNT, SPARSE, TOKENS, a_mixture, by_expert, compiled_layers, routed
 from test_expert_axis import with_gradients as gradients_of
+from test_fit import SPARSE as MODELS
+from test_fit import run as pod_run
 from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
-from sborax.layout.mesh import make_mesh
-from sborax.models.config import Experts
+from sborax.layout.mesh import abstract_mesh, make_mesh
+from sborax.models.config import Experts, LlamaConfig
 from sborax.models.decoder import expert_rows
 from sborax.models.language_model import decoder_of
 from sborax.models.mixture import Mixture, assigned, capacity_rows, mixed
+from sborax.plans.ahead import on_mesh, outline
+from sborax.plans.estimate import temporary_bytes
+from sborax.plans.fit import link_bytes
 from sborax.plans.hlo import collective_bytes
 from sborax.train.loop import train
 
@@ -208,7 +213,38 @@ def test_a_capacity_that_is_refused():
         sx.Experiment("model", sx.Data("data.jsonl"), [("q_proj", sx.LoRA())], steps=1, expert_capacity=0)
 
 
+# Plans
+
+
 def test_the_room_of_a_device():
     assert [expert_rows(SPARSE, shares) for shares in (1, 4, 8)] == [2, 8, 8]
     assert [expert_rows(SPARSE, shares, 1.25) for shares in (1, 4, 8)] == [2.5, 2.5, 2.5]
     assert expert_rows(SPARSE, 8, 100.0) == COUNT
+
+
+def laid_out(config, capacity, sizes):
+    devices = math.prod(sizes.values())
+    experiment = dataclasses.replace(pod_run(devices, remat="full"), expert_capacity=capacity)
+    return on_mesh(outline(experiment, config, device="tpu"), abstract_mesh(sizes))
+
+
+def test_a_plan_counts_the_room_and_what_is_sent():
+    none, ample, small = (laid_out(SPARSE, capacity, {"fsdp": 1, "expert": 8}) for capacity in (None, AMPLE, 1.0))
+    # Eight devices and two experts a token: with a capacity of 4 as many rows are sent as are gathered without.
+    assert link_bytes(none) == link_bytes(ample) > link_bytes(small)
+    assert temporary_bytes(small) < temporary_bytes(none) <= temporary_bytes(ample)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("model", "capacity", "temporaries", "received"),
+    [
+        ("Qwen3-30B-A3B", None, 3.5, 46),
+        ("Qwen3-30B-A3B", 1.25, 1.7, 51),
+        ("Mixtral-8x7B", None, 3.6, 54),
+        ("Mixtral-8x7B", 1.25, 2.2, 38),
+    ],
+)
+def test_the_plans_of_the_documentation(model, capacity, temporaries, received):
+    laid = laid_out(LlamaConfig.from_hf(MODELS[model]), capacity, {"fsdp": 32, "expert": 8})
+    assert (round(temporary_bytes(laid) / 2**30, 1), round(link_bytes(laid) / 1e9)) == (temporaries, received)
