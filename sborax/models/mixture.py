@@ -125,7 +125,8 @@ class Mixture:
         their order, as in Switch (arXiv:2101.03961): so whether one is dropped depends on earlier tokens alone, as all
         else in a causal model. GShard (arXiv:2006.16668) lets the first choices of all tokens come before any second
         one. Weights p_e stay those of the router, and a token that all its experts drop gets zeros. Padding takes no
-        place.
+        place. On a mesh an expert has C places for each device's tokens: what is dropped depends on how tokens lie, and
+        results are those of one device where nothing is dropped.
 
         All experts have C rows, those without a token are zeros and computed in vain.
 

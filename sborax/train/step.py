@@ -73,6 +73,8 @@ def sums(
     losses |= {name: value * items.astype(jnp.float32) for name, value in of_routers.items()}
     dropped = None
     if model.module.expert_capacity is not None:
+        if collected.load is None or collected.load.dropped is None:
+            raise SboraxError(f"expert_capacity: {type(model.module).__name__} has no mixture that reads it")
         dropped = collected.load.dropped, jnp.sum(collected.load.chosen)
     return Sums(losses, items, collected.inputs, dropped)
 
