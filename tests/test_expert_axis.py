@@ -213,7 +213,7 @@ def test_a_method_on_an_axis_of_experts_is_a_loop_over_experts(case: Case, quant
 LAYERS, SIZES = 3, {"data": 2, "expert": 2, "fsdp": 2}
 
 
-def compiled_layers(sizes, quantised, method=sx.LoRA(rank=4), tokens=256):
+def compiled_layers(sizes, quantised, method=sx.LoRA(rank=4), tokens=256, form=together):
     """The program of the gradients of LAYERS mixtures in turn, and the shapes of their projections."""
     mesh = make_mesh(sizes)
     projections = a_mixture(method, quantised, (LAYERS,))
@@ -239,7 +239,7 @@ def compiled_layers(sizes, quantised, method=sx.LoRA(rank=4), tokens=256):
             else leaf
             for name, leaf in projections.items()
         }
-        y, _ = jax.lax.scan(lambda x, layer: (x + together(x, weights, numbers, layer), None), x, moved)
+        y, _ = jax.lax.scan(lambda x, layer: (x + form(x, weights, numbers, layer), None), x, moved)
         return jnp.sum(jax.lax.with_sharding_constraint(y, rows))
 
     arguments = [

@@ -324,7 +324,8 @@ class Scorer:
         if self.layout.mesh is not None:
             inputs = [jax.device_put(x, NamedSharding(self.layout.mesh, PartitionSpec(ROWS))) for x in inputs]
         with self.layout.context():
-            return jax.device_get(program(self.model.module.clone(remat="none"), variables, *inputs))
+            module = self.model.module.clone(remat="none", expert_capacity=None)
+            return jax.device_get(program(module, variables, *inputs))
 
 
 def _digest(name: str, arrays: Sequence[np.ndarray]) -> str:

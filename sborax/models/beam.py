@@ -52,7 +52,7 @@ def beam_search(
     ends = np.array(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
     routed = any(routed_parts(node.method) for node in nodes(adapters or {}).values())
     out = _search(
-        model.module.clone(keep=True, remat="none"),
+        model.module.clone(keep=True, remat="none", expert_capacity=None),
         max_new_tokens,
         beams,
         routed,

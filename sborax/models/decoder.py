@@ -1,6 +1,7 @@
 """What the package needs of a decoder and of its config. `Llama` and `LlamaConfig` are one such pair."""
 
 import abc
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -95,22 +96,40 @@ def balance_share(config: DecoderConfig) -> float:
     return 0.0 if experts is None else experts.balance
 
 
-def active_width(config: DecoderConfig, shares: int = 1) -> int:
+def check_capacity(config: DecoderConfig, capacity: int | float | None) -> None:
+    """Raise SboraxError for a capacity of experts that is not positive, or that a model without experts is given."""
+    if capacity is None:
+        return
+    if not 0 < capacity < math.inf:
+        raise core.SboraxError(f"expert_capacity must be positive, got {capacity}")
+    if _experts(config) is None:
+        raise core.SboraxError(f"expert_capacity: {config.model_type} has no experts; leave it at None")
+
+
+def active_width(config: DecoderConfig, shares: int = 1, capacity: float | None = None) -> int | float:
     """The inner width of the gated units that a token passes in one layer.
 
     - shares: devices that experts are divided among. Each has room for the largest load: all rows of the tokens of all
       of them that its experts may be chosen for. The width is that of the room, for one token of a device.
+    - capacity: of experts, which bounds the room; None without one.
     """
     experts = _experts(config)
     if experts is None:
         return config.intermediate_size
-    return expert_rows(config, shares) * experts.intermediate_size + experts.shared_size
+    return expert_rows(config, shares, capacity) * experts.intermediate_size + experts.shared_size
 
 
-def expert_rows(config: DecoderConfig, shares: int = 1) -> int:
-    """The rows of experts that a device has room for, for each of its tokens; 0 without experts. See `active_width`."""
+def expert_rows(config: DecoderConfig, shares: int = 1, capacity: float | None = None) -> int | float:
+    """The rows of experts that a device has room for, for each of its tokens; 0 without experts. See `active_width`.
+
+    With a capacity these are capacity x chosen on any mesh, and at most all experts: as many as a device sends.
+    """
     experts = _experts(config)
-    return 0 if experts is None else shares * min(experts.chosen, experts.count // shares)
+    if experts is None:
+        return 0
+    if capacity is not None:
+        return min(capacity * experts.chosen, experts.count)
+    return shares * min(experts.chosen, experts.count // shares)
 
 
 class AbstractDecoder(nn.Module, abc.ABC):
@@ -125,6 +144,8 @@ class AbstractDecoder(nn.Module, abc.ABC):
     - scan: whether the params of the layers are stacked; otherwise each layer has a number (`layers/0`).
     - keep: whether `hidden` returns keys and values.
     - attention: the back end, see `sborax.models.backends`.
+    - expert_capacity: the rows that each expert takes of a device's tokens, as a multiple of those at balanced load.
+        None drops no token. See `mixture.Mixture.limited`.
     """
 
     config: Any
@@ -133,6 +154,7 @@ class AbstractDecoder(nn.Module, abc.ABC):
     scan: bool = True
     keep: bool = False
     attention: str = "xla"
+    expert_capacity: float | None = None
 
     @property
     def plain_head(self) -> bool:

@@ -60,7 +60,8 @@ def generate(
     ends = np.array(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
     choice = Choice(temperature == 0, min(top_k, model.config.vocab_size), top_p)
     model.check_adapters(adapters)
-    module, variables = model.module.clone(keep=True, remat="none"), {"params": params, "adapters": adapters or {}}
+    module = model.module.clone(keep=True, remat="none", expert_capacity=None)
+    variables = {"params": params, "adapters": adapters or {}}
     rule = Rule(jnp.asarray(ends), jnp.float32(temperature), jax.random.key(0) if key is None else key)
     inputs = [jnp.asarray(array) for array in (tokens, segments, lengths)]
     texts, routing = _prefill(module, max_new_tokens, choice, variables, rule, *inputs)

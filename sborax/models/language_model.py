@@ -14,7 +14,7 @@ from sborax.adapters.leaves import flatten
 from sborax.adapters.paths import STACKED_UNDER
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
-from sborax.models.decoder import AbstractDecoder, DecoderConfig
+from sborax.models.decoder import AbstractDecoder, DecoderConfig, check_capacity
 from sborax.models.llama import Llama
 from sborax.models.memory import run, values_at
 from sborax.models.sparse import load_of
@@ -23,11 +23,21 @@ Params = dict[str, Any]
 
 
 def decoder_of(
-    config: DecoderConfig, dtype: Any = "float32", remat: str = "none", scan: bool = True, attention: str = "xla"
+    config: DecoderConfig,
+    dtype: Any = "float32",
+    remat: str = "none",
+    scan: bool = True,
+    attention: str = "xla",
+    expert_capacity: int | float | None = None,
 ) -> AbstractDecoder:
-    """The module of a config: `Llama`, unless the config names another class. See `AbstractDecoder` for the fields."""
+    """The module of a config: `Llama`, unless the config names another class. See `AbstractDecoder` for the fields.
+
+    Raises SboraxError for an `expert_capacity` that is not positive, or of a model without experts.
+    """
+    check_capacity(config, expert_capacity)
     kind = cast(type[AbstractDecoder], config.decoder or Llama)
-    return kind(config, jnp.dtype(dtype), remat, scan, attention=attention)
+    capacity = None if expert_capacity is None else float(expert_capacity)
+    return kind(config, jnp.dtype(dtype), remat, scan, attention=attention, expert_capacity=capacity)
 
 
 def abstract(config: DecoderConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
@@ -162,6 +172,10 @@ class LanguageModel:
         """Logits of `hidden`, float32."""
         return self._call("head", params, adapters, dropout_key, hidden)
 
+    def dropless(self) -> "LanguageModel":
+        """The same model without a capacity of experts."""
+        return dataclasses.replace(self, module=self.module.clone(expert_capacity=None))
+
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path at which the model has no projection."""
         # Flax makes modules hashable.
@@ -176,7 +190,7 @@ class LanguageModel:
 
     def _plain(self) -> AbstractDecoder:
         """The module without options that its params do not depend on. Not every device can trace these."""
-        return self.module.clone(remat="none", keep=False, attention="xla")
+        return self.module.clone(remat="none", keep=False, attention="xla", expert_capacity=None)
 
     def _call(
         self, method: str, params: Params, adapters: Params | None, dropout_key: Any, *inputs: Any, **options: Any

@@ -1,5 +1,6 @@
 """The LLaMA decoder in Flax Linen, with the options of the families in `families.FAMILIES`."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -92,12 +93,12 @@ class Attention(nn.Module):
         return Linear(cfg.hidden_size, cfg.attention_bias, self.dtype, name="o_proj")(attended, ctx), new
 
 
-def mlp_of(config: LlamaConfig, dtype: Any) -> GatedUnit | SparseMLP:
-    """The feed-forward part of a layer, dense or a mixture of experts."""
+def mlp_of(config: LlamaConfig, dtype: Any, capacity: float | None = None) -> GatedUnit | SparseMLP:
+    """The feed-forward part of a layer, dense or a mixture of experts of this capacity."""
     activation = ACTIVATIONS[config.family.activations[0]]
     if config.experts is None:
         return GatedUnit(config.intermediate_size, activation, config.mlp_bias, dtype, name="mlp")
-    return SparseMLP(config.experts, activation, dtype, name="mlp")
+    return SparseMLP(config.experts, activation, dtype, capacity, name="mlp")
 
 
 class Block(nn.Module):
@@ -107,6 +108,7 @@ class Block(nn.Module):
     dtype: Any
     keep: bool
     attention: str
+    capacity: float | None = None
 
     @nn.compact
     def __call__(
@@ -129,7 +131,7 @@ class Block(nn.Module):
             mixed = norm("post_attention_layernorm")(mixed)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
         before = "pre_feedforward_layernorm" if cfg.family.sandwich else "post_attention_layernorm"
-        fed = mlp_of(cfg, self.dtype)(norm(before)(x), ctx)
+        fed = mlp_of(cfg, self.dtype, self.capacity)(norm(before)(x), ctx)
         if cfg.family.sandwich:
             fed = norm("post_feedforward_layernorm")(fed)
         return over_rows(x + fed), cache if self.keep else None
@@ -143,6 +145,7 @@ class Unrolled(nn.Module):
     dtype: Any
     keep: bool
     attention: str
+    capacity: float | None = None
 
     @nn.compact
     def __call__(
@@ -161,7 +164,8 @@ class Unrolled(nn.Module):
                 before = jax.tree.map(lambda leaf: leaf[0], past[layer])
             else:
                 before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
-            block = self.block(self.config.of_layer(layer), self.dtype, self.keep, self.attention, name=str(layer))
+            options = (self.dtype, self.keep, self.attention, self.capacity)
+            block = self.block(self.config.of_layer(layer), *options, name=str(layer))
             x, cache = block(x, rope, segments, ctx, before, jax.tree.map(lambda leaf, i=layer: leaf[i], reach))
             kept.append(cache)
             if self.has_variable("memory", str(layer + 1)):
@@ -263,9 +267,9 @@ class Llama(AbstractDecoder):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_hidden_layers,
-            )(cfg, self.dtype, self.keep, self.attention)
+            )(cfg, self.dtype, self.keep, self.attention, self.expert_capacity)
         else:
-            self.layers = Unrolled(block, cfg, self.dtype, self.keep, self.attention)
+            self.layers = Unrolled(block, cfg, self.dtype, self.keep, self.attention, self.expert_capacity)
         self.norm = norm_of(cfg, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, False, self.dtype)
@@ -302,6 +306,9 @@ class Llama(AbstractDecoder):
             jnp.asarray(cfg.windows, jnp.int32) if cfg.windows else None,
             None if local is None else jnp.asarray([kind == SLIDING for kind in cfg.layer_types]),
         )
+        if self.expert_capacity is not None and segment_ids is not None and ctx.mask is None:
+            # Padding takes no place of an expert.
+            ctx = dataclasses.replace(ctx, mask=segment_ids)
         x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache, reach)
         return self.norm(x), kept
 

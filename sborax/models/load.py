@@ -90,6 +90,7 @@ def load_model(
     quant: Literal["nf4"] | None = None,
     keep: Callable[[str], bool] = lambda path: False,
     attention: str = "auto",
+    expert_capacity: int | float | None = None,
     shardings: Callable[[DecoderConfig, Params], Params] | None = None,
 ) -> LanguageModel:
     """A model from a Hugging Face directory, a hub id, a `.gguf` file, or a name of these under `$SBORAX_MODELS`.
@@ -101,6 +102,8 @@ def load_model(
       model is ever in memory.
     - keep: whether the kernel at a path stays dense all the same.
     - attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for what suits the device.
+    - expert_capacity: the rows that each expert of a mixture takes of a device's tokens, as a multiple of those at
+        balanced load, such as 1.25; it drops tokens beyond them. None (default) drops no token.
     - shardings: for a model on a mesh, from its config and shapes. Each host reads the shards of its own devices alone.
 
     Raises SboraxError for anything that is missing, broken, superfluous or unsupported.
@@ -122,7 +125,7 @@ def load_model(
     if config.num_hidden_layers > len(tensors.names()):
         raise SboraxError(f"{tensors.where}: too few tensors for the {config.num_hidden_layers} layers of its config")
     backend = choose(attention, platform(), dtype, config.head_dim, plain_scores(config))
-    module = decoder_of(config, dtype, remat, scan, backend)
+    module = decoder_of(config, dtype, remat, scan, backend, expert_capacity)
 
     def quantised(path: str) -> bool:
         return quant is not None and is_layer_kernel(path) and not keep(path)

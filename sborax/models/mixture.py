@@ -2,6 +2,8 @@
 
 A mesh has an axis for experts: each of its devices has some of the experts of every layer. `mixed` is the same sum on
 any mesh, whatever the load of the experts, since no token is dropped.
+
+With a capacity an expert takes a bounded number of the rows of each device, and the choices beyond it are dropped.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sborax.adapters.constraints import AXES, EXPERT, SHARED, compiled_axes, dividing, mesh_axes
 from sborax.adapters.core import Context
@@ -51,6 +53,8 @@ Projections = Mapping[str, Projection]
 Squares = dict[str, Float[Array, "experts in"]]
 """Sums of squares of the input features of each projection over the rows of each expert."""
 Activation = Callable[[Array], Array]
+Mixed = tuple[Float[Array, "tokens d"], Squares, Float[Array, ""] | None]
+"""The sums of tokens, squares, and how many choices were dropped; None without a capacity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +63,13 @@ class Mixture:
 
     - activation: that of the gated units.
     - observed: whether sums of squares of inputs are wanted.
+    - capacity: the rows that an expert takes of a device's tokens, as a multiple of those at balanced load; None for
+        all of them.
     """
 
     activation: Activation
     observed: bool
+    capacity: float | None = None
 
     def here(
         self,
@@ -98,17 +105,78 @@ class Mixture:
         def only_here(rows: Float[Array, "rows _"]) -> Float[Array, "rows _"]:
             return jnp.where(present[:, None], rows, jnp.zeros((), rows.dtype)) if elsewhere else rows
 
-        rows = only_here(x[token])
-        gate, up = (
-            checkpoint_name(projections[name](rows, sizes, per_row), "gate_up") for name in ("gate_proj", "up_proj")
-        )
-        inner = only_here(self.activation(gate) * up)
-        outputs = only_here(projections["down_proj"](inner, sizes, per_row))
-        inputs = {"gate_proj": rows, "up_proj": rows, "down_proj": inner} if self.observed else {}
-        squares = {name: _squares(leaf, sizes, per_row.mask) for name, leaf in inputs.items()}
+        outputs, squares = self.units(only_here(x[token]), sizes, per_row, projections, only_here)
         place = jnp.argsort(order)
         by_choice = outputs.at[place].get(mode="fill", fill_value=0) if elsewhere else outputs[place]
         return jnp.einsum("tkd,tk->td", by_choice.reshape(tokens, chosen, -1), weights), squares
+
+    def limited(
+        self,
+        x: Float[Array, "tokens d"],
+        weights: Float[Array, "tokens chosen"],
+        numbers: Int[Array, "tokens chosen"],
+        ctx: Context,
+        projections: Projections,
+        exchange: "Exchange | None" = None,
+    ) -> Mixed:
+        """sum_e p_e down_e(f(gate_e(x)) * up_e(x)) over those experts of a token that take it.
+
+        Each expert takes at most C = ceil(capacity x tokens x chosen / experts) rows of the tokens. Tokens come in
+        their order, as in Switch (arXiv:2101.03961): so whether one is dropped depends on earlier tokens alone, as all
+        else in a causal model. GShard (arXiv:2006.16668) lets the first choices of all tokens come before any second
+        one. Weights p_e stay those of the router, and a token that all its experts drop gets zeros. Padding takes no
+        place. On a mesh an expert has C places for each device's tokens: what is dropped depends on how tokens lie, and
+        results are those of one device where nothing is dropped.
+
+        All experts have C rows, those without a token are zeros and computed in vain.
+
+        - exchange: how rows come to the device of their expert and back; None if `projections` are all experts.
+        """
+        (tokens, chosen), here = numbers.shape, projections["gate_proj"].kernel.shape[0]
+        exchange = exchange or Exchange(1)
+        experts = here * exchange.shares
+        assert self.capacity is not None
+        room = capacity_rows(self.capacity, tokens, chosen, experts)
+        place, choice = assigned(numbers, experts, room, ctx.mask)
+        token = choice // chosen
+
+        def dispatched(leaf: Shaped[Array, "tokens ..."]) -> Shaped[Array, "rows ..."]:
+            rows = leaf.at[token].get(mode="fill", fill_value=0)
+            rows = exchange.there(rows.reshape(experts, room, *leaf.shape[1:]))
+            return rows.reshape(-1, *leaf.shape[1:])
+
+        # Squares are sums over rows with a token; nothing else reads the mask.
+        mask = jnp.ones(tokens, jnp.int32) if self.observed else None
+        fields = jax.tree.map(dispatched, (ctx.rows, ctx.prompt, mask, ctx.memory))
+        rows = dispatched(x)
+        sizes = Sizes(jnp.full(here, rows.shape[0] // here, jnp.int32))
+        outputs, squares = self.units(rows, sizes, Context(ctx.key, *fields), projections)
+        back = exchange.back(outputs.reshape(here, -1, outputs.shape[-1]))
+        by_choice = back.reshape(experts * room, -1).at[place].get(mode="fill", fill_value=0)
+        wanted = tokens * chosen if ctx.mask is None else chosen * jnp.sum(ctx.mask != 0, dtype=jnp.int32)
+        dropped = (wanted - jnp.sum(place < experts * room, dtype=jnp.int32)).astype(jnp.float32)
+        return jnp.einsum("tkd,tk->td", by_choice.reshape(tokens, chosen, -1), weights), squares, dropped
+
+    def units(
+        self,
+        rows: Float[Array, "rows d"],
+        sizes: Sizes,
+        ctx: Context,
+        projections: Projections,
+        only: Activation = lambda rows: rows,
+    ) -> tuple[Float[Array, "rows d"], Squares]:
+        """down_e(f(gate_e(x)) * up_e(x)) of rows that are sorted by expert.
+
+        - ctx: with one entry a row.
+        - only: sets rows that belong to no expert to zero.
+        """
+        gate, up = (
+            checkpoint_name(projections[name](rows, sizes, ctx), "gate_up") for name in ("gate_proj", "up_proj")
+        )
+        inner = only(self.activation(gate) * up)
+        outputs = only(projections["down_proj"](inner, sizes, ctx))
+        inputs = {"gate_proj": rows, "up_proj": rows, "down_proj": inner} if self.observed else {}
+        return outputs, {name: _squares(leaf, sizes, ctx.mask) for name, leaf in inputs.items()}
 
     def on_mesh(
         self,
@@ -117,8 +185,8 @@ class Mixture:
         numbers: Int[Array, "tokens chosen"],
         ctx: Context,
         projections: Projections,
-    ) -> tuple[Float[Array, "tokens d"], Squares]:
-        """`here` of all experts, on the current mesh.
+    ) -> Mixed:
+        """`here` of all experts, on the current mesh, or `limited` with a capacity.
 
         Along "expert", which has another share of the experts on each device:
 
@@ -137,6 +205,11 @@ class Mixture:
         2 (n - 1) (1 - (1 - 1/n)^k) t d at equal load of independent choices. For k = 8 and n = 8 this is a third less,
         for k = 2 and n = 8 three quarters less; but either buffers would have the size of the largest load, or tokens
         would be dropped.
+
+        A capacity f drops them. Instead of steps 1 and 3, two all-to-alls send the C rows of each expert to its device
+        and back: a device receives 2 (n - 1) / n f k t d entries, which is less where f k < n, and has room for f k t
+        rows, not n t min(k, experts / n). Each device fills the places from its own tokens, so which choices are
+        dropped depends on the mesh. Results are those of one device where nothing is dropped.
         """
         axes = compiled_axes()
         manual = [name for name in AXES if name in axes]
@@ -152,17 +225,22 @@ class Mixture:
 
         def device(
             device: Int[Array, " 1"], tokens: tuple[Array, Array, Array, Context], projections: Projections
-        ) -> tuple[Array, Squares]:
+        ) -> Mixed:
+            share = device[0] // axes.get(SHARED, 1) % shares if shares > 1 else None
+            if self.capacity is not None:
+                whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
+                y, squares, dropped = self.limited(*tokens, whole, Exchange(shares, None if sent else share))
+                y = jax.lax.psum(y, EXPERT) if shares > 1 and not sent else y
+                return y, jax.lax.psum(squares, summed), jax.lax.psum(dropped, over)
             if sent:
                 tokens = jax.tree.map(functools.partial(_gathered, axis=0, name=EXPERT), tokens)
             whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
-            share = device[0] // axes.get(SHARED, 1) % shares if shares > 1 else None
             y, squares = self.here(*tokens, whole, shares, share)
             if sent:
                 y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
             elif shares > 1:
                 y = jax.lax.psum(y, EXPERT)
-            return y, jax.lax.psum(squares, summed)
+            return y, jax.lax.psum(squares, summed), None
 
         rows = PartitionSpec(over)
         mapped = jax.shard_map(
@@ -170,12 +248,72 @@ class Mixture:
             # the compiler merges what is gathered twice.
             jax.checkpoint(device, policy=_but_gathered, prevent_cse=False),
             in_specs=(PartitionSpec(tuple(manual)), rows, specs),
-            out_specs=(rows, PartitionSpec(cut)),
+            out_specs=(rows, PartitionSpec(cut), PartitionSpec()),
             axis_names=set(manual),
             check_vma=False,
         )
         devices = jnp.arange(math.prod(axes[name] for name in manual), dtype=jnp.int32)
         return mapped(devices, (x, weights, numbers, ctx), projections)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How rows come to the device of their expert, and their outputs back.
+
+    - shares: how many parts the experts are divided into.
+    - share: the number of the part on this device, where all devices along "expert" have the same tokens; None where
+        each has its own, which are sent.
+    """
+
+    shares: int
+    share: Int[Array, ""] | None = None
+
+    def there(self, rows: Shaped[Array, "experts room ..."]) -> Shaped[Array, "here places ..."]:
+        """The rows of this device's experts, those of the first device first."""
+        if self.shares == 1:
+            return rows
+        if self.share is None:
+            return jax.lax.all_to_all(rows, EXPERT, split_axis=0, concat_axis=1, tiled=True)
+        here = rows.shape[0] // self.shares
+        return jax.lax.dynamic_slice_in_dim(rows, self.share * here, here)
+
+    def back(self, outputs: Float[Array, "here places d"]) -> Float[Array, "experts room d"]:
+        """The outputs of this device's rows. Without sending, those of experts elsewhere are zero."""
+        if self.shares == 1:
+            return outputs
+        if self.share is None:
+            return jax.lax.all_to_all(outputs, EXPERT, split_axis=1, concat_axis=0, tiled=True)
+        here = outputs.shape[0]
+        zeros = jnp.zeros((here * self.shares, *outputs.shape[1:]), outputs.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(zeros, outputs, self.share * here, 0)
+
+
+def capacity_rows(capacity: float, tokens: int, chosen: int, experts: int) -> int:
+    """C = ceil(capacity x tokens x chosen / experts), and at most `tokens`, since a token passes an expert once."""
+    return min(tokens, math.ceil(capacity * tokens * chosen / experts))
+
+
+def assigned(
+    numbers: Int[Array, "tokens chosen"], experts: int, room: int, mask: Array | None = None
+) -> tuple[Int[Array, " choices"], Int[Array, " places"]]:
+    """The place of each choice, and the choice of each place, if each expert has `room` places.
+
+    Expert e has the places e room, ..., (e + 1) room - 1, and choices take them in the order of tokens. The place
+    of a dropped choice is the number of places, and the choice of an empty place the number of choices.
+
+    - mask: (tokens,), zero at padding, which takes no place.
+    """
+    choices, number = numbers.size, numbers.reshape(-1)
+    if mask is not None:
+        number = jnp.where(jnp.repeat(mask != 0, numbers.shape[1]), number, experts)
+    order = jnp.argsort(number, stable=True)
+    sizes = jnp.bincount(number, length=experts).astype(jnp.int32)
+    # Choices of padding are sorted last, and are as if their expert was full.
+    first = (jnp.cumsum(sizes) - sizes).at[number[order]].get(mode="fill", fill_value=-room)
+    every = jnp.arange(choices, dtype=jnp.int32)
+    before = jnp.zeros(choices, jnp.int32).at[order].set(every - first, unique_indices=True)
+    place = jnp.where(before < room, number * room + before, experts * room)
+    return place, jnp.full(experts * room, choices, jnp.int32).at[place].set(every, mode="drop")
 
 
 def mixed(
@@ -185,19 +323,23 @@ def mixed(
     ctx: Context,
     projections: Projections,
     form: Mixture,
-) -> tuple[Float[Array, "tokens d"], Squares]:
+) -> Mixed:
     """sum_e p_e down_e(f(gate_e(x)) * up_e(x)) over the experts e that the router chose for a token.
+
+    With a capacity, over those that take the token; see `Mixture.limited`.
 
     Args:
     - x: the tokens.
     - weights, numbers: p_e and e of each token.
     - ctx: with one entry a token.
     - projections: of all experts, by name.
-    - form: the activation, and whether squares are wanted, which are empty otherwise.
+    - form: the activation, whether squares are wanted, which are empty otherwise, and the capacity.
     """
-    axes = compiled_axes()
-    form_of = form.on_mesh if math.prod(axes.values()) > 1 else form.here
-    return form_of(x, weights, numbers, ctx, projections)
+    if math.prod(compiled_axes().values()) > 1:
+        return form.on_mesh(x, weights, numbers, ctx, projections)
+    if form.capacity is not None:
+        return form.limited(x, weights, numbers, ctx, projections)
+    return *form.here(x, weights, numbers, ctx, projections), None
 
 
 def _squares(x: Float[Array, "rows in"], sizes: Sizes, mask: Array | None = None) -> Float[Array, "experts in"]:

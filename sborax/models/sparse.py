@@ -29,12 +29,14 @@ class Load:
     - probability: the sum of each expert's probabilities.
     - tokens: how many tokens were routed.
     - partition: the sum of (log sum_e exp l_e)^2 over tokens, l_e the logits of the router.
+    - dropped: how many choices experts dropped beyond their capacity; None without one.
     """
 
     chosen: Float[Array, " experts"]
     probability: Float[Array, " experts"]
     tokens: Float[Array, ""]
     partition: Float[Array, ""]
+    dropped: Float[Array, ""] | None = None
 
     def imbalance(self) -> Float[Array, ""]:
         """E sum_e f_e p_e: E experts, f_e the share of tokens that chose e, p_e its mean probability.
@@ -62,7 +64,10 @@ def load_of(routing: Mapping[str, Array]) -> Load | None:
         sum(jnp.sum(leaf.reshape(-1, experts), axis=0) for leaf in sums[name]) for name in ("chosen", "probability")
     )
     tokens, partition = (sum(map(jnp.sum, sums[name])) for name in ("tokens", "partition"))
-    return Load(*map(jnp.asarray, (chosen, probability, tokens, partition)))
+    lost = [leaf for path, leaf in routing.items() if path.endswith("experts/dropped")]
+    dropped = jnp.asarray(sum(map(jnp.sum, lost))) if lost else None
+    chosen, probability, tokens, partition = map(jnp.asarray, (chosen, probability, tokens, partition))
+    return Load(chosen, probability, tokens, partition, dropped)
 
 
 class Router(nn.Module):
@@ -147,11 +152,14 @@ class SparseMLP(nn.Module):
     """sum_e p_e down_e(f(gate_e(x)) * up_e(x)) over the experts e that the router chose for a token.
 
     No token is dropped: rows are sorted by expert, whatever the load. [arXiv:2211.15841]
+
+    - capacity: a factor with which experts drop tokens after all, see `mixture.Mixture.limited`.
     """
 
     experts: Experts
     activation: Any
     dtype: Any
+    capacity: float | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq d"], ctx: core.Context) -> Float[Array, "batch seq d"]:
@@ -159,7 +167,7 @@ class SparseMLP(nn.Module):
         experts = self.experts
         flat, by_token = x.reshape(-1, x.shape[-1]), ctx.flatten(x.shape[:-1])
         weights, numbers = Router(experts, self.dtype, name="router")(flat, by_token.mask)
-        units = GatedUnits(experts, self.activation, self.dtype, name="experts")
+        units = GatedUnits(experts, self.activation, self.dtype, self.capacity, name="experts")
         y = units(flat, weights, numbers, by_token).reshape(x.shape)
         if not experts.shared_size:
             return y
@@ -173,6 +181,7 @@ class GatedUnits(nn.Module):
     experts: Experts
     activation: Any
     dtype: Any
+    capacity: float | None = None
 
     @nn.compact
     def __call__(
@@ -182,13 +191,19 @@ class GatedUnits(nn.Module):
         numbers: Int[Array, "tokens chosen"],
         ctx: core.Context,
     ) -> Float[Array, "tokens d"]:
-        """The weighted sum of down(f(gate(x)) * up(x)) over the chosen experts of each token."""
+        """The weighted sum of down(f(gate(x)) * up(x)) over the chosen experts of each token.
+
+        A call that makes collection `routing` mutable finds there how many choices were dropped beyond a capacity.
+        """
         count, width, d = self.experts.count, self.experts.intermediate_size, x.shape[-1]
         sides = {"gate_proj": (d, width), "up_proj": (d, width), "down_proj": (width, d)}
         modules = {name: GroupedLinear(count, *sides[name], self.dtype, name=name) for name in sides}
         projections = {name: module() for name, module in modules.items()}
         observed = self.is_mutable_collection("observations") and not self.is_initializing()
-        y, squares = mixed(x, weights, numbers, ctx, projections, Mixture(self.activation, observed))
+        form = Mixture(self.activation, observed, self.capacity)
+        y, squares, dropped = mixed(x, weights, numbers, ctx, projections, form)
+        if dropped is not None and self.is_mutable_collection("routing") and not self.is_initializing():
+            self.put_variable("routing", "dropped", dropped)
         for name, sums in squares.items():
             modules[name].observe(sums)
         return y

@@ -84,7 +84,8 @@ def outline(
     attention = "xla"
     if device is not None:
         attention = choose(experiment.attention, device, experiment.precision, config.head_dim, plain_scores(config))
-    module = decoder_of(config, experiment.precision, experiment.remat, attention=attention)
+    options = {"attention": attention, "expert_capacity": experiment.expert_capacity}
+    module = decoder_of(config, experiment.precision, experiment.remat, **options)
     # Without a run directory: procedures write to it only between steps, of which a plan makes none.
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
 

@@ -39,13 +39,14 @@ def _size(planned: Outline, *names: str) -> int:
 def _kept(planned: Outline) -> float:
     """Bytes of the hidden states and of the values that `remat` keeps, of all layers."""
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
+    capacity = planned.model.module.expert_capacity
     heads = config.head_dim * config.num_attention_heads
     pairs = config.head_dim * config.num_key_value_heads
     widths = {
         "qkv": (heads + 2 * pairs) / tensor,
         "attended": heads / tensor,
         "mixed": config.hidden_size,
-        "gate_up": 2 * active_width(config, _size(planned, EXPERT)) / tensor,
+        "gate_up": 2 * active_width(config, _size(planned, EXPERT), capacity) / tensor,
         HIDDEN: sum(width(site.method.rank) for site in planned.plan.sites),
     }
     names = kept_names(planned.model.module.remat)
@@ -72,9 +73,12 @@ def _layer(planned: Outline) -> float:
     # Other programs for attention hold no scores.
     whole = planned.model.module.attention == "xla"
     scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item) if whole else 0
-    shares = _size(planned, EXPERT)
-    gated = 4 * rows * length * active_width(config, shares) / tensor * item
-    gated += 3 * rows * length * expert_rows(config, shares) / tensor * config.hidden_size * item
+    shares, capacity = _size(planned, EXPERT), planned.model.module.expert_capacity
+    gated = 4 * rows * length * active_width(config, shares, capacity) / tensor * item
+    gated += 3 * rows * length * expert_rows(config, shares, capacity) / tensor * config.hidden_size * item
+    if capacity is not None and shares > 1:
+        # Rows before they are sent, and outputs once they are back.
+        gated += 2 * rows * length * expert_rows(config, shares, capacity) / tensor * config.hidden_size * item
     kernels = {
         path: leaf
         for path, leaf in planned.parts.base.items()

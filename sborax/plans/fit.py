@@ -10,7 +10,7 @@ import jax
 from sborax.adapters.constraints import AXES, EXPERT, ROWS, SHARED
 from sborax.errors import SboraxError
 from sborax.layout.mesh import abstract_mesh
-from sborax.models.decoder import DecoderConfig, count_experts
+from sborax.models.decoder import DecoderConfig, count_experts, expert_rows
 from sborax.models.sharding import is_expert
 from sborax.plans.ahead import Outline, argument_bytes, on_mesh, outline
 from sborax.plans.estimate import temporary_bytes
@@ -31,7 +31,8 @@ def link_bytes(planned: Outline) -> float:
     + 2 x kernels of experts / expert, if they are cut along fsdp or tensor
     + passes x 4 x layers x tokens of a device x hidden size, if projections are shared along tensor: two sums a layer
     + passes x 2 x layers x tokens of a device x (expert - 1) / tensor x hidden size, if experts are cut along expert:
-      tokens gathered, and outputs summed
+      tokens gathered, and outputs summed; with a capacity of experts as many rows as an expert takes of each token, of
+      which (expert - 1) / expert are sent, in place of (expert - 1)
     + 12 for each trained parameter: gathered twice in bfloat16, and summed once in float32
     """
     assert planned.mesh is not None
@@ -47,7 +48,9 @@ def link_bytes(planned: Outline) -> float:
     passes = 3 if planned.model.module.remat == "full" else 2
     states = passes * config.num_hidden_layers * tokens * config.hidden_size * planned.model.module.dtype.itemsize
     shared = 4 * states if sizes[SHARED] > 1 else 0
-    exchanged = 2 * states * (sizes[EXPERT] - 1) / sizes[SHARED]
+    capacity = planned.model.module.expert_capacity
+    copies = 1 if capacity is None else expert_rows(config, sizes[EXPERT], capacity) / sizes[EXPERT]
+    exchanged = 2 * states * copies * (sizes[EXPERT] - 1) / sizes[SHARED]
     return accumulate * (gathered + shared + exchanged) + 12 * planned.parts.count
 
 

@@ -68,16 +68,25 @@ class Metrics:
         """The last loss on held-out data; None if there is none."""
         return next((float(line["eval_loss"]) for line in reversed(self.lines) if "eval_loss" in line), None)
 
+    def dropped(self) -> str | None:
+        """A line about the choices of experts that were dropped beyond a capacity; None if none was."""
+        shares = [float(line["dropped"]) for line in self.lines if "dropped" in line]
+        if not any(shares):
+            return None
+        mean, most = sum(shares) / len(shares), max(shares)
+        listed = f"experts dropped {mean:.2%} of the choices of tokens, {most:.2%} in a step at most"
+        return f"{listed}; a larger expert_capacity drops fewer"
+
     def losses(self) -> list[float]:
         """Every training loss so far."""
         return [float(line["loss"]) for line in self.lines if "loss" in line]
 
 
 def _is_valid(line: Any) -> bool:
-    """Whether a line has a step, and whether its losses are numbers."""
+    """Whether a line has a step, and whether what is read from it later are numbers."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    return all(is_number(line.get(name, 0.0)) for name in ("loss", "eval_loss"))
+    return all(is_number(line.get(name, 0.0)) for name in ("loss", "eval_loss", "dropped"))
 
 
 class Progress:

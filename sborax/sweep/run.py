@@ -353,6 +353,9 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
             metrics, stepper.speed, shared.began, made == steps, made, trained, shared.size, shared.report, devices=1
         )
         summary.write(run)
+        dropped = metrics.dropped()
+        if dropped is not None:
+            shared.echo(f"{member.name}: {dropped}")
         results.append(
             Result(member.name, member.changes, group.number, made, diverged, summary.last_loss, summary.eval_loss)
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -89,6 +90,11 @@ class Experiment:
         "attended,offload:gate_up" (`offload:` keeps the value in the host's memory).
     - attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
         TPUs, or "auto" (default) for the one that suits the device. Each keeps packed samples apart.
+    - expert_capacity: the rows that each expert of a mixture takes of the tokens of a device in a training step, as a
+        multiple of those at balanced load, such as 1.25 (GShard and Switch take 1 to 2). Tokens beyond them are dropped
+        for that expert, `metrics.jsonl` has their share as `dropped`, and on a mesh with an "expert" axis rows go to
+        the devices of their experts by all-to-all. None (default) drops no token. Held-out losses and tasks are
+        computed without dropping any.
     - eval: held-out loss and tasks, an `Eval`.
     - save: checkpoints, a `Save`.
     - procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`,
@@ -120,6 +126,7 @@ class Experiment:
     mesh: dict[str, int] | None = None
     remat: str = "cheap"
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    expert_capacity: int | float | None = None
     eval: Eval = Eval()
     save: Save = Save()
     procedure: AbstractProcedure | None = None
@@ -154,6 +161,8 @@ class Experiment:
             raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")
         if self.save.best and (self.eval.data is None or self.eval.every is None):
             raise SboraxError("save.best: needs held-out losses to compare; set eval.data and eval.every")
+        if self.expert_capacity is not None and not 0 < self.expert_capacity < math.inf:
+            raise SboraxError(f"expert_capacity must be positive, got {self.expert_capacity}")
         check_mesh(self.mesh or {})
         if halves(self.optimizer) is not split and self.procedure is not None and not self.procedure.resets:
             name = type(self.procedure).__name__

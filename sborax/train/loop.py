@@ -146,6 +146,9 @@ def _train(
     )
     if is_first():
         summary.write(run)
+    dropped = metrics.dropped()
+    if dropped is not None:
+        echo(dropped)
     echo(f"done: {run}" if finished else f"stopped after step {step:,}, saved; --resume goes on from there")
     return summary
 

@@ -8,6 +8,7 @@ from sborax.data.options import Data
 from sborax.data.samples import Sample, check_ids, load_samples
 from sborax.data.source import check_named
 from sborax.layout.sharding import Layout
+from sborax.models.decoder import check_capacity
 from sborax.models.language_model import LanguageModel, abstract
 from sborax.models.load import load_config, load_model
 from sborax.train.base import rewritten
@@ -31,7 +32,9 @@ def preflight(experiment: Experiment) -> None:
     for data in (experiment.data, experiment.eval.data):
         if data is not None:
             check_named(data.name, data.split)
-    params = abstract(load_config(experiment.model), experiment.precision)
+    config = load_config(experiment.model)
+    check_capacity(config, experiment.expert_capacity)
+    params = abstract(config, experiment.precision)
     rules = as_rules(experiment.rules)
     # A rank policy may read the weights.
     if not any(rule.method is not None and has_policy(rule.method) for rule in rules):
@@ -60,6 +63,7 @@ def read_model(experiment: Experiment, layout: Layout = Layout()) -> LanguageMod
         quant=experiment.quant,
         keep=rewritten(as_rules(experiment.rules)),
         attention=experiment.attention,
+        expert_capacity=experiment.expert_capacity,
         shardings=None if layout.mesh is None else layout.of_params,
     )
 

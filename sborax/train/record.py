@@ -8,7 +8,7 @@ from sborax.records.eval_losses import SampleLoss, write_eval_losses
 from sborax.records.report import Metrics
 from sborax.train.figures import Figures
 from sborax.train.log import AbstractLog, scalars
-from sborax.train.step import ROUTER_LOSSES
+from sborax.train.step import DROPPED, ROUTER_LOSSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Record:
                 "step": made.step,
                 "epoch": made.epoch,
                 "loss": numbers["loss"],
-                **{name: value for name, value in numbers.items() if name in ROUTER_LOSSES},
+                **{name: value for name, value in numbers.items() if name in (*ROUTER_LOSSES, DROPPED)},
                 **({} if lr is None else {"lr": lr}),
                 "grad_norm": numbers["grad_norm"],
                 "tokens": made.tokens,

@@ -25,6 +25,8 @@ WATCHED = ("loss", "grad_norm", "update_norm")
 BALANCE, Z_LOSS = "balance_loss", "z_loss"
 ROUTER_LOSSES = (BALANCE, Z_LOSS)
 """Losses of routers by name, each times its share."""
+DROPPED = "dropped"
+"""The share of the choices of experts that were dropped beyond a capacity."""
 
 
 def prompt_mask(
@@ -45,6 +47,7 @@ class Sums:
     - items: number of items that the loss is a sum over.
     - norms: with `observe`, ||X_j|| of every projection's input features j by path, without padding.
     - base_grads: with `differentiated`, the gradients of (sum of losses) / items by these kernels, by path.
+    - dropped: with a capacity of experts, how many of their choices were dropped, and how many there were; else None.
     """
 
     # Any: a pytree node also holds arrays with an axis of microbatches in front.
@@ -52,6 +55,7 @@ class Sums:
     items: Any
     norms: Any
     base_grads: Any = dataclasses.field(default_factory=dict)
+    dropped: Any = None
 
 
 def sums(
@@ -69,7 +73,12 @@ def sums(
     total, items = loss(outputs)
     losses = {"loss": total}
     losses |= {name: value * items.astype(jnp.float32) for name, value in of_routers.items()}
-    return Sums(losses, items, collected.inputs)
+    dropped = None
+    if model.module.expert_capacity is not None:
+        if collected.load is None or collected.load.dropped is None:
+            raise SboraxError(f"expert_capacity: {type(model.module).__name__} has no mixture that reads it")
+        dropped = collected.load.dropped, jnp.sum(collected.load.chosen)
+    return Sums(losses, items, collected.inputs, dropped=dropped)
 
 
 def _outputs(
@@ -89,7 +98,8 @@ def _outputs(
     ctx = Context(prompt=prompt_mask(segments, batch["counts"])) if routed else Context()
     trained = any(path.endswith(ROUTER_WEIGHT) for path in train["base"])
     balance, z_loss = (share(model.config) if trained else 0.0 for share in (balance_share, z_share))
-    wanted = ["balance"] * routed + ["load"] * (balance > 0 or z_loss > 0) + ["inputs"] * observe
+    load = balance > 0 or z_loss > 0 or model.module.expert_capacity is not None
+    wanted = ["balance"] * routed + ["load"] * load + ["inputs"] * observe
     hidden, collected = model.collect(params, adapters, tokens, wanted, segment_ids=segments, dropout_key=key, ctx=ctx)
     losses: dict[str, Any] = {BALANCE: collected.balance} if routed else {}
     if balance > 0:
@@ -145,6 +155,7 @@ def forward_backward(
             jax.tree.map(jnp.sum, each.losses),
             jnp.sum(each.items, dtype=each.items.dtype),
             jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), each.norms),
+            dropped=jax.tree.map(jnp.sum, each.dropped),
         )
     share = 1 / total.items.astype(jnp.float32)
     grads, base_grads = jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads)
@@ -179,7 +190,8 @@ def make_step(
     gradient of (sum of losses) / items over all of them. Only `state` is donated. Its numbers are `loss` (the mean over
     items), `tokens` that count, `grad_norm` before clipping, `update_norm` of what the optimiser adds, `grad_norms` and
     `update_norms` by path; with routers also those in `ROUTER_LOSSES`, which are minimised too: their means over
-    microbatches, weighted by their items.
+    microbatches, weighted by their items; and with a capacity of experts `dropped`, the share of choices that were
+    dropped in all layers, padding left out.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -197,6 +209,7 @@ def make_step(
             train = optax.apply_updates(state.train, updates)
             numbers = {
                 **{name: value * share for name, value in total.losses.items()},
+                **({} if total.dropped is None else {DROPPED: total.dropped[0] / total.dropped[1]}),
                 "tokens": jnp.sum(batch["counts"], dtype=jnp.int32),
                 "grad_norm": optax.tree.norm(grads),
                 "update_norm": optax.tree.norm(updates),
@@ -213,7 +226,10 @@ def make_step(
 def make_loss(
     model: LanguageModel, loss: AbstractLoss = CrossEntropy()
 ) -> Callable[..., tuple[Float[Array, ""], Num[Array, ""]]]:
-    """The compiled loss: `(train, frozen, base, batch) -> (sum of losses, items)`, without dropout."""
+    """The compiled loss: `(train, frozen, base, batch) -> (sum of losses, items)`, without dropout.
+
+    Experts drop no token.
+    """
     evaluate = make_evaluation(model, loss)
     return jax.jit(lambda train, frozen, base, batch: evaluate(train, frozen, base, batch)[:2])
 
@@ -221,11 +237,13 @@ def make_loss(
 def make_evaluation(
     model: LanguageModel, loss: AbstractLoss = CrossEntropy()
 ) -> Callable[..., tuple[Float[Array, ""], Num[Array, ""], Float[Array, "batch length"] | None]]:
-    """The compiled evaluation of a run, without dropout.
+    """The compiled evaluation of a run, without dropout and without a capacity of experts.
 
     `(train, frozen, base, batch) -> (sum of losses, items, terms)`, with the sum's terms by token as
     `AbstractLoss.by_token` gives them.
     """
+
+    model = model.dropless()
 
     @jax.jit
     def evaluate(train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array]):
