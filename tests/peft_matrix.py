@@ -419,6 +419,11 @@ def refused() -> Iterator[Option]:
         yield Option(tuner, " ".join(fields), fields, refused=message)
 
 
+def transposed(model: Any) -> None:
+    """The field of a config for models whose weights are (in, out). PEFT clears it when it sees an nn.Linear."""
+    model.peft_config["default"].fan_in_fan_out = True
+
+
 def options() -> Iterator[Option]:
     for (tuner, (kind, _)), (name, (fields, in_families)) in itertools.product(TUNERS.items(), COMMON.items()):
         if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
@@ -431,6 +436,9 @@ def options() -> Iterator[Option]:
     zero = {"lora_alpha": 0}
     yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
     yield from refused()
+    for tuner, (kind, _) in TUNERS.items():
+        if "fan_in_fan_out" in {field.name for field in dataclasses.fields(kind)}:
+            yield Option(tuner, "fan_in_fan_out", {}, prepare=transposed)
 
 
 OPTIONS = list(options())
