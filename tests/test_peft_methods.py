@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lokr.layer import factorization
 from peft_configs import FILES
 from safetensors.numpy import load_file, save_file
-from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
+from torch_pair import build, equal_uniforms, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, Adapter
@@ -350,6 +350,35 @@ def test_same_outputs_and_merged_weight_as_peft(case: Case):
     with jax.default_matmul_precision("highest"):
         whole = node.method.merge(jnp.asarray(weight), node)
     np.testing.assert_allclose(whole, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
+
+
+DROPPED = [
+    dataclasses.replace(
+        case,
+        name=f"{case.name}, {rates}",
+        config=dataclasses.replace(case.config, **rates, **scale),
+        method=dataclasses.replace(case.method, **rates, **scale),
+    )
+    for case, scale in [
+        *((case, {}) for case in CASES if case.name in ("LoHa", "LoKr")),
+        *((case, {"rank_dropout_scale": True}) for case in CASES if case.name == "LoKr-both"),
+    ]
+    for rates in ({"rank_dropout": 0.4}, {"module_dropout": 0.4}, {"rank_dropout": 0.4, "module_dropout": 0.1})
+]
+
+
+@pytest.mark.parametrize("case", DROPPED, ids=lambda case: case.name)
+def test_outputs_are_dropped_in_training_as_in_peft(case: Case, monkeypatch):
+    equal_uniforms(monkeypatch)
+    layer, base, tensors = peft_side(case)
+    weight = base.weight.detach().numpy().T.copy()
+    node = our_side(case, weight, tensors)
+    x = np.random.default_rng(1).normal(size=(11, case.shape[0])).astype(np.float32)
+    with torch.no_grad():
+        scored, theirs = layer(torch.from_numpy(x)).numpy(), layer.train()(torch.from_numpy(x)).numpy()
+    assert np.abs(theirs - scored).max() > 1e-2
+    ours = sx.linear(jnp.asarray(x), jnp.asarray(weight), node, sx.Context(jax.random.key(0)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
 @by_case
