@@ -66,6 +66,7 @@ METHODS = [
     Case("TinyLoRA", sx.TinyLoRA(rank=3, coefficients=7), lambda i, o: 7),
     Case("OFT", sx.OFT(block=32), lambda i, o: i * 31 // 2),
     Case("OFT-exact", sx.OFT(block=16, terms=None, share=True), lambda i, o: 16 * 15 // 2),
+    Case("OFT-near", sx.OFT(block=16, eps=0.5), lambda i, o: i * 15 // 2),
     Case("BOFT", sx.BOFT(block=8), lambda i, o: 8 * i + o),
     Case("BOFT-butterfly", sx.BOFT(block=4, factors=3), lambda i, o: 3 * 4 * i + o),
     Case("PSOFT", sx.PSOFT(rank=6), lambda i, o: 6 * 5 // 2 + 2 * 6),

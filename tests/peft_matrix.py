@@ -394,10 +394,9 @@ def refused() -> Iterator[Option]:
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
-        ("OFT", {"oft_block_size": 0, "r": 4}, "r=4: OFT by the number of blocks"),
-        ("OFT", {"oft_block_size": 12}, "block must"),
+        ("OFT", {"oft_block_size": 0, "r": 64}, "block must be at least 2"),
         ("OFT", {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2"),
-        ("OFT", {"coft": True}, "coft"),
+        ("OFT", {"coft": True, "eps": -1.0}, "eps must be above 0"),
         ("BOFT", {"boft_block_size": 0, "boft_block_num": 4}, "boft_block_num=4: BOFT by the number of blocks"),
         ("SuperTuning", {"save_precomputed_indices": False}, "save_precomputed_indices=False"),
         ("DEFT", {"para": True}, "option para=True"),
@@ -417,6 +416,19 @@ def refused() -> Iterator[Option]:
     ]
     for tuner, fields, message in by_field:
         yield Option(tuner, " ".join(fields), fields, refused=message)
+
+
+LATER: list[tuple[str, dict[str, Any]]] = [
+    *(("OFT", {"oft_block_size": 0, "r": blocks}) for blocks in (1, 4, 5, 12)),
+    ("OFT", {"oft_block_size": 0, "r": 4, "block_share": True}),
+    *(("OFT", {"oft_block_size": size}) for size in (7, 12, 100)),
+    ("OFT", {"oft_block_size": 12, "block_share": True}),
+    ("OFT", {"coft": True, "eps": 0.5}),
+    ("OFT", {"coft": True, "eps": 0.8, "block_share": True}),
+    ("OFT", {"coft": True, "eps": 0.8, "use_cayley_neumann": False, "oft_block_size": 0, "r": 4}),
+    ("OFT", {"coft": True, "eps": 1000.0}),
+]
+"""Options that are equal, too."""
 
 
 def transposed(model: Any) -> None:
@@ -439,6 +451,8 @@ def options() -> Iterator[Option]:
     for tuner, (kind, _) in TUNERS.items():
         if "fan_in_fan_out" in {field.name for field in dataclasses.fields(kind)}:
             yield Option(tuner, "fan_in_fan_out", {}, prepare=transposed)
+    for tuner, fields in LATER:
+        yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
 
 
 OPTIONS = list(options())
