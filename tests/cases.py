@@ -72,6 +72,7 @@ METHODS = [
     Case("PSOFT", sx.PSOFT(rank=6), lambda i, o: 6 * 5 // 2 + 2 * 6),
     Case("PSOFT-series", sx.PSOFT(rank=5, terms=5, scaled=False), lambda i, o: 5 * 4 // 2),
     Case("HRA", sx.HRA(rank=4), lambda i, o: 4 * i),
+    Case("HRA-odd", sx.HRA(rank=5), lambda i, o: 5 * i),
     Case("LoHa", sx.LoHa(rank=3, alpha=6.0), lambda i, o: 2 * 3 * (i + o)),
     Case("LoKr", sx.LoKr(rank=4, alpha=8.0), lambda i, o: kronecker(i, o, 4)),
     Case("LoKr-both", sx.LoKr(rank=2, both=True), lambda i, o: kronecker(i, o, 2, both=True)),

@@ -374,12 +374,8 @@ def of_one_tuner() -> Iterator[Option]:
 
 
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
-    ("HiRA", "wide"): {"refused": "rank must lie in"},
-    ("DeLoRA", "wide"): {"refused": "rank must lie in"},
-    ("DEFT", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
-    ("TinyLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }
@@ -427,6 +423,8 @@ LATER: list[tuple[str, dict[str, Any]]] = [
     ("OFT", {"coft": True, "eps": 0.8, "block_share": True}),
     ("OFT", {"coft": True, "eps": 0.8, "use_cayley_neumann": False, "oft_block_size": 0, "r": 4}),
     ("OFT", {"coft": True, "eps": 1000.0}),
+    ("HRA", {"r": 41}),
+    ("DEFT", {"r": 40, "decomposition_method": "qr"}),
 ]
 """Options that are equal, too."""
 

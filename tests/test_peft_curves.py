@@ -297,6 +297,7 @@ CASES: dict[str, Case] = {
     "RoAd, by term": Case(config("RoAd", variant="road_4"), sx.RoAd(variant="4", block=8)),
     "GraLoRA, hybrid": Case(config("GraLoRA", hybrid_r=2), sx.GraLoRA(rank=4, alpha=6.0, hybrid=2)),
     "WaveFT without a transform": Case(config("WaveFT", use_idwt=False), sx.WaveFT(coefficients=40, wavelet=None)),
+    "HRA of an odd rank": Case(config("HRA", r=5), sx.HRA(rank=5)),
     "LoHa with dropouts": Case(
         config("LoHa", rank_dropout=0.4, module_dropout=0.1),
         sx.LoHa(rank=3, alpha=5.0, rank_dropout=0.4, module_dropout=0.1),

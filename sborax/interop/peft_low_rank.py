@@ -198,7 +198,7 @@ LOW_RANK = (
         (Tensor("hira_A", "a", TRANSPOSED), Tensor("hira_B", "b", TRANSPOSED)),
         lambda fields: Fit(HiRA(rank=rank_field(fields), dropout=number_field(fields, "hira_dropout")), {}),
         lambda node: {"r": node.train["a"].shape[-1], "hira_dropout": dropout_of(node)},
-        by_module=_hira_rank, reads=frozenset({"rank_pattern"}), constants=NO_BIAS,
+        any_rank=True, by_module=_hira_rank, reads=frozenset({"rank_pattern"}), constants=NO_BIAS,
     ),
     Row(
         DeLoRA, "DELORA", ANY_START, {"r": 8, "module_dropout": 0.0},
@@ -208,7 +208,7 @@ LOW_RANK = (
         ),
         lambda fields: Fit(DeLoRA(rank=rank_field(fields), dropout=number_field(fields, "module_dropout")), {}),
         lambda node: {"r": node.method.rank, "module_dropout": dropout_of(node)},
-        {"r": "rank_pattern"}, inert=frozenset({"delora_lambda", "lambda_pattern"}),
+        {"r": "rank_pattern"}, any_rank=True, inert=frozenset({"delora_lambda", "lambda_pattern"}),
     ),
     Row(
         LoHa, "LOHA", ANY_START, LYCORIS_FIELDS,

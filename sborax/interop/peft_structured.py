@@ -184,6 +184,11 @@ def _write_super(node: Adapter) -> dict[str, Any]:
     return fields | ({"r": rank, "lora_alpha": alpha_of(node, rank), "lora_dropout": dropout_of(node)} if rank else {})
 
 
+def _cut_to_outputs(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    """The rank of DEFT, which PEFT cuts to the number of outputs."""
+    return {"r": min(rank_field(fields), shape[1])}
+
+
 def _deft(projection: Literal["relu", "qr"]) -> Row:
     """The row of one projection of DEFT."""
 
@@ -203,7 +208,8 @@ def _deft(projection: Literal["relu", "qr"]) -> Row:
     tensors = (Tensor("deft_P", "p", (0, 1)), Tensor("deft_R", "a", TRANSPOSED))
     known_by = {"decomposition_method": (projection,), **ANY_START}
     defaults = {"r": 8, "alpha": None, "deft_dropout": 0.0}
-    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, inert=frozenset({"init_scale"}))
+    inert = frozenset({"init_scale"})
+    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, by_shape=_cut_to_outputs, inert=inert)
 
 
 def _road(variant: Literal["1", "2", "4"]) -> Row:
