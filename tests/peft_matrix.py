@@ -374,12 +374,8 @@ def of_one_tuner() -> Iterator[Option]:
 
 
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
-    ("HiRA", "wide"): {"refused": "rank must lie in"},
-    ("DeLoRA", "wide"): {"refused": "rank must lie in"},
-    ("DEFT", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
-    ("TinyLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }
@@ -394,10 +390,9 @@ def refused() -> Iterator[Option]:
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
-        ("OFT", {"oft_block_size": 0, "r": 4}, "r=4: OFT by the number of blocks"),
-        ("OFT", {"oft_block_size": 12}, "block must"),
+        ("OFT", {"oft_block_size": 0, "r": 64}, "block must be at least 2"),
         ("OFT", {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2"),
-        ("OFT", {"coft": True}, "coft"),
+        ("OFT", {"coft": True, "eps": -1.0}, "eps must be above 0"),
         ("BOFT", {"boft_block_size": 0, "boft_block_num": 4}, "boft_block_num=4: BOFT by the number of blocks"),
         ("SuperTuning", {"save_precomputed_indices": False}, "save_precomputed_indices=False"),
         ("DEFT", {"para": True}, "option para=True"),
@@ -419,6 +414,26 @@ def refused() -> Iterator[Option]:
         yield Option(tuner, " ".join(fields), fields, refused=message)
 
 
+LATER: list[tuple[str, dict[str, Any]]] = [
+    *(("OFT", {"oft_block_size": 0, "r": blocks}) for blocks in (1, 4, 5, 12)),
+    ("OFT", {"oft_block_size": 0, "r": 4, "block_share": True}),
+    *(("OFT", {"oft_block_size": size}) for size in (7, 12, 100)),
+    ("OFT", {"oft_block_size": 12, "block_share": True}),
+    ("OFT", {"coft": True, "eps": 0.5}),
+    ("OFT", {"coft": True, "eps": 0.8, "block_share": True}),
+    ("OFT", {"coft": True, "eps": 0.8, "use_cayley_neumann": False, "oft_block_size": 0, "r": 4}),
+    ("OFT", {"coft": True, "eps": 1000.0}),
+    ("HRA", {"r": 41}),
+    ("DEFT", {"r": 40, "decomposition_method": "qr"}),
+]
+"""Options that are equal, too."""
+
+
+def transposed(model: Any) -> None:
+    """The field of a config for models whose weights are (in, out). PEFT clears it when it sees an nn.Linear."""
+    model.peft_config["default"].fan_in_fan_out = True
+
+
 def options() -> Iterator[Option]:
     for (tuner, (kind, _)), (name, (fields, in_families)) in itertools.product(TUNERS.items(), COMMON.items()):
         if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
@@ -431,6 +446,11 @@ def options() -> Iterator[Option]:
     zero = {"lora_alpha": 0}
     yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
     yield from refused()
+    for tuner, (kind, _) in TUNERS.items():
+        if "fan_in_fan_out" in {field.name for field in dataclasses.fields(kind)}:
+            yield Option(tuner, "fan_in_fan_out", {}, prepare=transposed)
+    for tuner, fields in LATER:
+        yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
 
 
 OPTIONS = list(options())

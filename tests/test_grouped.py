@@ -103,6 +103,19 @@ def test_what_is_drawn_is_drawn_in_rows_of_experts_too(case: Case):
     assert changed.all() and largest(first - without) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
+def test_outputs_are_dropped_of_thin_factors_too(name):
+    weight, node = fitted(sx.LoHa(rank=3, **{name: 0.5}))
+    node = trained(node)
+
+    def product(key):
+        return grouped_linear(rows(), weight, jnp.asarray(SIZES), node, sx.Context(key=key))
+
+    without, *drawn = (product(key) for key in (None, *jax.random.split(jax.random.key(0), 6)))
+    assert any(largest(without - y) > 1e-4 for y in drawn)
+    assert any(largest(y - drawn[0]) > 1e-4 for y in drawn)
+
+
 @pytest.mark.parametrize("quantised", [False, True], ids=["f32", "nf4"])
 def test_plain_rows_equal_a_loop_over_experts(quantised):
     weight = base(quantised=quantised)

@@ -42,7 +42,7 @@ from peft_training import (
     read,
     with_tokenizer,
 )
-from torch_pair import ALL, DEPTH, Pair
+from torch_pair import ALL, DEPTH, Pair, equal_uniforms
 
 import sborax as sx
 import sborax.optim
@@ -297,6 +297,17 @@ CASES: dict[str, Case] = {
     "RoAd, by term": Case(config("RoAd", variant="road_4"), sx.RoAd(variant="4", block=8)),
     "GraLoRA, hybrid": Case(config("GraLoRA", hybrid_r=2), sx.GraLoRA(rank=4, alpha=6.0, hybrid=2)),
     "WaveFT without a transform": Case(config("WaveFT", use_idwt=False), sx.WaveFT(coefficients=40, wavelet=None)),
+    "HRA of an odd rank": Case(config("HRA", r=5), sx.HRA(rank=5)),
+    "LoHa with dropouts": Case(
+        config("LoHa", rank_dropout=0.4, module_dropout=0.1),
+        sx.LoHa(rank=3, alpha=5.0, rank_dropout=0.4, module_dropout=0.1),
+        patch=equal_uniforms,
+    ),
+    "LoKr with dropouts": Case(
+        config("LoKr", rank_dropout=0.4, rank_dropout_scale=True),
+        sx.LoKr(rank=2, alpha=3.0, rank_dropout=0.4, rank_dropout_scale=True),
+        patch=equal_uniforms,
+    ),
     "LoKr, both sides": Case(
         config("LoKr", r=1, decompose_both=True), sx.LoKr(rank=1, alpha=3.0, both=True), adamw(lr=0.03)
     ),

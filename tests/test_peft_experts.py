@@ -103,6 +103,9 @@ def test_parameters_that_are_not_experts(pair, tmp_path):
     file.write_text(json.dumps(config | {"target_parameters": ["q_proj.weight"]}))
     with pytest.raises(sx.SboraxError, match="target_parameters: this model has no parameter 'q_proj.weight'"):
         load_peft(tmp_path, pair.ours)
+    file.write_text(json.dumps(config | {"fan_in_fan_out": True}))
+    with pytest.raises(sx.SboraxError, match="PEFT has no target_parameters with it"):
+        load_peft(tmp_path, pair.ours)
     file.write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(sx.SboraxError, match="has shape"):
         load_peft(tmp_path, pair.ours)

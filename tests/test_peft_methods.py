@@ -13,14 +13,16 @@ import peft
 import pytest
 import torch
 from peft.tuners.lokr.layer import factorization
+from peft.tuners.oft.layer import OFTLayer
 from peft_configs import FILES
 from safetensors.numpy import load_file, save_file
-from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
+from torch_pair import build, equal_uniforms, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod, Adapter
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
+from sborax.interop.peft_structured import nearest_divisor
 from sborax.methods.lokr import divisors
 from sborax.methods.peanut import ACTIVATIONS
 from sborax.methods.places import LARGEST_SEED, LONG, seeded_places
@@ -166,6 +168,7 @@ CASES = [
         joined(flipped(a="delora_A", b="delora_B"), lambda t: {"strength": t["delora_lambda"][0]}),
     ),
     Case("OFT", config("OFTConfig", oft_block_size=8), sx.OFT(block=8), same(q="oft_R")),
+    Case("OFT-near", config("OFTConfig", oft_block_size=8, coft=True, eps=0.9), sx.OFT(8, eps=0.9), same(q="oft_R")),
     Case(
         "OFT-long",
         config("OFTConfig", oft_block_size=6, num_cayley_neumann_terms=8),
@@ -352,12 +355,76 @@ def test_same_outputs_and_merged_weight_as_peft(case: Case):
     np.testing.assert_allclose(whole, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
 
 
+DROPPED = [
+    dataclasses.replace(
+        case,
+        name=f"{case.name}, {rates}",
+        config=dataclasses.replace(case.config, **rates, **scale),
+        method=dataclasses.replace(case.method, **rates, **scale),
+    )
+    for case, scale in [
+        *((case, {}) for case in CASES if case.name in ("LoHa", "LoKr")),
+        *((case, {"rank_dropout_scale": True}) for case in CASES if case.name == "LoKr-both"),
+    ]
+    for rates in ({"rank_dropout": 0.4}, {"module_dropout": 0.4}, {"rank_dropout": 0.4, "module_dropout": 0.1})
+]
+
+
+@pytest.mark.parametrize("case", DROPPED, ids=lambda case: case.name)
+def test_outputs_are_dropped_in_training_as_in_peft(case: Case, monkeypatch):
+    equal_uniforms(monkeypatch)
+    layer, base, tensors = peft_side(case)
+    weight = base.weight.detach().numpy().T.copy()
+    node = our_side(case, weight, tensors)
+    x = np.random.default_rng(1).normal(size=(11, case.shape[0])).astype(np.float32)
+    with torch.no_grad():
+        scored, theirs = layer(torch.from_numpy(x)).numpy(), layer.train()(torch.from_numpy(x)).numpy()
+    assert np.abs(theirs - scored).max() > 1e-2
+    ours = sx.linear(jnp.asarray(x), jnp.asarray(weight), node, sx.Context(jax.random.key(0)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
 @by_case
 def test_as_many_trained_parameters_as_in_peft(case: Case):
     layer, base, tensors = peft_side(case)
     node = our_side(case, base.weight.detach().numpy().T.copy(), tensors)
     theirs = sum(value.numel() for value in layer.parameters() if value.requires_grad)
     assert sx.count({"proj": {"kernel": node}}) == theirs
+
+
+def test_the_gradient_of_a_rotation_that_is_scaled_down_is_that_of_peft():
+    """PEFT scales the trained tensor itself, before the call that is differentiated."""
+    case = next(case for case in CASES if case.name == "OFT-near")
+    layer, base, tensors = peft_side(case)
+    weight = base.weight.detach().numpy().T.copy()
+    node = our_side(case, weight, tensors)
+    x = np.random.default_rng(1).normal(size=(11, case.shape[0])).astype(np.float32)
+    layer(torch.from_numpy(x)).square().sum().backward()
+    (theirs,) = [value.grad.numpy() for value in layer.parameters() if value.grad is not None]
+
+    def loss(q):
+        scaled_down = Adapter({"q": q}, node.frozen, node.method)
+        return jnp.square(sx.linear(jnp.asarray(x), jnp.asarray(weight), scaled_down)).sum()
+
+    # PEFT's steps are taken at the scaled tensor, of which no norm is above the bound.
+    norms = np.linalg.norm(tensors["oft_R"], axis=1) * 2**0.5
+    assert (norms > 0.9 / 3**0.5).all()
+    np.testing.assert_allclose(jax.grad(loss)(node.train["q"]), theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_blocks_that_do_not_divide_are_adjusted_as_in_peft():
+    adjusted = OFTLayer.adjust_oft_parameters
+    for size in (*range(2, 60), 96, 210):
+        for wanted in range(1, size + 3):
+            assert nearest_divisor(size, wanted) == adjusted(None, size, wanted), (size, wanted)
+
+
+def test_blocks_that_no_size_of_peft_gives_are_refused(pair, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        rules = [("q_proj", sx.OFT(block=2)), ("down_proj", sx.OFT(block=48))]
+        params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
+        with pytest.raises(sx.SboraxError, match="blocks of 2, 48 rows follow from no one size of PEFT's OFT"):
+            save_peft(tmp_path, pair.ours, params, adapters)
 
 
 @pytest.mark.parametrize("factor", [-1, 1, 2, 3, 4, 7, 16, 64])

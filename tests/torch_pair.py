@@ -1,14 +1,17 @@
 """A tiny random torch LLaMA and the same weights here, and ways to compare the two."""
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import peft.tuners.boft.layer
+import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -111,3 +114,16 @@ def shaken(adapters: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     moved = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+
+
+def equal_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.rand(n) draws the same n numbers every time, and the draws of jax.random.bernoulli are decided by them."""
+
+    def uniforms(size: int) -> np.ndarray:
+        return np.float32((0.3 + 0.618034 * np.arange(size)) % 1.0)
+
+    def bernoulli(key: Any, p: Any, shape: tuple[int, ...] = ()) -> jax.Array:
+        return jnp.asarray(uniforms(math.prod(shape)).reshape(shape)) > 1.0 - p
+
+    monkeypatch.setattr(torch, "rand", lambda size: torch.from_numpy(uniforms(size)))
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)

@@ -367,14 +367,45 @@ def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Flo
     return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
-def dropout_leaf(rate: float) -> Leaves:
-    """The frozen leaf that `dropout` reads. A rate of 0 makes no leaf and costs nothing.
+def output_dropout(
+    change: Float[Array, "tokens out"], adapter: Adapter, ctx: Context, rescaled: bool
+) -> Float[Array, "tokens out"]:
+    """`change` without some outputs, and sometimes without any, at the adapter's rates, if the context has a key.
+
+    At `rank_dropout`, outputs are dropped for all tokens at once; at `module_dropout`, the whole change is.
+
+    Args:
+    - change: what the adapter adds to the output.
+    - rescaled: whether the outputs that are left are divided by their share, which is drawn as well. If none is left,
+      the change is zero.
+    """
+    if ctx.key is None or not OUTPUT_DROPOUTS & adapter.frozen.keys():
+        return change
+    of_outputs, of_all = jax.random.split(ctx.key)
+    if "rank_dropout" in adapter.frozen:
+        keep = jax.random.bernoulli(of_outputs, 1.0 - adapter.frozen["rank_dropout"], change.shape[1:])
+        gains = keep.astype(jnp.float32)
+        if rescaled:
+            gains = gains / jnp.maximum(jnp.mean(gains), 1.0 / change.shape[1])
+        change = change * cast(gains, change)[None, :]
+    if "module_dropout" in adapter.frozen:
+        kept = jax.random.bernoulli(of_all, 1.0 - adapter.frozen["module_dropout"])
+        change = jnp.where(kept, change, jnp.zeros((), change.dtype))
+    return change
+
+
+OUTPUT_DROPOUTS = frozenset({"rank_dropout", "module_dropout"})
+"""The frozen leaves that `output_dropout` reads."""
+
+
+def dropout_leaf(rate: float, name: str = "dropout") -> Leaves:
+    """The frozen leaf that `dropout` reads, or `output_dropout`. A rate of 0 makes no leaf and costs nothing.
 
     Raises SboraxError for a rate outside [0, 1).
     """
     if not 0.0 <= rate < 1.0:
-        raise SboraxError(f"dropout must lie in [0, 1), got {rate}")
-    return {"dropout": jnp.float32(rate)} if rate > 0.0 else {}
+        raise SboraxError(f"{name} must lie in [0, 1), got {rate}")
+    return {name: jnp.float32(rate)} if rate > 0.0 else {}
 
 
 def width(rank: Rank) -> int:

@@ -6,6 +6,7 @@ twice, and no value has an axis of experts beside one of rows.
 
 import abc
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,7 +15,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters.compose import Chain, Scaled, Sum, part_context
-from sborax.adapters.core import HIDDEN, AbstractFactored, AbstractMethod, Adapter, Context, cast
+from sborax.adapters.core import (
+    HIDDEN,
+    OUTPUT_DROPOUTS,
+    AbstractFactored,
+    AbstractMethod,
+    Adapter,
+    Context,
+    cast,
+)
 from sborax.adapters.depth import over_stack
 from sborax.adapters.weight import AbstractWeight, Weight, dense
 
@@ -229,11 +238,11 @@ def grouped_linear(
     method = adapter.method.second if isinstance(adapter.method, Chain) else adapter.method
     if isinstance(method, AbstractGrouped):
         return method.apply_grouped(x, weight, sizes, adapter, ctx)
-    if ctx.key is not None and method.draws:
+    if ctx.key is not None and (method.draws or _drops(adapter.frozen, OUTPUT_DROPOUTS)):
         return _by_tiles(x, weight, sizes, adapter, ctx)
     if _is_thin(method):
         return _add_thin(grouped_matmul(x, weight, sizes), x, sizes, adapter, weight.shape[-2:], ctx)
-    if not method.no_merge and not method.linked and (ctx.key is None or not _drops(adapter.frozen)):
+    if not method.no_merge and not method.linked and (ctx.key is None or not _drops(adapter.frozen, {"dropout"})):
         return grouped_matmul(x, _merged(weight, adapter, sizes, x.dtype), sizes)
     return _by_tiles(x, weight, sizes, adapter, ctx)
 
@@ -308,9 +317,10 @@ def grouped_dropout(
     return jnp.where(jax.random.bernoulli(ctx.key, keep), x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
-def _drops(frozen: Any) -> bool:
-    """Whether an adapter drops inputs in training."""
-    return any(jax.tree_util.DictKey("dropout") in path for path, _ in jax.tree_util.tree_leaves_with_path(frozen))
+def _drops(frozen: Any, leaves: Collection[str]) -> bool:
+    """Whether an adapter drops inputs or outputs in training: whether it has one of the leaves that say how often."""
+    keys = {jax.tree_util.DictKey(name) for name in leaves}
+    return any(keys & set(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen))
 
 
 def _by_tiles(

@@ -170,6 +170,8 @@ def read_experts(config: Mapping[str, Any], params: Any, fit_of: Callable[[str],
     kernels = {path: leaf for path, leaf in leaves.items() if stacks_experts(path) and path.endswith("/kernel")}
     parameters = [name for name in FUSED if any(_names(text, name) for text in given)]
     unknown = [text for text in given if not any(_names(text, name) for name in FUSED)]
+    if config.get("fan_in_fan_out"):
+        raise SboraxError(f"fan_in_fan_out: PEFT has no {FIELD} with it")
     if unknown or not kernels:
         raise SboraxError(f"{FIELD}: this model has no parameter {str((unknown or given)[0])[:60]!r} of experts")
     tops = sorted({path.removesuffix("/kernel").rpartition("/")[0] for path in kernels})

@@ -75,7 +75,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         if listed.get(FIELD):
             if row is not PLAIN:
                 raise SboraxError(f"{FIELD} is read of plain LoRA alone, and this is {config.get('peft_type')}")
-            experts = read_experts(listed, model.params, lambda module: _fit(row, config, module))
+            experts = read_experts(listed, model.params, lambda module: _fit(row, config, module, None))
         modules = [] if experts and not config.get("target_modules") else _targets(config, layout)
         saved = saved_modules(config, layout.modules)
         tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
@@ -86,7 +86,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             )
         if row.method.rewrites_base:
             _check_dense(row, modules, layout)
-        fits = {module: _fit(row, config, module) for module in modules}
+        fits = _fits(row, config, modules, layout)
         expected = _expected(row, fits, layout) if fits else {}
         expected |= experts.shapes if experts else {}
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
@@ -179,13 +179,21 @@ def _targets(config: Mapping[str, Any], layout: HFLayout) -> list[str]:
     return modules
 
 
-def _fit(row: Row, config: Mapping[str, Any], module: str) -> Fit:
+def _fits(row: Row, config: Mapping[str, Any], modules: list[str], layout: HFLayout) -> dict[str, Fit]:
+    shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in modules}
+    return {module: _fit(row, config, module, shape) for module, shape in shapes.items()}
+
+
+def _fit(row: Row, config: Mapping[str, Any], module: str, shape: tuple[int, int] | None) -> Fit:
+    """What the config says of a module. shape: its weight's, (in, out); None for one that stands for several."""
     fields = {name: config.get(name, default) for name, default in row.defaults.items()}
     for name, pattern in row.patterns.items():
         fields[name] = value_for(config, pattern, module, fields[name], row.pattern_form)
     check_types(fields, row.defaults)
     if row.by_module is not None:
         fields |= row.by_module(config, module)
+    if row.by_shape is not None and shape is not None:
+        fields |= row.by_shape(fields, shape)
     return row.read(fields)
 
 

@@ -18,6 +18,7 @@ from sborax.interop.peft_row import (
     Row,
     Tensor,
     alpha_of,
+    decimal_of,
     dropout_of,
     number_field,
     rank_field,
@@ -32,8 +33,8 @@ LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
-LYCORIS = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d"})
-"""Kinds of dropout that our methods lack, which act in training only, and an option for convolutions."""
+LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
+CONVOLUTIONS = frozenset({"use_effective_conv2d"})
 
 
 def _lora_scale(fields: Fields) -> float:
@@ -121,19 +122,31 @@ def _lycoris_scale(fields: Fields) -> dict[str, float]:
     return {"scale": number_field(fields, "alpha") / rank_field(fields)}
 
 
+def _lycoris_rates(fields: Fields) -> dict[str, float]:
+    return {name: number_field(fields, name) for name in ("rank_dropout", "module_dropout")}
+
+
+def _write_lycoris(node: Adapter, rank: int) -> dict[str, Any]:
+    rates = {name: decimal_of(node, name) for name in ("rank_dropout", "module_dropout")}
+    return {"r": rank, "alpha": alpha_of(node, rank), **rates}
+
+
 def _read_lokr(fields: Fields) -> Fit:
     factor = fields["decompose_factor"]
     if factor != -1:
         factor = rank_field(fields, "decompose_factor")
-    method = LoKr(rank=rank_field(fields), factor=factor, both=bool(fields["decompose_both"]))
+    scaled, rates = bool(fields["rank_dropout_scale"]), _lycoris_rates(fields)
+    method = LoKr(
+        rank=rank_field(fields), factor=factor, both=bool(fields["decompose_both"]), rank_dropout_scale=scaled, **rates
+    )
     return Fit(method, _lycoris_scale(fields))
 
 
 def _write_lokr(node: Adapter) -> dict[str, Any]:
     method = node.method
     assert isinstance(method, LoKr)
-    sizes = {"r": method.rank, "alpha": alpha_of(node, method.rank)}
-    return {**sizes, "decompose_both": method.both, "decompose_factor": method.factor}
+    sizes = {"decompose_both": method.both, "decompose_factor": method.factor}
+    return {**_write_lycoris(node, method.rank), **sizes, "rank_dropout_scale": method.rank_dropout_scale}
 
 
 def _read_gralora(fields: Fields) -> Fit:
@@ -185,7 +198,7 @@ LOW_RANK = (
         (Tensor("hira_A", "a", TRANSPOSED), Tensor("hira_B", "b", TRANSPOSED)),
         lambda fields: Fit(HiRA(rank=rank_field(fields), dropout=number_field(fields, "hira_dropout")), {}),
         lambda node: {"r": node.train["a"].shape[-1], "hira_dropout": dropout_of(node)},
-        by_module=_hira_rank, reads=frozenset({"rank_pattern"}), constants=NO_BIAS,
+        any_rank=True, by_module=_hira_rank, reads=frozenset({"rank_pattern"}), constants=NO_BIAS,
     ),
     Row(
         DeLoRA, "DELORA", ANY_START, {"r": 8, "module_dropout": 0.0},
@@ -195,28 +208,28 @@ LOW_RANK = (
         ),
         lambda fields: Fit(DeLoRA(rank=rank_field(fields), dropout=number_field(fields, "module_dropout")), {}),
         lambda node: {"r": node.method.rank, "module_dropout": dropout_of(node)},
-        {"r": "rank_pattern"}, inert=frozenset({"delora_lambda", "lambda_pattern"}),
+        {"r": "rank_pattern"}, any_rank=True, inert=frozenset({"delora_lambda", "lambda_pattern"}),
     ),
     Row(
-        LoHa, "LOHA", ANY_START, {"r": 8, "alpha": 8},
+        LoHa, "LOHA", ANY_START, LYCORIS_FIELDS,
         (
             Tensor("hada_w1_b", "a1", TRANSPOSED), Tensor("hada_w1_a", "b1", TRANSPOSED),
             Tensor("hada_w2_b", "a2", TRANSPOSED), Tensor("hada_w2_a", "b2", TRANSPOSED),
         ),
-        lambda fields: Fit(LoHa(rank=rank_field(fields)), _lycoris_scale(fields)),
-        lambda node: {"r": node.train["a1"].shape[-1], "alpha": alpha_of(node, node.train["a1"].shape[-1])},
-        {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True, inert=LYCORIS, constants=NO_BIAS,
+        lambda fields: Fit(LoHa(rank=rank_field(fields), **_lycoris_rates(fields)), _lycoris_scale(fields)),
+        lambda node: _write_lycoris(node, node.train["a1"].shape[-1]),
+        {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True, inert=CONVOLUTIONS, constants=NO_BIAS,
     ),
     Row(
         LoKr, "LOKR", {"init_weights": (True, False, "lycoris")},
-        {"r": 8, "alpha": 8, "decompose_both": False, "decompose_factor": -1},
+        {**LYCORIS_FIELDS, "decompose_both": False, "decompose_factor": -1, "rank_dropout_scale": False},
         (
             Tensor("lokr_w1", "c", TRANSPOSED), Tensor("lokr_w2", "w", TRANSPOSED),
             Tensor("lokr_w1_b", "c_a", TRANSPOSED), Tensor("lokr_w1_a", "c_b", TRANSPOSED),
             Tensor("lokr_w2_b", "a", TRANSPOSED), Tensor("lokr_w2_a", "b", TRANSPOSED),
         ),
         _read_lokr, _write_lokr, {"r": "rank_pattern", "alpha": "alpha_pattern"}, any_rank=True,
-        inert=LYCORIS | {"rank_dropout_scale"}, constants=NO_BIAS,
+        inert=CONVOLUTIONS, constants=NO_BIAS,
     ),
     Row(
         GraLoRA, "GRALORA", ANY_START,

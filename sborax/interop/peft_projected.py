@@ -54,6 +54,11 @@ def _read_tinylora(fields: Fields) -> Fit:
     return Fit(TinyLoRA(rank=rank_field(fields), coefficients=size, dropout=rate), {})
 
 
+def _cut_rank(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    """The rank of TinyLoRA, which PEFT cuts to the number of a weight's singular values."""
+    return {"r": min(rank_field(fields), *shape)}
+
+
 def _write_tinylora(node: Adapter) -> dict[str, Any]:
     method = node.method
     assert isinstance(method, TinyLoRA)
@@ -99,6 +104,6 @@ PROJECTED = (
             Tensor("tinylora_v", "v", (0,), numbered=True), Tensor("tinylora_P", "p", (0, 2, 1)),
             Tensor("tinylora_A", "a", TRANSPOSED), Tensor("tinylora_B", "b", TRANSPOSED),
         ),
-        _read_tinylora, _write_tinylora, inert=frozenset({"projection_seed", "init_v_bound"}),
+        _read_tinylora, _write_tinylora, by_shape=_cut_rank, inert=frozenset({"projection_seed", "init_v_bound"}),
     ),
 )  # fmt: skip

@@ -101,7 +101,8 @@ class Row:
     - pattern_form: the regular expression into which a key of a pattern is put.
     - any_rank: whether PEFT accepts ranks above the size of the matrix, which planning refuses.
     - by_module: (config, module) -> further fields of the module, for kinds that keep them in a form of their own.
-    - in_config: the inverse: {module: fields} -> config fields.
+    - by_shape: (fields, (in, out)) -> further fields of a module, for kinds whose sizes follow from the weight's.
+    - in_config: the inverse of both: {module: fields} -> config fields. `shape` is among the fields: (in, out).
     - reads: config fields that `by_module` reads.
     - inert: config fields that do not change the function of a saved adapter.
     - constants: fields that are always written.
@@ -121,6 +122,7 @@ class Row:
     pattern_form: str = r"(.*\.)?({})$"
     any_rank: bool = False
     by_module: Callable[[Fields, str], dict[str, Any]] | None = None
+    by_shape: Callable[[Fields, tuple[int, int]], dict[str, Any]] | None = None
     in_config: Callable[[Mapping[str, Fields]], dict[str, Any]] | None = None
     reads: frozenset[str] = frozenset()
     inert: frozenset[str] = frozenset()

@@ -378,7 +378,10 @@ def _config(
         **row.defaults,
     }
     if row.in_config is not None:
-        config |= row.in_config({module: entry.fields for module, entry in entries.items()})
+        shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in entries}
+        config |= row.in_config(
+            {module: {**entry.fields, "shape": shapes[module]} for module, entry in entries.items()}
+        )
     for name in next(iter(entries.values())).fields if entries else fixed:
         if name not in row.defaults:
             continue

@@ -1,5 +1,6 @@
 """Rows of the kinds with structured matrices: MISS (Bone, Bat), C3A, OFT, BOFT, HRA, SHIRA, IA3, ROAD, and others."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from sborax.adapters.core import Adapter, SboraxError
 from sborax.interop.peft_row import (
     ANY_START,
+    LARGEST_RANK,
     NO_BIAS,
     TRANSPOSED,
     Fields,
@@ -27,6 +29,16 @@ MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
 MOST_LAYERS = 16
 """Encoders of PEANuT in a file, and as many decoders."""
+OFT_FIELDS = {
+    "oft_block_size": 32,
+    "r": 0,
+    "use_cayley_neumann": True,
+    "num_cayley_neumann_terms": 5,
+    "block_share": False,
+    "coft": False,
+    "eps": 6e-5,
+    "peft_version": None,
+}
 SERIES_SINCE = "0.18.0"
 """The version of PEFT that changed the series of OFT's rotations."""
 
@@ -49,9 +61,50 @@ def _bone(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], dict
     return read, write
 
 
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` nearest to `wanted`, or the smaller of two, as PEFT's OFT adjusts its sizes."""
+    return min(_divisors(size), key=lambda number: (abs(number - wanted), number))
+
+
+@functools.cache
+def _divisors(size: int) -> tuple[int, ...]:
+    return tuple(number for number in range(1, size + 1) if size % number == 0)
+
+
+def _block_of_oft(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    """OFT's block of a weight: PEFT's config has its size or the number of blocks, whichever is not 0.
+
+    What does not divide the weight's rows is adjusted to the nearest number that does, with a warning in PEFT.
+    """
+    blocks, size = (whole_field(fields, name, 0, LARGEST_RANK) for name in ("r", "oft_block_size"))
+    if (blocks == 0) == (size == 0):
+        raise SboraxError(f"r={blocks} and oft_block_size={size}: exactly one of them must be 0")
+    return {"block": nearest_divisor(shape[0], size) if size else shape[0] // nearest_divisor(shape[0], blocks)}
+
+
+def _size_of_oft(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """The config's size of a block, or else number of blocks, from which PEFT gets every module's block."""
+    pairs = {(fields["shape"][0], fields["block"]) for fields in modules.values()}
+    widest = max(fan_in for fan_in, _ in pairs)
+    blocks = sorted({block for _, block in pairs})
+    for size in (*blocks, *range(1, widest + 1)):
+        if all(nearest_divisor(fan_in, size) == block for fan_in, block in pairs):
+            return {"oft_block_size": size, "r": 0}
+    for number in range(1, widest + 1):
+        if all(nearest_divisor(fan_in, number) * block == fan_in for fan_in, block in pairs):
+            return {"oft_block_size": 0, "r": number}
+    raise SboraxError(
+        f"blocks of {', '.join(map(str, blocks))} rows follow from no one size of PEFT's OFT; use as_='lora'"
+    )
+
+
 def _read_oft(fields: Fields) -> Fit:
-    if fields["r"] or not fields["oft_block_size"]:
-        raise SboraxError(f"r={fields['r']}: OFT by the number of blocks is not supported; give oft_block_size")
+    """With `coft`, PEFT scales the skew matrices down before every call, to the norm eps / sqrt(number of matrices)."""
+    frozen = {}
+    if fields["coft"]:
+        frozen["eps"] = number_field(fields, "eps")
+        if frozen["eps"] <= 0.0:
+            raise SboraxError(f"eps must be above 0, got {frozen['eps']:g}")
     terms = None
     if fields["use_cayley_neumann"]:
         version = re.match(r"(\d+)\.(\d+)", str(fields["peft_version"]))
@@ -64,15 +117,17 @@ def _read_oft(fields: Fields) -> Fit:
             raise SboraxError(f"num_cayley_neumann_terms={terms}: shorter series than 3 are not supported")
         # PEFT's loop computes the same series for 3 as for 4.
         terms = max(terms, 4)
-    return Fit(OFT(block=rank_field(fields, "oft_block_size"), terms=terms, share=bool(fields["block_share"])), {})
+    return Fit(OFT(fields["block"], terms, bool(fields["block_share"]), frozen.get("eps")), frozen)
 
 
 def _write_oft(node: Adapter) -> dict[str, Any]:
     method = node.method
     assert isinstance(method, OFT)
     fields = {
-        "oft_block_size": method.block,
+        "block": method.block,
         "block_share": method.share,
+        "coft": "eps" in node.frozen,
+        "eps": decimal_of(node, "eps") or OFT_FIELDS["eps"],
         "use_cayley_neumann": method.terms is not None,
         "peft_version": SERIES_SINCE,
     }
@@ -129,6 +184,11 @@ def _write_super(node: Adapter) -> dict[str, Any]:
     return fields | ({"r": rank, "lora_alpha": alpha_of(node, rank), "lora_dropout": dropout_of(node)} if rank else {})
 
 
+def _cut_to_outputs(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    """The rank of DEFT, which PEFT cuts to the number of outputs."""
+    return {"r": min(rank_field(fields), shape[1])}
+
+
 def _deft(projection: Literal["relu", "qr"]) -> Row:
     """The row of one projection of DEFT."""
 
@@ -148,7 +208,8 @@ def _deft(projection: Literal["relu", "qr"]) -> Row:
     tensors = (Tensor("deft_P", "p", (0, 1)), Tensor("deft_R", "a", TRANSPOSED))
     known_by = {"decomposition_method": (projection,), **ANY_START}
     defaults = {"r": 8, "alpha": None, "deft_dropout": 0.0}
-    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, inert=frozenset({"init_scale"}))
+    inert = frozenset({"init_scale"})
+    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, by_shape=_cut_to_outputs, inert=inert)
 
 
 def _road(variant: Literal["1", "2", "4"]) -> Row:
@@ -223,12 +284,8 @@ STRUCTURED = (
         pattern_form=r".*\.{}$",
     ),
     Row(
-        OFT, "OFT", ANY_START,
-        {
-            "oft_block_size": 32, "r": 0, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
-            "block_share": False, "peft_version": None,
-        },
-        (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft, inert=frozenset({"eps", "module_dropout"}),
+        OFT, "OFT", ANY_START, OFT_FIELDS, (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft,
+        by_shape=_block_of_oft, in_config=_size_of_oft, inert=frozenset({"module_dropout"}),
     ),
     Row(
         BOFT, "BOFT", ANY_START, {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},

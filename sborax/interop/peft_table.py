@@ -36,12 +36,16 @@ KNOWN_BY_DEFAULTS = {
 
 INERT = frozenset(
     """
-    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode layers_pattern
-    layers_to_transform loftq_config lora_ga_config megatron_core modules_to_save peft_type peft_version
+    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode
+    layers_pattern layers_to_transform loftq_config lora_ga_config megatron_core modules_to_save peft_type peft_version
     qalora_group_size revision runtime_config target_modules task_type
     """.split()
 )
-"""Fields of all kinds that do not change the function of a saved adapter, or that are read elsewhere."""
+"""Fields of all kinds that do not change the function of a saved adapter, or that are read elsewhere.
+
+`fan_in_fan_out` says that the base keeps its weights as (in, out), as GPT-2's Conv1D does. Every projection here is an
+nn.Linear in PEFT, for which every kind sets the field to False with a warning.
+"""
 
 NEUTRAL = {"bias": "none"}
 """Neutral values that are not empty. Any other unknown field must be empty: None, False, 0, [] or {}."""

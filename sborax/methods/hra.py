@@ -15,7 +15,6 @@ from sborax.adapters.core import (
     Context,
     Fitted,
     Hint,
-    SboraxError,
     Weight,
     cast,
     check_rank,
@@ -31,10 +30,12 @@ class HRA(AbstractMethod):
     The product is one thin update: H = I - u S^-T u^T, S upper triangular with u^T u above the diagonal and 1/2 on
     it (the compact WY form). So x is reflected by two thin products, and W is never touched.
 
-    rank: how many reflections (PEFT: 8); it must be even, since they start as pairs that undo each other.
+    rank: how many reflections (PEFT: 8). If it is even, they start as pairs that undo each other.
 
-    Pairs of equal columns ~ U(-1/sqrt(rank/2), 1/sqrt(rank/2)), as PEFT. Identity at init. Exact merge H W. The
-    Gram-Schmidt variant, which cannot start at the identity, is left out. Trained parameters: rank in.
+    Pairs of equal columns ~ U(-1/sqrt(rank/2), 1/sqrt(rank/2)), as PEFT. Identity at init. An odd number of reflections
+    has no such start: its columns are independent, ~ U(-1/sqrt(rank), 1/sqrt(rank)), and training begins away from the
+    base, as in PEFT, which warns of it. Exact merge H W. The Gram-Schmidt variant, which cannot start at the identity,
+    is left out. Trained parameters: rank in.
     """
 
     paper = "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection, arXiv:2405.17484"
@@ -46,15 +47,18 @@ class HRA(AbstractMethod):
     def axes(self) -> Axes:
         return {"u": ("in", "rank")}
 
+    @property
+    def identity_at_init(self) -> bool:
+        return self.rank % 2 == 0
+
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, shape[0], "rows of W")
-        if self.rank % 2:
-            raise SboraxError(f"rank must be even, got {self.rank}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        half = -(-self.rank // 2)
-        u = jax.random.uniform(key, (weight.shape[0], half), jnp.float32, -1.0, 1.0) / half**0.5
-        return Fitted({"u": jnp.repeat(u, 2, axis=1)[:, : self.rank]}, {})
+        alike = 2 if self.identity_at_init else 1
+        columns = self.rank // alike
+        u = jax.random.uniform(key, (weight.shape[0], columns), jnp.float32, -1.0, 1.0) / columns**0.5
+        return Fitted({"u": jnp.repeat(u, alike, axis=1)}, {})
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context

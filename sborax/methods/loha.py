@@ -8,7 +8,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.core import AbstractFactored, Adapter, Axes, Context, Fitted, Hint, Weight, cast, check_rank, hyper
+from sborax.adapters.core import (
+    AbstractFactored,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Weight,
+    cast,
+    check_rank,
+    dropout_leaf,
+    hyper,
+    output_dropout,
+)
 from sborax.methods.lowrank import HIDDEN, kaiming_uniform, scaling
 
 
@@ -21,6 +34,10 @@ class LoHa(AbstractFactored):
 
     rank: width of each pair (PEFT: 8). Beyond the square root of a side, a and b are no longer thin.
     alpha: s = alpha / rank; None (default) is s = 1.
+    rank_dropout: rate at which outputs of the change are dropped, the same ones for all tokens of a call; default 0.
+        The others are divided by the share that is left, as in PEFT, where a change without any output is no number.
+    module_dropout: rate at which the whole change is dropped in a call; default 0. What is kept is not rescaled, as
+        in PEFT.
 
     a1 ~ U(-1/sqrt(in), 1/sqrt(in)), b1 and b2 ~ U(-1/sqrt(rank), 1/sqrt(rank)), a2 = 0, as PEFT. Identity at init.
     Exact merge. Trained parameters: 2 rank (in + out).
@@ -31,11 +48,14 @@ class LoHa(AbstractFactored):
 
     rank: int = 8
     alpha: float | None = hyper(None, above=0.0)
+    rank_dropout: float = hyper(0.0)
+    module_dropout: float = hyper(0.0)
 
     @property
     def axes(self) -> Axes:
         side_in, side_out = ("in", "rank"), ("rank", "out")
-        return {"a1": side_in, "b1": side_out, "a2": side_in, "b2": side_out, "scale": ()}
+        rates = {"rank_dropout": (), "module_dropout": ()}
+        return {"a1": side_in, "b1": side_out, "a2": side_in, "b2": side_out, "scale": (), **rates}
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
@@ -50,13 +70,15 @@ class LoHa(AbstractFactored):
 
         a1, a2 = kaiming_uniform(of_a1, fan_in, self.rank, hint), jnp.zeros((fan_in, self.rank))
         train = {"a1": a1, "b1": right(of_b1), "a2": a2, "b2": right(of_b2)}
-        return Fitted(train, {"scale": scaling(self.alpha, self.rank, hint)})
+        rates = dropout_leaf(self.rank_dropout, "rank_dropout") | dropout_leaf(self.module_dropout, "module_dropout")
+        return Fitted(train, {"scale": scaling(self.alpha, self.rank, hint), **rates})
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         a, b = self.factors(adapter, (x.shape[1], y.shape[1]))
-        return y + checkpoint_name(x @ cast(a, x), HIDDEN) @ cast(b, x)
+        change = checkpoint_name(x @ cast(a, x), HIDDEN) @ cast(b, x)
+        return y + output_dropout(change, adapter, ctx, rescaled=True)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         a, b = self.factors(adapter, (weight.shape[0], weight.shape[1]))

@@ -7,7 +7,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, Weight, cast, check_rank, hyper
+from sborax.adapters.core import (
+    AbstractAdditive,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Weight,
+    cast,
+    check_rank,
+    dropout_leaf,
+    hyper,
+    output_dropout,
+)
 from sborax.methods.lowrank import scaling
 
 
@@ -22,6 +35,10 @@ class LoKr(AbstractAdditive):
     factor: m and p are this number where it divides the side, else the largest divisor of the side up to it and up
         to its square root; -1 (default): the divisor nearest to the square root, as PEFT's `decompose_factor`.
     both: factor c = c_a c_b as well, if rank < max(m, p) / 2; default False.
+    rank_dropout: rate at which outputs of the change are dropped, the same ones for all tokens of a call; default 0.
+    rank_dropout_scale: divide the others by the share that is left; default False, as in PEFT.
+    module_dropout: rate at which the whole change is dropped in a call; default 0. What is kept is not rescaled, as
+        in PEFT.
 
     c = 0 (c_b = 0), the rest uniform in +-1/sqrt of what it sums over, as PEFT. Identity at init. Exact merge.
     Trained parameters: m p + rank (n + k), with n k for a w without factors, rank (m + p) for a c with factors.
@@ -34,11 +51,15 @@ class LoKr(AbstractAdditive):
     alpha: float | None = hyper(None, above=0.0)
     factor: int = -1
     both: bool = False
+    rank_dropout: float = hyper(0.0)
+    rank_dropout_scale: bool = False
+    module_dropout: float = hyper(0.0)
 
     @property
     def axes(self) -> Axes:
         left, right, full = (None, "rank"), ("rank", None), (None, None)
-        return {"c": full, "c_a": left, "c_b": right, "w": full, "a": left, "b": right, "scale": ()}
+        rates = {"rank_dropout": (), "module_dropout": ()}
+        return {"c": full, "c_a": left, "c_b": right, "w": full, "a": left, "b": right, "scale": (), **rates}
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
@@ -55,7 +76,8 @@ class LoKr(AbstractAdditive):
             train |= {"a": _uniform(of_a, n, (n, self.rank)), "b": b}
         else:
             train |= {"w": _uniform(of_a, n, (n, k))}
-        return Fitted(train, {"scale": scaling(self.alpha, self.rank, hint)})
+        rates = dropout_leaf(self.rank_dropout, "rank_dropout") | dropout_leaf(self.module_dropout, "module_dropout")
+        return Fitted(train, {"scale": scaling(self.alpha, self.rank, hint), **rates})
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
@@ -65,7 +87,8 @@ class LoKr(AbstractAdditive):
         first = train["w"] if "w" in train else train["a"]
         low = (x.reshape(-1, first.shape[0]) @ first).reshape(x.shape[0], c.shape[0], first.shape[1])
         mixed = jnp.einsum("tmr,mp->tpr", low, c).reshape(-1, first.shape[1])
-        return y + (mixed if "w" in train else mixed @ train["b"]).reshape(y.shape)
+        change = (mixed if "w" in train else mixed @ train["b"]).reshape(y.shape)
+        return y + output_dropout(change, adapter, ctx, self.rank_dropout_scale)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         train = adapter.train

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -16,6 +17,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     dense,
+    hyper,
     matmul,
 )
 from sborax.methods.rotation import rotations
@@ -31,6 +33,11 @@ class OFT(AbstractMethod):
     block: size of a block, which must divide in (PEFT: 32).
     terms: length of the series, at least 4 (PEFT: 5), or None.
     share: one block for all of them; default False.
+    eps: COFT, rotations that stay near the identity: a Q whose Frobenius norm is above eps / sqrt(matrices) is scaled
+        down to it (PEFT's `coft=True`, 6e-5). None (default) sets no bound.
+
+    With eps, gradients are those at the scaled Q, as in PEFT. PEFT writes the scaled Q into the trained leaf at every
+    call, while the leaf is kept here, so that training agrees until a Q is first scaled. Scores always agree.
 
     Trained are the entries of Q above the diagonal, row by row. Q = 0 at init: identity. Exact merge R W.
     x is rotated, never W. Trained parameters: in (block - 1) / 2, or block (block - 1) / 2 if shared.
@@ -43,10 +50,11 @@ class OFT(AbstractMethod):
     block: int = 32
     terms: int | None = 5
     share: bool = False
+    eps: float | None = hyper(None, above=0.0)
 
     @property
     def axes(self) -> Axes:
-        return {"q": (None if self.share else "in", None)}
+        return {"q": (None if self.share else "in", None), "eps": ()}
 
     def check(self, shape: tuple[int, int]) -> None:
         if self.block < 2 or shape[0] % self.block:
@@ -56,21 +64,34 @@ class OFT(AbstractMethod):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         blocks = 1 if self.share else weight.shape[0] // self.block
-        return Fitted({"q": jnp.zeros((blocks, self.block * (self.block - 1) // 2))}, {})
+        bound = {} if self.eps is None else {"eps": jnp.float32(self.eps)}
+        return Fitted({"q": jnp.zeros((blocks, self.block * (self.block - 1) // 2))}, bound)
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        r = cast(self._rotations(adapter.train["q"], x.shape[1]), x)
+        r = cast(self._rotations(adapter, x.shape[1]), x)
         turned = jnp.einsum("tnk,nkc->tnc", x.reshape(x.shape[0], -1, self.block), r)
         return matmul(turned.reshape(x.shape), weight)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         wide = dense(weight).astype(jnp.float32)
-        r = self._rotations(adapter.train["q"], wide.shape[0])
+        r = self._rotations(adapter, wide.shape[0])
         turned = jnp.einsum("nkc,nco->nko", r, wide.reshape(-1, self.block, wide.shape[1]), precision="highest")
         return turned.reshape(wide.shape)
 
-    def _rotations(self, q: Float[Array, "blocks upper"], fan_in: int) -> Float[Array, "n block block"]:
+    def _rotations(self, adapter: Adapter, fan_in: int) -> Float[Array, "n block block"]:
+        q = adapter.train["q"]
+        if "eps" in adapter.frozen:
+            q = _scaled_down(q, adapter.frozen["eps"])
         r = rotations(q, self.block, self.terms)
         return jnp.broadcast_to(r, (fan_in // self.block, self.block, self.block))
+
+
+def _scaled_down(q: Float[Array, "blocks upper"], eps: Float[Array, ""]) -> Float[Array, "blocks upper"]:
+    """q, where the norm of Q is above eps / sqrt(blocks) scaled down to that; the gradient is passed on as it is."""
+    held = jax.lax.stop_gradient(q)
+    norms = jnp.sqrt(2.0) * jnp.linalg.norm(held, axis=1, keepdims=True)
+    bound = eps / jnp.sqrt(jnp.float32(q.shape[0]))
+    # The difference is zero, but its gradient is not.
+    return jnp.where(norms > bound, held * (bound / jnp.maximum(norms, bound)), held) + (q - held)

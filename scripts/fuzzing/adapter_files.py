@@ -51,7 +51,7 @@ def _peft_tensors(config: Any, model: LanguageModel) -> bytes:
     layout, is_bone = peft_load.layout_of(model.params), config["peft_type"] == "BONE"
     settled = config | {"peft_type": "MISS"} if is_bone else config
     row = peft_load.row_for(settled)
-    fits = {module: peft_load._fit(row, settled, module) for module in peft_load._targets(settled, layout)}
+    fits = peft_load._fits(row, settled, peft_load._targets(settled, layout), layout)
     indices = tuple(tensor.suffix for tensor in row.tensors if tensor.places)
     tensors = {}
     for name, shape in peft_load._expected(row, fits, layout).items():
