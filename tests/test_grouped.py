@@ -12,9 +12,10 @@ from cases import IN, METHODS, OUT, Case
 from nightly import nightly_unless
 
 import sborax as sx
+from sborax.adapters import grouped_tpu
 from sborax.adapters.compose import Chain
 from sborax.adapters.core import AbstractComposite, AbstractFactored, dense
-from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_linear, grouped_matmul
+from sborax.adapters.grouped import AbstractGrouped, Sizes, _tiled_outer, _tiled_product, grouped_linear, grouped_matmul
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -132,6 +133,30 @@ def test_a_trained_stack_has_the_gradient_of_each_expert():
     ours = gradient(lambda weight: grouped_matmul(rows(), weight, sizes_of(SIZES)))
     assert_close(ours, gradient(lambda weight: by_expert(rows(), weight)), 1e-6)
     assert not np.asarray(ours[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows", "fan_in", "fan_out", "dtype"),
+    [
+        ((7, 0, 20, 13), 50, 24, 40, jnp.float32),
+        # Tiles that hold rows of several experts, features of more than one tile, rows of a rank.
+        pytest.param((500, 0, 513, 187), 1300, 600, 16, jnp.float32, marks=pytest.mark.nightly),
+        pytest.param((7, 0, 20, 13), 50, 24, 40, jnp.bfloat16, marks=pytest.mark.nightly),
+    ],
+)
+def test_the_kernels_of_a_tpu_equal_tiles(counts, rows, fan_in, fan_out, dtype):
+    """Interpreted on a CPU. Rows that belong to no expert are undefined."""
+    sizes, live = sizes_of(counts), sum(counts)
+    x, g = (jnp.asarray(normal(seed, rows, side), dtype) for seed, side in ((1, fan_in), (2, fan_out)))
+    weight = jnp.asarray(normal(3, len(counts), fan_in, fan_out), dtype)
+    kernel = functools.partial(grouped_tpu.product, weight=weight, sizes=sizes.rows, interpret=True)
+    for made, wanted in (
+        (kernel(x)[:live], _tiled_product(x, weight, sizes, False)[:live]),
+        (kernel(g, transposed=True)[:live], _tiled_product(g, weight, sizes, True)[:live]),
+        (grouped_tpu.outer(x, g, sizes.rows, interpret=True), _tiled_outer(x, g, sizes)),
+    ):
+        assert made.dtype == wanted.dtype
+        assert_close(made.astype(jnp.float32), wanted.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
 def test_members_of_a_sweep_may_route_their_rows_apart():

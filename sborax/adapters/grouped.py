@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from sborax.adapters import grouped_tpu
 from sborax.adapters.compose import Chain, Scaled, Sum, part_context
 from sborax.adapters.core import (
     HIDDEN,
@@ -139,13 +140,11 @@ def _product_transposed(g: Float[Array, "rows out"], weight: Weight, sizes: Size
 
 def _platform_product(x: Array, weight: Weight, sizes: Sizes, transposed: bool) -> Array:
     def native(x: Array, weight: Weight, sizes: Sizes) -> Array:
-        matrices = dense(weight).astype(x.dtype)
-        return jax.lax.ragged_dot(x, jnp.swapaxes(matrices, -1, -2) if transposed else matrices, sizes.rows)
+        return grouped_tpu.product(x, dense(weight).astype(x.dtype), sizes.rows, transposed)
 
     def tiled(x: Array, weight: Weight, sizes: Sizes) -> Array:
         return _tiled_product(x, weight, sizes, transposed)
 
-    # Elsewhere than on a TPU `ragged_dot` multiplies every row with every expert's weight.
     return jax.lax.platform_dependent(x, weight, sizes, tpu=native, default=tiled)
 
 
@@ -156,9 +155,7 @@ def _outer(
     """x^T g over the rows of each expert, float32."""
 
     def native(x: Array, g: Array, sizes: Sizes) -> Array:
-        shape = jax.ShapeDtypeStruct((sizes.experts, x.shape[1], g.shape[1]), x.dtype)
-        (transposed,) = jax.linear_transpose(lambda weight: jax.lax.ragged_dot(x, weight, sizes.rows), shape)(g)
-        return transposed.astype(jnp.float32)
+        return grouped_tpu.outer(x, g, sizes.rows)
 
     return jax.lax.platform_dependent(x, g, sizes, tpu=native, default=_tiled_outer)
 
