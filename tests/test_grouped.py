@@ -110,7 +110,7 @@ def test_outputs_are_dropped_of_thin_factors_too(name):
     node = trained(node)
 
     def product(key):
-        return grouped_linear(rows(), weight, jnp.asarray(SIZES), node, sx.Context(key=key))
+        return grouped_linear(rows(), weight, sizes_of(SIZES), node, sx.Context(key=key))
 
     without, *drawn = (product(key) for key in (None, *jax.random.split(jax.random.key(0), 6)))
     assert any(largest(without - y) > 1e-4 for y in drawn)
