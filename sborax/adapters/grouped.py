@@ -28,7 +28,7 @@ from sborax.adapters.core import (
 from sborax.adapters.depth import over_stack
 from sborax.adapters.weight import AbstractWeight, Weight, dense
 
-LEAST_TILE, LARGEST_TILE = 8, 128
+LEAST_TILE, LARGEST_TILE = 8, 256
 """Bounds of the rows that are multiplied at once where the back end has no grouped product."""
 
 
