@@ -227,20 +227,19 @@ class Mixture:
             device: Int[Array, " 1"], tokens: tuple[Array, Array, Array, Context], projections: Projections
         ) -> Mixed:
             share = device[0] // axes.get(SHARED, 1) % shares if shares > 1 else None
-            if self.capacity is not None:
-                whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
-                y, squares, dropped = self.limited(*tokens, whole, Exchange(shares, None if sent else share))
-                y = jax.lax.psum(y, EXPERT) if shares > 1 and not sent else y
-                return y, jax.lax.psum(squares, summed), jax.lax.psum(dropped, over)
-            if sent:
-                tokens = jax.tree.map(functools.partial(_gathered, axis=0, name=EXPERT), tokens)
             whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
-            y, squares = self.here(*tokens, whole, shares, share)
-            if sent:
+            dropped = None
+            if self.capacity is not None:
+                y, squares, dropped = self.limited(*tokens, whole, Exchange(shares, None if sent else share))
+            elif sent:
+                tokens = jax.tree.map(functools.partial(_gathered, axis=0, name=EXPERT), tokens)
+                y, squares = self.here(*tokens, whole, shares, share)
                 y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
-            elif shares > 1:
+            else:
+                y, squares = self.here(*tokens, whole, shares, share)
+            if shares > 1 and not sent:
                 y = jax.lax.psum(y, EXPERT)
-            return y, jax.lax.psum(squares, summed), None
+            return y, jax.lax.psum(squares, summed), jax.lax.psum(dropped, over)
 
         rows = PartitionSpec(over)
         mapped = jax.shard_map(
