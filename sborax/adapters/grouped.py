@@ -6,7 +6,7 @@ twice, and no value has an axis of experts beside one of rows.
 
 import abc
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from sborax.adapters.weight import AbstractWeight, Weight, dense
 
 LEAST_TILE, LARGEST_TILE = 8, 256
 """Bounds of the rows that are multiplied at once where the back end has no grouped product."""
+PARTS, LEAST_PART = 4, 32
+"""Into how many parts a tile is cut, of which the last are left out where an expert ends, and the least rows of one."""
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +59,7 @@ class Sizes:
         last tile may be partly empty, so smaller tiles compute less in vain, and larger ones run faster.
         """
         half = max(1, rows // self.room // (2 * self.experts))
-        return min(LARGEST_TILE, max(LEAST_TILE, 1 << (half.bit_length() - 1)))
+        return min(rows, LARGEST_TILE, max(LEAST_TILE, 1 << (half.bit_length() - 1)))
 
 
 class AbstractGrouped(AbstractMethod):
@@ -95,36 +97,60 @@ def _tiles(sizes: Sizes, tile: int) -> tuple[Array, Any]:
     return last[-1], place
 
 
+def _leading_product(x: Float[Array, "tile in"], matrix: Float[Array, "in out"], wanted: Array) -> Array:
+    """x W of the first `wanted` rows. Of the others, whole parts of the tile are not multiplied and are zero."""
+    tile = x.shape[0]
+    part = tile // PARTS
+    if part < LEAST_PART:
+        return x @ matrix
+
+    def leading(rows: int) -> Callable[[], Array]:
+        return lambda: jnp.pad(x[:rows] @ matrix, ((0, tile - rows), (0, 0)))
+
+    parts = jnp.clip(-(-wanted // part), 1, PARTS)
+    return jax.lax.switch(parts - 1, [leading(number * part) for number in range(1, PARTS + 1)])
+
+
 def _tiled_product(x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, transposed: bool) -> Array:
     """Each row times the weight of its expert, or times its transpose, one tile after the other."""
     rows, tile = x.shape[0], sizes.tile(x.shape[0])
-    padded = jnp.pad(x, ((0, tile), (0, 0)))
     total, place = _tiles(sizes, tile)
 
     def multiply(number: Array, y: Array) -> Array:
-        expert, first, _ = place(number)
+        expert, first, end = place(number)
+        # The last tile may begin earlier than its expert, so that it lies within the array: padding would copy it.
+        start = jnp.minimum(first, rows - tile)
         matrix = dense(jax.tree.map(lambda leaf: leaf[expert], weight)).astype(x.dtype)
-        product = jax.lax.dynamic_slice_in_dim(padded, first, tile) @ (matrix.T if transposed else matrix)
+        taken = jax.lax.dynamic_slice_in_dim(x, start, tile)
+        product = _leading_product(taken, matrix.T if transposed else matrix, end - start)
         # Rows of the next expert that are in this tile are computed wrongly here, and overwritten by the next tile.
-        return jax.lax.dynamic_update_slice_in_dim(y, product, first, 0)
+        earlier = (start + jnp.arange(tile) < first)[:, None]
+        product = jnp.where(earlier, jax.lax.dynamic_slice_in_dim(y, start, tile), product)
+        return jax.lax.dynamic_update_slice_in_dim(y, product, start, 0)
 
     features = weight.shape[-2 if transposed else -1]
-    return jax.lax.fori_loop(0, total, multiply, jnp.zeros((rows + tile, features), x.dtype))[:rows]
+    return jax.lax.fori_loop(0, total, multiply, jnp.zeros((rows, features), x.dtype))
 
 
 def _tiled_outer(x: Float[Array, "rows in"], g: Float[Array, "rows out"], sizes: Sizes) -> Array:
-    tile = sizes.tile(x.shape[0])
-    left, right = (jnp.pad(leaf, ((0, tile), (0, 0))) for leaf in (x, g))
+    rows, tile = x.shape[0], sizes.tile(x.shape[0])
     total, place = _tiles(sizes, tile)
+    # XLA:CPU multiplies a thin transposed operand by a wide one several times as fast as the reverse.
+    turned = x.shape[1] > g.shape[1]
+    left, right = (g, x) if turned else (x, g)
 
     def add(number: Array, sums: Array) -> Array:
         expert, first, end = place(number)
-        rows = jax.lax.dynamic_slice_in_dim(left, first, tile)
-        live = jnp.where((first + jnp.arange(tile) < end)[:, None], rows, jnp.zeros((), rows.dtype))
-        grads = jax.lax.dynamic_slice_in_dim(right, first, tile)
-        return sums.at[expert].add(jnp.matmul(live.T, grads, preferred_element_type=jnp.float32))
+        start = jnp.minimum(first, rows - tile)
+        row = start + jnp.arange(tile)
+        live = ((row >= first) & (row < end))[:, None]
+        thin = jnp.where(live, jax.lax.dynamic_slice_in_dim(left, start, tile), jnp.zeros((), left.dtype))
+        wide = jax.lax.dynamic_slice_in_dim(right, start, tile)
+        return sums.at[expert].add(jnp.matmul(thin.T, wide, preferred_element_type=jnp.float32))
 
-    return jax.lax.fori_loop(0, total, add, jnp.zeros((sizes.experts, x.shape[1], g.shape[1]), jnp.float32))
+    sums = jnp.zeros((sizes.experts, left.shape[1], right.shape[1]), jnp.float32)
+    sums = jax.lax.fori_loop(0, total, add, sums)
+    return jnp.swapaxes(sums, 1, 2) if turned else sums
 
 
 @jax.custom_batching.sequential_vmap

@@ -98,17 +98,16 @@ class Mixture:
         most = tokens * min(chosen, count)
         room = max(1, shares * min(chosen, count) // chosen)
         sizes = Sizes(jnp.bincount(number, length=count).astype(jnp.int32), room)
-        token = order[:most] // chosen
-        per_row = ctx.take(token)
+        order, place = order[:most], jnp.argsort(order)
+        per_row = ctx.take(order // chosen)
         present = jnp.arange(most) < jnp.sum(sizes.rows)
 
         def only_here(rows: Float[Array, "rows _"]) -> Float[Array, "rows _"]:
             return jnp.where(present[:, None], rows, jnp.zeros((), rows.dtype)) if elsewhere else rows
 
-        outputs, squares = self.units(only_here(x[token]), sizes, per_row, projections, only_here)
-        place = jnp.argsort(order)
-        by_choice = outputs.at[place].get(mode="fill", fill_value=0) if elsewhere else outputs[place]
-        return jnp.einsum("tkd,tk->td", by_choice.reshape(tokens, chosen, -1), weights), squares
+        outputs, squares = self.units(only_here(_by_row(x, order, place)), sizes, per_row, projections, only_here)
+        by_choice = _by_choice(outputs, order, place).reshape(tokens, chosen, -1)
+        return jnp.einsum("tkd,tk->td", by_choice, weights), squares
 
     def limited(
         self,
@@ -285,6 +284,51 @@ class Exchange:
         here = outputs.shape[0]
         zeros = jnp.zeros((here * self.shares, *outputs.shape[1:]), outputs.dtype)
         return jax.lax.dynamic_update_slice_in_dim(zeros, outputs, self.share * here, 0)
+
+
+@jax.custom_vjp
+def _by_row(
+    x: Float[Array, "tokens d"], order: Int[Array, " rows"], place: Int[Array, " choices"]
+) -> Float[Array, "rows d"]:
+    """The token of each row. Gradients are read where rows lie: adding them up in place has no fixed order on a GPU.
+
+    - order: the choice of each row.
+    - place: the row of each choice.
+    """
+    return x[order // (place.size // x.shape[0])]
+
+
+def _by_row_forward(x: Array, order: Array, place: Array) -> tuple[Array, Any]:
+    return _by_row(x, order, place), (order, place, x.shape[0])
+
+
+def _by_row_backward(saved: Any, g: Array) -> tuple[Array, None, None]:
+    order, place, tokens = saved
+    return jnp.sum(_by_choice(g, order, place).reshape(tokens, -1, g.shape[-1]), axis=1), None, None
+
+
+_by_row.defvjp(_by_row_forward, _by_row_backward)
+
+
+@jax.custom_vjp
+def _by_choice(
+    rows: Float[Array, "rows d"], order: Int[Array, " rows"], place: Int[Array, " choices"]
+) -> Float[Array, "choices d"]:
+    """The row of each choice, zeros where it has none. See `_by_row` for the arguments."""
+    if rows.shape[0] == place.size:
+        return rows[place]
+    return rows.at[place].get(mode="fill", fill_value=0)
+
+
+def _by_choice_forward(rows: Array, order: Array, place: Array) -> tuple[Array, Array]:
+    return _by_choice(rows, order, place), order
+
+
+def _by_choice_backward(order: Array, g: Array) -> tuple[Array, None, None]:
+    return g[order], None, None
+
+
+_by_choice.defvjp(_by_choice_forward, _by_choice_backward)
 
 
 def capacity_rows(capacity: float, tokens: int, chosen: int, experts: int) -> int:
