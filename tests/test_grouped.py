@@ -15,7 +15,16 @@ import sborax as sx
 from sborax.adapters import grouped_tpu
 from sborax.adapters.compose import Chain
 from sborax.adapters.core import AbstractComposite, AbstractFactored, dense
-from sborax.adapters.grouped import AbstractGrouped, Sizes, _tiled_outer, _tiled_product, grouped_linear, grouped_matmul
+from sborax.adapters.grouped import (
+    LEAST_PART,
+    PARTS,
+    AbstractGrouped,
+    Sizes,
+    _tiled_outer,
+    _tiled_product,
+    grouped_linear,
+    grouped_matmul,
+)
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -170,3 +179,17 @@ def test_members_of_a_sweep_may_route_their_rows_apart():
 @pytest.mark.parametrize(("count", "experts", "tile"), [(8, 64, 8), (512, 8, 32), (16384, 8, 256)])
 def test_tiles_at_balanced_load_are_full(count, experts, tile):
     assert sizes_of([0] * experts).tile(count) == tile and (count // experts) % tile in (0, count // experts)
+
+
+@pytest.mark.parametrize("counts", [(0, 33, 517, 50), (300, 300, 0, 0), (600, 0, 0, 0), (1, 2, 3, 4)], ids=str)
+def test_the_end_of_an_expert_is_multiplied_in_part(counts):
+    assert sizes_of(counts).tile(1024) // PARTS >= LEAST_PART
+    sizes, total = sizes_of(counts), sum(counts)
+    x, g, weight = (jnp.asarray(normal(seed, *shape)) for seed, shape in enumerate([(1024, 6), (1024, 5), (4, 6, 5)]))
+    experts = np.repeat(np.arange(4), counts)
+    y = _tiled_product(x, weight, sizes, transposed=False)[:total]
+    assert_close(y, jnp.einsum("ri,rio->ro", x[:total], weight[experts]), 1e-6)
+    back = _tiled_product(g, weight, sizes, transposed=True)[:total]
+    assert_close(back, jnp.einsum("ro,rio->ri", g[:total], weight[experts]), 1e-6)
+    live = np.eye(4, dtype=np.float32)[experts]
+    assert_close(_tiled_outer(x, g, sizes), jnp.einsum("re,ri,ro->eio", live, x[:total], g[:total]), 1e-5)
