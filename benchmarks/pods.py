@@ -1,8 +1,8 @@
 """The training step on 256 TPU chips, judged without one: python -m benchmarks.pods compile, then page
 
 compile: compiles what is missing for TPU slices (needs the package libtpu), one step after the other, and appends
-FLOPs, bytes and memory of each to benchmarks/pods.jsonl. A step that the same code and versions have compiled is not
-compiled again, so a run that was cut off goes on. A step takes minutes of a core.
+FLOPs, bytes and memory of each to benchmarks/pods.jsonl. A step whose program and versions are those of its stored line
+is not compiled again, so a run that was cut off goes on. A step takes minutes of a core.
 page: writes docs/performance.md from that file. Nothing has run on a TPU: times are the least that the chip's published
 rates allow.
 """
@@ -24,7 +24,7 @@ import jax
 from benchmarks.__main__ import number, version
 from benchmarks.shapes import SHAPES, kernels, minimum_flops, model_flops
 from benchmarks.tpu import step
-from sborax.plans.ahead import argument_bytes, compiled, on_mesh, pod_mesh
+from sborax.plans.ahead import Outline, argument_bytes, lowered, on_mesh, pod_mesh
 from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes
 from sborax.plans.roofline import CHIPS, Roofline, attention_flops, received_bytes, roofline
 from sborax.train.head_loss import CHUNK
@@ -89,13 +89,26 @@ def pods() -> list[Pod]:
     ]
 
 
-def about() -> dict[str, Any]:
-    """Versions, and a digest of the code that the program and its numbers come from."""
-    folders = ("adapters", "methods", "optim", "models", "layout", "train")
-    files = [path for folder in folders for path in sorted((ROOT / "sborax" / folder).rglob("*.py"))]
-    files += [ROOT / "sborax" / "plans" / name for name in ("ahead.py", "hlo.py")]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    return {"versions": {name: version(name) for name in ("jax", "flax", "optax", "libtpu")}, "code": code}
+def about(program: Any) -> dict[str, Any]:
+    """Versions, and digests of the lowered program and of the code that reads numbers from the compiled one."""
+    plans = ROOT / "sborax" / "plans"
+    reading = b"".join((plans / name).read_bytes() for name in ("hlo.py", "ahead.py"))
+    return {
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "libtpu")},
+        "program": digest(program.as_text().encode()),
+        "reading": digest(reading),
+    }
+
+
+def digest(content: bytes) -> str:
+    """The beginning of a SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def planned(pod: Pod) -> Outline:
+    """The step of a pod, laid out over its chips."""
+    mesh = pod_mesh(SLICES[pod.chip], {"fsdp": CHIPS_OF_A_SLICE})
+    return on_mesh(step(pod.shape, pod.method, pod.rows * CHIPS_OF_A_SLICE, LENGTH, pod.remat, "splash"), mesh)
 
 
 def stored(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -104,11 +117,9 @@ def stored(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {line["pod"]: line for line in lines}
 
 
-def measure(pod: Pod) -> dict[str, Any]:
+def measure(pod: Pod, outlined: Outline, traced: Any) -> dict[str, Any]:
     """What the compiled step computes, moves, sends and holds on each chip; or why the compiler refused it."""
     began = time.perf_counter()
-    mesh = pod_mesh(SLICES[pod.chip], {"fsdp": CHIPS_OF_A_SLICE})
-    outlined = on_mesh(step(pod.shape, pod.method, pod.rows * CHIPS_OF_A_SLICE, LENGTH, pod.remat, "splash"), mesh)
     result: dict[str, Any] = {
         "arguments": argument_bytes(outlined),
         "trained": outlined.parts.count,
@@ -118,7 +129,7 @@ def measure(pod: Pod) -> dict[str, Any]:
         "base": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(outlined.parts.base)),
     }
     try:
-        program = compiled(outlined)
+        program = traced.compile()
     except jax.errors.JaxRuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if "hbm" in line.lower()]
         return {**result, "refused": lines[0] if lines else str(error).splitlines()[0]}
@@ -188,13 +199,14 @@ def main() -> None:
 
         PAGE.write_text(page(stored()))
         return
-    known, facts = stored(), about()
-    for pod in pods():
-        line = known.get(pod.name, {})
-        current = all(line.get(name) == value for name, value in facts.items())
-        if args.only not in pod.name or (current and not args.again):
+    known = stored()
+    for pod in (pod for pod in pods() if args.only in pod.name):
+        outlined = planned(pod)
+        program = lowered(outlined)
+        line, facts = known.get(pod.name, {}), about(program)
+        if all(line.get(name) == value for name, value in facts.items()) and not args.again:
             continue
-        result = measure(pod)
+        result = measure(pod, outlined, program)
         with RESULTS.open("a") as file:
             file.write(json.dumps({"pod": pod.name, **facts, "result": result}) + "\n")
         seconds = number(result.get("compile_seconds"), 0)

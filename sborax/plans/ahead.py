@@ -151,14 +151,19 @@ def argument_bytes(planned: Outline) -> dict[str, int]:
     }
 
 
-def compiled(planned: Outline) -> Any:
-    """The step compiled for the devices of its mesh, which must not be abstract, or for this process's first device."""
+def lowered(planned: Outline) -> Any:
+    """The step traced for the devices of its mesh, which must not be abstract, or for this process's first device."""
     assert not isinstance(planned.mesh, AbstractMesh)
     step = planned.prepared.make_step(planned.shardings)
     if planned.mesh is None:
-        return step.lower(*planned.arguments).compile()
+        return step.lower(*planned.arguments)
     with jax.set_mesh(planned.mesh):
-        return step.lower(*planned.arguments).compile()
+        return step.lower(*planned.arguments)
+
+
+def compiled(planned: Outline) -> Any:
+    """The step compiled for the same devices as by `lowered`."""
+    return lowered(planned).compile()
 
 
 def pod_mesh(topology: str, sizes: Mapping[str, int] | None) -> Mesh:
