@@ -24,11 +24,12 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
+from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_dropout, grouped_matmul
 from sborax.methods.lowrank import HIDDEN
 
 
 @dataclasses.dataclass(frozen=True)
-class Bone(AbstractFactored):
+class Bone(AbstractFactored, AbstractGrouped):
     """y = x W + S(x) d, d (rank, out), where S sums the inputs that share a row of d.
 
     grouping="strided" (default, PEFT's MISS): S(x)[j] = sum_m x[m rank + j], so W'[i, :] = W[i, :] + d[i mod rank, :].
@@ -81,6 +82,14 @@ class Bone(AbstractFactored):
         pooled = checkpoint_name(self._pooled(dropout(x, adapter, ctx)), HIDDEN)
         low = pooled @ cast(adapter.train["d"], x)
         return y + (low if self.mini_rank is None else jnp.tile(low, (1, y.shape[1] // self.mini_rank)))
+
+    def apply_grouped(
+        self, x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "rows out"]:
+        # S is the same for all experts, so its sums need no product by expert.
+        pooled = checkpoint_name(self._pooled(grouped_dropout(x, sizes, adapter, ctx)), HIDDEN)
+        low = grouped_matmul(pooled, cast(adapter.train["d"], x), sizes)
+        return grouped_matmul(x, weight, sizes) + jnp.tile(low, (1, weight.shape[-1] // low.shape[1]))
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         fan_in, fan_out = weight.shape
