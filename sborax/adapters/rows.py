@@ -8,11 +8,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.core import AbstractMethod, Adapter, Axes, Context, Fitted, Hint, Leaves, SboraxError, Weight
+from sborax.adapters.core import (
+    AbstractKernelless,
+    AbstractMethod,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Leaves,
+    SboraxError,
+    Weight,
+)
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import STACKED_UNDER
-from sborax.adapters.routing import AbstractRouter, routed_parts
+from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import Adapters, Params, nodes
 
 
@@ -125,7 +136,7 @@ def _form(tree: Adapters) -> Any:
     for path, node in nodes(tree).items():
         method = node.method
         shares = not (method.rewrites_base or method.linked or method.adapts_bias or routed_parts(method))
-        if not shares or isinstance(method, AbstractRouter) or not path.startswith(f"{STACKED_UNDER}/"):
+        if not shares or isinstance(method, AbstractKernelless) or not path.startswith(f"{STACKED_UNDER}/"):
             return None
         leaves, structure = jax.tree.flatten((node.train, node.frozen))
         form[path] = method, node.in_axes, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
