@@ -61,12 +61,12 @@ def fitted(method: AbstractMethod, dtype: str = "float32", stacked: bool = True,
     if not stacked:
         params = {"layers": {"0": params[name]}}
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", method)], hints(method, stacked))
-    node = alone(adapters)
+    node = standalone(adapters)
     (weight,) = jax.tree.leaves(params, is_leaf=is_weight)
     return weight, node
 
 
-def alone(adapters) -> Adapter:
+def standalone(adapters) -> Adapter:
     """The adapter of the only kernel, with a copy of its own of what a model shares."""
     (node,) = link(nodes(adapters)).values()
     return node

@@ -12,7 +12,6 @@ import optax
 import pytest
 from bare_kernels import (
     SETTINGS,
-    alone,
     assert_close,
     base,
     by_few,
@@ -26,6 +25,7 @@ from bare_kernels import (
     normal,
     padding,
     projected,
+    standalone,
     tolerance,
     trained,
 )
@@ -294,7 +294,9 @@ def test_count_is_the_closed_form(case: Case):
     weight = base()
     for params, weights in ({"layers": {"proj": {"kernel": weight}}}, LAYERS), ({"proj": {"kernel": weight[0]}}, 1):
         grads = {path.removesuffix("/kernel"): sx.Hint(grad=leaf) for path, leaf in kernels(params).items()}
-        _, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], grads if case.method.needs else None)
+        _, adapters = sx.attach(
+            jax.random.key(0), params, [("proj", case.method)], grads if case.method.needs else None
+        )
         assert sx.count(adapters) == weights * case.count(IN, OUT) + case.shared
 
 
@@ -317,7 +319,7 @@ def test_every_counted_parameter_has_a_gradient(case: Case):
         assert "\n" not in str(error)
         return
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], grad)
-    train, frozen = sx.split(trained(alone(adapters)))
+    train, frozen = sx.split(trained(standalone(adapters)))
     gradient = jax.grad(loss_of)(train, frozen, params["proj"]["kernel"], jnp.asarray(normal(6, 33, 10)))
     live = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(gradient))
     assert live == sx.count(adapters) == case.count(10, 12) + case.shared
@@ -354,7 +356,7 @@ def test_many_adapters_over_one_base(case: Case, stacked, quantised):
     if not stacked:
         params = {"layers": {"0": params["layers"]}}
     _, adapters = sx.attach(jax.random.key(1), params, [("proj", case.method)], hints(case.method, stacked))
-    second = alone(adapters)
+    second = standalone(adapters)
     members = [trained(first, 3), trained(second, 4)]
     together = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *members)
     x = inputs()
@@ -379,7 +381,7 @@ def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
     params = {"layers": {"proj": {"kernel": base()}}}
     rule = sx.Rule("proj", case.method, layers=(0, -1))
     params, adapters = sx.attach(jax.random.key(0), params, [rule], hints(case.method, True))
-    node = trained(alone(adapters))
+    node = trained(standalone(adapters))
     weight = params["layers"]["proj"]["kernel"]
     assert sx.count(adapters) == 2 * case.count(IN, OUT) + case.shared
     y = forward(inputs(), weight, node)
@@ -406,7 +408,7 @@ def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
         assert "proj" in str(error) and "\n" not in str(error)
         return
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], own)
-    node = trained(alone(adapters))
+    node = trained(standalone(adapters))
     x = jnp.asarray(normal(6, 3, fan_in))
     y = projected(x, params["proj"]["kernel"], node)
     assert sx.count(adapters) == case.count(fan_in, fan_out) + case.shared

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import alone, assert_close, by_case, by_few, forward, host, inputs, normal, trained
+from bare_kernels import assert_close, by_case, by_few, forward, host, inputs, normal, standalone, trained
 from cases import IN, METHODS, OUT, Case
 
 import sborax as sx
@@ -83,7 +83,7 @@ def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case
             attached(case, params, stack_axes=2, layers=(0, -1))
         return
     params, adapters = attached(case, params, stack_axes=2, layers=(0, -1))
-    kernel, node = params["layers"]["experts"]["kernel"], alone(adapters)
+    kernel, node = params["layers"]["experts"]["kernel"], standalone(adapters)
     assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared
     node = trained(node)
     y, plain = forward(inputs(), kernel, node), np.einsum("ti,leio->leto", host(inputs()), weight)

@@ -48,6 +48,7 @@ class VBLoRA(AbstractFactored, AbstractBanked):
 
     paper = "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, arXiv:2405.15179"
     identity_at_init = False
+    sends = "the factors that are made of the bank, and their gradients"
     bank_name = "vectors"
     bank_leaves = frozenset({"bank"})
 
