@@ -75,14 +75,14 @@ def _logits(key: str, places: np.ndarray, shares: np.ndarray, vectors: int, top_
 
 
 def _read_uni(fields: Fields) -> Fit:
-    length = whole_field(fields, "theta_d_length", 1, LONGEST)
-    return Fit(UniLoRA(rank=rank_field(fields), length=length, dropout=number_field(fields, "unilora_dropout")), {})
+    size = whole_field(fields, "theta_d_length", 1, LONGEST)
+    return Fit(UniLoRA(rank=rank_field(fields), coefficients=size, dropout=number_field(fields, "unilora_dropout")), {})
 
 
 def _write_uni(node: Adapter) -> dict[str, Any]:
     method = node.method
     assert isinstance(method, UniLoRA)
-    sizes = {"r": method.rank, "theta_d_length": method.length}
+    sizes = {"r": method.rank, "theta_d_length": method.coefficients}
     return sizes | {"unilora_dropout": dropout_of(node), "save_indices": True}
 
 

@@ -36,15 +36,15 @@ class UniLoRA(AbstractFactored, AbstractBanked):
     a = (theta * gain)[idx_a] and b = (theta * gain)[idx_b], with frozen random indices. gain_j = 1 / sqrt(n_j), where
     n_j counts how often all indices name j: the map from theta to the factors of all kernels is an isometry.
 
-    rank: width of the factors (PEFT: 4). length: size of theta (PEFT: 256).
+    rank: width of the factors (PEFT: 4). coefficients: length of theta (PEFT: 256).
     bound: theta starts uniform in [-bound, bound] (PEFT: 0.02).
     dropout: rate on x; default 0.
 
     Each weight has every index equally often, or once more, at random places: the indices of a kernel depend on no
     other kernel, and gains on which kernels are adapted. PEFT deals indices out over all kernels at once, the paper
     draws each alone. Not the identity at init. Exact merge. The vector is one array for all kernels, so rules must
-    agree on length and bound; a forward pass has a copy of it and of the gains for each layer of each kernel.
-    Trained parameters: none for each weight, and length once.
+    agree on coefficients and bound; a forward pass has a copy of it and of the gains for each layer of each kernel.
+    Trained parameters: none for each weight, and coefficients once.
     """
 
     paper = PAPER
@@ -54,7 +54,7 @@ class UniLoRA(AbstractFactored, AbstractBanked):
     bank_leaves = frozenset({"theta", "gain"})
 
     rank: int = 4
-    length: int = 256
+    coefficients: int = 256
     bound: float = hyper(0.02, above=0.0)
     dropout: float = hyper(0.0)
 
@@ -63,18 +63,18 @@ class UniLoRA(AbstractFactored, AbstractBanked):
         return {"idx_a": ("in", "rank"), "idx_b": ("rank", "out"), "theta": (None,), "gain": (None,), "dropout": ()}
 
     def bank(self) -> AbstractBank:
-        return SharedVector(self.length, self.bound)
+        return SharedVector(self.coefficients, self.bound)
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.length < 1:
-            raise SboraxError(f"length must be at least 1, got {self.length}")
+        if self.coefficients < 1:
+            raise SboraxError(f"coefficients must be at least 1, got {self.coefficients}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         of_places, of_names = jax.random.split(key)
         count, size = self.rank * weight.shape[0], self.rank * sum(weight.shape)
-        names = jax.random.permutation(of_names, self.length).astype(jnp.int32)
-        idx = names[jax.random.permutation(of_places, size) % self.length]
+        names = jax.random.permutation(of_names, self.coefficients).astype(jnp.int32)
+        idx = names[jax.random.permutation(of_places, size) % self.coefficients]
         indices = {"idx_a": idx[:count].reshape(-1, self.rank), "idx_b": idx[count:].reshape(self.rank, -1)}
         return Fitted({}, {**indices, **dropout_leaf(self.dropout)})
 
@@ -101,7 +101,7 @@ class SharedVector(AbstractBank):
 
     paper = PAPER
 
-    length: int
+    coefficients: int
     bound: float = hyper()
 
     @property
@@ -110,18 +110,18 @@ class SharedVector(AbstractBank):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return 1, self.length
+        return 1, self.coefficients
 
     def check(self, shape: tuple[int, int]) -> None:
-        if self.length < 1:
-            raise SboraxError(f"length must be at least 1, got {self.length}")
+        if self.coefficients < 1:
+            raise SboraxError(f"coefficients must be at least 1, got {self.coefficients}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        theta = jax.random.uniform(key, (self.length,), minval=-self.bound, maxval=self.bound)
-        return Fitted({"theta": theta}, {"gain": jnp.ones(self.length)})
+        theta = jax.random.uniform(key, (self.coefficients,), minval=-self.bound, maxval=self.bound)
+        return Fitted({"theta": theta}, {"gain": jnp.ones(self.coefficients)})
 
     def settle(self, bank: Adapter, readers: Sequence[Adapter]) -> Adapter:
-        counts = jnp.zeros(self.length, jnp.int32)
+        counts = jnp.zeros(self.coefficients, jnp.int32)
         for places in jax.tree.leaves([(reader.frozen["idx_a"], reader.frozen["idx_b"]) for reader in readers]):
             counts = counts.at[places.reshape(-1)].add(1)
         # Entries that no index names change nothing.
