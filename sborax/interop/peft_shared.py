@@ -140,6 +140,7 @@ SHARED = (
             Tensor("unilora_scales_A", "gain", TRANSPOSED, at="idx_a"),
             Tensor("unilora_scales_B", "gain", TRANSPOSED, at="idx_b"),
         ),
-        _read_uni, _write_uni, any_rank=True, inert=frozenset({"init_theta_d_bound", "init_weights"}), completed=_dealt_indices,
+        _read_uni, _write_uni, any_rank=True, inert=frozenset({"init_theta_d_bound", "init_weights"}),
+        completed=_dealt_indices,
     ),
 )  # fmt: skip
