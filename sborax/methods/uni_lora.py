@@ -100,6 +100,7 @@ class SharedVector(AbstractBank):
     """The vector that `UniLoRA` trains, and the gains of its entries. See there for the options."""
 
     paper = PAPER
+    group_b = frozenset({"theta"})
 
     coefficients: int
     bound: float = hyper()
