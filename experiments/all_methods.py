@@ -93,6 +93,8 @@ ARMS = [
     Arm("VeRA", sx.VeRA(rank=32), 1e-2),
     Arm("PVeRA", sx.PVeRA(rank=32), 1e-2),
     Arm("TinyLoRA", sx.TinyLoRA(rank=4), 1e-2),
+    Arm("VBLoRA", sx.VBLoRA(rank=4, vectors=32, length=4), 1e-2),
+    Arm("UniLoRA", sx.UniLoRA(rank=8, coefficients=2000), 1e-2),
     Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-3),
     Arm("HiRA", sx.HiRA(rank=8), 1e-2),
     Arm("LoHa", sx.LoHa(rank=4, alpha=8.0)),

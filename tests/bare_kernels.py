@@ -11,6 +11,7 @@ from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS
 from nightly import nightly_unless
 
 import sborax as sx
+from sborax.adapters.bank import link
 from sborax.adapters.core import AbstractMethod, Adapter, is_weight
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.models.nf4 import quantise
@@ -60,9 +61,15 @@ def fitted(method: AbstractMethod, dtype: str = "float32", stacked: bool = True,
     if not stacked:
         params = {"layers": {"0": params[name]}}
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", method)], hints(method, stacked))
-    (node,) = nodes(adapters).values()
+    node = standalone(adapters)
     (weight,) = jax.tree.leaves(params, is_leaf=is_weight)
     return weight, node
+
+
+def standalone(adapters) -> Adapter:
+    """The adapter of the only kernel, with a copy of its own of what a model shares."""
+    (node,) = link(nodes(adapters)).values()
+    return node
 
 
 def trained(node: Adapter, seed: int = 3) -> Adapter:

@@ -56,6 +56,16 @@ FILES = {
     "TinyLoRA": peft.TinyLoraConfig(r=3, u=5, target_modules=MIXED, init_weights="uniform", init_v_bound=0.5),
     "PEANuT": peft.PeanutConfig(r=4, scaling=2.5, target_modules=MIXED),
     "PEANuT-deep": peft.PeanutConfig(r=4, depth=2, act_fn="silu", target_modules=MIXED, layers_to_transform=[1]),
+    "VBLoRA": peft.VBLoRAConfig(r=3, num_vectors=20, vector_length=8, init_vector_bank_bound=0.5, target_modules=MIXED),
+    "VBLoRA-chosen": peft.VBLoRAConfig(
+        r=3, num_vectors=20, vector_length=8, topk=3, save_only_topk_weights=True, target_modules=MIXED
+    ),
+    "UniLoRA": peft.UniLoraConfig(
+        r=3, theta_d_length=50, init_theta_d_bound=2.0, save_indices=True, target_modules=MIXED
+    ),
+    "UniLoRA-seed": peft.UniLoraConfig(
+        r=3, theta_d_length=47, init_theta_d_bound=2.0, proj_seed=5, target_modules=MIXED, layers_to_transform=[1]
+    ),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
     "FourierFT": peft.FourierFTConfig(

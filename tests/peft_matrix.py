@@ -58,6 +58,8 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "PEANuT": (peft.PeanutConfig, {"r": 4}),
     "SuperTuning": (peft.SupertuningConfig, {"sparsity": 0.9}),
     "DEFT": (peft.DeftConfig, {"r": 4}),
+    "VBLoRA": (peft.VBLoRAConfig, {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.5}),
+    "UniLoRA": (peft.UniLoraConfig, {"r": 3, "theta_d_length": 200, "init_theta_d_bound": 2.0}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -354,6 +356,24 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"deft_dropout": 0.25},
         "wide": {"r": 40},
     },
+    "VBLoRA": {
+        "chosen": {"save_only_topk_weights": True},
+        "chosen, one": {"save_only_topk_weights": True, "topk": 1},
+        "chosen, all": {"save_only_topk_weights": True, "topk": 20},
+        "chosen of many": {"save_only_topk_weights": True, "num_vectors": 300},
+        "one": {"topk": 1},
+        "dropout": {"vblora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "UniLoRA": {
+        "indices": {"save_indices": True},
+        "another seed": {"proj_seed": 7},
+        "a vector longer than all factors": {"theta_d_length": 3000},
+        "a random start": {"init_weights": False},
+        "one entry": {"theta_d_length": 1},
+        "dropout": {"unilora_dropout": 0.25, "save_indices": True},
+        "wide": {"r": 40},
+    },
     "MiSS": {
         "r 32": {"r": 32},
         "r 1": {"r": 1},
@@ -376,6 +396,7 @@ def of_one_tuner() -> Iterator[Option]:
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
+    ("VBLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
     ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }

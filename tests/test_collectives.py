@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
 import sborax as sx
+from sborax.adapters.bank import link
 from sborax.adapters.constraints import ROWS, mesh_axes
 from sborax.adapters.core import linear
 from sborax.adapters.leaves import nest
@@ -55,7 +56,7 @@ def projection(method, module, quant=False):
 
     def program(x_, kernel, train, frozen, slope):
         def forward(x_, train):
-            found = nodes(sx.combine(train, frozen)).values()
+            found = link(nodes(sx.combine(train, frozen))).values()
             node = next((used_whole(node, module) for node in found), None)
             return jax.lax.with_sharding_constraint(linear(x_, sent_packed(kernel, module), node), y)
 

@@ -25,6 +25,7 @@ from bare_kernels import (
     normal,
     padding,
     projected,
+    standalone,
     tolerance,
     trained,
 )
@@ -35,7 +36,9 @@ from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 from nightly import nightly_unless
 
 import sborax as sx
+from sborax.adapters.bank import link
 from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
+from sborax.adapters.paths import kernels
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.config import codec as config
 from sborax.records.adapter import read_adapter, save_adapter
@@ -247,11 +250,11 @@ def test_stack_equals_its_layers(case: Case):
         pytest.fail("ragged methods are compared in their own test")
     flat = {"layers": {str(i): {"proj": {"kernel": base()[i]}} for i in range(LAYERS)}}
     own = hints(case.method, True)
-    for i in range(LAYERS):
-        hint = {"layers/proj": sx.Hint(grad=own["layers/proj"].grad[i])} if own else None
-        params, adapters = sx.attach(jax.random.key(0), flat, [sx.Rule("proj", case.method, layers=(i,))], hint)
-        ((path, single),) = nodes(adapters).items()
-        assert path == f"layers/{i}/proj/kernel"
+    hint = {f"layers/{i}/proj": sx.Hint(grad=own["layers/proj"].grad[i]) for i in range(LAYERS)} if own else None
+    params, adapters = sx.attach(jax.random.key(0), flat, [("proj", case.method)], hint)
+    singles = link(nodes(adapters))
+    assert list(singles) == [f"layers/{i}/proj/kernel" for i in range(LAYERS)]
+    for i, single in enumerate(singles.values()):
         sliced = jax.tree.map(lambda leaf, i=i: leaf[i], node)
         chex.assert_trees_all_close(sx.split(single), sx.split(sliced), rtol=1e-5, atol=1e-5)
         kernel = params["layers"][str(i)]["proj"]["kernel"]
@@ -288,10 +291,13 @@ def test_second_step_compiles_nothing(case: Case):
 
 @by_case
 def test_count_is_the_closed_form(case: Case):
-    _, node = fitted(case.method)
-    assert sx.count({"k": node}) == LAYERS * case.count(IN, OUT)
-    _, flat = fitted(case.method, stacked=False)
-    assert sx.count({"k": flat}) == case.count(IN, OUT)
+    weight = base()
+    for params, weights in ({"layers": {"proj": {"kernel": weight}}}, LAYERS), ({"proj": {"kernel": weight[0]}}, 1):
+        grads = {path.removesuffix("/kernel"): sx.Hint(grad=leaf) for path, leaf in kernels(params).items()}
+        _, adapters = sx.attach(
+            jax.random.key(0), params, [("proj", case.method)], grads if case.method.needs else None
+        )
+        assert sx.count(adapters) == weights * case.count(IN, OUT) + case.shared
 
 
 @by_case
@@ -313,10 +319,10 @@ def test_every_counted_parameter_has_a_gradient(case: Case):
         assert "\n" not in str(error)
         return
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], grad)
-    train, frozen = sx.split(trained(adapters["proj"]["kernel"]))
+    train, frozen = sx.split(trained(standalone(adapters)))
     gradient = jax.grad(loss_of)(train, frozen, params["proj"]["kernel"], jnp.asarray(normal(6, 33, 10)))
     live = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(gradient))
-    assert live == sx.count(adapters) == case.count(10, 12)
+    assert live == sx.count(adapters) == case.count(10, 12) + case.shared
 
 
 @by_case
@@ -350,7 +356,7 @@ def test_many_adapters_over_one_base(case: Case, stacked, quantised):
     if not stacked:
         params = {"layers": {"0": params["layers"]}}
     _, adapters = sx.attach(jax.random.key(1), params, [("proj", case.method)], hints(case.method, stacked))
-    (second,) = nodes(adapters).values()
+    second = standalone(adapters)
     members = [trained(first, 3), trained(second, 4)]
     together = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *members)
     x = inputs()
@@ -375,9 +381,9 @@ def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
     params = {"layers": {"proj": {"kernel": base()}}}
     rule = sx.Rule("proj", case.method, layers=(0, -1))
     params, adapters = sx.attach(jax.random.key(0), params, [rule], hints(case.method, True))
-    node = trained(adapters["layers"]["proj"]["kernel"])
+    node = trained(standalone(adapters))
     weight = params["layers"]["proj"]["kernel"]
-    assert sx.count(adapters) == 2 * case.count(IN, OUT)
+    assert sx.count(adapters) == 2 * case.count(IN, OUT) + case.shared
     y = forward(inputs(), weight, node)
     x = inputs()
     plain = jax.jit(lambda stack: jax.lax.map(lambda w: sx.linear(x, w), stack))(base())
@@ -402,9 +408,9 @@ def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
         assert "proj" in str(error) and "\n" not in str(error)
         return
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], own)
-    node = trained(adapters["proj"]["kernel"])
+    node = trained(standalone(adapters))
     x = jnp.asarray(normal(6, 3, fan_in))
     y = projected(x, params["proj"]["kernel"], node)
-    assert sx.count(adapters) == case.count(fan_in, fan_out)
+    assert sx.count(adapters) == case.count(fan_in, fan_out) + case.shared
     if not case.method.no_merge:
         assert_close(y, host(x) @ host(merged(params["proj"]["kernel"], node)), 5e-5)

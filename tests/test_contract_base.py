@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from bare_kernels import assert_close, base, by_few, forward, hints, host, inputs, merged, trained
+from bare_kernels import assert_close, base, by_few, forward, hints, host, inputs, merged, standalone, trained
 from cases import FEW, LAYERS, METHODS, Case
 from nightly import nightly_unless
 
@@ -33,7 +33,7 @@ def only(params):
 def saved(case: Case, directory, quantised: bool, rule=None):
     before = tree(quantised)
     params, adapters = sx.attach(jax.random.key(0), before, [rule or ("proj", case.method)], hints(case.method, True))
-    adapters = {"layers": {"proj": {"kernel": trained(adapters["layers"]["proj"]["kernel"])}}}
+    adapters = {"layers": {"proj": {"kernel": trained(standalone(adapters))}}}
     save_adapter(directory, adapters, base=fingerprint(before))
     return params, adapters
 
@@ -62,7 +62,7 @@ def test_unselected_layers_keep_their_codes(case: Case):
     before = tree(True)
     rule = sx.Rule("proj", case.method, layers=(0, -1))
     params, adapters = sx.attach(jax.random.key(0), before, [rule], hints(case.method, True))
-    node, weight = trained(adapters["layers"]["proj"]["kernel"]), only(params)
+    node, weight = trained(standalone(adapters)), only(params)
     assert isinstance(weight, NF4Array)
     chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf: leaf[1], held) for held in (weight, only(before))))
     y = forward(inputs(), weight, node)

@@ -20,6 +20,7 @@ from bare_kernels import (
     inputs,
     merged,
     normal,
+    standalone,
     tolerance,
     trained,
 )
@@ -83,7 +84,7 @@ def test_unselected_layers_keep_their_bias_bit_for_bit(case: Case):
     params = {"layers": {"proj": {"kernel": base(), "bias": biases("float32", True)}}}
     rule = sx.Rule("proj", case.method, layers=(0, -1))
     params, adapters = sx.attach(jax.random.key(0), params, [rule], hints(case.method, True))
-    own, node, x = params["layers"]["proj"], trained(adapters["layers"]["proj"]["kernel"]), inputs()
+    own, node, x = params["layers"]["proj"], trained(standalone(adapters)), inputs()
     y = biased(x, own["kernel"], node, own["bias"])
     plain = jax.jit(lambda: jax.lax.map(lambda layer: sx.linear(x, layer[0], bias=layer[1]), (base(), own["bias"])))()
     chex.assert_trees_all_equal(y[1], plain[1])

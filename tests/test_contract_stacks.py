@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, by_case, by_few, forward, host, inputs, normal, trained
+from bare_kernels import assert_close, by_case, by_few, forward, host, inputs, normal, standalone, trained
 from cases import IN, METHODS, OUT, Case
 
 import sborax as sx
+from sborax.adapters.bank import link
 from sborax.adapters.core import structure
 from sborax.adapters.paths import Site, weight_keys
 from sborax.adapters.tree import nodes
@@ -43,10 +44,10 @@ def test_a_rule_for_a_layer_adapts_all_of_its_experts_and_no_others(case: Case):
             attached(case, unrolled(SAME), stack_axes=1, layers=(0,))
         return
     params, adapters = attached(case, unrolled(SAME), stack_axes=1, layers=(0,))
-    ((path, node),) = nodes(adapters).items()
+    ((path, node),) = link(nodes(adapters)).items()
     assert path == "layers/0/experts/kernel"
     assert node.method == structure(case.method)
-    assert sx.count(adapters) == EXPERTS * case.count(IN, OUT)
+    assert sx.count(adapters) == EXPERTS * case.count(IN, OUT) + case.shared
     y = forward(inputs(), params["layers"]["0"]["experts"]["kernel"], trained(node))
     plain = host(inputs()) @ WEIGHT
     assert all(np.abs(host(expert) - plain).max() > 1e-3 for expert in y)
@@ -58,7 +59,8 @@ def test_random_starts_differ_from_weight_to_weight(case: Case):
     if case.method.linked:
         return
     first, second = (attached(case, unrolled(SAME), seed, stack_axes=1)[1] for seed in (0, 1))
-    leaves = [jax.tree.leaves((node.train, node.frozen)) for tree in (first, second) for node in nodes(tree).values()]
+    trees = [[node for path, node in nodes(tree).items() if path.endswith("/kernel")] for tree in (first, second)]
+    leaves = [jax.tree.leaves((node.train, node.frozen)) for tree in trees for node in tree]
     for together in zip(*leaves, strict=True):
         drawn = np.stack([np.asarray(leaf) for leaf in together]).reshape(2, LAYERS * EXPERTS, -1)
         if drawn.shape[2] < 4 or not apart(drawn[0, 0], drawn[1, 0]):
@@ -81,8 +83,8 @@ def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case
             attached(case, params, stack_axes=2, layers=(0, -1))
         return
     params, adapters = attached(case, params, stack_axes=2, layers=(0, -1))
-    kernel, node = params["layers"]["experts"]["kernel"], adapters["layers"]["experts"]["kernel"]
-    assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT)
+    kernel, node = params["layers"]["experts"]["kernel"], standalone(adapters)
+    assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared
     node = trained(node)
     y, plain = forward(inputs(), kernel, node), np.einsum("ti,leio->leto", host(inputs()), weight)
     moved = np.abs(host(y) - plain).max(axis=(2, 3)) > 1e-3

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, largest, normal, trained
+from bare_kernels import assert_close, largest, normal, standalone, trained
 from cases import IN, METHODS, OUT, Case
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
@@ -127,8 +127,8 @@ def a_mixture(method=None, quantised=False, layers=()):
             hints = {path: sx.Hint(grad=jnp.asarray(normal(seed + 3, *kernel.shape)))} if method.needs else None
             params = nest({f"{path}/kernel": kernel})
             params, adapters = sx.attach(jax.random.key(seed), params, [("experts", method)], hints)
-            (node,), (kernel,) = nodes(adapters).values(), jax.tree.leaves(params, is_leaf=is_weight)
-            node = trained(node, seed)
+            (kernel,) = jax.tree.leaves(params, is_leaf=is_weight)
+            node = trained(standalone(adapters), seed)
         projections[name] = Projection(kernel, node, None, f"experts/{name}")
     return projections
 

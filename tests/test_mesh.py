@@ -124,6 +124,25 @@ def test_leaves_that_are_not_cut_as_their_kernel_train_on_two_axes():
     trains_as_one_device_does({"fsdp": 4, "tensor": 2}, tuple(ODD))
 
 
+BANKS = [
+    ("q_proj|k_proj|o_proj|down_proj", sx.VBLoRA(rank=4, vectors=12, length=16, bound=0.5)),
+    ("v_proj|gate_proj|up_proj", sx.UniLoRA(rank=4, coefficients=300, bound=1.0)),
+]
+"""Leaves that all kernels share."""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("sizes", MESHES, ids=spelled)
+def test_leaves_that_all_kernels_share_train_as_on_one_device(sizes):
+    trains_as_one_device_does(sizes, tuple(BANKS))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("sizes", EXPERT_MESHES[::2], ids=spelled)
+def test_leaves_that_all_experts_share_train_as_on_one_device(sizes):
+    trains_as_one_device_does(sizes, tuple(BANKS), SPARSE)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("sizes", [*MESHES[1:4], *EXPERT_MESHES], ids=spelled)
 def test_experts_train_as_on_one_device(sizes):

@@ -112,6 +112,8 @@ PLAIN: dict[str, AbstractMethod] = {
     "PEANuT": sx.PEANuT(rank=4),
     "SuperTuning": sx.SuperTuning(sparsity=0.9),
     "DEFT": sx.DEFT(rank=4),
+    "VBLoRA": sx.VBLoRA(rank=3, vectors=20, length=8),
+    "UniLoRA": sx.UniLoRA(rank=3, coefficients=200),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bare_kernels import standalone
 from cases import IN, METHODS, OUT
 from pages import DOCS
 from torch_pair import shaken
@@ -68,7 +69,7 @@ def test_exact_is_exact(case):
     params = {"proj": {"kernel": jnp.asarray(weight)}}
     attached, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], hints=hints)
     adapters = shaken(adapters)
-    pair = exact(adapters["proj"]["kernel"], (IN, OUT))
+    pair = exact(standalone(adapters), (IN, OUT))
     assert pair is not None
     change = np.asarray(sx.merge(attached, adapters)["proj"]["kernel"]) - weight
     assert np.abs(change).max() > 1e-3

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from torch_pair import build, equal_uniforms, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.bank import link
 from sborax.adapters.core import AbstractMethod, Adapter
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
@@ -67,6 +68,13 @@ def random_bases(small: str, large: str) -> Callable[[Tensors], dict[str, Any]]:
         return {small: q[:, 0, :], large: p.transpose(1, 2, 0), "scale": np.float32(20.0)}
 
     return read
+
+
+def gains(tensors: Tensors) -> dict[str, Any]:
+    gain = np.zeros_like(tensors["unilora_theta_d"])
+    for side in "AB":
+        gain[tensors[f"unilora_indices_{side}"]] = tensors[f"unilora_scales_{side}"]
+    return {"gain": gain}
 
 
 def config(kind: str, **fields: Any) -> peft.PeftConfig:
@@ -283,6 +291,28 @@ CASES = [
             ("plain", None, (15, 18)),
         ]
     ),
+    *(
+        Case(
+            f"VBLoRA-{top_k}",
+            config("VBLoRAConfig", r=4, num_vectors=10, vector_length=6, topk=top_k),
+            sx.VBLoRA(rank=4, vectors=10, length=6, top_k=top_k),
+            joined(
+                same(logits_a="vblora_logits_A", bank="vblora_vector_bank"),
+                lambda t: {"logits_b": t["vblora_logits_B"].transpose(1, 0, 2)},
+            ),
+        )
+        for top_k in (1, 3)
+    ),
+    Case(
+        "UniLoRA",
+        config("UniLoraConfig", r=4, theta_d_length=50),
+        sx.UniLoRA(rank=4, coefficients=50),
+        same(theta="unilora_theta_d"),
+        joined(
+            lambda t: {f"idx_{side.lower()}": t[f"unilora_indices_{side}"].T.astype(np.int32) for side in "AB"},
+            gains,
+        ),
+    ),
     Case(
         "AdaLoRA",
         config("AdaLoraConfig", init_r=4, target_r=2, lora_alpha=6, total_step=10),
@@ -324,7 +354,7 @@ def our_side(case: Case, weight: np.ndarray, tensors: Tensors) -> Adapter:
     """Our adapter of the same weight, every leaf that PEFT stores taken from it."""
     params = {"proj": {"kernel": jnp.asarray(weight)}}
     _, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)])
-    (node,) = nodes(adapters).values()
+    (node,) = link(nodes(adapters)).values()
     train, frozen = case.train(tensors), case.frozen(tensors)
     filled = Adapter(
         {name: jnp.asarray(train[name]) for name in node.train},
@@ -530,6 +560,49 @@ def test_psoft_is_written_as_lora_and_its_own_files_are_refused(pair, tmp_path):
         expected = logits(pair.ours, params, adapters)
         assert np.abs(expected - torch_logits(pair.torch)).max() > 0.01
         np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("indices_A", 30, "indices_A: an index lies outside the 30 entries of the shared vector"),
+        ("indices_B", -1, "indices_B: an index lies outside the 30 entries of the shared vector"),
+        ("scales_B", 2.0, "scales_B: entries at one index of the vector differ"),
+    ],
+)
+def test_entries_of_a_shared_vector_that_cannot_be_are_refused(tensor, value, message, pair, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        method = sx.UniLoRA(rank=2, coefficients=30)
+        save_peft(tmp_path, pair.ours, *sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", method)]))
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors[f"base_model.model.model.layers.1.self_attn.q_proj.unilora_{tensor}"][1, 0] = value
+        save_file(tensors, file)
+        with pytest.raises(sx.SboraxError, match=message):
+            load_peft(tmp_path, pair.ours)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("topk_indices", 20, "topk_indices: an index lies outside the 20 vectors"),
+        ("topk_weights", None, "tensor .*topk_weights' is missing from adapter_model.safetensors"),
+    ],
+)
+def test_chosen_vectors_that_cannot_be_are_refused(part, change, message, pair, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        with_peft(pair, copy.deepcopy(FILES["VBLoRA-chosen"])).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = f"base_model.model.model.layers.1.self_attn.q_proj.vblora_logits_B_{part}"
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name][0, 0, 0] = change
+        save_file(tensors, file)
+        with pytest.raises(sx.SboraxError, match=message):
+            load_peft(tmp_path, pair.ours)
 
 
 @pytest.mark.parametrize("place", [(0, 32), (1, -1), "twice"])

@@ -336,6 +336,22 @@ def test_a_base_that_is_rewritten_is_so_once(places, tmp_path):
     same_run(tmp_path / "alone", tmp_path / "two" / "lr=0.01", atol=1e-6)
 
 
+@pytest.mark.nightly
+def test_members_have_banks_of_their_own(places, tmp_path):
+    """Each trains, decays and clips what all of its kernels share."""
+    rules = (
+        sx.Rule("self_attn", sx.VBLoRA(rank=2, vectors=6, length=8, dropout=0.1)),
+        sx.Rule("mlp", sx.UniLoRA(rank=2, coefficients=30)),
+    )
+    experiment = an_experiment(places, rules=rules)
+    grid = {"seed_adapter": (0, 1), "rules.1.method.bound": (0.1, 0.5)}
+    sweep(Sweep(experiment, grid), tmp_path / "four", echo=quiet)
+    for number in (1, 2):
+        member = Sweep(experiment, grid).members()[number]
+        train(member.experiment, tmp_path / str(number), echo=quiet)
+        same_run(tmp_path / str(number), tmp_path / "four" / member.name, atol=1e-6)
+
+
 # What is typed
 
 

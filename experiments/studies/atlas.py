@@ -55,6 +55,9 @@ VARIANTS: dict[str, AbstractMethod] = {
     # Sized by a share, which nothing searches: 48,455 and 46,195 trained parameters.
     "OSF": sx.OSF(kept=0.87),
     "SuperTuning": sx.SuperTuning(sparsity=0.796),
+    # Vectors as long as all sides allow, and every coefficient twice: 46,272 and 46,240.
+    "VBLoRA": sx.VBLoRA(vectors=8, length=4),
+    "UniLoRA": sx.UniLoRA(rank=16),
 }
 """Options that make another method of a class, or its size."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {

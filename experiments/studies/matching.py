@@ -20,7 +20,7 @@ from sborax.models.language_model import abstract
 from sborax.train.base import adapt
 from sborax.train.hints import promised
 
-LARGEST = {"coefficients": 4096, "rank": 128, "block": 128}
+LARGEST = {"coefficients": 65_536, "rank": 128, "block": 128}
 """Fields that say how large an adapter is, with the largest value that is tried. Of several, the first counts."""
 STORED = Path(__file__).parent / "sizes.json"
 

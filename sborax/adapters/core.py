@@ -327,6 +327,24 @@ class AbstractComposite(AbstractMethod):
             part.check(shape)
 
 
+class AbstractKernelless(AbstractMethod):
+    """A method whose adapter has no kernel of its own: it serves the adapters of several kernels.
+
+    Planning places it for the methods that need it, at a path that no kernel has. It is split, saved and counted like
+    every other adapter, it is on every device, and neither rules nor sums of trees take it.
+    """
+
+    rank = 1
+
+    def apply(
+        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        raise SboraxError(f"{type(self).__name__} projects nothing; give rules the method it belongs to")
+
+    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
+        raise SboraxError(f"{type(self).__name__} has no kernel that could be merged")
+
+
 def linear(
     x: Float[Array, "*batch in"],
     weight: Weight,

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from sborax.adapters.bank import banks
 from sborax.adapters.compose import ByLayer
-from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense
+from sborax.adapters.core import AbstractKernelless, AbstractMethod, RankPolicy, SboraxError, dense
 from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
-from sborax.adapters.routing import AbstractRouter, Expert, routers
+from sborax.adapters.routing import Expert, routers
 from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
@@ -84,12 +85,12 @@ RuleLike = Rule | tuple[str, AbstractMethod | None]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One kernel to adapt, or a router to place.
+    """One kernel to adapt, or a router or a bank to place.
 
-    - path: of the kernel; of a router, `layers/router`.
+    - path: of the kernel; of a router, `layers/router`; of a bank, `bank/...`.
     - method: the method with its ranks resolved.
     - stack: the leading axes that stack weights.
-    - shape: (in, out) of one weight; of a router, (width of the layer, number of experts).
+    - shape: (in, out) of one weight; of a router, (width of the layer, number of experts); of a bank, its size.
     - in_axes: how many of the kernel's other axes belong to the input.
     - layer: the number of the layer in the path, 0 if it has none.
     """
@@ -111,7 +112,7 @@ class Site:
 class Plan:
     """What `attach` will do.
 
-    - sites: the kernels to adapt, and routers.
+    - sites: the kernels to adapt, then routers and banks.
     - untouched: paths of the kernels that no rule covers.
     """
 
@@ -237,7 +238,8 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     - rules: `Rule`s, or tuples `(pattern, method)`, in order: the first match wins.
     - hints: a `Hint` by module path, for methods that need one. `layers/3/mlp/up_proj` wins over `layers/mlp/up_proj`.
 
-    Raises SboraxError for a rule that matches nothing, a shape that a method refuses, and a missing hint.
+    Raises SboraxError for a rule that matches nothing, a shape that a method refuses, a missing hint, and methods that
+    disagree about what they share.
     """
     rules = as_rules(rules)
     weights = kernels(params)
@@ -290,7 +292,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
-    return Plan((*sites, *_router_sites(sites, weights)), tuple(untouched))
+    return Plan((*sites, *_router_sites(sites, weights), *bank_sites(sites)), tuple(untouched))
 
 
 def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Site]:
@@ -309,12 +311,18 @@ def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Sit
     return [Site(path, method, stack, shape, 1, module_path(path)[1] or 0) for path, method, stack, shape in placed]
 
 
+def bank_sites(sites: Sequence[Site]) -> list[Site]:
+    """The banks of the methods at these sites. Raises SboraxError for methods that disagree about one."""
+    found = banks((site.path, site.method) for site in sites)
+    return [Site(path, method, (), method.shape, 1, 0) for path, method in found.items()]
+
+
 def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, kernel: Sequence[int]) -> None:
     """Raise SboraxError for a method that cannot adapt a weight of this shape, or lacks a hint.
 
     - kernel: the shape of the kernel, stack axes included.
     """
-    if isinstance(method, AbstractRouter):
+    if isinstance(method, AbstractKernelless):
         raise SboraxError(f"{path}: {type(method).__name__} is placed by the method it belongs to; give that one")
     if isinstance(method.rank, tuple) and not method.ragged:
         raise SboraxError(f"{path}: {type(method).__name__} takes one rank for all layers of a stack")

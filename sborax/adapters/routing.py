@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from sborax.adapters.core import AbstractComposite, AbstractMethod, Adapter, Context, SboraxError, Weight
+from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, SboraxError
 
 ROUTER = "router"
 """Name of a layer's router among its modules."""
@@ -19,10 +19,9 @@ GATE = "gate"
 """The name in `Context.rows` of a projection's weight, (batch,). Without a router it is absent, and the weight is 1."""
 
 
-class AbstractRouter(AbstractMethod):
+class AbstractRouter(AbstractKernelless):
     """Weighs the adapters of one layer, its experts. `init` gets zeros of shape (width of the layer, experts)."""
 
-    rank = 1
     no_merge = "it weighs the adapters of its layer anew for every prompt"
 
     experts: tuple[str, ...]
@@ -37,14 +36,6 @@ class AbstractRouter(AbstractMethod):
         - x: the layer's input.
         - prompt: marks the tokens that the router may read.
         """
-
-    def apply(
-        self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
-    ) -> Float[Array, "tokens out"]:
-        raise SboraxError(f"{type(self).__name__} routes and projects nothing; give rules the method it belongs to")
-
-    def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
-        raise SboraxError(f"{type(self).__name__} cannot be merged: {self.no_merge}")
 
 
 class AbstractRouted(AbstractMethod):

@@ -8,11 +8,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.core import AbstractMethod, Adapter, Axes, Context, Fitted, Hint, Leaves, SboraxError, Weight
+from sborax.adapters.bank import link
+from sborax.adapters.core import (
+    AbstractKernelless,
+    AbstractMethod,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Leaves,
+    SboraxError,
+    Weight,
+)
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import STACKED_UNDER
-from sborax.adapters.routing import AbstractRouter, routed_parts
+from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import Adapters, Params, nodes
 
 
@@ -69,7 +81,8 @@ def by_row(trees: Sequence[Adapters]) -> Adapters:
     """One tree of several: in a batch of n rows, the first n / len(trees) rows have the first tree's adapters, ...
 
     Args:
-    - trees: adapters of one base with the same methods and shapes (see `together`), for inference: nothing is dropped.
+    - trees: adapters of one base with the same methods and shapes (see `together`), for inference: nothing is dropped,
+      and each has a copy of its bank.
 
     Raises SboraxError for trees that cannot share a batch.
     """
@@ -86,7 +99,7 @@ def by_row(trees: Sequence[Adapters]) -> Adapters:
         )
         return Adapter(train, frozen, ByRow(first.method, len(items)), first.in_axes)
 
-    listed = [nodes(tree) for tree in trees]
+    listed = [link(nodes(tree)) for tree in trees]
     return nest({path: joined(*(each[path] for each in listed)) for path in listed[0]})
 
 
@@ -122,10 +135,10 @@ def _is_same(left: Params, right: Params) -> bool:
 def _form(tree: Adapters) -> Any:
     """All but the numbers of a tree, to compare; None for one that cannot share a batch."""
     form = {}
-    for path, node in nodes(tree).items():
+    for path, node in link(nodes(tree)).items():
         method = node.method
         shares = not (method.rewrites_base or method.linked or method.adapts_bias or routed_parts(method))
-        if not shares or isinstance(method, AbstractRouter) or not path.startswith(f"{STACKED_UNDER}/"):
+        if not shares or isinstance(method, AbstractKernelless) or not path.startswith(f"{STACKED_UNDER}/"):
             return None
         leaves, structure = jax.tree.flatten((node.train, node.frozen))
         form[path] = method, node.in_axes, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]

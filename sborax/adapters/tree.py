@@ -33,11 +33,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
-from sborax.adapters import depth
+from sborax.adapters import bank, depth
 from sborax.adapters.arithmetic import add_adapters, add_methods, scale_adapter, scale_method
 from sborax.adapters.constraints import replicate
 from sborax.adapters.core import (
     AbstractComposite,
+    AbstractKernelless,
     AbstractMethod,
     Adapter,
     Fitted,
@@ -55,7 +56,6 @@ from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
 from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
-from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.weight import check_finite
 
 Params = PyTree
@@ -114,7 +114,7 @@ def attach(
             rewritten[site.path] = rewrite(weights[site.path], node)
             check_finite(site.path, rewritten[site.path])
     params = replace_leaves(params, rewritten)
-    return params, rebase(params, nest(adapters))
+    return params, rebase(params, nest(bank.settle(adapters)))
 
 
 def rebase(params: Params, adapters: PyTree) -> PyTree:
@@ -136,7 +136,7 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
 
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
-    """The adapter of one site, as `attach` makes it from the same key. A router's site has no weight.
+    """The adapter of one site, as `attach` makes it from the same key. Sites of routers and banks have no weight.
 
     Raises SboraxError for a weight or a gradient that is not finite, since decomposing it might never end.
     """
@@ -186,13 +186,15 @@ def _union(first: Leaves, second: Leaves) -> Leaves:
 
 
 def link(adapters: PyTree) -> PyTree:
-    """Equivalent adapters in which every layer has a copy of the weights that it needs of other layers.
+    """Equivalent adapters in which every layer has a copy of the weights that it needs of other layers and of banks.
 
-    Only methods whose layers are linked change (ResLoRA). Call it in models of your own, before the adapters are used;
-    `LanguageModel`, `merge` and `save_peft` do it themselves. Differentiable; linking twice changes nothing.
+    Only methods whose layers are linked (ResLoRA) and methods with a bank (VB-LoRA) change, and banks are left out.
+    Call it in models of your own, before the adapters are used; `LanguageModel`, `merge`, `apply_linen` and `save_peft`
+    do it themselves. Differentiable; linking twice changes nothing.
+
+    Raises SboraxError for an adapter whose bank is missing.
     """
-    linked = depth.link(nodes(adapters))
-    return map_with_path(lambda path, node: linked[path], adapters, is_leaf=is_adapter)
+    return nest(depth.link(bank.link(nodes(adapters))))
 
 
 def merge(params: Params, adapters: PyTree) -> Params:
@@ -269,7 +271,7 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     """Partition specs of every adapter leaf, a tree like `adapters`, from those of the kernels.
 
     Axes "in" and "out" of a leaf are cut as those of the kernel, stack axes as the kernel's. Axes "rank" and None are
-    replicated, and so are routers.
+    replicated, and so are routers and banks.
 
     Args:
     - adapters: a tree of adapters; their shapes will do.
@@ -278,7 +280,7 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     kernel_specs = flatten(base_specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
     def node_specs(path: str, node: Adapter) -> Adapter:
-        given = () if isinstance(node.method, AbstractRouter) else tuple(kernel_specs[path])
+        given = () if isinstance(node.method, AbstractKernelless) else tuple(kernel_specs[path])
         stack = len(stack_of(node))
         spec = given + (None,) * (stack + 2)
         entries: dict[str | None, Any] = {"in": spec[stack], "out": spec[stack + 1], "rank": None, None: None}
@@ -396,8 +398,8 @@ def add(*items: Any) -> Any:
 
 
 def _summed(path: str, terms: Sequence[Adapter]) -> Adapter:
-    if isinstance(terms[0].method, AbstractRouter):
-        raise SboraxError(f"{path}: each tree has its own router, and a layer has one; add the methods instead")
+    if isinstance(terms[0].method, AbstractKernelless):
+        raise SboraxError(f"{path}: each tree has its own, and the sum has room for one; add the methods instead")
     try:
         return add_adapters(terms, stack_of(terms[0]))
     except SboraxError as error:
@@ -420,8 +422,8 @@ def scale(item: Any, factor: float) -> Any:
         return scale_method(item, factor)
 
     def scaled(node: Adapter) -> Adapter:
-        # A router has no delta; the adapters that it weighs are scaled.
-        return node if isinstance(node.method, AbstractRouter) else scale_adapter(node, factor, stack_of(node))
+        # Without a kernel there is no delta; the adapters that it serves are scaled.
+        return node if isinstance(node.method, AbstractKernelless) else scale_adapter(node, factor, stack_of(node))
 
     return nest({path: scaled(node) for path, node in nodes(item).items()})
 

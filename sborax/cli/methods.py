@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Iterator
 
 from sborax import methods
-from sborax.adapters.core import AbstractComposite, AbstractFactored, AbstractMethod, SboraxError
+from sborax.adapters.core import AbstractComposite, AbstractFactored, AbstractKernelless, AbstractMethod, SboraxError
 from sborax.adapters.depth import AbstractLinked
-from sborax.adapters.routing import AbstractRouter
 from sborax.config.classes import foreign, instance, load_plugins, name_of
 from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
 
@@ -43,7 +42,7 @@ def listed() -> dict[str, type[AbstractMethod]]:
     load_plugins()
     builtin = {name: getattr(methods, name) for name in methods.__all__}
     others = [
-        method for method in foreign(AbstractMethod) if not issubclass(method, AbstractComposite | AbstractRouter)
+        method for method in foreign(AbstractMethod) if not issubclass(method, AbstractComposite | AbstractKernelless)
     ]
     return builtin | {name_of(method): method for method in others}
 

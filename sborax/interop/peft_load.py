@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sborax.adapters.bank import AbstractBank
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import flatten, nest, replace_leaves
-from sborax.adapters.paths import Plan, Site
+from sborax.adapters.paths import Plan, Site, bank_sites
 from sborax.adapters.tree import attach, nodes
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_experts import FIELD, read_experts
 from sborax.interop.peft_fused import taken_apart
 from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
-from sborax.interop.peft_row import PREFIX, Fit, Row, check_types, leaf_shapes, shared_shapes
+from sborax.interop.peft_row import PREFIX, Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.families import family_of
@@ -95,10 +96,15 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
         base = _base_tensors(layout, saved, modules, names)
-        places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places)
+        completed = _completed(row, config, fits, layout, names, file)
+        names = {name: stored for name, stored in names.items() if name not in completed.spent}
+        expected = {name: shape for name, shape in expected.items() if name not in completed.tensors}
+        places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places or tensor.into)
         _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, places)
 
         def read(name: str) -> np.ndarray:
+            if name in completed.tensors:
+                return completed.tensors[name]
             tensor = np.asarray(file.get_tensor(names[name]))
             # A flat index may be larger than float32 can tell from the next one.
             return tensor if tensor.dtype.kind in "iu" else tensor.astype(np.float32)
@@ -112,7 +118,12 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
-        filled = {path: _filled(node, path, row, adapted, layout, read) for path, node in nodes(adapters).items()}
+        filled = {
+            path: _filled_bank(node, row, adapted, layout, read)
+            if isinstance(node.method, AbstractBank)
+            else _filled(node, path, row, adapted, layout, read)
+            for path, node in nodes(adapters).items()
+        }
         filled |= experts.fill(read) if experts else {}
     return params, nest(filled)
 
@@ -213,8 +224,31 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
         leaves = shapes[fit.method, shape]
         for tensor in row.tensors:
             if tensor.leaf in leaves and not tensor.shared:
-                expected[tensor.key(module, numbers)] = tensor.shape(leaves[tensor.leaf])
+                expected[tensor.key(module, numbers)] = tensor.shape(leaves)
     return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
+
+
+def _completed(
+    row: Row,
+    config: Mapping[str, Any],
+    fits: Mapping[str, Fit],
+    layout: HFLayout,
+    names: Mapping[str, str],
+    file: Any,
+) -> Completed:
+    """The tensors that another form of the kind has no room for, made of what it has instead."""
+    if row.completed is None or not fits:
+        return Completed({}, frozenset())
+    numbers = layout.numbers(fits)
+    shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in sorted(fits, key=numbers.get)}  # type: ignore[arg-type]
+
+    def read(name: str) -> np.ndarray:
+        if name not in names:
+            raise SboraxError(f"tensor {name!r} is missing from {TENSORS}")
+        return np.asarray(file.get_tensor(names[name]))
+
+    fields = {name: config.get(name, default) for name, default in row.defaults.items()}
+    return row.completed(fields, shapes, read)
 
 
 def _base_tensors(
@@ -308,7 +342,7 @@ def _plan(fits: Mapping[str, Fit], layout: HFLayout) -> Plan:
         method = methods[None] if depth is None else _stacked(methods, depth)  # type: ignore[arg-type]
         stack = () if depth is None else (depth,)
         sites.append(Site(path, method, stack, layout.shape(path), 1, unlayered(path)[1] or 0))
-    return Plan(tuple(sites), tuple(path for path in layout.depths if path not in by_path))
+    return Plan((*sites, *bank_sites(sites)), tuple(path for path in layout.depths if path not in by_path))
 
 
 def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMethod:
@@ -372,6 +406,31 @@ def _filled_layers(
         for name, value in fits[module].frozen.items():
             frozen[name][... if layer is None else layer] = value
     return Adapter(jax.tree.map(jnp.asarray, train), jax.tree.map(jnp.asarray, frozen), node.method, node.in_axes)
+
+
+def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> Adapter:
+    """A bank with the values of the file: a tensor of its own for each leaf, or the entries that modules have of it."""
+    numbers, leaves = layout.numbers(fits), {}
+    for name, leaf in {**node.train, **node.frozen}.items():
+        leaves[name] = np.zeros(leaf.shape, np.float32)
+        known = np.zeros(leaf.shape, bool)
+        for tensor in (tensor for tensor in row.tensors if tensor.leaf == name):
+            if tensor.shared:
+                leaves[name][...] = tensor.inward(read(tensor.key("", numbers)))
+                continue
+            indices = next(other for other in row.tensors if other.leaf == tensor.at)
+            for module in fits:
+                key = indices.key(module, numbers)
+                places, values = indices.inward(read(key)), tensor.inward(read(tensor.key(module, numbers)))
+                if ((places < 0) | (places >= leaf.shape[0]) | (places % 1 != 0)).any():
+                    raise SboraxError(f"{key}: an index lies outside the {leaf.shape[0]} entries of the shared vector")
+                places = places.astype(np.int64)
+                before = np.where(known[places], leaves[name][places], values)
+                leaves[name][places], known[places] = values, True
+                if not (np.array_equal(before, values) and np.array_equal(leaves[name][places], values)):
+                    raise SboraxError(f"{tensor.key(module, numbers)}: entries at one index of the vector differ")
+    train, frozen = ({name: jnp.asarray(leaves[name]) for name in half} for half in (node.train, node.frozen))
+    return Adapter(train, frozen, node.method, node.in_axes)
 
 
 def _check_places(name: str, value: np.ndarray, shape: tuple[int, int]) -> None:

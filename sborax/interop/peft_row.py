@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sborax.adapters.bank import banked_parts
 from sborax.adapters.core import AbstractMethod, Adapter, Hint, SboraxError
 
 Fields = Mapping[str, Any]
@@ -37,6 +38,8 @@ class Tensor(NamedTuple):
     - repeated: shared, and PEFT also writes a copy for every module.
     - places: whether it holds indices of columns and rows of W.
     - numbered: the file keeps it outside the modules, by the module's number among those that are adapted.
+    - into: it holds indices into the leaf of this name in the bank.
+    - at: it holds the entries of the leaf, which is the bank's, at the indices in the leaf of this name.
     """
 
     suffix: str
@@ -47,6 +50,8 @@ class Tensor(NamedTuple):
     repeated: bool = False
     places: bool = False
     numbered: bool = False
+    into: str | None = None
+    at: str | None = None
 
     def key(self, module: str, numbers: Mapping[str, int]) -> str:
         """The tensor's name in the file. numbers: those of the adapted modules, see `HFLayout.numbers`."""
@@ -58,17 +63,22 @@ class Tensor(NamedTuple):
         """`{name of the copy: name of the tensor}` for the copies that PEFT writes for modules."""
         return {f"{PREFIX}{module}.{self.suffix}": ROOT + self.suffix for module in modules if self.repeated}
 
-    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """PEFT's shape from ours."""
-        return tuple(1 if axis is None else ours[axis] for axis in self.axes)
+    def shape(self, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """PEFT's shape from those of our leaves."""
+        return self._turned(ours[self.at or self.leaf])
+
+    def _turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(1 if axis is None else shape[axis] for axis in self.axes)
 
     def outward(self, leaves: Mapping[str, Any]) -> np.ndarray:
         """Our leaf as PEFT keeps it, float32 or int32."""
-        leaf = np.asarray(leaves[self.leaf], np.int32 if self.places else np.float32)
+        leaf = np.asarray(leaves[self.leaf], np.int32 if self.places or self.into else np.float32)
+        if self.at is not None:
+            leaf = leaf[np.asarray(leaves[self.at])]
         if self.times is not None:
             leaf = leaf * np.asarray(leaves[self.times], np.float32)
         turned = np.transpose(leaf, [axis for axis in self.axes if axis is not None])
-        return np.ascontiguousarray(turned.reshape(self.shape(leaf.shape)))
+        return np.ascontiguousarray(turned.reshape(self._turned(leaf.shape)))
 
     def inward(self, value: np.ndarray) -> np.ndarray:
         """PEFT's tensor as our leaf."""
@@ -82,6 +92,17 @@ class Fit(NamedTuple):
 
     method: AbstractMethod
     frozen: Mapping[str, float]
+
+
+class Completed(NamedTuple):
+    """What a file has instead of tensors that it lacks.
+
+    - tensors: the missing tensors, by their names.
+    - spent: names of the tensors that they were made of.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    spent: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +130,8 @@ class Row:
     - layered: whether the config can choose layers by number.
     - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
     - drawn: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
+    - completed: (fields, {module: (in, out)} in the order of transformers' model, a function that reads a tensor) ->
+      what a file of another form of the kind has instead of its tensors.
     """
 
     method: type[AbstractMethod]
@@ -130,6 +153,7 @@ class Row:
     layered: bool = True
     keeps_base: bool = False
     drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
+    completed: Callable[[Fields, Mapping[str, tuple[int, int]], Callable[[str], np.ndarray]], Completed] | None = None
 
 
 def whole_field(fields: Fields, name: str, least: int, most: int) -> int:
@@ -188,10 +212,14 @@ def dropout_of(node: Adapter) -> float:
 
 
 def leaf_shapes(method: AbstractMethod, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf, trained or frozen, of a method on an (in, out) weight."""
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    fitted = jax.eval_shape(lambda kernel: method.init(jax.random.key(0), kernel, Hint()), weight)
-    return {name: leaf.shape for name, leaf in {**fitted.train, **fitted.frozen}.items()}
+    """The shape of every leaf, trained or frozen, of a method on an (in, out) weight, with those of its bank."""
+    sizes = {method: shape, **{part.bank(): part.bank().shape for part in banked_parts(method)}}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for each, size in sizes.items():
+        weight = jax.ShapeDtypeStruct(size, jnp.float32)
+        fitted = jax.eval_shape(lambda kernel, each=each: each.init(jax.random.key(0), kernel, Hint()), weight)
+        shapes |= {name: leaf.shape for name, leaf in {**fitted.train, **fitted.frozen}.items()}
+    return shapes
 
 
 def shared_shapes(row: Row, method: AbstractMethod, shapes: Iterable[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
@@ -204,4 +232,4 @@ def shared_shapes(row: Row, method: AbstractMethod, shapes: Iterable[tuple[int, 
         return {}
     fan_in, fan_out = np.max(np.asarray(list(shapes)), axis=0)
     leaves = leaf_shapes(method, (int(fan_in), int(fan_out)))
-    return {ROOT + tensor.suffix: tensor.shape(leaves[tensor.leaf]) for tensor in shared if tensor.leaf in leaves}
+    return {ROOT + tensor.suffix: tensor.shape(leaves) for tensor in shared if tensor.leaf in leaves}

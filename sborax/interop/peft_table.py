@@ -13,10 +13,11 @@ from sborax.interop.peft_base import KINDS
 from sborax.interop.peft_low_rank import LOW_RANK
 from sborax.interop.peft_projected import PROJECTED
 from sborax.interop.peft_row import Row
+from sborax.interop.peft_shared import SHARED
 from sborax.interop.peft_spectral import SPECTRAL
 from sborax.interop.peft_structured import STRUCTURED
 
-TABLE = (*LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL)
+TABLE = (*LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL, *SHARED)
 
 PLAIN = TABLE[0]
 """The row of plain LoRA, as which every method with thin factors can be written."""

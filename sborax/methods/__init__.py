@@ -39,6 +39,8 @@ from sborax.methods.sbora import SBoRA as SBoRA
 from sborax.methods.shira import SHiRA as SHiRA
 from sborax.methods.super_tuning import SuperTuning as SuperTuning
 from sborax.methods.tiny_lora import TinyLoRA as TinyLoRA
+from sborax.methods.uni_lora import UniLoRA as UniLoRA
+from sborax.methods.vb_lora import VBLoRA as VBLoRA
 from sborax.methods.vera import VeRA as VeRA
 from sborax.methods.wave_ft import WaveFT as WaveFT
 

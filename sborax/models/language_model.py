@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from sborax.adapters import core
-from sborax.adapters.leaves import flatten
+from sborax.adapters.bank import AbstractBank
+from sborax.adapters.bank import link as link_banks
+from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import STACKED_UNDER
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
@@ -180,8 +182,9 @@ class LanguageModel:
         """Raise SboraxError for an adapter at a path at which the model has no projection."""
         # Flax makes modules hashable.
         known = projections(self._plain())  # pyright: ignore[reportArgumentType]
-        for path in flatten(adapters or {}, is_leaf=core.is_adapter):
-            if path not in known:
+        for path, node in flatten(adapters or {}, is_leaf=core.is_adapter).items():
+            is_bank = core.is_adapter(node) and isinstance(node.method, AbstractBank)
+            if path not in known and not is_bank:
                 raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
 
     def abstract(self) -> Params:
@@ -199,5 +202,6 @@ class LanguageModel:
         variables = {"params": params, "adapters": adapters or {}}
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         if method == "head":
-            return self.module.apply(variables, *inputs, rngs=rngs, method=method)
+            linked = {**variables, "adapters": nest(link_banks(nodes(variables["adapters"])))}
+            return self.module.apply(linked, *inputs, rngs=rngs, method=method)
         return run(self.module, variables, *inputs, rngs=rngs, method=method, **options)

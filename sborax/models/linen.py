@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from sborax.adapters.core import Adapter, Context, SboraxError, linear
+from sborax.adapters.bank import link as link_banks
+from sborax.adapters.core import AbstractKernelless, Adapter, Context, SboraxError, linear
 from sborax.adapters.leaves import nest
-from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import Adapters, Params, merge, nodes
 
 MARK = "kernel of an adapter"
@@ -42,7 +42,7 @@ def apply_linen(
 
     Raises SboraxError for an adapter that the call never reaches, for routers and for methods that link layers.
     """
-    flat = nodes(adapters)
+    flat = link_banks(nodes(adapters))
     check_independent(flat)
     params, reached = variables["params"], {}
 
@@ -63,7 +63,7 @@ def apply_linen(
 def check_independent(adapters: Mapping[str, Adapter]) -> None:
     """Raise SboraxError for adapters (by path) that need more of the model than their own projection."""
     for path, node in adapters.items():
-        if isinstance(node.method, AbstractRouter) or node.method.linked:
+        if isinstance(node.method, AbstractKernelless) or node.method.linked:
             raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
 
 

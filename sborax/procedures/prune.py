@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
+from sborax.adapters.bank import banked_parts
 from sborax.adapters.core import AbstractAdditive, AbstractFactored, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
@@ -72,7 +73,7 @@ class LoRAPrune(AbstractInPlace):
             parent, _, module = block_of(path)
             known.setdefault(parent, {})[module] = site
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
-            if site.method.no_merge or site.method.linked:
+            if site.method.no_merge or site.method.linked or banked_parts(site.method):
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
             if CRITERIA[self.metric].full and not isinstance(site.method, AbstractAdditive):
                 raise SboraxError(

@@ -17,12 +17,11 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.adapters.constraints import replicate
-from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
+from sborax.adapters.core import AbstractKernelless, AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
-from sborax.adapters.routing import AbstractRouter
 from sborax.adapters.tree import Adapters, Params, nodes, rebase
 from sborax.adapters.weight import check_finite
 from sborax.config.codec import decode, encode
@@ -242,7 +241,7 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
         if path in prints and prints[path] != print_:
             raise SboraxError(f"{directory}: was trained on another base model ({path} differs); load that one")
     for path, node in nodes(saved.adapters).items():
-        if isinstance(node.method, AbstractRouter):
+        if isinstance(node.method, AbstractKernelless):
             continue
         if path not in flat:
             raise SboraxError(f"{directory}: adapts {path}, which this model lacks")

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Key
 
+from sborax.adapters.bank import settle
 from sborax.adapters.core import Adapter, Hint, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Plan, Rule, Site, module_path
@@ -100,7 +101,7 @@ def adapt(
         if begun is not None and site.path in begun:
             adapters[site.path] = begun[site.path]
             continue
-        # Not every site has a kernel: a router has none.
+        # Not every site has a kernel: routers and banks have none.
         weight = flat.get(site.path)
         weight = weight if quant is None else _unquantised(site.path, weight)
         site_hint = hint(unadapted, site) if hint is not None and site.method.needs else Hint()
@@ -112,4 +113,4 @@ def adapt(
             check_finite(site.path, flat[site.path])
             flat[site.path] = _quantised(site.path, flat[site.path]) if quant is not None else flat[site.path]
     params = nest(flat)
-    return params, rebase(params, nest(adapters))
+    return params, rebase(params, nest(settle(adapters)))

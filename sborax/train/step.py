@@ -163,8 +163,9 @@ def forward_backward(
 
 
 def norms(grads: PyTree) -> dict[str, Float[Array, ""]]:
-    """The norm of the gradients of every adapter and of every trained base leaf, by path."""
-    adapters = {path: optax.tree.norm(node) for path, node in nodes(grads["adapters"]).items()}
+    """The norm of the gradients of every adapter with trained leaves and of every trained base leaf, by path."""
+    trained = {path: node for path, node in nodes(grads["adapters"]).items() if jax.tree.leaves(node.train)}
+    adapters = {path: optax.tree.norm(node) for path, node in trained.items()}
     return adapters | {path: jnp.linalg.norm(leaf.reshape(-1)) for path, leaf in grads["base"].items()}
 
 
