@@ -291,6 +291,9 @@ CASES: dict[str, Case] = {
     "BOFT, three factors": Case(
         config("BOFT", boft_block_size=4, boft_n_butterfly_factor=3), sx.BOFT(block=4, factors=3)
     ),
+    "BOFT with dropout": Case(
+        config("BOFT", boft_dropout=0.4), sx.BOFT(block=8, block_dropout=0.4), patch=equal_uniforms
+    ),
     "SuperTuning, hybrid": Case(config("SuperTuning", r=3), sx.SuperTuning(sparsity=0.9, lora_rank=3)),
     "DEFT, orthogonal": Case(config("DEFT", decomposition_method="qr"), sx.DEFT(rank=4, projection="qr")),
     "RoAd, by output": Case(config("RoAd", variant="road_2"), sx.RoAd(variant="2", block=8)),

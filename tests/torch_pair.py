@@ -117,7 +117,10 @@ def shaken(adapters: Any, seed: int = 0) -> Any:
 
 
 def equal_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.rand(n) draws the same n numbers every time, and the draws of jax.random.bernoulli are decided by them."""
+    """torch.rand(n) draws the same n numbers every time, and the draws of jax.random.bernoulli are decided by them.
+
+    Both libraries draw the same permutations, too, and the last of several numbers.
+    """
 
     def uniforms(size: int) -> np.ndarray:
         return np.float32((0.3 + 0.618034 * np.arange(size)) % 1.0)
@@ -125,5 +128,12 @@ def equal_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
     def bernoulli(key: Any, p: Any, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.asarray(uniforms(math.prod(shape)).reshape(shape)) > 1.0 - p
 
+    def order(size: int) -> np.ndarray:
+        return np.argsort(uniforms(size))
+
     monkeypatch.setattr(torch, "rand", lambda size: torch.from_numpy(uniforms(size)))
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    monkeypatch.setattr(torch, "randperm", lambda size: torch.from_numpy(order(size)))
+    monkeypatch.setattr(jax.random, "permutation", lambda key, size: jnp.asarray(order(size)))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape: torch.full(shape, high - 1))
+    monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high: jnp.full(shape, high - 1))

@@ -113,10 +113,10 @@ def _read_oft(fields: Fields) -> Fit:
                 f"OFT's series was another one before PEFT {SERIES_SINCE}; save the adapter with a newer PEFT"
             )
         terms = rank_field(fields, "num_cayley_neumann_terms")
-        if terms < 3:
-            raise SboraxError(f"num_cayley_neumann_terms={terms}: shorter series than 3 are not supported")
+        if terms == 1:
+            raise SboraxError("num_cayley_neumann_terms=1: such a series is the identity, whatever is trained")
         # PEFT's loop computes the same series for 3 as for 4.
-        terms = max(terms, 4)
+        terms = 4 if terms == 3 else terms
     return Fit(OFT(fields["block"], terms, bool(fields["block_share"]), frozen.get("eps")), frozen)
 
 
@@ -134,20 +134,39 @@ def _write_oft(node: Adapter) -> dict[str, Any]:
     return fields if method.terms is None else {**fields, "num_cayley_neumann_terms": method.terms}
 
 
+def _block_of_boft(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    """BOFT's block of a weight: PEFT's config has its size or the number of blocks, whichever is not 0."""
+    blocks, size = (whole_field(fields, name, 0, LARGEST_RANK) for name in ("boft_block_num", "boft_block_size"))
+    if (blocks == 0) == (size == 0):
+        raise SboraxError(f"boft_block_num={blocks} and boft_block_size={size}: exactly one of them must be 0")
+    if blocks and shape[0] % blocks:
+        raise SboraxError(f"boft_block_num={blocks} must divide {shape[0]} rows")
+    return {"block": size or shape[0] // blocks}
+
+
+def _size_of_boft(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """The config's size of a block where all modules have the same, or else their number of blocks."""
+    sizes = sorted({fields["block"] for fields in modules.values()})
+    numbers = {fields["shape"][0] // fields["block"] for fields in modules.values()}
+    if len(sizes) == 1:
+        return {"boft_block_size": sizes[0], "boft_block_num": 0}
+    if len(numbers) == 1:
+        return {"boft_block_size": 0, "boft_block_num": numbers.pop()}
+    raise SboraxError(
+        f"blocks of {', '.join(map(str, sizes))} rows follow from no one size or number of PEFT's BOFT; use as_='lora'"
+    )
+
+
 def _read_boft(fields: Fields) -> Fit:
-    if fields["boft_block_num"] or not fields["boft_block_size"]:
-        raise SboraxError(
-            f"boft_block_num={fields['boft_block_num']}: BOFT by the number of blocks is not supported; give "
-            "boft_block_size"
-        )
-    factors = rank_field(fields, "boft_n_butterfly_factor")
-    return Fit(BOFT(block=rank_field(fields, "boft_block_size"), factors=factors), {})
+    factors, rate = rank_field(fields, "boft_n_butterfly_factor"), number_field(fields, "boft_dropout")
+    return Fit(BOFT(block=fields["block"], factors=factors, block_dropout=rate), {})
 
 
 def _write_boft(node: Adapter) -> dict[str, Any]:
     method = node.method
     assert isinstance(method, BOFT)
-    return {"boft_block_size": method.block, "boft_n_butterfly_factor": method.factors}
+    rate = decimal_of(node, "block_dropout")
+    return {"block": method.block, "boft_n_butterfly_factor": method.factors, "boft_dropout": rate}
 
 
 def _read_osf(fields: Fields) -> Fit:
@@ -288,9 +307,10 @@ STRUCTURED = (
         by_shape=_block_of_oft, in_config=_size_of_oft, inert=frozenset({"module_dropout"}),
     ),
     Row(
-        BOFT, "BOFT", ANY_START, {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
+        BOFT, "BOFT", ANY_START,
+        {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1, "boft_dropout": 0.0},
         (Tensor("boft_R", "d", (0, 1, 2, 3)), Tensor("boft_s", "m", (0, None))), _read_boft, _write_boft,
-        inert=frozenset({"boft_dropout"}),
+        by_shape=_block_of_boft, in_config=_size_of_boft,
     ),
     Row(
         OSF, "OSF", ANY_START, {"effective_rank": None},
