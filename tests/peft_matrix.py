@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import peft
@@ -26,7 +26,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """transformers' kind of model, and its fields beside `test_peft_matrix.SIZES`."""
-BIASED, TIED = {"biased", "qwen2"}, {"tied", "gemma"}
+BIASED, TIED = frozenset({"biased", "qwen2"}), frozenset({"tied", "gemma"})
 
 LORA = {"r": 4, "lora_alpha": 6}
 TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
@@ -72,6 +72,7 @@ class Option:
     refused, unsaved: a part of the error on loading, and on writing back; None where it must be equal.
     in_families: further outcomes on loading, by family.
     everywhere: in every family, and not only where the spread puts it.
+    also_in: families in which it is for certain.
     prepare: what happens to PEFT's model before it is saved.
     """
 
@@ -82,6 +83,7 @@ class Option:
     unsaved: str | None = None
     in_families: Mapping[str, str] = dataclasses.field(default_factory=dict)
     everywhere: bool = False
+    also_in: Set[str] = frozenset()
     prepare: Callable[[Any], None] | None = None
 
     @property
@@ -110,7 +112,7 @@ class Cell:
         return f"{self.family}-{self.option.tuner}-{self.option.name}"
 
 
-def anywhere(families: set[str], message: str) -> dict[str, str]:
+def anywhere(families: Set[str], message: str) -> dict[str, str]:
     return dict.fromkeys(families, message)
 
 
@@ -168,7 +170,6 @@ def of_loras() -> Iterator[Option]:
             everywhere=tuner == "LoRA",
         )
         yield Option(tuner, "dropout", {"lora_dropout": 0.25})
-        yield Option(tuner, "all biases", {"bias": "all"}, in_families=anywhere(BIASED, "option bias=all"))
 
 
 SINGLE: dict[str, dict[str, dict[str, Any]]] = {
@@ -181,7 +182,6 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal": {"init_lora_weights": "orthogonal"},
         "eva": {"init_lora_weights": "eva", "rank_pattern": LAYERS, "alpha_pattern": {k: 6 for k in LAYERS}},
         "saved k_proj": {"modules_to_save": ["k_proj"]},
-        "biases of the adapted": {"bias": "lora_only"},
         "layers at both ends": {"layers_to_transform": [0, -1]},
     },
     "rsLoRA": {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "r 3": {"r": 3}},
@@ -260,6 +260,9 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
     "OSF": {
         "half": {"effective_rank": None},
         "a number": {"effective_rank": 24},
+        "ranks": {"rank_pattern": {"q_proj": 8}},
+        "ranks of a layer and shares": {"rank_pattern": {"layers.1.*q_proj": 8, "down": 0.5}},
+        "ranks by an expression": {"effective_rank": 0.25, "rank_pattern": {r"^model.layers.1|v_proj": 24}},
         "random start": {"init_weights": False},
     },
     "HRA": {"r 1": {"r": 1}, "r 5": {"r": 5}, "wide": {"r": 40}},
@@ -383,14 +386,39 @@ UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
-    ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }
+
+
+def of_biases() -> Iterator[Option]:
+    """Biases that are trained beside an adapter, wherever there are any."""
+    for tuner, (kind, _) in TUNERS.items():
+        if "bias" in {field.name for field in dataclasses.fields(kind)}:
+            yield Option(tuner, "all biases", {"bias": "all"}, also_in=BIASED)
+            yield Option(tuner, "biases of the adapted", {"bias": "lora_only"}, also_in=BIASED)
+    yield Option("LoRA", "biases of a layer", {"bias": "lora_only", "layers_to_transform": [1]}, also_in=BIASED)
+    yield Option(
+        "LoRA", "biases beside norms", {"bias": "all", "modules_to_save": ["layernorm", "model.norm"]}, also_in=BIASED
+    )
+    yield Option(
+        "LoRA",
+        "a bias of a saved module",
+        {"bias": "all", "modules_to_save": ["k_proj"]},
+        in_families=anywhere(BIASED, "k_proj of modules_to_save has a bias, which comes twice"),
+        also_in=BIASED,
+    )
+    unbiased = anywhere(FAMILIES.keys() - BIASED, "which has no bias to add it to")
+    for name, fields in {
+        "lora_bias": {},
+        "lora_bias and its scale": {"r": 3, "lora_alpha": 7, "use_rslora": True},
+        "lora_bias beside the base's": {"bias": "lora_only"},
+    }.items():
+        only = {"target_modules": ["q_proj"], "lora_bias": True}
+        yield Option("LoRA", name, {**only, **fields}, in_families=unbiased, also_in=BIASED)
 
 
 def refused() -> Iterator[Option]:
     """What is refused by the name of its field, or of a tensor."""
     by_field: list[tuple[str, dict[str, Any], str]] = [
-        ("LoRA", {"lora_bias": True}, "lora_bias"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
@@ -403,7 +431,6 @@ def refused() -> Iterator[Option]:
         ("SuperTuning", {"save_precomputed_indices": False}, "save_precomputed_indices=False"),
         ("DEFT", {"para": True}, "option para=True"),
         ("OSF", {"effective_rank": 32}, "kept must leave 1..31"),
-        ("OSF", {"rank_pattern": {"q_proj": 8}}, "option rank_pattern"),
         ("HRA", {"apply_GS": True}, "apply_GS"),
         ("VeRA", {"save_projection": False}, "save_projection=False"),
         ("PVeRA", {"save_projection": False}, "save_projection=False"),
@@ -451,6 +478,7 @@ def options() -> Iterator[Option]:
     yield Option("AdaLoRA", "a kernel without a rank", {}, prepare=kept("0000", "0000", "1101", "1110"))
     zero = {"lora_alpha": 0}
     yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
+    yield from of_biases()
     yield from refused()
     for tuner, (kind, _) in TUNERS.items():
         if "fan_in_fan_out" in {field.name for field in dataclasses.fields(kind)}:
@@ -466,7 +494,7 @@ SPREAD = 7
 
 def cells() -> Iterator[Cell]:
     for (shift, family), (number, option) in itertools.product(enumerate(FAMILIES), enumerate(OPTIONS)):
-        if family == "llama" or option.everywhere or (number + shift) % SPREAD == 0:
+        if family == "llama" or option.everywhere or family in option.also_in or (number + shift) % SPREAD == 0:
             yield Cell(family, option)
 
 

@@ -317,18 +317,24 @@ CASES: dict[str, Case] = {
     "LoKr, whole": Case(config("LoKr", r=6, decompose_factor=4), sx.LoKr(rank=6, alpha=3.0, factor=4)),
 }
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 BASE: dict[str, tuple[dict[str, Any], Case]] = {
     "norms": ({}, Case(peft.LNTuningConfig(target_modules=NORMS), None, adamw(decay=0.0), ("norm",))),
     "biases": (
-        {"attention_bias": True, "mlp_bias": True},
+        BIASES,
         Case(peft.BeftConfig(target_modules=ALL), None, adamw(decay=0.0), ("bias",)),
+    ),
+    "biases beside LoRA": (BIASES, Case(config("LoRA", bias="all"), PLAIN["LoRA"], adamw(5e-3, 0.0), ("bias",))),
+    "biases of what LoRA adapts": (
+        BIASES,
+        Case(config("LoRA", bias="lora_only"), PLAIN["LoRA"], adamw(5e-3, 0.0), ("adapted_bias",)),
     ),
     "rows of the embedding": (
         {},
         Case(peft.TrainableTokensConfig(token_indices=list(range(258))), None, adamw(decay=0.0), ("embed_tokens",)),
     ),
 }
-"""PEFT's kinds without adapters, with the fields of a model that has their leaves."""
+"""What is trained of the base, mostly without adapters, with the fields of a model that has such leaves."""
 CHEAP = ("LoRA", "DoRA", "PiSSA", "IA3", "HiRA", "OFT", "SHiRA", "MiSS", "Bat", "LoRA-FA")
 
 
@@ -356,8 +362,8 @@ def test_losses_are_those_of_peft(name, pair, tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", BASE)
-def test_losses_without_adapters_are_those_of_peft(name, tmp_path):
-    """As closely: norms, biases, and every row of the embedding."""
+def test_losses_of_what_is_trained_of_the_base_are_those_of_peft(name, tmp_path):
+    """As closely: norms, biases, alone and beside LoRA, and every row of the embedding."""
     fields, case = BASE[name]
     pair = with_tokenizer(tmp_path / "base", **fields)
     case.config.task_type = "CAUSAL_LM"

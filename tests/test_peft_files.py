@@ -102,7 +102,7 @@ WRONG = {
     "peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported; known: "),
     "no type": ({"peft_type": None}, "is not supported"),
     "bias": ({"bias": "some"}, "option bias=some"),
-    "lora_bias": ({"lora_bias": True}, "option lora_bias"),
+    "lora_bias": ({"lora_bias": True}, "option lora_bias=True is not supported for model.layers.0.self_attn.q_proj"),
     "unknown": ({"some_new_switch": 3}, "option some_new_switch=3"),
     "kasa": ({"kasa_config": {"beta": 1}}, "option kasa_config"),
     "redrawn": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from sborax.adapters.core import AbstractMethod, Adapter, SboraxError
+from sborax.interop.peft_biases import OF_LORA
+from sborax.interop.peft_experts import FIELD
 from sborax.interop.peft_layout import TYING
 from sborax.interop.peft_row import (
     ANY_START,
@@ -34,7 +36,20 @@ LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
-CONVOLUTIONS = frozenset({"use_effective_conv2d"})
+CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
+VARIANTS = {
+    "alora_invocation_tokens": "the adapter would act on some tokens alone",
+    "arrow_config": "it mixes several adapters by a router",
+    "kasa_config": "KaSA takes a part out of the base's singular values",
+    "layer_replication": "it makes a model of other layers",
+    "megatron_config": "of layers of Megatron-Core, which no model here has",
+    "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
+    "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "use_qalora": "QA-LoRA, which averages groups of inputs first, on GPTQ bases alone",
+    "velora_config": "VeLoRA's files have further tensors",
+}
+"""Options of PEFT's LoRA that are not read."""
 
 
 def _lora_scale(fields: Fields) -> float:
@@ -166,7 +181,13 @@ def _write_gralora(node: Adapter) -> dict[str, Any]:
 LOW_RANK = (
     Row(
         LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
-        PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+        PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS | {OF_LORA, FIELD},
+        refused=VARIANTS | {
+            "init_lora_weights": "a start that changes the base and that PEFT draws at random: save it with "
+            "path_initial_model_for_weight_conversion",
+            FIELD: "parameters other than those of experts",
+            OF_LORA: "of a projection without a bias",
+        },
     ),
     Row(
         DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
@@ -188,9 +209,12 @@ LOW_RANK = (
         (Tensor("lora_A", "a", TRANSPOSED), Tensor("lora_B", "b", TRANSPOSED), Tensor("lora_E", "e", (0, None))),
         _read_adalora, _write_adalora, any_rank=True,
         by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern"}),
-        inert=frozenset(
-            "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step alpha_pattern use_rslora".split()
-        ),
+        inert={
+            **dict.fromkeys("target_r tinit tfinal deltaT beta1 beta2 total_step".split(), "of the budget in training"),
+            "orth_reg_weight": "of the loss in training",
+            **dict.fromkeys("r alpha_pattern use_rslora".split(), "of LORA; PEFT's ADALORA ignores it"),
+        },
+        refused=VARIANTS | dict.fromkeys(["use_dora", OF_LORA, TYING, FIELD], "it is read of LORA alone"),
         constants={"bias": "none", "total_step": 1},
     ),
     Row(
@@ -208,7 +232,8 @@ LOW_RANK = (
         ),
         lambda fields: Fit(DeLoRA(rank=rank_field(fields), dropout=number_field(fields, "module_dropout")), {}),
         lambda node: {"r": node.method.rank, "module_dropout": dropout_of(node)},
-        {"r": "rank_pattern"}, any_rank=True, inert=frozenset({"delora_lambda", "lambda_pattern"}),
+        {"r": "rank_pattern"}, any_rank=True,
+        inert=dict.fromkeys(["delora_lambda", "lambda_pattern"], "of the start of a tensor that is in the file"),
     ),
     Row(
         LoHa, "LOHA", ANY_START, LYCORIS_FIELDS,

@@ -227,8 +227,11 @@ def _deft(projection: Literal["relu", "qr"]) -> Row:
     tensors = (Tensor("deft_P", "p", (0, 1)), Tensor("deft_R", "a", TRANSPOSED))
     known_by = {"decomposition_method": (projection,), **ANY_START}
     defaults = {"r": 8, "alpha": None, "deft_dropout": 0.0}
-    inert = frozenset({"init_scale"})
-    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, by_shape=_cut_to_outputs, inert=inert)
+    inert = {"init_scale": "of the start, which is in the file"}
+    refused = {"para": "PaRa, which takes a subspace away and puts nothing in its place"}
+    return Row(
+        DEFT, "DEFT", known_by, defaults, tensors, read, write, by_shape=_cut_to_outputs, inert=inert, refused=refused
+    )
 
 
 def _road(variant: Literal["1", "2", "4"]) -> Row:
@@ -272,7 +275,13 @@ def _peanut(activation: Literal["relu", "silu", "gelu"]) -> Row:
     tensors = (Tensor("peanut_A.weight", "u", TRANSPOSED), Tensor("peanut_B.weight", "b", TRANSPOSED), *layers)
     known_by = {"act_fn": (activation,), **ANY_START}
     defaults = {"r": 32, "depth": 0, "scaling": 1.0}
-    return Row(PEANuT, "PEANUT", known_by, defaults, tensors, read, write, any_rank=True, constants=NO_BIAS)
+    refused = {
+        "act_fn": "other activations than relu, silu and gelu",
+        "depth": f"more than {MOST_LAYERS}",
+    }
+    return Row(
+        PEANuT, "PEANUT", known_by, defaults, tensors, read, write, any_rank=True, constants=NO_BIAS, refused=refused
+    )
 
 
 def _feedforward(config: Fields, module: str) -> dict[str, Any]:
@@ -304,7 +313,13 @@ STRUCTURED = (
     ),
     Row(
         OFT, "OFT", ANY_START, OFT_FIELDS, (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft,
-        by_shape=_block_of_oft, in_config=_size_of_oft, inert=frozenset({"module_dropout"}),
+        by_shape=_block_of_oft, in_config=_size_of_oft,
+        inert={"module_dropout": "PEFT makes a layer of it and never calls it, in training either"},
+        refused={
+            "num_cayley_neumann_terms": "1, for which PEFT's rotation is the identity",
+            "eps": "0 and below, with coft",
+            "peft_version": "before 0.18, whose series was another one",
+        },
     ),
     Row(
         BOFT, "BOFT", ANY_START,
@@ -318,19 +333,23 @@ STRUCTURED = (
             Tensor("osf_svd_params.V_low", "a", TRANSPOSED), Tensor("osf_svd_params.U_low", "b", TRANSPOSED),
             Tensor("osf_svd_params.S_low", "e", (0,)),
         ),
-        _read_osf, _write_osf, constants=NO_BIAS, layered=False, inert=frozenset({"target_svd_config"}),
+        _read_osf, _write_osf, {"effective_rank": "rank_pattern"}, pattern_form=r".*?({})",
+        refused={"effective_rank": "a number that keeps all singular values, or none"},
+        constants=NO_BIAS, layered=False,
+        inert={"target_svd_config": "PEFT writes it and reads it nowhere"},
         keeps_base=True,
     ),
     Row(
         HRA, "HRA", ANY_START, {"r": 8}, (Tensor("hra_u", "u", (0, 1)),),
         lambda fields: Fit(HRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
-        any_rank=True,
+        any_rank=True, refused={"apply_GS": "PEFT orthogonalises the vectors before every call"},
     ),
     Row(
         SHiRA, "SHIRA", ANY_START, {"r": 32},
         (Tensor("shira_weight", "values", (0,)), Tensor("shira_indices", "idx", (0, 1), places=True)),
         lambda fields: Fit(SHiRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
-        inert=frozenset({"mask_type", "random_seed"}), constants=NO_BIAS, layered=False,
+        inert=dict.fromkeys(["mask_type", "random_seed"], "how places are drawn, which are in the file"),
+        constants=NO_BIAS, layered=False,
     ),
     Row(
         SuperTuning, "SUPERTUNING", ANY_START,
@@ -343,6 +362,7 @@ STRUCTURED = (
             Tensor("supertuning_lora_A.weight", "a", TRANSPOSED), Tensor("supertuning_lora_B.weight", "b", TRANSPOSED),
         ),
         _read_super, _write_super, constants=NO_BIAS, layered=False,
+        refused={"save_precomputed_indices": "False: the file must hold the places"},
     ),
     Row(
         IA3, "IA3", {"init_ia3_weights": (True, False)}, {},
