@@ -75,6 +75,8 @@ def classes_of(kind: str) -> dict[str, Class]:
             equal |= {BIAS} & row.constants.keys()
             inert |= row.inert
             refused |= row.refused
+            # A boolean has one other value.
+            equal -= {name for name in row.refused if isinstance(row.defaults.get(name), bool)}
     for entry in KINDS:
         if entry.peft_type == kind:
             equal |= entry.reads
@@ -138,9 +140,9 @@ def page() -> str:
     """The text of the page. Raises ValueError for anything in PEFT that no row names."""
     if wrong := problems():
         raise ValueError("sborax/interop/peft_table.py and PEFT disagree:\n" + "\n".join(wrong))
-    unread = table("kind | reason", ((f"`{kind}`", reason) for kind, reason in UNREAD.items()))
+    unread = table("kind | reason", ((f"`{kind.value}`", UNREAD[kind]) for kind in peft.PeftType if kind in UNREAD))
     classes = {name: Class("equal") for name in sorted(SELECTING)}
-    classes |= {name: Class("inert", reason) for name, reason in INERT.items()}
+    classes |= {name: Class("inert", INERT[name]) for name in sorted(INERT)}
     common = table("field | class", ((f"`{name}`", text) for name, text in classes.items()))
     head = HEAD.format(version=peft.__version__, unread=unread, common=common)
     return head + "\n".join(map(section, read_kinds()))

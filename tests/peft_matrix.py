@@ -62,6 +62,12 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
 }
+BASE: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
+    "norms": (peft.LNTuningConfig, {"target_modules": ["input_layernorm", "norm"]}),
+    "biases": (peft.BeftConfig, {"target_modules": ["q_proj", "v_proj"]}),
+    "tokens": (peft.TrainableTokensConfig, {"target_modules": ["embed_tokens"], "token_indices": [5, 17, 40]}),
+}
+"""Kinds without adapters."""
 LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA")
 
 
@@ -73,7 +79,8 @@ class Option:
     in_families: further outcomes on loading, by family.
     everywhere: in every family, and not only where the spread puts it.
     also_in: families in which it is for certain.
-    prepare: what happens to PEFT's model before it is saved.
+    stored: fields that are put into the saved config.
+    prepare: allocates ranks of PEFT's model, in its `rank_pattern`, before it is saved.
     """
 
     tuner: str
@@ -84,16 +91,17 @@ class Option:
     in_families: Mapping[str, str] = dataclasses.field(default_factory=dict)
     everywhere: bool = False
     also_in: Set[str] = frozenset()
+    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Callable[[Any], None] | None = None
 
     @property
     def rewrites_base(self) -> bool:
-        fields = {**TUNERS[self.tuner][1], **self.fields}
+        fields = {**{**TUNERS, **BASE}[self.tuner][1], **self.fields}
         return fields.get("init_lora_weights") in ("pissa", "olora") or self.tuner == "OSF"
 
     @property
     def config(self) -> peft.PeftConfig:
-        kind, fields = TUNERS[self.tuner]
+        kind, fields = {**TUNERS, **BASE}[self.tuner]
         return kind(**{"target_modules": TWO, **fields, **self.fields})
 
 
@@ -462,9 +470,65 @@ LATER: list[tuple[str, dict[str, Any]]] = [
 """Options that are equal, too."""
 
 
-def transposed(model: Any) -> None:
-    """The field of a config for models whose weights are (in, out). PEFT clears it when it sees an nn.Linear."""
-    model.peft_config["default"].fan_in_fan_out = True
+def of_the_base() -> Iterator[Option]:
+    """Kinds without adapters."""
+    no_bias = anywhere(FAMILIES.keys() - BIASED, "only projections with a bias can have it")
+    yield Option("norms", "two", {})
+    yield Option("norms", "excluded", {"exclude_modules": ["layers.0.input_layernorm"]})
+    yield Option("biases", "two", {}, in_families=no_bias, also_in=BIASED)
+    yield Option("tokens", "three", {})
+    for tuner in ("norms", "biases"):
+        saved = {"modules_to_save": ["lm_head"]}
+        yield Option(tuner, "more modules", {}, "option modules_to_save", stored=saved)
+
+
+STORED: dict[str, Any] = {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
+    "base_model_name_or_path": "another/model",
+    "revision": "another",
+    "task_type": "CAUSAL_LM",
+    "fan_in_fan_out": True,
+    "megatron_core": "another.core",
+    "qalora_group_size": 8,
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "corda_config": {"corda_method": "kpm"},
+    "eva_config": {"rho": 1.5},
+    "loftq_config": {"loftq_bits": 8},
+    "lora_ga_config": {"stable_gamma": 8},
+    "mask_type": "another",
+    "target_svd_config": {"q_proj": 3},
+}
+"""Values of fields that change nothing, once the adapter is saved."""
+BUDGET: dict[str, Any] = {
+    "r": 5,
+    "target_r": 3,
+    "tinit": 1,
+    "tfinal": 1,
+    "deltaT": 2,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "orth_reg_weight": 0.1,
+    "total_step": 50,
+}
+
+
+def of_no_consequence() -> Iterator[Option]:
+    for tuner, (kind, _) in {**TUNERS, **BASE}.items():
+        stored = {field.name: STORED[field.name] for field in dataclasses.fields(kind) if field.name in STORED}
+        only = {"in_families": anywhere(FAMILIES.keys() - BIASED, "only projections with a bias"), "also_in": BIASED}
+        yield Option(tuner, "of no consequence", {}, stored=stored, **(only if tuner == "biases" else {}))
+        if "init_weights" in {field.name for field in dataclasses.fields(kind)} and tuner in STARTS:
+            start = {} if tuner != "biases" else only
+            yield Option(tuner, "another start", {"init_weights": False}, **start)
+    yield Option("IA3", "another start", {"init_ia3_weights": False})
+    yield Option("AdaLoRA", "another start", {"init_lora_weights": False})
+    yield Option("AdaLoRA", "budget", {}, stored=BUDGET)
+    yield Option("RandLoRA", "another seed", {"projection_prng_key": 7})
+    yield Option("OFT", "old version", {}, "before PEFT 0.18", stored={"peft_version": "0.17.1"})
+
+
+STARTS = ("LoHa", "OFT", "VeRA", "HRA", "RandLoRA", "DeLoRA", "biases", "tokens")
+"""Tuners whose start is not among the options above."""
 
 
 def options() -> Iterator[Option]:
@@ -480,9 +544,8 @@ def options() -> Iterator[Option]:
     yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
     yield from of_biases()
     yield from refused()
-    for tuner, (kind, _) in TUNERS.items():
-        if "fan_in_fan_out" in {field.name for field in dataclasses.fields(kind)}:
-            yield Option(tuner, "fan_in_fan_out", {}, prepare=transposed)
+    yield from of_the_base()
+    yield from of_no_consequence()
     for tuner, fields in LATER:
         yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
 

@@ -99,7 +99,8 @@ def test_minimal_directory(good, model):
 
 
 WRONG = {
-    "peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported; known: "),
+    "peft_type": ({"peft_type": "SOME"}, "'SOME' is not supported; known: "),
+    "unread peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported: it mixes several adapters"),
     "no type": ({"peft_type": None}, "is not supported"),
     "bias": ({"bias": "some"}, "option bias=some"),
     "lora_bias": ({"lora_bias": True}, "option lora_bias=True is not supported for model.layers.0.self_attn.q_proj"),

@@ -237,7 +237,7 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
 
 
 def _base_tensors(
-    layout: HFLayout, saved: list[str], modules: list[str], names: Mapping[str, str], biases: Mapping[str, str]
+    layout: HFLayout, saved: list[str], modules: list[str], names: Mapping[str, str], biases: dict[str, str]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Base weights in the file: those of `modules_to_save`, that of an adapted head, and `biases`.
 
