@@ -35,6 +35,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "DoRA": (peft.LoraConfig, {**LORA, "use_dora": True}),
     "PiSSA": (peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}),
     "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
+    "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
     "IA3": (peft.IA3Config, {"feedforward_modules": []}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
@@ -196,6 +197,16 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
     "DoRA": {"r 1": {"r": 1}, "alpha 0.5": {"lora_alpha": 0.5}},
     "PiSSA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
     "OLoRA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
+    "QA-LoRA": {
+        "group 2": {"qalora_group_size": 2},
+        "group 16": {"qalora_group_size": 16},
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "orthogonal": {"init_lora_weights": "orthogonal"},
+        "wide": {"r": 40},
+    },
     "AdaLoRA": {
         "wide": {"init_r": 40},
         "alpha 2.5": {"lora_alpha": 2.5},
@@ -427,6 +438,8 @@ def of_biases() -> Iterator[Option]:
 def refused() -> Iterator[Option]:
     """What is refused by the name of its field, or of a tensor."""
     by_field: list[tuple[str, dict[str, Any], str]] = [
+        ("QA-LoRA", {"qalora_group_size": 1}, "qalora_group_size=1 must be 2 or more"),
+        ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import peft.tuners.boft.layer
+import peft.tuners.lora.layer
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.numpy import load_file
 
 import sborax as sx
@@ -33,6 +36,12 @@ class BlockDiagonal:
         return torch.stack([torch.block_diag(*factor) for factor in blocks])
 
 
+def variant_of(layer: Any, *, config: Any, **options: Any) -> Any:
+    """QA-LoRA on torch's own layers, too. PEFT has it on GPTQ's alone, and ignores it on others."""
+    return QALoraLinearVariant() if config.use_qalora else LoraLayer.resolve_lora_variant(layer, config=config)
+
+
+peft.tuners.lora.layer.Linear.resolve_lora_variant = variant_of
 peft.tuners.boft.layer.get_fbd_cuda = lambda: True
 peft.tuners.boft.layer.FastBlockDiag = BlockDiagonal
 

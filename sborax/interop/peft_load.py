@@ -46,6 +46,8 @@ INTEGERS = ("I32", "I64")
 OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
 """Kinds that PEFT has renamed: the new name, and what the names of tensors contain, before and after."""
 
+POOLED = "use_qalora"
+"""The config field of QA-LoRA. On a base that is not GPTQ's, PEFT ignores it and trains a plain LoRA."""
 ONE_RANK = ("HIRA",)
 """Kinds whose rank PEFT takes from `r`, ignoring `rank_pattern`. Earlier exports of sborax followed `rank_pattern`."""
 
@@ -81,6 +83,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             return _changed_base(kind, config, headers, file, layout, model.params), {}
         if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
+        if config.get(POOLED) and config.get("qalora_group_size") != 1 and _unpooled(headers, layout):
+            config = {**config, POOLED: False}
         listed, config = config, {**config, FIELD: None}
         row = row_for(config)
         experts = None
@@ -187,6 +191,15 @@ def _ragged(headers: Mapping[str, Any]) -> bool:
     for name, header in headers.items():
         ranks.setdefault(name.rpartition(".")[2], set()).add(min(header.get_shape(), default=0))
     return any(len(sizes) > 1 for sizes in ranks.values())
+
+
+def _unpooled(headers: Mapping[str, Any], layout: HFLayout) -> bool:
+    """Whether a LoRA reads every input, and not groups of them, which PEFT pools on GPTQ bases alone."""
+    for name, header in headers.items():
+        slot = layout.slots.get(name.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight")
+        if name.endswith(".lora_A.weight") and slot is not None and len(shape := header.get_shape()) == 2:
+            return shape[1] == layout.shape(slot.path)[0]
+    return False
 
 
 def _targets(config: Mapping[str, Any], layout: HFLayout) -> list[str]:

@@ -27,7 +27,7 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA, QALoRA
 
 PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
@@ -46,7 +46,7 @@ VARIANTS = {
     "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
     "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
     "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
-    "use_qalora": "QA-LoRA, which averages groups of inputs first, on GPTQ bases alone",
+    "use_qalora": "beside a method other than LoRA",
     "velora_config": "VeLoRA's files have further tensors",
 }
 """Options of PEFT's LoRA that are not read."""
@@ -65,6 +65,29 @@ def _write_lora(node: Adapter) -> dict[str, Any]:
 def _read_lora(fields: Fields) -> Fit:
     method = LoRA(rank=rank_field(fields), dropout=number_field(fields, "lora_dropout"))
     return Fit(method, {"scale": _lora_scale(fields)})
+
+
+def _groups(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    group = rank_field(fields, "qalora_group_size")
+    if group == 1 or shape[0] % group:
+        raise SboraxError(f"qalora_group_size={group} must be 2 or more and divide {shape[0]} rows")
+    return {"groups": shape[0] // group}
+
+
+def _read_qalora(fields: Fields) -> Fit:
+    """PEFT multiplies the means of groups by their number."""
+    group, rate = rank_field(fields, "qalora_group_size"), number_field(fields, "lora_dropout")
+    scale = _lora_scale(fields) * fields["groups"] / group
+    return Fit(QALoRA(rank=rank_field(fields), group=group, dropout=rate), {"scale": scale})
+
+
+def _write_qalora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, QALoRA)
+    groups, rank = node.train["a"].shape
+    alpha = float(str(np.float32(float(node.frozen["scale"]) * rank * method.group / groups)))
+    sizes = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
+    return {**sizes, "qalora_group_size": method.group, "lora_dropout": dropout_of(node)}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -192,16 +215,22 @@ LOW_RANK = (
     Row(
         DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
         (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
-        _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+        _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS, refused=VARIANTS,
+    ),
+    Row(
+        QALoRA, "LORA",
+        {"use_qalora": (True,), "use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "orthogonal")},
+        LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
+        by_shape=_groups, refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
     ),
     # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
     Row(
         PiSSA, "LORA", {"use_dora": (False,), "init_lora_weights": ("pissa",)}, LORA_FIELDS,
-        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS, reads=LORA_READS,
+        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS, reads=LORA_READS, refused=VARIANTS,
     ),
     Row(
         OLoRA, "LORA", {"use_dora": (False,), "init_lora_weights": ("olora",)}, LORA_FIELDS,
-        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS, reads=LORA_READS,
+        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS, reads=LORA_READS, refused=VARIANTS,
     ),
     Row(
         AdaLoRA, "ADALORA", {"init_lora_weights": (True, False)},

@@ -23,6 +23,7 @@ PLAIN = TABLE[0]
 
 KNOWN_BY_DEFAULTS = {
     "use_dora": False,
+    "use_qalora": False,
     "init_lora_weights": True,
     "init_weights": True,
     "init_ia3_weights": True,
@@ -48,7 +49,7 @@ INERT = {
     "fan_in_fan_out": "for bases whose weights are (in, out); PEFT clears it for every projection that is an nn.Linear",
     "megatron_core": "the name of a library",
     "runtime_config": "how PEFT computes, and not what",
-    "qalora_group_size": "of use_qalora, which is refused",
+    "qalora_group_size": "unused without use_qalora",
     **dict.fromkeys(["corda_config", "eva_config", "loftq_config", "lora_ga_config"], "how PEFT makes the start"),
 }
 """Fields of all kinds that do not change the function of a saved adapter, with the reason."""
@@ -92,13 +93,15 @@ def row_for(config: Mapping[str, Any]) -> Row:
         value = config.get(name, KNOWN_BY_DEFAULTS[name])
         return any(value == known and type(value) is type(known) for known in row.known_by[name])
 
-    row = next((row for row in rows if all(is_of(row, name) for name in row.known_by)), None)
-    if row is None:
+    fitting = [row for row in rows if all(is_of(row, name) for name in row.known_by)]
+    if not fitting:
         values = ", ".join(f"{name}={config.get(name, KNOWN_BY_DEFAULTS[name])!r}" for name in rows[0].known_by)
         raise SboraxError(
             f"{kind} with {values[:120]} is not supported; if it changes the base, save it in PEFT with "
             "path_initial_model_for_weight_conversion"
         )
+    # The row that knows most of the config: one for an option is beside one for the kind without it.
+    row = max(fitting, key=lambda row: len(row.known_by))
     read = row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | {BIAS}
     check_options(config, SELECTING | INERT.keys() | row.inert.keys() | read, row.refused)
     return row
