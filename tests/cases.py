@@ -36,6 +36,8 @@ def kronecker(fan_in: int, fan_out: int, rank: int, both: bool = False) -> int:
 METHODS = [
     Case("LoRA", sx.LoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("rsLoRA", sx.LoRA(rank=4, alpha=8.0, rslora=True, init_a="gaussian"), lambda i, o: 4 * (i + o)),
+    Case("QALoRA", sx.QALoRA(rank=4, alpha=8.0, group=8), lambda i, o: 4 * (i // 8 + o)),
+    Case("QALoRA-peft", sx.QALoRA(rank=3, group=4, formula="peft"), lambda i, o: 3 * (i // 4 + o)),
     Case("SBoRA-FA", sx.SBoRA(rank=5, alpha=10.0), lambda i, o: 5 * o),
     Case("SBoRA-FB", sx.SBoRA(rank=5, variant="FB"), lambda i, o: 5 * i),
     Case("SBoRA-expert", sx.SBoRA(rank=5, expert=1, experts=2), lambda i, o: 5 * o),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import peft
@@ -26,7 +26,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """transformers' kind of model, and its fields beside `test_peft_matrix.SIZES`."""
-BIASED, TIED = {"biased", "qwen2"}, {"tied", "gemma"}
+BIASED, TIED = frozenset({"biased", "qwen2"}), frozenset({"tied", "gemma"})
 
 LORA = {"r": 4, "lora_alpha": 6}
 TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
@@ -35,6 +35,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "DoRA": (peft.LoraConfig, {**LORA, "use_dora": True}),
     "PiSSA": (peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}),
     "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
+    "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
     "IA3": (peft.IA3Config, {"feedforward_modules": []}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
@@ -64,6 +65,12 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
 }
+BASE: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
+    "norms": (peft.LNTuningConfig, {"target_modules": ["input_layernorm", "norm"]}),
+    "biases": (peft.BeftConfig, {"target_modules": ["q_proj", "v_proj"]}),
+    "tokens": (peft.TrainableTokensConfig, {"target_modules": ["embed_tokens"], "token_indices": [5, 17, 40]}),
+}
+"""Kinds without adapters."""
 LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA")
 
 
@@ -74,7 +81,9 @@ class Option:
     refused, unsaved: a part of the error on loading, and on writing back; None where it must be equal.
     in_families: further outcomes on loading, by family.
     everywhere: in every family, and not only where the spread puts it.
-    prepare: what happens to PEFT's model before it is saved.
+    also_in: families in which it is for certain.
+    stored: fields that are put into the saved config.
+    prepare: allocates ranks of PEFT's model, in its `rank_pattern`, before it is saved.
     """
 
     tuner: str
@@ -84,16 +93,18 @@ class Option:
     unsaved: str | None = None
     in_families: Mapping[str, str] = dataclasses.field(default_factory=dict)
     everywhere: bool = False
+    also_in: Set[str] = frozenset()
+    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Callable[[Any], None] | None = None
 
     @property
     def rewrites_base(self) -> bool:
-        fields = {**TUNERS[self.tuner][1], **self.fields}
+        fields = {**{**TUNERS, **BASE}[self.tuner][1], **self.fields}
         return fields.get("init_lora_weights") in ("pissa", "olora") or self.tuner == "OSF"
 
     @property
     def config(self) -> peft.PeftConfig:
-        kind, fields = TUNERS[self.tuner]
+        kind, fields = {**TUNERS, **BASE}[self.tuner]
         return kind(**{"target_modules": TWO, **fields, **self.fields})
 
 
@@ -112,7 +123,7 @@ class Cell:
         return f"{self.family}-{self.option.tuner}-{self.option.name}"
 
 
-def anywhere(families: set[str], message: str) -> dict[str, str]:
+def anywhere(families: Set[str], message: str) -> dict[str, str]:
     return dict.fromkeys(families, message)
 
 
@@ -170,7 +181,6 @@ def of_loras() -> Iterator[Option]:
             everywhere=tuner == "LoRA",
         )
         yield Option(tuner, "dropout", {"lora_dropout": 0.25})
-        yield Option(tuner, "all biases", {"bias": "all"}, in_families=anywhere(BIASED, "option bias=all"))
 
 
 SINGLE: dict[str, dict[str, dict[str, Any]]] = {
@@ -183,13 +193,22 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal": {"init_lora_weights": "orthogonal"},
         "eva": {"init_lora_weights": "eva", "rank_pattern": LAYERS, "alpha_pattern": {k: 6 for k in LAYERS}},
         "saved k_proj": {"modules_to_save": ["k_proj"]},
-        "biases of the adapted": {"bias": "lora_only"},
         "layers at both ends": {"layers_to_transform": [0, -1]},
     },
     "rsLoRA": {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "r 3": {"r": 3}},
     "DoRA": {"r 1": {"r": 1}, "alpha 0.5": {"lora_alpha": 0.5}},
     "PiSSA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
     "OLoRA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
+    "QA-LoRA": {
+        "group 2": {"qalora_group_size": 2},
+        "group 16": {"qalora_group_size": 16},
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "orthogonal": {"init_lora_weights": "orthogonal"},
+        "wide": {"r": 40},
+    },
     "AdaLoRA": {
         "wide": {"init_r": 40},
         "alpha 2.5": {"lora_alpha": 2.5},
@@ -243,19 +262,28 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "shared": {"block_share": True},
         "exact": {"use_cayley_neumann": False},
         "exact and shared": {"use_cayley_neumann": False, "block_share": True},
-        **{f"{terms} terms": {"num_cayley_neumann_terms": terms} for terms in (3, 4, 6)},
+        **{f"{terms} terms": {"num_cayley_neumann_terms": terms} for terms in (2, 3, 4, 6)},
         "dropout": {"module_dropout": 0.5},
     },
     "BOFT": {
         "block 4": {"boft_block_size": 4},
         "two factors": {"boft_n_butterfly_factor": 2},
         "three factors": {"boft_block_size": 4, "boft_n_butterfly_factor": 3},
+        "blocks by their number": {"boft_block_size": 0, "boft_block_num": 4},
+        "factors of blocks by their number": {
+            "boft_block_size": 0,
+            "boft_block_num": 8,
+            "boft_n_butterfly_factor": 3,
+        },
         "random start": {"init_weights": False},
         "dropout": {"boft_dropout": 0.5},
     },
     "OSF": {
         "half": {"effective_rank": None},
         "a number": {"effective_rank": 24},
+        "ranks": {"rank_pattern": {"q_proj": 8}},
+        "ranks of a layer and shares": {"rank_pattern": {"layers.1.*q_proj": 8, "down": 0.5}},
+        "ranks by an expression": {"effective_rank": 0.25, "rank_pattern": {r"^model.layers.1|v_proj": 24}},
         "random start": {"init_weights": False},
     },
     "HRA": {"r 1": {"r": 1}, "r 5": {"r": 5}, "wide": {"r": 40}},
@@ -398,27 +426,53 @@ UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
     ("VBLoRA", "wide"): {"refused": "rank must lie in"},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
-    ("LoRA", "biases of the adapted"): {"in_families": anywhere(BIASED, "option bias=lora_only")},
 }
+
+
+def of_biases() -> Iterator[Option]:
+    """Biases that are trained beside an adapter, wherever there are any."""
+    for tuner, (kind, _) in TUNERS.items():
+        if "bias" in {field.name for field in dataclasses.fields(kind)}:
+            yield Option(tuner, "all biases", {"bias": "all"}, also_in=BIASED)
+            yield Option(tuner, "biases of the adapted", {"bias": "lora_only"}, also_in=BIASED)
+    yield Option("LoRA", "biases of a layer", {"bias": "lora_only", "layers_to_transform": [1]}, also_in=BIASED)
+    yield Option(
+        "LoRA", "biases beside norms", {"bias": "all", "modules_to_save": ["layernorm", "model.norm"]}, also_in=BIASED
+    )
+    yield Option(
+        "LoRA",
+        "a bias of a saved module",
+        {"bias": "all", "modules_to_save": ["k_proj"]},
+        in_families=anywhere(BIASED, "k_proj of modules_to_save has a bias, which comes twice"),
+        also_in=BIASED,
+    )
+    unbiased = anywhere(FAMILIES.keys() - BIASED, "which has no bias to add it to")
+    for name, fields in {
+        "lora_bias": {},
+        "lora_bias and its scale": {"r": 3, "lora_alpha": 7, "use_rslora": True},
+        "lora_bias beside the base's": {"bias": "lora_only"},
+    }.items():
+        only = {"target_modules": ["q_proj"], "lora_bias": True}
+        yield Option("LoRA", name, {**only, **fields}, in_families=unbiased, also_in=BIASED)
 
 
 def refused() -> Iterator[Option]:
     """What is refused by the name of its field, or of a tensor."""
     by_field: list[tuple[str, dict[str, Any], str]] = [
-        ("LoRA", {"lora_bias": True}, "lora_bias"),
+        ("QA-LoRA", {"qalora_group_size": 1}, "qalora_group_size=1 must be 2 or more"),
+        ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
         ("OFT", {"oft_block_size": 0, "r": 64}, "block must be at least 2"),
-        ("OFT", {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2"),
+        ("OFT", {"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms=1"),
         ("OFT", {"coft": True, "eps": -1.0}, "eps must be above 0"),
-        ("BOFT", {"boft_block_size": 0, "boft_block_num": 4}, "boft_block_num=4: BOFT by the number of blocks"),
+        ("BOFT", {"boft_block_size": 0, "boft_block_num": 32, "target_modules": ["q_proj"]}, "block must be"),
         ("SuperTuning", {"save_precomputed_indices": False}, "save_precomputed_indices=False"),
         ("DEFT", {"para": True}, "option para=True"),
         ("OSF", {"effective_rank": 32}, "kept must leave 1..31"),
-        ("OSF", {"rank_pattern": {"q_proj": 8}}, "option rank_pattern"),
         ("HRA", {"apply_GS": True}, "apply_GS"),
         ("VeRA", {"save_projection": False}, "save_projection=False"),
         ("PVeRA", {"save_projection": False}, "save_projection=False"),
@@ -450,9 +504,65 @@ LATER: list[tuple[str, dict[str, Any]]] = [
 """Options that are equal, too."""
 
 
-def transposed(model: Any) -> None:
-    """The field of a config for models whose weights are (in, out). PEFT clears it when it sees an nn.Linear."""
-    model.peft_config["default"].fan_in_fan_out = True
+def of_the_base() -> Iterator[Option]:
+    """Kinds without adapters."""
+    no_bias = anywhere(FAMILIES.keys() - BIASED, "only projections with a bias can have it")
+    yield Option("norms", "two", {})
+    yield Option("norms", "excluded", {"exclude_modules": ["layers.0.input_layernorm"]})
+    yield Option("biases", "two", {}, in_families=no_bias, also_in=BIASED)
+    yield Option("tokens", "three", {})
+    for tuner in ("norms", "biases"):
+        saved = {"modules_to_save": ["lm_head"]}
+        yield Option(tuner, "more modules", {}, "option modules_to_save", stored=saved)
+
+
+STORED: dict[str, Any] = {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
+    "base_model_name_or_path": "another/model",
+    "revision": "another",
+    "task_type": "CAUSAL_LM",
+    "fan_in_fan_out": True,
+    "megatron_core": "another.core",
+    "qalora_group_size": 8,
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "corda_config": {"corda_method": "kpm"},
+    "eva_config": {"rho": 1.5},
+    "loftq_config": {"loftq_bits": 8},
+    "lora_ga_config": {"stable_gamma": 8},
+    "mask_type": "another",
+    "target_svd_config": {"q_proj": 3},
+}
+"""Values of fields that change nothing, once the adapter is saved."""
+BUDGET: dict[str, Any] = {
+    "r": 5,
+    "target_r": 3,
+    "tinit": 1,
+    "tfinal": 1,
+    "deltaT": 2,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "orth_reg_weight": 0.1,
+    "total_step": 50,
+}
+
+
+def of_no_consequence() -> Iterator[Option]:
+    for tuner, (kind, _) in {**TUNERS, **BASE}.items():
+        stored = {field.name: STORED[field.name] for field in dataclasses.fields(kind) if field.name in STORED}
+        only = {"in_families": anywhere(FAMILIES.keys() - BIASED, "only projections with a bias"), "also_in": BIASED}
+        yield Option(tuner, "of no consequence", {}, stored=stored, **(only if tuner == "biases" else {}))
+        if "init_weights" in {field.name for field in dataclasses.fields(kind)} and tuner in STARTS:
+            start = {} if tuner != "biases" else only
+            yield Option(tuner, "another start", {"init_weights": False}, **start)
+    yield Option("IA3", "another start", {"init_ia3_weights": False})
+    yield Option("AdaLoRA", "another start", {"init_lora_weights": False})
+    yield Option("AdaLoRA", "budget", {}, stored=BUDGET)
+    yield Option("RandLoRA", "another seed", {"projection_prng_key": 7})
+    yield Option("OFT", "old version", {}, "before PEFT 0.18", stored={"peft_version": "0.17.1"})
+
+
+STARTS = ("LoHa", "OFT", "VeRA", "HRA", "RandLoRA", "DeLoRA", "biases", "tokens")
+"""Tuners whose start is not among the options above."""
 
 
 def options() -> Iterator[Option]:
@@ -466,10 +576,10 @@ def options() -> Iterator[Option]:
     yield Option("AdaLoRA", "a kernel without a rank", {}, prepare=kept("0000", "0000", "1101", "1110"))
     zero = {"lora_alpha": 0}
     yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
+    yield from of_biases()
     yield from refused()
-    for tuner, (kind, _) in TUNERS.items():
-        if "fan_in_fan_out" in {field.name for field in dataclasses.fields(kind)}:
-            yield Option(tuner, "fan_in_fan_out", {}, prepare=transposed)
+    yield from of_the_base()
+    yield from of_no_consequence()
     for tuner, fields in LATER:
         yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
 
@@ -481,7 +591,7 @@ SPREAD = 7
 
 def cells() -> Iterator[Cell]:
     for (shift, family), (number, option) in itertools.product(enumerate(FAMILIES), enumerate(OPTIONS)):
-        if family == "llama" or option.everywhere or (number + shift) % SPREAD == 0:
+        if family == "llama" or option.everywhere or family in option.also_in or (number + shift) % SPREAD == 0:
             yield Cell(family, option)
 
 

@@ -86,8 +86,13 @@ def of_file(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
     """The trained leaves of PEFT's model, which we read from its files."""
     params, adapters = read(pair, model, directory)
     before, after = flatten(pair.ours.params), flatten(params)
-    changed = {path: leaf for path, leaf in after.items() if leaf is not before[path]}
-    return {**leaves_of(adapters), **({} if adapters else changed)}
+    # Beside adapters, biases alone: a method may have changed kernels, too.
+    changed = {
+        path: leaf
+        for path, leaf in after.items()
+        if leaf is not before[path] and (not adapters or path.endswith("/bias"))
+    }
+    return {**leaves_of(adapters), **changed}
 
 
 @dataclasses.dataclass(frozen=True)

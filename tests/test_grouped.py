@@ -113,9 +113,13 @@ def test_what_is_drawn_is_drawn_in_rows_of_experts_too(case: Case):
     assert changed.all() and largest(first - without) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
-def test_outputs_are_dropped_of_thin_factors_too(name):
-    weight, node = fitted(sx.LoHa(rank=3, **{name: 0.5}))
+@pytest.mark.parametrize(
+    "method",
+    [sx.LoHa(rank=3, rank_dropout=0.5), sx.LoHa(rank=3, module_dropout=0.5), sx.BOFT(2, block_dropout=0.5)],
+    ids=["outputs", "changes", "blocks"],
+)
+def test_other_dropouts_drop_in_rows_of_experts_too(method):
+    weight, node = fitted(method)
     node = trained(node)
 
     def product(key):

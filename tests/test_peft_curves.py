@@ -89,6 +89,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "DoRA": sx.DoRA(rank=4, alpha=6.0),
     "PiSSA": sx.PiSSA(rank=4, alpha=6.0),
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
+    "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
     "IA3": sx.IA3(),
     "LoHa": sx.LoHa(rank=3, alpha=5.0),
@@ -293,6 +294,9 @@ CASES: dict[str, Case] = {
     "BOFT, three factors": Case(
         config("BOFT", boft_block_size=4, boft_n_butterfly_factor=3), sx.BOFT(block=4, factors=3)
     ),
+    "BOFT with dropout": Case(
+        config("BOFT", boft_dropout=0.4), sx.BOFT(block=8, block_dropout=0.4), patch=equal_uniforms
+    ),
     "SuperTuning, hybrid": Case(config("SuperTuning", r=3), sx.SuperTuning(sparsity=0.9, lora_rank=3)),
     "DEFT, orthogonal": Case(config("DEFT", decomposition_method="qr"), sx.DEFT(rank=4, projection="qr")),
     "RoAd, by output": Case(config("RoAd", variant="road_2"), sx.RoAd(variant="2", block=8)),
@@ -316,18 +320,24 @@ CASES: dict[str, Case] = {
     "LoKr, whole": Case(config("LoKr", r=6, decompose_factor=4), sx.LoKr(rank=6, alpha=3.0, factor=4)),
 }
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 BASE: dict[str, tuple[dict[str, Any], Case]] = {
     "norms": ({}, Case(peft.LNTuningConfig(target_modules=NORMS), None, adamw(decay=0.0), ("norm",))),
     "biases": (
-        {"attention_bias": True, "mlp_bias": True},
+        BIASES,
         Case(peft.BeftConfig(target_modules=ALL), None, adamw(decay=0.0), ("bias",)),
+    ),
+    "biases beside LoRA": (BIASES, Case(config("LoRA", bias="all"), PLAIN["LoRA"], adamw(5e-3, 0.0), ("bias",))),
+    "biases of what LoRA adapts": (
+        BIASES,
+        Case(config("LoRA", bias="lora_only"), PLAIN["LoRA"], adamw(5e-3, 0.0), ("adapted_bias",)),
     ),
     "rows of the embedding": (
         {},
         Case(peft.TrainableTokensConfig(token_indices=list(range(258))), None, adamw(decay=0.0), ("embed_tokens",)),
     ),
 }
-"""PEFT's kinds without adapters, with the fields of a model that has their leaves."""
+"""What is trained of the base, mostly without adapters, with the fields of a model that has such leaves."""
 CHEAP = ("LoRA", "DoRA", "PiSSA", "IA3", "HiRA", "OFT", "SHiRA", "MiSS", "Bat", "LoRA-FA")
 
 
@@ -355,8 +365,8 @@ def test_losses_are_those_of_peft(name, pair, tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", BASE)
-def test_losses_without_adapters_are_those_of_peft(name, tmp_path):
-    """As closely: norms, biases, and every row of the embedding."""
+def test_losses_of_what_is_trained_of_the_base_are_those_of_peft(name, tmp_path):
+    """As closely: norms, biases, alone and beside LoRA, and every row of the embedding."""
     fields, case = BASE[name]
     pair = with_tokenizer(tmp_path / "base", **fields)
     case.config.task_type = "CAUSAL_LM"

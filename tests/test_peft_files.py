@@ -98,11 +98,20 @@ def test_minimal_directory(good, model):
     assert node.train["b"].dtype == jnp.float32
 
 
+def test_qalora_that_peft_ignored_is_lora(good, model):
+    """PEFT pools on GPTQ bases alone; elsewhere it writes the field and trains a plain LoRA."""
+    config = json.loads((good / CONFIG).read_text())
+    (good / CONFIG).write_text(json.dumps({**config, "use_qalora": True, "qalora_group_size": 4}))
+    node = load_peft(good, model)[1]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert type(node.method) is sx.LoRA and float(node.frozen["scale"][0]) == 1.5
+
+
 WRONG = {
-    "peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported; known: "),
+    "peft_type": ({"peft_type": "SOME"}, "'SOME' is not supported; known: "),
+    "unread peft_type": ({"peft_type": "XLORA"}, "'XLORA' is not supported: it mixes several adapters"),
     "no type": ({"peft_type": None}, "is not supported"),
     "bias": ({"bias": "some"}, "option bias=some"),
-    "lora_bias": ({"lora_bias": True}, "option lora_bias"),
+    "lora_bias": ({"lora_bias": True}, "option lora_bias=True is not supported for model.layers.0.self_attn.q_proj"),
     "unknown": ({"some_new_switch": 3}, "option some_new_switch=3"),
     "kasa": ({"kasa_config": {"beta": 1}}, "option kasa_config"),
     "redrawn": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),

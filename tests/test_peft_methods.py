@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,7 @@ CASES = [
         sx.OFT(block=6, terms=8),
         same(q="oft_R"),
     ),
+    Case("OFT-2", config("OFTConfig", oft_block_size=8, num_cayley_neumann_terms=2), sx.OFT(8, 2), same(q="oft_R")),
     Case(
         "OFT-exact",
         config("OFTConfig", oft_block_size=8, use_cayley_neumann=False, block_share=True),
@@ -398,10 +400,19 @@ DROPPED = [
     ]
     for rates in ({"rank_dropout": 0.4}, {"module_dropout": 0.4}, {"rank_dropout": 0.4, "module_dropout": 0.1})
 ]
+DROPPED += [
+    dataclasses.replace(
+        case,
+        name=f"{case.name}, {rate}",
+        config=dataclasses.replace(case.config, boft_dropout=rate),
+        method=dataclasses.replace(case.method, block_dropout=rate),
+    )
+    for case, rate in itertools.product([case for case in CASES if case.name in ("BOFT-1", "BOFT-3")], (0.4, 0.7))
+]
 
 
 @pytest.mark.parametrize("case", DROPPED, ids=lambda case: case.name)
-def test_outputs_are_dropped_in_training_as_in_peft(case: Case, monkeypatch):
+def test_outputs_and_blocks_are_dropped_in_training_as_in_peft(case: Case, monkeypatch):
     equal_uniforms(monkeypatch)
     layer, base, tensors = peft_side(case)
     weight = base.weight.detach().numpy().T.copy()
@@ -412,6 +423,22 @@ def test_outputs_are_dropped_in_training_as_in_peft(case: Case, monkeypatch):
     assert np.abs(theirs - scored).max() > 1e-2
     ours = sx.linear(jnp.asarray(x), jnp.asarray(weight), node, sx.Context(jax.random.key(0)))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_oft_drops_nothing_in_peft_either():
+    """PEFT makes a layer of its `module_dropout` and never calls it, so that the field says nothing to read."""
+    case = next(case for case in CASES if case.name == "OFT")
+    x = torch.from_numpy(np.random.default_rng(1).normal(size=(11, case.shape[0])).astype(np.float32))
+    layer, _, _ = peft_side(dataclasses.replace(case, config=dataclasses.replace(case.config, module_dropout=0.9)))
+    assert layer.oft_dropout["default"].p == 0.9
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.train()(x))
+
+
+def test_as_many_blocks_are_dropped_as_in_peft():
+    weight, rate = jnp.ones((200, 3)), 0.29
+    (node,) = nodes(sx.attach(jax.random.key(0), {"p": {"kernel": weight}}, [("p", sx.BOFT(2, 1, rate))])[1]).values()
+    assert node.frozen["dropped"] == int(rate * 100) == 28
 
 
 @by_case

@@ -37,7 +37,7 @@ PATTERNED = {
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 8},
     "WAVEFT": {"n_frequency": 8},
-    "OSF": {"effective_rank": 4},
+    "OSF": {"effective_rank": 8},
 }
 
 

@@ -22,7 +22,7 @@ from etils import epath
 
 import sborax as sx
 from sborax.adapters.tree import nodes
-from sborax.layout.state import TrainState, put_together, start, take_apart
+from sborax.layout.state import TrainState, put_together, selected, start, take_apart
 from sborax.models import load_model
 from sborax.records.adapter import LEAVES, load_adapter
 from sborax.records.checkpoint import flat, open_checkpoints
@@ -171,7 +171,15 @@ def test_full_fine_tuning_keeps_one_copy_of_the_base(model):
     assert parts.base == {} and parts.count == sum(leaf.size for leaf in jax.tree.leaves(model.params))
 
 
-@pytest.mark.parametrize("also, problem", [(("bias",), "has no bias"), (("lm_head",), "the head is tied")])
+def test_biases_of_adapted_projections_are_chosen():
+    paths = [f"layers/{name}/{leaf}" for name in ("q_proj", "k_proj") for leaf in ("kernel", "bias")]
+    assert selected(paths, False, ("adapted_bias",), ["layers/q_proj/kernel"]) == ["layers/q_proj/bias"]
+
+
+@pytest.mark.parametrize(
+    "also, problem",
+    [(("bias",), "has no bias"), (("adapted_bias",), "has no adapted_bias"), (("lm_head",), "the head is tied")],
+)
 def test_train_also_must_match(model, also, problem):
     with pytest.raises(sx.SboraxError, match=problem):
         take_apart(model.params, {}, train_also=also)

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import peft.tuners.boft.layer
+import peft.tuners.lora.layer
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.numpy import load_file
 
 import sborax as sx
@@ -33,6 +36,12 @@ class BlockDiagonal:
         return torch.stack([torch.block_diag(*factor) for factor in blocks])
 
 
+def variant_of(layer: Any, *, config: Any, **options: Any) -> Any:
+    """QA-LoRA on torch's own layers, too. PEFT has it on GPTQ's alone, and ignores it on others."""
+    return QALoraLinearVariant() if config.use_qalora else LoraLayer.resolve_lora_variant(layer, config=config)
+
+
+peft.tuners.lora.layer.Linear.resolve_lora_variant = variant_of
 peft.tuners.boft.layer.get_fbd_cuda = lambda: True
 peft.tuners.boft.layer.FastBlockDiag = BlockDiagonal
 
@@ -117,7 +126,10 @@ def shaken(adapters: Any, seed: int = 0) -> Any:
 
 
 def equal_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.rand(n) draws the same n numbers every time, and the draws of jax.random.bernoulli are decided by them."""
+    """torch.rand(n) draws the same n numbers every time, and the draws of jax.random.bernoulli are decided by them.
+
+    Both libraries draw the same permutations, too, and the last of several numbers.
+    """
 
     def uniforms(size: int) -> np.ndarray:
         return np.float32((0.3 + 0.618034 * np.arange(size)) % 1.0)
@@ -125,5 +137,12 @@ def equal_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
     def bernoulli(key: Any, p: Any, shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.asarray(uniforms(math.prod(shape)).reshape(shape)) > 1.0 - p
 
+    def order(size: int) -> np.ndarray:
+        return np.argsort(uniforms(size))
+
     monkeypatch.setattr(torch, "rand", lambda size: torch.from_numpy(uniforms(size)))
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    monkeypatch.setattr(torch, "randperm", lambda size: torch.from_numpy(order(size)))
+    monkeypatch.setattr(jax.random, "permutation", lambda key, size: jnp.asarray(order(size)))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape: torch.full(shape, high - 1))
+    monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high: jnp.full(shape, high - 1))

@@ -414,6 +414,8 @@ def output_dropout(
 
 OUTPUT_DROPOUTS = frozenset({"rank_dropout", "module_dropout"})
 """The frozen leaves that `output_dropout` reads."""
+INPUT_DROPOUTS = frozenset({"dropout", "block_dropout"})
+"""Frozen leaves for what is dropped of an adapter's input: entries, by `dropout`, or rotations of blocks."""
 
 
 def dropout_leaf(rate: float, name: str = "dropout") -> Leaves:

@@ -18,6 +18,7 @@ from sborax.adapters import grouped_tpu
 from sborax.adapters.compose import Chain, Scaled, Sum, part_context
 from sborax.adapters.core import (
     HIDDEN,
+    INPUT_DROPOUTS,
     OUTPUT_DROPOUTS,
     AbstractFactored,
     AbstractMethod,
@@ -265,7 +266,7 @@ def grouped_linear(
         return _by_tiles(x, weight, sizes, adapter, ctx)
     if _is_thin(method):
         return _add_thin(grouped_matmul(x, weight, sizes), x, sizes, adapter, weight.shape[-2:], ctx)
-    if not method.no_merge and not method.linked and (ctx.key is None or not _drops(adapter.frozen, {"dropout"})):
+    if not method.no_merge and not method.linked and (ctx.key is None or not _drops(adapter.frozen, INPUT_DROPOUTS)):
         return grouped_matmul(x, _merged(weight, adapter, sizes, x.dtype), sizes)
     return _by_tiles(x, weight, sizes, adapter, ctx)
 
@@ -341,7 +342,7 @@ def grouped_dropout(
 
 
 def _drops(frozen: Any, leaves: Collection[str]) -> bool:
-    """Whether an adapter drops inputs or outputs in training: whether it has one of the leaves that say how often."""
+    """Whether an adapter drops something in training: whether it has one of the leaves that say how often."""
     keys = {jax.tree_util.DictKey(name) for name in leaves}
     return any(keys & set(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen))
 

@@ -31,6 +31,7 @@ class Kind(NamedTuple):
     - leaf: the name of our leaves that it changes.
     - of: in words, the modules that have such leaves.
     - reads: config fields beside those of all kinds.
+    - inert: config fields that do not change the function of a saved adapter, with the reason.
     - shape: (our leaf's shape, config) -> the tensor's.
     - applied: (our leaf, the tensor, config) -> our leaf, changed.
     - taken: (our leaf, what it was before) -> the tensor and further config fields.
@@ -41,6 +42,7 @@ class Kind(NamedTuple):
     leaf: str
     of: str
     reads: frozenset[str]
+    inert: Mapping[str, str]
     shape: Callable[[tuple[int, ...], Mapping[str, Any]], tuple[int, ...]]
     applied: Callable[[np.ndarray, np.ndarray, Mapping[str, Any]], np.ndarray]
     taken: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, Any]]]
@@ -121,19 +123,20 @@ def _rows(after: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, dict[str, 
     return after[indices], {INDICES: indices.tolist(), "target_modules": EMBEDDING}
 
 
+START = {"init_weights": "how PEFT makes the start"}
 KINDS = (
     Kind(
-        "LN_TUNING", "ln_tuning_layers.weight", "scale", "norms", frozenset(),
+        "LN_TUNING", "ln_tuning_layers.weight", "scale", "norms", frozenset(), {},
         lambda shape, _: shape, lambda _, tensor, __: tensor, lambda after, _: (after, {}),
     ),
     Kind(
-        "BEFT", "beft_bias", "bias", "projections with a bias", frozenset({"init_weights"}),
+        "BEFT", "beft_bias", "bias", "projections with a bias", frozenset(), START,
         lambda shape, _: (1, *shape), lambda bias, tensor, _: bias + tensor[0],
         lambda after, before: ((after - before)[None], {}),
     ),
     Kind(
         "TRAINABLE_TOKENS", "trainable_tokens_delta", "embedding", "the embedding",
-        frozenset({"init_weights", INDICES}),
+        frozenset({INDICES}), START,
         lambda shape, config: (len(_indices(config, shape[0])), *shape[1:]), _with_rows, _rows,
     ),
 )  # fmt: skip

@@ -19,11 +19,22 @@ from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site, bank_sites
 from sborax.adapters.tree import attach, nodes
 from sborax.interop.peft_base import Kind, kind_of
+from sborax.interop.peft_biases import added_biases, check_saved, stored_biases
 from sborax.interop.peft_experts import FIELD, read_experts
 from sborax.interop.peft_fused import taken_apart
-from sborax.interop.peft_layout import CONFIG, HEAD, TENSORS, TYING, HFLayout, layout_of, tied_copies
+from sborax.interop.peft_layout import (
+    CONFIG,
+    HEAD,
+    TENSORS,
+    TYING,
+    HFLayout,
+    layout_of,
+    tensor_in,
+    tied_copies,
+    wide,
+)
 from sborax.interop.peft_row import PREFIX, Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
-from sborax.interop.peft_table import INERT, PLAIN, check_options, row_for
+from sborax.interop.peft_table import INERT, PLAIN, SELECTING, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
@@ -36,6 +47,8 @@ INTEGERS = ("I32", "I64")
 OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
 """Kinds that PEFT has renamed: the new name, and what the names of tensors contain, before and after."""
 
+POOLED = "use_qalora"
+"""The config field of QA-LoRA. On a base that is not GPTQ's, PEFT ignores it and trains a plain LoRA."""
 ONE_RANK = ("HIRA",)
 """Kinds whose rank PEFT takes from `r`, ignoring `rank_pattern`. Earlier exports of sborax followed `rank_pattern`."""
 
@@ -45,7 +58,8 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
 
     Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
-    `modules_to_save` are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change `params` alone.
+    `modules_to_save` and the biases that PEFT trained are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no
+    adapters and change `params` alone.
 
     Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
@@ -70,8 +84,10 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             return _changed_base(kind, config, headers, file, layout, model.params), {}
         if config.get("peft_type") in ONE_RANK and not _ragged(headers):
             config = {**config, "rank_pattern": {}}
+        if config.get(POOLED) and config.get("qalora_group_size") != 1 and _unpooled(headers, layout):
+            config = {**config, POOLED: False}
         listed, config = config, {**config, FIELD: None}
-        row = row_for(config, biased=any(path.endswith("/bias") for path in layout.leaves))
+        row = row_for(config)
         experts = None
         if listed.get(FIELD):
             if row is not PLAIN:
@@ -79,6 +95,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             experts = read_experts(listed, model.params, lambda module: _fit(row, config, module, None))
         modules = [] if experts and not config.get("target_modules") else _targets(config, layout)
         saved = saved_modules(config, layout.modules)
+        check_saved(config, layout, saved)
         tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
         if tied and config.get(TYING) is not True:
             raise SboraxError(
@@ -95,7 +112,9 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys()
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
-        base = _base_tensors(layout, saved, modules, names)
+        added = added_biases(config, layout, fits)
+        expected |= {name: shape for name, (_, _, shape) in added.items()}
+        base = _base_tensors(layout, saved, modules, names, stored_biases(config, layout, modules))
         completed = _completed(row, config, fits, layout, names, file)
         names = {name: stored for name, stored in names.items() if name not in completed.spent}
         expected = {name: shape for name, shape in expected.items() if name not in completed.tensors}
@@ -113,6 +132,9 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
         new = {name: read(PREFIX + key) for key, (name, _) in base.items()}
+        for tensor, (name, scale, _) in added.items():
+            before = new[name] if name in new else np.asarray(wide(tensor_in(layout, layout.leaves, name)))
+            new[name] = before + np.float32(scale) * read(tensor)
         rewritten = row.method.rewrites_base and not row.keeps_base and HEAD in modules
         residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
@@ -132,7 +154,8 @@ def _changed_base(
     kind: Kind, config: Mapping[str, Any], headers: Mapping[str, Any], file: Any, layout: HFLayout, params: Any
 ) -> Any:
     """`params` with what the file of a kind without adapters changes."""
-    check_options(config, INERT - {"modules_to_save"} | kind.reads)
+    read = (SELECTING - {"modules_to_save"}) | INERT.keys() | kind.reads | kind.inert.keys()
+    check_options(config, read, {"modules_to_save": "this kind changes the base itself"})
     _compare(kind.expected(config, layout), dict(zip(headers, headers, strict=True)), headers)
     changed = kind.changed(config, layout, lambda name: np.asarray(file.get_tensor(name), np.float32))
     return _replaced(params, layout, changed)
@@ -179,6 +202,15 @@ def _ragged(headers: Mapping[str, Any]) -> bool:
     for name, header in headers.items():
         ranks.setdefault(name.rpartition(".")[2], set()).add(min(header.get_shape(), default=0))
     return any(len(sizes) > 1 for sizes in ranks.values())
+
+
+def _unpooled(headers: Mapping[str, Any], layout: HFLayout) -> bool:
+    """Whether a LoRA reads every input, and not groups of them, which PEFT pools on GPTQ bases alone."""
+    for name, header in headers.items():
+        slot = layout.slots.get(name.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight")
+        if name.endswith(".lora_A.weight") and slot is not None and len(shape := header.get_shape()) == 2:
+            return shape[1] == layout.shape(slot.path)[0]
+    return False
 
 
 def _targets(config: Mapping[str, Any], layout: HFLayout) -> list[str]:
@@ -252,13 +284,13 @@ def _completed(
 
 
 def _base_tensors(
-    layout: HFLayout, saved: list[str], modules: list[str], names: Mapping[str, str]
+    layout: HFLayout, saved: list[str], modules: list[str], names: Mapping[str, str], biases: dict[str, str]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Base weights in the file: those of `modules_to_save`, and that of an adapted head.
+    """Base weights in the file: those of `modules_to_save`, that of an adapted head, and `biases`.
 
     Returns `{name in the file: (Hugging Face's name, shape)}`.
     """
-    keys = {name: name for name in layout.slots if name.rpartition(".")[0] in saved}
+    keys = {name: name for name in layout.slots if name.rpartition(".")[0] in saved} | biases
     if HEAD in modules and f"{PREFIX}{HEAD}.base_layer.weight" in names:
         keys[f"{HEAD}.base_layer.weight"] = f"{HEAD}.weight"
     tensors = {}

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from sborax.adapters.core import AbstractMethod, Adapter, SboraxError
+from sborax.interop.peft_biases import OF_LORA
+from sborax.interop.peft_experts import FIELD
 from sborax.interop.peft_layout import TYING
 from sborax.interop.peft_row import (
     ANY_START,
@@ -25,7 +27,7 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA, QALoRA
 
 PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
@@ -34,7 +36,20 @@ LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
-CONVOLUTIONS = frozenset({"use_effective_conv2d"})
+CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
+VARIANTS = {
+    "alora_invocation_tokens": "the adapter would act on some tokens alone",
+    "arrow_config": "it mixes several adapters by a router",
+    "kasa_config": "KaSA takes a part out of the base's singular values",
+    "layer_replication": "it makes a model of other layers",
+    "megatron_config": "of layers of Megatron-Core, which no model here has",
+    "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
+    "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "use_qalora": "beside a method other than LoRA",
+    "velora_config": "VeLoRA's files have further tensors",
+}
+"""Options of PEFT's LoRA that are not read."""
 
 
 def _lora_scale(fields: Fields) -> float:
@@ -50,6 +65,29 @@ def _write_lora(node: Adapter) -> dict[str, Any]:
 def _read_lora(fields: Fields) -> Fit:
     method = LoRA(rank=rank_field(fields), dropout=number_field(fields, "lora_dropout"))
     return Fit(method, {"scale": _lora_scale(fields)})
+
+
+def _groups(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    group = rank_field(fields, "qalora_group_size")
+    if group == 1 or shape[0] % group:
+        raise SboraxError(f"qalora_group_size={group} must be 2 or more and divide {shape[0]} rows")
+    return {"groups": shape[0] // group}
+
+
+def _read_qalora(fields: Fields) -> Fit:
+    """PEFT multiplies the means of groups by their number."""
+    group, rate = rank_field(fields, "qalora_group_size"), number_field(fields, "lora_dropout")
+    scale = _lora_scale(fields) * fields["groups"] / group
+    return Fit(QALoRA(rank=rank_field(fields), group=group, dropout=rate), {"scale": scale})
+
+
+def _write_qalora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, QALoRA)
+    groups, rank = node.train["a"].shape
+    alpha = float(str(np.float32(float(node.frozen["scale"]) * rank * method.group / groups)))
+    sizes = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
+    return {**sizes, "qalora_group_size": method.group, "lora_dropout": dropout_of(node)}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -166,21 +204,33 @@ def _write_gralora(node: Adapter) -> dict[str, Any]:
 LOW_RANK = (
     Row(
         LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
-        PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+        PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS | {OF_LORA, FIELD},
+        refused=VARIANTS | {
+            "init_lora_weights": "a start that changes the base and that PEFT draws at random: save it with "
+            "path_initial_model_for_weight_conversion",
+            FIELD: "parameters other than those of experts",
+            OF_LORA: "of a projection without a bias",
+        },
     ),
     Row(
         DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
         (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
-        _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+        _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS, refused=VARIANTS,
+    ),
+    Row(
+        QALoRA, "LORA",
+        {"use_qalora": (True,), "use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "orthogonal")},
+        LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
+        by_shape=_groups, refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
     ),
     # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
     Row(
         PiSSA, "LORA", {"use_dora": (False,), "init_lora_weights": ("pissa",)}, LORA_FIELDS,
-        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS, reads=LORA_READS,
+        PAIR, _read_with_alpha(PiSSA), patterns=LORA_PATTERNS, reads=LORA_READS, refused=VARIANTS,
     ),
     Row(
         OLoRA, "LORA", {"use_dora": (False,), "init_lora_weights": ("olora",)}, LORA_FIELDS,
-        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS, reads=LORA_READS,
+        PAIR, _read_with_alpha(OLoRA), patterns=LORA_PATTERNS, reads=LORA_READS, refused=VARIANTS,
     ),
     Row(
         AdaLoRA, "ADALORA", {"init_lora_weights": (True, False)},
@@ -188,9 +238,12 @@ LOW_RANK = (
         (Tensor("lora_A", "a", TRANSPOSED), Tensor("lora_B", "b", TRANSPOSED), Tensor("lora_E", "e", (0, None))),
         _read_adalora, _write_adalora, any_rank=True,
         by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern"}),
-        inert=frozenset(
-            "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step alpha_pattern use_rslora".split()
-        ),
+        inert={
+            **dict.fromkeys("target_r tinit tfinal deltaT beta1 beta2 total_step".split(), "of the budget in training"),
+            "orth_reg_weight": "of the loss in training",
+            **dict.fromkeys("r alpha_pattern use_rslora".split(), "of LORA; PEFT's ADALORA ignores it"),
+        },
+        refused=VARIANTS | dict.fromkeys(["use_dora", OF_LORA, TYING, FIELD], "it is read of LORA alone"),
         constants={"bias": "none", "total_step": 1},
     ),
     Row(
@@ -208,7 +261,8 @@ LOW_RANK = (
         ),
         lambda fields: Fit(DeLoRA(rank=rank_field(fields), dropout=number_field(fields, "module_dropout")), {}),
         lambda node: {"r": node.method.rank, "module_dropout": dropout_of(node)},
-        {"r": "rank_pattern"}, any_rank=True, inert=frozenset({"delora_lambda", "lambda_pattern"}),
+        {"r": "rank_pattern"}, any_rank=True,
+        inert=dict.fromkeys(["delora_lambda", "lambda_pattern"], "of the start of a tensor that is in the file"),
     ),
     Row(
         LoHa, "LOHA", ANY_START, LYCORIS_FIELDS,

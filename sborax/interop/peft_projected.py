@@ -17,7 +17,9 @@ from sborax.interop.peft_row import (
 )
 from sborax.methods import PVeRA, RandLoRA, TinyLoRA, VeRA
 
-SEEDED = frozenset({"projection_prng_key"})
+SEEDED = {"projection_prng_key": "of the projections, which are in the file"}
+START = "of the start of a trained tensor, which is in the file"
+PROJECTION = {"save_projection": "False: the file must hold the projections"}
 
 
 def _check_projected(fields: Fields) -> None:
@@ -73,7 +75,7 @@ PROJECTED = (
             Tensor("vera_A", "a", TRANSPOSED, shared=True), Tensor("vera_B", "b", TRANSPOSED, shared=True),
         ),
         _read_vera, lambda node: {"r": node.method.rank, "vera_dropout": dropout_of(node)},
-        any_rank=True, inert=SEEDED | {"d_initial"},
+        any_rank=True, inert=SEEDED | {"d_initial": START}, refused=PROJECTION,
     ),
     Row(
         PVeRA, "PVERA", ANY_START, {"r": 256, "pvera_dropout": 0.0, "save_projection": True},
@@ -82,7 +84,8 @@ PROJECTED = (
             Tensor("pvera_A", "a", TRANSPOSED, shared=True), Tensor("pvera_B", "b", TRANSPOSED, shared=True),
         ),
         _read_pvera, lambda node: {"r": node.method.rank, "pvera_dropout": dropout_of(node)},
-        any_rank=True, inert=SEEDED | {"d_initial", "generator_seed"},
+        any_rank=True, inert=SEEDED | {"d_initial": START, "generator_seed": "of draws in training"},
+        refused=PROJECTION | {"sample_at_inference": "outputs would be drawn"},
     ),
     Row(
         RandLoRA, "RANDLORA", ANY_START,
@@ -95,7 +98,8 @@ PROJECTED = (
             Tensor("randlora_B", "p_in", (2, 0, 1), shared=True, repeated=True),
             Tensor("randlora_B", "p_out", (2, 0, 1), shared=True, repeated=True),
         ),
-        _read_randlora, _write_randlora, any_rank=True, inert=SEEDED | {"sparse", "very_sparse"},
+        _read_randlora, _write_randlora, any_rank=True, refused=PROJECTION,
+        inert=SEEDED | dict.fromkeys(["sparse", "very_sparse"], "how projections are drawn, which are in the file"),
     ),
     Row(
         TinyLoRA, "TINYLORA", {"init_weights": (True, False, "uniform")},
@@ -104,6 +108,8 @@ PROJECTED = (
             Tensor("tinylora_v", "v", (0,), numbered=True), Tensor("tinylora_P", "p", (0, 2, 1)),
             Tensor("tinylora_A", "a", TRANSPOSED), Tensor("tinylora_B", "b", TRANSPOSED),
         ),
-        _read_tinylora, _write_tinylora, by_shape=_cut_rank, inert=frozenset({"projection_seed", "init_v_bound"}),
+        _read_tinylora, _write_tinylora, by_shape=_cut_rank,
+        inert={"projection_seed": SEEDED["projection_prng_key"], "init_v_bound": START},
+        refused=PROJECTION | {"weight_tying": "modules would share trained vectors"},
     ),
 )  # fmt: skip

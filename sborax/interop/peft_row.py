@@ -125,7 +125,8 @@ class Row:
     - by_shape: (fields, (in, out)) -> further fields of a module, for kinds whose sizes follow from the weight's.
     - in_config: the inverse of both: {module: fields} -> config fields. `shape` is among the fields: (in, out).
     - reads: config fields that `by_module` reads.
-    - inert: config fields that do not change the function of a saved adapter.
+    - inert: config fields that do not change the function of a saved adapter, with the reason.
+    - refused: config fields that are not read, or not with every value, with the reason.
     - constants: fields that are always written.
     - layered: whether the config can choose layers by number.
     - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
@@ -148,7 +149,8 @@ class Row:
     by_shape: Callable[[Fields, tuple[int, int]], dict[str, Any]] | None = None
     in_config: Callable[[Mapping[str, Fields]], dict[str, Any]] | None = None
     reads: frozenset[str] = frozenset()
-    inert: frozenset[str] = frozenset()
+    inert: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"bias": "none"})
     layered: bool = True
     keeps_base: bool = False

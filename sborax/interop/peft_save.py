@@ -18,6 +18,7 @@ from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Factors, by_layer, exact, truncated
 from sborax.interop.peft_base import kind_for
+from sborax.interop.peft_biases import BIAS, Biases, stored_biases, trained_biases
 from sborax.interop.peft_experts import FIELD, Written, write_experts
 from sborax.interop.peft_fused import put_together
 from sborax.interop.peft_layout import (
@@ -97,7 +98,7 @@ def save_peft(
     - directory: created if missing.
     - model: the base model, with its original parameters.
     - params: the parameters as they are under the adapters. Those that differ from `model.params`, because they were
-      trained beside the adapters, are stored as `modules_to_save`.
+      trained beside the adapters, are stored as `modules_to_save`, or biases by `bias` where PEFT's config has it.
     - adapters: the adapters.
     - as_: "native" (default), or "lora" for plain LoRA whatever the method: exact where there are thin factors, else
       a truncated SVD of (merged - base), whose relative error is in the result and on the card.
@@ -132,13 +133,21 @@ def save_peft(
             module = layout.module(path, layer)
             entries[module] = _entry(module, adapter, layout, leaves, path, layer, as_, rank)
     row = _common_row(entries) if entries else PLAIN
-    trained = _trained_base(layout, leaves, linked, entries)
+    changed = _changed(layout, leaves, linked)
+    # Kinds whose config has no `bias` store a bias with its module alone.
+    biases = Biases("none", {})
+    if BIAS in row.constants:
+        biases = trained_biases(row.peft_type, layout, leaves, changed, entries)
+    in_names = {layout.slots[name].path for name in biases.names.values()}
+    trained = _trained_base(layout, changed - in_names, entries)
     written = write_experts(of_experts, layout.leaves) if of_experts else None
     if written is not None and row is not PLAIN:
         raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
     config = _config(row, entries, layout, base, trained, written)
     tensors = _adapter_tensors(row, entries, layout) if entries else {}
-    tensors |= _trained_tensors(layout, leaves, trained)
+    tensors |= _trained_tensors(layout, leaves, {name: name for name in trained} | biases.names)
+    if biases.names:
+        config[BIAS] = biases.value
     for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
         if TYING not in row.reads:
             raise SboraxError(
@@ -207,12 +216,12 @@ def _common(peft_type: str, base: str | None) -> dict[str, Any]:
     }
 
 
-def _trained_tensors(layout: HFLayout, leaves: Mapping[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The tensors of trained leaves of the base, under PEFT's names."""
+def _trained_tensors(layout: HFLayout, leaves: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The tensors of trained leaves of the base. names: `{name in the file: Hugging Face's name}`."""
     tensors = {}
-    for name in names:
+    for key, name in names.items():
         leaf = wide(tensor_in(layout, leaves, name))
-        tensors[PREFIX + name] = np.ascontiguousarray(leaf.T if layout.slots[name].transposed else leaf)
+        tensors[PREFIX + key] = np.ascontiguousarray(leaf.T if layout.slots[name].transposed else leaf)
     return tensors
 
 
@@ -336,11 +345,9 @@ def _common_row(entries: Mapping[str, _Entry]) -> Row:
     return next(iter(entries.values())).row
 
 
-def _trained_base(
-    layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter], entries: Mapping[str, _Entry]
-) -> list[str]:
-    """The tensors of every module whose base weights were trained beside the adapters."""
-    changed = _changed(layout, leaves, linked)
+def _trained_base(layout: HFLayout, changed: Iterable[str], entries: Mapping[str, _Entry]) -> list[str]:
+    """The tensors of every module with leaves at the paths `changed`, which were trained beside the adapters."""
+    changed = set(changed)
     modules = {name.rpartition(".")[0] for name, slot in layout.slots.items() if slot.path in changed}
     for module in sorted(modules):
         if module in entries:
@@ -428,6 +435,7 @@ def _check_keys(
     saved = set(saved_modules(config, layout.modules))
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in saved}
     implied |= {PREFIX + copy for copy in tied_copies(layout, saved)}
+    implied |= {PREFIX + name for name in stored_biases(config, layout, modules)}
     if implied != written:
         raise SboraxError(
             f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"

@@ -43,6 +43,7 @@ def _with_wavelet(node: Adapter) -> dict[str, Any] | None:
 
 
 WAVELET_FIELDS = {"n_frequency": 2592, "scaling": 25.0, "random_loc_seed": 777}
+PROPORTIONAL = {"proportional_parameters": "numbers of coefficients would follow from the sizes of all weights"}
 SPECTRUM = (Tensor("waveft_spectrum", "c", (0,)),)
 SPECTRAL = (
     Row(
@@ -54,10 +55,11 @@ SPECTRAL = (
     Row(
         WaveFT, "WAVEFT", {"use_idwt": (True,), "wavelet_family": ("db1",), **ANY_START}, WAVELET_FIELDS, SPECTRUM,
         lambda fields: Fit(WaveFT(**_sizes(fields)), _scale(fields)), _with_wavelet, PATTERNS, drawn=_places,
+        refused=PROPORTIONAL | {"wavelet_family": "other wavelets than db1"},
     ),
     Row(
         WaveFT, "WAVEFT", {"use_idwt": (False,), **ANY_START}, WAVELET_FIELDS, SPECTRUM,
         lambda fields: Fit(WaveFT(**_sizes(fields), wavelet=None), _scale(fields)), _fields, PATTERNS,
-        inert=frozenset({"wavelet_family"}), drawn=_places,
+        inert={"wavelet_family": "unused without a transform"}, refused=PROPORTIONAL, drawn=_places,
     ),
 )  # fmt: skip

@@ -113,10 +113,10 @@ def _read_oft(fields: Fields) -> Fit:
                 f"OFT's series was another one before PEFT {SERIES_SINCE}; save the adapter with a newer PEFT"
             )
         terms = rank_field(fields, "num_cayley_neumann_terms")
-        if terms < 3:
-            raise SboraxError(f"num_cayley_neumann_terms={terms}: shorter series than 3 are not supported")
+        if terms == 1:
+            raise SboraxError("num_cayley_neumann_terms=1: such a series is the identity, whatever is trained")
         # PEFT's loop computes the same series for 3 as for 4.
-        terms = max(terms, 4)
+        terms = 4 if terms == 3 else terms
     return Fit(OFT(fields["block"], terms, bool(fields["block_share"]), frozen.get("eps")), frozen)
 
 
@@ -134,20 +134,39 @@ def _write_oft(node: Adapter) -> dict[str, Any]:
     return fields if method.terms is None else {**fields, "num_cayley_neumann_terms": method.terms}
 
 
+def _block_of_boft(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
+    """BOFT's block of a weight: PEFT's config has its size or the number of blocks, whichever is not 0."""
+    blocks, size = (whole_field(fields, name, 0, LARGEST_RANK) for name in ("boft_block_num", "boft_block_size"))
+    if (blocks == 0) == (size == 0):
+        raise SboraxError(f"boft_block_num={blocks} and boft_block_size={size}: exactly one of them must be 0")
+    if blocks and shape[0] % blocks:
+        raise SboraxError(f"boft_block_num={blocks} must divide {shape[0]} rows")
+    return {"block": size or shape[0] // blocks}
+
+
+def _size_of_boft(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """The config's size of a block where all modules have the same, or else their number of blocks."""
+    sizes = sorted({fields["block"] for fields in modules.values()})
+    numbers = {fields["shape"][0] // fields["block"] for fields in modules.values()}
+    if len(sizes) == 1:
+        return {"boft_block_size": sizes[0], "boft_block_num": 0}
+    if len(numbers) == 1:
+        return {"boft_block_size": 0, "boft_block_num": numbers.pop()}
+    raise SboraxError(
+        f"blocks of {', '.join(map(str, sizes))} rows follow from no one size or number of PEFT's BOFT; use as_='lora'"
+    )
+
+
 def _read_boft(fields: Fields) -> Fit:
-    if fields["boft_block_num"] or not fields["boft_block_size"]:
-        raise SboraxError(
-            f"boft_block_num={fields['boft_block_num']}: BOFT by the number of blocks is not supported; give "
-            "boft_block_size"
-        )
-    factors = rank_field(fields, "boft_n_butterfly_factor")
-    return Fit(BOFT(block=rank_field(fields, "boft_block_size"), factors=factors), {})
+    factors, rate = rank_field(fields, "boft_n_butterfly_factor"), number_field(fields, "boft_dropout")
+    return Fit(BOFT(block=fields["block"], factors=factors, block_dropout=rate), {})
 
 
 def _write_boft(node: Adapter) -> dict[str, Any]:
     method = node.method
     assert isinstance(method, BOFT)
-    return {"boft_block_size": method.block, "boft_n_butterfly_factor": method.factors}
+    rate = decimal_of(node, "block_dropout")
+    return {"block": method.block, "boft_n_butterfly_factor": method.factors, "boft_dropout": rate}
 
 
 def _read_osf(fields: Fields) -> Fit:
@@ -208,8 +227,11 @@ def _deft(projection: Literal["relu", "qr"]) -> Row:
     tensors = (Tensor("deft_P", "p", (0, 1)), Tensor("deft_R", "a", TRANSPOSED))
     known_by = {"decomposition_method": (projection,), **ANY_START}
     defaults = {"r": 8, "alpha": None, "deft_dropout": 0.0}
-    inert = frozenset({"init_scale"})
-    return Row(DEFT, "DEFT", known_by, defaults, tensors, read, write, by_shape=_cut_to_outputs, inert=inert)
+    inert = {"init_scale": "of the start, which is in the file"}
+    refused = {"para": "PaRa, which takes a subspace away and puts nothing in its place"}
+    return Row(
+        DEFT, "DEFT", known_by, defaults, tensors, read, write, by_shape=_cut_to_outputs, inert=inert, refused=refused
+    )
 
 
 def _road(variant: Literal["1", "2", "4"]) -> Row:
@@ -253,7 +275,13 @@ def _peanut(activation: Literal["relu", "silu", "gelu"]) -> Row:
     tensors = (Tensor("peanut_A.weight", "u", TRANSPOSED), Tensor("peanut_B.weight", "b", TRANSPOSED), *layers)
     known_by = {"act_fn": (activation,), **ANY_START}
     defaults = {"r": 32, "depth": 0, "scaling": 1.0}
-    return Row(PEANuT, "PEANUT", known_by, defaults, tensors, read, write, any_rank=True, constants=NO_BIAS)
+    refused = {
+        "act_fn": "other activations than relu, silu and gelu",
+        "depth": f"more than {MOST_LAYERS}",
+    }
+    return Row(
+        PEANuT, "PEANUT", known_by, defaults, tensors, read, write, any_rank=True, constants=NO_BIAS, refused=refused
+    )
 
 
 def _feedforward(config: Fields, module: str) -> dict[str, Any]:
@@ -285,12 +313,19 @@ STRUCTURED = (
     ),
     Row(
         OFT, "OFT", ANY_START, OFT_FIELDS, (Tensor("oft_R.weight", "q", (0, 1)),), _read_oft, _write_oft,
-        by_shape=_block_of_oft, in_config=_size_of_oft, inert=frozenset({"module_dropout"}),
+        by_shape=_block_of_oft, in_config=_size_of_oft,
+        inert={"module_dropout": "PEFT makes a layer of it and never calls it, in training either"},
+        refused={
+            "num_cayley_neumann_terms": "1, for which PEFT's rotation is the identity",
+            "eps": "0 and below, with coft",
+            "peft_version": "before 0.18, whose series was another one",
+        },
     ),
     Row(
-        BOFT, "BOFT", ANY_START, {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
+        BOFT, "BOFT", ANY_START,
+        {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1, "boft_dropout": 0.0},
         (Tensor("boft_R", "d", (0, 1, 2, 3)), Tensor("boft_s", "m", (0, None))), _read_boft, _write_boft,
-        inert=frozenset({"boft_dropout"}),
+        by_shape=_block_of_boft, in_config=_size_of_boft,
     ),
     Row(
         OSF, "OSF", ANY_START, {"effective_rank": None},
@@ -298,19 +333,23 @@ STRUCTURED = (
             Tensor("osf_svd_params.V_low", "a", TRANSPOSED), Tensor("osf_svd_params.U_low", "b", TRANSPOSED),
             Tensor("osf_svd_params.S_low", "e", (0,)),
         ),
-        _read_osf, _write_osf, constants=NO_BIAS, layered=False, inert=frozenset({"target_svd_config"}),
+        _read_osf, _write_osf, {"effective_rank": "rank_pattern"}, pattern_form=r".*?({})",
+        refused={"effective_rank": "a number that keeps all singular values, or none"},
+        constants=NO_BIAS, layered=False,
+        inert={"target_svd_config": "PEFT writes it and reads it nowhere"},
         keeps_base=True,
     ),
     Row(
         HRA, "HRA", ANY_START, {"r": 8}, (Tensor("hra_u", "u", (0, 1)),),
         lambda fields: Fit(HRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
-        any_rank=True,
+        any_rank=True, refused={"apply_GS": "PEFT orthogonalises the vectors before every call"},
     ),
     Row(
         SHiRA, "SHIRA", ANY_START, {"r": 32},
         (Tensor("shira_weight", "values", (0,)), Tensor("shira_indices", "idx", (0, 1), places=True)),
         lambda fields: Fit(SHiRA(rank=rank_field(fields)), {}), lambda node: {"r": node.method.rank},
-        inert=frozenset({"mask_type", "random_seed"}), constants=NO_BIAS, layered=False,
+        inert=dict.fromkeys(["mask_type", "random_seed"], "how places are drawn, which are in the file"),
+        constants=NO_BIAS, layered=False,
     ),
     Row(
         SuperTuning, "SUPERTUNING", ANY_START,
@@ -323,6 +362,7 @@ STRUCTURED = (
             Tensor("supertuning_lora_A.weight", "a", TRANSPOSED), Tensor("supertuning_lora_B.weight", "b", TRANSPOSED),
         ),
         _read_super, _write_super, constants=NO_BIAS, layered=False,
+        refused={"save_precomputed_indices": "False: the file must hold the places"},
     ),
     Row(
         IA3, "IA3", {"init_ia3_weights": (True, False)}, {},

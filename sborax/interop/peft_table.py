@@ -4,12 +4,12 @@ PEFT keeps matrices as torch does, (out, in); ours are (in, out). A method that 
 it has a row in one of the files from which `TABLE` is put together. Key names and shapes follow peft 0.21.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sborax.adapters.core import SboraxError
 from sborax.interop.peft_base import KINDS
+from sborax.interop.peft_biases import BIAS
 from sborax.interop.peft_low_rank import LOW_RANK
 from sborax.interop.peft_projected import PROJECTED
 from sborax.interop.peft_row import Row
@@ -24,6 +24,7 @@ PLAIN = TABLE[0]
 
 KNOWN_BY_DEFAULTS = {
     "use_dora": False,
+    "use_qalora": False,
     "init_lora_weights": True,
     "init_weights": True,
     "init_ia3_weights": True,
@@ -35,39 +36,49 @@ KNOWN_BY_DEFAULTS = {
 }
 """PEFT's defaults of the fields in `Row.known_by`."""
 
-INERT = frozenset(
-    """
-    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode
-    layers_pattern layers_to_transform loftq_config lora_ga_config megatron_core modules_to_save peft_type peft_version
-    qalora_group_size revision runtime_config target_modules task_type
-    """.split()
+SELECTING = frozenset(
+    "exclude_modules layers_pattern layers_to_transform modules_to_save peft_type target_modules".split()
 )
-"""Fields of all kinds that do not change the function of a saved adapter, or that are read elsewhere.
-
-`fan_in_fan_out` says that the base keeps its weights as (in, out), as GPT-2's Conv1D does. Every projection here is an
-nn.Linear in PEFT, for which every kind sets the field to False with a warning.
-"""
+"""Fields of all kinds that say what the adapter is and where. `peft_load` and `peft_targets` read them."""
+INERT = {
+    "peft_version": "of the PEFT that saved the file",
+    "auto_mapping": "the class of the model in PEFT",
+    "base_model_name_or_path": "the base is the model that is given",
+    "revision": "of the base that PEFT would download",
+    "task_type": "the class that PEFT puts around the model",
+    "inference_mode": "whether PEFT trains the adapter after loading it",
+    "fan_in_fan_out": "for bases whose weights are (in, out); PEFT clears it for every projection that is an nn.Linear",
+    "megatron_core": "the name of a library",
+    "runtime_config": "how PEFT computes, and not what",
+    "qalora_group_size": "unused without use_qalora",
+    **dict.fromkeys(["corda_config", "eva_config", "loftq_config", "lora_ga_config"], "how PEFT makes the start"),
+}
+"""Fields of all kinds that do not change the function of a saved adapter, with the reason."""
 
 NEUTRAL = {"bias": "none"}
 """Neutral values that are not empty. Any other unknown field must be empty: None, False, 0, [] or {}."""
 
-BIASES = r"all|\w+_only"
-"""Values of `bias` with which PEFT stores biases. They mean nothing for a model without biases."""
-
-
+NO_WEIGHT = "it trains inputs or states of the model, and no weight"
 UNREAD = {
+    **dict.fromkeys("PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT CARTRIDGE".split(), NO_WEIGHT),
+    "ADAPTION_PROMPT": "it adds attention to trained prompts, and changes no weight",
+    "SHADOW": "it runs a second, smaller model beside the base",
+    "XLORA": "it mixes several adapters by a classifier that reads hidden states",
+    "POLY": "it mixes several adapters by the task of each row",
     "PSOFT": "the file lacks the base's singular vectors, whose signs depend on the machine; save it in PEFT as LoRA, "
-    "with save_as_lora"
+    "with save_as_lora",
+    "ADAMSS": "the file lacks the places of its outputs, which K-means and a random SVD make again",
+    "FROD": "it keeps a second matrix of the size of each weight",
+    "GLORA": "what it is depends on whether a projection has a bias",
+    "LILY": "it weighs by a mean over all tokens of a batch",
+    "UNILORA": "all modules share one trained vector",
+    "VBLORA": "all modules share trained vectors",
 }
-"""Kinds whose files do not say the function."""
+"""Kinds that are not read, with the reason."""
 
 
-def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
-    """The row of an adapter that `config` describes.
-
-    Args:
-    - config: the fields of `adapter_config.json`.
-    - biased: whether the model has biases.
+def row_for(config: Mapping[str, Any]) -> Row:
+    """The row of an adapter that `config` describes, the fields of `adapter_config.json`.
 
     Raises SboraxError for a kind or an option that no row reads.
     """
@@ -83,22 +94,23 @@ def row_for(config: Mapping[str, Any], biased: bool = True) -> Row:
         value = config.get(name, KNOWN_BY_DEFAULTS[name])
         return any(value == known and type(value) is type(known) for known in row.known_by[name])
 
-    row = next((row for row in rows if all(is_of(row, name) for name in row.known_by)), None)
-    if row is None:
+    fitting = [row for row in rows if all(is_of(row, name) for name in row.known_by)]
+    if not fitting:
         values = ", ".join(f"{name}={config.get(name, KNOWN_BY_DEFAULTS[name])!r}" for name in rows[0].known_by)
         raise SboraxError(
             f"{kind} with {values[:120]} is not supported; if it changes the base, save it in PEFT with "
             "path_initial_model_for_weight_conversion"
         )
-    read = row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | row.inert
-    check_options(config, INERT | read, biased)
+    # The row that knows most of the config: one for an option is beside one for the kind without it.
+    row = max(fitting, key=lambda row: len(row.known_by))
+    read = row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | {BIAS}
+    check_options(config, SELECTING | INERT.keys() | row.inert.keys() | read, row.refused)
     return row
 
 
-def check_options(config: Mapping[str, Any], read: Iterable[str], biased: bool = True) -> None:
-    """Raise SboraxError for a field with a value, unless it is read. biased: whether the model has biases."""
+def check_options(config: Mapping[str, Any], read: Collection[str], reasons: Mapping[str, str]) -> None:
+    """Raise SboraxError for a field with a value, unless it is read. reasons: why fields are not, where it is known."""
     for name, value in config.items():
-        if name == "bias" and not biased and re.fullmatch(BIASES, str(value)):
-            continue
         if name not in read and value and value != NEUTRAL.get(name):
-            raise SboraxError(f"option {name[:60]}={str(value)[:60]} is not supported")
+            why = f": {reasons[name]}" if name in reasons else ""
+            raise SboraxError(f"option {name[:60]}={str(value)[:60]} is not supported{why}")

@@ -1,7 +1,7 @@
 """The arguments of a step: a model and its adapters, taken apart into what is trained and what is constant."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.paths import bias_path
 from sborax.adapters.rebase import reads_base
 from sborax.adapters.tree import Adapters, Params, count, nodes, split
 
@@ -56,22 +57,26 @@ class Parts:
         return count(self.adapters) + sum(leaf.size for leaf in self.trained_base.values())
 
 
-def selected(paths: list[str], train_base: bool, train_also: Sequence[str]) -> list[str]:
+def selected(paths: list[str], train_base: bool, train_also: Sequence[str], adapted: Iterable[str] = ()) -> list[str]:
     """Paths of the base leaves that are trained.
 
     - train_base: whether all are.
-    - train_also: "norm" for the scales of norms, "bias" for biases, "router" for the routers of experts, "embed_tokens"
-      and "lm_head" for these modules.
+    - train_also: "norm" for the scales of norms, "bias" for biases, "adapted_bias" for those of adapted projections,
+      "router" for the routers of experts, "embed_tokens" and "lm_head" for these modules.
+    - adapted: paths of the adapted kernels.
 
     Raises SboraxError for a name that matches nothing.
     """
     if train_base:
         return paths
     chosen: set[str] = set()
+    beside = set(map(bias_path, adapted))
     for name in train_also:
         end = {"norm": ("scale",), "bias": ("bias",), "router": ("router", "weight")}.get(name)
         parts = {path: tuple(path.split("/")) for path in paths}
         matched = {path for path, names in parts.items() if (names[-len(end) :] == end if end else names[0] == name)}
+        if name == "adapted_bias":
+            matched = beside & set(paths)
         if not matched:
             why = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
             raise SboraxError(f"train_also: the model has no {name}{why}")
@@ -99,7 +104,7 @@ def take_apart(
     that follow from it.
     """
     flat = flatten(params)
-    chosen = set(selected(list(flat), train_base, train_also))
+    chosen = set(selected(list(flat), train_base, train_also, nodes(adapters)))
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")

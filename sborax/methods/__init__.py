@@ -31,6 +31,7 @@ from sborax.methods.pissa import PiSSA as PiSSA
 from sborax.methods.prilora import PRILoRA as PRILoRA
 from sborax.methods.psoft import PSOFT as PSOFT
 from sborax.methods.pvera import PVeRA as PVeRA
+from sborax.methods.qalora import QALoRA as QALoRA
 from sborax.methods.randlora import RandLoRA as RandLoRA
 from sborax.methods.reslora import ResLoRA as ResLoRA
 from sborax.methods.road import RoAd as RoAd

@@ -28,10 +28,11 @@ class OFT(AbstractMethod):
     """y = (x R) W, where R is block-diagonal with blocks rotated by skew-symmetric matrices Q (block, block).
 
     terms=t: R = I + 2 Q + ... + 2 Q^(t-2) + Q^(t-1), the Neumann series of (I + Q)(I - Q)^-1 (PEFT's default).
+    terms=2: R = I + 2 Q, the shortest that PEFT has.
     terms=None: R = (I - Q)(I + Q)^-1, exactly orthogonal; PEFT's exact form rotates the other way round.
 
     block: size of a block, which must divide in (PEFT: 32).
-    terms: length of the series, at least 4 (PEFT: 5), or None.
+    terms: length of the series, 2 or at least 4 (PEFT: 5), or None.
     share: one block for all of them; default False.
     eps: COFT, rotations that stay near the identity: a Q whose Frobenius norm is above eps / sqrt(matrices) is scaled
         down to it (PEFT's `coft=True`, 6e-5). None (default) sets no bound.
@@ -59,8 +60,8 @@ class OFT(AbstractMethod):
     def check(self, shape: tuple[int, int]) -> None:
         if self.block < 2 or shape[0] % self.block:
             raise SboraxError(f"block must be at least 2 and divide {shape[0]} rows, got {self.block}")
-        if self.terms is not None and self.terms < 4:
-            raise SboraxError(f"terms must be None or at least 4, got {self.terms}")
+        if self.terms is not None and self.terms != 2 and self.terms < 4:
+            raise SboraxError(f"terms must be None, 2 or at least 4, got {self.terms}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         blocks = 1 if self.share else weight.shape[0] // self.block

@@ -11,7 +11,7 @@ def rotations(q: Float[Array, "blocks upper"], size: int, terms: int | None) -> 
     Args:
     - q: the entries of Q above the diagonal, row by row.
     - size: of Q.
-    - terms: length of the series, at least 4; None for the exact rotation.
+    - terms: length of the series, at least 4, or 2 for I + 2 Q; None for the exact rotation.
     """
     rows, columns = np.triu_indices(size, 1)
     upper = jnp.zeros((q.shape[0], size, size)).at[:, rows, columns].set(q)
@@ -24,6 +24,8 @@ def cayley(skew: Float[Array, "blocks size size"], terms: int | None) -> Float[A
     if terms is None:
         # Solved from the left: the two commute.
         return jnp.linalg.solve(eye + skew, eye - skew)
+    if terms == 2:
+        return eye + 2.0 * skew
     r, power = eye, skew
     for _ in range(terms - 2):
         r, power = r + 2.0 * power, jnp.matmul(power, skew, precision="highest")

@@ -25,7 +25,7 @@ from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AnyOptimizer, halves
 from sborax.train.optimizers import Optimizer
 
-Also = Literal["norm", "bias", "router", "embed_tokens", "lm_head"]
+Also = Literal["norm", "bias", "adapted_bias", "router", "embed_tokens", "lm_head"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Experiment:
     - seed_adapter: initial adapters, dropout, and draws of the procedure, in [0, 2^32).
     - log: where numbers go beside `metrics.jsonl`: "tensorboard", "wandb".
     - train_base: train all leaves of the base: full fine-tuning.
-    - train_also: leaves of the base to train beside the adapters: "norm", "bias", "router", "embed_tokens", "lm_head".
+    - train_also: leaves of the base to train beside the adapters: "norm", "bias", "adapted_bias" (biases of adapted
+        projections, in all layers of a stack), "router", "embed_tokens", "lm_head".
     - imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
         used in the experiment are added to them.
 
