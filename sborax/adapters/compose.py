@@ -30,6 +30,7 @@ from sborax.adapters.core import (
     hyper,
     matmul,
 )
+from sborax.adapters.informed import blank_hint
 
 TAKEN = frozenset({"a0", "b0", "scale"})
 """Frozen leaves of a method that rewrites the base: it took s a0 b0 out of it."""
@@ -262,7 +263,7 @@ class Chain(AbstractMethod):
         """Raise SboraxError for a leaf of the first link that the second does not know."""
 
         def make(key: Key[Array, ""], weight: Array) -> tuple[Leaves, Leaves]:
-            return self.first.init(key, weight, Hint(grad=weight))[:2]
+            return self.first.init(key, weight, blank_hint(self.first, shape))[:2]
 
         weight = jax.ShapeDtypeStruct(shape, jnp.float32)
         train, frozen = jax.eval_shape(make, jax.random.key(0), weight)

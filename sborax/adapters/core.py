@@ -88,10 +88,14 @@ class Hint:
     - layer: position of the weight in its stack, which is flattened; 0 without a stack. Indexes a tuple of ranks.
     - grad: gradient of the loss in the un-adapted weight, of the weight's shape. A NumPy array uses no device memory
       until it is needed.
+    - inputs: statistics of the weight's inputs by name, as `AbstractInformed.gather` makes them, after the stack axes.
+    - ranks: the rank that these statistics give each weight of the flattened stack, 0 for no adapter. See `allotted`.
     """
 
     layer: Int[Array, "*stack"] | int = 0
     grad: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None
+    inputs: Mapping[str, Any] | None = None
+    ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Fitted(NamedTuple):

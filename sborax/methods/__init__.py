@@ -8,9 +8,11 @@ from sborax.methods.bat import Bat as Bat
 from sborax.methods.boft import BOFT as BOFT
 from sborax.methods.bone import Bone as Bone
 from sborax.methods.c3a import C3A as C3A
+from sborax.methods.corda import CorDA as CorDA
 from sborax.methods.deft import DEFT as DEFT
 from sborax.methods.delora import DeLoRA as DeLoRA
 from sborax.methods.dora import DoRA as DoRA
+from sborax.methods.eva import EVA as EVA
 from sborax.methods.fourier_ft import FourierFT as FourierFT
 from sborax.methods.gralora import GraLoRA as GraLoRA
 from sborax.methods.hira import HiRA as HiRA

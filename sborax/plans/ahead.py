@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import Hint, SboraxError
+from sborax.adapters.informed import blank_hint
 from sborax.adapters.paths import Plan, Site, kernels
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.sharding import parts_shardings, state_shardings
@@ -90,7 +91,10 @@ def outline(
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
 
     def zeros(params: Any, site: Site) -> Hint:
-        return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
+        kernel, (fan_in, fan_out) = kernels(params)[site.path], site.shape
+        blank = blank_hint(site.method, (fan_in, fan_out))
+        inputs = {name: jnp.zeros((*site.stack, *leaf.shape)) for name, leaf in (blank.inputs or {}).items()}
+        return Hint(grad=jnp.zeros(kernel.shape), inputs=inputs)
 
     parts = jax.eval_shape(lambda params: prepared.adapt(params, zeros), params)
     # Made outside of the trace, since the optimiser keeps its constants.

@@ -22,9 +22,9 @@ Echo = Callable[[str], None]
 
 
 def promised(params: Params) -> dict[str, Hint]:
-    """Hints with a zero gradient for every kernel, for planning: they say that there will be one."""
+    """Hints with a zero gradient and no statistics for every kernel, for planning: they say that there will be some."""
     return {
-        path.removesuffix("/kernel"): Hint(grad=np.broadcast_to(np.float32(0), weight.shape))
+        path.removesuffix("/kernel"): Hint(grad=np.broadcast_to(np.float32(0), weight.shape), inputs={})
         for path, weight in kernels(params).items()
     }
 
@@ -61,7 +61,7 @@ def gradients(
     - count: how many microbatches, the first ones of the run.
     - echo: told which gradient is computed.
     """
-    sites = [site.path for site in plan.sites if site.method.needs]
+    sites = [site.path for site in plan.sites if "grad" in site.method.needs]
     microbatches = first_batches(batches, count)
     # A head that is not named here is a constant of the loss.
     trained = frozenset({HEAD} & set(sites))
