@@ -144,7 +144,7 @@ def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
     batches, _ = read_data(experiment, model, lambda _: None)
     assert experiment.steps is not None
     prepared = prepare(experiment, model, experiment.steps, folder)
-    parts = begin(prepared, model, batches, folder, lambda _: None)
+    prepared, parts = begin(prepared, model, batches, folder, lambda _: None)
     return Runner.of(prepared.make_step(), prepared.start(parts), parts.frozen, parts.base, batches[0])
 
 

@@ -323,7 +323,7 @@ def _allotted(site: Site, ranks: tuple[int, ...]) -> AbstractMethod | None:
             positions = tuple(position for position in positions if ranks[position] > 0)
             widest = max((ranks[position] for position in positions), default=0)
             planned = tuple(ranks[position] if position in positions else widest for position in everywhere)
-            method = method.with_ranks(planned if site.stack else widest)
+            method = method.with_ranks(planned if len(set(planned)) > 1 else widest)
         if positions:
             methods.append(method)
             layers.append(positions)

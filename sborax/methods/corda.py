@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from sborax.adapters.core import (
     AbstractFactored,
@@ -28,6 +26,7 @@ from sborax.adapters.core import (
 )
 from sborax.adapters.informed import AbstractInformed, Gathered, Inputs, Place
 from sborax.methods import lowrank
+from sborax.methods.covariance import covariances, invertible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ class CorDA(AbstractFactored, AbstractInformed):
         assert hint.inputs is not None
         wide = dense(weight).astype(jnp.float32)
         scale = lowrank.scaling(self.alpha, self.rank, hint)
-        c, inverse = _invertible(jnp.asarray(hint.inputs["covariance"], jnp.float32))
+        c, inverse = invertible(jnp.asarray(hint.inputs["covariance"], jnp.float32))
         v, s, ut = jnp.linalg.svd(jnp.matmul(c, wide, precision="highest"), full_matrices=False)
         chosen = slice(None, self.rank) if self.mode == "ipm" else slice(min(wide.shape) - self.rank, None)
         root = jnp.sqrt(s[chosen] / scale)
@@ -97,43 +96,8 @@ class CorDA(AbstractFactored, AbstractInformed):
     def gather(
         cls, methods: Mapping[Place, AbstractInformed], batches: Sequence[Callable[[], Inputs]]
     ) -> dict[Place, Gathered]:
-        sums: dict[Place, np.ndarray] = {}
-        samples = 0
-        for batch in batches:
-            inputs = batch()
-            real = inputs.real
-            samples += int(real.any(axis=1).sum())
-            for path, position in methods:
-                part = np.asarray(_covariances(inputs.rows[path][position], real))
-                sums[path, position] = sums.get((path, position), 0) + part
-        return {place: Gathered({"covariance": total / np.float32(samples)}) for place, total in sums.items()}
+        found = covariances(methods, batches)
+        return {place: Gathered({"covariance": covariance}) for place, covariance in found.items()}
 
     def with_ranks(self, ranks: Rank) -> "CorDA":
         return dataclasses.replace(self, rank=width(ranks))
-
-
-@jax.jit
-def _covariances(rows: Float[Array, "batch seq in"], real: Bool[Array, "batch seq"]) -> Float[Array, "in in"]:
-    """The sum of X^T X / max(X)^2 over the samples of a batch."""
-    present = jnp.asarray(real)[:, :, None]
-    x = jnp.where(present, rows.astype(jnp.float32), 0.0)
-    most = jnp.max(jnp.where(present, x, -jnp.inf), axis=(1, 2), keepdims=True)
-    x = jnp.where(jnp.isfinite(most), x / jnp.abs(most), 0.0).reshape(-1, x.shape[-1])
-    return jnp.matmul(x.T, x, precision="highest")
-
-
-def _invertible(c: Float[Array, "in in"]) -> tuple[Float[Array, "in in"], Float[Array, "in in"]]:
-    """C with a multiple of I added that lets it be inverted in float32, and its inverse."""
-    identity = jnp.eye(len(c))
-
-    def damped(damp: Array) -> tuple[Array, Array, Array]:
-        full = c + damp * jnp.mean(jnp.diag(c)) * identity
-        return damp, full, jnp.linalg.inv(full)
-
-    def wrong(state: tuple[Array, Array, Array]) -> Array:
-        damp, full, inverse = state
-        error = jnp.linalg.norm(jnp.matmul(full, inverse, precision="highest") - identity)
-        return (error >= 0.05) & (damp < 1e6)
-
-    _, full, inverse = jax.lax.while_loop(wrong, lambda state: damped(2 * state[0]), damped(jnp.float32(0.01)))
-    return full, inverse
