@@ -42,6 +42,7 @@ def kronecker(fan_in: int, fan_out: int, rank: int, both: bool = False) -> int:
 METHODS = [
     Case("LoRA", sx.LoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("rsLoRA", sx.LoRA(rank=4, alpha=8.0, rslora=True, init_a="gaussian"), lambda i, o: 4 * (i + o)),
+    Case("LoRA-orthogonal", sx.LoRA(rank=4, init_a="orthogonal"), lambda i, o: 4 * (i + o)),
     Case("SBoRA-FA", sx.SBoRA(rank=5, alpha=10.0), lambda i, o: 5 * o),
     Case("SBoRA-FB", sx.SBoRA(rank=5, variant="FB"), lambda i, o: 5 * i),
     Case("SBoRA-expert", sx.SBoRA(rank=5, expert=1, experts=2), lambda i, o: 5 * o),
@@ -62,6 +63,9 @@ METHODS = [
     Case("EVA-whitened", sx.EVA(rank=4, rho=1.0, whiten=True, niter=4), lambda i, o: 4 * (i + o)),
     Case("CorDA", sx.CorDA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("CorDA-kpm", sx.CorDA(rank=4, mode="kpm"), lambda i, o: 4 * (i + o)),
+    Case("LoftQ", sx.LoftQ(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
+    Case("LoftQ-twice", sx.LoftQ(rank=4, alpha=8.0, iterations=2, divide=True), lambda i, o: 4 * (i + o)),
+    Case("MiCA", sx.MiCA(rank=4, alpha=8.0), lambda i, o: 4 * i),
     Case("PRILoRA", sx.PRILoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("PRILoRA-mask", sx.PRILoRA(rank=4, persistent_mask=True), lambda i, o: 4 * (i + o)),
     Case("SARA", sx.SARA(rank=4), lambda i, o: 4 * (i + o + 1)),
@@ -120,6 +124,10 @@ METHODS = [
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),
 ]
+
+
+DENSE = [case for case in METHODS if not case.method.of_quantised]
+"""The rows that a run on a dense base can take."""
 
 
 def hint_for(method: AbstractMethod, grad: Any, stack_axes: int) -> sx.Hint:

@@ -113,7 +113,10 @@ def declared(method, train, frozen):
 
 
 THIN = [case for case in METHODS if not (case.method.sends or case.method.materialises)]
-SKIPPED = ("rsLoRA", "SBoRA-expert", "PiSSA-fast", "OLoRA", "LoRA-GA", "LoRA-GA-peft", "SARA-svd", "MoSARA-full")
+SKIPPED = (
+    *("rsLoRA", "LoRA-orthogonal", "SBoRA-expert", "PiSSA-fast", "OLoRA", "LoRA-GA", "LoRA-GA-peft", "EVA"),
+    *("EVA-whitened", "CorDA", "CorDA-kpm", "LoftQ", "LoftQ-twice", "SARA-svd", "MoSARA-full"),
+)
 
 
 def on_its_own(case):

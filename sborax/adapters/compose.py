@@ -228,6 +228,10 @@ class Chain(AbstractMethod):
         return self.first.needs
 
     @property
+    def of_quantised(self) -> str:
+        return self.first.of_quantised
+
+    @property
     def ragged(self) -> bool:
         return self.first.ragged and self.second.ragged
 

@@ -157,6 +157,8 @@ class AbstractMethod(abc.ABC):
     """Layers of one stack may have different ranks: leaves are padded with zeros, which stay zero in training."""
     needs: frozenset[str] = frozenset()
     """Fields of `Hint` that `init` requires."""
+    of_quantised: str = ""
+    """Empty, or what the start is made of that only a base in 4 bits has."""
     sends: str = ""
     """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
     draws: str = ""
@@ -297,6 +299,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def materialises(self) -> str:
         return next((part.materialises for part in self.members if part.materialises), "")
+
+    @property
+    def of_quantised(self) -> str:
+        return next((part.of_quantised for part in self.members if part.of_quantised), "")
 
     @property
     def ragged(self) -> bool:

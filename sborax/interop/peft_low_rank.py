@@ -25,13 +25,13 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA
 
 PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
+BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = frozenset({"use_effective_conv2d"})
@@ -172,6 +172,10 @@ LOW_RANK = (
         DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
         (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
         _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+    ),
+    Row(
+        MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,
+        PAIR, _read_with_alpha(MiCA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
     ),
     # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
     Row(

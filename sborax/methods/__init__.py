@@ -18,10 +18,12 @@ from sborax.methods.gralora import GraLoRA as GraLoRA
 from sborax.methods.hira import HiRA as HiRA
 from sborax.methods.hra import HRA as HRA
 from sborax.methods.ia3 import IA3 as IA3
+from sborax.methods.loftq import LoftQ as LoftQ
 from sborax.methods.loha import LoHa as LoHa
 from sborax.methods.lokr import LoKr as LoKr
 from sborax.methods.lora import LoRA as LoRA
 from sborax.methods.lora_ga import LoRAGA as LoRAGA
+from sborax.methods.mica import MiCA as MiCA
 from sborax.methods.milora import MiLoRA as MiLoRA
 from sborax.methods.mo_sara import MoSARA as MoSARA
 from sborax.methods.oft import OFT as OFT

@@ -167,6 +167,9 @@ class Experiment:
         if halves(self.optimizer) is not split and self.procedure is not None and not self.procedure.resets:
             name = type(self.procedure).__name__
             raise SboraxError(f"optimizer: it holds factors fixed whose gradients {name} needs; use another one")
+        for method in (rule.method for rule in as_rules(self.rules) if rule.method is not None and not self.quant):
+            if method.of_quantised:
+                raise SboraxError(f'{type(method).__name__} starts from {method.of_quantised}; set quant="nf4"')
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:
