@@ -35,6 +35,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "DoRA": (peft.LoraConfig, {**LORA, "use_dora": True}),
     "PiSSA": (peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}),
     "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
+    "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
     "IA3": (peft.IA3Config, {"feedforward_modules": []}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
@@ -62,7 +63,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
 }
-LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA")
+LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA", "MiCA")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +189,7 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
     "DoRA": {"r 1": {"r": 1}, "alpha 0.5": {"lora_alpha": 0.5}},
     "PiSSA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
     "OLoRA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
+    "MiCA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
     "AdaLoRA": {
         "wide": {"init_r": 40},
         "alpha 2.5": {"lora_alpha": 2.5},

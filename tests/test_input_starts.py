@@ -10,7 +10,7 @@ import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from peft_training import with_tokenizer
+from peft_training import with_answers, with_tokenizer
 from torch_pair import ALL, DEPTH, logits, reloaded, shaken, torch_logits
 
 import sborax as sx
@@ -49,12 +49,6 @@ def exact_svd(matrix, q, niter):
     return u[:, :q].float(), s[:q].float(), vt[:q].T.float()
 
 
-def as_torch(batch):
-    labels = np.where(np.pad(batch["counts"], ((0, 0), (1, 0)))[:, :-1], batch["tokens"], -100)
-    arrays = {"input_ids": batch["tokens"], "attention_mask": batch["segments"], "labels": labels}
-    return {name: torch.tensor(np.asarray(array, np.int64)) for name, array in arrays.items()}
-
-
 def layers_of(adapters):
     """(Hugging Face's name of the module, the adapter, its number of ranks) of every adapted layer."""
     for path, node in nodes(adapters).items():
@@ -87,7 +81,7 @@ def test_eva_equals_peft(pair, method, eva, targets, monkeypatch):
         r=method.rank, lora_alpha=alpha, init_lora_weights="eva", eva_config=eva, target_modules=targets
     )
     model = peft.get_peft_model(copy.deepcopy(pair.torch), config)
-    peft.initialize_lora_eva_weights(model, [as_torch(batch) for batch in batches()], show_progress_bar=False)
+    peft.initialize_lora_eva_weights(model, [with_answers(batch) for batch in batches()], show_progress_bar=False)
     theirs = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
