@@ -76,6 +76,9 @@ ARMS = [
     Arm("PiSSA", sx.PiSSA(rank=8)),
     Arm("OLoRA", sx.OLoRA(rank=8)),
     Arm("LoRAGA", sx.LoRAGA(rank=8), 5e-4),
+    Arm("EVA", sx.EVA(rank=8)),
+    Arm("CorDA", sx.CorDA(rank=8)),
+    Arm("MiCA", sx.MiCA(rank=16)),
     Arm("PiSSA, then DoRA", sx.chain(sx.PiSSA(rank=8), sx.DoRA(rank=8))),
     Arm("SARA", sx.SARA(rank=sx.SingularMass(0.25))),
     Arm("MoSARA", sx.MoSARA(rank=8, sets=5), 1e-2),
@@ -121,6 +124,7 @@ FOUR_BIT = [
     Arm("QLoRA (NF4)", sx.LoRA(rank=16), 1e-3, more=NF4),
     Arm("QSBoRA-FA (NF4)", sx.SBoRA(rank=32), 1e-3, more=NF4),
     Arm("QBone (NF4)", sx.Bone(rank=32), 1e-3, more=NF4),
+    Arm("LoftQ (NF4)", sx.LoftQ(rank=16), 1e-3, more=NF4),
     Arm("QPiSSA (NF4)", sx.PiSSA(rank=16, niter=4), 1e-3, more=NF4),
 ]
 
@@ -146,7 +150,7 @@ def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
     batches, _ = read_data(experiment, model, lambda _: None)
     assert experiment.steps is not None
     prepared = prepare(experiment, model, experiment.steps, folder)
-    parts = begin(prepared, model, batches, folder, lambda _: None)
+    prepared, parts = begin(prepared, model, batches, folder, lambda _: None)
     return Runner.of(prepared.make_step(), prepared.start(parts), parts.frozen, parts.base, batches[0])
 
 

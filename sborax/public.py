@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from sborax.models.nnx import Trained, adapt_nnx, adapters_nnx
     from sborax.records.adapter import load_adapter, save_adapter
     from sborax.records.checkpoint import open_checkpoints
+    from sborax.train.inputs import input_hints
     from sborax.train.outputs import Outputs
     from sborax.train.prepare import Prepared, prepare
     from sborax.train.read import read_data, read_held_out, read_model
@@ -80,6 +81,7 @@ _LATER = {
     "read_data": "sborax.train.read",
     "read_held_out": "sborax.train.read",
     "read_model": "sborax.train.read",
+    "input_hints": "sborax.train.inputs",
     "generate": "sborax.models",
     "load_adapter": "sborax.records.adapter",
     "load_model": "sborax.models",
@@ -155,6 +157,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "count",
     "generate",
     "gradient_hints",
+    "input_hints",
     "labels",
     "linear",
     "link",

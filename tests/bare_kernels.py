@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS
+from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS, hint_for
 from nightly import nightly_unless
 
 import sborax as sx
@@ -50,7 +50,7 @@ def hints(method: AbstractMethod, stacked: bool):
     if not method.needs:
         return None
     grad = jnp.asarray(normal(9, *(LAYERS, IN, OUT) if stacked else (IN, OUT)))
-    return {"layers/proj": sx.Hint(grad=grad)}
+    return {"layers/proj": hint_for(method, grad, int(stacked))}
 
 
 @functools.cache

@@ -4,10 +4,18 @@ Adding a method adds a row here. The suite reads what a method declares (class a
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod
+from sborax.adapters.hints import statistics
+from sborax.adapters.informed import Inputs
+from sborax.adapters.paths import Site, has_policy
 from sborax.procedures import AbstractProcedure
 
 IN, OUT, TOKENS, LAYERS = 128, 96, 7, 3
@@ -38,6 +46,7 @@ METHODS = [
     Case("rsLoRA", sx.LoRA(rank=4, alpha=8.0, rslora=True, init_a="gaussian"), lambda i, o: 4 * (i + o)),
     Case("QALoRA", sx.QALoRA(rank=4, alpha=8.0, group=8), lambda i, o: 4 * (i // 8 + o)),
     Case("QALoRA-peft", sx.QALoRA(rank=3, group=4, formula="peft"), lambda i, o: 3 * (i // 4 + o)),
+    Case("LoRA-orthogonal", sx.LoRA(rank=4, init_a="orthogonal"), lambda i, o: 4 * (i + o)),
     Case("SBoRA-FA", sx.SBoRA(rank=5, alpha=10.0), lambda i, o: 5 * o),
     Case("SBoRA-FB", sx.SBoRA(rank=5, variant="FB"), lambda i, o: 5 * i),
     Case("SBoRA-expert", sx.SBoRA(rank=5, expert=1, experts=2), lambda i, o: 5 * o),
@@ -54,6 +63,13 @@ METHODS = [
     Case("OLoRA", sx.OLoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("LoRA-GA", sx.LoRAGA(rank=4), lambda i, o: 4 * (i + o)),
     Case("LoRA-GA-peft", sx.LoRAGA(rank=4, formula="peft", gamma=4096.0), lambda i, o: 4 * (i + o)),
+    Case("EVA", sx.EVA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
+    Case("EVA-whitened", sx.EVA(rank=4, rho=1.0, whiten=True, niter=4), lambda i, o: 4 * (i + o)),
+    Case("CorDA", sx.CorDA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
+    Case("CorDA-kpm", sx.CorDA(rank=4, mode="kpm"), lambda i, o: 4 * (i + o)),
+    Case("LoftQ", sx.LoftQ(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
+    Case("LoftQ-twice", sx.LoftQ(rank=4, alpha=8.0, iterations=2, divide=True), lambda i, o: 4 * (i + o)),
+    Case("MiCA", sx.MiCA(rank=4, alpha=8.0), lambda i, o: 4 * i),
     Case("PRILoRA", sx.PRILoRA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("PRILoRA-mask", sx.PRILoRA(rank=4, persistent_mask=True), lambda i, o: 4 * (i + o)),
     Case("SARA", sx.SARA(rank=4), lambda i, o: 4 * (i + o + 1)),
@@ -114,6 +130,42 @@ METHODS = [
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),
 ]
+
+
+DENSE = [case for case in METHODS if not case.method.of_quantised]
+"""The rows that a run on a dense base can take."""
+
+
+def hint_for(method: AbstractMethod, grad: Any, stack_axes: int) -> sx.Hint:
+    """Everything that a method may start from: a gradient of the kernel's shape, and statistics of random inputs.
+
+    Ranks stay as they are, so that parameters can be counted.
+    """
+    if has_policy(method):
+        # The statistics are for ranks up to this one.
+        method = dataclasses.replace(method, rank=4)
+    stack, fan_in = tuple(grad.shape[:stack_axes]), math.prod(grad.shape[stack_axes:-1])
+    inputs = _inputs(method, stack, (fan_in, grad.shape[-1])) if "inputs" in method.needs else None
+    return sx.Hint(grad=grad, inputs=inputs)
+
+
+@functools.cache
+def _inputs(method: AbstractMethod, stack: tuple[int, ...], shape: tuple[int, int]) -> Any:
+    def batch() -> Inputs:
+        draw = np.random.default_rng(7)
+        scales = np.linspace(1.0, 2.0, shape[0], dtype=np.float32)
+        rows = scales * draw.standard_normal((math.prod(stack), 2, 40, shape[0]), np.float32)
+        return Inputs({"kernel": rows}, np.ones((2, 40), bool), np.ones((2, 40), bool))
+
+    (hint,) = statistics([Site("kernel", method, stack, shape, 1, 0)], lambda paths: [batch]).values()
+    return hint.inputs
+
+
+def hint_of_layer(hint: sx.Hint, layer: int) -> sx.Hint:
+    """The part of a stacked hint that belongs to one layer."""
+    inputs = None if hint.inputs is None else {name: leaf[layer] for name, leaf in hint.inputs.items()}
+    return sx.Hint(grad=hint.grad[layer], inputs=inputs)
+
 
 PROCEDURES: dict[str, tuple[AbstractProcedure, AbstractMethod]] = {
     "COLA": (sx.COLA(every=2), sx.SBoRA(rank=4)),

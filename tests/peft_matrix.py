@@ -36,6 +36,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "PiSSA": (peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}),
     "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
     "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
+    "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
     "IA3": (peft.IA3Config, {"feedforward_modules": []}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
@@ -71,7 +72,7 @@ BASE: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "tokens": (peft.TrainableTokensConfig, {"target_modules": ["embed_tokens"], "token_indices": [5, 17, 40]}),
 }
 """Kinds without adapters."""
-LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA")
+LORAS = ("LoRA", "rsLoRA", "DoRA", "PiSSA", "OLoRA", "MiCA")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +210,7 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal": {"init_lora_weights": "orthogonal"},
         "wide": {"r": 40},
     },
+    "MiCA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
     "AdaLoRA": {
         "wide": {"init_r": 40},
         "alpha 2.5": {"lora_alpha": 2.5},

@@ -188,6 +188,14 @@ def labelled(batch: Batch) -> list[dict[str, torch.Tensor]]:
     return rows
 
 
+def with_answers(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The inputs of a microbatch, and labels of -100 where they belong to no answer."""
+    counts = np.pad(batch["counts"], ((0, 0), (1, 0)))[:, :-1]
+    labels = np.where(counts, batch["tokens"], -100)
+    arrays = {"input_ids": batch["tokens"], "attention_mask": batch["segments"], "labels": labels}
+    return {name: torch.tensor(np.asarray(array, np.int64)) for name, array in arrays.items()}
+
+
 def entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The sum over labels that count: the model's loss, without the regulariser that AdaLoRA adds to it."""
     logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import METHODS
+from cases import METHODS, hint_for
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
@@ -42,10 +42,12 @@ def projection(method, module, quant=False):
     mesh = make_mesh(SIZES)
     spec = PartitionSpec("tensor", "fsdp") if module == "o_proj" else PartitionSpec("fsdp", "tensor")
 
+    hints = {} if method is None else {module: hint_for(method, jnp.ones((IN, OUT)), 0)}
+
     def made():
         weight = jnp.zeros((IN, OUT))
         params = {module: {"kernel": quantise(weight) if quant else weight}}
-        return (params, {}) if method is None else sx.attach(jax.random.key(0), params, [(module, method)], HINTS)
+        return (params, {}) if method is None else sx.attach(jax.random.key(0), params, [(module, method)], hints)
 
     params, adapters = jax.eval_shape(made)
     kernel = params[module]["kernel"]
@@ -76,7 +78,6 @@ def projection(method, module, quant=False):
     return collective_bytes(text), train, frozen
 
 
-HINTS = {name: sx.Hint(grad=jnp.ones((IN, OUT))) for name in ("q_proj", "o_proj")}
 BASE = {}
 
 
@@ -113,7 +114,10 @@ def declared(method, train, frozen):
 
 
 THIN = [case for case in METHODS if not (case.method.sends or case.method.materialises)]
-SKIPPED = ("rsLoRA", "SBoRA-expert", "PiSSA-fast", "OLoRA", "LoRA-GA", "LoRA-GA-peft", "SARA-svd", "MoSARA-full")
+SKIPPED = (
+    *("rsLoRA", "LoRA-orthogonal", "SBoRA-expert", "PiSSA-fast", "OLoRA", "LoRA-GA", "LoRA-GA-peft", "EVA"),
+    *("EVA-whitened", "CorDA", "CorDA-kpm", "LoftQ", "LoftQ-twice", "SARA-svd", "MoSARA-full"),
+)
 
 
 def on_its_own(case):

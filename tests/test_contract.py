@@ -29,7 +29,7 @@ from bare_kernels import (
     tolerance,
     trained,
 )
-from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS, Case
+from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS, Case, hint_for, hint_of_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
@@ -250,7 +250,7 @@ def test_stack_equals_its_layers(case: Case):
         pytest.fail("ragged methods are compared in their own test")
     flat = {"layers": {str(i): {"proj": {"kernel": base()[i]}} for i in range(LAYERS)}}
     own = hints(case.method, True)
-    hint = {f"layers/{i}/proj": sx.Hint(grad=own["layers/proj"].grad[i]) for i in range(LAYERS)} if own else None
+    hint = {f"layers/{i}/proj": hint_of_layer(own["layers/proj"], i) for i in range(LAYERS)} if own else None
     params, adapters = sx.attach(jax.random.key(0), flat, [("proj", case.method)], hint)
     singles = link(nodes(adapters))
     assert list(singles) == [f"layers/{i}/proj/kernel" for i in range(LAYERS)]
@@ -312,7 +312,7 @@ def test_every_counted_parameter_has_a_gradient(case: Case):
     """On sides that divide little: rows without inputs, or gates without a choice, would be counted and never train."""
     kernel = jnp.asarray(normal(5, 10, 12))
     params = {"proj": {"kernel": kernel}}
-    grad = {"proj": sx.Hint(grad=kernel)} if case.method.needs else None
+    grad = {"proj": hint_for(case.method, kernel, 0)} if case.method.needs else None
     try:
         sx.plan(params, [("proj", case.method)], hints=grad)
     except sx.SboraxError as error:
@@ -401,7 +401,7 @@ def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
 def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
     kernel = jnp.asarray(normal(5, fan_in, fan_out))
     params = {"proj": {"kernel": kernel}}
-    own = {"proj": sx.Hint(grad=kernel)} if case.method.needs else None
+    own = {"proj": hint_for(case.method, kernel, 0)} if case.method.needs else None
     try:
         sx.plan(params, [("proj", case.method)], hints=own)
     except sx.SboraxError as error:

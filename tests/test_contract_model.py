@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IN, LAYERS, METHODS, OUT, Case
+from cases import IN, LAYERS, METHODS, OUT, Case, hint_for
 from torch_pair import shaken
 
 import sborax as sx
-from sborax.adapters.core import AbstractFactored, Hint, dense, is_weight
+from sborax.adapters.core import AbstractFactored, dense, is_weight
 from sborax.adapters.grouped import AbstractGrouped
 from sborax.adapters.leaves import flatten, nest
-from sborax.adapters.paths import kernels
+from sborax.adapters.paths import kernels, stack_axes
 from sborax.adapters.routing import routed_parts
 from sborax.layout.state import take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig, generate
@@ -115,7 +115,9 @@ def adapted(case, config):
     """The base and adapters that have moved from their start."""
     params = params_of(config)
     grads = {
-        path.removesuffix("/kernel"): Hint(grad=jax.random.normal(jax.random.key(2), leaf.shape))
+        path.removesuffix("/kernel"): hint_for(
+            case.method, jax.random.normal(jax.random.key(2), leaf.shape), stack_axes(path, leaf.ndim)
+        )
         for path, leaf in kernels(params).items()
     }
     base, adapters = sx.attach(jax.random.key(3), params, [(TARGETS, case.method)], hints=grads)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bare_kernels import assert_close, by_case, by_few, forward, host, inputs, normal, standalone, trained
-from cases import IN, METHODS, OUT, Case
+from cases import IN, METHODS, OUT, Case, hint_for
 
 import sborax as sx
 from sborax.adapters.bank import link
@@ -29,7 +29,11 @@ def unrolled(weight) -> dict:
 
 def attached(case: Case, params, seed: int = 0, **places):
     shape = jax.tree.leaves(params)[0].shape
-    hint = {"layers/experts": sx.Hint(grad=np.broadcast_to(GRAD, shape))} if case.method.needs else None
+    hint = (
+        {"layers/experts": hint_for(case.method, np.broadcast_to(GRAD, shape), len(shape) - 2)}
+        if case.method.needs
+        else None
+    )
     rule = sx.Rule("experts", case.method, **places)
     return sx.attach(jax.random.key(seed), params, [rule], hint)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bare_kernels import assert_close, largest, normal, standalone, trained
-from cases import IN, METHODS, OUT, Case
+from cases import IN, METHODS, OUT, Case, hint_for
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
@@ -124,7 +124,11 @@ def a_mixture(method=None, quantised=False, layers=()):
             kernel = quantise(kernel) if quantised else kernel
         if method is not None and name != "down_proj":
             path = f"layers/experts/{name}" if layers else f"experts/{name}"
-            hints = {path: sx.Hint(grad=jnp.asarray(normal(seed + 3, *kernel.shape)))} if method.needs else None
+            hints = (
+                {path: hint_for(method, jnp.asarray(normal(seed + 3, *kernel.shape)), len(kernel.shape) - 2)}
+                if method.needs
+                else None
+            )
             params = nest({f"{path}/kernel": kernel})
             params, adapters = sx.attach(jax.random.key(seed), params, [("experts", method)], hints)
             (kernel,) = jax.tree.leaves(params, is_leaf=is_weight)

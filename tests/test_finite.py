@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bare_kernels import by_case, normal
-from cases import IN, LAYERS, OUT, Case
+from cases import IN, LAYERS, OUT, Case, hint_for
 
 import sborax as sx
 from sborax.adapters.tree import nodes
@@ -32,7 +32,7 @@ def tree(weight):
 
 
 def hints(case: Case, grad=KERNEL):
-    return {"layers/proj": sx.Hint(grad=grad)} if case.method.needs else None
+    return {"layers/proj": hint_for(case.method, grad, 1)} if case.method.needs else None
 
 
 @pytest.mark.parametrize("value", SPOILT[:2])
@@ -46,9 +46,19 @@ def test_attach_names_the_kernel(case: Case, value):
 @pytest.mark.parametrize("grad", [np.asarray, jnp.asarray], ids=["host", "device"])
 @by_case
 def test_attach_names_the_gradient(case: Case, grad):
-    if case.method.needs:
+    if "grad" in case.method.needs:
         given = hints(case, grad(np.asarray(spoilt(np.nan))))
         with pytest.raises(sx.SboraxError, match=rf"^{WHERE}: its gradient: holds values that are not finite"):
+            sx.attach(jax.random.key(0), tree(jnp.asarray(KERNEL)), [("proj", case.method)], given)
+
+
+@by_case
+def test_attach_names_the_statistics_of_inputs(case: Case):
+    if "inputs" in case.method.needs:
+        (hint,) = hints(case).values()
+        wrong = {name: np.full_like(leaf, np.nan) for name, leaf in hint.inputs.items()}
+        given = {"layers/proj": sx.Hint(grad=KERNEL, inputs=wrong)}
+        with pytest.raises(sx.SboraxError, match=rf"^{WHERE}: the statistics of its inputs: holds values that are not"):
             sx.attach(jax.random.key(0), tree(jnp.asarray(KERNEL)), [("proj", case.method)], given)
 
 

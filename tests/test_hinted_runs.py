@@ -180,3 +180,53 @@ def test_plan_prints_its_table(places, capsys, tmp_path):
     told = capsys.readouterr().out
     assert "layers/mlp/up_proj" in told and "LoRAGA(rank=4" in told
     assert f" {2 * 4 * (64 + 128):,} " in told
+
+
+INFORMED = (
+    sx.Rule("mlp/gate", sx.CorDA(rank=4)),
+    sx.Rule("self_attn/k", sx.chain(sx.CorDA(rank=2, mode="kpm"), sx.DoRA())),
+    sx.Rule("self_attn|mlp", sx.EVA(rank=2, rho=4.0, tau=0.9, alpha=4.0)),
+)
+
+
+@pytest.fixture(scope="module")
+def informed(places, tmp_path_factory):
+    """A run whose adapters start from inputs, and whose ranks they choose."""
+    out, said = tmp_path_factory.mktemp("runs") / "informed", []
+    return out, train(an_experiment(places, rules=INFORMED), out, echo=said.append), said
+
+
+def test_a_run_starts_from_the_inputs_of_its_data(informed, places):
+    """The same from the public verbs; the ranks that the data chose are those that are trained and counted."""
+    out, summary, said = informed
+    assert summary.finished and summary.last_loss < summary.first_loss
+    assert "inputs of 5 kernels over 3 batches" in said and "inputs of layers/mlp/gate_proj over 3 batches" in said
+    model = load_model(places[0])
+    batches, _ = read_data(an_experiment(places), model, quiet)
+    hints = sx.input_hints(model, INFORMED, first_batches(batches, 3))
+    _, adapters = sx.attach(jax.random.key(0), model.params, INFORMED, hints)
+    begun = nodes(read_adapter(out / START).adapters)
+    assert {path: node.method for path, node in nodes(adapters).items()} == {
+        path: node.method for path, node in begun.items()
+    }
+    ranks = [rank for hint in hints.values() for rank in hint.ranks or ()]
+    assert sum(ranks) == 2 * 2 * 5 and len(set(ranks)) > 1
+    assert summary.trainable_parameters == sx.count(adapters)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_resumption_keeps_the_ranks(informed, places, tmp_path, quant):
+    whole, experiment = informed[0], an_experiment(places, rules=INFORMED, quant=quant)
+    if quant:
+        whole = tmp_path / "whole"
+        train(experiment, whole, echo=quiet)
+    cut(whole, tmp_path / "cut", 3)
+    said = []
+    train(experiment, tmp_path / "cut", resume=True, echo=said.append)
+    assert "resuming after step 3" in said and not any(line.startswith("inputs of") for line in said)
+    assert (tmp_path / "cut" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
+    cut(whole, tmp_path / "early", 0)
+    shutil.rmtree(tmp_path / "early" / START)
+    train(experiment, tmp_path / "early", resume=True, echo=quiet)
+    assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bare_kernels import standalone
-from cases import IN, METHODS, OUT
+from cases import IN, METHODS, OUT, hint_for
 from pages import DOCS
 from torch_pair import shaken
 
@@ -65,7 +65,7 @@ FACTORED = list({type(case.method): case for case in METHODS if isinstance(case.
 def test_exact_is_exact(case):
     """Where the table says so: the factors that are written multiply to the whole change of the original base."""
     weight, grad = np.random.default_rng(0).standard_normal((2, IN, OUT)).astype(np.float32) / 8
-    hints = {"proj": sx.Hint(grad=jnp.asarray(grad))} if case.method.needs else None
+    hints = {"proj": hint_for(case.method, jnp.asarray(grad), 0)} if case.method.needs else None
     params = {"proj": {"kernel": jnp.asarray(weight)}}
     attached, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], hints=hints)
     adapters = shaken(adapters)

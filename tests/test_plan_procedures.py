@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import METHODS, PROCEDURES
+from cases import DENSE, PROCEDURES
 from etils import epath
 from nightly import nightly_unless
 from tiny_model import WIDE, write_data, write_model
@@ -86,7 +86,7 @@ def refusal(act):
         return None, str(error)
 
 
-PAIRS = [(name, case, f"{name}-{case.name}") for name in PROCEDURES for case in METHODS]
+PAIRS = [(name, case, f"{name}-{case.name}") for name in PROCEDURES for case in DENSE]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import METHODS, PROCEDURES
+from cases import DENSE, PROCEDURES
 from etils import epath
 from nightly import nightly_unless
 from tiny_model import write_data, write_model
@@ -28,7 +28,7 @@ from sborax.train.loop import train
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SEVENS = [METHODS[start : start + len(PROJECTIONS)] for start in range(0, len(METHODS), len(PROJECTIONS))]
+SEVENS = [DENSE[start : start + len(PROJECTIONS)] for start in range(0, len(DENSE), len(PROJECTIONS))]
 
 
 @pytest.fixture(scope="module")

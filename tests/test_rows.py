@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import METHODS
+from cases import METHODS, hint_for
 from etils import epath
 from nightly import nightly_unless
 
 import sborax as sx
+from sborax.adapters.paths import kernels, stack_axes
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.rows import by_row, together
 from sborax.adapters.tree import nodes
@@ -45,7 +46,12 @@ def model(place):
 
 def trained(model, method, seed, pattern=TARGET, size=0.3):
     """Adapters whose trained leaves have moved at random."""
-    params, adapters = sx.attach(jax.random.key(seed), model.params, [(pattern, method)])
+    hints = {
+        path.removesuffix("/kernel"): hint_for(method, np.ones(leaf.shape), stack_axes(path, leaf.ndim))
+        for path, leaf in kernels(model.params).items()
+        if method.needs
+    }
+    params, adapters = sx.attach(jax.random.key(seed), model.params, [(pattern, method)], hints)
     train, frozen = sx.split(adapters)
     leaves, structure = jax.tree.flatten(train)
     keys = jax.random.split(jax.random.key(seed + 100), len(leaves))

@@ -6,7 +6,7 @@ import math
 
 import jax
 import pytest
-from cases import METHODS
+from cases import DENSE
 from nightly import nightly_unless
 from published import ALL, PUBLISHED
 from tiny_model import WIDE
@@ -31,7 +31,7 @@ def planned(rules, config):
 @functools.cache
 def steps_of_all_methods():
     """One step for every seven methods, each on another projection."""
-    groups = [METHODS[begin : begin + 7] for begin in range(0, len(METHODS), 7)]
+    groups = [DENSE[begin : begin + 7] for begin in range(0, len(DENSE), 7)]
     rules = [[(name, case.method) for name, case in zip(PROJECTIONS, group, strict=False)] for group in groups]
     return [planned(tuple(each), CONFIG) for each in rules]
 

@@ -93,9 +93,9 @@ BEATS = (
 
 
 def everything() -> dict[str, AbstractMethod]:
-    """Every method of the package with its defaults, and the variants."""
+    """Every method of the package with its defaults, but for those of a quantised base, and the variants."""
     plain = {name: getattr(sx, name)() for name in methods.__all__ if name != "SBoRA"}
-    return {**plain, **VARIANTS}
+    return {**{name: method for name, method in plain.items() if not method.of_quantised}, **VARIANTS}
 
 
 def method_arms() -> dict[str, dict[str, Any]]:

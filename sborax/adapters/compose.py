@@ -30,6 +30,7 @@ from sborax.adapters.core import (
     hyper,
     matmul,
 )
+from sborax.adapters.informed import blank_hint
 
 TAKEN = frozenset({"a0", "b0", "scale"})
 """Frozen leaves of a method that rewrites the base: it took s a0 b0 out of it."""
@@ -227,6 +228,10 @@ class Chain(AbstractMethod):
         return self.first.needs
 
     @property
+    def of_quantised(self) -> str:
+        return self.first.of_quantised
+
+    @property
     def ragged(self) -> bool:
         return self.first.ragged and self.second.ragged
 
@@ -262,7 +267,7 @@ class Chain(AbstractMethod):
         """Raise SboraxError for a leaf of the first link that the second does not know."""
 
         def make(key: Key[Array, ""], weight: Array) -> tuple[Leaves, Leaves]:
-            return self.first.init(key, weight, Hint(grad=weight))[:2]
+            return self.first.init(key, weight, blank_hint(self.first, shape))[:2]
 
         weight = jax.ShapeDtypeStruct(shape, jnp.float32)
         train, frozen = jax.eval_shape(make, jax.random.key(0), weight)

@@ -88,10 +88,14 @@ class Hint:
     - layer: position of the weight in its stack, which is flattened; 0 without a stack. Indexes a tuple of ranks.
     - grad: gradient of the loss in the un-adapted weight, of the weight's shape. A NumPy array uses no device memory
       until it is needed.
+    - inputs: statistics of the weight's inputs by name, as `AbstractInformed.gather` makes them, after the stack axes.
+    - ranks: the rank that these statistics give each weight of the flattened stack, 0 for no adapter. See `allotted`.
     """
 
     layer: Int[Array, "*stack"] | int = 0
     grad: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None
+    inputs: Mapping[str, Any] | None = None
+    ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Fitted(NamedTuple):
@@ -153,6 +157,8 @@ class AbstractMethod(abc.ABC):
     """Layers of one stack may have different ranks: leaves are padded with zeros, which stay zero in training."""
     needs: frozenset[str] = frozenset()
     """Fields of `Hint` that `init` requires."""
+    of_quantised: str = ""
+    """Empty, or what the start is made of that only a base in 4 bits has."""
     sends: str = ""
     """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
     draws: str = ""
@@ -293,6 +299,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def materialises(self) -> str:
         return next((part.materialises for part in self.members if part.materialises), "")
+
+    @property
+    def of_quantised(self) -> str:
+        return next((part.of_quantised for part in self.members if part.of_quantised), "")
 
     @property
     def ragged(self) -> bool:

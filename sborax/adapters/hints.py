@@ -1,7 +1,8 @@
-"""Gradients of a model's un-adapted weights, for initialisations that need them."""
+"""Gradients of a model's un-adapted weights, and statistics of their inputs, for initialisations that need them."""
 
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sborax.adapters.core import Hint, SboraxError, dense
+from sborax.adapters.compose import ByLayer
+from sborax.adapters.core import AbstractMethod, Hint, SboraxError, dense
+from sborax.adapters.informed import AbstractInformed, Gathered, Inputs, Place, informed
 from sborax.adapters.leaves import replace_leaves
-from sborax.adapters.paths import kernels, module_path
+from sborax.adapters.paths import Site, kernels, module_path
 from sborax.adapters.tree import Params
 
 
@@ -55,3 +58,64 @@ def _mean(loss: Callable[..., Any], params: Params, path: str, batches: list[Any
     if not np.isfinite(total).all():
         raise SboraxError(f"{path}: its gradient is not finite; check the loss and the batches")
     return total / np.float32(len(batches))
+
+
+Observe = Callable[[Collection[str]], Sequence[Callable[[], Inputs]]]
+"""Given paths of kernels: for every batch, a function that computes the inputs of these kernels."""
+
+
+def is_joint(site: Site) -> bool:
+    """Whether statistics of a site's inputs are compared with those of other sites."""
+    return any(method.joint for method in _informed(site, 0) + _informed(site, math.prod(site.stack) - 1))
+
+
+def statistics(sites: Sequence[Site], observe: Observe) -> dict[str, Hint]:
+    """What the methods of some sites make of the inputs of their weights: a `Hint` by path, without `/kernel`.
+
+    Args:
+    - sites: in the order of the model.
+    - observe: gives the inputs.
+
+    Raises SboraxError as the methods' `gather` does.
+    """
+    classes: dict[type[AbstractInformed], dict[Place, AbstractInformed]] = {}
+    for position, site in _weights(sites):
+        for method in _informed(site, position):
+            classes.setdefault(type(method), {})[site.path, position] = method
+    gathered: dict[Place, list[Gathered]] = {}
+    for kind, methods in classes.items():
+        paths = dict.fromkeys(path for path, _ in methods)
+        for group in [list(paths)] if kind.joint else [[path] for path in paths]:
+            of_group = {place: method for place, method in methods.items() if place[0] in group}
+            for place, made in kind.gather(of_group, observe(group)).items():
+                gathered.setdefault(place, []).append(made)
+    return {site.path.removesuffix("/kernel"): _stacked(site, gathered) for site in sites}
+
+
+def _weights(sites: Sequence[Site]) -> list[tuple[int, Site]]:
+    """Every weight as (position, site): layer after layer, and in a layer in the order of the sites."""
+    weights = [(position, site) for site in sites for position in range(math.prod(site.stack))]
+    return sorted(weights, key=lambda weight: weight[1].layers[weight[0]])
+
+
+def _informed(site: Site, position: int) -> list[AbstractInformed]:
+    """The methods of one weight that start from its inputs."""
+    parts: list[AbstractMethod] = [site.method]
+    if isinstance(site.method, ByLayer):
+        by_part = zip(site.method.parts, site.method.layers, strict=True)
+        parts = [part for part, positions in by_part if position in positions]
+    return [method for part in parts for method in informed(part)]
+
+
+def _stacked(site: Site, gathered: Mapping[Place, Sequence[Gathered]]) -> Hint:
+    """The statistics of a site's weights, stacked. Weights without have zeros."""
+    by_position = [gathered.get((site.path, position), ()) for position in range(math.prod(site.stack))]
+    leaves = [{name: leaf for made in of_weight for name, leaf in made.inputs.items()} for of_weight in by_position]
+    shapes = {name: np.shape(leaf) for of_weight in leaves for name, leaf in of_weight.items()}
+    inputs = {}
+    for name, shape in shapes.items():
+        filled = [np.asarray(of_weight.get(name, np.zeros(shape)), np.float32) for of_weight in leaves]
+        inputs[name] = np.stack(filled).reshape(*site.stack, *shape)
+    ranks = [next((made.rank for made in of_weight if made.rank is not None), 0) for of_weight in by_position]
+    chosen = any(made.rank is not None for of_weight in by_position for made in of_weight)
+    return Hint(inputs=inputs, ranks=tuple(ranks) if chosen else None)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 from sborax.adapters.bank import banks
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractKernelless, AbstractMethod, RankPolicy, SboraxError, dense
+from sborax.adapters.informed import AbstractInformed
 from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import Expert, routers
@@ -292,7 +293,45 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
-    return Plan((*sites, *_router_sites(sites, weights), *bank_sites(sites)), tuple(untouched))
+    return allotted(Plan((*sites, *_router_sites(sites, weights), *bank_sites(sites)), tuple(untouched)), hints or {})
+
+
+def allotted(chosen: Plan, hints: Mapping[str, Any]) -> Plan:
+    """The plan with the ranks that hints give, layer by layer. Weights of rank 0 get no adapter.
+
+    Ranks are given to methods that were planned without ranks by layer and stand alone, not inside a composition.
+
+    Args:
+    - hints: `Hint`s as for `plan`. Those without `ranks` change nothing.
+    """
+    sites, untouched = [], list(chosen.untouched)
+    for site in chosen.sites:
+        hint = hint_of(hints, site.path)
+        method = site.method if hint is None or hint.ranks is None else _allotted(site, hint.ranks)
+        if method is None:
+            untouched.append(site.path)
+        else:
+            sites.append(dataclasses.replace(site, method=method))
+    return Plan(tuple(sites), tuple(untouched))
+
+
+def _allotted(site: Site, ranks: tuple[int, ...]) -> AbstractMethod | None:
+    """The method of a site with these ranks; None if no weight has one."""
+    everywhere = tuple(range(len(ranks)))
+    parts = zip(site.method.parts, site.method.layers, strict=True) if isinstance(site.method, ByLayer) else ()
+    methods, layers = [], []
+    for method, positions in tuple(parts) or ((site.method, everywhere),):
+        if isinstance(method, AbstractInformed) and isinstance(method.rank, int):
+            positions = tuple(position for position in positions if ranks[position] > 0)
+            widest = max((ranks[position] for position in positions), default=0)
+            planned = tuple(ranks[position] if position in positions else widest for position in everywhere)
+            method = method.with_ranks(planned if len(set(planned)) > 1 else widest)
+        if positions:
+            methods.append(method)
+            layers.append(positions)
+    if layers == [everywhere]:
+        return methods[0]
+    return ByLayer(tuple(methods), tuple(layers)) if methods else None
 
 
 def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Site]:

@@ -70,19 +70,25 @@ def nodes(adapters: PyTree) -> dict[str, Adapter]:
 
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
 def _fit(
-    keys: Key[Array, "*stack"], weight: Any, grad: Any, method: AbstractMethod, stack: tuple[int, ...], in_axes: int
+    keys: Key[Array, "*stack"],
+    weight: Any,
+    grad: Any,
+    inputs: Any,
+    method: AbstractMethod,
+    stack: tuple[int, ...],
+    in_axes: int,
 ):
     matrix = as_matrix(weight, len(stack), in_axes)
     positions = jnp.arange(math.prod(stack)).reshape(stack)
 
-    def fit_layer(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
+    def fit_layer(key: Array, position: Array, kernel: Any, grad: Any, inputs: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
-        kernel, grad = replicate((kernel, grad))
-        return method.init(key, kernel, Hint(position, grad))
+        kernel, grad, inputs = replicate((kernel, grad, inputs))
+        return method.init(key, kernel, Hint(position, grad, inputs))
 
     with jax.default_matmul_precision("highest"):
         grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
-        fitted = over_stack(fit_layer, stack)(keys, positions, matrix, grad)
+        fitted = over_stack(fit_layer, stack)(keys, positions, matrix, grad, inputs)
     return fitted.train, fitted.frozen
 
 
@@ -101,9 +107,10 @@ def attach(
       Adding a target changes no other adapter, and a stack gets the adapters that its layers would get one by one.
     - params: the parameters of a model, any tree with a leaf `kernel` per projection.
     - rules: which kernels get which method, in order, as for `plan`; or a plan.
-    - hints: gradients for methods that need them, by module path; see `gradient_hints`.
+    - hints: gradients or statistics of inputs for methods that need them, by module path; see `gradient_hints` and
+      `input_hints`.
 
-    Raises SboraxError as `plan` does, and for a kernel or a gradient that is not finite.
+    Raises SboraxError as `plan` does, and for a kernel, a gradient or a statistic that is not finite.
     """
     resolved = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
     weights = kernels(params)
@@ -138,13 +145,14 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:
     """The adapter of one site, as `attach` makes it from the same key. Sites of routers and banks have no weight.
 
-    Raises SboraxError for a weight or a gradient that is not finite, since decomposing it might never end.
+    Raises SboraxError for a weight or a hint that is not finite, since decomposing it might never end.
     """
     check_finite(site.path, weight)
     check_finite(f"{site.path}: its gradient", hint.grad)
+    check_finite(f"{site.path}: the statistics of its inputs", hint.inputs)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
-    train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes)
+    train, frozen = _fit(keys, weight, hint.grad, hint.inputs, site.method, site.stack, site.in_axes)
     return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 

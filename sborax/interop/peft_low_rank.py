@@ -27,13 +27,13 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA, QALoRA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA, QALoRA
 
 PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
+BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
@@ -222,6 +222,10 @@ LOW_RANK = (
         {"use_qalora": (True,), "use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "orthogonal")},
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
         by_shape=_groups, refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
+    ),
+    Row(
+        MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,
+        PAIR, _read_with_alpha(MiCA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
     ),
     # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
     Row(

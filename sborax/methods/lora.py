@@ -35,7 +35,9 @@ class LoRA(AbstractFactored):
     alpha: s = alpha / rank; None (default) is s = 1.
     rslora: s = alpha / sqrt(rank) instead, which needs an alpha.
     dropout: rate on the adapter's input in training (paper: 0 to 0.1; default 0).
-    init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0.
+    init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0. Or
+        "orthogonal", for an even rank: a = G Q_1 / 10, b = Q_2^T H / 10, G and H of N(0, 1), Q_1 and Q_2 the even and
+        the odd rows of a random orthogonal matrix, so that a b = 0 though neither is zero (PEFT's, of no paper).
 
     Identity at init. Exact merge W + s a b. Trained parameters: rank (in + out).
     The paper's A is our a transposed, its B our b transposed.
@@ -50,7 +52,7 @@ class LoRA(AbstractFactored):
     alpha: float | None = hyper(None, above=0.0)
     rslora: bool = hyper(False)
     dropout: float = hyper(0.0)
-    init_a: Literal["kaiming", "gaussian"] = hyper("kaiming")
+    init_a: Literal["kaiming", "gaussian", "orthogonal"] = hyper("kaiming")
 
     @property
     def axes(self) -> Axes:
@@ -58,19 +60,24 @@ class LoRA(AbstractFactored):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.init_a not in ("kaiming", "gaussian"):
-            raise SboraxError(f"init_a must be 'kaiming' or 'gaussian', got {self.init_a!r}")
+        if self.init_a not in ("kaiming", "gaussian", "orthogonal"):
+            raise SboraxError(f"init_a must be 'kaiming', 'gaussian' or 'orthogonal', got {self.init_a!r}")
+        ranks = self.rank if isinstance(self.rank, tuple) else (width(self.rank),)
+        if self.init_a == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise SboraxError(f"init_a='orthogonal' splits the ranks into halves: rank must be even, got {self.rank}")
         if self.rslora and self.alpha is None:
             raise SboraxError("rslora divides alpha by sqrt(rank), and there is none: give alpha, such as 16")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
         rank, mask = live(self.rank, hint)
-        if self.init_a == "kaiming":
+        b = jnp.zeros((width(self.rank), fan_out))
+        if self.init_a == "orthogonal":
+            a, b = _orthogonal(key, fan_in, fan_out, mask)
+        elif self.init_a == "kaiming":
             a = kaiming_uniform(key, fan_in, self.rank, hint)
         else:
             a = jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / rank
-        b = jnp.zeros((width(self.rank), fan_out))
         scale = scaling(self.alpha, self.rank, hint, self.rslora)
         return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})
 
@@ -86,6 +93,19 @@ class LoRA(AbstractFactored):
         self, adapter: Adapter, shape: tuple[int, int]
     ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
         return adapter.frozen["scale"] * adapter.train["a"], adapter.train["b"]
+
+
+def _orthogonal(
+    key: Key[Array, ""], fan_in: int, fan_out: int, mask: Float[Array, " rank"]
+) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+    """Factors whose product is zero. mask: 0 in padded columns, on which the others do not depend."""
+    of_square, of_a, of_b = jax.random.split(key, 3)
+    wide, half = len(mask), mask[::2, None]
+    rows = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(of_square, row), (wide,)))(jnp.arange(wide))
+    q, _ = jnp.linalg.qr(rows * mask[:, None] * mask[None, :] + jnp.diag(1 - mask))
+    left = half * jax.random.normal(of_a, (wide // 2, fan_in))
+    right = half * jax.random.normal(of_b, (wide // 2, fan_out))
+    return jnp.matmul(left.T, q[::2], precision="highest") / 10, jnp.matmul(q[1::2].T, right, precision="highest") / 10
 
 
 def lora_of(a: Float[Array, "*stack in rank"], b: Float[Array, "*stack rank out"], like: Adapter) -> Adapter:

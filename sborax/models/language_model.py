@@ -60,7 +60,13 @@ def projections(module: AbstractDecoder) -> frozenset[str]:
     return frozenset([*kernels, *(f"{layer}/{ROUTER}" for layer in layers)])
 
 
-_COLLECTIONS = {"inputs": "observations", "remembered": "remembered", "balance": "routing", "load": "routing"}
+_COLLECTIONS = {
+    "inputs": "observations",
+    "rows": "rows",
+    "remembered": "remembered",
+    "balance": "routing",
+    "load": "routing",
+}
 """Flax's collection for each field of `Collected`."""
 
 
@@ -70,6 +76,8 @@ class Collected:
     """Values from inside a forward pass. Fields that were not asked for are empty.
 
     - inputs: ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
+    - rows: the inputs themselves, (batch, seq, in), of every projection below the head but those of experts, by path of
+      its kernel. Return only those that are read from a jitted function: they are large.
     - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel.
       The axes of a token's values are flattened. Empty for adapters that remember nothing.
     - balance: mean over the layers of their routers' losses; 0 without routers.
@@ -78,6 +86,7 @@ class Collected:
 
     # Any: a pytree node also holds arrays with other axes in front.
     inputs: Any
+    rows: Any
     remembered: Any
     balance: Any
     load: Any
@@ -158,6 +167,7 @@ class LanguageModel:
         losses = [leaf.reshape(-1) for path, leaf in routing.items() if path.endswith("/loss")]
         return hidden, Collected(
             inputs=flatten(collections.get(_COLLECTIONS["inputs"], {})),
+            rows=flatten(collections.get(_COLLECTIONS["rows"], {})),
             remembered=values_at(collections.get(_COLLECTIONS["remembered"], {}), nodes(adapters or {})),
             balance=jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0),
             load=load_of(routing),

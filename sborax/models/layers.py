@@ -27,7 +27,8 @@ class Linear(nn.Module):
     """A projection whose kernel may be adapted, quantised or both.
 
     The kernel is in collection `params`, its adapter, if any, at the same path in collection `adapters`. A call that
-    makes collection `observations` mutable puts the norms of the input features there. Collection `memory` exists for
+    makes collection `observations` mutable puts the norms of the input features there, and one that makes collection
+    `rows` mutable the input itself. Collection `memory` exists for
     adapters that ask for it, and holds what the same projection of the previous layer remembers: see `depth`.
     """
 
@@ -49,6 +50,8 @@ class Linear(nn.Module):
         ctx = ctx.at("/".join(self.path), GATE)
         if self.is_mutable_collection("observations") and not self.is_initializing():
             self.put_variable("observations", "kernel", feature_norms(x, ctx.mask))
+        if self.is_mutable_collection("rows") and not self.is_initializing():
+            self.put_variable("rows", "kernel", x)
         adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
         adapter = None if adapter is None else used_whole(adapter, self.path[-1])
         if adapter is not None and memory is not None:

@@ -262,7 +262,7 @@ class Llama(AbstractDecoder):
         if scan:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "adapters": 0, "observations": 0, "remembered": 0, "routing": 0},
+                variable_axes=dict.fromkeys(("params", "adapters", "observations", "rows", "remembered", "routing"), 0),
                 variable_carry="memory",
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sborax.adapters.constraints import ROWS
-from sborax.adapters.core import Hint, SboraxError
-from sborax.adapters.paths import Plan, Site, kernels
+from sborax.adapters.core import SboraxError
+from sborax.adapters.paths import Plan
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.sharding import parts_shardings, state_shardings
 from sborax.layout.state import Parts, TrainState, start
@@ -26,6 +25,7 @@ from sborax.models.backends import choose
 from sborax.models.decoder import DecoderConfig, plain_scores
 from sborax.models.language_model import LanguageModel, abstract, decoder_of
 from sborax.train.experiment import Experiment
+from sborax.train.hints import zeros
 from sborax.train.prepare import Prepared, prepare
 
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
@@ -88,9 +88,6 @@ def outline(
     module = decoder_of(config, experiment.precision, experiment.remat, **options)
     # Without a run directory: procedures write to it only between steps, of which a plan makes none.
     prepared = prepare(experiment, LanguageModel(module, params, config, None), experiment.steps or UNKNOWN_STEPS)
-
-    def zeros(params: Any, site: Site) -> Hint:
-        return Hint(grad=jnp.zeros(kernels(params)[site.path].shape))
 
     parts = jax.eval_shape(lambda params: prepared.adapt(params, zeros), params)
     # Made outside of the trace, since the optimiser keeps its constants.

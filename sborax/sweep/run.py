@@ -321,7 +321,7 @@ def begin_members(
         key = json.dumps([encode(experiment.rules), experiment.seed_adapter, split])
         if key not in starts:
             prepared = prepare(experiment, model, steps, run)
-            starts[key] = prepared, begin(prepared, model, batches, run, silent if starts else echo)
+            starts[key] = begin(prepared, model, batches, run, silent if starts else echo)
         prepared, parts = starts[key]
         procedure = prepared.procedure and dataclasses.replace(prepared.procedure, place=run)
         begun.append((dataclasses.replace(prepared, experiment=experiment, procedure=procedure), parts))

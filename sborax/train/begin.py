@@ -1,10 +1,13 @@
-"""The adapters of a run before its first step, some of them from gradients of the run's own data."""
+"""The adapters of a run before its first step, some of them from gradients or inputs on the run's own data."""
+
+from collections.abc import Callable
 
 from etils import epath
 
-from sborax.adapters.core import SboraxError
+from sborax.adapters.core import Hint, SboraxError
 from sborax.adapters.leaves import nest
-from sborax.adapters.tree import nodes
+from sborax.adapters.paths import Site
+from sborax.adapters.tree import Params, nodes
 from sborax.data.batches import Batches
 from sborax.layout.hosts import several
 from sborax.layout.state import Parts, parameters
@@ -13,38 +16,70 @@ from sborax.records.adapter import PLAN, read_adapter, save_adapter
 from sborax.records.claim import START
 from sborax.records.report import plan_lines
 from sborax.train.experiment import save_experiment
-from sborax.train.hints import gradients
+from sborax.train.hints import first_batches, gradients
+from sborax.train.inputs import Statistics
 from sborax.train.prepare import Prepared
 from sborax.train.read import Echo
 
+RANKS = "ranks"
+"""The entry of a start's `plan.json` with the ranks that the data chose, by path."""
 
-def begin(prepared: Prepared, model: LanguageModel, batches: Batches, run: epath.Path, echo: Echo) -> Parts:
-    """`Prepared.adapt` on the parameters of `model`, with gradients where a method starts from them.
 
-    Adapters that start from gradients are kept in the run directory: gradients computed anew could differ in the last
-    bit, and singular vectors would then differ in every bit.
-    Raises SboraxError as `Prepared.adapt` does, and if several processes would have to compute gradients.
+def begin(
+    prepared: Prepared, model: LanguageModel, batches: Batches, run: epath.Path, echo: Echo
+) -> tuple[Prepared, Parts]:
+    """`Prepared.adapt` on the parameters of `model`, with gradients and statistics of inputs where a method needs them.
+
+    Adapters that start from data are kept in the run directory: what is computed anew could differ in the last bit, and
+    singular vectors would then differ in every bit. The run comes back with the ranks that the data chose.
+    Raises SboraxError as `Prepared.adapt` does, and if several processes would have to compute hints.
     """
     for line in ["adapting:"] * bool(prepared.plan.sites) + plan_lines(prepared.plan):
         echo(line)
     paths = sorted(site.path for site in prepared.plan.sites if site.method.needs)
-    begun, hint = {}, None
+    begun, hint, ranked = {}, None, {}
     if paths and (run / START / PLAN).exists():
-        begun = nodes(read_adapter(run / START).adapters)
+        saved = read_adapter(run / START)
+        begun = nodes(saved.adapters)
+        ranked = {path: Hint(ranks=tuple(ranks)) for path, ranks in saved.about.get(RANKS, {}).items()}
     elif paths and several():
         raise SboraxError(
-            f"{paths[0]}: starts from gradients, which one process computes; begin the run on one, and --resume on all"
+            f"{paths[0]}: starts from data, which one process reads; begin the run on one, and --resume on all"
         )
     elif paths:
-        experiment = prepared.experiment
-        hint = gradients(model, prepared.plan, batches, experiment.hint_batches, echo, experiment.loss)
+        hint, ranked = _hints(prepared, model, batches, echo)
+    if ranked:
+        prepared = prepared.replanned(ranked)
+        for line in ["ranks by these inputs:", *plan_lines(prepared.plan)]:
+            echo(line)
     total = parameters(model.params)
     params, adapters = prepared.attach(model.params, hint, begun)
     if hint is not None:
         # They are valid for this config alone, so it is written first.
         save_experiment(prepared.experiment, run)
         # Before the procedure's start, which a resumed run makes again.
-        save_adapter(run / START, nest({path: nodes(adapters)[path] for path in paths}))
+        made = {path: node for path, node in nodes(adapters).items() if path in paths}
+        about = {RANKS: {path: hint.ranks for path, hint in ranked.items()}} if ranked else {}
+        save_adapter(run / START, nest(made), about=about)
     parts = prepared.take_apart(params, adapters)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
-    return parts
+    return prepared, parts
+
+
+def _hints(
+    prepared: Prepared, model: LanguageModel, batches: Batches, echo: Echo
+) -> tuple[Callable[[Params, Site], Hint], dict[str, Hint]]:
+    """A function that gives the hint of a site, and the hints with ranks, by path."""
+    experiment = prepared.experiment
+    gradient = gradients(model, prepared.plan, batches, experiment.hint_batches, echo, experiment.loss)
+    microbatches = first_batches(batches, experiment.hint_batches)
+    inputs = Statistics(model, prepared.plan, microbatches, echo)
+    joint = inputs.joint(model.params)
+
+    def hint(params: Params, site: Site) -> Hint:
+        needs, name = site.method.needs, site.path.removesuffix("/kernel")
+        grad = gradient(params, site).grad if "grad" in needs else None
+        known = joint.get(name) or (inputs.of_site(params, site) if "inputs" in needs else Hint())
+        return Hint(grad=grad, inputs=known.inputs)
+
+    return hint, {name: hint for name, hint in joint.items() if hint.ranks is not None}

@@ -99,8 +99,9 @@ class Experiment:
     - save: checkpoints, a `Save`.
     - procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`,
         `PRILoRAPruning`; None (default) for nothing.
-    - hint_batches: microbatches of the run's own data over which gradients are averaged for methods that start from
-        them, such as LoRAGA (default 8; its authors: 8 of one sample, later 64 of two).
+    - hint_batches: microbatches of the run's own data for methods that start from data: from gradients, as LoRAGA
+        (default 8; its authors: 8 of one sample, later 64 of two), or from inputs, as EVA and CorDA (PEFT advises 256
+        samples for CorDA).
     - seed_data: order of the data, in [0, 2^32).
     - seed_adapter: initial adapters, dropout, and draws of the procedure, in [0, 2^32).
     - log: where numbers go beside `metrics.jsonl`: "tensorboard", "wandb".
@@ -168,6 +169,9 @@ class Experiment:
         if halves(self.optimizer) is not split and self.procedure is not None and not self.procedure.resets:
             name = type(self.procedure).__name__
             raise SboraxError(f"optimizer: it holds factors fixed whose gradients {name} needs; use another one")
+        for method in (rule.method for rule in as_rules(self.rules) if rule.method is not None and not self.quant):
+            if method.of_quantised:
+                raise SboraxError(f'{type(method).__name__} starts from {method.of_quantised}; set quant="nf4"')
         if any(routed_parts(rule.method) for rule in as_rules(self.rules) if rule.method is not None):
             _check_prompts("data", self.data)
             if self.eval.data is not None:

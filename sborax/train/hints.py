@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from sborax.adapters.core import Hint
 from sborax.adapters.hints import gradient_hints
+from sborax.adapters.informed import blank_hint
 from sborax.adapters.paths import Plan, Site, kernels, module_path
 from sborax.adapters.tree import Params
 from sborax.data.batches import Batch, Batches
@@ -22,11 +23,18 @@ Echo = Callable[[str], None]
 
 
 def promised(params: Params) -> dict[str, Hint]:
-    """Hints with a zero gradient for every kernel, for planning: they say that there will be one."""
+    """Hints with a zero gradient and no statistics for every kernel, for planning: they say that there will be some."""
     return {
-        path.removesuffix("/kernel"): Hint(grad=np.broadcast_to(np.float32(0), weight.shape))
+        path.removesuffix("/kernel"): Hint(grad=np.broadcast_to(np.float32(0), weight.shape), inputs={})
         for path, weight in kernels(params).items()
     }
+
+
+def zeros(params: Params, site: Site) -> Hint:
+    """The hint of a site in form alone, for shapes of what `init` makes."""
+    blank = blank_hint(site.method, site.shape)
+    inputs = {name: jnp.zeros((*site.stack, *leaf.shape)) for name, leaf in (blank.inputs or {}).items()}
+    return Hint(grad=jnp.zeros(kernels(params)[site.path].shape), inputs=inputs)
 
 
 def first_batches(batches: Batches, count: int) -> list[Batch]:
@@ -61,7 +69,7 @@ def gradients(
     - count: how many microbatches, the first ones of the run.
     - echo: told which gradient is computed.
     """
-    sites = [site.path for site in plan.sites if site.method.needs]
+    sites = [site.path for site in plan.sites if "grad" in site.method.needs]
     microbatches = first_batches(batches, count)
     # A head that is not named here is a constant of the loss.
     trained = frozenset({HEAD} & set(sites))

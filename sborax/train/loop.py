@@ -94,7 +94,8 @@ def _train(
     # Prepare the run: adapters on the base, the optimiser's state, and where both lie.
     prints, total = fingerprint(model.params), parameters(model.params)
     prepared = prepare(experiment, model, steps, run, layout)
-    parts = layout.place(begin(prepared, model, batches, run, echo), model.config)
+    prepared, parts = begin(prepared, model, batches, run, echo)
+    parts = layout.place(parts, model.config)
     # A second reference would keep a base alive that the adapters have rewritten.
     del model
     if layout.mesh is not None:

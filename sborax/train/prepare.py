@@ -18,7 +18,7 @@ import optax
 from etils import epath
 
 from sborax.adapters.core import Adapter, Hint
-from sborax.adapters.paths import Plan, Site, plan
+from sborax.adapters.paths import Plan, Site, allotted, plan
 from sborax.adapters.tree import Adapters, Params
 from sborax.layout.sharding import Layout
 from sborax.layout.state import Parts, TrainState, start, take_apart
@@ -64,6 +64,13 @@ class Prepared:
     def differentiated(self) -> tuple[str, ...]:
         """Paths of the base kernels whose gradients the procedure needs."""
         return () if self.procedure is None else self.procedure.differentiated
+
+    def replanned(self, hints: Mapping[str, Hint]) -> "Prepared":
+        """The run with the ranks that hints give."""
+        chosen, procedure = allotted(self.plan, hints), self.procedure
+        if procedure is not None:
+            procedure = dataclasses.replace(procedure, run=dataclasses.replace(procedure.run, plan=chosen))
+        return dataclasses.replace(self, plan=chosen, procedure=procedure)
 
     def adapt(
         self,

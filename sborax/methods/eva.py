@@ -1,0 +1,130 @@
+"""EVA: Explained Variance Adaptation, a start from the principal components of the inputs, arXiv:2410.07170."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sborax.adapters.core import (
+    AbstractFactored,
+    Adapter,
+    Axes,
+    Context,
+    Fitted,
+    Hint,
+    Leaves,
+    Rank,
+    SboraxError,
+    Weight,
+    check_rank,
+    dropout_leaf,
+    hyper,
+    live,
+    width,
+)
+from sborax.adapters.informed import AbstractInformed, Gathered, Inputs, Place
+from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
+from sborax.methods.shared_ranks import Wanted, shared_ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class EVA(AbstractFactored, AbstractInformed):
+    """y = x W + s (x a) b, where a starts as the leading principal components of x on the data, and b = 0.
+
+    Ranks follow the data: the components of all weights that explain most of their inputs' variance get the ranks.
+
+    rank: mean rank of the weights (default 8). Ranks by layer are kept as they are.
+    alpha: s = alpha / rank for the mean rank, whatever ranks the weights get; None (default) is s = 1.
+    adjust: False divides alpha by the rank of each weight instead (PEFT: `adjust_scaling_factors`; default True).
+    rho: a weight gets rho rank at most, and perhaps no adapter (default 2, PEFT's); 1 leaves all ranks equal.
+    tau: components are found once a batch turns none in use by more than this cosine (default 0.99, PEFT's).
+    whiten: divide each component by the root of its singular value; default False. PEFT divides again for every
+        projection that shares the inputs, in place; here it is once.
+    niter: None (default) for exact decompositions, else subspace iterations of randomised ones of twice the width
+        (PEFT: 4, from torch's seed 42).
+    dropout: rate on the adapter's input in training (default 0).
+    mean: the rank by which alpha is divided, once the data have chosen the ranks; leave it None.
+
+    Needs `Hint.inputs`, see `input_hints`. The components are those of the inputs less their mean, by incremental
+    decomposition of one batch after another, again from the first one until all have settled. Inputs of answers alone
+    count, as in PEFT; where projections share their inputs, ties go to the first of them. Identity at init. Exact merge
+    W + s a b. Trained parameters: rank (in + out).
+    """
+
+    paper = "Parameter Efficient Fine-tuning via Explained Variance Adaptation, arXiv:2410.07170"
+    group_b = frozenset({"b"})
+    ragged = True
+    pair = True
+    needs = frozenset({"inputs"})
+    joint = True
+
+    rank: Rank = 8
+    alpha: float | None = hyper(None, above=0.0)
+    adjust: bool = True
+    rho: float = 2.0
+    tau: float = 0.99
+    whiten: bool = False
+    niter: int | None = None
+    dropout: float = hyper(0.0)
+    mean: int | None = None
+
+    @property
+    def axes(self) -> Axes:
+        return PAIR_AXES
+
+    def check(self, shape: tuple[int, int]) -> None:
+        # A component more is no use beyond the inputs, but it may be beyond the outputs.
+        check_rank(self.rank, shape[0], "the inputs")
+        if not 1.0 <= self.rho or not 0.0 < self.tau < 1.0:
+            raise SboraxError(f"rho must be at least 1 and tau in (0, 1), got {self.rho} and {self.tau}")
+
+    def blank(self, shape: tuple[int, int]) -> Leaves:
+        count = min(round(width(self.rank) * self.rho), shape[0])
+        return {"components": jnp.zeros((count, shape[0])), "singular": jnp.ones(count)}
+
+    def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
+        assert hint.inputs is not None
+        wide = width(self.rank)
+        components = jnp.asarray(hint.inputs["components"], jnp.float32)[:wide]
+        if len(components) < wide:
+            raise SboraxError(f"EVA: rank {wide} needs as many components of the inputs, got {len(components)}")
+        if self.whiten:
+            components = components / jnp.sqrt(jnp.asarray(hint.inputs["singular"], jnp.float32)[:wide, None])
+        _, mask = live(self.rank, hint)
+        # A rank of 0 leaves no component, whatever its whitened length.
+        a = jnp.where(mask[None, :] > 0, components.T, 0.0)
+        scale = scaling(self.alpha, self.rank if self.mean is None or not self.adjust else self.mean, hint)
+        return Fitted({"a": a, "b": jnp.zeros((wide, weight.shape[1]))}, {"scale": scale, **dropout_leaf(self.dropout)})
+
+    def add_to(
+        self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
+    ) -> Float[Array, "tokens out"]:
+        return y + pair_delta(x, adapter, ctx)
+
+    def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
+        return weight + pair_weight(adapter.train["a"], adapter.train["b"], adapter.frozen["scale"])
+
+    def factors(
+        self, adapter: Adapter, shape: tuple[int, int]
+    ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+        return adapter.frozen["scale"] * adapter.train["a"], adapter.train["b"]
+
+    @classmethod
+    def gather(
+        cls, methods: Mapping[Place, AbstractInformed], batches: Sequence[Callable[[], Inputs]]
+    ) -> dict[Place, Gathered]:
+        wanted = {place: cast(EVA, method)._wanted(place[1]) for place, method in methods.items()}
+        return shared_ranks(wanted, batches)
+
+    def with_ranks(self, ranks: Rank) -> "EVA":
+        mean = self.rank if isinstance(self.rank, int) else self.mean
+        return dataclasses.replace(self, rank=ranks, mean=mean, rho=1.0)
+
+    def _wanted(self, position: int) -> Wanted:
+        """What the weight at a position of the stack wants."""
+        if isinstance(self.rank, int):
+            return Wanted(self.rank, round(self.rank * self.rho), self.tau, self.niter)
+        rank = self.rank[position] if isinstance(self.rank, tuple) else width(self.rank)
+        return Wanted(rank, rank, self.tau, self.niter)

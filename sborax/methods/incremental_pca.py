@@ -1,0 +1,74 @@
+"""Principal components of rows that come in batch by batch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sborax.methods.lowrank import principal
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """The principal components of the rows seen so far.
+
+    - components: of unit length, by falling singular value.
+    - singular: singular values of the rows less their mean.
+    - mean, spread: the mean of the rows, and the sum of the squares of their distances from it.
+    - seen: how many rows.
+    - turned: the cosine between each component and the one before the last batch.
+    """
+
+    components: Float[Array, "n features"]
+    singular: Float[Array, " n"]
+    mean: Float[Array, " features"]
+    spread: Float[Array, ""]
+    seen: Float[Array, ""]
+    turned: Float[Array, " n"]
+
+    @property
+    def shares(self) -> Float[Array, " n"]:
+        """The share of the variance that each component explains."""
+        return self.singular**2 / jnp.maximum(self.spread, 1e-30)
+
+
+def empty(count: int, features: int) -> Spectrum:
+    """`count` components before the first row."""
+    zero, each = jnp.zeros(()), jnp.zeros(count)
+    return Spectrum(jnp.zeros((count, features)), each, jnp.zeros(features), zero, zero, each)
+
+
+@functools.partial(jax.jit, static_argnames="niter")
+def updated(
+    old: Spectrum, x: Float[Array, "rows features"], kept: Float[Array, " rows"], niter: int | None
+) -> Spectrum:
+    """The components of the rows so far and of those rows of `x` where `kept` is 1; else it is 0.
+
+    What is known of earlier rows are their leading components, times their singular values (Ross et al. 2008).
+
+    - niter: None for an exact decomposition, else subspace iterations of a randomised one of twice the width.
+    """
+    with jax.default_matmul_precision("highest"):
+        count, new = old.components.shape[0], jnp.sum(kept)
+        mean = kept @ x / new
+        centred = (x - mean[None]) * kept[:, None]
+        both = old.seen + new
+        between = jnp.sqrt(old.seen * new / both) * (old.mean - mean)
+        rows = jnp.concatenate([old.singular[:, None] * old.components, centred, between[None]])
+        _, singular, components = principal(jax.random.key(42), rows, min(2 * count, *rows.shape), niter)
+        components, singular = components[:count], singular[:count]
+        # The entry of largest size is positive, so that a cosine near -1 is no change of sign.
+        largest = jnp.argmax(jnp.abs(components), axis=1, keepdims=True)
+        components = components * jnp.sign(jnp.take_along_axis(components, largest, axis=1))
+        lengths = jnp.linalg.norm(components, axis=1) * jnp.linalg.norm(old.components, axis=1)
+        return Spectrum(
+            components,
+            singular,
+            (old.seen * old.mean + new * mean) / both,
+            old.spread + jnp.sum(centred**2) + jnp.sum(between**2),
+            both,
+            jnp.sum(components * old.components, axis=1) / jnp.maximum(lengths, 1e-8),
+        )

@@ -1,0 +1,128 @@
+"""Ranks dealt out among all weights by how much of their inputs' variance the components explain."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sborax.adapters.core import SboraxError
+from sborax.adapters.informed import Gathered, Inputs, Place
+from sborax.methods.incremental_pca import Spectrum, empty, updated
+
+MOST_BATCHES = 1000
+"""PEFT takes batches until all components have settled, without a bound."""
+
+
+class Wanted(NamedTuple):
+    """What one weight wants.
+
+    - rank: what it adds to the budget that all weights share. It keeps this rank if `most` is no larger.
+    - most: its largest rank.
+    - tau: a component has settled once a batch turns it by no smaller cosine.
+    - niter: see `incremental_pca.updated`.
+    """
+
+    rank: int
+    most: int
+    tau: float
+    niter: int | None
+
+
+def shared_ranks(wanted: Mapping[Place, Wanted], batches: Sequence[Callable[[], Inputs]]) -> dict[Place, Gathered]:
+    """The components of the inputs of every weight, and its rank if any may differ from what it wants.
+
+    Batches are taken one after another, again from the first one, until the components in use have settled.
+
+    Raises SboraxError if no batch has enough tokens, or if components still turn after `MOST_BATCHES` batches.
+    """
+    search, taken = _Search(wanted, batches[0]()), 0
+    for number in itertools.cycle(range(len(batches))):
+        active = search.unsettled()
+        if not active:
+            return search.gathered()
+        if taken == MOST_BATCHES:
+            raise SboraxError(
+                f"the components of {active[0][0]} still turn after {taken} batches; use more, or lower tau"
+            )
+        search.take(active, batches[number]())
+        taken += 1
+        if taken == len(batches) and not search.complete:
+            raise SboraxError(
+                f"no batch has as many tokens of answers as {active[0][0]} may have ranks, {search.most[active[0]]}; "
+                "use larger batches, or lower rank or rho"
+            )
+    raise AssertionError
+
+
+class _Search:
+    """Weights with equal inputs, as query, key and value of a layer have, share the search of the first: the leader."""
+
+    def __init__(self, wanted: Mapping[Place, Wanted], first: Inputs) -> None:
+        """- first: a batch, which tells which weights have equal inputs."""
+        self.wanted = wanted
+        self.leaders: dict[Place, Place] = {}
+        self.most: dict[Place, int] = {}
+        self.found: dict[Place, Spectrum] = {}
+        by_inputs: dict[bytes, Place] = {}
+        for place in wanted:
+            rows = np.asarray(first.rows[place[0]][place[1]])
+            leader = by_inputs.setdefault(hashlib.sha256(rows.tobytes()).digest(), place)
+            self.leaders[place] = leader
+            self.most[leader] = min(max(self.most.get(leader, 0), wanted[place].most), rows.shape[-1])
+        self.settled = {leader: np.zeros(most, bool) for leader, most in self.most.items()}
+        self.open = [place for place in wanted if wanted[place].most > wanted[place].rank]
+        # The order decides between equal shares.
+        self.open.sort(key=lambda place: self.leaders[place] != place)
+        self.ranks = {place: self.most[leader] for place, leader in self.leaders.items()}
+        self.ranks |= {place: weight.rank for place, weight in wanted.items() if place not in self.open}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every search has seen a batch."""
+        return self.found.keys() == self.settled.keys()
+
+    def unsettled(self) -> list[Place]:
+        """The leaders whose components in use still turn."""
+        used = dict.fromkeys(self.settled, 0)
+        for place, leader in self.leaders.items():
+            used[leader] = max(used[leader], self.ranks[place])
+        return [place for place, settled in self.settled.items() if not settled[: used[place]].all()]
+
+    def take(self, places: Sequence[Place], batch: Inputs) -> None:
+        """Take the inputs of a batch into the components of some leaders, and deal out the ranks again."""
+        kept = jnp.asarray((batch.real & batch.answers).reshape(-1), jnp.float32)
+        for path, position in places:
+            x = jnp.asarray(batch.rows[path][position], jnp.float32)
+            x, place = x.reshape(-1, x.shape[-1]), (path, position)
+            if float(kept.sum()) < self.most[place]:
+                continue
+            before = self.found.get(place)
+            old = empty(self.most[place], x.shape[-1]) if before is None else before
+            self.found[place] = updated(old, x, kept, self.wanted[place].niter)
+            if before is not None:
+                self.settled[place] = np.asarray(self.found[place].turned) >= self.wanted[place].tau
+        if self.complete and self.open:
+            self._deal()
+
+    def _deal(self) -> None:
+        """Give the ranks of the budget to the components that explain the largest shares."""
+        shares = [np.asarray(self.found[self.leaders[place]].shares) for place in self.open]
+        owners = [place for place, own in zip(self.open, shares, strict=True) for _ in own]
+        budget = sum(self.wanted[place].rank for place in self.open)
+        self.ranks |= dict.fromkeys(self.open, 0)
+        for number in np.argsort(-np.concatenate(shares), kind="stable")[:budget]:
+            self.ranks[owners[number]] += 1
+
+    def gathered(self) -> dict[Place, Gathered]:
+        """The components of every weight, filled up with zeros to one number, and its rank."""
+        most, gathered = max(self.most.values()), {}
+        for place, leader in self.leaders.items():
+            found, missing = self.found[leader], most - self.most[leader]
+            components = np.pad(np.asarray(found.components), ((0, missing), (0, 0)))
+            singular = np.pad(np.asarray(found.singular), (0, missing), constant_values=1.0)
+            rank = self.ranks[place] if self.open else None
+            gathered[place] = Gathered({"components": components, "singular": singular}, rank)
+        return gathered
