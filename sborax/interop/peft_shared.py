@@ -7,6 +7,7 @@ import numpy as np
 
 from sborax.adapters.core import Adapter, SboraxError
 from sborax.interop.peft_row import (
+    NO_BIAS,
     PREFIX,
     TRANSPOSED,
     Completed,
@@ -20,6 +21,8 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.methods import UniLoRA, VBLoRA
+
+START = "of the start of a trained tensor, which is in the file"
 
 LONGEST = 1 << 26
 """The most entries of a shared vector in a file, many times those of PEFT's examples."""
@@ -127,8 +130,8 @@ SHARED = (
             Tensor(LOGITS[0], "logits_a", (0, 1, 2)), Tensor(LOGITS[1], "logits_b", (1, 0, 2)),
             Tensor("vblora_vector_bank", "bank", (0, 1), shared=True),
         ),
-        _read_vb, _write_vb, inert=frozenset({"init_vector_bank_bound", "init_logits_std"}),
-        completed=_logits_of_chosen,
+        _read_vb, _write_vb, inert=dict.fromkeys(["init_vector_bank_bound", "init_logits_std"], START),
+        constants=NO_BIAS, completed=_logits_of_chosen,
     ),
     Row(
         UniLoRA, "UNILORA", {},
@@ -140,7 +143,7 @@ SHARED = (
             Tensor("unilora_scales_A", "gain", TRANSPOSED, at="idx_a"),
             Tensor("unilora_scales_B", "gain", TRANSPOSED, at="idx_b"),
         ),
-        _read_uni, _write_uni, any_rank=True, inert=frozenset({"init_theta_d_bound", "init_weights"}),
-        completed=_dealt_indices,
+        _read_uni, _write_uni, any_rank=True, inert=dict.fromkeys(["init_theta_d_bound", "init_weights"], START),
+        constants=NO_BIAS, completed=_dealt_indices,
     ),
 )  # fmt: skip
