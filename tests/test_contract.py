@@ -87,6 +87,9 @@ def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
         return
     moved = trained(node)
     a, b, scale = moved.train["a"], moved.train["b"], moved.frozen["scale"]
+    if a.shape[-2] != weight.shape[-2]:
+        assert not declared
+        return
     wanted = weight + jnp.matmul(scale[:, None, None] * a, b, precision="highest")
     assert declared == bool(jnp.allclose(merged(weight, moved), wanted, rtol=0, atol=1e-5 * largest(wanted)))
 

@@ -336,7 +336,7 @@ STRUCTURED = (
         _read_osf, _write_osf, {"effective_rank": "rank_pattern"}, pattern_form=r".*?({})",
         refused={"effective_rank": "a number that keeps all singular values, or none"},
         constants=NO_BIAS, layered=False,
-        inert={"target_svd_config": "PEFT writes it and reads it nowhere"},
+        inert={"target_svd_config": "PEFT reads it nowhere"},
         keeps_base=True,
     ),
     Row(

@@ -71,8 +71,6 @@ UNREAD = {
     "FROD": "it keeps a second matrix of the size of each weight",
     "GLORA": "what it is depends on whether a projection has a bias",
     "LILY": "it weighs by a mean over all tokens of a batch",
-    "UNILORA": "all modules share one trained vector",
-    "VBLORA": "all modules share trained vectors",
 }
 """Kinds that are not read, with the reason."""
 
