@@ -7,7 +7,6 @@ import numpy as np
 
 from sborax.adapters.core import Adapter, SboraxError
 from sborax.interop.peft_row import (
-    NO_BIAS,
     PREFIX,
     TRANSPOSED,
     Completed,
@@ -131,7 +130,7 @@ SHARED = (
             Tensor("vblora_vector_bank", "bank", (0, 1), shared=True),
         ),
         _read_vb, _write_vb, inert=dict.fromkeys(["init_vector_bank_bound", "init_logits_std"], START),
-        constants=NO_BIAS, completed=_logits_of_chosen,
+        completed=_logits_of_chosen,
     ),
     Row(
         UniLoRA, "UNILORA", {},
@@ -144,6 +143,6 @@ SHARED = (
             Tensor("unilora_scales_B", "gain", TRANSPOSED, at="idx_b"),
         ),
         _read_uni, _write_uni, any_rank=True, inert=dict.fromkeys(["init_theta_d_bound", "init_weights"], START),
-        constants=NO_BIAS, completed=_dealt_indices,
+        completed=_dealt_indices,
     ),
 )  # fmt: skip
