@@ -8,7 +8,7 @@ only place where an adapter meets a model. This module depends on JAX alone.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ Leaves = dict[str, Any]
 """Arrays by name. Methods made of methods nest one level per part."""
 HIDDEN = "adapter_h"
 """Name of the thin activation (tokens, rank) for rematerialisation policies, since it is cheap to save."""
+Use = Literal["kernel", "lookup", "tied"]
+"""What an adapted weight is, see `Hint.use`."""
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
 
@@ -88,10 +90,13 @@ class Hint:
     - layer: position of the weight in its stack, which is flattened; 0 without a stack. Indexes a tuple of ranks.
     - grad: gradient of the loss in the un-adapted weight, of the weight's shape. A NumPy array uses no device memory
       until it is needed.
+    - use: what the weight is: "kernel"; "lookup", a table (vocab, d) whose rows are looked up; or "tied", a table that
+      is the head's kernel, too.
     """
 
     layer: Int[Array, "*stack"] | int = 0
     grad: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None
+    use: Use = dataclasses.field(default="kernel", metadata={"static": True})
 
 
 class Fitted(NamedTuple):

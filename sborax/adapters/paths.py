@@ -20,6 +20,7 @@ from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense
 from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import AbstractRouter, Expert, routers
+from sborax.adapters.tables import HEAD, LOOKUP, TABLE, tables, why_no_table
 from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
@@ -34,7 +35,9 @@ class Rule:
 
     Rules are tried in order, and the first that covers a kernel's layer gets it.
 
-    - pattern: a regular expression, searched for (`re.search`) in the module path: `layers/mlp/up_proj`.
+    - pattern: a regular expression, searched for (`re.search`) in the module path: `layers/mlp/up_proj`. The embedding,
+      and a head that is tied to it, are covered only by a pattern with their name in it, `embed_tokens` or `lm_head`;
+      see `tables`.
     - method: the method; None leaves what matches as it is.
     - layers: which layers: a slice, or numbers, negative ones from the end. Default None: all. A layer's number is the
       one in the path (`layers/3/...`), else the position on the first stack axis. Other stacked weights, such as the
@@ -121,7 +124,7 @@ class Plan:
 
 def module_path(path: str) -> tuple[str, int | None]:
     """`layers/3/mlp/up_proj/kernel` -> (`layers/mlp/up_proj`, 3): the path that rules match, and its layer or None."""
-    parts = path.removesuffix("/kernel").split("/")
+    parts = (path.rpartition("/")[0] if path in (TABLE, LOOKUP) else path.removesuffix("/kernel")).split("/")
     numbers = [int(part) for part in parts if part.isdecimal()]
     return "/".join(part for part in parts if not part.isdecimal()), numbers[0] if numbers else None
 
@@ -177,6 +180,11 @@ def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
 def kernels(params: Any) -> dict[str, Any]:
     """Every leaf named `kernel` by its path, in tree order."""
     return {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] == "kernel"}
+
+
+def adaptable(params: Any) -> dict[str, Any]:
+    """Every weight that may have an adapter by the adapter's path: kernels, and `tables`."""
+    return {**kernels(params), **tables(params)}
 
 
 def bias_path(kernel: str) -> str:
@@ -240,16 +248,23 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     Raises SboraxError for a rule that matches nothing, a shape that a method refuses, and a missing hint.
     """
     rules = as_rules(rules)
-    weights = kernels(params)
+    weights, of_tables = kernels(params), tables(params)
     numbers = [module_path(path)[1] for path in weights]
     numbered_depth = 1 + max((number for number in numbers if number is not None), default=0)
     used: set[int] = set()
     sites, untouched = [], []
-    for path, weight in weights.items():
+    untied = HEAD in of_tables and any(_covers_table(rule, "lm_head") for rule in rules)
+    without = {TABLE if untied else LOOKUP}
+    for path, weight in {**weights, **of_tables}.items():
         name, number = module_path(path)
-        matching = [(i, rule) for i, rule in enumerate(rules) if search(rule.pattern, name)]
+        is_table = path in of_tables
+        matching = [
+            (i, rule)
+            for i, rule in enumerate(rules)
+            if path not in without and (_covers_table(rule, name) if is_table else search(rule.pattern, name))
+        ]
         if not matching:
-            untouched.append(path)
+            untouched += [] if is_table else [path]
             continue
         axes, in_axes = _axes(path, len(weight.shape), matching[0][1])
         stack, sizes = tuple(weight.shape[:axes]), weight.shape[axes:]
@@ -265,7 +280,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
                 by_rule.setdefault(first, []).append(position)
         chosen = {i: positions for i, positions in by_rule.items() if rules[i].method is not None}
         if not chosen:
-            untouched.append(path)
+            untouched += [] if is_table else [path]
             continue
         shape = (math.prod(sizes[:in_axes]), math.prod(sizes[in_axes:]))
         choose = _ranks(name, weight, layers, stack, shape, depth)
@@ -279,6 +294,8 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
                     f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
                     "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
                 )
+            if is_table and (why := why_no_table(method)):
+                raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)
@@ -291,6 +308,11 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
     return Plan((*sites, *_router_sites(sites, weights)), tuple(untouched))
+
+
+def _covers_table(rule: Rule, name: str) -> bool:
+    """Whether a rule is for a table: its pattern names it, so that `.*` covers all kernels and no table."""
+    return name in rule.pattern and search(rule.pattern, name)
 
 
 def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Site]:

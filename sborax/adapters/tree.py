@@ -23,6 +23,7 @@ A base checkpoint loads unchanged, and an optimiser never sees the base:
     merged = merge(params, adapters)    `params` with W + s a b for layers/self_attn/q_proj/kernel, the rest as it was
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,7 @@ from sborax.adapters.core import (
     Hint,
     Leaves,
     SboraxError,
+    Use,
     Weight,
     dense,
     is_adapter,
@@ -52,10 +54,11 @@ from sborax.adapters.core import (
 )
 from sborax.adapters.depth import axes_leaves, over_stack, stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
-from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, plan, weight_keys
+from sborax.adapters.paths import Plan, RuleLike, Site, adaptable, bias_path, hint_of, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
 from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.tables import HEAD, leaf_of, use_of
 from sborax.adapters.weight import check_finite
 
 Params = PyTree
@@ -68,9 +71,15 @@ def nodes(adapters: PyTree) -> dict[str, Adapter]:
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
-@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
+@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes", "use"))
 def _fit(
-    keys: Key[Array, "*stack"], weight: Any, grad: Any, method: AbstractMethod, stack: tuple[int, ...], in_axes: int
+    keys: Key[Array, "*stack"],
+    weight: Any,
+    grad: Any,
+    method: AbstractMethod,
+    stack: tuple[int, ...],
+    in_axes: int,
+    use: Use,
 ):
     matrix = as_matrix(weight, len(stack), in_axes)
     positions = jnp.arange(math.prod(stack)).reshape(stack)
@@ -78,7 +87,7 @@ def _fit(
     def fit_layer(key: Array, position: Array, kernel: Any, grad: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
         kernel, grad = replicate((kernel, grad))
-        return method.init(key, kernel, Hint(position, grad))
+        return method.init(key, kernel, Hint(position, grad, use))
 
     with jax.default_matmul_precision("highest"):
         grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
@@ -106,10 +115,11 @@ def attach(
     Raises SboraxError as `plan` does, and for a kernel or a gradient that is not finite.
     """
     resolved = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
-    weights = kernels(params)
+    weights = adaptable(params)
     adapters, rewritten = {}, {}
     for site in resolved.sites:
-        node = adapters[site.path] = fit(key, weights.get(site.path), site, hint_of(hints, site.path) or Hint())
+        hint = dataclasses.replace(hint_of(hints, site.path) or Hint(), use=use_of(site.path, weights))
+        node = adapters[site.path] = fit(key, weights.get(site.path), site, hint)
         if site.method.rewrites_base:
             rewritten[site.path] = rewrite(weights[site.path], node)
             check_finite(site.path, rewritten[site.path])
@@ -127,7 +137,7 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
     - params: the parameters that the adapters are used with from now on.
     - adapters: a tree of adapters. Those whose kernel is not in `params` stay as they are.
     """
-    weights = kernels(params)
+    weights = adaptable(params)
 
     def rebased(path: str, node: Adapter) -> Adapter:
         return rebase_node(weights[path], node) if path in weights else node
@@ -144,7 +154,7 @@ def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> A
     check_finite(f"{site.path}: its gradient", hint.grad)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
-    train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes)
+    train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes, hint.use)
     return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 
@@ -213,6 +223,10 @@ def merge(params: Params, adapters: PyTree) -> Params:
     for path, node in nodes(link(adapters)).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
+        if leaf_of(path, leaves) != path:
+            raise SboraxError(
+                f"{path}: the head is tied to the embedding and does not have its adapter, so no single table is both"
+            )
         if path not in leaves:
             raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
         weight = leaves[path]
@@ -277,8 +291,13 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     """
     kernel_specs = flatten(base_specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
+    def spec_at(path: str) -> tuple[Any, ...]:
+        leaf = leaf_of(path, kernel_specs)
+        given = tuple(kernel_specs[leaf])
+        return (given + (None, None))[1::-1] if leaf != path == HEAD else given
+
     def node_specs(path: str, node: Adapter) -> Adapter:
-        given = () if isinstance(node.method, AbstractRouter) else tuple(kernel_specs[path])
+        given = () if isinstance(node.method, AbstractRouter) else spec_at(path)
         stack = len(stack_of(node))
         spec = given + (None,) * (stack + 2)
         entries: dict[str | None, Any] = {"in": spec[stack], "out": spec[stack + 1], "rank": None, None: None}

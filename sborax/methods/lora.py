@@ -36,6 +36,7 @@ class LoRA(AbstractFactored):
     rslora: s = alpha / sqrt(rank) instead, which needs an alpha.
     dropout: rate on the adapter's input in training (paper: 0 to 0.1; default 0).
     init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0.
+        On an embedding a = 0 and b ~ N(0, 1), as released; if the head shares it, b^T starts as a on a kernel (PEFT).
 
     Identity at init. Exact merge W + s a b. Trained parameters: rank (in + out).
     The paper's A is our a transposed, its B our b transposed.
@@ -65,14 +66,21 @@ class LoRA(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
-        rank, mask = live(self.rank, hint)
-        if self.init_a == "kaiming":
-            a = kaiming_uniform(key, fan_in, self.rank, hint)
+        if hint.use == "kernel":
+            a, b = self._start(key, fan_in, hint), jnp.zeros((width(self.rank), fan_out))
         else:
-            a = jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / rank
-        b = jnp.zeros((width(self.rank), fan_out))
+            a = jnp.zeros((fan_in, width(self.rank)))
+            tied, normal = hint.use == "tied", (width(self.rank), fan_out)
+            b = self._start(key, fan_out, hint).T if tied else jax.random.normal(key, normal)
         scale = scaling(self.alpha, self.rank, hint, self.rslora)
         return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})
+
+    def _start(self, key: Key[Array, ""], fan_in: int, hint: Hint) -> Float[Array, "in rank"]:
+        """The factor that is not zero: on a kernel a, on a table with a tied head the transpose of b."""
+        if self.init_a == "kaiming":
+            return kaiming_uniform(key, fan_in, self.rank, hint)
+        rank, mask = live(self.rank, hint)
+        return jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / rank
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

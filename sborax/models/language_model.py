@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from sborax.adapters import core
 from sborax.adapters.leaves import flatten
-from sborax.adapters.paths import STACKED_UNDER
+from sborax.adapters.paths import STACKED_UNDER, adaptable
+from sborax.adapters.paths import kernels as kernels_of
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder, DecoderConfig, check_capacity
@@ -52,8 +53,9 @@ def _shapes(module: AbstractDecoder) -> Params:
 
 @functools.cache
 def projections(module: AbstractDecoder) -> frozenset[str]:
-    """Every path at which the model reads an adapter: kernels behind `core.linear`, and a router in each layer."""
-    kernels = [path for path in flatten(_shapes(module)) if path.endswith("/kernel")]
+    """Every path at which the model reads an adapter: weights, and a router in each layer."""
+    params = _shapes(module)
+    kernels = list(adaptable(params) if module.adapts_tables else kernels_of(params))
     layers = {layer_of(path, STACKED_UNDER) for path in kernels if path.startswith(f"{STACKED_UNDER}/")}
     return frozenset([*kernels, *(f"{layer}/{ROUTER}" for layer in layers)])
 

@@ -23,6 +23,7 @@ from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
 from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.tables import tables
 from sborax.adapters.tree import Adapters, Params, nodes, rebase
 from sborax.adapters.weight import check_finite
 from sborax.config.codec import decode, encode
@@ -236,6 +237,7 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
     """
     saved = read_adapter(directory)
     flat, prints, changed = flatten(params), fingerprint(params), {}
+    weights = {**flat, **tables(params)}
     for path, print_ in saved.base.items():
         if path not in flat:
             raise SboraxError(f"{directory}: was trained on a base with {path}, which this model lacks")
@@ -244,9 +246,9 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
     for path, node in nodes(saved.adapters).items():
         if isinstance(node.method, AbstractRouter):
             continue
-        if path not in flat:
+        if path not in weights:
             raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
-        sizes = flat[path].shape[len(stack_of(node)) :]
+        sizes = weights[path].shape[len(stack_of(node)) :]
         weight = {"in": math.prod(sizes[: node.in_axes]), "out": math.prod(sizes[node.in_axes :])}
         for half in (node.train, node.frozen):
             _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
