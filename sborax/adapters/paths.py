@@ -288,14 +288,14 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         for i, positions in chosen.items():
             method = rules[i].method
             assert method is not None
+            if is_table and (why := why_no_table(method)):
+                raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             method = _resolved(method, choose)
             if method.linked and not (stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None):
                 raise SboraxError(
                     f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
                     "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
                 )
-            if is_table and (why := why_no_table(method)):
-                raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)

@@ -27,7 +27,10 @@ from sborax.interop.peft_row import (
 from sborax.interop.peft_targets import value_for
 from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
 
-PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
+PAIR = (
+    Tensor("lora_A.weight", "a", TRANSPOSED, embedding="lora_embedding_A"),
+    Tensor("lora_B.weight", "b", TRANSPOSED, embedding="lora_embedding_B"),
+)
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}

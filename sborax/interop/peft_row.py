@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sborax.adapters.core import AbstractMethod, Adapter, Hint, SboraxError
+from sborax.interop.peft_layout import EMBEDDING, PREFIX, ROOT
 
 Fields = Mapping[str, Any]
 """The config fields of one module, with its patterns resolved."""
 
-PREFIX, ROOT = "base_model.model.", "base_model."
-"""Prefixes in PEFT's files: of a module's tensors, and of tensors that all modules share."""
 LARGEST_RANK = 65_536
 """Larger than any model is wide. Larger ranks in a file are refused before any array is made."""
 
@@ -37,6 +36,7 @@ class Tensor(NamedTuple):
     - repeated: shared, and PEFT also writes a copy for every module.
     - places: whether it holds indices of columns and rows of W.
     - numbered: the file keeps it outside the modules, by the module's number among those that are adapted.
+    - embedding: its name behind the embedding's; empty if PEFT does not adapt an embedding in this way.
     """
 
     suffix: str
@@ -47,12 +47,14 @@ class Tensor(NamedTuple):
     repeated: bool = False
     places: bool = False
     numbered: bool = False
+    embedding: str = ""
 
     def key(self, module: str, numbers: Mapping[str, int]) -> str:
         """The tensor's name in the file. numbers: those of the adapted modules, see `HFLayout.numbers`."""
         if self.numbered:
             return f"{ROOT}{self.suffix}.{numbers[module]}"
-        return ROOT + self.suffix if self.shared else f"{PREFIX}{module}.{self.suffix}"
+        suffix = self.embedding if module == EMBEDDING else self.suffix
+        return ROOT + suffix if self.shared else f"{PREFIX}{module}.{suffix}"
 
     def copies(self, modules: Iterable[str]) -> dict[str, str]:
         """`{name of the copy: name of the tensor}` for the copies that PEFT writes for modules."""
@@ -130,6 +132,10 @@ class Row:
     layered: bool = True
     keeps_base: bool = False
     drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT adapts such a module in this way: not every kind adapts an embedding."""
+        return module != EMBEDDING or all(tensor.embedding for tensor in self.tensors)
 
 
 def whole_field(fields: Fields, name: str, least: int, most: int) -> int:
