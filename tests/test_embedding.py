@@ -9,18 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import torch
+import transformers
 from cases import METHODS
 from nightly import nightly_unless
 from safetensors.numpy import load_file, save_file
-from tiny_model import WIDE
+from tiny_model import WIDE, write_data, write_model
 from torch_pair import TOKENS, build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.leaves import nest
 from sborax.adapters.tables import why_no_table
 from sborax.adapters.tree import nodes
+from sborax.cli.main import main
 from sborax.interop.peft import load_peft, save_peft
-from sborax.models import LanguageModel, Llama
+from sborax.models import LanguageModel, Llama, generate, load_model
+from sborax.models.nf4 import NF4Array
 from sborax.records.adapter import fingerprint, load_adapter, save_adapter
+from sborax.sweep.grid import Sweep
+from sborax.sweep.run import sweep
+from sborax.train.base import quantise_base
+from sborax.train.loop import train
 from sborax.train.outputs import Outputs
 
 pytestmark = pytest.mark.filterwarnings(
@@ -191,9 +200,10 @@ def test_methods_with_thin_factors(case, narrow):
 
 def test_other_methods_are_refused(tied):
     assert {"DoRA", "PiSSA", "MoSARA", "ResLoRA", "Bat", "PVeRA"} <= {type(case.method).__name__ for case in OTHERS}
+    params = tied.ours.abstract()
     for case in OTHERS:
         with pytest.raises(sx.SboraxError, match="cannot adapt the table of the embedding: .*; ") as caught:
-            sx.plan(tied.ours.abstract(), [("embed_tokens", case.method)])
+            sx.plan(params, [("embed_tokens", case.method)])
         assert "\n" not in str(caught.value)
 
 
@@ -219,12 +229,14 @@ def outputs(pair, params, adapters, key=None):
     return Outputs(pair.ours.hidden(params, adapters, tokens), batch, pair.ours, params, adapters, key=key)
 
 
-@pytest.mark.parametrize("name", ["shared", "apart", "look-ups", "head"])
-@pytest.mark.parametrize("model", ["tied", "untied"])
-def test_the_loss_sees_the_adapter(name, model, request):
+WHERE = [(model, name) for model in ("tied", "untied") for name in ("shared", "apart", "look-ups", "head")]
+
+
+@pytest.mark.parametrize("where", nightly_unless(WHERE[:1], WHERE), ids=" ".join)
+def test_the_loss_sees_the_adapter(where, request):
     """The loss in chunks, and its gradient, are those of all logits; no product is as large as the table."""
-    pair = request.getfixturevalue(model)
-    params, adapters = attached(pair, RULES[name][0])
+    pair = request.getfixturevalue(where[0])
+    params, adapters = attached(pair, RULES[where[1]][0])
     train, frozen = sx.split(adapters)
 
     def in_chunks(train):
@@ -248,7 +260,9 @@ def test_the_loss_sees_the_adapter(name, model, request):
 def test_dropout_reaches_a_shared_head_alone(tied):
     """PEFT's look-ups drop nothing."""
     params, adapters = attached(tied, [("embed_tokens", sx.LoRA(rank=3, dropout=0.5))])
-    hidden = [tied.ours.hidden(params, adapters, jnp.asarray(TOKENS), dropout_key=key) for key in (None, jax.random.key(1))]
+    hidden = [
+        tied.ours.hidden(params, adapters, jnp.asarray(TOKENS), dropout_key=key) for key in (None, jax.random.key(1))
+    ]
     np.testing.assert_array_equal(*hidden)
     scores = [tied.ours.head(params, adapters, hidden[0], dropout_key=key) for key in (None, jax.random.key(1))]
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
@@ -274,7 +288,13 @@ def test_saved_adapters(name, tied, tmp_path):
     params, adapters = attached(tied, RULES[name][0])
     save_adapter(tmp_path, adapters, rules=RULES[name][0], base=fingerprint(tied.ours.params))
     restored, same = load_adapter(tmp_path, tied.ours.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(same, adapters)
     chex.assert_trees_all_equal((restored, same), (params, adapters))
+    # Earlier versions wrote scalars with an axis.
+    file, plan = tmp_path / "adapter.safetensors", tmp_path / "plan.json"
+    save_file({name: leaf.reshape(leaf.shape or 1) for name, leaf in load_file(file).items()}, file)
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "digests": None}))
+    chex.assert_trees_all_equal_shapes_and_dtypes(load_adapter(tmp_path, tied.ours.params)[1], adapters)
 
 
 def test_sums_that_no_file_of_peft_holds(tied, tmp_path):
@@ -285,3 +305,83 @@ def test_sums_that_no_file_of_peft_holds(tied, tmp_path):
     save_peft(tmp_path, tied.ours, tied.ours.params, both)
     expected = logits(tied.ours, tied.ours.params, both)
     np.testing.assert_allclose(torch_logits(reloaded(tied, tmp_path)), expected, **CLOSE)
+
+
+def test_a_base_in_four_bits():
+    """The table stays as it is, and so does its adapter's change."""
+    model = LanguageModel(Llama(WIDE), {}, WIDE, None)
+    params = jax.jit(model.module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    quantised = quantise_base(params, "nf4")
+    assert isinstance(quantised["layers"]["mlp"]["up_proj"]["kernel"], NF4Array)
+    quantised, adapters = sx.attach(jax.random.key(0), quantised, [("embed_tokens|q_proj", sx.LoRA(rank=3))])
+    adapters = shaken(adapters)
+    merged = sx.merge(quantised, nest({TABLE: nodes(adapters)[TABLE]}))
+    layers = nest({path: node for path, node in nodes(adapters).items() if path != TABLE})
+    expected = model.apply(merged, layers, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(model.apply(quantised, adapters, jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A tiny tied model and a tiny data set."""
+    place = tmp_path_factory.mktemp("places")
+    return str(write_model(place / "model")), str(write_data(place / "data.jsonl"))
+
+
+def an_experiment(places, rules, **changes):
+    data = sx.Data(places[1], template="{instruction}", answer=" {output}", max_length=32, buckets=(32,))
+    settings = {"optimizer": sx.Optimizer(lr=1e-2), "steps": 4, "batch_size": 2, "save": sx.Save(every=2)}
+    return sx.Experiment(**{"model": places[0], "data": data, "rules": rules, **settings, **changes})
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["shared", "apart", "look-ups"])
+def test_a_run_and_what_is_made_of_it(name, places, tmp_path, capsys):
+    """Training, its numbers, text over the cache of keys and values, export to PEFT, and a merged model."""
+    rules = tuple(sx.Rule(*rule) for rule in RULES[name][0])
+    run = tmp_path / "run"
+    train(an_experiment(places, rules, steps=8), run)
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in losses if "loss" in line]
+    assert losses[-1] < losses[0] - 0.05
+    model = load_model(places[0])
+    params, adapters = load_adapter(run / "adapter", model.params)
+    assert {path for path in nodes(adapters)} == RULES[name][1]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["trainable_parameters"] == sx.count(adapters)
+    prompts = [[3, 4, 5], [7]]
+    text = generate(model, params, adapters, prompts, 6)
+    for prompt, new in zip(prompts, text, strict=True):
+        tokens = jnp.asarray([prompt + new])
+        greedy = np.argmax(model.apply(params, adapters, tokens)[0], axis=-1)[len(prompt) - 1 : -1]
+        assert greedy.tolist() == new
+    assert main(["export", str(run), str(tmp_path / "peft")]) == 0
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(places[0]), tmp_path / "peft"
+    ).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(model.apply(params, adapters, jnp.asarray(TOKENS)), expected, **CLOSE)
+    capsys.readouterr()
+    if name == "shared":
+        assert main(["merge", str(run), str(tmp_path / "merged")]) == 0
+        merged = load_model(tmp_path / "merged")
+        np.testing.assert_allclose(merged.apply(merged.params, None, jnp.asarray(TOKENS)), expected, **CLOSE)
+    else:
+        assert main(["merge", str(run), str(tmp_path / "merged")]) == 2
+        assert "the head is tied to the embedding and does not have its adapter" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_a_sweep(places, tmp_path):
+    """Members are their single runs, one after the other and side by side."""
+    experiment = an_experiment(places, (sx.Rule("embed_tokens|lm_head", EITHER),))
+    for place, options in {"mapped": {}, "together": {"at_once": 2}}.items():
+        sweep(Sweep(experiment, {"optimizer.lr": (1e-2, 3e-2)}, **options), tmp_path / place, echo=lambda _: None)
+    train(dataclasses.replace(experiment, optimizer=sx.Optimizer(lr=3e-2)), tmp_path / "alone")
+    alone = load_adapter(tmp_path / "alone" / "adapter", load_model(places[0]).params)[1]
+    for place in ("mapped", "together"):
+        members = sorted(path.parent for path in (tmp_path / place).glob("*/adapter"))
+        assert len(members) == 2
+        member = load_adapter(members[1] / "adapter", load_model(places[0]).params)[1]
+        chex.assert_trees_all_close(member, alone, rtol=0, atol=1e-5)

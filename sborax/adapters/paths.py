@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from sborax.adapters.compose import ByLayer
-from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, dense
+from sborax.adapters.core import AbstractMethod, RankPolicy, SboraxError, Use, dense
 from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import AbstractRouter, Expert, routers
-from sborax.adapters.tables import HEAD, LOOKUP, TABLE, tables, why_no_table
+from sborax.adapters.tables import HEAD, LOOKUP, TABLE, tables, use_of, why_no_table
 from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
@@ -95,6 +95,7 @@ class Site:
     - shape: (in, out) of one weight; of a router, (width of the layer, number of experts).
     - in_axes: how many of the kernel's other axes belong to the input.
     - layer: the number of the layer in the path, 0 if it has none.
+    - use: what the weight is, see `Hint.use`.
     """
 
     path: str
@@ -103,6 +104,7 @@ class Site:
     shape: tuple[int, int]
     in_axes: int
     layer: int
+    use: Use = "kernel"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -300,7 +302,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)
         method = parts[0][0] if everywhere else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
-        sites.append(Site(path, method, stack, shape, in_axes, number or 0))
+        sites.append(Site(path, method, stack, shape, in_axes, number or 0, use_of(path, of_tables)))
     unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
     if unused:
         raise SboraxError(

@@ -23,7 +23,6 @@ A base checkpoint loads unchanged, and an optimiser never sees the base:
     merged = merge(params, adapters)    `params` with W + s a b for layers/self_attn/q_proj/kernel, the rest as it was
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,7 +57,7 @@ from sborax.adapters.paths import Plan, RuleLike, Site, adaptable, bias_path, hi
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
 from sborax.adapters.routing import AbstractRouter
-from sborax.adapters.tables import HEAD, leaf_of, use_of
+from sborax.adapters.tables import HEAD, leaf_of
 from sborax.adapters.weight import check_finite
 
 Params = PyTree
@@ -118,8 +117,7 @@ def attach(
     weights = adaptable(params)
     adapters, rewritten = {}, {}
     for site in resolved.sites:
-        hint = dataclasses.replace(hint_of(hints, site.path) or Hint(), use=use_of(site.path, weights))
-        node = adapters[site.path] = fit(key, weights.get(site.path), site, hint)
+        node = adapters[site.path] = fit(key, weights.get(site.path), site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
             rewritten[site.path] = rewrite(weights[site.path], node)
             check_finite(site.path, rewritten[site.path])
@@ -154,7 +152,7 @@ def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> A
     check_finite(f"{site.path}: its gradient", hint.grad)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
-    train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes, hint.use)
+    train, frozen = _fit(keys, weight, hint.grad, site.method, site.stack, site.in_axes, site.use)
     return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 

@@ -208,7 +208,9 @@ def _fits(row: Row, config: Mapping[str, Any], modules: list[str], layout: HFLay
         if layout.place(module)[0] not in layout.leaves or module == EMBEDDING:
             why = why_no_table(fit.method) if row.adapts(module) else "PEFT has no such adapter of an embedding"
             if why:
-                raise SboraxError(f"{module}: {type(fit.method).__name__} cannot adapt the table of the embedding: {why}")
+                raise SboraxError(
+                    f"{module}: {type(fit.method).__name__} cannot adapt the table of the embedding: {why}"
+                )
     return fits
 
 

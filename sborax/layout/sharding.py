@@ -16,6 +16,7 @@ from sborax.adapters.core import Adapter, Leaves, SboraxError, is_adapter, is_we
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest
 from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.tables import leaf_of
 from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.spread import SMALL, spread
@@ -73,7 +74,7 @@ def _adapter_shardings(mesh: Mesh | AbstractMesh, adapters: Adapters, base: PyTr
     def node_shardings(path: str, node: Adapter, natural: Adapter) -> Adapter:
         stack = len(stack_of(node))
         # A router has no kernel, and is on every device.
-        entries = () if isinstance(node.method, AbstractRouter) else tuple(kernels[path])[stack:]
+        entries = () if isinstance(node.method, AbstractRouter) else tuple(kernels[leaf_of(path, kernels)])[stack:]
         names = [name for entry in entries for name in mesh_axes(entry)]
 
         def half(kind: str, leaves: Leaves, leaf_specs: Leaves, small: int) -> Leaves:

@@ -17,8 +17,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.adapters.constraints import replicate
-from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
-from sborax.adapters.depth import stack_of
+from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError, leaf_axes
+from sborax.adapters.depth import axes_leaves, stack_of
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
@@ -100,7 +100,8 @@ def save_adapter(
         "trained_base": sorted(trained_base or {}),
         "base": dict(base or {}),
     }
-    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    # NumPy would give a scalar an axis.
+    contiguous = {name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in leaves.items()}
     plan["digests"] = {name: _digest(leaf) for name, leaf in contiguous.items()}
     replace(place / LEAVES, save_safetensors(contiguous))
     # The plan comes last: an adapter with a plan is complete.
@@ -157,9 +158,9 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
         where = f"{place / PLAN}: {path}"
         train, frozen = _nested(where, leaves_under(f"{path}/train/")), _nested(where, leaves_under(f"{path}/frozen/"))
-        adapters[path] = Adapter(train, frozen, method, in_axes)
         for half in (train, frozen):
             _check_leaves(where, method, method.axes, half, None)
+        adapters[path] = _with_scalars(Adapter(train, frozen, method, in_axes))
     trained_base = leaves_under("base/")
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
@@ -199,6 +200,17 @@ def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     if clash := parents & flat.keys():
         raise SboraxError(f"{where}: {shown(min(clash))} is given, and something below it")
     return nest(flat)
+
+
+def _with_scalars(node: Adapter) -> Adapter:
+    """The adapter with scalars of shape (), which earlier versions wrote with an axis, unless its leaves are stacked."""
+    leaves, structure = jax.tree.flatten((node.train, node.frozen))
+    axes = [names for half in (node.train, node.frozen) for names in axes_leaves(leaf_axes(node.method.axes, half))]
+    stacks = [leaf.ndim - len(names) for leaf, names in zip(leaves, axes, strict=True)]
+    if len(set(stacks)) > 1 and min(stacks) == 0:
+        leaves = [leaf.reshape(leaf.shape[stack:]) for leaf, stack in zip(leaves, stacks, strict=True)]
+    train, frozen = jax.tree.unflatten(structure, leaves)
+    return Adapter(train, frozen, node.method, node.in_axes)
 
 
 def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: Mapping[str, int] | None) -> None:
