@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -25,6 +26,8 @@ from sborax.cli.main import main
 from sborax.interop.peft import load_peft, save_peft
 from sborax.models import LanguageModel, Llama, generate, load_model
 from sborax.models.nf4 import NF4Array
+from sborax.optim.lora_fa import split_lora_fa
+from sborax.optim.lora_plus import lora_plus
 from sborax.records.adapter import fingerprint, load_adapter, save_adapter
 from sborax.sweep.grid import Sweep
 from sborax.sweep.run import sweep
@@ -307,6 +310,7 @@ def test_sums_that_no_file_of_peft_holds(tied, tmp_path):
     np.testing.assert_allclose(torch_logits(reloaded(tied, tmp_path)), expected, **CLOSE)
 
 
+@pytest.mark.nightly
 def test_a_base_in_four_bits():
     """The table stays as it is, and so does its adapter's change."""
     model = LanguageModel(Llama(WIDE), {}, WIDE, None)
@@ -385,3 +389,16 @@ def test_a_sweep(places, tmp_path):
         assert len(members) == 2
         member = load_adapter(members[1] / "adapter", load_model(places[0]).params)[1]
         chex.assert_trees_all_close(member, alone, rtol=0, atol=1e-5)
+
+
+def test_optimisers_that_tell_factors_apart(tied):
+    """LoRA+ has one rate for an embedding, and LoRA-FA, which would freeze a at zero, refuses it."""
+    _, adapters = attached(tied, RULES["apart"][0])
+    updates = lora_plus(16.0).update(sx.split(adapters)[0], optax.EmptyState())[0]
+    ratios = {
+        path: updates_of.train["b"] / nodes(adapters)[path].train["b"] for path, updates_of in nodes(updates).items()
+    }
+    np.testing.assert_allclose(ratios[LOOKUP], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratios[HEAD], 16.0, rtol=1e-6)
+    with pytest.raises(sx.SboraxError, match="embed_tokens/lookup: a starts at zero there"):
+        split_lora_fa(adapters)

@@ -203,7 +203,7 @@ def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_scalars(node: Adapter) -> Adapter:
-    """The adapter with scalars of shape (), which earlier versions wrote with an axis, unless its leaves are stacked."""
+    """The adapter with scalars of shape () unless it is stacked. Earlier versions wrote them with an axis."""
     leaves, structure = jax.tree.flatten((node.train, node.frozen))
     axes = [names for half in (node.train, node.frozen) for names in axes_leaves(leaf_axes(node.method.axes, half))]
     stacks = [leaf.ndim - len(names) for leaf, names in zip(leaves, axes, strict=True)]
