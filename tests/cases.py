@@ -104,6 +104,7 @@ METHODS = [
     Case("DEFT", sx.DEFT(rank=4), lambda i, o: 4 * (i + o)),
     Case("DEFT-qr", sx.DEFT(rank=4, projection="qr", alpha=8.0), lambda i, o: 4 * (i + o)),
     Case("OSF", sx.OSF(kept=0.75), lambda i, o: (min(i, o) - int(0.75 * min(i, o))) * (i + o + 1)),
+    Case("KaSA", sx.KaSA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),

@@ -90,6 +90,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "DoRA": sx.DoRA(rank=4, alpha=6.0),
     "PiSSA": sx.PiSSA(rank=4, alpha=6.0),
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
+    "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
     "IA3": sx.IA3(),
     "LoHa": sx.LoHa(rank=3, alpha=5.0),

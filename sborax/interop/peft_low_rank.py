@@ -25,7 +25,7 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, OLoRA, PiSSA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, LoRA, OLoRA, PiSSA
 
 PAIR = (
     Tensor("lora_A.weight", "a", TRANSPOSED, embedding="lora_embedding_A"),
@@ -168,13 +168,20 @@ def _write_gralora(node: Adapter) -> dict[str, Any]:
 
 LOW_RANK = (
     Row(
-        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
+        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,)}, LORA_FIELDS,
         PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
     ),
     Row(
         DoRA, "LORA", {"use_dora": (True,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
         (*PAIR, Tensor("lora_magnitude_vector", "m", (0,))),
         _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+    ),
+    # PEFT truncates the base on loading, too.
+    Row(
+        KaSA, "LORA",
+        {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": ({"beta": 1e-4, "gamma": 1e-3}, dict)},
+        LORA_FIELDS, (*PAIR, Tensor("lora_diag", "e", (0,))),
+        _read_with_alpha(KaSA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
     ),
     # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
     Row(

@@ -92,7 +92,8 @@ class Row:
 
     - method: the method.
     - peft_type: PEFT's name of the kind.
-    - known_by: the config fields that tell this row from others, with the values that mean it; the first is written.
+    - known_by: the config fields that tell this row from others, with the values that mean it, or a class of values;
+      the first is written.
     - defaults: the other fields that the row reads, with PEFT's defaults.
     - tensors: the tensors of a module.
     - read: the method and its frozen scalars, from the fields of a module.
