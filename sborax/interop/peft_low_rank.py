@@ -36,6 +36,8 @@ LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
+KASA = {"beta": 1e-4, "gamma": 1e-3}
+"""PEFT's defaults. They matter to `_get_kasa_loss` alone, and here `KaSALoss` has them."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = frozenset({"use_effective_conv2d"})
 
@@ -179,7 +181,7 @@ LOW_RANK = (
     # PEFT truncates the base on loading, too.
     Row(
         KaSA, "LORA",
-        {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": ({"beta": 1e-4, "gamma": 1e-3}, dict)},
+        {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (KASA, dict)},
         LORA_FIELDS, (*PAIR, Tensor("lora_diag", "e", (0,))),
         _read_with_alpha(KaSA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
     ),
