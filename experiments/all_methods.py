@@ -111,6 +111,7 @@ ARMS = [
     Arm("DEFT", sx.DEFT(rank=8)),
     Arm("OFT", sx.OFT(block=4)),
     Arm("OSF", sx.OSF(kept=0.8)),
+    Arm("KaSA", sx.KaSA(rank=8, alpha=8.0)),
     Arm("BOFT", sx.BOFT(block=4)),
     Arm("PSOFT", sx.PSOFT(rank=32), 1e-2),
     Arm("HRA", sx.HRA(rank=8)),

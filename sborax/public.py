@@ -33,6 +33,7 @@ from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.sweep.grid import Sweep
 from sborax.train.experiment import Eval, Experiment, Save, load_experiment
+from sborax.train.kasa_loss import KaSALoss
 from sborax.train.loss import AbstractLoss, CrossEntropy
 from sborax.train.optimizer import AbstractOptimizer
 from sborax.train.optimizers import (
@@ -103,6 +104,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "AbstractLoss",
     "Batches",
     "CrossEntropy",
+    "KaSALoss",
     "Layout",
     "Outputs",
     "Prepared",

@@ -126,6 +126,7 @@ METHODS = [
     Case("VB-LoRA", sx.VBLoRA(rank=3, vectors=24, length=16), lambda i, o: 3 * (i + o) // 16 * 24, 24 * 16),
     Case("Uni-LoRA", sx.UniLoRA(rank=4, coefficients=40), lambda i, o: 0, 40),
     Case("OSF", sx.OSF(kept=0.75), lambda i, o: (min(i, o) - int(0.75 * min(i, o))) * (i + o + 1)),
+    Case("KaSA", sx.KaSA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),

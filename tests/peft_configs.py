@@ -30,6 +30,9 @@ KINDS = {
 MIXED = ["q_proj", "down_proj"]
 """A projection of the attention and one of the MLP, of different shapes."""
 FILES = {
+    "KaSA": peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=MIXED, rank_pattern={"q_proj": 3}, kasa_config=peft.KasaConfig(beta=0.1)
+    ),
     "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=MIXED),
     "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "LoHa": peft.LoHaConfig(r=3, alpha=5, target_modules=MIXED, rank_pattern={"q_proj": 2}),

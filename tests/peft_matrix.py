@@ -37,6 +37,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
     "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
     "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
+    "KaSA": (peft.LoraConfig, {**LORA, "kasa_config": peft.KasaConfig()}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
     "IA3": (peft.IA3Config, {"feedforward_modules": []}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
@@ -101,7 +102,7 @@ class Option:
     @property
     def rewrites_base(self) -> bool:
         fields = {**{**TUNERS, **BASE}[self.tuner][1], **self.fields}
-        return fields.get("init_lora_weights") in ("pissa", "olora") or self.tuner == "OSF"
+        return fields.get("init_lora_weights") in ("pissa", "olora") or self.tuner in ("KaSA", "OSF")
 
     @property
     def config(self) -> peft.PeftConfig:

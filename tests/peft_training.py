@@ -101,6 +101,7 @@ class Case:
 
     - method: None for no adapters.
     - also: what is trained of the base.
+    - targets: the pattern of our rule.
     - leaves: our leaves of PEFT's model after training, by kernel.
     - patch: changes PEFT where it does not compute what it says; each says why.
     """
@@ -112,6 +113,7 @@ class Case:
     start: Start = of_peft
     leaves: Callable[[Pair, Any, Path], dict[str, Any]] = of_file
     patch: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
+    targets: str = TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ def experiment(pair: Pair, case: Case) -> sx.Experiment:
     return sx.Experiment(
         str(pair.path),
         sx.Data(QUESTIONS, template="{q} ", answer="{a}", max_length=16, buckets=(16,)),
-        [] if case.method is None else [(TARGETS, case.method)],
+        [] if case.method is None else [(case.targets, case.method)],
         train_also=case.also,
         optimizer=case.recipe.ours,
         steps=STEPS,

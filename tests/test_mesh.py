@@ -149,6 +149,15 @@ def test_experts_train_as_on_one_device(sizes):
     trains_as_one_device_does(sizes, tuple(RULES), SPARSE)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("sizes", [*MESHES[1:4], MESHES[4]], ids=spelled)
+@pytest.mark.parametrize(("pattern", "tied"), [("embed_tokens", True), *[("embed_tokens|lm_head", t) for t in (0, 1)]])
+def test_embeddings_train_as_on_one_device(pattern, tied, sizes):
+    """Their vocabulary is cut, and so are their adapters."""
+    config = dataclasses.replace(WIDE, tie_word_embeddings=bool(tied))
+    trains_as_one_device_does(sizes, ((pattern, sx.LoRA(rank=8)), RULES[0]), config)
+
+
 def trains_as_one_device_does(sizes, rules, config=WIDE):
     (losses, first), (expected, norms) = curve(sizes, rules, config), alone(rules, config)
     assert expected[-1] < expected[0] - 0.02

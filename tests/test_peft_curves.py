@@ -43,6 +43,7 @@ from peft_training import (
     of_peft,
     prepared,
     read,
+    trained,
     with_answers,
     with_tokenizer,
 )
@@ -95,6 +96,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
     "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
     "MiCA": sx.MiCA(rank=4, alpha=6.0),
+    "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
     "IA3": sx.IA3(),
     "LoHa": sx.LoHa(rank=3, alpha=5.0),
@@ -399,6 +401,28 @@ BASE: dict[str, tuple[dict[str, Any], Case]] = {
     ),
 }
 """What is trained of the base, mostly without adapters, with the fields of a model that has such leaves."""
+BOTH = {"targets": "embed_tokens|lm_head|q_proj"}
+MODULES = ["embed_tokens", "lm_head", "q_proj"]
+TIED = {"tie_word_embeddings": True}
+PLAIN_SGD = Recipe(
+    sx.SGD(lr=0.1, momentum=0.0, schedule="cosine", warmup=WARMUP, clip=None),
+    lambda model: torch.optim.SGD(trained(model), lr=0.1),
+)
+EMBEDDINGS: dict[str, tuple[dict[str, Any], Case]] = {
+    "embedding and head": ({}, Case(config("LoRA", target_modules=MODULES), PLAIN["LoRA"], **BOTH)),
+    "embedding and tied head, apart": (TIED, Case(config("LoRA", target_modules=MODULES), PLAIN["LoRA"], **BOTH)),
+    # PEFT has two parameters with one memory, each with its gradient and its moments. Steps of SGD alone add up.
+    "embedding with its head": (
+        TIED,
+        Case(
+            config("LoRA", target_modules=MODULES, ensure_weight_tying=True),
+            PLAIN["LoRA"],
+            PLAIN_SGD,
+            targets="embed_tokens|q_proj",
+        ),
+    ),
+}
+"""Adapters of the embedding, with the fields of a model."""
 CHEAP = ("LoRA", "DoRA", "PiSSA", "IA3", "HiRA", "OFT", "SHiRA", "MiSS", "Bat", "LoRA-FA")
 
 
@@ -425,10 +449,10 @@ def test_losses_are_those_of_peft(name, pair, tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", BASE)
-def test_losses_of_what_is_trained_of_the_base_are_those_of_peft(name, tmp_path):
-    """As closely: norms, biases, alone and beside LoRA, and every row of the embedding."""
-    fields, case = BASE[name]
+@pytest.mark.parametrize("name", [*BASE, *EMBEDDINGS])
+def test_losses_of_other_parts_are_those_of_peft(name, tmp_path):
+    """As closely: norms, biases, alone and beside LoRA, every row of the embedding, and adapters of the embedding."""
+    fields, case = {**BASE, **EMBEDDINGS}[name]
     pair = with_tokenizer(tmp_path / "base", **fields)
     case.config.task_type = "CAUSAL_LM"
     with warnings.catch_warnings():

@@ -34,6 +34,7 @@ ROWS = [
     f"| `SBoRA` | - | LORA | {PATTERNS} | exact |",
     "| `BOFT` | BOFT | BOFT | `layers_to_transform` | truncated |",
     "| `DEFT` | DEFT | DEFT | `layers_to_transform` | truncated |",
+    f"| `KaSA` | LORA | LORA | {PATTERNS} | exact |",
     "| `OSF` | OSF | OSF | `rank_pattern` | exact |",
     "| `SuperTuning` | SUPERTUNING | SUPERTUNING | - | truncated |",
     f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",

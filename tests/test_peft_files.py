@@ -159,10 +159,9 @@ def test_tied_head(good, model):
     params = {name: leaf for name, leaf in model.params.items() if name != "lm_head"}
     model = LanguageModel(Llama(tied), params, tied, None)
     config = json.loads((good / CONFIG).read_text())
-    for changes in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}):
-        (good / CONFIG).write_text(json.dumps({**config, **changes}))
-        with pytest.raises(sx.SboraxError, match="tied"):
-            load_peft(good, model)
+    (good / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["embed_tokens"]}))
+    with pytest.raises(sx.SboraxError, match="tied"):
+        load_peft(good, model)
 
 
 @pytest.mark.parametrize(

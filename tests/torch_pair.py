@@ -107,6 +107,7 @@ def reloaded(pair: Pair, directory: Path) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type '.*LlamaRMSNorm'", UserWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         model = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), directory)
     stored = load_file(directory / "adapter_model.safetensors")
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)

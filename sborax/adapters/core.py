@@ -8,7 +8,7 @@ only place where an adapter meets a model. This module depends on JAX alone.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ Leaves = dict[str, Any]
 """Arrays by name. Methods made of methods nest one level per part."""
 HIDDEN = "adapter_h"
 """Name of the thin activation (tokens, rank) for rematerialisation policies, since it is cheap to save."""
+Use = Literal["kernel", "lookup", "tied"]
+"""What an adapted weight is, see `Hint.use`."""
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
 
@@ -90,12 +92,15 @@ class Hint:
       until it is needed.
     - inputs: statistics of the weight's inputs by name, as `AbstractInformed.gather` makes them, after the stack axes.
     - ranks: the rank that these statistics give each weight of the flattened stack, 0 for no adapter. See `allotted`.
+    - use: what the weight is: "kernel"; "lookup", a table (vocab, d) whose rows are looked up; or "tied", a table that
+      is the head's kernel, too.
     """
 
     layer: Int[Array, "*stack"] | int = 0
     grad: Float[Array, "..."] | Float[np.ndarray, "..."] | None = None
     inputs: Mapping[str, Any] | None = None
     ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    use: Use = dataclasses.field(default="kernel", metadata={"static": True})
 
 
 class Fitted(NamedTuple):

@@ -17,11 +17,12 @@ from jaxtyping import Array, Key
 
 from sborax.adapters.bank import banks
 from sborax.adapters.compose import ByLayer
-from sborax.adapters.core import AbstractKernelless, AbstractMethod, RankPolicy, SboraxError, dense
+from sborax.adapters.core import AbstractKernelless, AbstractMethod, RankPolicy, SboraxError, Use, dense
 from sborax.adapters.informed import AbstractInformed
 from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import Expert, routers
+from sborax.adapters.tables import HEAD, LOOKUP, TABLE, tables, use_of, why_no_table
 from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
@@ -36,7 +37,9 @@ class Rule:
 
     Rules are tried in order, and the first that covers a kernel's layer gets it.
 
-    - pattern: a regular expression, searched for (`re.search`) in the module path: `layers/mlp/up_proj`.
+    - pattern: a regular expression, searched for (`re.search`) in the module path: `layers/mlp/up_proj`. The embedding,
+      and a head that is tied to it, are covered only by a pattern with their name in it, `embed_tokens` or `lm_head`;
+      see `tables`.
     - method: the method; None leaves what matches as it is.
     - layers: which layers: a slice, or numbers, negative ones from the end. Default None: all. A layer's number is the
       one in the path (`layers/3/...`), else the position on the first stack axis. Other stacked weights, such as the
@@ -94,6 +97,7 @@ class Site:
     - shape: (in, out) of one weight; of a router, (width of the layer, number of experts); of a bank, its size.
     - in_axes: how many of the kernel's other axes belong to the input.
     - layer: the number of the layer in the path, 0 if it has none.
+    - use: what the weight is, see `Hint.use`.
     """
 
     path: str
@@ -102,6 +106,7 @@ class Site:
     shape: tuple[int, int]
     in_axes: int
     layer: int
+    use: Use = "kernel"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -123,7 +128,7 @@ class Plan:
 
 def module_path(path: str) -> tuple[str, int | None]:
     """`layers/3/mlp/up_proj/kernel` -> (`layers/mlp/up_proj`, 3): the path that rules match, and its layer or None."""
-    parts = path.removesuffix("/kernel").split("/")
+    parts = (path.rpartition("/")[0] if path in (TABLE, LOOKUP) else path.removesuffix("/kernel")).split("/")
     numbers = [int(part) for part in parts if part.isdecimal()]
     return "/".join(part for part in parts if not part.isdecimal()), numbers[0] if numbers else None
 
@@ -179,6 +184,11 @@ def hint_of(hints: Mapping[str, Any] | None, path: str) -> Any:
 def kernels(params: Any) -> dict[str, Any]:
     """Every leaf named `kernel` by its path, in tree order."""
     return {path: leaf for path, leaf in flatten(params).items() if path.rpartition("/")[2] == "kernel"}
+
+
+def adaptable(params: Any) -> dict[str, Any]:
+    """Every weight that may have an adapter by the adapter's path: kernels, and `tables`."""
+    return {**kernels(params), **tables(params)}
 
 
 def bias_path(kernel: str) -> str:
@@ -243,16 +253,23 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     disagree about what they share.
     """
     rules = as_rules(rules)
-    weights = kernels(params)
+    weights, of_tables = kernels(params), tables(params)
     numbers = [module_path(path)[1] for path in weights]
     numbered_depth = 1 + max((number for number in numbers if number is not None), default=0)
     used: set[int] = set()
     sites, untouched = [], []
-    for path, weight in weights.items():
+    untied = HEAD in of_tables and any(_covers_table(rule, "lm_head") for rule in rules)
+    without = {TABLE if untied else LOOKUP}
+    for path, weight in {**weights, **of_tables}.items():
         name, number = module_path(path)
-        matching = [(i, rule) for i, rule in enumerate(rules) if search(rule.pattern, name)]
+        is_table = path in of_tables
+        matching = [
+            (i, rule)
+            for i, rule in enumerate(rules)
+            if path not in without and (_covers_table(rule, name) if is_table else search(rule.pattern, name))
+        ]
         if not matching:
-            untouched.append(path)
+            untouched += [] if is_table else [path]
             continue
         axes, in_axes = _axes(path, len(weight.shape), matching[0][1])
         stack, sizes = tuple(weight.shape[:axes]), weight.shape[axes:]
@@ -268,7 +285,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
                 by_rule.setdefault(first, []).append(position)
         chosen = {i: positions for i, positions in by_rule.items() if rules[i].method is not None}
         if not chosen:
-            untouched.append(path)
+            untouched += [] if is_table else [path]
             continue
         shape = (math.prod(sizes[:in_axes]), math.prod(sizes[in_axes:]))
         choose = _ranks(name, weight, layers, stack, shape, depth)
@@ -276,6 +293,8 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         for i, positions in chosen.items():
             method = rules[i].method
             assert method is not None
+            if is_table and (why := why_no_table(method)):
+                raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             method = _resolved(method, choose)
             if method.linked and not (stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None):
                 raise SboraxError(
@@ -286,7 +305,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)
         method = parts[0][0] if everywhere else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
-        sites.append(Site(path, method, stack, shape, in_axes, number or 0))
+        sites.append(Site(path, method, stack, shape, in_axes, number or 0, use_of(path, of_tables)))
     unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
     if unused:
         raise SboraxError(
@@ -332,6 +351,11 @@ def _allotted(site: Site, ranks: tuple[int, ...]) -> AbstractMethod | None:
     if layers == [everywhere]:
         return methods[0]
     return ByLayer(tuple(methods), tuple(layers)) if methods else None
+
+
+def _covers_table(rule: Rule, name: str) -> bool:
+    """Whether a rule is for a table: its pattern names it, so that `.*` covers all kernels and no table."""
+    return name in rule.pattern and search(rule.pattern, name)
 
 
 def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Site]:

@@ -45,6 +45,7 @@ from sborax.adapters.core import (
     Hint,
     Leaves,
     SboraxError,
+    Use,
     Weight,
     dense,
     is_adapter,
@@ -53,9 +54,10 @@ from sborax.adapters.core import (
 )
 from sborax.adapters.depth import axes_leaves, over_stack, stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
-from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, kernels, plan, weight_keys
+from sborax.adapters.paths import Plan, RuleLike, Site, adaptable, bias_path, hint_of, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
+from sborax.adapters.tables import HEAD, leaf_of
 from sborax.adapters.weight import check_finite
 
 Params = PyTree
@@ -68,7 +70,7 @@ def nodes(adapters: PyTree) -> dict[str, Adapter]:
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
-@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes"))
+@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes", "use"))
 def _fit(
     keys: Key[Array, "*stack"],
     weight: Any,
@@ -77,6 +79,7 @@ def _fit(
     method: AbstractMethod,
     stack: tuple[int, ...],
     in_axes: int,
+    use: Use,
 ):
     matrix = as_matrix(weight, len(stack), in_axes)
     positions = jnp.arange(math.prod(stack)).reshape(stack)
@@ -84,7 +87,7 @@ def _fit(
     def fit_layer(key: Array, position: Array, kernel: Any, grad: Any, inputs: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
         kernel, grad, inputs = replicate((kernel, grad, inputs))
-        return method.init(key, kernel, Hint(position, grad, inputs))
+        return method.init(key, kernel, Hint(position, grad, inputs, use=use))
 
     with jax.default_matmul_precision("highest"):
         grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
@@ -113,7 +116,7 @@ def attach(
     Raises SboraxError as `plan` does, and for a kernel, a gradient or a statistic that is not finite.
     """
     resolved = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
-    weights = kernels(params)
+    weights = adaptable(params)
     adapters, rewritten = {}, {}
     for site in resolved.sites:
         node = adapters[site.path] = fit(key, weights.get(site.path), site, hint_of(hints, site.path) or Hint())
@@ -134,7 +137,7 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
     - params: the parameters that the adapters are used with from now on.
     - adapters: a tree of adapters. Those whose kernel is not in `params` stay as they are.
     """
-    weights = kernels(params)
+    weights = adaptable(params)
 
     def rebased(path: str, node: Adapter) -> Adapter:
         return rebase_node(weights[path], node) if path in weights else node
@@ -152,7 +155,7 @@ def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> A
     check_finite(f"{site.path}: the statistics of its inputs", hint.inputs)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
-    train, frozen = _fit(keys, weight, hint.grad, hint.inputs, site.method, site.stack, site.in_axes)
+    train, frozen = _fit(keys, weight, hint.grad, hint.inputs, site.method, site.stack, site.in_axes, site.use)
     return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 
@@ -223,6 +226,10 @@ def merge(params: Params, adapters: PyTree) -> Params:
     for path, node in nodes(link(adapters)).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
+        if leaf_of(path, leaves) != path:
+            raise SboraxError(
+                f"{path}: the head is tied to the embedding and does not have its adapter, so no single table is both"
+            )
         if path not in leaves:
             raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
         weight = leaves[path]
@@ -287,8 +294,13 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     """
     kernel_specs = flatten(base_specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
+    def spec_at(path: str) -> tuple[Any, ...]:
+        leaf = leaf_of(path, kernel_specs)
+        given = tuple(kernel_specs[leaf])
+        return (given + (None, None))[1::-1] if leaf != path == HEAD else given
+
     def node_specs(path: str, node: Adapter) -> Adapter:
-        given = () if isinstance(node.method, AbstractKernelless) else tuple(kernel_specs[path])
+        given = () if isinstance(node.method, AbstractKernelless) else spec_at(path)
         stack = len(stack_of(node))
         spec = given + (None,) * (stack + 2)
         entries: dict[str | None, Any] = {"in": spec[stack], "out": spec[stack + 1], "rank": None, None: None}

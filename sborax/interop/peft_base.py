@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sborax.adapters.core import SboraxError
-from sborax.interop.peft_layout import EMBEDDING, HEAD, HFLayout, tensor_in, wide
-from sborax.interop.peft_row import PREFIX
+from sborax.interop.peft_layout import EMBEDDING, HEAD, PREFIX, HFLayout, tensor_in, wide
 from sborax.interop.peft_targets import naming, targeted
 
 INDICES = "token_indices"

@@ -19,7 +19,8 @@ from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten
 from sborax.adapters.paths import stacks_experts
 from sborax.interop.factor import by_layer, exact
-from sborax.interop.peft_row import PREFIX, Fit
+from sborax.interop.peft_layout import PREFIX
+from sborax.interop.peft_row import Fit
 from sborax.models.names import hf_module, unlayered
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

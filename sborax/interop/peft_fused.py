@@ -12,8 +12,8 @@ import numpy as np
 
 from sborax.adapters.core import SboraxError
 from sborax.interop.peft_base import kind_of
-from sborax.interop.peft_layout import HEAD, TENSORS, HFLayout
-from sborax.interop.peft_row import PREFIX, Row
+from sborax.interop.peft_layout import PREFIX, TENSORS, HFLayout
+from sborax.interop.peft_row import Row
 from sborax.interop.peft_table import row_for
 from sborax.interop.peft_targets import naming, pattern_for, targeted, value_for
 from sborax.models.names import fused_module
@@ -73,7 +73,7 @@ def file_modules(modules: Iterable[str], fused: Fused) -> dict[str, tuple[str, .
 
 
 def _outputs(module: str, layout: HFLayout) -> int:
-    return layout.shape(layout.slots[f"{module}.weight"].path)[1]
+    return layout.shape(layout.place(module)[0])[1]
 
 
 def _refuse_saved(config: Mapping[str, Any], joint: Iterable[str]) -> None:
@@ -99,10 +99,10 @@ def taken_apart(config: Mapping[str, Any], file: Any, layout: HFLayout, fused: F
     """
     if not fused or kind_of(config) is not None or not config.get("target_modules"):
         return config, file
-    held = file_modules(layout.linear, fused)
+    held = file_modules(layout.adaptable, fused)
     joint = {module: parts for module, parts in held.items() if len(parts) > 1}
     _refuse_saved(config, joint)
-    chosen = targeted(config, [*held, *([HEAD] if layout.tied else [])])
+    chosen = targeted(config, list(held))
     row = row_for(config)
     places: dict[str, tuple[str, slice | None]] = {name: (name, None) for name in file.keys()}  # noqa: SIM118
     for module in chosen:
@@ -170,7 +170,7 @@ def put_together(
 
     Raises SboraxError for a kind of adapter that acts on such a module as a whole, and for DoRA on some of its parts.
     """
-    held = file_modules(layout.linear, fused)
+    held = file_modules(layout.adaptable, fused)
     joint = {module: parts for module, parts in held.items() if len(parts) > 1}
     _refuse_saved(config, [part for parts in joint.values() for part in parts])
     adapted = {module: parts for module, parts in held.items() if any(part in fields for part in parts)}

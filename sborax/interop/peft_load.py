@@ -16,7 +16,8 @@ from sborax.adapters.bank import AbstractBank
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import flatten, nest, replace_leaves
-from sborax.adapters.paths import Plan, Site, bank_sites
+from sborax.adapters.paths import Plan, Site, bank_sites, kernels
+from sborax.adapters.tables import why_no_table
 from sborax.adapters.tree import attach, nodes
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_biases import added_biases, check_saved, stored_biases
@@ -24,16 +25,19 @@ from sborax.interop.peft_experts import FIELD, read_experts
 from sborax.interop.peft_fused import taken_apart
 from sborax.interop.peft_layout import (
     CONFIG,
+    EMBEDDING,
     HEAD,
+    PREFIX,
     TENSORS,
     TYING,
     HFLayout,
     layout_of,
     tensor_in,
     tied_copies,
+    transposed_copies,
     wide,
 )
-from sborax.interop.peft_row import PREFIX, Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
+from sborax.interop.peft_row import Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, SELECTING, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.families import family_of
@@ -77,6 +81,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         config, file = taken_apart(config, stored, layout, family_of(model.config.model_type).fused)
         headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         names = dict(zip(headers, headers, strict=True))
+        layout = dataclasses.replace(layout, shared=config.get(TYING) is True)
         if str(config.get("peft_type")) in OLD_NAMES:
             config, names = _modern(config, headers)
         kind = kind_of(config)
@@ -109,7 +114,9 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         expected |= experts.shapes if experts else {}
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
         adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
-        copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys()
+        turned = {copy: name for copy, name in transposed_copies(layout, expected).items() if copy in names}
+        copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys() | turned.keys()
+        turned = {names[copy]: name for copy, name in turned.items()}
         heads = {copy: names[copy] for copy in tied if copy in names}
         names = {name: stored for name, stored in names.items() if name not in copies}
         added = added_biases(config, layout, fits)
@@ -131,7 +138,14 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         for copy, stored in heads.items():
             if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
                 raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
-        new = {name: read(PREFIX + key) for key, (name, _) in base.items()}
+        for stored, name in turned.items():
+            if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32).T, read(name)):
+                raise SboraxError(f"{stored} is not the transpose of {name}, to which {TYING} ties it")
+        new = {}
+        for key, (name, _) in base.items():
+            value = read(PREFIX + key)
+            if not np.array_equal(new.setdefault(name, value), value):
+                raise SboraxError(f"{key} differs from the embedding, to which the head is tied here")
         for tensor, (name, scale, _) in added.items():
             before = new[name] if name in new else np.asarray(wide(tensor_in(layout, layout.leaves, name)))
             new[name] = before + np.float32(scale) * read(tensor)
@@ -214,17 +228,25 @@ def _unpooled(headers: Mapping[str, Any], layout: HFLayout) -> bool:
 
 
 def _targets(config: Mapping[str, Any], layout: HFLayout) -> list[str]:
-    modules = targeted(config, [*layout.linear, *([HEAD] if layout.tied else [])])
-    if layout.tied and HEAD in modules:
-        raise SboraxError("target_modules names lm_head, which is tied to the embedding here and has no kernel")
+    modules = targeted(config, layout.adaptable)
+    if layout.tied and layout.shared and HEAD in modules:
+        # PEFT then adapts the embedding, and ties the head's adapter to that.
+        modules = list(dict.fromkeys(EMBEDDING if module == HEAD else module for module in modules))
     if not modules:
         raise SboraxError(f"target_modules matches no module of this model: {str(config['target_modules'])[:80]}")
     return modules
 
 
 def _fits(row: Row, config: Mapping[str, Any], modules: list[str], layout: HFLayout) -> dict[str, Fit]:
-    shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in modules}
-    return {module: _fit(row, config, module, shape) for module, shape in shapes.items()}
+    fits = {module: _fit(row, config, module, layout.shape(layout.place(module)[0])) for module in modules}
+    for module, fit in fits.items():
+        if layout.place(module)[0] not in layout.leaves or module == EMBEDDING:
+            why = why_no_table(fit.method) if row.adapts(module) else "PEFT has no such adapter of an embedding"
+            if why:
+                raise SboraxError(
+                    f"{module}: {type(fit.method).__name__} cannot adapt the table of the embedding: {why}"
+                )
+    return fits
 
 
 def _fit(row: Row, config: Mapping[str, Any], module: str, shape: tuple[int, int] | None) -> Fit:
@@ -245,7 +267,7 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
     shapes: dict[tuple[AbstractMethod, tuple[int, int]], dict[str, tuple[int, ...]]] = {}
     expected, numbers = {}, layout.numbers(fits)
     for module, fit in fits.items():
-        shape = layout.shape(layout.slots[f"{module}.weight"].path)
+        shape = layout.shape(layout.place(module)[0])
         if (fit.method, shape) not in shapes:
             if not row.any_rank:
                 try:
@@ -286,13 +308,15 @@ def _completed(
 def _base_tensors(
     layout: HFLayout, saved: list[str], modules: list[str], names: Mapping[str, str], biases: dict[str, str]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Base weights in the file: those of `modules_to_save`, that of an adapted head, and `biases`.
+    """Base weights in the file: those of `modules_to_save`, of an adapted embedding or head, and `biases`.
 
     Returns `{name in the file: (Hugging Face's name, shape)}`.
     """
     keys = {name: name for name in layout.slots if name.rpartition(".")[0] in saved} | biases
-    if HEAD in modules and f"{PREFIX}{HEAD}.base_layer.weight" in names:
-        keys[f"{HEAD}.base_layer.weight"] = f"{HEAD}.weight"
+    for module in (EMBEDDING, HEAD):
+        key, shares = f"{module}.base_layer.weight", layout.tied and module == HEAD
+        if PREFIX + key in names and (module in modules or (shares and layout.shared and EMBEDDING in modules)):
+            keys[key] = f"{EMBEDDING if shares else module}.weight"
     tensors = {}
     for key, name in keys.items():
         slot = layout.slots[name]
@@ -366,7 +390,7 @@ def _plan(fits: Mapping[str, Fit], layout: HFLayout) -> Plan:
     """A plan that attaches every module's method."""
     by_path: dict[str, dict[int | None, AbstractMethod]] = {}
     for module, fit in fits.items():
-        path, layer, _ = layout.slots[f"{module}.weight"]
+        path, layer = layout.place(module)
         by_path.setdefault(path, {})[layer] = fit.method
     sites = []
     for path, methods in by_path.items():
@@ -374,7 +398,8 @@ def _plan(fits: Mapping[str, Fit], layout: HFLayout) -> Plan:
         method = methods[None] if depth is None else _stacked(methods, depth)  # type: ignore[arg-type]
         stack = () if depth is None else (depth,)
         sites.append(Site(path, method, stack, layout.shape(path), 1, unlayered(path)[1] or 0))
-    return Plan((*sites, *bank_sites(sites)), tuple(path for path in layout.depths if path not in by_path))
+    untouched = tuple(path for path in kernels(layout.leaves) if path not in by_path)
+    return Plan((*sites, *bank_sites(sites)), untouched)
 
 
 def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMethod:

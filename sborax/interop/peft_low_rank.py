@@ -27,14 +27,19 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA, QALoRA
+from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA, QALoRA
 
-PAIR = (Tensor("lora_A.weight", "a", TRANSPOSED), Tensor("lora_B.weight", "b", TRANSPOSED))
+PAIR = (
+    Tensor("lora_A.weight", "a", TRANSPOSED, embedding="lora_embedding_A"),
+    Tensor("lora_B.weight", "b", TRANSPOSED, embedding="lora_embedding_B"),
+)
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
+KASA = {"beta": 1e-4, "gamma": 1e-3}
+"""PEFT's defaults. They matter to `_get_kasa_loss` alone, and here `KaSALoss` has them."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
 VARIANTS = {
@@ -203,7 +208,7 @@ def _write_gralora(node: Adapter) -> dict[str, Any]:
 
 LOW_RANK = (
     Row(
-        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED}, LORA_FIELDS,
+        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,)}, LORA_FIELDS,
         PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS | {OF_LORA, FIELD},
         refused=VARIANTS | {
             "init_lora_weights": "a start that changes the base and that PEFT draws at random: save it with "
@@ -226,6 +231,13 @@ LOW_RANK = (
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,
         PAIR, _read_with_alpha(MiCA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
+    ),
+    # PEFT truncates the base on loading, too.
+    Row(
+        KaSA, "LORA",
+        {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (KASA, dict)},
+        LORA_FIELDS, (*PAIR, Tensor("lora_diag", "e", (0,))),
+        _read_with_alpha(KaSA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
     ),
     # PEFT starts these two from the base again on loading. They are written as LoRA, which needs no such step.
     Row(

@@ -10,12 +10,11 @@ import numpy as np
 
 from sborax.adapters.bank import banked_parts
 from sborax.adapters.core import AbstractMethod, Adapter, Hint, SboraxError
+from sborax.interop.peft_layout import EMBEDDING, PREFIX, ROOT
 
 Fields = Mapping[str, Any]
 """The config fields of one module, with its patterns resolved."""
 
-PREFIX, ROOT = "base_model.model.", "base_model."
-"""Prefixes in PEFT's files: of a module's tensors, and of tensors that all modules share."""
 LARGEST_RANK = 65_536
 """Larger than any model is wide. Larger ranks in a file are refused before any array is made."""
 
@@ -40,6 +39,7 @@ class Tensor(NamedTuple):
     - numbered: the file keeps it outside the modules, by the module's number among those that are adapted.
     - into: it holds indices into the leaf of this name in the bank.
     - at: it holds the entries of the leaf, which is the bank's, at the indices in the leaf of this name.
+    - embedding: its name behind the embedding's; empty if PEFT does not adapt an embedding in this way.
     """
 
     suffix: str
@@ -52,12 +52,14 @@ class Tensor(NamedTuple):
     numbered: bool = False
     into: str | None = None
     at: str | None = None
+    embedding: str = ""
 
     def key(self, module: str, numbers: Mapping[str, int]) -> str:
         """The tensor's name in the file. numbers: those of the adapted modules, see `HFLayout.numbers`."""
         if self.numbered:
             return f"{ROOT}{self.suffix}.{numbers[module]}"
-        return ROOT + self.suffix if self.shared else f"{PREFIX}{module}.{self.suffix}"
+        suffix = self.embedding if module == EMBEDDING else self.suffix
+        return ROOT + suffix if self.shared else f"{PREFIX}{module}.{suffix}"
 
     def copies(self, modules: Iterable[str]) -> dict[str, str]:
         """`{name of the copy: name of the tensor}` for the copies that PEFT writes for modules."""
@@ -111,7 +113,8 @@ class Row:
 
     - method: the method.
     - peft_type: PEFT's name of the kind.
-    - known_by: the config fields that tell this row from others, with the values that mean it; the first is written.
+    - known_by: the config fields that tell this row from others, with the values that mean it, or a class of values;
+      the first is written.
     - defaults: the other fields that the row reads, with PEFT's defaults.
     - tensors: the tensors of a module.
     - read: the method and its frozen scalars, from the fields of a module.
@@ -156,6 +159,10 @@ class Row:
     keeps_base: bool = False
     drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
     completed: Callable[[Fields, Mapping[str, tuple[int, int]], Callable[[str], np.ndarray]], Completed] | None = None
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT adapts such a module in this way: not every kind adapts an embedding."""
+        return module != EMBEDDING or all(tensor.embedding for tensor in self.tensors)
 
 
 def whole_field(fields: Fields, name: str, least: int, most: int) -> int:

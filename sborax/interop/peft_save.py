@@ -1,5 +1,6 @@
 """Writes adapters as a directory that PEFT loads."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from safetensors.numpy import save
 from sborax.adapters.core import AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import flatten
 from sborax.adapters.paths import bias_path, stacks_experts
+from sborax.adapters.tables import HEAD, LOOKUP, TABLE
 from sborax.adapters.tree import link, nodes
 from sborax.adapters.weight import check_finite
 from sborax.interop.card import adapter_card, check_card, write_card
@@ -23,6 +25,9 @@ from sborax.interop.peft_experts import FIELD, Written, write_experts
 from sborax.interop.peft_fused import put_together
 from sborax.interop.peft_layout import (
     CONFIG,
+    EMBEDDING,
+    PREFIX,
+    ROOT,
     TENSORS,
     TYING,
     HFLayout,
@@ -30,10 +35,13 @@ from sborax.interop.peft_layout import (
     same,
     tensor_in,
     tied_copies,
+    transposed_copies,
     wide,
 )
-from sborax.interop.peft_row import PREFIX, ROOT, Row, shared_shapes
-from sborax.interop.peft_table import PLAIN, TABLE
+from sborax.interop.peft_layout import HEAD as HEAD_MODULE
+from sborax.interop.peft_row import Row, shared_shapes
+from sborax.interop.peft_table import PLAIN
+from sborax.interop.peft_table import TABLE as ROWS
 from sborax.interop.peft_targets import naming, pattern_for, saved_modules, targeted
 from sborax.methods import LoRA
 from sborax.models.families import family_of
@@ -120,6 +128,11 @@ def save_peft(
             raise SboraxError("there is no adapter to save: the tree is empty")
         return _save_changed(directory, changed, layout, leaves, base, facts)
     entries: dict[str, _Entry] = {}
+    if layout.tied and len(linked.keys() & {TABLE, LOOKUP}) + (linked.keys() >= {TABLE, HEAD}) > 1:
+        raise SboraxError(
+            f"{TABLE}: its adapter is shared by look-ups and head, and one of them has another, too; no PEFT adapter "
+            "is such a sum"
+        )
     of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
     for path, node in linked.items():
         if path not in layout.depths and path not in of_experts:
@@ -132,6 +145,7 @@ def save_peft(
         for layer, adapter in () if path in of_experts else by_layer(node, layout.depths[path]):
             module = layout.module(path, layer)
             entries[module] = _entry(module, adapter, layout, leaves, path, layer, as_, rank)
+    layout = dataclasses.replace(layout, shared=LOOKUP not in linked)
     row = _common_row(entries) if entries else PLAIN
     changed = _changed(layout, leaves, linked)
     # Kinds whose config has no `bias` store a bias with its module alone.
@@ -154,6 +168,8 @@ def save_peft(
                 f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
             )
         config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
+    for copy, name in transposed_copies(layout, tensors).items():
+        config[TYING], tensors[copy] = True, np.ascontiguousarray(tensors[name].T)
     if entries:
         _check_keys(config, row, layout, entries, set(tensors))
     tensors |= {} if written is None else written.tensors
@@ -241,8 +257,10 @@ def _entry(
 ) -> _Entry:
     """The entry of one module: in PEFT's form of the method, or as plain LoRA, exact or truncated."""
     name = _name(node)
-    for row in TABLE if form == "native" else [PLAIN]:
-        if type(node.method) is row.method and row.write is not None and (fields := row.write(node)) is not None:
+    for row in ROWS if form == "native" else [PLAIN]:
+        if not row.adapts(module) or row.write is None:
+            continue
+        if type(node.method) is row.method and (fields := row.write(node)) is not None:
             _check_drawn(module, row, node, layout.shape(path))
             return _Entry(row, name, fields if form == "native" else _undropped(fields), _tensors(row, node))
     factors = exact(node, layout.shape(path))
@@ -310,7 +328,7 @@ def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) 
     if not any(tensor.shared for tensor in row.tensors):
         return tensors
     method = row.read({**row.defaults, **next(iter(entries.values())).fields}).method
-    shapes = [layout.shape(layout.slots[f"{module}.weight"].path) for module in entries]
+    shapes = [layout.shape(layout.place(module)[0]) for module in entries]
     for key, shape in shared_shapes(row, method, shapes).items():
         tensors[key] = _shared_tensor(key, shape, entries)
     copies = {copy: tensors[key] for tensor in row.tensors for copy, key in tensor.copies(entries).items()}
@@ -350,7 +368,7 @@ def _trained_base(layout: HFLayout, changed: Iterable[str], entries: Mapping[str
     changed = set(changed)
     modules = {name.rpartition(".")[0] for name, slot in layout.slots.items() if slot.path in changed}
     for module in sorted(modules):
-        if module in entries:
+        if module in entries or (module == EMBEDDING and layout.tied and HEAD_MODULE in entries):
             raise SboraxError(f"{module}: both its base and an adapter were trained, which PEFT cannot store; merge")
     return [name for name in layout.slots if name.rpartition(".")[0] in modules]
 
@@ -385,7 +403,7 @@ def _config(
         **row.defaults,
     }
     if row.in_config is not None:
-        shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in entries}
+        shapes = {module: layout.shape(layout.place(module)[0]) for module in entries}
         config |= row.in_config(
             {module: {**entry.fields, "shape": shapes[module]} for module, entry in entries.items()}
         )
@@ -412,10 +430,10 @@ def _config(
     if trained:
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in trained})
     if experts is None:
-        return config | naming(list(entries), layout.linear, row.layered)
+        return config | naming(list(entries), layout.adaptable, row.layered)
     if config.get("use_rslora"):
         raise SboraxError("use_rslora: one scale is written for experts and other kernels; use as_='lora'")
-    named = naming(list(entries), layout.linear, layered=False) if entries else {"target_modules": []}
+    named = naming(list(entries), layout.adaptable, layered=False) if entries else {"target_modules": []}
     return config | named | {FIELD: experts.parameters}
 
 
@@ -423,7 +441,7 @@ def _check_keys(
     config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], written: set[str]
 ) -> None:
     """Raise SboraxError unless the names of the tensors are those that the config implies."""
-    modules = targeted(config, layout.linear)
+    modules = targeted(config, layout.adaptable)
     numbers = layout.numbers(modules)
     implied = {
         tensor.key(module, numbers)
@@ -434,7 +452,7 @@ def _check_keys(
     implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)}
     saved = set(saved_modules(config, layout.modules))
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in saved}
-    implied |= {PREFIX + copy for copy in tied_copies(layout, saved)}
+    implied |= {PREFIX + copy for copy in tied_copies(layout, saved)} | transposed_copies(layout, implied).keys()
     implied |= {PREFIX + name for name in stored_biases(config, layout, modules)}
     if implied != written:
         raise SboraxError(

@@ -25,6 +25,7 @@ PLAIN = TABLE[0]
 KNOWN_BY_DEFAULTS = {
     "use_dora": False,
     "use_qalora": False,
+    "kasa_config": None,
     "init_lora_weights": True,
     "init_weights": True,
     "init_ia3_weights": True,
@@ -90,7 +91,7 @@ def row_for(config: Mapping[str, Any]) -> Row:
 
     def is_of(row: Row, name: str) -> bool:
         value = config.get(name, KNOWN_BY_DEFAULTS[name])
-        return any(value == known and type(value) is type(known) for known in row.known_by[name])
+        return any(_is(value, known) for known in row.known_by[name])
 
     fitting = [row for row in rows if all(is_of(row, name) for name in row.known_by)]
     if not fitting:
@@ -104,6 +105,11 @@ def row_for(config: Mapping[str, Any]) -> Row:
     read = row.known_by.keys() | row.defaults.keys() | set(row.patterns.values()) | row.reads | {BIAS}
     check_options(config, SELECTING | INERT.keys() | row.inert.keys() | read, row.refused)
     return row
+
+
+def _is(value: Any, known: Any) -> bool:
+    """Whether a field's value means a row: it is the known one, or one of the known class."""
+    return isinstance(value, known) if isinstance(known, type) else value == known and type(value) is type(known)
 
 
 def check_options(config: Mapping[str, Any], read: Collection[str], reasons: Mapping[str, str]) -> None:

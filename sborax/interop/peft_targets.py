@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from sborax.adapters.core import SboraxError
 from sborax.adapters.patterns import compiled, fullmatch, match
-from sborax.interop.peft_layout import HEAD
+from sborax.interop.peft_layout import EMBEDDING, HEAD
 
 Value = TypeVar("Value")
 
@@ -87,7 +87,7 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
         if any(f".{name}." in f".{module}." for name in saved):
             return False
         if wanted == "all-linear":
-            return module != HEAD
+            return module not in (EMBEDDING, HEAD)
         if isinstance(wanted, str):
             return fullmatch(_checked(wanted, "target_modules"), module) is not None
         names = _texts(config, "target_modules")

@@ -15,6 +15,7 @@ from sborax.adapters.constraints import ROWS, SHARED, mesh_axes
 from sborax.adapters.core import AbstractKernelless, Adapter, Leaves, SboraxError, is_adapter, is_weight
 from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest
+from sborax.adapters.tables import leaf_of
 from sborax.adapters.tree import Adapters, Params, combine, specs
 from sborax.layout.mesh import check_rows, make_mesh
 from sborax.layout.spread import SMALL, spread
@@ -71,7 +72,9 @@ def _adapter_shardings(mesh: Mesh | AbstractMesh, adapters: Adapters, base: PyTr
 
     def node_shardings(path: str, node: Adapter, natural: Adapter) -> Adapter:
         stack = len(stack_of(node))
-        entries = () if isinstance(node.method, AbstractKernelless) else tuple(kernels[path])[stack:]
+        # Without a kernel an adapter is on every device.
+        without = isinstance(node.method, AbstractKernelless)
+        entries = () if without else tuple(kernels[leaf_of(path, kernels)])[stack:]
         names = [name for entry in entries for name in mesh_axes(entry)]
 
         def half(kind: str, leaves: Leaves, leaf_specs: Leaves, small: int) -> Leaves:

@@ -14,6 +14,7 @@ from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import bias_path
 from sborax.adapters.rebase import reads_base
+from sborax.adapters.tables import leaf_of
 from sborax.adapters.tree import Adapters, Params, count, nodes, split
 
 Flat = dict[str, Any]
@@ -109,7 +110,7 @@ def take_apart(
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
     for path, node in nodes(adapters).items():
-        if path in chosen and reads_base(node.method):
+        if leaf_of(path, flat) in chosen and reads_base(node.method):
             raise SboraxError(
                 f"{path}: {type(node.method).__name__} keeps what follows from this weight, which would be trained "
                 "itself; leave one of the two out"

@@ -38,6 +38,7 @@ class LoRA(AbstractFactored):
     init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0. Or
         "orthogonal", for an even rank: a = G Q_1 / 10, b = Q_2^T H / 10, G and H of N(0, 1), Q_1 and Q_2 the even and
         the odd rows of a random orthogonal matrix, so that a b = 0 though neither is zero (PEFT's, of no paper).
+        On an embedding a = 0 and b ~ N(0, 1), as released; if the head shares it, b^T starts as a on a kernel (PEFT).
 
     Identity at init. Exact merge W + s a b. Trained parameters: rank (in + out).
     The paper's A is our a transposed, its B our b transposed.
@@ -70,16 +71,28 @@ class LoRA(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape
+        if hint.use == "kernel":
+            a, b = self._start(key, fan_in, fan_out, hint)
+        elif hint.use == "lookup":
+            a = jnp.zeros((fan_in, width(self.rank)))
+            b = jax.random.normal(key, (width(self.rank), fan_out))
+        else:
+            b, a = (factor.T for factor in self._start(key, fan_out, fan_in, hint))
+        scale = scaling(self.alpha, self.rank, hint, self.rslora)
+        return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})
+
+    def _start(
+        self, key: Key[Array, ""], fan_in: int, fan_out: int, hint: Hint
+    ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+        """The factors on a kernel."""
         rank, mask = live(self.rank, hint)
-        b = jnp.zeros((width(self.rank), fan_out))
         if self.init_a == "orthogonal":
-            a, b = _orthogonal(key, fan_in, fan_out, mask)
-        elif self.init_a == "kaiming":
+            return _orthogonal(key, fan_in, fan_out, mask)
+        if self.init_a == "kaiming":
             a = kaiming_uniform(key, fan_in, self.rank, hint)
         else:
             a = jax.random.normal(key, (width(self.rank), fan_in)).T * mask[None, :] / rank
-        scale = scaling(self.alpha, self.rank, hint, self.rslora)
-        return Fitted({"a": a, "b": b}, {"scale": scale, **dropout_leaf(self.dropout)})
+        return a, jnp.zeros((width(self.rank), fan_out))
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -147,6 +147,10 @@ class AbstractDecoder(nn.Module, abc.ABC):
     - expert_capacity: the rows that each expert takes of a device's tokens, as a multiple of those at balanced load.
         None drops no token. See `mixture.Mixture.limited`.
     """
+
+    adapts_tables: ClassVar[bool] = False
+    """Whether `hidden` and `head` read the adapters of `sborax.adapters.tables`, as `layers.Embed` and
+    `layers.TiedHead` do. By default False: such adapters are refused."""
 
     config: Any
     dtype: Any = jnp.dtype(jnp.float32)

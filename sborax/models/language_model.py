@@ -13,7 +13,8 @@ from sborax.adapters import core
 from sborax.adapters.bank import AbstractBank
 from sborax.adapters.bank import link as link_banks
 from sborax.adapters.leaves import flatten, nest
-from sborax.adapters.paths import STACKED_UNDER
+from sborax.adapters.paths import STACKED_UNDER, adaptable
+from sborax.adapters.paths import kernels as kernels_of
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder, DecoderConfig, check_capacity
@@ -54,8 +55,9 @@ def _shapes(module: AbstractDecoder) -> Params:
 
 @functools.cache
 def projections(module: AbstractDecoder) -> frozenset[str]:
-    """Every path at which the model reads an adapter: kernels behind `core.linear`, and a router in each layer."""
-    kernels = [path for path in flatten(_shapes(module)) if path.endswith("/kernel")]
+    """Every path at which the model reads an adapter: weights, and a router in each layer."""
+    params = _shapes(module)
+    kernels = list(adaptable(params) if module.adapts_tables else kernels_of(params))
     layers = {layer_of(path, STACKED_UNDER) for path in kernels if path.startswith(f"{STACKED_UNDER}/")}
     return frozenset([*kernels, *(f"{layer}/{ROUTER}" for layer in layers)])
 

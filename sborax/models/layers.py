@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from sborax.adapters import core
 from sborax.adapters.depth import remember
 from sborax.adapters.routing import GATE, ROUTER
+from sborax.adapters.tables import look_up, tied_head
 from sborax.models.sharding import sent_packed, used_whole
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -167,9 +168,36 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.dtype)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
-        """The vectors of `tokens`."""
+        """The vectors of `tokens`, adapted or not."""
         vectors = jnp.take(self.embedding, tokens, axis=0)
+        for name in ("embedding", "lookup"):
+            adapter = self.get_variable("adapters", name)
+            if adapter is not None:
+                vectors = vectors + look_up(tokens, self.embedding, used_whole(adapter, self.path[-1]))
         return vectors if self.factor is None else vectors * jnp.asarray(self.factor, vectors.dtype)
+
+
+class TiedHead(nn.Module):
+    """A projection by the table of the embedding, whose adapter it has unless it has one of its own."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*batch d"],
+        table: Float[Array, "vocab d"],
+        shared: core.Adapter | None,
+        ctx: core.Context = core.Context(),
+    ) -> Float[Array, "*batch vocab"]:
+        """x table^T, adapted or not, with dropout if the call carries an rng named `dropout`.
+
+        - shared: the adapter of the table, if its look-ups and the head share one.
+        """
+        if self.has_rng("dropout"):
+            ctx = dataclasses.replace(ctx, key=self.make_rng("dropout"))
+        adapter = self.get_variable("adapters", "kernel")
+        adapter = None if adapter is None else used_whole(adapter, self.path[-1])
+        logits = core.linear(x, table.T, adapter, ctx)
+        return logits if shared is None else logits + tied_head(x, table, used_whole(shared, "embed_tokens"), ctx)
 
 
 def rotate(

@@ -16,7 +16,7 @@ from sborax.adapters.core import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import SLIDING, LlamaConfig, Rope
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.layers import ACTIVATIONS, Embed, GatedUnit, Linear, RMSNorm, rotate, routed
+from sborax.models.layers import ACTIVATIONS, Embed, GatedUnit, Linear, RMSNorm, TiedHead, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
 from sborax.models.sparse import SparseMLP
@@ -247,6 +247,7 @@ class Llama(AbstractDecoder):
     """The decoder. Its params follow the table in `sborax.models.names`. Layers of unequal size are never scanned."""
 
     config: LlamaConfig
+    adapts_tables = True
 
     @property
     def plain_head(self) -> bool:
@@ -271,8 +272,7 @@ class Llama(AbstractDecoder):
         else:
             self.layers = Unrolled(block, cfg, self.dtype, self.keep, self.attention, self.expert_capacity)
         self.norm = norm_of(cfg, self.dtype)
-        if not cfg.tie_word_embeddings:
-            self.lm_head = Linear(cfg.vocab_size, False, self.dtype)
+        self.lm_head = TiedHead() if cfg.tie_word_embeddings else Linear(cfg.vocab_size, False, self.dtype)
 
     def hidden(
         self,
@@ -316,9 +316,11 @@ class Llama(AbstractDecoder):
         self, hidden: Float[Array, "batch seq d"], ctx: core.Context = core.Context()
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of normed hidden states, float32."""
-        if self.config.tie_word_embeddings:
-            logits = core.linear(hidden, self.embed_tokens.embedding.T).astype(jnp.float32)
+        if isinstance(self.lm_head, TiedHead):
+            table = self.embed_tokens
+            logits = self.lm_head(hidden, table.embedding, table.get_variable("adapters", "embedding"), ctx)
         else:
-            logits = self.lm_head(hidden, ctx).astype(jnp.float32)
+            logits = self.lm_head(hidden, ctx)
+        logits = logits.astype(jnp.float32)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -157,4 +157,6 @@ def sent_packed(kernel: Weight, module: str) -> Weight:
 
 
 def _used_axes(module: str) -> tuple[str | None, str | None]:
+    if module == "embed_tokens":
+        return None, None
     return ("tensor", None) if module in ROW_PARALLEL else (None, "tensor")

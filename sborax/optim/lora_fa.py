@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sborax.adapters.core import Leaves, SboraxError, is_adapter
 from sborax.adapters.leaves import flatten, replace_leaves
-from sborax.adapters.tree import split
+from sborax.adapters.tables import LOOKUP, TABLE
+from sborax.adapters.tree import nodes, split
 from sborax.optim.pairs import agree, over_pairs, sides
 
 RIDGE = 1e-8
@@ -24,8 +25,11 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
         train, frozen = split_lora_fa(adapters)
         tx = optax.chain(optax.clip_by_global_norm(1.0), lora_fa(1e-3))  # clips by the gradient of b alone
 
-    Raises SboraxError if no adapter has such a pair. arXiv:2308.03303
+    Raises SboraxError if no adapter has such a pair, and for an embedding, where a is zero. arXiv:2308.03303
     """
+    for path in (TABLE, LOOKUP):
+        if path in nodes(adapters):
+            raise SboraxError(f"lora_fa: {path}: a starts at zero there, and would stay zero; use another optimizer")
     train, frozen = split(adapters)
     flags = jax.tree.map(lambda side: side == "a", sides(train))
     if not any(jax.tree.leaves(flags)):

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from sborax.adapters.compose import with_parts
 from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, is_adapter
 from sborax.adapters.leaves import map_with_path
+from sborax.adapters.tables import LOOKUP, TABLE
 
 ONE_AXIS = ("scale", "bias")
 """Base leaves that have one axis apart from stacks: scales of norms, and biases."""
@@ -20,14 +21,12 @@ def groups(tree: PyTree) -> PyTree:
 
     - "b": leaves of adapters that their method declares in `group_b`, and scales of norms.
     - "b_no_decay": biases, which should not decay.
-    - "a": everything else.
-
-    PEFT has a fourth group, adapters of embedding tables, which sborax does not have.
+    - "a": everything else, adapters of the embedding among them. PEFT gives those a learning rate of their own.
     """
 
     def group_of(path: str, node: Any) -> Any:
         if is_adapter(node):
-            return _of_adapter(node)
+            return jax.tree.map(lambda _: "a", node) if path.endswith((TABLE, LOOKUP)) else _of_adapter(node)
         name = path.split("/")[-1]
         if name in ONE_AXIS:
             return "b_no_decay" if name == "bias" else "b"

@@ -62,7 +62,7 @@ def check_segments(procedure: AbstractProcedure, run: Run, base: dict[str, Any],
         raise SboraxError(f"{name}: nothing is adapted; give rules")
     for site in run.plan.sites:
         if site.path not in base:
-            raise SboraxError(f"{name}: {site.path} is trained itself, so that nothing can be merged into it")
+            raise SboraxError(f"{name}: {site.path} is tied or trained itself, so that nothing can be merged into it")
         # Methods that share a stack by layers are merged each on its own.
         for method in site.method.members if isinstance(site.method, ByLayer) else (site.method,):
             kind = type(method).__name__

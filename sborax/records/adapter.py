@@ -17,11 +17,12 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from sborax.adapters.constraints import replicate
-from sborax.adapters.core import AbstractKernelless, AbstractMethod, AbstractWeight, Adapter, SboraxError
-from sborax.adapters.depth import stack_of
+from sborax.adapters.core import AbstractKernelless, AbstractMethod, AbstractWeight, Adapter, SboraxError, leaf_axes
+from sborax.adapters.depth import axes_leaves, stack_of
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
+from sborax.adapters.tables import tables
 from sborax.adapters.tree import Adapters, Params, nodes, rebase
 from sborax.adapters.weight import check_finite
 from sborax.config.codec import decode, encode
@@ -98,7 +99,8 @@ def save_adapter(
         "trained_base": sorted(trained_base or {}),
         "base": dict(base or {}),
     }
-    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    # NumPy would give a scalar an axis.
+    contiguous = {name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in leaves.items()}
     plan["digests"] = {name: _digest(leaf) for name, leaf in contiguous.items()}
     replace(place / LEAVES, save_safetensors(contiguous))
     # The plan comes last: an adapter with a plan is complete.
@@ -155,9 +157,9 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         method = decode(AbstractMethod, site["method"], f"{place / PLAN}: {path}", structural=True)  # type: ignore[type-abstract]
         where = f"{place / PLAN}: {path}"
         train, frozen = _nested(where, leaves_under(f"{path}/train/")), _nested(where, leaves_under(f"{path}/frozen/"))
-        adapters[path] = Adapter(train, frozen, method, in_axes)
         for half in (train, frozen):
             _check_leaves(where, method, method.axes, half, None)
+        adapters[path] = _with_scalars(Adapter(train, frozen, method, in_axes))
     trained_base = leaves_under("base/")
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
@@ -199,6 +201,17 @@ def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     return nest(flat)
 
 
+def _with_scalars(node: Adapter) -> Adapter:
+    """The adapter with scalars of shape () unless it is stacked. Earlier versions wrote them with an axis."""
+    leaves, structure = jax.tree.flatten((node.train, node.frozen))
+    axes = [names for half in (node.train, node.frozen) for names in axes_leaves(leaf_axes(node.method.axes, half))]
+    stacks = [leaf.ndim - len(names) for leaf, names in zip(leaves, axes, strict=True)]
+    if len(set(stacks)) > 1 and min(stacks) == 0:
+        leaves = [leaf.reshape(leaf.shape[stack:]) for leaf, stack in zip(leaves, stacks, strict=True)]
+    train, frozen = jax.tree.unflatten(structure, leaves)
+    return Adapter(train, frozen, node.method, node.in_axes)
+
+
 def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: Mapping[str, int] | None) -> None:
     """Raise SboraxError for a leaf that the method lacks, or whose shape does not fit the weight.
 
@@ -235,6 +248,7 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
     """
     saved = read_adapter(directory)
     flat, prints, changed = flatten(params), fingerprint(params), {}
+    weights = {**flat, **tables(params)}
     for path, print_ in saved.base.items():
         if path not in flat:
             raise SboraxError(f"{directory}: was trained on a base with {path}, which this model lacks")
@@ -243,9 +257,9 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
     for path, node in nodes(saved.adapters).items():
         if isinstance(node.method, AbstractKernelless):
             continue
-        if path not in flat:
+        if path not in weights:
             raise SboraxError(f"{directory}: adapts {path}, which this model lacks")
-        sizes = flat[path].shape[len(stack_of(node)) :]
+        sizes = weights[path].shape[len(stack_of(node)) :]
         weight = {"in": math.prod(sizes[: node.in_axes]), "out": math.prod(sizes[node.in_axes :])}
         for half in (node.train, node.frozen):
             _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)

@@ -7,13 +7,10 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.tables import HEAD, TABLE
 from sborax.adapters.tree import Adapters, Params, nodes
 from sborax.models.language_model import LanguageModel
 from sborax.train.head_loss import head_log_probs, head_loss, head_losses, trained_head_loss, trained_head_losses
-
-HEAD = "lm_head/kernel"
-TABLE = "embed_tokens/embedding"
-"""Paths of the head's kernel and of the embedding, which is the head's kernel where they are tied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +78,8 @@ class Outputs:
         """Whether the head is trained, adapted or more than a product with a frozen table."""
         if not self.model.module.plain_head:
             return True
-        return (TABLE if self._tied else HEAD) in self.trained or HEAD in nodes(self.adapters)
+        leaf = TABLE if self._tied else HEAD
+        return leaf in self.trained or not nodes(self.adapters).keys().isdisjoint((leaf, HEAD))
 
     def _table(self) -> Float[Array, "_ _"]:
         return self.params["embed_tokens"]["embedding"] if self._tied else self.params["lm_head"]["kernel"]

@@ -1,0 +1,55 @@
+"""KaSA beside PEFT: what the base loses, and the penalties that the paper adds to the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+from torch_pair import TOKENS, build, logits, with_peft
+
+import sborax as sx
+from sborax.adapters.tree import nodes
+from sborax.interop.peft import load_peft
+from sborax.train.kasa_loss import kasa_penalty
+from sborax.train.outputs import Outputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("base"))
+
+
+def test_the_base_loses_its_smallest_components(pair):
+    params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", sx.KaSA(rank=5, alpha=3.0))])
+    kernels = (tree["layers"]["self_attn"]["q_proj"]["kernel"] for tree in (params, pair.ours.params))
+    for left, whole in zip(*kernels, strict=True):
+        u, s, vt = np.linalg.svd(whole)
+        np.testing.assert_allclose(left, (u[:, :-5] * s[:-5]) @ vt[:-5], rtol=0, atol=1e-5)
+    # b is zero, so that the function is that of the base without them.
+    np.testing.assert_allclose(logits(pair.ours, params, adapters), logits(pair.ours, params, None), rtol=0, atol=1e-5)
+    assert np.abs(logits(pair.ours, params, None) - logits(pair.ours, pair.ours.params, None)).max() > 1e-3
+    with pytest.raises(sx.SboraxError, match="less than the smaller side"):
+        sx.plan(pair.ours.abstract(), [("q_proj", sx.KaSA(rank=32))])
+
+
+def test_penalties_are_those_of_peft(pair, tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], kasa_config=peft.KasaConfig(0.3, 0.07))
+    theirs = with_peft(pair, config)
+    theirs.save_pretrained(tmp_path)
+    params, adapters = load_peft(tmp_path, pair.ours)
+    penalty = kasa_penalty(adapters, 0.3, 0.07)
+    np.testing.assert_allclose(penalty, theirs.base_model._get_kasa_loss().item(), rtol=1e-5)
+    # A step divides by the number of targets that count: what is left is the mean and the penalty.
+    tokens = jnp.asarray(TOKENS[:, :-1])
+    counts = jnp.ones(tokens.shape, bool).at[0, :3].set(False)
+    batch = {"targets": jnp.asarray(TOKENS[:, 1:]), "counts": counts}
+    outputs = Outputs(pair.ours.hidden(params, adapters, tokens), batch, pair.ours, params, adapters)
+    (total, items), (plain, same) = sx.KaSALoss(0.3, 0.07)(outputs), sx.CrossEntropy()(outputs)
+    assert items == same == counts.sum()
+    np.testing.assert_allclose(total / items, plain / items + penalty, rtol=1e-5)
+    assert sx.KaSALoss().by_token(outputs)[0] == sx.CrossEntropy().by_token(outputs)[0]
+    assert nodes(adapters)
+    with pytest.raises(sx.SboraxError, match="KaSALoss: no kernel has KaSA"):
+        kasa_penalty({}, 1.0, 1.0)
