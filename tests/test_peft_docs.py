@@ -36,6 +36,8 @@ ROWS = [
     "| `DEFT` | DEFT | DEFT | `layers_to_transform` | truncated |",
     "| `OSF` | OSF | OSF | - | exact |",
     "| `SuperTuning` | SUPERTUNING | SUPERTUNING | - | truncated |",
+    "| `VBLoRA` | VBLORA | VBLORA | `layers_to_transform` | exact |",
+    "| `UniLoRA` | UNILORA | UNILORA | `layers_to_transform` | exact |",
     f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",
     "| `Bat` | MISS | MISS | `layers_to_transform` | truncated |",
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",
