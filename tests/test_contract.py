@@ -294,8 +294,9 @@ def test_second_step_compiles_nothing(case: Case):
 
 @by_case
 def test_count_is_the_closed_form(case: Case):
-    weight = base()
-    for params, weights in ({"layers": {"proj": {"kernel": weight}}}, LAYERS), ({"proj": {"kernel": weight[0]}}, 1):
+    stacked, flat = {"proj": {"kernel": base()}}, {"0": {"proj": {"kernel": base()[0]}}}
+    for layers, weights in (stacked, LAYERS), (flat, 1):
+        params = {"layers": layers}
         grads = {path.removesuffix("/kernel"): sx.Hint(grad=leaf) for path, leaf in kernels(params).items()}
         _, adapters = sx.attach(
             jax.random.key(0), params, [("proj", case.method)], grads if case.method.needs else None

@@ -485,7 +485,7 @@ def test_no_weight_equals_it(model, adapters, tmp_path):
             sx.save_peft(tmp_path / form, model, model.params, adapters, as_=form)
     kernel = jnp.zeros((64, EXPERTS))
     router = jax.tree.map(lambda leaf: leaf[0], adapters["layers"]["router"])
-    with pytest.raises(SboraxError, match="routes and projects nothing"):
+    with pytest.raises(SboraxError, match="PromptRouter projects nothing"):
         sx.linear(jnp.zeros((1, 64)), kernel, router)
 
 

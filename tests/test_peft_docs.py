@@ -37,6 +37,8 @@ ROWS = [
     f"| `KaSA` | LORA | LORA | {PATTERNS} | exact |",
     "| `OSF` | OSF | OSF | `rank_pattern` | exact |",
     "| `SuperTuning` | SUPERTUNING | SUPERTUNING | - | truncated |",
+    "| `VBLoRA` | VBLORA | VBLORA | `layers_to_transform` | exact |",
+    "| `UniLoRA` | UNILORA | UNILORA | `layers_to_transform` | exact |",
     f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",
     "| `Bat` | MISS | MISS | `layers_to_transform` | truncated |",
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",

@@ -12,7 +12,7 @@ from published import ALL, PUBLISHED
 from tiny_model import WIDE
 
 import sborax as sx
-from sborax.adapters.routing import AbstractRouter
+from sborax.adapters.core import AbstractKernelless
 from sborax.adapters.tree import nodes
 from sborax.layout.mesh import abstract_mesh
 from sborax.models import LlamaConfig
@@ -47,7 +47,7 @@ def test_trained_leaves_lie_in_as_many_parts_as_divide_them(sizes):
     for step in steps_of_all_methods():
         laid = on_mesh(step, abstract_mesh(sizes))
         for node in nodes(laid.parts.adapters).values():
-            for leaf in [] if isinstance(node.method, AbstractRouter) else jax.tree.leaves(node.train):
+            for leaf in [] if isinstance(node.method, AbstractKernelless) else jax.tree.leaves(node.train):
                 # The first axis is that of layers.
                 most = min(devices, math.prod(map(twos, leaf.shape[1:])))
                 assert leaf.size == most * math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf

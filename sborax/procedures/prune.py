@@ -73,7 +73,9 @@ class LoRAPrune(AbstractInPlace):
             parent, _, module = block_of(path)
             known.setdefault(parent, {})[module] = site
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
-            if site.method.no_merge or site.method.linked or banked_parts(site.method):
+            if banked_parts(site.method):
+                raise SboraxError(f"LoRAPrune: {path}: {name} shares what it trains with other kernels; use LoRA")
+            if site.method.no_merge or site.method.linked:
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
             if CRITERIA[self.metric].full and not isinstance(site.method, AbstractAdditive):
                 raise SboraxError(
