@@ -61,7 +61,10 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "PEANuT": (peft.PeanutConfig, {"r": 4}),
     "SuperTuning": (peft.SupertuningConfig, {"sparsity": 0.9}),
     "DEFT": (peft.DeftConfig, {"r": 4}),
-    "VBLoRA": (peft.VBLoRAConfig, {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.5}),
+    "VBLoRA": (
+        peft.VBLoRAConfig,
+        {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 0.3},
+    ),
     "UniLoRA": (peft.UniLoraConfig, {"r": 3, "theta_d_length": 200, "init_theta_d_bound": 2.0}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
@@ -437,7 +440,9 @@ def of_biases() -> Iterator[Option]:
     for tuner, (kind, _) in TUNERS.items():
         if "bias" in {field.name for field in dataclasses.fields(kind)}:
             yield Option(tuner, "all biases", {"bias": "all"}, also_in=BIASED)
-            yield Option(tuner, "biases of the adapted", {"bias": "lora_only"}, also_in=BIASED)
+            # PEFT reads the end of the value, but Uni-LoRA's config takes its own alone.
+            value = "unilora_only" if kind is peft.UniLoraConfig else "lora_only"
+            yield Option(tuner, "biases of the adapted", {"bias": value}, also_in=BIASED)
     yield Option("LoRA", "biases of a layer", {"bias": "lora_only", "layers_to_transform": [1]}, also_in=BIASED)
     yield Option(
         "LoRA", "biases beside norms", {"bias": "all", "modules_to_save": ["layernorm", "model.norm"]}, also_in=BIASED
