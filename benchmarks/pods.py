@@ -25,7 +25,7 @@ from benchmarks.__main__ import number, version
 from benchmarks.shapes import SHAPES, kernels, minimum_flops, model_flops
 from benchmarks.tpu import step
 from sborax.plans.ahead import Outline, argument_bytes, lowered, on_mesh, pod_mesh
-from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes
+from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes, overlapped_bytes
 from sborax.plans.roofline import CHIPS, Roofline, attention_flops, received_bytes, roofline
 from sborax.train.head_loss import CHUNK
 
@@ -142,6 +142,7 @@ def measure(pod: Pod, outlined: Outline, traced: Any) -> dict[str, Any]:
         "matmul_flops": matmul_flops(text, most),
         "hbm_bytes": memory_bytes(text, most),
         "sent_bytes": collective_bytes(text),
+        "overlapped_bytes": overlapped_bytes(text),
         "compile_seconds": round(time.perf_counter() - began),
     }
 

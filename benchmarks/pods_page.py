@@ -53,6 +53,14 @@ twice, as sums and as their result. Utilisation is 4N FLOPs a token over the chi
 largest time.
 """
 
+SENT = """## What is sent
+
+GB on each chip, by kind of collective. The compiler gathers some kernels in pieces, as permutes, which are among
+"others". "Beside products" is the share that is sent while the chip multiplies: in the compiled schedule a product or a
+kernel lies between the start and the end of the collective, or in one fusion with a piece of it. Whether the product
+takes as long is not in the schedule.
+"""
+
 OTHERS = """## Measured by others
 
 What full training of dense decoders on TPU slices has reached, by the programs' own reports. It counts 6N FLOPs a token
@@ -107,8 +115,11 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
             ["model", "slice", "method", "compute s", "HBM s", "ICI s", "largest", "utilisation at 4N, at most"],
             [_time(pod, result) for pod, result in done],
         ),
-        "## What is sent\n\nGB on each chip, by kind of collective.\n",
-        table(["model", "slice", "method", "all-gather", "all-reduce", "others"], [_sent(*each) for each in done]),
+        SENT,
+        table(
+            ["model", "slice", "method", "all-gather", "all-reduce", "others", "beside products"],
+            [_sent(*each) for each in done],
+        ),
         OTHERS,
     ]
     refused = [[*_names(pod), pod.remat, result["refused"]] for pod, result in known if "refused" in result]
@@ -161,4 +172,5 @@ def _time(pod: Pod, result: dict[str, Any]) -> list[str]:
 def _sent(pod: Pod, result: dict[str, Any]) -> list[str]:
     sent = dict(result["sent_bytes"])
     kinds = [sent.pop("all-gather", 0), sent.pop("all-reduce", 0), sum(sent.values())]
-    return [*_names(pod), *(f"{size / 1e9:.2f}" for size in kinds)]
+    beside = sum(result["overlapped_bytes"].values()) / sum(result["sent_bytes"].values())
+    return [*_names(pod), *(f"{size / 1e9:.2f}" for size in kinds), f"{beside:.0%}"]

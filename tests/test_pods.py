@@ -94,6 +94,54 @@ def test_products_and_traffic_are_counted_by_the_turns_of_loops():
     assert hlo.matmul_flops(open_ended) == product
 
 
+SCHEDULE = """
+HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[1,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %part = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%beside (p: bf16[1,8], x: bf16[4,8], w: bf16[8,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %w = bf16[8,8]{1,0} parameter(2)
+  %piece = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %y = bf16[4,8]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+%multiply (x: bf16[4,8], w: bf16[8,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[8,8]{1,0} parameter(1)
+  ROOT %y = bf16[4,8]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: bf16[1,8], x: bf16[4,8], w: bf16[8,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %w = bf16[8,8]{1,0} parameter(2)
+  %first = bf16[4,8]{1,0} fusion(%p), kind=kCustom, calls=%begin
+  %second = bf16[4,8]{1,0} fusion(%p, %x, %w), kind=kOutput, calls=BESIDE
+  %sends = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[]) collective-permute-start(%x), channel_id=2
+  MIDDLE
+  %sent = bf16[4,8]{1,0} collective-permute-done(%sends)
+  %z = bf16[4,8]{1,0} fusion(%sent, %w), kind=kOutput, calls=%multiply
+  ROOT %sum = bf16[4,8]{1,0} all-reduce(%z), channel_id=3, to_apply=%add
+}
+"""
+
+
+def test_what_is_sent_beside_products_is_read_from_the_schedule():
+    product = "%y = bf16[4,8]{1,0} fusion(%x, %w), kind=kOutput, calls=%multiply"
+    size = 2 * 4 * 8
+    beside = SCHEDULE.replace("BESIDE", "%beside").replace("MIDDLE", product)
+    assert hlo.collective_bytes(beside) == {"all-gather": size, "collective-permute": size, "all-reduce": size}
+    assert hlo.overlapped_bytes(beside) == {"all-gather": size, "collective-permute": size, "all-reduce": 0}
+    alone = SCHEDULE.replace("BESIDE", "%begin").replace("MIDDLE", "")
+    assert hlo.collective_bytes(alone) == hlo.collective_bytes(beside)
+    assert not any(hlo.overlapped_bytes(alone).values())
+
+
 def test_the_largest_time_bounds_a_step():
     assert received_bytes({"all-gather": 100, "all-reduce": 10, "reduce-scatter": 1}, 4) == 100 + 20 + 4
     times = roofline(CHIPS["v5e"], 197 * 10**12, 2 * 819 * 10**9, 50 * 10**9)

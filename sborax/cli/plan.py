@@ -28,7 +28,7 @@ from sborax.models.decoder import DecoderConfig
 from sborax.plans.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
 from sborax.plans.estimate import temporary_bytes
 from sborax.plans.fit import best_mesh, mending
-from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes, scattered_bytes
+from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes, overlapped_bytes, scattered_bytes
 from sborax.plans.roofline import CHIPS, attention_flops, chip_of, received_bytes, roofline
 from sborax.records.disk import CONFIG
 from sborax.records.report import method_line
@@ -206,13 +206,16 @@ def _judged(planned: Outline, program: Any, topology: str) -> list[str]:
     most, width = rows * length // shards // CHUNK, config.num_attention_heads * config.head_dim // tensor
     again = planned.model.module.remat == "full"
     attention = accumulate * attention_flops(config.num_hidden_layers, width, rows // shards, length, again)
-    received = received_bytes(collective_bytes(text), 1) + scattered_bytes(text, planned.mesh.size)
+    sent, hidden = collective_bytes(text), sum(overlapped_bytes(text).values())
+    received = received_bytes(sent, 1) + scattered_bytes(text, planned.mesh.size)
     times = roofline(chip, matmul_flops(text, most) + attention, memory_bytes(text, most), received)
     flops = model_flops(config, planned.parts) * accumulate * rows * length / planned.mesh.size
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     seconds = f"{times.compute:.3f} s of computing, {times.memory:.3f} s of HBM, {times.links:.3f} s of ICI"
     share, shown = flops / times.seconds / chip.flops, f"{held / 2**30:.1f} of {chip.memory / 2**30:.0f} GiB"
+    behind = [f"{hidden / sum(sent.values()):.0%} of what is sent is sent beside products"] if sent else []
     return [
+        *behind,
         f"least time of a step: the largest of {seconds}",
         f"at most {share:.0%} of the chip's peak, by the model's FLOPs",
         f"fits: {shown}" if held <= chip.memory else f"does not fit: {shown}{_try(planned, topology)}",

@@ -31,6 +31,53 @@ def scattered_bytes(text: str, devices: int) -> int:
     return _collectives(text, lambda line, size: size * (_group(line, devices) - 1)).get("reduce-scatter", 0)
 
 
+def overlapped_bytes(text: str) -> dict[str, int]:
+    """The part of `collective_bytes` that is sent while the device multiplies, by kind.
+
+    In the schedule a product or a kernel lies between the start and the end of such a collective, or in one fusion with
+    a piece of it. Whether it takes as long as the collective is not said.
+    """
+    lines, _ = _computations(text)
+    working = {name for name in lines if _multiplies(name, lines)}
+    hidden: set[str] = set()
+    of_line: dict[str, str] = {}
+    for body in lines.values():
+        spans: dict[str, list[int]] = {}
+        for number, line in enumerate(body):
+            for operation, sent in _ends(line, lines):
+                spans.setdefault(operation, []).append(number)
+                of_line |= dict.fromkeys(sent, operation)
+        products = [number for number, line in enumerate(body) if _is_product(line) or working & set(_called(line))]
+        hidden |= {name for name, span in spans.items() if any(span[0] <= number <= span[-1] for number in products)}
+    return _collectives(text, lambda line, size: size if of_line.get(line) in hidden else 0)
+
+
+def _is_product(line: str) -> bool:
+    """Whether an operation is a matrix product or a kernel that the compiler does not see into."""
+    return bool(re.search(r" (dot|convolution)\(|custom_call_target=\"tpu_custom_call\"", line))
+
+
+def _multiplies(computation: str, lines: dict[str, list[str]]) -> bool:
+    """Whether a computation or one that it runs has a product."""
+    body = lines.get(computation, [])
+    return any(_is_product(line) or any(_multiplies(name, lines) for name in _called(line)) for line in body)
+
+
+def _ends(line: str, lines: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """The collectives that begin, go on or end in an operation, by name, each with its lines that have its size."""
+    match = _INSTRUCTION.match(line)
+    if not match:
+        return []
+    _, name, _, opcode, rest = match.groups()
+    inner = [text for called in _called(line) for text in lines.get(called, [])]
+    if opcode == "fusion":
+        chains = [(re.search(r'chain_id="(\d+)"', text), text) for text in inner]
+        return [(f"chain {chain.group(1)}", [text]) for chain, text in chains if chain]
+    if opcode.endswith("-start"):
+        return [(name, [line, *inner])]
+    return [(operand, []) for operand in _operands(rest)] if opcode.endswith("-done") else []
+
+
 def _group(line: str, devices: int) -> int:
     """How many devices a collective goes between."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
