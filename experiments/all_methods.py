@@ -64,6 +64,7 @@ class Arm:
 ARMS = [
     Arm("LoRA", sx.LoRA(rank=8, alpha=16.0)),
     Arm("rsLoRA", sx.LoRA(rank=8, alpha=16.0, rslora=True)),
+    Arm("QALoRA", sx.QALoRA(rank=8, group=4)),
     Arm("GraLoRA", sx.GraLoRA(rank=8, alpha=16.0)),
     Arm("LoRA, LoRA+ (b 16 times as fast)", sx.LoRA(rank=8, alpha=16.0), 5e-4, optimizer={"b_ratio": 16.0}),
     Arm("LoRA, LoRA-FA", sx.LoRA(rank=8, alpha=16.0), optimizer={"name": "lora_fa"}),
@@ -103,7 +104,7 @@ ARMS = [
     Arm("LoHa", sx.LoHa(rank=4, alpha=8.0)),
     Arm("LoKr", sx.LoKr(rank=8, alpha=8.0)),
     Arm("C3A", sx.C3A(block=4), 1e-2),
-    Arm("FourierFT", sx.FourierFT(coefficients=1000), 1e-1),
+    Arm("FourierFT", sx.FourierFT(coefficients=1000), 3e-2),
     Arm("WaveFT", sx.WaveFT(coefficients=1000), 1e-2),
     Arm("PEANuT", sx.PEANuT(rank=8), 1e-2),
     Arm("SHiRA", sx.SHiRA(rank=8)),

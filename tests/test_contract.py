@@ -297,9 +297,12 @@ def test_count_is_the_closed_form(case: Case):
     stacked, flat = {"proj": {"kernel": base()}}, {"0": {"proj": {"kernel": base()[0]}}}
     for layers, weights in (stacked, LAYERS), (flat, 1):
         params = {"layers": layers}
-        grads = {path.removesuffix("/kernel"): sx.Hint(grad=leaf) for path, leaf in kernels(params).items()}
+        hints = {
+            path.removesuffix("/kernel"): hint_for(case.method, leaf, leaf.ndim - 2)
+            for path, leaf in kernels(params).items()
+        }
         _, adapters = sx.attach(
-            jax.random.key(0), params, [("proj", case.method)], grads if case.method.needs else None
+            jax.random.key(0), params, [("proj", case.method)], hints if case.method.needs else None
         )
         assert sx.count(adapters) == weights * case.count(IN, OUT) + case.shared
 

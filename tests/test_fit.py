@@ -111,7 +111,8 @@ def test_bytes_between_devices_by_the_formula():
 def test_a_compiled_step_is_judged():
     experiment = sx.Experiment("x", sx.Data("x", max_length=32), ((ALL, sx.LoRA(rank=4)),), steps=1, batch_size=8)
     laid = on_mesh(outline(experiment, WIDE), make_mesh({"fsdp": 8}))
-    time, share, fits = _judged(laid, compiled(laid), "v5e:2x4")
+    beside, time, share, fits = _judged(laid, compiled(laid), "v5e:2x4")
+    assert beside == "0% of what is sent is sent beside products"
     assert time.startswith("least time of a step: the largest of 0.000 s of computing")
     assert share.endswith("% of the chip's peak, by the model's FLOPs") and fits == "fits: 0.0 of 16 GiB"
 

@@ -113,7 +113,7 @@ WRONG = {
     "bias": ({"bias": "some"}, "option bias=some"),
     "lora_bias": ({"lora_bias": True}, "option lora_bias=True is not supported for model.layers.0.self_attn.q_proj"),
     "unknown": ({"some_new_switch": 3}, "option some_new_switch=3"),
-    "kasa": ({"kasa_config": {"beta": 1}}, "option kasa_config"),
+    "kasa": ({"kasa_config": {"beta": 1}}, "lora_diag"),
     "redrawn": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "corda": ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
     "both": ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora=True"),

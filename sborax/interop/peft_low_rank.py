@@ -224,7 +224,10 @@ LOW_RANK = (
     ),
     Row(
         QALoRA, "LORA",
-        {"use_qalora": (True,), "use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "orthogonal")},
+        {
+            "use_qalora": (True,), "use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+            "kasa_config": (None,),
+        },
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
         by_shape=_groups, refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
     ),
