@@ -151,6 +151,8 @@ def step_of(experiment: sx.Experiment, folder: epath.Path) -> Runner:
     model = read_model(experiment)
     batches, _ = read_data(experiment, model, lambda _: None)
     assert experiment.steps is not None
+    # Starts that choose ranks write these down.
+    folder.mkdir()
     prepared = prepare(experiment, model, experiment.steps, folder)
     prepared, parts = begin(prepared, model, batches, folder, lambda _: None)
     return Runner.of(prepared.make_step(), prepared.start(parts), parts.frozen, parts.base, batches[0])
@@ -191,7 +193,7 @@ def table(arms: list[Arm], wanted: list[str], scene: Scene, model: str, data: st
         settings = experiment(arm, scene, model, data)
         if reference is None and arm is not arms[0]:
             with tempfile.TemporaryDirectory() as temporary:
-                reference = step_of(experiment(arms[0], scene, model, data), epath.Path(temporary))
+                reference = step_of(experiment(arms[0], scene, model, data), epath.Path(temporary) / "reference")
         row, step = run(settings, reference)
         reference = reference or step
         fell = "" if row["last"] < row["first"] else " (did not fall)"
