@@ -22,7 +22,7 @@ from sborax.adapters.informed import AbstractInformed
 from sborax.adapters.leaves import flatten
 from sborax.adapters.patterns import compiled, search
 from sborax.adapters.routing import Expert, routers
-from sborax.adapters.tables import HEAD, LOOKUP, TABLE, tables, use_of, why_no_table
+from sborax.adapters.tables import HEAD, LOOKUP, TABLE, tables, use_of, weight_at, why_no_table
 from sborax.adapters.weight import check_finite
 
 STACKED_UNDER = "layers"
@@ -253,7 +253,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     disagree about what they share.
     """
     rules = as_rules(rules)
-    weights, of_tables = kernels(params), tables(params)
+    weights, of_tables, leaves = kernels(params), tables(params), flatten(params)
     numbers = [module_path(path)[1] for path in weights]
     numbered_depth = 1 + max((number for number in numbers if number is not None), default=0)
     used: set[int] = set()
@@ -288,7 +288,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             untouched += [] if is_table else [path]
             continue
         shape = (math.prod(sizes[:in_axes]), math.prod(sizes[in_axes:]))
-        choose = _ranks(name, weight, layers, stack, shape, depth)
+        choose = _ranks(name, weight_at(path, leaves) if is_table else weight, layers, stack, shape, depth)
         parts = []
         for i, positions in chosen.items():
             method = rules[i].method

@@ -27,19 +27,28 @@ TABLE, LOOKUP, HEAD = "embed_tokens/embedding", "embed_tokens/lookup", "lm_head/
 def tables(params: Any) -> dict[str, Any]:
     """The (in, out) weights that are no kernels of their own, by the path of their adapter.
 
-    In a model whose head is tied, look-ups and the head are further such weights, since each may have its adapter.
+    In a model whose head is tied, look-ups and the head are further such weights, since each may have its adapter. Of
+    the head there is only the shape: `weight_at` transposes the table.
     """
     leaves = flatten(params)
     if TABLE not in leaves:
         return {}
     table = leaves[TABLE]
-    return {TABLE: table} if HEAD in leaves else {TABLE: table, LOOKUP: table, HEAD: _transposed(table)}
+    if HEAD in leaves:
+        return {TABLE: table}
+    return {TABLE: table, LOOKUP: table, HEAD: jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)}
 
 
-def _transposed(table: Any) -> Any:
-    if isinstance(table, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
-    return table.T
+def weight_at(path: str, leaves: Mapping[str, Any]) -> Any:
+    """The weight of the adapter at `path`, (in, out); None if there is none, as for routers and banks.
+
+    - leaves: of the model, by path; arrays or shapes.
+    """
+    leaf = leaf_of(path, leaves)
+    if leaf == path or path == LOOKUP:
+        return leaves.get(leaf)
+    table = leaves[leaf]
+    return jax.ShapeDtypeStruct(table.shape[::-1], table.dtype) if isinstance(table, jax.ShapeDtypeStruct) else table.T
 
 
 def use_of(path: str, weights: Mapping[str, Any]) -> Use:

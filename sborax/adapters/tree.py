@@ -54,10 +54,10 @@ from sborax.adapters.core import (
 )
 from sborax.adapters.depth import axes_leaves, over_stack, stack_of
 from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
-from sborax.adapters.paths import Plan, RuleLike, Site, adaptable, bias_path, hint_of, plan, weight_keys
+from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
-from sborax.adapters.tables import HEAD, leaf_of
+from sborax.adapters.tables import HEAD, leaf_of, weight_at
 from sborax.adapters.weight import check_finite
 
 Params = PyTree
@@ -116,12 +116,13 @@ def attach(
     Raises SboraxError as `plan` does, and for a kernel, a gradient or a statistic that is not finite.
     """
     resolved = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
-    weights = adaptable(params)
+    leaves = flatten(params)
     adapters, rewritten = {}, {}
     for site in resolved.sites:
-        node = adapters[site.path] = fit(key, weights.get(site.path), site, hint_of(hints, site.path) or Hint())
+        weight = weight_at(site.path, leaves)
+        node = adapters[site.path] = fit(key, weight, site, hint_of(hints, site.path) or Hint())
         if site.method.rewrites_base:
-            rewritten[site.path] = rewrite(weights[site.path], node)
+            rewritten[site.path] = rewrite(leaves[site.path], node)
             check_finite(site.path, rewritten[site.path])
     params = replace_leaves(params, rewritten)
     return params, rebase(params, nest(bank.settle(adapters)))
@@ -137,10 +138,11 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
     - params: the parameters that the adapters are used with from now on.
     - adapters: a tree of adapters. Those whose kernel is not in `params` stay as they are.
     """
-    weights = adaptable(params)
+    leaves = flatten(params)
 
     def rebased(path: str, node: Adapter) -> Adapter:
-        return rebase_node(weights[path], node) if path in weights else node
+        weight = weight_at(path, leaves)
+        return node if weight is None else rebase_node(weight, node)
 
     return nest({path: rebased(path, node) for path, node in nodes(adapters).items()})
 

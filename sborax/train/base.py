@@ -11,7 +11,7 @@ from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Plan, Rule, Site, module_path
 from sborax.adapters.patterns import search
 from sborax.adapters.rebase import rewrite
-from sborax.adapters.tables import tables
+from sborax.adapters.tables import weight_at
 from sborax.adapters.tree import Adapters, Params, fit, rebase
 from sborax.adapters.weight import check_finite
 from sborax.layout.state import flatten
@@ -102,8 +102,7 @@ def adapt(
         if begun is not None and site.path in begun:
             adapters[site.path] = begun[site.path]
             continue
-        # Not every site has a leaf: a tied head shares that of the embedding, and routers and banks have none.
-        weight = flat[site.path] if site.path in flat else tables(unadapted).get(site.path)
+        weight = weight_at(site.path, flat)
         weight = weight if quant is None else _unquantised(site.path, weight)
         site_hint = hint(unadapted, site) if hint is not None and site.method.needs else Hint()
         adapters[site.path] = fit(key, weight, site, site_hint)
