@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sborax import methods
+from sborax.adapters.arrow import arrow
 from sborax.adapters.combination import Combination
 from sborax.adapters.compose import chain
 from sborax.adapters.core import Adapter, Context, Hint, SboraxError, linear
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from sborax.models import generate, load_model, save_hf
     from sborax.models.linen import apply_linen
     from sborax.models.nnx import Trained, adapt_nnx, adapters_nnx
+    from sborax.models.replication import replicate_layers
     from sborax.records.adapter import load_adapter, save_adapter
     from sborax.records.checkpoint import open_checkpoints
     from sborax.train.inputs import input_hints
@@ -87,6 +89,7 @@ _LATER = {
     "load_adapter": "sborax.records.adapter",
     "load_model": "sborax.models",
     "load_peft": "sborax.interop.peft",
+    "replicate_layers": "sborax.models.replication",
     "save_adapter": "sborax.records.adapter",
     "save_hf": "sborax.models",
     "save_peft": "sborax.interop.peft",
@@ -149,6 +152,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "XGBLoRA",
     "add",
     "apply_linen",
+    "arrow",
     "Trained",
     "adapt_nnx",
     "adapters_nnx",
@@ -175,6 +179,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "plan",
     "rebase",
     "remove_expert",
+    "replicate_layers",
     "save_adapter",
     "save_hf",
     "save_peft",

@@ -120,9 +120,10 @@ class Cell:
 
     @property
     def refused(self) -> str | None:
+        otherwise = self.option.refused
         if self.family == "nf4" and self.option.rewrites_base:
-            return "takes its start out of the base, which is quantised here"
-        return self.option.in_families.get(self.family, self.option.refused)
+            otherwise = "takes its start out of the base, which is quantised here"
+        return self.option.in_families.get(self.family, otherwise)
 
     def __str__(self) -> str:
         return f"{self.family}-{self.option.tuner}-{self.option.name}"
@@ -470,7 +471,7 @@ def refused() -> Iterator[Option]:
         ("QA-LoRA", {"qalora_group_size": 1}, "qalora_group_size=1 must be 2 or more"),
         ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ("LoRA", {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
@@ -522,6 +523,18 @@ def of_the_base() -> Iterator[Option]:
     for tuner in ("norms", "biases"):
         saved = {"modules_to_save": ["lm_head"]}
         yield Option(tuner, "more modules", {}, "option modules_to_save", stored=saved)
+
+
+def of_copies() -> Iterator[Option]:
+    """Adapters of a model that PEFT makes of copies of the base's layers."""
+    for tuner in ("LoRA", "DoRA", "QA-LoRA", "MiCA", "AdaLoRA"):
+        yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2], [0, 1]]})
+    saved = {"layer_replication": [[0, 1], [0, 2]], "modules_to_save": ["layernorm"], "layers_to_transform": [0, 2]}
+    yield Option("LoRA", "norms of copies", saved)
+    yield Option("LoRA", "fewer layers", {"layer_replication": [[1, 2]]})
+    for tuner in ("PiSSA", "OLoRA", "KaSA"):
+        refused = {"refused": "share one weight", "in_families": {"nf4": "share one weight"}}
+        yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2]]}, **refused)
 
 
 STORED: dict[str, Any] = {
@@ -590,6 +603,7 @@ def options() -> Iterator[Option]:
     yield from of_no_consequence()
     for tuner, fields in LATER:
         yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
+    yield from of_copies()
 
 
 OPTIONS = list(options())

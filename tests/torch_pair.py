@@ -57,12 +57,11 @@ def build(directory: Path, **changes: Any) -> Pair:
     config = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=DEPTH,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
-        **{"vocab_size": VOCAB, "tie_word_embeddings": False, **changes},
+        **{"vocab_size": VOCAB, "num_hidden_layers": DEPTH, "tie_word_embeddings": False, **changes},
     )
     model = transformers.LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():

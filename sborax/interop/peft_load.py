@@ -37,6 +37,7 @@ from sborax.interop.peft_layout import (
     transposed_copies,
     wide,
 )
+from sborax.interop.peft_replication import REPLICATION, check_replication
 from sborax.interop.peft_row import Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, SELECTING, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
@@ -64,6 +65,8 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
     `modules_to_save` and the biases that PEFT trained are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no
     adapters and change `params` alone.
+
+    A file with `layer_replication` is for a deeper model: give the one that `replicate_layers` makes of its base.
 
     Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
@@ -93,6 +96,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             config = {**config, POOLED: False}
         listed, config = config, {**config, FIELD: None}
         row = row_for(config)
+        if config.get(REPLICATION):
+            check_replication(row, config[REPLICATION], model)
         experts = None
         if listed.get(FIELD):
             if row is not PLAIN:

@@ -10,6 +10,7 @@ from sborax.adapters.core import AbstractMethod, Adapter, SboraxError
 from sborax.interop.peft_biases import OF_LORA
 from sborax.interop.peft_experts import FIELD
 from sborax.interop.peft_layout import TYING
+from sborax.interop.peft_replication import REPLICATION
 from sborax.interop.peft_row import (
     ANY_START,
     LARGEST_RANK,
@@ -34,7 +35,7 @@ PAIR = (
     Tensor("lora_B.weight", "b", TRANSPOSED, embedding="lora_embedding_B"),
 )
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
-LORA_READS = frozenset({TYING})
+LORA_READS = frozenset({TYING, REPLICATION})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
@@ -44,9 +45,8 @@ LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0
 CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
 VARIANTS = {
     "alora_invocation_tokens": "the adapter would act on some tokens alone",
-    "arrow_config": "it mixes several adapters by a router",
+    "arrow_config": "the file lacks the adapters that it mixes; load each of them, and mix them by sx.arrow",
     "kasa_config": "KaSA takes a part out of the base's singular values",
-    "layer_replication": "it makes a model of other layers",
     "megatron_config": "of layers of Megatron-Core, which no model here has",
     "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
     "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
@@ -229,7 +229,8 @@ LOW_RANK = (
             "kasa_config": (None,),
         },
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
-        by_shape=_groups, refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
+        by_shape=_groups, reads=frozenset({REPLICATION}),
+        refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
     ),
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,
@@ -256,7 +257,7 @@ LOW_RANK = (
         {"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0},
         (Tensor("lora_A", "a", TRANSPOSED), Tensor("lora_B", "b", TRANSPOSED), Tensor("lora_E", "e", (0, None))),
         _read_adalora, _write_adalora, any_rank=True,
-        by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern"}),
+        by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern", REPLICATION}),
         inert={
             **dict.fromkeys("target_r tinit tfinal deltaT beta1 beta2 total_step".split(), "of the budget in training"),
             "orth_reg_weight": "of the loss in training",
