@@ -92,7 +92,7 @@ def check_replicated(model: LanguageModel, ranges: Any, name: str) -> None:
     - name: what the ranges are called in errors.
     """
     order = layer_order(ranges, name)
-    call = f"give sx.replicate_layers(model, {[tuple(pair) for pair in ranges]})"
+    call = f"give sx.replicate_layers(model, {str([tuple(pair) for pair in ranges])[:80]})"
     depth = model.config.num_hidden_layers
     if len(order) != depth:
         raise SboraxError(f"{name}: of a model of {len(order)} layers, and this one has {depth}; {call}")
