@@ -133,7 +133,7 @@ def anywhere(families: Set[str], message: str) -> dict[str, str]:
     return dict.fromkeys(families, message)
 
 
-TIED_HEAD = anywhere(TIED, "lm_head, which is tied to the embedding here")
+TIED_HEAD = anywhere(TIED, "cannot adapt the table of the embedding")
 TIED_TABLE = anywhere(TIED, "the embedding, to which the head is tied here")
 COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "two": ({}, {}),
@@ -147,6 +147,11 @@ COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "embedding": ({"modules_to_save": ["embed_tokens"]}, TIED_TABLE),
 }
 """What every tuner whose config has the fields can do: the fields, and the outcome in families where it is refused."""
+THIN = (
+    "LoRA", "rsLoRA", "QA-LoRA", "MiCA", "AdaLoRA", "LoHa", "DeLoRA", "VeRA", "TinyLoRA", "GraLoRA", "VBLoRA",
+    "UniLoRA", "MiSS", "Mini",
+)  # fmt: skip
+"""Tuners whose change is a product of thin factors, so that they also adapt a head that is tied."""
 LAYERS = {f"model.layers.{i}.self_attn.q_proj": 2 + i for i in range(2)}
 
 
@@ -589,7 +594,8 @@ STARTS = ("LoHa", "OFT", "VeRA", "HRA", "RandLoRA", "DeLoRA", "biases", "tokens"
 def options() -> Iterator[Option]:
     for (tuner, (kind, _)), (name, (fields, in_families)) in itertools.product(TUNERS.items(), COMMON.items()):
         if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
-            yield Option(tuner, name, fields, in_families=in_families, everywhere=tuner == "IA3" and name == "all")
+            outcomes = {} if name == "head" and tuner in THIN else in_families
+            yield Option(tuner, name, fields, in_families=outcomes, everywhere=tuner == "IA3" and name == "all")
     yield from of_loras()
     yield from of_one_tuner()
     yield Option("AdaLoRA", "allocated", {}, prepare=ALLOCATED)

@@ -113,11 +113,11 @@ def refusal(message, run) -> None:
 def outcome_as_declared(cell, pair_of, directory) -> None:
     """Logits agree to 1e-4, or to 1e-5 of the largest where that is more: an adapter may make them large."""
     pair, option = pair_of(cell.family), cell.option
-    ranges = copied_in(option)
-    ours = pair.ours if ranges is None else replicate_layers(pair.ours, ranges)
     with warnings.catch_warnings():
         # PEFT's advice and deprecations; each kind has its own.
         warnings.simplefilter("ignore")
+        ranges = copied_in(option)
+        ours = pair.ours if ranges is None else replicate_layers(pair.ours, ranges)
         saved_by_peft(pair, option, directory / "theirs")
         if cell.refused is not None:
             return refusal(cell.refused, lambda: load_peft(directory / "theirs", ours))

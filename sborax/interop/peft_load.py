@@ -299,7 +299,7 @@ def _completed(
     if row.completed is None or not fits:
         return Completed({}, frozenset())
     numbers = layout.numbers(fits)
-    shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in sorted(fits, key=numbers.get)}  # type: ignore[arg-type]
+    shapes = {module: layout.shape(layout.place(module)[0]) for module in sorted(fits, key=numbers.get)}  # type: ignore[arg-type]
 
     def read(name: str) -> np.ndarray:
         if name not in names:
@@ -358,7 +358,7 @@ def _compare(
 def _check_dense(row: Row, modules: list[str], layout: HFLayout) -> None:
     """Raise SboraxError if the kernel of a module is quantised, for a method that rewrites the base."""
     for module in modules:
-        if isinstance(layout.leaves[layout.slots[f"{module}.weight"].path], AbstractWeight):
+        if isinstance(layout.leaves.get(layout.place(module)[0]), AbstractWeight):
             raise SboraxError(
                 f"{module}: {row.method.__name__} takes its start out of the base, which is quantised here and could "
                 "not hold what is left; load the model unquantised"
