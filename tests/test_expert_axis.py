@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
 import sborax as sx
-from sborax.adapters import grouped
+from sborax.adapters import grouped_matmul
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import is_weight
 from sborax.adapters.leaves import nest
@@ -280,12 +280,12 @@ def test_at_balanced_load_each_row_is_multiplied_once(sizes, monkeypatch):
     """FLOPs of the compiled program, with as many turns of the loops over tiles as were counted in a call."""
     tokens, turns = 512, []
 
-    def counted(sizes, tile, tiles=grouped._tiles):
+    def counted(sizes, tile, tiles=grouped_matmul.tiles):
         total, place = tiles(sizes, tile)
         jax.debug.callback(lambda number: turns.append(int(number)), total)
         return total, place
 
-    monkeypatch.setattr(grouped, "_tiles", counted)
+    monkeypatch.setattr(grouped_matmul, "tiles", counted)
     projections = a_mixture()
     x = jnp.asarray(normal(8, tokens, IN))
     numbers = jnp.arange(tokens * CHOSEN, dtype=jnp.int32).reshape(tokens, CHOSEN) % COUNT

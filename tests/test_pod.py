@@ -11,7 +11,7 @@ from published import ALL, PUBLISHED
 
 import sborax as sx
 from benchmarks.pods import SENT_GOALS, Pod, least_flops, least_sent
-from sborax.adapters.grouped import Sizes, grouped_matmul
+from sborax.adapters.grouped_matmul import Sizes, grouped_matmul
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import argument_bytes, compiled, device_bytes, on_mesh, outline, pod_mesh
 from sborax.plans.hlo import collective_bytes, matmul_flops
