@@ -57,8 +57,8 @@ def _check_product(path: str, node: Adapter) -> None:
         gains = [name for name in train if method.axes[name] == ("rank",)]
         if gains:
             raise SboraxError(
-                f"lora_fa: {path}: {type(method).__name__} trains {gains[0]} between a and b, which the projection of b "
-                "leaves out; use another optimizer"
+                f"lora_fa: {path}: {type(method).__name__} trains {gains[0]} between a and b, which the "
+                "projection of b leaves out; use another optimizer"
             )
 
 
