@@ -18,6 +18,7 @@ from bare_kernels import (
     hints,
     host,
     inputs,
+    linear,
     merged,
     normal,
     standalone,
@@ -44,7 +45,7 @@ def biases(dtype: str, stacked: bool):
 
 @jax.jit
 def biased(x, weight, node, bias):
-    return over_stack(lambda w, n, b: sx.linear(x, w, n, bias=b), stack_of(node))(weight, node, bias)
+    return over_stack(lambda w, n, b: linear(x, w, n, bias=b), stack_of(node))(weight, node, bias)
 
 
 @jax.jit
@@ -52,7 +53,7 @@ def added_after(x, weight, node, bias):
     """The projection, and then the bias: what a method does that leaves the bias alone."""
 
     def one(w, n, b):
-        y = sx.linear(x, w, n)
+        y = linear(x, w, n)
         return y + jnp.broadcast_to(b, y.shape)
 
     return over_stack(one, stack_of(node))(weight, node, bias)
