@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import sborax as sx
@@ -156,7 +157,7 @@ def hint_for(method: AbstractMethod, grad: Any, stack_axes: int) -> sx.Hint:
 
 def context_for(methods: Iterable[AbstractMethod], x: Any, key: Any = None) -> sx.Context:
     """What methods read beside `x` (..., in): those that act on some tokens alone act on all of them here."""
-    return sx.Context(key, invocations={wanted: np.ones(x.shape[:-1], bool) for wanted in invocations(methods)})
+    return sx.Context(key, invocations={wanted: jnp.ones(x.shape[:-1], bool) for wanted in invocations(methods)})
 
 
 @functools.cache
