@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import operator
 
 import jax
@@ -11,15 +12,17 @@ import optax
 import peft
 import pytest
 import torch
+from etils import epath
 from torch_pair import DEPTH, VOCAB, build, shaken, with_peft
 
 import sborax as sx
 from sborax.adapters.compose import with_fields
-from sborax.adapters.invocation import continuation, find
+from sborax.adapters.invocation import find
 from sborax.adapters.tree import nodes
 from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.interop.peft import load_peft, save_peft
 from sborax.models.beam import beam_search
+from sborax.train.begin import begin
 from sborax.train.loop import train
 from sborax.train.outputs import Outputs
 from sborax.train.read import silent
@@ -81,6 +84,14 @@ def padded(texts, side="right"):
     return jnp.asarray(tokens), jnp.asarray(segments)
 
 
+@pytest.fixture(scope="module")
+def logits_of(pair):
+    """Logits of a padded batch, compiled once for each shape."""
+    return jax.jit(
+        lambda adapters, tokens, segments: pair.ours.apply(pair.ours.params, adapters, tokens, segment_ids=segments)
+    )
+
+
 # Where an adapter acts
 
 
@@ -113,10 +124,9 @@ def test_places_are_those_of_a_search_text_by_text():
         assert mask.any() == (len(invocation) < 18)
 
 
-def test_an_adapter_acts_from_the_last_invocation_on(pair, ours):
+def test_an_adapter_acts_from_the_last_invocation_on(logits_of, ours):
     tokens, segments = padded(TEXTS)
-    run = jax.jit(lambda adapters: pair.ours.apply(pair.ours.params, adapters, tokens, segment_ids=segments))
-    base, logits = run(None), run(ours)
+    base, logits = logits_of(None, tokens, segments), logits_of(ours, tokens, segments)
     for row, (text, first) in enumerate(zip(TEXTS, FIRST, strict=True)):
         np.testing.assert_array_equal(logits[row, :first], base[row, :first])
         assert (np.abs(logits[row, first : len(text)] - base[row, first : len(text)]).max(axis=-1) > 1e-3).all()
@@ -141,27 +151,28 @@ def test_keys_and_values_before_the_invocation_are_the_bases_own(pair, ours):
             assert first == len(text) or not np.array_equal(base[1, row, first:], adapted[1, row, first:])
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_of_a_padded_batch_are_those_of_peft(side, pair, theirs, ours):
+@pytest.mark.parametrize("side", ["right", pytest.param("left", marks=pytest.mark.nightly)])
+def test_logits_of_a_padded_batch_are_those_of_peft(side, logits_of, theirs, ours):
     tokens, segments = padded(TEXTS, side)
     positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
     with torch.no_grad():
         arrays = (torch.tensor(np.asarray(array, np.int64)) for array in (tokens, segments, positions))
         names = ("input_ids", "attention_mask", "position_ids")
         expected = theirs(**dict(zip(names, arrays, strict=True))).logits.numpy()
-    logits = pair.ours.apply(pair.ours.params, ours, tokens, segment_ids=segments)
-    real = np.asarray(segments, bool)
+    logits, real = logits_of(ours, tokens, segments), np.asarray(segments, bool)
     np.testing.assert_allclose(logits[real], expected[real], **CLOSE)
 
 
-def test_packed_texts_are_each_alone(pair, ours):
-    row = jnp.asarray([[token for text in TEXTS for token in text] + [0, 0]], jnp.int32)
-    numbers = [number for number, text in enumerate(TEXTS, start=1) for _ in text] + [0, 0]
-    run = jax.jit(lambda tokens, segments: pair.ours.apply(pair.ours.params, ours, tokens, segment_ids=segments))
-    packed, start = run(row, jnp.asarray([numbers], jnp.int32))[0], 0
-    for text in TEXTS:
-        alone = run(*padded([text]))[0]
-        np.testing.assert_allclose(packed[start : start + len(text)], alone, **CLOSE)
+def test_packed_texts_are_each_alone(logits_of, ours):
+    row = np.zeros((3, 24), np.int32)
+    packed = row.copy(), row.copy()
+    for place, (number, token) in enumerate((number, token) for number, text in enumerate(TEXTS) for token in text):
+        packed[0][0, place], packed[1][0, place] = token, number + 1
+    logits, start = logits_of(ours, *map(jnp.asarray, packed))[0], 0
+    apart = [np.pad(array, ((0, 0), (0, 24 - array.shape[1]))) for array in padded(TEXTS)]
+    alone = logits_of(ours, *map(jnp.asarray, apart))
+    for text, single in zip(TEXTS, alone, strict=True):
+        np.testing.assert_allclose(logits[start : start + len(text)], single[: len(text)], **CLOSE)
         start += len(text)
 
 
@@ -215,6 +226,7 @@ def test_greedy_text_is_that_of_peft(pair, theirs, ours, prompts):
     assert texts == sx.generate(pair.ours, pair.ours.params, adapters, asked, NEW, eos=[], padding="right")
 
 
+@pytest.mark.nightly
 def test_beams_share_the_invocation_of_their_prompt(pair, ours, everywhere, prompts):
     token, asked = prompts
     search = lambda adapters: beam_search(pair.ours, pair.ours.params, adapters, asked[:2], NEW, 3, eos=[])  # noqa: E731
@@ -230,38 +242,36 @@ def headed(pair):
     return shaken(sx.attach(jax.random.key(0), pair.ours.params, rules)[1])
 
 
+@pytest.mark.nightly
 def test_text_of_an_adapted_head_is_that_without_a_cache(pair, headed):
     texts = sx.generate(pair.ours, pair.ours.params, headed, TEXTS, 4, eos=[])
-    for prompt, text in zip(TEXTS, texts, strict=True):
-        tokens, segments = padded([prompt + text[:-1]])
-        # The prompt decides.
-        prompt_mask = (jnp.arange(tokens.shape[1]) < len(prompt))[None].astype(jnp.int32)
-        found = find(tokens, prompt_mask, [TOKENS])
-        invoked = {TOKENS: found[TOKENS] | ((prompt_mask == 0) & continuation(found, tokens.shape[1])[TOKENS])}
-        ctx = sx.Context(invocations=invoked)
-        logits = pair.ours.apply(pair.ours.params, headed, tokens, segment_ids=segments, ctx=ctx)
-        assert text == np.argmax(logits[0, len(prompt) - 1 :], axis=-1).tolist()
+    tokens, segments = padded([prompt + text for prompt, text in zip(TEXTS, texts, strict=True)])
+    acts = np.arange(tokens.shape[1])[None] >= np.where(np.array(FIRST) < list(map(len, TEXTS)), FIRST, 99)[:, None]
+    ctx = sx.Context(invocations={TOKENS: jnp.asarray(acts)})
+    logits = jax.jit(lambda: pair.ours.apply(pair.ours.params, headed, tokens, segment_ids=segments, ctx=ctx))()
+    for prompt, text, row in zip(TEXTS, texts, logits, strict=True):
+        assert text == np.argmax(row[len(prompt) - 1 :][:4], axis=-1).tolist()
 
 
+@pytest.mark.nightly
 def test_scores_are_those_of_logits(pair, headed):
     """Of rows, and of options that share a prompt; an answer that holds the tokens invokes nothing."""
-    model, params = pair.ours, pair.ours.params
+    model, variables = pair.ours, {"params": pair.ours.params, "adapters": headed}
     answers = [[2, *TOKENS, 4], [11, 12, 13, 14]]
-    variables = {"params": params, "adapters": headed}
-    for prompt in TEXTS:
-        rows = jnp.asarray([prompt + answer[:-1] for answer in answers], jnp.int32)
-        lengths, counts = jnp.full(2, len(prompt), jnp.int32), jnp.full(2, 4, jnp.int32)
-        targets = jnp.asarray(answers, jnp.int32)
-        scores, _ = score_rows(model.module, variables, rows, lengths, targets, counts)
-        together, _ = score_options(
-            model.module, variables, jnp.asarray([prompt], jnp.int32), lengths[:1], targets[None], counts[None]
-        )
-        acts = np.arange(rows.shape[1]) >= (np.inf if prompt is WITHOUT else FIRST[TEXTS.index(prompt)])
-        ctx = sx.Context(invocations={TOKENS: jnp.asarray(np.broadcast_to(acts, rows.shape))})
-        chances = jax.nn.log_softmax(model.apply(params, headed, rows, ctx=ctx), axis=-1)[:, len(prompt) - 1 :]
-        wanted = np.take_along_axis(np.asarray(chances), np.asarray(targets)[:, :, None], axis=-1).sum(axis=(1, 2))
-        np.testing.assert_allclose(scores, wanted, **CLOSE)
-        np.testing.assert_allclose(together[0], wanted, **CLOSE)
+    rows, _ = padded([prompt + answer[:-1] for prompt in TEXTS for answer in answers])
+    lengths = jnp.asarray([len(prompt) for prompt in TEXTS], jnp.int32)
+    targets, counts = jnp.asarray([answers] * 3, jnp.int32), jnp.full((3, 2), 4, jnp.int32)
+    of_rows = (jnp.repeat(lengths, 2), targets.reshape(6, 4), counts.reshape(6))
+    scores, _ = score_rows(model.module, variables, rows, *of_rows)
+    together, _ = score_options(model.module, variables, padded(TEXTS)[0], lengths, targets, counts)
+    firsts = np.repeat(np.where(np.array(FIRST) < np.asarray(lengths), FIRST, 99), 2)
+    ctx = sx.Context(invocations={TOKENS: jnp.asarray(np.arange(rows.shape[1])[None] >= firsts[:, None])})
+    logits = jax.jit(lambda: model.apply(model.params, headed, rows, ctx=ctx))()
+    places = np.repeat(np.asarray(lengths), 2)[:, None] - 1 + np.arange(4)[None]
+    chances = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits, axis=-1)), places[:, :, None], axis=1)
+    wanted = np.take_along_axis(chances, np.asarray(of_rows[1])[:, :, None], axis=2).sum(axis=(1, 2))
+    np.testing.assert_allclose(scores, wanted, **CLOSE)
+    np.testing.assert_allclose(together.reshape(6), wanted, **CLOSE)
 
 
 # Training
@@ -286,9 +296,25 @@ def test_the_loss_of_an_adapted_head_is_that_of_logits(pair, headed):
     got, grads = jax.jit(jax.value_and_grad(lambda *halves: outputs(*halves).cross_entropy()))(train_half, frozen)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, slopes)
-    total, terms = outputs(train_half, frozen).cross_entropies()
-    np.testing.assert_allclose((total, jnp.sum(terms)), (wanted, wanted), rtol=1e-5)
-    np.testing.assert_allclose(jnp.sum(outputs(train_half, frozen).log_probs() * (segments > 0)), -wanted, rtol=1e-5)
+
+
+@pytest.mark.nightly
+def test_other_losses_of_an_adapted_head_are_those_of_logits(pair, logits_of, headed):
+    tokens, segments = padded(TEXTS)
+    batch = {"tokens": tokens, "segments": segments, "targets": jnp.roll(tokens, -1, axis=1), "counts": segments > 0}
+    wanted = -optax.softmax_cross_entropy_with_integer_labels(logits_of(headed, tokens, segments), batch["targets"])
+
+    @jax.jit
+    def losses():
+        hidden = pair.ours.hidden(pair.ours.params, headed, tokens, segment_ids=segments)
+        outputs = Outputs(hidden, batch, pair.ours, pair.ours.params, headed)
+        return *outputs.cross_entropies(), outputs.log_probs()
+
+    total, terms, chances = losses()
+    real = np.asarray(segments, bool)
+    np.testing.assert_allclose(total, -np.sum(wanted, where=real), rtol=1e-5)
+    np.testing.assert_allclose(terms[real], -wanted[real], **CLOSE)
+    np.testing.assert_allclose(chances[real], wanted[real], **CLOSE)
 
 
 def test_losses_of_training_are_those_of_peft(pair, theirs, ours):
@@ -327,15 +353,17 @@ def test_losses_of_training_are_those_of_peft(pair, theirs, ours):
 
 
 def test_a_text_without_the_tokens_trains_nothing(pair, ours):
-    model = pair.ours
+    model, (tokens, segments) = pair.ours, padded(TEXTS)
     train_half, frozen = sx.split(ours)
 
     @jax.jit
-    def slopes(tokens):
-        loss = lambda half: jnp.sum(model.apply(model.params, sx.combine(half, frozen), tokens) ** 2)  # noqa: E731
+    def slopes(row):
+        def loss(half):
+            return jnp.sum(model.apply(model.params, sx.combine(half, frozen), tokens, segment_ids=segments)[row] ** 2)
+
         return jax.grad(loss)(train_half)
 
-    largest = [max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slopes(padded([text])[0]))) for text in TEXTS]
+    largest = [max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slopes(row))) for row in range(3)]
     assert largest[0] == 0.0 < min(largest[1:])
 
 
@@ -356,17 +384,28 @@ def an_experiment(place, text, **changes):
     return sx.Experiment(str(place / "model"), data, rules, steps=2, batch_size=2, **changes)
 
 
-def test_a_run_counts_the_samples_that_have_the_tokens(place, tmp_path):
-    lines = []
-    train(an_experiment(place, "1 plus"), tmp_path / "run", echo=lines.append)
-    assert any(
-        line.startswith("invocation (18, 222, 81, ") and "in 3 of 24 samples; the others" in line for line in lines
-    )
+def begun(place, text):
+    """The lines with which a run begins."""
+    lines, experiment = [], an_experiment(place, text)
+    model = sx.read_model(experiment)
+    batches, _ = sx.read_data(experiment, model, silent)
+    begin(sx.prepare(experiment, model, 2), model, batches, epath.Path(place / "run"), lines.append)
+    return lines
 
 
-def test_a_run_whose_data_lack_the_tokens_is_refused(place, tmp_path):
-    with pytest.raises(sx.SboraxError, match=r"^no sample of the data has the tokens \(58, .* would train nothing"):
-        train(an_experiment(place, "Yes"), tmp_path / "run", echo=silent)
+def test_a_run_counts_the_samples_that_have_the_tokens(place):
+    (line,) = (line for line in begun(place, "1 plus") if line.startswith("invocation"))
+    assert line == "invocation (18, 222, 81, 77, 86, 84): in 3 of 24 samples; the others do not train its adapters"
+    assert "invocation (32,): in 24 of 24 samples" in begun(place, "?")
+    refusal(r"^no sample of the data has the tokens \(58, .* would train nothing", lambda: begun(place, "Yes"))
+
+
+@pytest.mark.nightly
+def test_a_first_batch_without_the_tokens_ends_no_run(place, tmp_path):
+    experiment = dataclasses.replace(an_experiment(place, "17 plus"), steps=3, batch_size=1)
+    train(experiment, tmp_path / "run", echo=silent)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["grad_norm"] == 0.0
 
 
 # What is refused

@@ -39,6 +39,7 @@ class Activated(AbstractAdditive, AbstractComposite, AbstractInvoked):
 
     paper = "Activated LoRA: Fine-tuned LLMs for Intrinsics, arXiv:2504.12397"
     rank = 1
+    rewrites_base = False
     part: AbstractAdditive
     tokens: Tokens
 
