@@ -22,6 +22,7 @@ from sborax.adapters.tree import nodes
 from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.interop.peft import load_peft, save_peft
 from sborax.models.beam import beam_search
+from sborax.sweep.run import sweep
 from sborax.train.begin import begin
 from sborax.train.loop import train
 from sborax.train.outputs import Outputs
@@ -381,7 +382,7 @@ def an_experiment(place, text, **changes):
         str(place / "data.jsonl"), template="{instruction}", answer=" {output}", max_length=32, buckets=(32,)
     )
     rules = [("q_proj", sx.Activated(sx.LoRA(rank=2), tokens))]
-    return sx.Experiment(str(place / "model"), data, rules, steps=2, batch_size=2, **changes)
+    return sx.Experiment(str(place / "model"), data, rules, **{"steps": 2, "batch_size": 2, **changes})
 
 
 def begun(place, text):
@@ -406,6 +407,28 @@ def test_a_first_batch_without_the_tokens_ends_no_run(place, tmp_path):
     train(experiment, tmp_path / "run", echo=silent)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["grad_norm"] == 0.0
+
+
+@pytest.mark.nightly
+def test_a_run_on_a_mesh_is_that_on_one_device(place, tmp_path):
+    losses = []
+    for name, mesh in {"alone": None, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}.items():
+        train(an_experiment(place, "1", batch_size=8, mesh=mesh), tmp_path / name, echo=silent)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.nightly
+def test_members_of_a_sweep_are_each_alone(place, tmp_path):
+    experiment = an_experiment(place, "1", batch_size=8)
+    sweep(sx.Sweep(experiment, {"optimizer.lr": [1e-3, 1e-2]}, at_once=2), tmp_path / "sweep", echo=silent)
+    for lr in (1e-3, 1e-2):
+        train(dataclasses.replace(experiment, optimizer=sx.Optimizer(lr=lr)), tmp_path / str(lr), echo=silent)
+    runs = sorted(file.parent for file in tmp_path.rglob("metrics.jsonl"))
+    final = [float(json.loads((run / "summary.json").read_text())["last_loss"]) for run in runs]
+    assert len(runs) == 4
+    np.testing.assert_allclose(sorted(final)[::2], sorted(final)[1::2], rtol=1e-5)
 
 
 # What is refused
