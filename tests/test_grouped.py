@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, base, fitted, largest, normal, trained
-from cases import IN, METHODS, OUT, Case
+from bare_kernels import assert_close, base, fitted, largest, linear, normal, trained
+from cases import IN, METHODS, OUT, Case, context_for
 from nightly import nightly_unless
 
 import sborax as sx
@@ -55,7 +55,7 @@ def by_expert(x, weight, node=None):
         if not size:
             continue
         matrix, own = jax.tree.map(lambda leaf, expert=expert: leaf[expert], (weight, node))
-        outputs.append(sx.linear(x[end - size : end], matrix, own))
+        outputs.append(linear(x[end - size : end], matrix, own) if own else sx.linear(x[end - size : end], matrix))
     return jnp.concatenate(outputs)
 
 
@@ -70,7 +70,7 @@ def with_gradients(product, x, weight, node, cotangent):
 
 
 def grouped(x, weight, node):
-    return grouped_linear(x, weight, sizes_of(SIZES), node)
+    return grouped_linear(x, weight, sizes_of(SIZES), node, context_for([node.method], x))
 
 
 FORMS = (AbstractGrouped, AbstractFactored, AbstractComposite, Chain)

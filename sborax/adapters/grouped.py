@@ -175,15 +175,15 @@ def _by_tiles(
     def gathered(leaf: Array) -> Array:
         return leaf.at[places].get(mode="fill", fill_value=0)
 
-    per_row = jax.tree.map(gathered, (x, ctx.rows, ctx.prompt, ctx.mask, ctx.memory))
+    per_row = gathered(x), dataclasses.replace(ctx, key=None).map(gathered)
 
     def apply(_: None, tiles: Any) -> tuple[None, Array]:
-        number, expert, node, (x, *fields) = tiles
+        number, expert, node, (x, of_rows) = tiles
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, number)
 
         def used() -> Array:
             matrix = jax.tree.map(lambda leaf: leaf[expert], weight)
-            return node.method.apply(x, matrix, node, Context(key, *fields))
+            return node.method.apply(x, matrix, node, dataclasses.replace(of_rows, key=key))
 
         return None, jax.lax.cond(number < total, used, lambda: jnp.zeros((tile, weight.shape[-1]), x.dtype))
 
