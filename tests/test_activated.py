@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import operator
 
@@ -12,16 +13,22 @@ import optax
 import peft
 import pytest
 import torch
+from cases import METHODS, hint_for
 from etils import epath
+from test_contract_model import CONFIG
 from torch_pair import DEPTH, VOCAB, build, shaken, with_peft
 
 import sborax as sx
 from sborax.adapters.compose import with_fields
-from sborax.adapters.invocation import find
+from sborax.adapters.core import AbstractAdditive
+from sborax.adapters.invocation import find, invoked_parts
+from sborax.adapters.paths import kernels, stack_axes
 from sborax.adapters.tree import nodes
 from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.interop.peft import load_peft, save_peft
 from sborax.models.beam import beam_search
+from sborax.models.language_model import LanguageModel, decoder_of
+from sborax.models.memory import run
 from sborax.sweep.run import sweep
 from sborax.train.begin import begin
 from sborax.train.loop import train
@@ -175,6 +182,57 @@ def test_packed_texts_are_each_alone(logits_of, ours):
     for text, single in zip(TEXTS, alone, strict=True):
         np.testing.assert_allclose(logits[start : start + len(text)], single[: len(text)], **CLOSE)
         start += len(text)
+
+
+ADDITIVE = [
+    case
+    for case in METHODS
+    if isinstance(case.method, AbstractAdditive) and not (case.method.rewrites_base or invoked_parts(case.method))
+]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", ADDITIVE, ids=lambda case: case.name)
+def test_any_additive_method_is_itself_after_the_tokens_and_the_base_before(case):
+    config = dataclasses.replace(CONFIG, num_hidden_layers=2)
+    model = LanguageModel(decoder_of(config), {}, config, None)
+    params = model.module.init(jax.random.key(1), jnp.ones((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
+    hints = {
+        path.removesuffix("/kernel"): hint_for(case.method, np.ones(leaf.shape), stack_axes(path, leaf.ndim))
+        for path, leaf in kernels(params).items()
+        if case.method.needs
+    }
+    tokens = jnp.asarray([[7, 3, 5, 2, 9, 4], [6, 3, 5, 2, 9, 4]], jnp.int32)
+
+    def logits(method):
+        adapters = {}
+        if method is not None:
+            adapters = shaken(sx.attach(jax.random.key(3), params, [("mlp/(gate|up)_proj", method)], hints)[1])
+        ctx = sx.Context(prompt=jnp.ones(tokens.shape, jnp.int32))
+        return jax.jit(lambda: model.apply(params, adapters, tokens, ctx=ctx))()
+
+    base, everywhere, later = map(logits, (None, case.method, sx.Activated(case.method, (7,))))
+    assert np.abs(everywhere - base).max(axis=(1, 2)).min() > 1e-4
+    np.testing.assert_allclose(later[0], everywhere[0], **CLOSE)
+    np.testing.assert_allclose(later[1], base[1], **CLOSE)
+
+
+@pytest.mark.nightly
+def test_adapters_of_two_invocations_are_added(pair, logits_of):
+    """In a text with the tokens of one of them, that one acts alone."""
+    part = sx.LoRA(rank=4, alpha=24.0)
+    first, second = (
+        shaken(sx.attach(jax.random.key(seed), pair.ours.params, [("q_proj", sx.Activated(part, tokens))])[1])
+        for seed, tokens in enumerate([TOKENS, (8,)])
+    )
+    tokens, segments = padded([*TEXTS, [1, 8, 2]])
+    both = logits_of(sx.add(first, second), tokens, segments)
+    np.testing.assert_allclose(both[2], logits_of(first, tokens, segments)[2], **CLOSE)
+    np.testing.assert_allclose(both[3], logits_of(second, tokens, segments)[3], **CLOSE)
+    half = logits_of(sx.scale(second, 0.5), tokens, segments)
+    assert np.abs(half[3, 1:3] - both[3, 1:3]).max() > 1e-3
+    np.testing.assert_array_equal(half[0], logits_of(None, tokens, segments)[0])
 
 
 # Generation
@@ -463,6 +521,10 @@ def test_a_call_that_does_not_say_where_the_tokens_are_is_refused(pair, ours):
     refusal("this call does not say where", lambda: sx.linear(jnp.ones((3, 32)), jnp.ones((32, 32)), node))
     variables = {"params": params, "adapters": ours}
     refusal("this call does not say where", lambda: model.module.apply(variables, tokens, segments))
+    past = jax.eval_shape(lambda: run(model.module.clone(keep=True), variables, tokens, segments, method="hidden"))[1]
+    over = functools.partial(run, model.module, variables, tokens, past=(past, segments), method="hidden")
+    refusal("a call over a cache does not see the text before", lambda: jax.eval_shape(over))
+    refusal("needs a model that knows it", lambda: sx.apply_linen(model.module, {"params": params}, ours, tokens))
     refusal("cannot be merged: it acts from", lambda: sx.merge(params, ours))
     refusal(
         "the vocabulary ends at 63", lambda: model.apply(params, with_tokens(ours, (64,)), tokens)
@@ -471,6 +533,41 @@ def test_a_call_that_does_not_say_where_the_tokens_are_is_refused(pair, ours):
         "cannot adapt the table of the embedding",
         lambda: sx.plan(params, [("embed_tokens", sx.Activated(sx.LoRA(rank=2), TOKENS))]),
     )
+
+
+@pytest.mark.nightly
+def test_ranks_by_layer_go_to_peft_and_back(pair, logits_of, tmp_path):
+    method = sx.Activated(sx.LoRA(rank=sx.LinearRanks(2, 5), alpha=24.0), TOKENS)
+    adapters = sx.attach(jax.random.key(0), pair.ours.params, [("(q|down)_proj", method)])[1]
+    for node in nodes(adapters).values():
+        # Padding stays zero, as in training.
+        leaves = node.train["part"]
+        live = (np.asarray(leaves["a"]) != 0).any(axis=1)[:, :, None]
+        leaves["b"] = jnp.asarray(
+            0.05 * live * np.random.default_rng(0).standard_normal(leaves["b"].shape), jnp.float32
+        )
+    save_peft(tmp_path, pair.ours, pair.ours.params, adapters)
+    tokens, segments = padded(TEXTS)
+    expected = logits_of(adapters, tokens, segments)
+    assert np.abs(expected - logits_of(None, tokens, segments)).max() > 1e-2
+    again = load_peft(tmp_path, pair.ours)[1]
+    assert sx.count(again) == sx.count(adapters)
+    np.testing.assert_allclose(logits_of(again, tokens, segments), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "expected a list of token ids"),
+        ([1.5], "expected a list"),
+        ("text", "is not supported: beside a method other than LoRA"),
+    ],
+)
+def test_files_with_other_tokens_are_refused(tokens, message, pair, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": tokens}))
+    refusal(message, lambda: load_peft(tmp_path, pair.ours))
 
 
 def test_files_of_what_peft_lacks_are_refused(pair, tmp_path):
