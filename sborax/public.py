@@ -30,6 +30,7 @@ from sborax.adapters.tree import (
 from sborax.adapters.weighted import Weighted, merge_weighted, unmerge
 from sborax.data.options import Data
 from sborax.methods import *  # noqa: F403
+from sborax.methods.activated import Activated
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
 from sborax.procedures import COLA, AdaLoRABudget, LoRAPrune, PRILoRAPruning, XGBLoRA
 from sborax.sweep.grid import Sweep
@@ -121,6 +122,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "read_model",
     "AbstractOptimizer",
     "AbstractScheduled",
+    "Activated",
     "AdaLoRABudget",
     "Adafactor",
     "Adam",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS, hint_for
+from cases import FEW, FIRST, IN, LAYERS, METHODS, OUT, TOKENS, context_for, hint_for
 from nightly import nightly_unless
 
 import sborax as sx
@@ -101,10 +101,15 @@ def padding(node: Adapter):
     return {name: mask_of(node.method.axes[name], leaf) for name, leaf in node.train.items()}
 
 
+def linear(x, weight, node, key=None, bias=None):
+    """The projection of `x`, on all of whose tokens an adapter acts."""
+    return sx.linear(x, weight, node, context_for([node.method], x, key), bias)
+
+
 @jax.jit
 def forward(x, weight, node):
     """The projection of every layer of the stack, (*stack, tokens, out)."""
-    return over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node))(weight, node)
+    return over_stack(lambda w, n: linear(x, w, n), stack_of(node))(weight, node)
 
 
 @jax.jit
@@ -112,7 +117,7 @@ def merged(weight, node):
     return over_stack(lambda w, n: n.method.merge(w, n), stack_of(node))(weight, node)
 
 
-projected = jax.jit(sx.linear)
+projected = jax.jit(linear)
 
 
 def tolerance(dtype: str) -> float:

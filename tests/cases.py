@@ -6,18 +6,22 @@ Adding a method adds a row here. The suite reads what a method declares (class a
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import sborax as sx
 from sborax.adapters.core import AbstractMethod
 from sborax.adapters.hints import statistics
 from sborax.adapters.informed import Inputs
+from sborax.adapters.invocation import invocations
 from sborax.adapters.paths import Site, has_policy
 from sborax.procedures import AbstractProcedure
 
+INVOCATION = (32,)
+"""The tokens from which some methods act: the question mark of `tiny_model`'s tokenizer, in every row of its data."""
 IN, OUT, TOKENS, LAYERS = 128, 96, 7, 3
 """7 divides no product of the other sizes: the size of a value tells whether it is a weight."""
 
@@ -130,6 +134,7 @@ METHODS = [
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),
     Case("sum", sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=4)), lambda i, o: 3 * (i + o) + 4 * o),
     Case("scaled", sx.scale(sx.LoRA(rank=3), 0.5), lambda i, o: 3 * (i + o)),
+    Case("activated", sx.Activated(sx.LoRA(rank=3), tokens=INVOCATION), lambda i, o: 3 * (i + o)),
 ]
 
 
@@ -148,6 +153,11 @@ def hint_for(method: AbstractMethod, grad: Any, stack_axes: int) -> sx.Hint:
     stack, fan_in = tuple(grad.shape[:stack_axes]), math.prod(grad.shape[stack_axes:-1])
     inputs = _inputs(method, stack, (fan_in, grad.shape[-1])) if "inputs" in method.needs else None
     return sx.Hint(grad=grad, inputs=inputs)
+
+
+def context_for(methods: Iterable[AbstractMethod], x: Any, key: Any = None) -> sx.Context:
+    """What methods read beside `x` (..., in): those that act on some tokens alone act on all of them here."""
+    return sx.Context(key, invocations={wanted: jnp.ones(x.shape[:-1], bool) for wanted in invocations(methods)})
 
 
 @functools.cache

@@ -21,6 +21,9 @@ KINDS = {
         rank_pattern={"layers.1.self_attn.v_proj": 3, "q_proj": 2},
         alpha_pattern={"q_proj": 16},
     ),
+    "aLoRA": peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=ALL, alora_invocation_tokens=[32, 17], task_type="CAUSAL_LM"
+    ),
     "one layer": peft.LoraConfig(**LORA, layers_to_transform=[1]),
     "head": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
     "modules_to_save": peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["norm", "lm_head"]),

@@ -36,6 +36,8 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "PiSSA": (peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}),
     "OLoRA": (peft.LoraConfig, {**LORA, "init_lora_weights": "olora"}),
     "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
+    # Without a task, PEFT does not look for the tokens.
+    "aLoRA": (peft.LoraConfig, {**LORA, "alora_invocation_tokens": [32, 17], "task_type": "CAUSAL_LM"}),
     "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "KaSA": (peft.LoraConfig, {**LORA, "kasa_config": peft.KasaConfig()}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
@@ -215,6 +217,16 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "group 16": {"qalora_group_size": 16},
         "ranks": {"rank_pattern": {"q_proj": 2}},
         "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "orthogonal": {"init_lora_weights": "orthogonal"},
+        "wide": {"r": 40},
+    },
+    "aLoRA": {
+        "one token": {"alora_invocation_tokens": [40]},
+        "the whole of a text": {"alora_invocation_tokens": [52]},
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "ragged": {"rank_pattern": LAYERS, "alpha_pattern": {"down_proj": 5}},
         "rsLoRA": {"use_rslora": True},
         "dropout": {"lora_dropout": 0.25},
         "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -475,8 +487,8 @@ def refused() -> Iterator[Option]:
     by_field: list[tuple[str, dict[str, Any], str]] = [
         ("QA-LoRA", {"qalora_group_size": 1}, "qalora_group_size=1 must be 2 or more"),
         ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
+        ("aLoRA", {"init_lora_weights": "olora"}, "[32, 17] is not supported: beside a method other than LoRA"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ("LoRA", {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
@@ -532,7 +544,7 @@ def of_the_base() -> Iterator[Option]:
 
 def of_copies() -> Iterator[Option]:
     """Adapters of a model that PEFT makes of copies of the base's layers."""
-    for tuner in ("LoRA", "DoRA", "QA-LoRA", "MiCA", "AdaLoRA"):
+    for tuner in ("LoRA", "DoRA", "QA-LoRA", "aLoRA", "MiCA", "AdaLoRA"):
         yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2], [0, 1]]})
     saved = {"layer_replication": [[0, 1], [0, 2]], "modules_to_save": ["layernorm"], "layers_to_transform": [0, 2]}
     yield Option("LoRA", "norms of copies", saved)

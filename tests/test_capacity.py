@@ -12,7 +12,7 @@ import pytest
 from bare_kernels import assert_close, largest
 from cases import IN, METHODS
 from nightly import nightly_unless
-from test_expert_axis import CHOSEN, COUNT, SPARSE, TOKENS, a_mixture, by_expert, compiled_layers, routed
+from test_expert_axis import CHOSEN, COUNT, SPARSE, TOKENS, a_mixture, by_expert, compiled_layers, context, routed
 from test_expert_axis import with_gradients as gradients_of
 from test_fit import SPARSE as MODELS
 from test_fit import run as pod_run
@@ -37,7 +37,7 @@ def limited(capacity, squares=False):
     """`mixed` with a capacity, as a function of a mixture's arguments."""
 
     def form(x, weights, numbers, projections):
-        return mixed(x, weights, numbers, sx.Context(), projections, Mixture(jax.nn.silu, squares, capacity))
+        return mixed(x, weights, numbers, context(x, projections), projections, Mixture(jax.nn.silu, squares, capacity))
 
     return form
 

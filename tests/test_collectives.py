@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import METHODS, hint_for
+from cases import METHODS, context_for, hint_for
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
@@ -60,7 +60,8 @@ def projection(method, module, quant=False):
         def forward(x_, train):
             found = link(nodes(sx.combine(train, frozen))).values()
             node = next((used_whole(node, module) for node in found), None)
-            return jax.lax.with_sharding_constraint(linear(x_, sent_packed(kernel, module), node), y)
+            ctx = context_for([] if node is None else [node.method], x_)
+            return jax.lax.with_sharding_constraint(linear(x_, sent_packed(kernel, module), node, ctx), y)
 
         out, pull = jax.vjp(forward, x_, train)
         return out, *pull(slope)

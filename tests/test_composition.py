@@ -9,7 +9,7 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.core import is_weight
-from sborax.adapters.tree import nodes
+from sborax.adapters.tree import nodes, stack_of
 from sborax.layout.state import take_apart
 from sborax.methods.masked import Masked
 from sborax.models.nf4 import quantise
@@ -190,6 +190,12 @@ def test_layers_are_scaled_and_summed_each_with_its_own():
     # A layer that no rule picks keeps its bits.
     merged = kernel(sx.merge(base(), sx.scale(trees[0][1], 0.5)))
     chex.assert_trees_all_equal(merged[1], kernel(base())[1])
+
+
+def test_the_stack_of_parts_without_frozen_leaves_is_known():
+    _, adapters = sx.attach(KEY, base(), [("proj", sx.add(sx.C3A(block=8), sx.C3A(block=16)))])
+    (node,) = nodes(adapters).values()
+    assert not jax.tree.leaves(node.frozen) and stack_of(node) == (LAYERS,)
 
 
 def test_a_part_that_is_not_additive_is_the_one_that_is_named():

@@ -21,6 +21,7 @@ from bare_kernels import (
     host,
     inputs,
     largest,
+    linear,
     merged,
     normal,
     padding,
@@ -159,7 +160,7 @@ def test_never_materialises_a_weight(case: Case, quantised):
     x = inputs()
 
     def loss(train):
-        return sx.linear(x, weight, Adapter(train, node.frozen, node.method)).sum()
+        return linear(x, weight, Adapter(train, node.frozen, node.method)).sum()
 
     closed = jax.make_jaxpr(jax.grad(loss))(node.train)
     found = depends_on(closed.jaxpr, set(closed.jaxpr.invars))
@@ -168,8 +169,8 @@ def test_never_materialises_a_weight(case: Case, quantised):
 
 def loss_of(train, frozen, weight, x):
     """With a key, as in training: leaves that only shape what is drawn are trained, too."""
-    node, ctx = sx.combine(train, frozen), sx.Context(jax.random.key(8))
-    y = over_stack(lambda w, n: sx.linear(x, w, n, ctx), stack_of(node))(weight, node)
+    node, key = sx.combine(train, frozen), jax.random.key(8)
+    y = over_stack(lambda w, n: linear(x, w, n, key), stack_of(node))(weight, node)
     return jnp.mean(jnp.square(y - 1.0))
 
 
@@ -204,7 +205,7 @@ def test_one_step_moves_the_trained_leaves_alone(case: Case):
 def test_only_what_draws_depends_on_the_key(case: Case):
     weight, node = fitted(case.method, stacked=False)
     node, x = trained(node), inputs()
-    run = jax.jit(lambda key: sx.linear(x, weight, node, sx.Context(key)))
+    run = jax.jit(lambda key: linear(x, weight, node, key))
     one, same, other = (host(run(jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (largest(one - other) > 1e-3) == bool(case.method.draws)

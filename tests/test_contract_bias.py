@@ -18,6 +18,7 @@ from bare_kernels import (
     hints,
     host,
     inputs,
+    linear,
     merged,
     normal,
     standalone,
@@ -30,7 +31,7 @@ from peft_configs import FILES, KINDS
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
-from sborax.adapters.tree import over_stack, stack_of
+from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_table import TABLE
 from sborax.models import save_hf
@@ -44,7 +45,7 @@ def biases(dtype: str, stacked: bool):
 
 @jax.jit
 def biased(x, weight, node, bias):
-    return over_stack(lambda w, n, b: sx.linear(x, w, n, bias=b), stack_of(node))(weight, node, bias)
+    return over_stack(lambda w, n, b: linear(x, w, n, bias=b), stack_of(node))(weight, node, bias)
 
 
 @jax.jit
@@ -52,7 +53,7 @@ def added_after(x, weight, node, bias):
     """The projection, and then the bias: what a method does that leaves the bias alone."""
 
     def one(w, n, b):
-        y = sx.linear(x, w, n)
+        y = linear(x, w, n)
         return y + jnp.broadcast_to(b, y.shape)
 
     return over_stack(one, stack_of(node))(weight, node, bias)
@@ -135,6 +136,10 @@ def test_peft_and_every_merge_agree_on_a_biased_model(kind, pair, tmp_path):
     assert save_peft(tmp_path / "ours", pair.ours, params, adapters).errors == {}
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
 
+    if any(node.method.no_merge for node in nodes(adapters).values()):
+        with pytest.raises(sx.SboraxError, match="cannot be merged"):
+            sx.merge(params, adapters)
+        return
     dense = sx.merge(params, adapters)
     np.testing.assert_allclose(logits(pair.ours, dense, {}), expected, rtol=0, atol=1e-4)
     again = sx.merge_weighted(base, [sx.Weighted(0.25, adapters, params), sx.Weighted(0.75, adapters, params)])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IN, LAYERS, METHODS, OUT, Case, hint_for
+from cases import IN, INVOCATION, LAYERS, METHODS, OUT, Case, hint_for
 from torch_pair import shaken
 
 import sborax as sx
@@ -43,7 +43,9 @@ CONFIG = LlamaConfig(
 )
 EXPERTS = dataclasses.replace(CONFIG, model_type="mixtral", experts=Experts(count=3, chosen=2, intermediate_size=OUT))
 TARGETS = "mlp/(experts/)?(gate|up)_proj"
-TOKENS = jax.random.randint(jax.random.key(0), (1, 4, 9), 1, CONFIG.vocab_size, jnp.int32)
+TOKENS = (
+    jax.random.randint(jax.random.key(0), (1, 4, 9), 1, CONFIG.vocab_size, jnp.int32).at[:, :, 2].set(INVOCATION[0])
+)
 BATCH = {
     "tokens": TOKENS[:, :, :-1],
     "targets": TOKENS[:, :, 1:],

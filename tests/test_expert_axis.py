@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, largest, normal, standalone, trained
-from cases import IN, METHODS, OUT, Case, hint_for
+from bare_kernels import assert_close, largest, linear, normal, standalone, trained
+from cases import IN, METHODS, OUT, Case, context_for, hint_for
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import WIDE
 
 import sborax as sx
-from sborax.adapters import grouped
+from sborax.adapters import grouped_matmul
 from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import is_weight
 from sborax.adapters.leaves import nest
@@ -158,7 +158,8 @@ def by_expert(x, weights, numbers, projections):
         )
 
         def call(name, x, matrices=matrices, adapters=adapters):
-            return sx.linear(x, matrices[name], adapters[name])
+            node = adapters[name]
+            return sx.linear(x, matrices[name]) if node is None else linear(x, matrices[name], node)
 
         share = jnp.sum(jnp.where(numbers == expert, weights, 0), axis=1, keepdims=True)
         out = call("down_proj", jax.nn.silu(call("gate_proj", x)) * call("up_proj", x))
@@ -167,7 +168,12 @@ def by_expert(x, weights, numbers, projections):
 
 
 def together(x, weights, numbers, projections):
-    return mixed(x, weights, numbers, sx.Context(), projections, Mixture(jax.nn.silu, False))[0]
+    return mixed(x, weights, numbers, context(x, projections), projections, Mixture(jax.nn.silu, False))[0]
+
+
+def context(x, projections):
+    """What the adapters of projections read beside `x`."""
+    return context_for((leaf.adapter.method for leaf in projections.values() if leaf.adapter), x)
 
 
 def with_gradients(form, projections, tokens=TOKENS):
@@ -280,12 +286,12 @@ def test_at_balanced_load_each_row_is_multiplied_once(sizes, monkeypatch):
     """FLOPs of the compiled program, with as many turns of the loops over tiles as were counted in a call."""
     tokens, turns = 512, []
 
-    def counted(sizes, tile, tiles=grouped._tiles):
+    def counted(sizes, tile, tiles=grouped_matmul.tiles):
         total, place = tiles(sizes, tile)
         jax.debug.callback(lambda number: turns.append(int(number)), total)
         return total, place
 
-    monkeypatch.setattr(grouped, "_tiles", counted)
+    monkeypatch.setattr(grouped_matmul, "tiles", counted)
     projections = a_mixture()
     x = jnp.asarray(normal(8, tokens, IN))
     numbers = jnp.arange(tokens * CHOSEN, dtype=jnp.int32).reshape(tokens, CHOSEN) % COUNT

@@ -330,7 +330,7 @@ def adapted_stack(method=None):
 
 @pytest.mark.parametrize(
     "method",
-    [sx.LoRA(rank=3, alpha=6.0), sx.DoRA(rank=3), sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=2)), sx.AdaLoRA(rank=3)],
+    [sx.LoRA(rank=3, alpha=6.0), sx.DoRA(rank=3), sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=2))],
     ids=str,
 )
 def test_split_of_lora_fa_holds_a_alone(method):
@@ -378,3 +378,14 @@ def test_lora_fa_refuses_adapters_without_a_pair():
     tx = lora_fa(1e-3)
     with pytest.raises(SboraxError, match="no adapter has a pair"):
         tx.update(train, tx.init(train), train, frozen=frozen)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sx.AdaLoRA(rank=3), sx.KaSA(rank=3), sx.OSF(kept=0.5), sx.add(sx.LoRA(rank=3), sx.AdaLoRA(rank=3))],
+    ids=str,
+)
+def test_lora_fa_refuses_trained_gains_between_a_and_b(method):
+    _, adapters = adapted_stack(method)
+    with pytest.raises(SboraxError, match="trains e between a and b"):
+        sx.split_lora_fa(adapters)

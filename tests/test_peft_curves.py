@@ -88,6 +88,8 @@ def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.ones(shape, dtype))
 
 
+QUESTION = (32, 222)
+"""The tokens of "? ", after which every answer begins."""
 PLAIN: dict[str, AbstractMethod] = {
     "LoRA": sx.LoRA(rank=4, alpha=6.0),
     "rsLoRA": sx.LoRA(rank=4, alpha=6.0, rslora=True),
@@ -95,6 +97,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "PiSSA": sx.PiSSA(rank=4, alpha=6.0),
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
     "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
+    "aLoRA": sx.Activated(sx.LoRA(rank=4, alpha=6.0), tokens=QUESTION),
     "MiCA": sx.MiCA(rank=4, alpha=6.0),
     "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
@@ -129,6 +132,7 @@ PLAIN: dict[str, AbstractMethod] = {
 """The method of every tuner in `peft_matrix.TUNERS`."""
 
 CHANGED: dict[str, dict[str, Any]] = {
+    "aLoRA": {"config": config("aLoRA", alora_invocation_tokens=list(QUESTION))},
     # Without the regulariser that its budget is for.
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
     # Where p < 0, its gradient at the common start is rounding alone, of which Adam makes a whole step.

@@ -32,6 +32,12 @@ LORAS = {
         "layers_to_transform": [1],
     },
     "dora": {**RANKS, "target_modules": "all-linear", "use_dora": True},
+    "alora": {
+        **RANKS,
+        "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"],
+        "alora_invocation_tokens": [32, 17],
+        "task_type": "CAUSAL_LM",
+    },
 }
 
 
@@ -64,6 +70,7 @@ RULES = {
     "some parts": [("q_proj", sx.LoRA(rank=2, alpha=6.0)), ("(v|up|down)_proj", sx.LoRA(rank=3, alpha=4.0))],
     "a sum": [("self_attn", sx.add(sx.LoRA(rank=2), sx.SBoRA(rank=2)))],
     "dora": [("q_proj|k_proj|v_proj|o_proj", sx.DoRA(rank=2, alpha=4.0))],
+    "activated parts": [("(q|v|up)_proj", sx.Activated(sx.LoRA(rank=2, alpha=6.0), tokens=(32, 17)))],
     "another kind beside": [("o_proj|down_proj", sx.IA3())],
 }
 

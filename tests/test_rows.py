@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import METHODS, hint_for
+from cases import INVOCATION, METHODS, hint_for
 from etils import epath
 from nightly import nightly_unless
 
@@ -68,7 +68,7 @@ FIRST = [case for case in SHARING if case.name == "LoRA"]
 def test_logits_are_those_of_each_alone(model, case):
     params, adapters = zip(*(trained(model, case.method, seed) for seed in range(3)), strict=True)
     assert together(params, adapters) == [[0, 1, 2]]
-    tokens = jax.random.randint(jax.random.key(5), (6, 9), 2, model.config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(5), (6, 9), 2, model.config.vocab_size).at[:, 2].set(INVOCATION[0])
     logits = jax.jit(lambda tree: model.apply(params[0], tree, tokens))(by_row(adapters))
     alone = jax.jit(lambda tree, rows: model.apply(params[0], tree, rows))
     for number, tree in enumerate(adapters):

@@ -44,6 +44,8 @@ class Context:
     - mask: `(batch, seq)`, zero at padding.
     - memory: arrays `(batch, seq, ...)` by name, what the previous layer remembered of each token (see `depth`). The
       parts of a composed method have theirs one level deeper, under their number.
+    - invocations: `(batch, seq)` by a tuple of token ids, True from the last occurrence of these tokens in its text on
+      (see `invocation`).
     """
 
     key: Key[Array, ""] | None = None
@@ -52,6 +54,7 @@ class Context:
     prompt: Any = None
     mask: Any = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    invocations: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     def at(self, path: str, name: str) -> "Context":
         """The context of the projection at `path`: its row is called `name`, and rows of other paths are left out."""
@@ -61,7 +64,7 @@ class Context:
 
     def flatten(self, batch: tuple[int, ...]) -> "Context":
         """The same context for `x` flattened from `(*batch, in)` to `(tokens, in)`."""
-        tokens = (self.prompt, self.mask, self.memory)
+        tokens = dataclasses.replace(self, key=None, rows={})
         if not jax.tree.leaves((self.rows, tokens)):
             return self
         count = int(np.prod(batch))
@@ -74,12 +77,15 @@ class Context:
         def per_token(leaf: Array) -> Array:
             return leaf.reshape(count, *leaf.shape[len(batch) :])
 
-        return Context(self.key, jax.tree.map(per_row, self.rows), *jax.tree.map(per_token, tokens))
+        return dataclasses.replace(jax.tree.map(per_token, tokens), key=self.key, rows=jax.tree.map(per_row, self.rows))
+
+    def map(self, function: Callable[[Array], Array]) -> "Context":
+        """A flattened context with `function` of every array. The key stays."""
+        return dataclasses.replace(jax.tree.map(function, dataclasses.replace(self, key=None)), key=self.key)
 
     def take(self, tokens: Int[Array, " rows"]) -> "Context":
         """The context of rows that are some of the tokens of a flattened context, in any order."""
-        fields = (self.rows, self.prompt, self.mask, self.memory)
-        return Context(self.key, *jax.tree.map(lambda leaf: leaf[tokens], fields))
+        return self.map(lambda leaf: leaf[tokens])
 
 
 @jax.tree_util.register_dataclass

@@ -48,9 +48,12 @@ def axes_leaves(axes: Any) -> list[tuple[str | None, ...]]:
 
 def stack_of(node: Adapter) -> tuple[int, ...]:
     """The leading stack axes of an adapter's leaves."""
-    by_name = {**node.train, **node.frozen}
-    leaves, names = jax.tree.leaves(by_name), axes_leaves(leaf_axes(node.method.axes, by_name))
-    return next((leaf.shape[: leaf.ndim - len(name)] for leaf, name in zip(leaves, names, strict=True)), ())
+    # Not one dict of both: a part has train and frozen leaves under one name.
+    for half in (node.train, node.frozen):
+        names = axes_leaves(leaf_axes(node.method.axes, half))
+        for leaf, name in zip(jax.tree.leaves(half), names, strict=True):
+            return leaf.shape[: leaf.ndim - len(name)]
+    return ()
 
 
 def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Bool, Float
 
 from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, SboraxError
+from sborax.adapters.invocation import invoked_parts
 
 ROUTER = "router"
 """Name of a layer's router among its modules."""
@@ -57,8 +58,8 @@ def routed_parts(method: AbstractMethod) -> tuple[AbstractRouted, ...]:
 
 
 def selective(method: AbstractMethod) -> bool:
-    """Whether an adapter may get no gradient in a step, because no sequence selected it."""
-    return isinstance(method, AbstractRouter) or bool(routed_parts(method))
+    """Whether an adapter may get no gradient in a step, because no sequence selected it or has its tokens."""
+    return isinstance(method, AbstractRouter) or bool(routed_parts(method) or invoked_parts(method))
 
 
 class Expert(NamedTuple):

@@ -37,7 +37,7 @@ def by_layer(node: Adapter, depth: int | None) -> Iterator[tuple[int | None, Ada
 def _trimmed(node: Adapter, layer: int | None) -> Adapter:
     """One layer's adapter without the columns that pad it to the largest rank of its stack."""
     method = node.method
-    if isinstance(method, Sum | Scaled):
+    if isinstance(method, AbstractComposite):
         return with_parts(node, [_trimmed(child, layer) for child, _ in method.children(node)])
     if layer is None or not isinstance(method.rank, tuple):
         return node

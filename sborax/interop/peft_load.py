@@ -411,11 +411,11 @@ def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMetho
     """One method for a stack of layers: ragged ranks where the method allows them, or else branches by layer."""
     groups: dict[AbstractMethod, dict[int, int]] = {}
     for layer, method in methods.items():
-        alike = dataclasses.replace(method, rank=1) if method.ragged else method  # type: ignore[call-arg]
+        alike = dataclasses.replace(method, rank=1) if _takes_ranks(method) else method  # type: ignore[call-arg]
         groups.setdefault(alike, {})[layer] = method.rank  # type: ignore[assignment]
     parts, layers = [], []
     for method, ranks in groups.items():
-        if method.ragged:
+        if _takes_ranks(method):
             widest = max(ranks.values())
             planned = tuple(ranks.get(layer, widest) for layer in range(depth))
             rank = widest if len(set(planned)) == 1 else planned
@@ -425,6 +425,11 @@ def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMetho
     if len(parts) == 1 and len(layers[0]) == depth:
         return parts[0]
     return ByLayer(tuple(parts), tuple(layers))
+
+
+def _takes_ranks(method: AbstractMethod) -> bool:
+    """Whether the ranks of a stack's layers are those of one method, and not of a part of it."""
+    return method.ragged and "rank" in vars(method)
 
 
 def _filled(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> Adapter:
@@ -448,8 +453,8 @@ def _filled_layers(
     layout: HFLayout,
     read: Any,
 ) -> Adapter:
-    train = {name: np.array(leaf) for name, leaf in node.train.items()}
-    frozen = {name: np.array(leaf) for name, leaf in node.frozen.items()}
+    train = {name: np.array(leaf) for name, leaf in flatten(node.train).items()}
+    frozen = {name: np.array(leaf) for name, leaf in flatten(node.frozen).items()}
     numbers = layout.numbers(fits)
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
@@ -467,7 +472,8 @@ def _filled_layers(
             slot[tuple(slice(size) for size in value.shape)] = value
         for name, value in fits[module].frozen.items():
             frozen[name][... if layer is None else layer] = value
-    return Adapter(jax.tree.map(jnp.asarray, train), jax.tree.map(jnp.asarray, frozen), node.method, node.in_axes)
+    train, frozen = (nest({name: jnp.asarray(leaf) for name, leaf in half.items()}) for half in (train, frozen))
+    return Adapter(train, frozen, node.method, node.in_axes)
 
 
 def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> Adapter:

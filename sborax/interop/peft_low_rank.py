@@ -29,11 +29,14 @@ from sborax.interop.peft_row import (
 )
 from sborax.interop.peft_targets import value_for
 from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA, QALoRA
+from sborax.methods.activated import Activated
 
 PAIR = (
     Tensor("lora_A.weight", "a", TRANSPOSED, embedding="lora_embedding_A"),
     Tensor("lora_B.weight", "b", TRANSPOSED, embedding="lora_embedding_B"),
 )
+OF_PART = tuple(tensor._replace(leaf=f"part/{tensor.leaf}") for tensor in PAIR)
+INVOCATION = "alora_invocation_tokens"
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 LORA_READS = frozenset({TYING, REPLICATION})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
@@ -44,7 +47,7 @@ KASA = {"beta": 1e-4, "gamma": 1e-3}
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
 VARIANTS = {
-    "alora_invocation_tokens": "the adapter would act on some tokens alone",
+    INVOCATION: "beside a method other than LoRA",
     "arrow_config": "the file lacks the adapters that it mixes; load each of them, and mix them by sx.arrow",
     "kasa_config": "KaSA takes a part out of the base's singular values",
     "megatron_config": "of layers of Megatron-Core, which no model here has",
@@ -93,6 +96,41 @@ def _write_qalora(node: Adapter) -> dict[str, Any]:
     alpha = float(str(np.float32(float(node.frozen["scale"]) * rank * method.group / groups)))
     sizes = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
     return {**sizes, "qalora_group_size": method.group, "lora_dropout": dropout_of(node)}
+
+
+def _invocation(config: Fields, module: str) -> dict[str, Any]:
+    """The tokens of aLoRA, which are the same for all modules."""
+    tokens = config[INVOCATION]
+    if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        raise SboraxError(f"{INVOCATION}: expected a list of token ids, got {str(tokens)[:60]}")
+    return {"tokens": tuple(tokens)}
+
+
+def _common_invocation(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """The inverse of `_invocation`."""
+    (module, tokens), *others = ((module, fields["tokens"]) for module, fields in modules.items())
+    for other, wanted in others:
+        if wanted != tokens:
+            raise SboraxError(
+                f"{INVOCATION} is {list(tokens)} for {module} and {list(wanted)} for {other}: PEFT has one for all; "
+                "save them as two adapters"
+            )
+    return {INVOCATION: list(tokens)}
+
+
+def _read_activated(fields: Fields) -> Fit:
+    plain = _read_lora(fields)
+    assert isinstance(plain.method, LoRA)
+    return Fit(Activated(plain.method, fields["tokens"]), {f"part/{name}": leaf for name, leaf in plain.frozen.items()})
+
+
+def _write_activated(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, Activated)
+    ((part, _),) = method.children(node)
+    if not isinstance(part.method, LoRA):
+        raise SboraxError(f"PEFT activates LoRA alone, and not {type(part.method).__name__}")
+    return {**_write_lora(part), "tokens": method.tokens}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -231,6 +269,15 @@ LOW_RANK = (
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
         by_shape=_groups, reads=frozenset({REPLICATION}),
         refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
+    ),
+    Row(
+        Activated, "LORA",
+        {
+            INVOCATION: ([], list), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,),
+            "use_qalora": (False,),
+        },
+        LORA_FIELDS, OF_PART, _read_activated, _write_activated, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
+        by_module=_invocation, in_config=_common_invocation, refused=VARIANTS,
     ),
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,

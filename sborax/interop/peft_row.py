@@ -10,6 +10,7 @@ import numpy as np
 
 from sborax.adapters.bank import banked_parts
 from sborax.adapters.core import AbstractMethod, Adapter, Hint, SboraxError
+from sborax.adapters.leaves import flatten
 from sborax.interop.peft_layout import EMBEDDING, PREFIX, ROOT
 
 Fields = Mapping[str, Any]
@@ -30,7 +31,7 @@ class Tensor(NamedTuple):
     """A tensor of one module in PEFT's file. It is present if our method has the leaf, trained or frozen.
 
     - suffix: its name behind the module's.
-    - leaf: the name of our leaf.
+    - leaf: the name of our leaf, `part/a` for leaf `a` of a part.
     - axes: the axes of our leaf in PEFT's order; None for an axis of size 1 that ours lacks.
     - times: a frozen scalar leaf that PEFT multiplies into the tensor.
     - shared: the file has one tensor for all modules, sized for the largest, and each module reads its first part.
@@ -227,7 +228,7 @@ def leaf_shapes(method: AbstractMethod, shape: tuple[int, int]) -> dict[str, tup
     for each, size in sizes.items():
         weight = jax.ShapeDtypeStruct(size, jnp.float32)
         fitted = jax.eval_shape(lambda kernel, each=each: each.init(jax.random.key(0), kernel, Hint()), weight)
-        shapes |= {name: leaf.shape for name, leaf in {**fitted.train, **fitted.frozen}.items()}
+        shapes |= {name: leaf.shape for half in fitted[:2] for name, leaf in flatten(half).items()}
     return shapes
 
 

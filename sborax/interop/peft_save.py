@@ -321,7 +321,7 @@ def _plain(name: str, factors: Factors, error: float | None) -> _Entry:
 
 
 def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
-    leaves = {**node.train, **node.frozen}
+    leaves = {**flatten(node.train), **flatten(node.frozen)}
     return {tensor.suffix: tensor.outward(leaves) for tensor in row.tensors if tensor.leaf in leaves}
 
 

@@ -25,6 +25,7 @@ PLAIN = TABLE[0]
 KNOWN_BY_DEFAULTS = {
     "use_dora": False,
     "use_qalora": False,
+    "alora_invocation_tokens": None,
     "kasa_config": None,
     "init_lora_weights": True,
     "init_weights": True,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters.core import Context, SboraxError
+from sborax.adapters.invocation import continuation, find, invocations_of
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import link, nodes
 from sborax.models.decoder import AbstractDecoder
@@ -139,12 +140,15 @@ def _search(
     # A router decides for each row, so each beam needs the prompt in a row of its own.
     before, after = (beams, 1) if routed else (1, beams)
     tokens, segments = (jnp.repeat(array, before, axis=0) for array in (tokens, segments))
-    ctx = Context(prompt=segments)
+    masks = find(tokens, segments, invocations_of(nodes(variables["adapters"])))
+    ctx = Context(prompt=segments, invocations=masks)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     decided = {**variables, **routing}
+    # All beams of a row go on from its prompt.
+    ctx = Context(invocations=jax.tree.map(lambda mask: jnp.repeat(mask, after, axis=0), continuation(masks)))
 
     def logprobs(hidden: Float[Array, "flat 1 d"]) -> Float[Array, "rows beams vocab"]:
-        logits = jnp.asarray(module.apply(variables, hidden, method="head"))
+        logits = jnp.asarray(module.apply(variables, hidden, ctx, method="head"))
         return jax.nn.log_softmax(logits[:, 0], axis=-1).reshape(rows, beams, -1)
 
     first, _ = _extend(
@@ -162,7 +166,7 @@ def _search(
         step, texts, cache, live = state
         token = jax.lax.dynamic_index_in_dim(texts.tokens, step - 1, axis=2).reshape(rows * beams, 1)
         hidden, new_cache = run(
-            module, decided, token, positions=(starts + step - 1)[:, None], past=(cache, live), method="hidden"
+            module, decided, token, None, (starts + step - 1)[:, None], ctx, past=(cache, live), method="hidden"
         )
         slot = width + step - 1
         cache = jax.tree.map(

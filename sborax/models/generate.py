@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import Context, SboraxError
-from sborax.adapters.tree import link
+from sborax.adapters.invocation import Invocations, continuation, find, invocations_of
+from sborax.adapters.tree import link, nodes
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.language_model import LanguageModel, Params
 from sborax.models.memory import run
@@ -64,12 +65,12 @@ def generate(
     variables = {"params": params, "adapters": adapters or {}}
     rule = Rule(jnp.asarray(ends), jnp.float32(temperature), jax.random.key(0) if key is None else key)
     inputs = [jnp.asarray(array) for array in (tokens, segments, lengths)]
-    texts, routing = _prefill(module, max_new_tokens, choice, variables, rule, *inputs)
+    texts, state = _prefill(module, max_new_tokens, choice, variables, rule, *inputs)
     endings = set(ends.tolist())
     stride = max_new_tokens if finished is None else STRIDE
     for until in range(stride, max_new_tokens + stride, stride):
         until = min(until, max_new_tokens)
-        texts = _decode(module, choice, variables, rule, routing, texts, jnp.int32(until))
+        texts = _decode(module, choice, variables, rule, state, texts, jnp.int32(until))
         rows = [until_end(row, endings) for row in np.asarray(texts.out)[:, :until].tolist()]
         if finished is not None:
             texts = texts._replace(done=texts.done | np.array(finished(rows), bool))
@@ -92,6 +93,15 @@ class Rule(NamedTuple):
     ends: Int[Array, " ends"]
     temperature: Float[Array, ""]
     key: Key[Array, ""]
+
+
+class PromptState(NamedTuple):
+    """What the prompt decides for all tokens that follow it."""
+
+    routing: dict[str, Any]
+    """Of routers."""
+    invocations: Invocations
+    """`Context.invocations` of one token."""
 
 
 class Texts(NamedTuple):
@@ -146,18 +156,20 @@ def _prefill(
     tokens: Int[Array, "batch width"],
     segments: Int[Array, "batch width"],
     lengths: Int[Array, " batch"],
-) -> tuple[Texts, dict[str, Any]]:
-    """The first token of each text, and what routers decide on its prompt, which holds for all its tokens."""
+) -> tuple[Texts, PromptState]:
+    """The first token of each text, and what its prompt decides."""
     variables = {**variables, "adapters": link(variables["adapters"])}
-    ctx = Context(prompt=segments)
+    masks = find(tokens, segments, invocations_of(nodes(variables["adapters"])))
+    ctx = Context(prompt=segments, invocations=masks)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     last = tokens.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    first = _pick(module, choice, variables, rule, hidden, jnp.int32(0))
+    state = PromptState(routing, continuation(masks))
+    first = _pick(module, choice, variables, rule, hidden, jnp.int32(0), state)
     cache = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, new - 1), (0, 0), (0, 0))), cache)
     live = jnp.pad(segments, ((0, 0), (0, new - 1)))
     out = jnp.zeros((tokens.shape[0], new), jnp.int32).at[:, 0].set(first)
-    return Texts(jnp.int32(1), _ended(first, rule), out, lengths, cache, live), routing
+    return Texts(jnp.int32(1), _ended(first, rule), out, lengths, cache, live), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
@@ -166,13 +178,14 @@ def _decode(
     choice: Choice,
     variables: dict[str, Any],
     rule: Rule,
-    routing: dict[str, Any],
+    state: PromptState,
     texts: Texts,
     until: Int[Array, ""],
 ) -> Texts:
     """The texts with `until` tokens each, or fewer if all have ended."""
     width = texts.live.shape[1] - texts.out.shape[1] + 1
-    decided = {**variables, **routing, "adapters": link(variables["adapters"])}
+    variables = {**variables, **state.routing, "adapters": link(variables["adapters"])}
+    ctx = Context(invocations=state.invocations)
 
     def unfinished(texts: Texts) -> Bool[Array, ""]:
         return (texts.step < until) & ~jnp.all(texts.done)
@@ -181,14 +194,14 @@ def _decode(
         step, done, out, lengths, cache, live = texts
         token = jax.lax.dynamic_index_in_dim(out, step - 1, axis=1)
         hidden, new_cache = run(
-            module, decided, token, positions=(lengths + step - 1)[:, None], past=(cache, live), method="hidden"
+            module, variables, token, None, (lengths + step - 1)[:, None], ctx, past=(cache, live), method="hidden"
         )
         slot = width + step - 1
         cache = jax.tree.map(
             lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, slot, 2), cache, new_cache
         )
         live = jax.lax.dynamic_update_slice_in_dim(live, jnp.ones_like(token), slot, 1)
-        following = _pick(module, choice, decided, rule, hidden, step)
+        following = _pick(module, choice, variables, rule, hidden, step, state)
         out = jax.lax.dynamic_update_slice_in_dim(out, following[:, None], step, 1)
         return Texts(step + 1, done | _ended(following, rule), out, lengths, cache, live)
 
@@ -202,8 +215,9 @@ def _pick(
     rule: Rule,
     hidden: Float[Array, "batch 1 d"],
     step: Int[Array, ""],
+    state: PromptState,
 ) -> Int[Array, " batch"]:
-    logits = jnp.asarray(module.apply(variables, hidden, method="head"))
+    logits = jnp.asarray(module.apply(variables, hidden, Context(invocations=state.invocations), method="head"))
     return choose(logits[:, 0], choice, rule.temperature, jax.random.fold_in(rule.key, step))
 
 

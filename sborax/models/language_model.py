@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from sborax.adapters import core
 from sborax.adapters.bank import AbstractBank
 from sborax.adapters.bank import link as link_banks
+from sborax.adapters.invocation import invocations_of
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import STACKED_UNDER, adaptable
 from sborax.adapters.paths import kernels as kernels_of
@@ -182,22 +183,32 @@ class LanguageModel:
         hidden: Float[Array, "batch seq d"],
         *,
         dropout_key: Key[Array, ""] | None = None,
+        ctx: core.Context = core.Context(),
     ) -> Float[Array, "batch seq vocab"]:
-        """Logits of `hidden`, float32."""
-        return self._call("head", params, adapters, dropout_key, hidden)
+        """Logits of `hidden`, float32.
+
+        - ctx: an adapter of the head that acts from some tokens on needs its `invocations`: there is no text here.
+        """
+        return self._call("head", params, adapters, dropout_key, hidden, ctx)
 
     def dropless(self) -> "LanguageModel":
         """The same model without a capacity of experts."""
         return dataclasses.replace(self, module=self.module.clone(expert_capacity=None))
 
     def check_adapters(self, adapters: Params | None) -> None:
-        """Raise SboraxError for an adapter at a path at which the model has no projection."""
+        """Raise SboraxError for an adapter at a path without a projection, and for tokens that the model lacks."""
         # Flax makes modules hashable.
         known = projections(self._plain())  # pyright: ignore[reportArgumentType]
         for path, node in flatten(adapters or {}, is_leaf=core.is_adapter).items():
             is_bank = core.is_adapter(node) and isinstance(node.method, AbstractBank)
             if path not in known and not is_bank:
                 raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
+        for wanted in invocations_of(nodes(adapters or {})):
+            if max(wanted) >= self.config.vocab_size:
+                raise core.SboraxError(
+                    f"an adapter acts from the tokens {wanted} on, and the vocabulary ends at "
+                    f"{self.config.vocab_size - 1}; give ids of this model's tokenizer"
+                )
 
     def abstract(self) -> Params:
         """The param tree as shapes and dtypes."""

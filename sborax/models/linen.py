@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from sborax.adapters.bank import link as link_banks
 from sborax.adapters.core import AbstractKernelless, Adapter, Context, SboraxError, linear
+from sborax.adapters.invocation import invoked_parts
 from sborax.adapters.leaves import nest
 from sborax.adapters.tree import Adapters, Params, merge, nodes
 
@@ -40,7 +41,8 @@ def apply_linen(
     - adapters: by the paths of the kernels, as `attach` returns them.
     - options: those of `module.apply`. An rng "dropout" turns the adapters' dropout on, too.
 
-    Raises SboraxError for an adapter that the call never reaches, for routers and for methods that link layers.
+    Raises SboraxError for an adapter that the call never reaches, for routers, and for methods that link layers or act
+    from some tokens on.
     """
     flat = link_banks(nodes(adapters))
     check_independent(flat)
@@ -63,7 +65,7 @@ def apply_linen(
 def check_independent(adapters: Mapping[str, Adapter]) -> None:
     """Raise SboraxError for adapters (by path) that need more of the model than their own projection."""
     for path, node in adapters.items():
-        if isinstance(node.method, AbstractKernelless) or node.method.linked:
+        if isinstance(node.method, AbstractKernelless) or node.method.linked or invoked_parts(node.method):
             raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
 
 

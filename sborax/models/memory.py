@@ -1,5 +1,10 @@
-"""Models whose adapters read values of the previous layer: collection `memory` is handed from layer to layer."""
+"""Calls of models whose adapters read more than their input.
 
+Values of the previous layer: collection `memory` is handed from layer to layer. Tokens from which they act: these are
+found before the call, since they have to be looked for in the whole text.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Int
 
-from sborax.adapters.core import Adapter, Context
+from sborax.adapters.core import Adapter, Context, SboraxError
 from sborax.adapters.depth import Memory, continues, remember, stack_of
+from sborax.adapters.invocation import find, invocations_of
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import link, nodes
@@ -20,13 +26,32 @@ def run(
     module: nn.Module,
     variables: dict[str, Any],
     tokens: Int[Array, "batch seq"],
-    *inputs: Any,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    positions: Int[Array, "batch seq"] | None = None,
+    ctx: Context = Context(),
+    *,
     mutable: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """`module.apply` with linked adapters. Collection `memory` is added only if an adapter remembers something."""
+    """`module.apply` with linked adapters, and with the places in the text from which some of them act.
+
+    Collection `memory` is added only if an adapter remembers something.
+
+    - ctx: what it says of invocations is not looked for in `tokens`.
+
+    Raises SboraxError for a call over a `past` whose context does not say what was invoked there.
+    """
     adapters = link(variables["adapters"])
     variables = {**variables, "adapters": adapters}
+    missing = [wanted for wanted in invocations_of(nodes(adapters)) if wanted not in ctx.invocations]
+    if missing:
+        if "past" in options:
+            raise SboraxError(
+                f"an adapter acts from the tokens {missing[0]} on, and a call over a cache does not see the text "
+                "before: give ctx=Context(invocations=...), see sborax.adapters.invocation.continuation"
+            )
+        ctx = dataclasses.replace(ctx, invocations={**ctx.invocations, **find(tokens, segment_ids, missing)})
+    inputs = (segment_ids, positions, ctx)
     memory = _empty(variables["params"], adapters, tokens)
     if not memory:
         return module.apply(variables, tokens, *inputs, mutable=list(mutable) or False, **options)

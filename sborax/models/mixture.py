@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sborax.adapters.constraints import AXES, EXPERT, SHARED, compiled_axes, dividing, mesh_axes
 from sborax.adapters.core import Context
-from sborax.adapters.grouped import Sizes, expert_of_row, grouped_linear
+from sborax.adapters.grouped import grouped_linear
+from sborax.adapters.grouped_matmul import Sizes, expert_of_row
 from sborax.adapters.routing import GATE
 from sborax.models.sharding import expert_specs
 
@@ -146,10 +147,9 @@ class Mixture:
 
         # Squares are sums over rows with a token; nothing else reads the mask.
         mask = jnp.ones(tokens, jnp.int32) if self.observed else None
-        fields = jax.tree.map(dispatched, (ctx.rows, ctx.prompt, mask, ctx.memory))
-        rows = dispatched(x)
+        per_row, rows = dataclasses.replace(ctx, mask=mask).map(dispatched), dispatched(x)
         sizes = Sizes(jnp.full(here, rows.shape[0] // here, jnp.int32))
-        outputs, squares = self.units(rows, sizes, Context(ctx.key, *fields), projections)
+        outputs, squares = self.units(rows, sizes, per_row, projections)
         back = exchange.back(outputs.reshape(here, -1, outputs.shape[-1]))
         by_choice = back.reshape(experts * room, -1).at[place].get(mode="fill", fill_value=0)
         wanted = tokens * chosen if ctx.mask is None else chosen * jnp.sum(ctx.mask != 0, dtype=jnp.int32)

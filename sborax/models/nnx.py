@@ -36,7 +36,8 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters) -> Any:
     - model: its kernels are the base. If `attach` rewrote the base, replace the kernels first.
     - adapters: by the paths of the kernels, as `attach` returns them.
 
-    Raises SboraxError for an adapter without a module, for routers and banks, and for methods that link layers.
+    Raises SboraxError for an adapter without a module, for routers and banks, and for methods that link layers or act
+    from some tokens on.
     """
     model, flat = nnx.clone(model), nodes(adapters)
     check_independent(flat)

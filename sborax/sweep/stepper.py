@@ -89,7 +89,7 @@ class SweepStepper(AbstractStepper):
 
     def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:
         sites = self.prepared[0].plan.sites
-        # An expert that no sequence of the first batch chose is not dead.
+        # An adapter that no sequence of the first batch selected is not dead.
         idle = {site.path for site in sites if selective(site.method)}
         try:
             check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})

@@ -1,14 +1,18 @@
 """The adapters of a run before its first step, some of them from gradients or inputs on the run's own data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from etils import epath
+from jaxtyping import Int32
 
 from sborax.adapters.core import Hint, SboraxError
+from sborax.adapters.invocation import Tokens, invocations
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Site
 from sborax.adapters.tree import Params, nodes
 from sborax.data.batches import Batches
+from sborax.data.samples import Sample
 from sborax.layout.hosts import several
 from sborax.layout.state import Parts, parameters
 from sborax.models.language_model import LanguageModel
@@ -32,10 +36,13 @@ def begin(
 
     Adapters that start from data are kept in the run directory: what is computed anew could differ in the last bit, and
     singular vectors would then differ in every bit. The run comes back with the ranks that the data chose.
-    Raises SboraxError as `Prepared.adapt` does, and if several processes would have to compute hints.
+    Raises SboraxError as `Prepared.adapt` does, if several processes would have to compute hints, and for adapters that
+    act from some tokens on if no sample has these.
     """
     for line in ["adapting:"] * bool(prepared.plan.sites) + plan_lines(prepared.plan):
         echo(line)
+    for wanted in invocations(site.method for site in prepared.plan.sites):
+        echo(_invocation_line(wanted, batches.rows.samples))
     paths = sorted(site.path for site in prepared.plan.sites if site.method.needs)
     begun, hint, ranked = {}, None, {}
     if paths and (run / START / PLAN).exists():
@@ -64,6 +71,25 @@ def begin(
     parts = prepared.take_apart(params, adapters)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
     return prepared, parts
+
+
+def _invocation_line(wanted: Tokens, samples: Sequence[Sample]) -> str:
+    """A line that tells how many samples have the tokens of an invocation. Raises SboraxError if there is none."""
+    # The last token of a sample is a target only.
+    count = sum(_occurs(wanted, sample.tokens[:-1]) for sample in samples)
+    if not count:
+        raise SboraxError(
+            f"no sample of the data has the tokens {wanted}, from which an adapter would act: it would train nothing; "
+            "put their text into the template or the records, and take the ids that the tokenizer writes there"
+        )
+    others = "" if count == len(samples) else "; the others do not train its adapters"
+    return f"invocation {wanted}: in {count:,} of {len(samples):,} samples{others}"
+
+
+def _occurs(wanted: Tokens, tokens: Int32[np.ndarray, " length"]) -> bool:
+    if len(tokens) < len(wanted):
+        return False
+    return bool((np.lib.stride_tricks.sliding_window_view(tokens, len(wanted)) == wanted).all(axis=1).any())
 
 
 def _hints(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sborax.adapters.constraints import ROWS, dividing
 
@@ -162,64 +162,68 @@ def _loss_and_slope(
 
 
 def trained_head_loss(
-    head: Callable[[Float[Array, "chunk d"]], Float[Array, "chunk vocab"]],
-    hidden: Float[Array, "tokens d"],
+    head: Callable[[Any], Float[Array, "chunk vocab"]],
+    states: PyTree[Shaped[Array, "tokens ..."]],
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
     chunk: int = CHUNK,
 ) -> Float[Array, ""]:
     """The sum of `frozen_head_loss`, with gradients in everything that `head` depends on.
 
-    `head` maps hidden states to float32 logits. Each chunk's logits are computed again in the backward pass.
+    Each chunk's logits are computed again in the backward pass.
+
+    Args:
+    - head: maps the states of some tokens to float32 logits.
+    - states: what `head` reads of each token, such as its hidden state.
     """
 
     @jax.checkpoint
-    def chunk_loss(states: Array, target: Array, weight: Array) -> Array:
+    def chunk_loss(states: Any, target: Array, weight: Array) -> Array:
         return jnp.sum(weight * -_log_probs(head(states), target))
 
-    def body(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+    def body(total: Array, part: tuple[Any, ...]) -> tuple[Array, None]:
         return total + chunk_loss(*part), None
 
-    parts = _in_chunks(chunk, hidden, targets, counts.astype(jnp.float32))
+    parts = _in_chunks(chunk, states, targets, counts.astype(jnp.float32))
     return jax.lax.scan(body, jnp.float32(0), parts)[0]
 
 
 def trained_head_losses(
-    head: Callable[[Float[Array, "chunk d"]], Float[Array, "chunk vocab"]],
-    hidden: Float[Array, "tokens d"],
+    head: Callable[[Any], Float[Array, "chunk vocab"]],
+    states: PyTree[Shaped[Array, "tokens ..."]],
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, ""], Float[Array, " tokens"]]:
     """`trained_head_loss`, and its terms by token, which are 0 for tokens that do not count."""
 
-    def body(total: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
-        states, target, weight = part
-        losses = weight * -_log_probs(head(states), target)
+    def body(total: Array, part: tuple[Any, ...]) -> tuple[Array, Array]:
+        chunk_states, target, weight = part
+        losses = weight * -_log_probs(head(chunk_states), target)
         return total + jnp.sum(losses), losses
 
-    parts = _in_chunks(chunk, hidden, targets, counts.astype(jnp.float32))
+    parts = _in_chunks(chunk, states, targets, counts.astype(jnp.float32))
     total, terms = jax.lax.scan(body, jnp.float32(0), parts)
     return total, terms.reshape(-1)[: len(targets)]
 
 
 def head_log_probs(
-    head: Callable[[Float[Array, "chunk d"]], Float[Array, "chunk vocab"]],
-    hidden: Float[Array, "tokens d"],
+    head: Callable[[Any], Float[Array, "chunk vocab"]],
+    states: PyTree[Shaped[Array, "tokens ..."]],
     targets: Int[Array, " tokens"],
     chunk: int = CHUNK,
 ) -> Float[Array, " tokens"]:
-    """log softmax(head(hidden_t))[target_t] of every token, with gradients in everything that `head` depends on.
+    """log softmax(head(states_t))[target_t] of every token, with gradients in everything that `head` depends on.
 
     Each chunk's logits are computed again in the backward pass.
     """
 
     @jax.checkpoint
-    def chunk_log_probs(part: tuple[Array, ...]) -> Array:
-        states, target = part
-        return _log_probs(head(states), target)
+    def chunk_log_probs(part: tuple[Any, ...]) -> Array:
+        chunk_states, target = part
+        return _log_probs(head(chunk_states), target)
 
-    return jax.lax.map(chunk_log_probs, _in_chunks(chunk, hidden, targets)).reshape(-1)[: len(targets)]
+    return jax.lax.map(chunk_log_probs, _in_chunks(chunk, states, targets)).reshape(-1)[: len(targets)]
 
 
 def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"]) -> Float[Array, " chunk"]:
@@ -227,11 +231,13 @@ def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"
     return chosen - jax.nn.logsumexp(logits, axis=1)
 
 
-def _in_chunks(chunk: int, *arrays: Shaped[Array, "tokens ..."]) -> tuple[Shaped[Array, "chunks chunk ..."], ...]:
+def _in_chunks(chunk: int, *trees: PyTree[Shaped[Array, "tokens ..."]]) -> PyTree[Shaped[Array, "chunks chunk ..."]]:
     """The arrays cut into chunks of at most `chunk` tokens; the last chunk is padded with zeros."""
-    tokens = len(arrays[0])
+    tokens = len(jax.tree.leaves(trees)[0])
     chunk = min(chunk, tokens)
     ends = (0, -tokens % chunk)
-    return tuple(
-        jnp.pad(array, (ends, *((0, 0),) * (array.ndim - 1))).reshape(-1, chunk, *array.shape[1:]) for array in arrays
-    )
+
+    def cut(leaf: Array) -> Array:
+        return jnp.pad(leaf, (ends, *((0, 0),) * (leaf.ndim - 1))).reshape(-1, chunk, *leaf.shape[1:])
+
+    return jax.tree.map(cut, trees)

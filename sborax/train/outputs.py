@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sborax.adapters.core import SboraxError
+from sborax.adapters.core import Context, SboraxError
+from sborax.adapters.invocation import Invocations, find, invocations_of
 from sborax.adapters.tables import HEAD, TABLE
 from sborax.adapters.tree import Adapters, Params, nodes
 from sborax.models.language_model import LanguageModel
@@ -36,14 +37,15 @@ class Outputs:
         """sum_t counts_t (-log p(target_t)), in nats. No (tokens, vocab) array is kept."""
         flat, targets, counts = self._flat()
         if self._calls_head():
-            return trained_head_loss(self._head(self.adapters), flat, targets, counts)
+            return trained_head_loss(self._head(self.adapters), self._states(flat, self.adapters), targets, counts)
         return head_loss(flat, self._table(), targets, counts, self._tied)
 
     def cross_entropies(self) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
         """`cross_entropy`, and its terms by token, which are 0 for targets that do not count; for evaluation only."""
         flat, targets, counts = self._flat()
         if self._calls_head():
-            total, terms = trained_head_losses(self._head(self.adapters), flat, targets, counts)
+            states = self._states(flat, self.adapters)
+            total, terms = trained_head_losses(self._head(self.adapters), states, targets, counts)
         else:
             total, terms = head_losses(flat, self._table(), targets, counts, self._tied)
         return total, terms.reshape(self.batch["targets"].shape)
@@ -84,12 +86,23 @@ class Outputs:
     def _table(self) -> Float[Array, "_ _"]:
         return self.params["embed_tokens"]["embedding"] if self._tied else self.params["lm_head"]["kernel"]
 
-    def _head(self, adapters: Adapters) -> Callable[[Array], Array]:
-        def head(states: Float[Array, "tokens d"]) -> Float[Array, "tokens vocab"]:
-            return self.model.head(self.params, adapters, states[None], dropout_key=self.key)[0]
+    def _states(
+        self, flat: Float[Array, "tokens d"], adapters: Adapters
+    ) -> tuple[Float[Array, "tokens d"], Invocations]:
+        """What the head reads of each token: its state, and whether an adapter of the head acts on it."""
+        of_head = {path: node for path, node in nodes(adapters).items() if path == HEAD}
+        masks = find(self.batch["tokens"], self.batch["segments"], invocations_of(of_head))
+        return flat, jax.tree.map(lambda mask: mask.reshape(-1), masks)
+
+    def _head(self, adapters: Adapters) -> Callable[[tuple[Array, Invocations]], Array]:
+        def head(states: tuple[Float[Array, "tokens d"], Invocations]) -> Float[Array, "tokens vocab"]:
+            hidden, masks = jax.tree.map(lambda leaf: leaf[None], states)
+            ctx = Context(invocations=masks)
+            return self.model.head(self.params, adapters, hidden, dropout_key=self.key, ctx=ctx)[0]
 
         return head
 
     def _log_probs(self, hidden: Float[Array, "batch length d"], adapters: Adapters) -> Float[Array, "batch length"]:
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), self.batch["targets"]
-        return head_log_probs(self._head(adapters), flat, targets.reshape(-1)).reshape(targets.shape)
+        states = self._states(flat, adapters)
+        return head_log_probs(self._head(adapters), states, targets.reshape(-1)).reshape(targets.shape)

@@ -119,7 +119,7 @@ class RunStepper(AbstractStepper):
         if problem is not None:
             return problem
         if first:
-            # An expert that no sequence of the first batch chose has no gradient, and is not dead.
+            # An adapter that no sequence of the first batch selected has no gradient, and is not dead.
             idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))
