@@ -95,6 +95,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "PiSSA": sx.PiSSA(rank=4, alpha=6.0),
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
     "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
+    "BD-LoRA": sx.BDLoRA(rank=4, alpha=6.0, blocks=2),
     "MiCA": sx.MiCA(rank=4, alpha=6.0),
     "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
@@ -129,6 +130,7 @@ PLAIN: dict[str, AbstractMethod] = {
 """The method of every tuner in `peft_matrix.TUNERS`."""
 
 CHANGED: dict[str, dict[str, Any]] = {
+    "BD-LoRA": {"config": config("BD-LoRA", use_bdlora=peft.BdLoraConfig([], TWO, nblocks=2))},
     # Without the regulariser that its budget is for.
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
     # Where p < 0, its gradient at the common start is rounding alone, of which Adam makes a whole step.
@@ -316,6 +318,10 @@ CASES: dict[str, Case] = {
         name: Case(**{"config": config(name), "method": method, **CHANGED.get(name, {})})
         for name, method in PLAIN.items()
     },
+    "BD-LoRA, inputs": Case(
+        config("BD-LoRA", use_bdlora=peft.BdLoraConfig(TWO, [], nblocks=4)),
+        sx.BDLoRA(rank=4, side="in", blocks=4, alpha=6.0),
+    ),
     "LoRA+": Case(config("LoRA"), PLAIN["LoRA"], PLUS),
     "LoRA-FA": Case(config("LoRA"), PLAIN["LoRA"], PROJECTED, patch=exact_projection),
     "LoRA-GA": Case(

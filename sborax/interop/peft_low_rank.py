@@ -27,7 +27,22 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA, QALoRA
+from sborax.methods import (
+    AdaLoRA,
+    BDLoRA,
+    DeLoRA,
+    DoRA,
+    GraLoRA,
+    HiRA,
+    KaSA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiCA,
+    OLoRA,
+    PiSSA,
+    QALoRA,
+)
 
 PAIR = (
     Tensor("lora_A.weight", "a", TRANSPOSED, embedding="lora_embedding_A"),
@@ -38,10 +53,17 @@ LORA_READS = frozenset({TYING})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
+BLOCKS: dict[str, Any] = {
+    "target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True
+}  # fmt: skip
+"""PEFT's defaults."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
 """PEFT's defaults. They matter to `_get_kasa_loss` alone, and here `KaSALoss` has them."""
+SIDES = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
+"""PEFT's lists of the modules whose a, or whose b, is block-diagonal."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
+OTHER = "beside a method other than LoRA"
 VARIANTS = {
     "alora_invocation_tokens": "the adapter would act on some tokens alone",
     "arrow_config": "it mixes several adapters by a router",
@@ -50,8 +72,8 @@ VARIANTS = {
     "megatron_config": "of layers of Megatron-Core, which no model here has",
     "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
     "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
-    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
-    "use_qalora": "beside a method other than LoRA",
+    "use_bdlora": OTHER,
+    "use_qalora": OTHER,
     "velora_config": "VeLoRA's files have further tensors",
 }
 """Options of PEFT's LoRA that are not read."""
@@ -93,6 +115,73 @@ def _write_qalora(node: Adapter) -> dict[str, Any]:
     alpha = float(str(np.float32(float(node.frozen["scale"]) * rank * method.group / groups)))
     sizes = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
     return {**sizes, "qalora_group_size": method.group, "lora_dropout": dropout_of(node)}
+
+
+def _block_side(config: Fields, module: str) -> dict[str, Any]:
+    """The block-diagonal factor of a module, for which PEFT looks for parts of the module's name."""
+    given = {**BLOCKS, **config["use_bdlora"]}
+    chosen = {}
+    for side, name in SIDES.items():
+        parts = given[name] or []
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise SboraxError(f"{name} of use_bdlora: expected a list of names, got {str(parts)[:60]}")
+        chosen[side] = any(part in module for part in parts)
+    if all(chosen.values()):
+        raise SboraxError(f"use_bdlora: {module} is among {' and among '.join(SIDES.values())}")
+    if given["match_strict"] and not any(chosen.values()):
+        raise SboraxError(f"use_bdlora: {module} is in neither list, and match_strict is set")
+    side = "in" if chosen["in"] else "out"
+    return {"side": side, "blocks": whole_field(given, "nblocks", 1, LARGEST_RANK) if any(chosen.values()) else 1}
+
+
+def _common(modules: Mapping[str, Fields], name: str, field: str) -> Any:
+    """The value that all modules have. field: where PEFT keeps it."""
+    (module, common), *others = ((module, fields[name]) for module, fields in modules.items())
+    for other, value in others:
+        if value != common:
+            raise SboraxError(
+                f"{name} is {common} for {module} and {value} for {other}: PEFT's {field} has one for all; "
+                "use as_='lora'"
+            )
+    return common
+
+
+def _list_block_sides(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """One number of blocks for all modules; those with a single block are plain LoRA, and in neither list."""
+    cut = {module: fields for module, fields in modules.items() if fields["blocks"] > 1}
+    blocks = _common(cut, "blocks", "use_bdlora") if cut else 1
+
+    def listed(names: Mapping[str, str]) -> dict[str, Any]:
+        sides = {
+            name: sorted({names[module] for module, fields in cut.items() if fields["side"] == side})
+            for side, name in SIDES.items()
+        }
+        return {"use_bdlora": {**sides, "nblocks": blocks, "match_strict": len(cut) == len(modules)}}
+
+    def means(config: Fields) -> bool:
+        try:
+            found = {module: _block_side(config, module) for module in modules}
+        except SboraxError:
+            return False
+        return all(
+            read == {"side": cut[module]["side"], "blocks": blocks} if module in cut else read["blocks"] == 1
+            for module, read in found.items()
+        )
+
+    short = listed({module: module.rpartition(".")[2] for module in modules})
+    return short if means(short) else listed({module: module for module in modules})
+
+
+def _read_bdlora(fields: Fields) -> Fit:
+    rate, sizes = number_field(fields, "lora_dropout"), {name: fields[name] for name in ("side", "blocks")}
+    return Fit(BDLoRA(rank=rank_field(fields), dropout=rate, **sizes), {"scale": _lora_scale(fields)})
+
+
+def _write_bdlora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, BDLoRA)
+    fields = {"r": method.rank, "lora_alpha": alpha_of(node, method.rank), "lora_dropout": dropout_of(node)}
+    return {**fields, "side": method.side, "blocks": method.blocks}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -230,6 +319,20 @@ LOW_RANK = (
         },
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
         by_shape=_groups, refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
+    ),
+    Row(
+        BDLoRA, "LORA",
+        {
+            "use_bdlora": (BLOCKS, dict), "use_dora": (False,), "kasa_config": (None,),
+            "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+        },
+        LORA_FIELDS,
+        (
+            Tensor("lora_A.weight", "a_i", ((0, 2), 1)), Tensor("lora_A.weight", "a", ((0, 2), 1)),
+            Tensor("lora_B.weight", "b_i", ((0, 2), 1)), Tensor("lora_B.weight", "b", (2, (0, 1))),
+        ),
+        _read_bdlora, _write_bdlora, LORA_PATTERNS,
+        by_module=_block_side, in_config=_list_block_sides, reads=LORA_READS,
     ),
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,

@@ -26,6 +26,7 @@ KNOWN_BY_DEFAULTS = {
     "use_dora": False,
     "use_qalora": False,
     "kasa_config": None,
+    "use_bdlora": None,
     "init_lora_weights": True,
     "init_weights": True,
     "init_ia3_weights": True,

@@ -5,6 +5,7 @@ A line here makes a class public: `sborax.LoRA`, a name in rules and commands, a
 
 from sborax.methods.adalora import AdaLoRA as AdaLoRA
 from sborax.methods.bat import Bat as Bat
+from sborax.methods.bdlora import BDLoRA as BDLoRA
 from sborax.methods.boft import BOFT as BOFT
 from sborax.methods.bone import Bone as Bone
 from sborax.methods.c3a import C3A as C3A
