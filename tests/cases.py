@@ -48,6 +48,7 @@ METHODS = [
     Case("QALoRA-peft", sx.QALoRA(rank=3, group=4, formula="peft"), lambda i, o: 3 * (i // 4 + o)),
     Case("BDLoRA", sx.BDLoRA(rank=8, blocks=4, alpha=8.0), lambda i, o: 8 * (i + o // 4)),
     Case("BDLoRA-in", sx.BDLoRA(rank=8, side="in", blocks=4), lambda i, o: 8 * (i // 4 + o)),
+    Case("MonteCLoRA", sx.MonteCLoRA(rank=4, alpha=8.0, samples=3, noise=0.1), lambda i, o: 4 * (i + o + 1) + 3),
     Case("LoRA-orthogonal", sx.LoRA(rank=4, init_a="orthogonal"), lambda i, o: 4 * (i + o)),
     Case("SBoRA-FA", sx.SBoRA(rank=5, alpha=10.0), lambda i, o: 5 * o),
     Case("SBoRA-FB", sx.SBoRA(rank=5, variant="FB"), lambda i, o: 5 * i),

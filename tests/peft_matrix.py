@@ -41,6 +41,10 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
         peft.LoraConfig,
         {**LORA, "use_bdlora": peft.BdLoraConfig(IN, OUT, nblocks=2, match_strict=False)},
     ),
+    "MonteCLoRA": (
+        peft.LoraConfig,
+        {**LORA, "monteclora_config": peft.MontecloraConfig(num_samples=3, sample_scaler=0.05, buffer_size=2)},
+    ),
     "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "KaSA": (peft.LoraConfig, {**LORA, "kasa_config": peft.KasaConfig()}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
@@ -225,6 +229,17 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "the other sides": {"use_bdlora": peft.BdLoraConfig(OUT, IN, nblocks=2)},
         "some layers": {
             "use_bdlora": peft.BdLoraConfig(["layers.1.mlp"], ["0.self_attn.q"], nblocks=2, match_strict=False)
+        },
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "MonteCLoRA": {
+        "one sample": {"monteclora_config": peft.MontecloraConfig(num_samples=1, buffer_size=2)},
+        "regularised": {
+            "monteclora_config": peft.MontecloraConfig(use_entropy=True, kl_loss_weight=0.1, buffer_size=2)
         },
         "ranks": {"rank_pattern": {"q_proj": 2}},
         "alphas": {"alpha_pattern": LAYERS},
@@ -518,7 +533,7 @@ def refused() -> Iterator[Option]:
         yield Option(tuner, "of DoRA", {}, refused=f"option {field}=", stored={"use_dora": True})
 
 
-BESIDE_LORA = {"BD-LoRA": "use_bdlora"}
+BESIDE_LORA = {"BD-LoRA": "use_bdlora", "MonteCLoRA": "monteclora_config"}
 """Variants that PEFT refuses beside DoRA, as a file may have them."""
 LATER: list[tuple[str, dict[str, Any]]] = [
     *(("OFT", {"oft_block_size": 0, "r": blocks}) for blocks in (1, 4, 5, 12)),

@@ -47,7 +47,7 @@ from peft_training import (
     with_answers,
     with_tokenizer,
 )
-from torch_pair import ALL, DEPTH, Pair, equal_uniforms
+from torch_pair import ALL, DEPTH, Pair, equal_noise, equal_uniforms
 
 import sborax as sx
 import sborax.optim
@@ -96,6 +96,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
     "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
     "BD-LoRA": sx.BDLoRA(rank=4, alpha=6.0, blocks=2),
+    "MonteCLoRA": sx.MonteCLoRA(rank=4, alpha=6.0, samples=3, noise=0.05),
     "MiCA": sx.MiCA(rank=4, alpha=6.0),
     "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
@@ -137,6 +138,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "DEFT": {"config": config("DEFT", init_weights=False)},
     # Entries of its weight are divided by the number of entries, so it learns slowly.
     "FourierFT": {"recipe": adamw(lr=0.1)},
+    "MonteCLoRA": {"patch": equal_noise},
     "PVeRA": {"patch": equal_draws},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},

@@ -44,6 +44,7 @@ ROWS = [
     "| `BOFT` | BOFT | BOFT | `layers_to_transform` | truncated |",
     "| `DEFT` | DEFT | DEFT | `layers_to_transform` | truncated |",
     f"| `BDLoRA` | LORA | LORA | {PATTERNS} | exact |",
+    f"| `MonteCLoRA` | LORA | LORA | {PATTERNS} | exact |",
     f"| `KaSA` | LORA | LORA | {PATTERNS} | exact |",
     "| `OSF` | OSF | OSF | `rank_pattern` | exact |",
     "| `SuperTuning` | SUPERTUNING | SUPERTUNING | - | truncated |",

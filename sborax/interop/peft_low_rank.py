@@ -39,6 +39,7 @@ from sborax.methods import (
     LoKr,
     LoRA,
     MiCA,
+    MonteCLoRA,
     OLoRA,
     PiSSA,
     QALoRA,
@@ -59,6 +60,11 @@ BLOCKS: dict[str, Any] = {
 """PEFT's defaults."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
 """PEFT's defaults. They matter to `_get_kasa_loss` alone, and here `KaSALoss` has them."""
+SAMPLER: dict[str, Any] = {
+    "num_samples": 8, "use_entropy": False, "dirichlet_prior": 0.1, "sample_scaler": 1e-4, "kl_loss_weight": 1e-5,
+    "buffer_size": 150,
+}  # fmt: skip
+"""PEFT's defaults. `MonteCLoRALoss` has those that matter to `_get_monteclora_loss` alone."""
 SIDES = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 """PEFT's lists of the modules whose a, or whose b, is block-diagonal."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
@@ -70,7 +76,7 @@ VARIANTS = {
     "kasa_config": "KaSA takes a part out of the base's singular values",
     "layer_replication": "it makes a model of other layers",
     "megatron_config": "of layers of Megatron-Core, which no model here has",
-    "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
+    "monteclora_config": OTHER,
     "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
     "use_bdlora": OTHER,
     "use_qalora": OTHER,
@@ -182,6 +188,29 @@ def _write_bdlora(node: Adapter) -> dict[str, Any]:
     assert isinstance(method, BDLoRA)
     fields = {"r": method.rank, "lora_alpha": alpha_of(node, method.rank), "lora_dropout": dropout_of(node)}
     return {**fields, "side": method.side, "blocks": method.blocks}
+
+
+def _sampler(config: Fields, module: str) -> dict[str, Any]:
+    given = {**SAMPLER, **config["monteclora_config"]}
+    return {
+        "samples": whole_field(given, "num_samples", 1, LARGEST_RANK),
+        "noise": number_field(given, "sample_scaler"),
+    }
+
+
+def _list_sampler(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    samples, noise = (_common(modules, name, "monteclora_config") for name in ("samples", "noise"))
+    return {"monteclora_config": {**SAMPLER, "num_samples": samples, "sample_scaler": noise}}
+
+
+def _read_monteclora(fields: Fields) -> Fit:
+    rate = number_field(fields, "lora_dropout")
+    method = MonteCLoRA(rank=rank_field(fields), samples=fields["samples"], dropout=rate)
+    return Fit(method, {"scale": _lora_scale(fields), "noise": fields["noise"]})
+
+
+def _write_monteclora(node: Adapter) -> dict[str, Any]:
+    return {**_write_lora(node), "samples": node.train["g"].shape[-1], "noise": decimal_of(node, "noise")}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -333,6 +362,29 @@ LOW_RANK = (
         ),
         _read_bdlora, _write_bdlora, LORA_PATTERNS,
         by_module=_block_side, in_config=_list_block_sides, reads=LORA_READS,
+    ),
+    Row(
+        MonteCLoRA, "LORA",
+        {
+            "monteclora_config": (SAMPLER, dict), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED,
+            "kasa_config": (None,),
+        },
+        LORA_FIELDS,
+        (
+            *(Tensor(tensor.suffix, tensor.leaf, TRANSPOSED) for tensor in PAIR),
+            Tensor("lora_monteclora_sampler.std_prior", "d", (0,)),
+            Tensor("lora_monteclora_sampler.expert_weights_prior", "g", (0,)),
+            Tensor(
+                "lora_monteclora_sampler.gaussian_var_prior", "d", (0, 1),
+                begins=lambda d: np.eye(len(d), dtype=np.float32),
+            ),
+            Tensor(
+                "lora_monteclora_sampler.expert_weights", "g", (0,),
+                begins=lambda g: np.full(len(g), 1 / len(g), np.float32),
+            ),
+        ),
+        _read_monteclora, _write_monteclora, LORA_PATTERNS, any_rank=True,
+        by_module=_sampler, in_config=_list_sampler, reads=LORA_READS,
     ),
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,

@@ -27,6 +27,7 @@ KNOWN_BY_DEFAULTS = {
     "use_qalora": False,
     "kasa_config": None,
     "use_bdlora": None,
+    "monteclora_config": None,
     "init_lora_weights": True,
     "init_weights": True,
     "init_ia3_weights": True,

@@ -28,6 +28,7 @@ from sborax.methods.lora_ga import LoRAGA as LoRAGA
 from sborax.methods.mica import MiCA as MiCA
 from sborax.methods.milora import MiLoRA as MiLoRA
 from sborax.methods.mo_sara import MoSARA as MoSARA
+from sborax.methods.monteclora import MonteCLoRA as MonteCLoRA
 from sborax.methods.oft import OFT as OFT
 from sborax.methods.olora import OLoRA as OLoRA
 from sborax.methods.orthogonal import OrthogonalAdaptation as OrthogonalAdaptation
