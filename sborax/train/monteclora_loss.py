@@ -1,6 +1,7 @@
 """Cross-entropy with the divergences that MonteCLoRA's paper adds, arXiv:2411.04358."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -40,7 +41,8 @@ def monteclora_penalty(
         if isinstance(node.method, MonteCLoRA):
             d, g = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (node.train["d"], node.train["g"]))
             keys = jax.random.split(jax.random.fold_in(key, number), d.shape[0])
-            penalties.append(jax.vmap(lambda *parts: _penalty(*parts, kl_weight, entropy, prior))(keys, d, g))
+            of_weight = functools.partial(_penalty, kl_weight=kl_weight, entropy=entropy, prior=prior)
+            penalties.append(jax.vmap(of_weight)(keys, d, g))
     if not penalties:
         raise SboraxError("MonteCLoRALoss: no kernel has MonteCLoRA on all of its layers; give it by the rules")
     return jnp.mean(jnp.concatenate(penalties))
