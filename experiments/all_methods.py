@@ -67,6 +67,7 @@ ARMS = [
     Arm("QALoRA", sx.QALoRA(rank=8, group=4)),
     Arm("BDLoRA", sx.BDLoRA(rank=8, blocks=4, alpha=16.0)),
     Arm("MonteCLoRA", sx.MonteCLoRA(rank=8, alpha=16.0)),
+    Arm("VeLoRA", sx.VeLoRA(rank=8, alpha=16.0, groups=16)),
     Arm("GraLoRA", sx.GraLoRA(rank=8, alpha=16.0)),
     Arm("LoRA, LoRA+ (b 16 times as fast)", sx.LoRA(rank=8, alpha=16.0), 5e-4, optimizer={"b_ratio": 16.0}),
     Arm("LoRA, LoRA-FA", sx.LoRA(rank=8, alpha=16.0), optimizer={"name": "lora_fa"}),

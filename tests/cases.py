@@ -49,6 +49,8 @@ METHODS = [
     Case("BDLoRA", sx.BDLoRA(rank=8, blocks=4, alpha=8.0), lambda i, o: 8 * (i + o // 4)),
     Case("BDLoRA-in", sx.BDLoRA(rank=8, side="in", blocks=4), lambda i, o: 8 * (i // 4 + o)),
     Case("MonteCLoRA", sx.MonteCLoRA(rank=4, alpha=8.0, samples=3, noise=0.1), lambda i, o: 4 * (i + o + 1) + 3),
+    Case("VeLoRA", sx.VeLoRA(rank=4, alpha=8.0, groups=16), lambda i, o: 4 * (i + o)),
+    Case("VeLoRA-fixed", sx.VeLoRA(rank=4, groups=24, gain=0.5, direction="fixed"), lambda i, o: 4 * (i + o)),
     Case("LoRA-orthogonal", sx.LoRA(rank=4, init_a="orthogonal"), lambda i, o: 4 * (i + o)),
     Case("SBoRA-FA", sx.SBoRA(rank=5, alpha=10.0), lambda i, o: 5 * o),
     Case("SBoRA-FB", sx.SBoRA(rank=5, variant="FB"), lambda i, o: 5 * i),

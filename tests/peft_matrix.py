@@ -45,6 +45,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
         peft.LoraConfig,
         {**LORA, "monteclora_config": peft.MontecloraConfig(num_samples=3, sample_scaler=0.05, buffer_size=2)},
     ),
+    "VeLoRA": (peft.LoraConfig, {**LORA, "velora_config": peft.VeloraConfig(num_groups=8, init_type="random")}),
     "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "KaSA": (peft.LoraConfig, {**LORA, "kasa_config": peft.KasaConfig()}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
@@ -241,6 +242,16 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "regularised": {
             "monteclora_config": peft.MontecloraConfig(use_entropy=True, kl_loss_weight=0.1, buffer_size=2)
         },
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "VeLoRA": {
+        "of batches": {"velora_config": peft.VeloraConfig()},
+        "of the first batch": {"velora_config": peft.VeloraConfig(num_groups=7, init_type="batch_average_once")},
+        "scaled": {"velora_config": peft.VeloraConfig(num_groups=1, scale=0.3, init_type="random")},
         "ranks": {"rank_pattern": {"q_proj": 2}},
         "alphas": {"alpha_pattern": LAYERS},
         "rsLoRA": {"use_rslora": True},
@@ -533,7 +544,7 @@ def refused() -> Iterator[Option]:
         yield Option(tuner, "of DoRA", {}, refused=f"option {field}=", stored={"use_dora": True})
 
 
-BESIDE_LORA = {"BD-LoRA": "use_bdlora", "MonteCLoRA": "monteclora_config"}
+BESIDE_LORA = {"BD-LoRA": "use_bdlora", "VeLoRA": "velora_config", "MonteCLoRA": "monteclora_config"}
 """Variants that PEFT refuses beside DoRA, as a file may have them."""
 LATER: list[tuple[str, dict[str, Any]]] = [
     *(("OFT", {"oft_block_size": 0, "r": blocks}) for blocks in (1, 4, 5, 12)),

@@ -97,6 +97,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
     "BD-LoRA": sx.BDLoRA(rank=4, alpha=6.0, blocks=2),
     "MonteCLoRA": sx.MonteCLoRA(rank=4, alpha=6.0, samples=3, noise=0.05),
+    "VeLoRA": sx.VeLoRA(rank=4, alpha=6.0, groups=8, direction="fixed"),
     "MiCA": sx.MiCA(rank=4, alpha=6.0),
     "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),

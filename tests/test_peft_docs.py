@@ -45,6 +45,7 @@ ROWS = [
     "| `DEFT` | DEFT | DEFT | `layers_to_transform` | truncated |",
     f"| `BDLoRA` | LORA | LORA | {PATTERNS} | exact |",
     f"| `MonteCLoRA` | LORA | LORA | {PATTERNS} | exact |",
+    f"| `VeLoRA` | LORA | LORA | {PATTERNS} | exact |",
     f"| `KaSA` | LORA | LORA | {PATTERNS} | exact |",
     "| `OSF` | OSF | OSF | `rank_pattern` | exact |",
     "| `SuperTuning` | SUPERTUNING | SUPERTUNING | - | truncated |",

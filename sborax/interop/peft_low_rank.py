@@ -43,6 +43,7 @@ from sborax.methods import (
     OLoRA,
     PiSSA,
     QALoRA,
+    VeLoRA,
 )
 
 PAIR = (
@@ -65,6 +66,10 @@ SAMPLER: dict[str, Any] = {
     "buffer_size": 150,
 }  # fmt: skip
 """PEFT's defaults. `MonteCLoRALoss` has those that matter to `_get_monteclora_loss` alone."""
+SUB_TOKENS: dict[str, Any] = {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"}
+"""PEFT's defaults."""
+DIRECTIONS = {"batch_average": "batch", "random": "fixed", "batch_average_once": "fixed"}
+"""PEFT's values of `init_type`; the first of each is written."""
 SIDES = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 """PEFT's lists of the modules whose a, or whose b, is block-diagonal."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
@@ -80,7 +85,7 @@ VARIANTS = {
     "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
     "use_bdlora": OTHER,
     "use_qalora": OTHER,
-    "velora_config": "VeLoRA's files have further tensors",
+    "velora_config": OTHER,
 }
 """Options of PEFT's LoRA that are not read."""
 
@@ -211,6 +216,33 @@ def _read_monteclora(fields: Fields) -> Fit:
 
 def _write_monteclora(node: Adapter) -> dict[str, Any]:
     return {**_write_lora(node), "samples": node.train["g"].shape[-1], "noise": decimal_of(node, "noise")}
+
+
+def _sub_tokens(config: Fields, module: str) -> dict[str, Any]:
+    given = {**SUB_TOKENS, **config["velora_config"]}
+    start, groups = given["init_type"], whole_field(given, "num_groups", 1, LARGEST_RANK)
+    if start not in DIRECTIONS:
+        raise SboraxError(f"init_type of velora_config must be among {', '.join(DIRECTIONS)}, got {str(start)[:40]}")
+    return {"groups": groups, "gain": number_field(given, "scale"), "direction": DIRECTIONS[start]}
+
+
+def _list_sub_tokens(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    groups, gain, direction = (_common(modules, name, "velora_config") for name in ("groups", "gain", "direction"))
+    start = next(name for name, ours in DIRECTIONS.items() if ours == direction)
+    return {"velora_config": {"num_groups": groups, "scale": gain, "init_type": start}}
+
+
+def _read_velora(fields: Fields) -> Fit:
+    rate, sizes = number_field(fields, "lora_dropout"), {name: fields[name] for name in ("groups", "direction")}
+    method = VeLoRA(rank=rank_field(fields), dropout=rate, **sizes)
+    return Fit(method, {"scale": _lora_scale(fields), "gain": fields["gain"]})
+
+
+def _write_velora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, VeLoRA)
+    sizes = {"groups": method.groups, "gain": decimal_of(node, "gain"), "direction": method.direction}
+    return {**_write_lora(node), **sizes}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -385,6 +417,17 @@ LOW_RANK = (
         ),
         _read_monteclora, _write_monteclora, LORA_PATTERNS, any_rank=True,
         by_module=_sampler, in_config=_list_sampler, reads=LORA_READS,
+    ),
+    Row(
+        VeLoRA, "LORA",
+        {
+            "velora_config": (SUB_TOKENS, dict), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED,
+            "kasa_config": (None,),
+        },
+        LORA_FIELDS,
+        (*(Tensor(tensor.suffix, tensor.leaf, TRANSPOSED) for tensor in PAIR), Tensor("lora_velora_embed", "v", (0,))),
+        _read_velora, _write_velora, LORA_PATTERNS, any_rank=True,
+        by_module=_sub_tokens, in_config=_list_sub_tokens, reads=LORA_READS,
     ),
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,

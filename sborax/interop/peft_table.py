@@ -28,6 +28,7 @@ KNOWN_BY_DEFAULTS = {
     "kasa_config": None,
     "use_bdlora": None,
     "monteclora_config": None,
+    "velora_config": None,
     "init_lora_weights": True,
     "init_weights": True,
     "init_ia3_weights": True,

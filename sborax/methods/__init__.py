@@ -49,6 +49,7 @@ from sborax.methods.super_tuning import SuperTuning as SuperTuning
 from sborax.methods.tiny_lora import TinyLoRA as TinyLoRA
 from sborax.methods.uni_lora import UniLoRA as UniLoRA
 from sborax.methods.vb_lora import VBLoRA as VBLoRA
+from sborax.methods.velora import VeLoRA as VeLoRA
 from sborax.methods.vera import VeRA as VeRA
 from sborax.methods.wave_ft import WaveFT as WaveFT
 
