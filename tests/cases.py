@@ -28,8 +28,8 @@ class Case:
     method: AbstractMethod
     count: Callable[[int, int], int]
     """Trained parameters of one (in, out) weight."""
-    shared: int = 0
-    """Those that all weights share."""
+    shared: Callable[[int, int], int] = lambda i, o: 0
+    """Those that all weights of this shape share."""
 
 
 def kronecker(fan_in: int, fan_out: int, rank: int, both: bool = False) -> int:
@@ -123,8 +123,10 @@ METHODS = [
     ),
     Case("DEFT", sx.DEFT(rank=4), lambda i, o: 4 * (i + o)),
     Case("DEFT-qr", sx.DEFT(rank=4, projection="qr", alpha=8.0), lambda i, o: 4 * (i + o)),
-    Case("VB-LoRA", sx.VBLoRA(rank=3, vectors=24, length=16), lambda i, o: 3 * (i + o) // 16 * 24, 24 * 16),
-    Case("Uni-LoRA", sx.UniLoRA(rank=4, coefficients=40), lambda i, o: 0, 40),
+    Case(
+        "VB-LoRA", sx.VBLoRA(rank=3, vectors=24, length=16), lambda i, o: 3 * (i + o) // 16 * 24, lambda i, o: 24 * 16
+    ),
+    Case("Uni-LoRA", sx.UniLoRA(rank=4, coefficients=40), lambda i, o: 0, lambda i, o: 40),
     Case("OSF", sx.OSF(kept=0.75), lambda i, o: (min(i, o) - int(0.75 * min(i, o))) * (i + o + 1)),
     Case("KaSA", sx.KaSA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),

@@ -13,6 +13,7 @@ from bare_kernels import (
     SETTINGS,
     assert_close,
     base,
+    biases,
     by_few,
     fitted,
     hints,
@@ -24,22 +25,18 @@ from bare_kernels import (
     tolerance,
     trained,
 )
-from cases import LAYERS, OUT, Case
+from cases import Case
 from nightly import nightly_unless
 from peft_configs import FILES, KINDS
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
-from sborax.adapters.tree import over_stack, stack_of
+from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_table import TABLE
 from sborax.models import save_hf
 
 PEFT = {**KINDS, **FILES}
-
-
-def biases(dtype: str, stacked: bool):
-    return jnp.asarray(normal(7, *((LAYERS,) if stacked else ()), OUT), dtype)
 
 
 @jax.jit
@@ -62,7 +59,7 @@ def added_after(x, weight, node, bias):
 @pytest.mark.parametrize(("dtype", "stacked", "quantised"), [SETTINGS[0], SETTINGS[3], SETTINGS[5]])
 @by_few
 def test_the_adapted_bias_is_that_of_the_merged_projection(case: Case, dtype, stacked, quantised):
-    weight, node = fitted(case.method, dtype, stacked, quantised)
+    weight, node = fitted(case.method, dtype, stacked, quantised, biased=True)
     node, x, bias = trained(node), inputs(dtype), biases(dtype, stacked)
     y = biased(x, weight, node, bias)
     assert y.dtype == x.dtype
@@ -135,6 +132,10 @@ def test_peft_and_every_merge_agree_on_a_biased_model(kind, pair, tmp_path):
     assert save_peft(tmp_path / "ours", pair.ours, params, adapters).errors == {}
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
 
+    if any(node.method.no_merge for node in nodes(adapters).values()):
+        with pytest.raises(sx.SboraxError, match="cannot be merged"):
+            sx.merge(params, adapters)
+        return
     dense = sx.merge(params, adapters)
     np.testing.assert_allclose(logits(pair.ours, dense, {}), expected, rtol=0, atol=1e-4)
     again = sx.merge_weighted(base, [sx.Weighted(0.25, adapters, params), sx.Weighted(0.75, adapters, params)])

@@ -51,7 +51,7 @@ def test_a_rule_for_a_layer_adapts_all_of_its_experts_and_no_others(case: Case):
     ((path, node),) = link(nodes(adapters)).items()
     assert path == "layers/0/experts/kernel"
     assert node.method == structure(case.method)
-    assert sx.count(adapters) == EXPERTS * case.count(IN, OUT) + case.shared
+    assert sx.count(adapters) == EXPERTS * case.count(IN, OUT) + case.shared(IN, OUT)
     y = forward(inputs(), params["layers"]["0"]["experts"]["kernel"], trained(node))
     plain = host(inputs()) @ WEIGHT
     assert all(np.abs(host(expert) - plain).max() > 1e-3 for expert in y)
@@ -88,7 +88,7 @@ def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case
         return
     params, adapters = attached(case, params, stack_axes=2, layers=(0, -1))
     kernel, node = params["layers"]["experts"]["kernel"], standalone(adapters)
-    assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared
+    assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared(IN, OUT)
     node = trained(node)
     y, plain = forward(inputs(), kernel, node), np.einsum("ti,leio->leto", host(inputs()), weight)
     moved = np.abs(host(y) - plain).max(axis=(2, 3)) > 1e-3

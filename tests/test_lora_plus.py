@@ -153,7 +153,8 @@ def test_groups_are_as_large_as_those_of_peft(config, method):
     theirs = {"a": 0, "b": 0}
     for group in optimizer.param_groups:
         theirs["b" if group["lr"] > 1e-3 else "a"] += sum(parameter.numel() for parameter in group["params"])
-    params = {"first": {"kernel": jnp.ones((IN, HIDDEN))}, "second": {"kernel": jnp.ones((HIDDEN, OUT))}}
+    shapes = {"first": (IN, HIDDEN), "second": (HIDDEN, OUT)}
+    params = {name: {"kernel": jnp.ones(shape), "bias": jnp.ones(shape[1])} for name, shape in shapes.items()}
     _, adapters = sx.attach(jax.random.key(0), params, [("|".join(config.target_modules), method)])
     train, _ = sx.split(adapters)
     ours = {"a": 0, "b": 0}

@@ -400,7 +400,7 @@ BASE: dict[str, tuple[dict[str, Any], Case]] = {
         Case(peft.TrainableTokensConfig(token_indices=list(range(258))), None, adamw(decay=0.0), ("embed_tokens",)),
     ),
 }
-"""What is trained of the base, mostly without adapters, with the fields of a model that has such leaves."""
+"""What is trained of the base, mostly without adapters, or adapted, with the fields of a model that has such leaves."""
 BOTH = {"targets": "embed_tokens|lm_head|q_proj"}
 MODULES = ["embed_tokens", "lm_head", "q_proj"]
 TIED = {"tie_word_embeddings": True}

@@ -94,6 +94,7 @@ class Hint:
     - ranks: the rank that these statistics give each weight of the flattened stack, 0 for no adapter. See `allotted`.
     - use: what the weight is: "kernel"; "lookup", a table (vocab, d) whose rows are looked up; or "tied", a table that
       is the head's kernel, too.
+    - bias: whether the projection has a bias, for methods with leaves that only change a bias.
     """
 
     layer: Int[Array, "*stack"] | int = 0
@@ -101,6 +102,7 @@ class Hint:
     inputs: Mapping[str, Any] | None = None
     ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     use: Use = dataclasses.field(default="kernel", metadata={"static": True})
+    bias: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Fitted(NamedTuple):
@@ -174,6 +176,8 @@ class AbstractMethod(abc.ABC):
     """Layers read weights or activations of earlier layers of the same projection. See `depth.AbstractLinked`."""
     adapts_bias: bool = False
     """The method changes the projection's bias, too; see `merge_bias`. Otherwise the bias is added as it is."""
+    pools: bool = False
+    """`apply` takes a mean over tokens. A model then gives it `ctx.mask`, by which padding is left out."""
 
     @property
     @abc.abstractmethod
@@ -206,8 +210,11 @@ class AbstractMethod(abc.ABC):
     def merge(self, weight: Weight, adapter: "Adapter") -> Float[Array, "in out"]:
         """The float32 weight whose plain projection is the adapted one."""
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: "Adapter") -> Float[Array, " out"]:
-        """The float32 bias that goes with the weight of `merge`: the same one, unless `adapts_bias` is declared."""
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: "Adapter") -> Float[Array, " out"]:
+        """The float32 bias that goes with the weight of `merge`: the same one, unless `adapts_bias` is declared.
+
+        - weight: the base weight, before merging.
+        """
         return bias.astype(jnp.float32)
 
 
@@ -337,6 +344,10 @@ class AbstractComposite(AbstractMethod):
     def adapts_bias(self) -> bool:
         return any(part.adapts_bias for part in self.members)
 
+    @property
+    def pools(self) -> bool:
+        return any(part.pools for part in self.members)
+
     def check(self, shape: tuple[int, int]) -> None:
         for part in self.members:
             part.check(shape)
@@ -387,7 +398,7 @@ def linear(
     if bias is None:
         return y
     if adapter is not None and adapter.method.adapts_bias:
-        bias = adapter.method.merge_bias(bias, adapter)
+        bias = adapter.method.merge_bias(bias, weight, adapter)
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 

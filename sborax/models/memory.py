@@ -1,5 +1,6 @@
 """Models whose adapters read values of the previous layer: collection `memory` is handed from layer to layer."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,16 +25,30 @@ def run(
     mutable: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """`module.apply` with linked adapters. Collection `memory` is added only if an adapter remembers something."""
+    """`module.apply` with linked adapters. Collection `memory` is added only if an adapter remembers something.
+
+    inputs: segments, positions and context, as for `AbstractDecoder.hidden`.
+    """
     adapters = link(variables["adapters"])
     variables = {**variables, "adapters": adapters}
     memory = _empty(variables["params"], adapters, tokens)
+    inputs = _masked(inputs, adapters)
     if not memory:
         return module.apply(variables, tokens, *inputs, mutable=list(mutable) or False, **options)
     out, kept = module.apply(  # type: ignore[misc]
         {**variables, "memory": memory}, tokens, *inputs, mutable=[*mutable, "memory"], **options
     )
     return (out, {name: leaves for name, leaves in kept.items() if name != "memory"}) if mutable else out
+
+
+def _masked(inputs: tuple[Any, ...], adapters: Any) -> tuple[Any, ...]:
+    """`inputs` with the segments as the context's mask, if an adapter takes means over tokens."""
+    segments, positions = (*inputs, None, None)[:2]
+    ctx = inputs[2] if len(inputs) > 2 else Context()
+    pools = any(node.method.pools for node in nodes(adapters).values())
+    if segments is None or ctx.mask is not None or not pools:
+        return inputs
+    return segments, positions, dataclasses.replace(ctx, mask=segments)
 
 
 def _empty(params: Any, adapters: Any, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:
