@@ -101,6 +101,7 @@ ARMS = [
     Arm("UniLoRA", sx.UniLoRA(rank=8, coefficients=2000), 1e-2),
     Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-3),
     Arm("HiRA", sx.HiRA(rank=8), 1e-2),
+    Arm("GLoRA", sx.GLoRA(rank=4)),
     Arm("LoHa", sx.LoHa(rank=4, alpha=8.0)),
     Arm("LoKr", sx.LoKr(rank=8, alpha=8.0)),
     Arm("C3A", sx.C3A(block=4), 1e-2),

@@ -103,6 +103,9 @@ METHODS = [
     # A small rank would leave the scaled bases just below the size of the weight.
     Case("RandLoRA", sx.RandLoRA(rank=64), lambda i, o: -(-min(i, o) // 64) * (64 + min(i, o))),
     Case("HiRA", sx.HiRA(rank=4), lambda i, o: 4 * (i + o)),
+    Case("GLoRA", sx.GLoRA(rank=4), lambda i, o: 2 * 4 * (i + o)),
+    Case("GLoRA-vector", sx.GLoRA(rank=4, weight="vector", coupling="vector", bias="vector"), lambda i, o: 2 * o),
+    Case("GLoRA-constant", sx.GLoRA(rank=4, weight="constant", coupling="none"), lambda i, o: 2),
     Case("DeLoRA", sx.DeLoRA(rank=4), lambda i, o: 4 * (i + o) + 1),
     Case("C3A", sx.C3A(block=16), lambda i, o: i * o // 16),
     Case("FourierFT", sx.FourierFT(coefficients=50), lambda i, o: 50),

@@ -40,6 +40,11 @@ FILES = {
     "LoKr-whole": peft.LoKrConfig(r=6, alpha=3, target_modules=MIXED, decompose_factor=4),
     "LoKr-both": peft.LoKrConfig(r=1, target_modules=MIXED, decompose_both=True, layers_to_transform=[1]),
     "HiRA": peft.HiraConfig(r=4, target_modules=MIXED),
+    "GLoRA": peft.GloraConfig(r=4, target_modules=MIXED),
+    "GLoRA-vector": peft.GloraConfig(
+        r=3, config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=["q_proj", "up_proj"]
+    ),
+    "GLoRA-constant": peft.GloraConfig(config_A_B="constant", config_C="none", target_modules=MIXED),
     "DeLoRA": peft.DeloraConfig(r=4, delora_lambda=3, target_modules=MIXED, bias="none"),
     "OFT": peft.OFTConfig(oft_block_size=8, target_modules=MIXED),
     "OFT-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=MIXED),

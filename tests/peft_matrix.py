@@ -43,6 +43,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
     "LoKr": (peft.LoKrConfig, {"r": 2, "alpha": 3}),
     "HiRA": (peft.HiraConfig, {"r": 4}),
+    "GLoRA": (peft.GloraConfig, {"r": 4}),
     "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
     "BOFT": (peft.BOFTConfig, {"boft_block_size": 8}),
@@ -255,6 +256,13 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"hira_dropout": 0.25},
         "wide": {"r": 40},
     },
+    "GLoRA": {
+        "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "constants": {"config_A_B": "constant"},
+        "no bias": {"config_C": "none", "config_D_E": "none"},
+        "random start": {"init_weights": False},
+        "wide": {"r": 40},
+    },
     "DeLoRA": {
         "ranks": {"rank_pattern": {"q_proj": 2}},
         "strengths": {"lambda_pattern": {"q_proj": 7}},
@@ -423,8 +431,8 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
 def of_one_tuner() -> Iterator[Option]:
     for tuner, options in SINGLE.items():
         for name, fields in options.items():
-            outcome = UNEQUAL.get((tuner, name), {})
-            yield Option(tuner, name, fields, **outcome)
+            outcome = {"also_in": BIASED} if tuner == "GLoRA" else {}
+            yield Option(tuner, name, fields, **outcome, **UNEQUAL.get((tuner, name), {}))
 
 
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
@@ -469,6 +477,7 @@ def refused() -> Iterator[Option]:
     by_field: list[tuple[str, dict[str, Any], str]] = [
         ("QA-LoRA", {"qalora_group_size": 1}, "qalora_group_size=1 must be 2 or more"),
         ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
+        ("GLoRA", {"config_A_B": "none"}, "config_A_B='none'"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),

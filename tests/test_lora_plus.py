@@ -122,6 +122,11 @@ PEERS = [
     (peft.LoKrConfig(r=2, **TARGETS), sx.LoKr(rank=2)),
     (peft.LoHaConfig(r=2, **TARGETS), sx.LoHa(rank=2)),
     (peft.HiraConfig(r=3, **TARGETS), sx.HiRA(rank=3)),
+    (peft.GloraConfig(r=3, **TARGETS), sx.GLoRA(rank=3)),
+    (
+        peft.GloraConfig(config_A_B="constant", config_C="vector", config_D_E="vector", **TARGETS),
+        sx.GLoRA(rank=3, weight="constant", coupling="vector", bias="vector"),
+    ),
     (peft.DeloraConfig(r=3, **TARGETS), sx.DeLoRA(rank=3)),
     (peft.VeraConfig(r=3, **TARGETS), sx.VeRA(rank=3)),
     (peft.PveraConfig(r=3, **TARGETS), sx.PVeRA(rank=3)),

@@ -102,6 +102,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "LoHa": sx.LoHa(rank=3, alpha=5.0),
     "LoKr": sx.LoKr(rank=2, alpha=3.0),
     "HiRA": sx.HiRA(rank=4),
+    "GLoRA": sx.GLoRA(rank=4),
     "DeLoRA": sx.DeLoRA(rank=4, strength=3.0),
     "OFT": sx.OFT(block=8),
     "BOFT": sx.BOFT(block=8),
@@ -377,6 +378,7 @@ CASES: dict[str, Case] = {
         sx.LoKr(rank=2, alpha=3.0, rank_dropout=0.4, rank_dropout_scale=True),
         patch=equal_uniforms,
     ),
+    "GLoRA by vectors": Case(config("GLoRA", config_A_B="vector"), sx.GLoRA(rank=4, weight="vector")),
     "LoKr, both sides": Case(
         config("LoKr", r=1, decompose_both=True), sx.LoKr(rank=1, alpha=3.0, both=True), adamw(lr=0.03)
     ),
@@ -394,6 +396,10 @@ BASE: dict[str, tuple[dict[str, Any], Case]] = {
     "biases of what LoRA adapts": (
         BIASES,
         Case(config("LoRA", bias="lora_only"), PLAIN["LoRA"], adamw(5e-3, 0.0), ("adapted_bias",)),
+    ),
+    "GLoRA beside biases": (
+        BIASES,
+        Case(config("GLoRA", config_D_E="vector"), sx.GLoRA(rank=4, bias="vector"), adamw(5e-3)),
     ),
     "rows of the embedding": (
         {},

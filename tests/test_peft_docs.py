@@ -53,6 +53,7 @@ ROWS = [
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",
     "| `FourierFT` | FOURIERFT | FOURIERFT | `n_frequency_pattern`, `layers_to_transform` | truncated |",
     "| `GraLoRA` | GRALORA | GRALORA | `layers_to_transform` | exact |",
+    "| `GLoRA` | GLORA | GLORA | - | truncated |",
     "| `IA3` | IA3 | IA3 | - | truncated |",
     "| `PEANuT` | PEANUT | PEANUT | `layers_to_transform` | truncated |",
     "| `PVeRA` | PVERA | PVERA | `layers_to_transform` | exact |",

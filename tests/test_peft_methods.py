@@ -341,6 +341,12 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
         value = getattr(value, "weight", value)
         if isinstance(value, torch.nn.ParameterDict):
             (value,) = value.values()
+        elif isinstance(value, torch.nn.Module):
+            for part, leaf in value.named_parameters():
+                torch.nn.init.normal_(leaf, std=0.3)
+                tensors[f"{name}.{part}"] = leaf.detach().numpy().copy()
+        elif isinstance(value, dict):
+            tensors |= {f"{name}.{part}": leaf.numpy() for part, leaf in value.items()}
         for part in ("vector_a", "vector_b"):
             if isinstance(vector := getattr(held["default"], part, None), torch.nn.Parameter):
                 torch.nn.init.normal_(vector, mean=1.0, std=0.3)
