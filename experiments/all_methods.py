@@ -110,6 +110,7 @@ ARMS = [
     Arm("PEANuT", sx.PEANuT(rank=8), 1e-2),
     Arm("SHiRA", sx.SHiRA(rank=8)),
     Arm("SuperTuning", sx.SuperTuning(sparsity=0.9)),
+    Arm("AdaMSS", sx.AdaMSS(rank=16, subspace_rank=4), 1e-2),
     Arm("DEFT", sx.DEFT(rank=8)),
     Arm("OFT", sx.OFT(block=4)),
     Arm("OSF", sx.OSF(kept=0.8)),

@@ -124,6 +124,7 @@ METHODS = [
         sx.SuperTuning(sparsity=0.98, largest=False, lora_rank=3, alpha=4.0),
         lambda i, o: int(i * o * (1 - 0.98)) + 3 * (i + o),
     ),
+    Case("AdaMSS", sx.AdaMSS(rank=8, subspaces=3, subspace_rank=2), lambda i, o: 2 * (3 * 8 + o)),
     Case("DEFT", sx.DEFT(rank=4), lambda i, o: 4 * (i + o)),
     Case("DEFT-qr", sx.DEFT(rank=4, projection="qr", alpha=8.0), lambda i, o: 4 * (i + o)),
     Case(

@@ -47,7 +47,7 @@ from peft_training import (
     with_answers,
     with_tokenizer,
 )
-from torch_pair import ALL, DEPTH, Pair, equal_uniforms
+from torch_pair import ALL, DEPTH, Pair, equal_uniforms, in_subspaces
 
 import sborax as sx
 import sborax.optim
@@ -300,6 +300,34 @@ def of_rotations(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
 
     paths = [f"layers/{module}/kernel" for module in ("mlp/down_proj", "self_attn/q_proj")]
     return {path: {ours: leaf(path, theirs) for ours, theirs in names.items()} for path in paths}
+
+
+def of_subspaces(model: Any, path: str) -> dict[str, np.ndarray]:
+    """The leaves of PEFT's AdaMSS for one of our kernels."""
+    layers = []
+    for layer in range(DEPTH):
+        module = model.base_model.model.get_submodule(hf_module(path, layer))
+        a, b = ([leaf.detach().numpy() for leaf in part["default"]] for part in (module.adamss_A, module.adamss_B))
+        places = [place.numpy() for place in module.seg_result["default"].values()]
+        layers.append({**in_subspaces(a, b, places, 2), "p": module.adamss_newB["default"].numpy().T})
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+
+
+def from_subspaces(pair: Pair, case: Case, batches: list[Any], directory: Path) -> tuple[Any, Params, Adapters]:
+    """PEFT's start of AdaMSS, which its file does not hold: its subspaces, and its bases of them."""
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), copy.deepcopy(case.config))
+    params, adapters = prepared(pair, case).attach(pair.ours.params)
+    for path, node in nodes(adapters).items():
+        wanted = jax.tree.map(jnp.asarray, of_subspaces(model, path))
+        chex.assert_trees_all_equal_shapes_and_dtypes({**node.train, **node.frozen}, wanted)
+        node.train.update({name: wanted[name] for name in node.train})
+        node.frozen.update({name: wanted[name] for name in node.frozen})
+    return model, params, adapters
+
+
+def trained_in_subspaces(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
+    paths = [f"layers/{module}/kernel" for module in ("mlp/down_proj", "self_attn/q_proj")]
+    return {path: {name: of_subspaces(model, path)[name] for name in ("a", "b")} for path in paths}
 
 
 PLUS = Recipe(sx.Optimizer(lr=LR, b_ratio=4.0, **SCHEDULED), lora_plus)

@@ -57,6 +57,7 @@ ROWS = [
     "| `IA3` | IA3 | IA3 | - | truncated |",
     "| `PEANuT` | PEANUT | PEANUT | `layers_to_transform` | truncated |",
     "| `PVeRA` | PVERA | PVERA | `layers_to_transform` | exact |",
+    f"| `AdaMSS` | - | LORA | {PATTERNS} | exact |",
     f"| `PSOFT` | - | LORA | {PATTERNS} | exact |",
     "| `RoAd` | ROAD | ROAD | - | truncated |",
     "| `TinyLoRA` | TINYLORA | TINYLORA | `layers_to_transform` | exact |",

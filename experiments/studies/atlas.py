@@ -55,6 +55,8 @@ VARIANTS: dict[str, AbstractMethod] = {
     # Sized by a share, which nothing searches: 48,455 and 46,195 trained parameters.
     "OSF": sx.OSF(kept=0.87),
     "SuperTuning": sx.SuperTuning(sparsity=0.796),
+    # At two sizes, 46,350.
+    "AdaMSS": sx.AdaMSS(subspace_rank=6),
     # Vectors as long as all sides allow, and every coefficient twice: 46,272 and 46,240.
     "VBLoRA": sx.VBLoRA(vectors=8, length=4),
     "UniLoRA": sx.UniLoRA(rank=16),

@@ -4,6 +4,7 @@ A line here makes a class public: `sborax.LoRA`, a name in rules and commands, a
 """
 
 from sborax.methods.adalora import AdaLoRA as AdaLoRA
+from sborax.methods.adamss import AdaMSS as AdaMSS
 from sborax.methods.bat import Bat as Bat
 from sborax.methods.boft import BOFT as BOFT
 from sborax.methods.bone import Bone as Bone
