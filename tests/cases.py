@@ -131,6 +131,13 @@ METHODS = [
         "VB-LoRA", sx.VBLoRA(rank=3, vectors=24, length=16), lambda i, o: 3 * (i + o) // 16 * 24, lambda i, o: 24 * 16
     ),
     Case("Uni-LoRA", sx.UniLoRA(rank=4, coefficients=40), lambda i, o: 0, lambda i, o: 40),
+    Case("Lily", sx.Lily(rank=4, stride=8, experts=3), lambda i, o: 4 * 3, lambda i, o: 4 * (i + 3 * o)),
+    Case(
+        "Lily-batch",
+        sx.Lily(rank=4, stride=8, routing="batch", scale=2.0),
+        lambda i, o: 4 * 2,
+        lambda i, o: 4 * (i + 2 * o),
+    ),
     Case("OSF", sx.OSF(kept=0.75), lambda i, o: (min(i, o) - int(0.75 * min(i, o))) * (i + o + 1)),
     Case("KaSA", sx.KaSA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),

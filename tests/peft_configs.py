@@ -74,6 +74,8 @@ FILES = {
     "UniLoRA-seed": peft.UniLoraConfig(
         r=3, theta_d_length=47, init_theta_d_bound=2.0, proj_seed=5, target_modules=MIXED, layers_to_transform=[1]
     ),
+    "Lily": peft.LilyConfig(r=4, stride_A=2, num_B=3, scaling=1.5, target_modules=MIXED),
+    "Lily-layer": peft.LilyConfig(r=5, target_modules=["q_proj", "k_proj"], layers_to_transform=[1]),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
     "FourierFT": peft.FourierFTConfig(

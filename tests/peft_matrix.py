@@ -67,6 +67,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
         {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 0.3},
     ),
     "UniLoRA": (peft.UniLoraConfig, {"r": 3, "theta_d_length": 200, "init_theta_d_bound": 2.0}),
+    "Lily": (peft.LilyConfig, {"r": 4}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -414,6 +415,14 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "a random start": {"init_weights": False},
         "one entry": {"theta_d_length": 1},
         "dropout": {"unilora_dropout": 0.25, "save_indices": True},
+        "wide": {"r": 40},
+    },
+    "Lily": {
+        "four experts": {"num_B": 4},
+        "layers that share": {"stride_A": 2},
+        "more than there are": {"stride_A": 5},
+        "scale 0.3": {"scaling": 0.3},
+        "random start": {"init_weights": False},
         "wide": {"r": 40},
     },
     "MiSS": {

@@ -6,6 +6,7 @@ run trains ten methods, `pytest -m nightly tests/test_peft_curves.py` all of the
 
 import copy
 import dataclasses
+import types
 import typing
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import peft
 import peft.optimizers
 import peft.optimizers.lorafa
 import peft.tuners.c3a.layer
+import peft.tuners.lily.layer
 import pytest
 import torch
 from nightly import nightly_unless
@@ -88,6 +90,21 @@ def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.ones(shape, dtype))
 
 
+def of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's Lily takes its mean over padding, too, and over last tokens, which are no inputs of a step here."""
+    whole, held = peft.PeftModelForCausalLM.forward, {}
+
+    def forward(self: Any, *, attention_mask: torch.Tensor, **options: Any) -> Any:
+        held["real"] = attention_mask[:, 1:] != 0
+        return whole(self, attention_mask=attention_mask, **options)
+
+    def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.softmax(scores, dim)[:, :-1][held["real"]]
+
+    monkeypatch.setattr(peft.PeftModelForCausalLM, "forward", forward)
+    monkeypatch.setattr(peft.tuners.lily.layer, "F", types.SimpleNamespace(softmax=softmax))
+
+
 PLAIN: dict[str, AbstractMethod] = {
     "LoRA": sx.LoRA(rank=4, alpha=6.0),
     "rsLoRA": sx.LoRA(rank=4, alpha=6.0, rslora=True),
@@ -123,6 +140,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "DEFT": sx.DEFT(rank=4),
     "VBLoRA": sx.VBLoRA(rank=3, vectors=20, length=8),
     "UniLoRA": sx.UniLoRA(rank=3, coefficients=200),
+    "Lily": sx.Lily(rank=4, routing="batch"),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -137,6 +155,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     # Entries of its weight are divided by the number of entries, so it learns slowly.
     "FourierFT": {"recipe": adamw(lr=0.1)},
     "PVeRA": {"patch": equal_draws},
+    "Lily": {"patch": of_inputs},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }
@@ -375,6 +394,17 @@ CASES: dict[str, Case] = {
         sx.PSOFT(rank=8),
         start=from_singular_vectors,
         leaves=of_rotations,
+    ),
+    "AdaMSS": Case(
+        peft.AdamssConfig(r=12, num_subspaces=3, subspace_rank=2, target_modules=TWO, task_type="CAUSAL_LM"),
+        sx.AdaMSS(rank=12, subspaces=3, subspace_rank=2),
+        start=from_subspaces,
+        leaves=trained_in_subspaces,
+    ),
+    "Lily, layers that share": Case(
+        config("Lily", stride_A=2, num_B=3, scaling=2.0),
+        sx.Lily(rank=4, stride=2, experts=3, routing="batch", scale=2.0),
+        patch=of_inputs,
     ),
     "AdaLoRA with its budget": Case(config("AdaLoRA", **ALLOCATION), PLAIN["AdaLoRA"], BUDGETED),
     "LoRA at a constant rate": Case(config("LoRA"), PLAIN["LoRA"], CONSTANT),

@@ -48,6 +48,7 @@ ROWS = [
     "| `SuperTuning` | SUPERTUNING | SUPERTUNING | - | truncated |",
     "| `VBLoRA` | VBLORA | VBLORA | `layers_to_transform` | exact |",
     "| `UniLoRA` | UNILORA | UNILORA | `layers_to_transform` | exact |",
+    "| `Lily` | LILY | LILY | `layers_to_transform` | no |",
     f"| `ResLoRA` | - | LORA | {PATTERNS} | exact |",
     "| `Bat` | MISS | MISS | `layers_to_transform` | truncated |",
     "| `C3A` | C3A | C3A | `block_size_pattern`, `layers_to_transform` | truncated |",

@@ -21,6 +21,7 @@ from sborax.methods.hira import HiRA as HiRA
 from sborax.methods.hra import HRA as HRA
 from sborax.methods.ia3 import IA3 as IA3
 from sborax.methods.kasa import KaSA as KaSA
+from sborax.methods.lily import Lily as Lily
 from sborax.methods.loftq import LoftQ as LoftQ
 from sborax.methods.loha import LoHa as LoHa
 from sborax.methods.lokr import LoKr as LoKr
