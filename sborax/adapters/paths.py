@@ -303,6 +303,11 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
                     f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
                     "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
                 )
+            if method.pools and stacks_experts(path):
+                raise SboraxError(
+                    f"{path}: {type(method).__name__} takes means over tokens, of which each expert sees some; use a "
+                    "method that takes tokens one by one"
+                )
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)

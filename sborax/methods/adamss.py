@@ -53,6 +53,7 @@ class AdaMSS(AbstractFactored):
         "AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning, NeurIPS 2025, "
         "openreview 8ZdWmpYxT0"
     )
+    sends = "the factors of all subspaces, and their gradients"
 
     rank: int = 100
     subspaces: int = 5

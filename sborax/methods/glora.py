@@ -24,7 +24,7 @@ from sborax.adapters.core import (
     matmul,
     width,
 )
-from sborax.methods.glora_forms import AXES, CONSTANTS, check_forms, numbers, zeros
+from sborax.methods.glora_forms import AXES, GROUP_B, check_forms, numbers, zeros
 from sborax.methods.lowrank import kaiming_uniform
 
 
@@ -48,8 +48,8 @@ class GLoRA(AbstractMethod):
     """
 
     paper = "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, arXiv:2306.07967"
-    # PEFT's LoRA+ goes by names, and finds "lora_B" in "glora_B".
-    group_b = frozenset({"a", "b", "shift", "bias_gain", "bias_shift", *CONSTANTS})
+    group_b = GROUP_B
+    sends = "gradients of single numbers in parts"
     ragged = True
 
     rank: Rank = 8

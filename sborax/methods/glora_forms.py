@@ -20,6 +20,8 @@ AXES: Axes = {
     **CONSTANTS,
 }
 """The axes of the leaves of all forms."""
+GROUP_B = frozenset({"a", "b", "shift", "bias_gain", "bias_shift", *CONSTANTS})
+"""Those that PEFT's LoRA+ trains faster. It goes by names, and finds "lora_B" in "glora_B"."""
 
 
 def check_forms(**forms: str) -> None:

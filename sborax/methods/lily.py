@@ -39,9 +39,9 @@ class Lily(AbstractAdditive, AbstractBanked):
     scale: s (PEFT: 1).
 
     The authors' code and PEFT take the mean over the batch, padding included. So a text's output depends on its
-    neighbours and on its own later tokens, and in generation a new token is weighted by itself alone. By "token", no
-    token's weights depend on another. PEFT's files are read, and written, with "batch": the same where nothing is
-    padded.
+    neighbours and on its own later tokens, microbatches matter, and in generation a new token is weighted by itself
+    alone. By "token", no token's weights depend on another. PEFT's files are read, and written, with "batch": the same
+    where nothing is padded.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), router ~ U(-1/sqrt(rank), 1/sqrt(rank)), b = 0. Identity at init. No merge. A
     forward pass has a copy of the experts for each layer of each kernel. Trained parameters: rank experts for each
     weight, and for each kind rank (in ceil(layers / stride) + out experts).
