@@ -12,7 +12,8 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.bank import link
-from sborax.adapters.core import AbstractMethod, Adapter, is_weight
+from sborax.adapters.core import AbstractMethod, Adapter
+from sborax.adapters.paths import kernels
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.models.nf4 import quantise
 
@@ -41,6 +42,10 @@ def base(dtype: str = "float32", stacked: bool = True, quantised: bool = False):
     return quantise(weight) if quantised else weight
 
 
+def biases(dtype: str, stacked: bool):
+    return jnp.asarray(normal(7, *((LAYERS,) if stacked else ()), OUT), dtype)
+
+
 @functools.cache
 def inputs(dtype: str = "float32"):
     return jnp.asarray(normal(2, TOKENS, IN), dtype)
@@ -54,15 +59,22 @@ def hints(method: AbstractMethod, stacked: bool):
 
 
 @functools.cache
-def fitted(method: AbstractMethod, dtype: str = "float32", stacked: bool = True, quantised: bool = False):
+def fitted(
+    method: AbstractMethod,
+    dtype: str = "float32",
+    stacked: bool = True,
+    quantised: bool = False,
+    biased: bool = False,
+):
     """(weight after attach, adapter)"""
     name = "layers" if stacked else "layers/0"
-    params = {name: {"proj": {"kernel": base(dtype, stacked, quantised)}}}
+    bias = {"bias": biases(dtype, stacked)} if biased else {}
+    params = {name: {"proj": {"kernel": base(dtype, stacked, quantised), **bias}}}
     if not stacked:
         params = {"layers": {"0": params[name]}}
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", method)], hints(method, stacked))
     node = standalone(adapters)
-    (weight,) = jax.tree.leaves(params, is_leaf=is_weight)
+    (weight,) = kernels(params).values()
     return weight, node
 
 

@@ -32,8 +32,8 @@ class Case:
     method: AbstractMethod
     count: Callable[[int, int], int]
     """Trained parameters of one (in, out) weight."""
-    shared: int = 0
-    """Those that all weights share."""
+    shared: Callable[[int, int], int] = lambda i, o: 0
+    """Those that all weights of this shape share."""
 
 
 def kronecker(fan_in: int, fan_out: int, rank: int, both: bool = False) -> int:
@@ -112,6 +112,9 @@ METHODS = [
     # A small rank would leave the scaled bases just below the size of the weight.
     Case("RandLoRA", sx.RandLoRA(rank=64), lambda i, o: -(-min(i, o) // 64) * (64 + min(i, o))),
     Case("HiRA", sx.HiRA(rank=4), lambda i, o: 4 * (i + o)),
+    Case("GLoRA", sx.GLoRA(rank=4), lambda i, o: 2 * 4 * (i + o)),
+    Case("GLoRA-vector", sx.GLoRA(rank=4, weight="vector", coupling="vector", bias="vector"), lambda i, o: 2 * o),
+    Case("GLoRA-constant", sx.GLoRA(rank=4, weight="constant", coupling="none"), lambda i, o: 2),
     Case("DeLoRA", sx.DeLoRA(rank=4), lambda i, o: 4 * (i + o) + 1),
     Case("C3A", sx.C3A(block=16), lambda i, o: i * o // 16),
     Case("FourierFT", sx.FourierFT(coefficients=50), lambda i, o: 50),
@@ -130,10 +133,20 @@ METHODS = [
         sx.SuperTuning(sparsity=0.98, largest=False, lora_rank=3, alpha=4.0),
         lambda i, o: int(i * o * (1 - 0.98)) + 3 * (i + o),
     ),
+    Case("AdaMSS", sx.AdaMSS(rank=8, subspaces=3, subspace_rank=2), lambda i, o: 2 * (3 * 8 + o)),
     Case("DEFT", sx.DEFT(rank=4), lambda i, o: 4 * (i + o)),
     Case("DEFT-qr", sx.DEFT(rank=4, projection="qr", alpha=8.0), lambda i, o: 4 * (i + o)),
-    Case("VB-LoRA", sx.VBLoRA(rank=3, vectors=24, length=16), lambda i, o: 3 * (i + o) // 16 * 24, 24 * 16),
-    Case("Uni-LoRA", sx.UniLoRA(rank=4, coefficients=40), lambda i, o: 0, 40),
+    Case(
+        "VB-LoRA", sx.VBLoRA(rank=3, vectors=24, length=16), lambda i, o: 3 * (i + o) // 16 * 24, lambda i, o: 24 * 16
+    ),
+    Case("Uni-LoRA", sx.UniLoRA(rank=4, coefficients=40), lambda i, o: 0, lambda i, o: 40),
+    Case("Lily", sx.Lily(rank=4, stride=8, experts=3), lambda i, o: 4 * 3, lambda i, o: 4 * (i + 3 * o)),
+    Case(
+        "Lily-batch",
+        sx.Lily(rank=4, stride=8, routing="batch", scale=2.0),
+        lambda i, o: 4 * 2,
+        lambda i, o: 4 * (i + 2 * o),
+    ),
     Case("OSF", sx.OSF(kept=0.75), lambda i, o: (min(i, o) - int(0.75 * min(i, o))) * (i + o + 1)),
     Case("KaSA", sx.KaSA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("chain", sx.chain(sx.PiSSA(rank=4), sx.DoRA(rank=4)), lambda i, o: 4 * (i + o) + o),

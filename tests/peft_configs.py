@@ -64,6 +64,11 @@ FILES = {
     "LoKr-whole": peft.LoKrConfig(r=6, alpha=3, target_modules=MIXED, decompose_factor=4),
     "LoKr-both": peft.LoKrConfig(r=1, target_modules=MIXED, decompose_both=True, layers_to_transform=[1]),
     "HiRA": peft.HiraConfig(r=4, target_modules=MIXED),
+    "GLoRA": peft.GloraConfig(r=4, target_modules=MIXED),
+    "GLoRA-vector": peft.GloraConfig(
+        r=3, config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=["q_proj", "up_proj"]
+    ),
+    "GLoRA-constant": peft.GloraConfig(config_A_B="constant", config_C="none", target_modules=MIXED),
     "DeLoRA": peft.DeloraConfig(r=4, delora_lambda=3, target_modules=MIXED, bias="none"),
     "OFT": peft.OFTConfig(oft_block_size=8, target_modules=MIXED),
     "OFT-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=MIXED),
@@ -93,6 +98,8 @@ FILES = {
     "UniLoRA-seed": peft.UniLoraConfig(
         r=3, theta_d_length=47, init_theta_d_bound=2.0, proj_seed=5, target_modules=MIXED, layers_to_transform=[1]
     ),
+    "Lily": peft.LilyConfig(r=4, stride_A=2, num_B=3, scaling=1.5, target_modules=MIXED),
+    "Lily-layer": peft.LilyConfig(r=5, target_modules=["q_proj", "k_proj"], layers_to_transform=[1]),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
     "FourierFT": peft.FourierFTConfig(

@@ -55,6 +55,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 5}),
     "LoKr": (peft.LoKrConfig, {"r": 2, "alpha": 3}),
     "HiRA": (peft.HiraConfig, {"r": 4}),
+    "GLoRA": (peft.GloraConfig, {"r": 4}),
     "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
     "BOFT": (peft.BOFTConfig, {"boft_block_size": 8}),
@@ -78,6 +79,7 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
         {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 0.3},
     ),
     "UniLoRA": (peft.UniLoraConfig, {"r": 3, "theta_d_length": 200, "init_theta_d_bound": 2.0}),
+    "Lily": (peft.LilyConfig, {"r": 4}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -317,6 +319,13 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"hira_dropout": 0.25},
         "wide": {"r": 40},
     },
+    "GLoRA": {
+        "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "constants": {"config_A_B": "constant"},
+        "no bias": {"config_C": "none", "config_D_E": "none"},
+        "random start": {"init_weights": False},
+        "wide": {"r": 40},
+    },
     "DeLoRA": {
         "ranks": {"rank_pattern": {"q_proj": 2}},
         "strengths": {"lambda_pattern": {"q_proj": 7}},
@@ -470,6 +479,14 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"unilora_dropout": 0.25, "save_indices": True},
         "wide": {"r": 40},
     },
+    "Lily": {
+        "four experts": {"num_B": 4},
+        "layers that share": {"stride_A": 2},
+        "more than there are": {"stride_A": 5},
+        "scale 0.3": {"scaling": 0.3},
+        "random start": {"init_weights": False},
+        "wide": {"r": 40},
+    },
     "MiSS": {
         "r 32": {"r": 32},
         "r 1": {"r": 1},
@@ -485,8 +502,8 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
 def of_one_tuner() -> Iterator[Option]:
     for tuner, options in SINGLE.items():
         for name, fields in options.items():
-            outcome = UNEQUAL.get((tuner, name), {})
-            yield Option(tuner, name, fields, **outcome)
+            outcome = {"also_in": BIASED} if tuner == "GLoRA" else {}
+            yield Option(tuner, name, fields, **outcome, **UNEQUAL.get((tuner, name), {}))
 
 
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
@@ -533,6 +550,7 @@ def refused() -> Iterator[Option]:
         ("QA-LoRA", {"qalora_group_size": 1}, "qalora_group_size=1 must be 2 or more"),
         ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
         ("aLoRA", {"init_lora_weights": "olora"}, "[32, 17] is not supported: beside a method other than LoRA"),
+        ("GLoRA", {"config_A_B": "none"}, "config_A_B='none'"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),

@@ -105,7 +105,7 @@ QUICK = ["LoRA nf4", "Bat"]
 CASES = {
     f"{case.name}{' nf4' * quantised}": (case.method, quantised)
     for case in METHODS
-    if not case.method.linked
+    if not (case.method.linked or case.method.token_mean)
     for quantised in (False, True)
 }
 

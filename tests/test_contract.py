@@ -305,7 +305,7 @@ def test_count_is_the_closed_form(case: Case):
         _, adapters = sx.attach(
             jax.random.key(0), params, [("proj", case.method)], hints if case.method.needs else None
         )
-        assert sx.count(adapters) == weights * case.count(IN, OUT) + case.shared
+        assert sx.count(adapters) == weights * case.count(IN, OUT) + case.shared(IN, OUT)
 
 
 @by_case
@@ -330,7 +330,7 @@ def test_every_counted_parameter_has_a_gradient(case: Case):
     train, frozen = sx.split(trained(standalone(adapters)))
     gradient = jax.grad(loss_of)(train, frozen, params["proj"]["kernel"], jnp.asarray(normal(6, 33, 10)))
     live = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(gradient))
-    assert live == sx.count(adapters) == case.count(10, 12) + case.shared
+    assert live == sx.count(adapters) == case.count(10, 12) + case.shared(10, 12)
 
 
 @by_case
@@ -391,7 +391,7 @@ def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
     params, adapters = sx.attach(jax.random.key(0), params, [rule], hints(case.method, True))
     node = trained(standalone(adapters))
     weight = params["layers"]["proj"]["kernel"]
-    assert sx.count(adapters) == 2 * case.count(IN, OUT) + case.shared
+    assert sx.count(adapters) == 2 * case.count(IN, OUT) + case.shared(IN, OUT)
     y = forward(inputs(), weight, node)
     x = inputs()
     plain = jax.jit(lambda stack: jax.lax.map(lambda w: sx.linear(x, w), stack))(base())
@@ -419,6 +419,6 @@ def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
     node = trained(standalone(adapters))
     x = jnp.asarray(normal(6, 3, fan_in))
     y = projected(x, params["proj"]["kernel"], node)
-    assert sx.count(adapters) == case.count(fan_in, fan_out) + case.shared
+    assert sx.count(adapters) == case.count(fan_in, fan_out) + case.shared(fan_in, fan_out)
     if not case.method.no_merge:
         assert_close(y, host(x) @ host(merged(params["proj"]["kernel"], node)), 5e-5)

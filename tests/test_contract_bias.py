@@ -13,6 +13,7 @@ from bare_kernels import (
     SETTINGS,
     assert_close,
     base,
+    biases,
     by_few,
     fitted,
     hints,
@@ -25,7 +26,7 @@ from bare_kernels import (
     tolerance,
     trained,
 )
-from cases import LAYERS, OUT, Case
+from cases import Case
 from nightly import nightly_unless
 from peft_configs import FILES, KINDS
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
@@ -37,10 +38,6 @@ from sborax.interop.peft_table import TABLE
 from sborax.models import save_hf
 
 PEFT = {**KINDS, **FILES}
-
-
-def biases(dtype: str, stacked: bool):
-    return jnp.asarray(normal(7, *((LAYERS,) if stacked else ()), OUT), dtype)
 
 
 @jax.jit
@@ -63,7 +60,7 @@ def added_after(x, weight, node, bias):
 @pytest.mark.parametrize(("dtype", "stacked", "quantised"), [SETTINGS[0], SETTINGS[3], SETTINGS[5]])
 @by_few
 def test_the_adapted_bias_is_that_of_the_merged_projection(case: Case, dtype, stacked, quantised):
-    weight, node = fitted(case.method, dtype, stacked, quantised)
+    weight, node = fitted(case.method, dtype, stacked, quantised, biased=True)
     node, x, bias = trained(node), inputs(dtype), biases(dtype, stacked)
     y = biased(x, weight, node, bias)
     assert y.dtype == x.dtype

@@ -75,8 +75,8 @@ def rows(cases, few):
 
 FEW = {demands(case): case for case in reversed(METHODS)}.values()
 """The first row of each kind."""
-# Methods that link layers do not act on experts.
-ON_EXPERTS = [case for case in METHODS if not case.method.linked]
+# Methods that link layers, or take means over tokens, do not act on experts.
+ON_EXPERTS = [case for case in METHODS if not (case.method.linked or case.method.token_mean)]
 FEW_ON_EXPERTS = {grouped_form(case.method): case for case in reversed(ON_EXPERTS)}
 
 
@@ -155,8 +155,9 @@ def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, model_of, ada
     if not case.method.draws:
         # A key belongs to a layer's place in the module, and to a microbatch.
         others["unrolled"] = step(model_of(scan=False), layers_of(base), layers_of(adapters))
-    if not routed_parts(case.method) and not case.method.draws and not case.method.pooled:
-        # What routers add is a mean over microbatches.
+    inexact = case.method.draws or case.method.batch_gradient or case.method.token_mean
+    if not routed_parts(case.method) and not inexact:
+        # What routers add is a mean over microbatches, and other means are over each.
         halves = {name: array.reshape(2, 2, 8) for name, array in BATCH.items()}
         others["in parts"] = step(model_of(), base, adapters, halves)
     for name, (again, slopes) in others.items():

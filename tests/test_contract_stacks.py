@@ -43,15 +43,15 @@ SAME = jnp.asarray(np.broadcast_to(WEIGHT, (LAYERS, EXPERTS, IN, OUT)))
 
 @by_few
 def test_a_rule_for_a_layer_adapts_all_of_its_experts_and_no_others(case: Case):
-    if case.method.linked:
-        with pytest.raises(sx.SboraxError, match="layers/0/experts/kernel: .* links layers"):
+    if case.method.linked or case.method.token_mean:
+        with pytest.raises(sx.SboraxError, match="layers/0/experts/kernel: .* (links layers|takes means)"):
             attached(case, unrolled(SAME), stack_axes=1, layers=(0,))
         return
     params, adapters = attached(case, unrolled(SAME), stack_axes=1, layers=(0,))
     ((path, node),) = link(nodes(adapters)).items()
     assert path == "layers/0/experts/kernel"
     assert node.method == structure(case.method)
-    assert sx.count(adapters) == EXPERTS * case.count(IN, OUT) + case.shared
+    assert sx.count(adapters) == EXPERTS * case.count(IN, OUT) + case.shared(IN, OUT)
     y = forward(inputs(), params["layers"]["0"]["experts"]["kernel"], trained(node))
     plain = host(inputs()) @ WEIGHT
     assert all(np.abs(host(expert) - plain).max() > 1e-3 for expert in y)
@@ -60,7 +60,7 @@ def test_a_rule_for_a_layer_adapts_all_of_its_experts_and_no_others(case: Case):
 @by_case
 def test_random_starts_differ_from_weight_to_weight(case: Case):
     """Leaves that depend on the key, found by drawing twice, are those of no other expert and of no other layer."""
-    if case.method.linked:
+    if case.method.linked or case.method.token_mean:
         return
     first, second = (attached(case, unrolled(SAME), seed, stack_axes=1)[1] for seed in (0, 1))
     trees = [[node for path, node in nodes(tree).items() if path.endswith("/kernel")] for tree in (first, second)]
@@ -82,13 +82,13 @@ def apart(one: np.ndarray, other: np.ndarray) -> bool:
 def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case: Case):
     weight = np.float32(0.3) * normal(5, LAYERS, EXPERTS, IN, OUT)
     params = {"layers": {"experts": {"kernel": jnp.asarray(weight)}}}
-    if case.method.linked:
-        with pytest.raises(sx.SboraxError, match="links layers"):
+    if case.method.linked or case.method.token_mean:
+        with pytest.raises(sx.SboraxError, match="links layers|takes means"):
             attached(case, params, stack_axes=2, layers=(0, -1))
         return
     params, adapters = attached(case, params, stack_axes=2, layers=(0, -1))
     kernel, node = params["layers"]["experts"]["kernel"], standalone(adapters)
-    assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared
+    assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared(IN, OUT)
     node = trained(node)
     y, plain = forward(inputs(), kernel, node), np.einsum("ti,leio->leto", host(inputs()), weight)
     moved = np.abs(host(y) - plain).max(axis=(2, 3)) > 1e-3

@@ -39,6 +39,7 @@ SPARSE = dataclasses.replace(
     model_type="mixtral",
     experts=Experts(count=COUNT, chosen=CHOSEN, intermediate_size=64, shared_size=64),
 )
+ON_EXPERTS = [case for case in METHODS if not (case.method.linked or case.method.token_mean)]
 RULES = [
     ("experts/gate_proj", sx.LoRA(rank=4)),
     ("experts/up_proj", sx.SBoRA(rank=4)),
@@ -207,13 +208,13 @@ def test_tokens_that_devices_do_not_divide(tokens):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("quantised", [False, True], ids=["f32", "nf4"])
-@pytest.mark.parametrize("case", [case for case in METHODS if not case.method.linked], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ON_EXPERTS, ids=lambda case: case.name)
 def test_a_method_on_an_axis_of_experts_is_a_loop_over_experts(case: Case, quantised, strict):
     projections = a_mixture(case.method, quantised)
     wanted = with_gradients(by_expert, projections)
     with jax.set_mesh(make_mesh({"expert": 8})):
         got = with_gradients(together, projections)
-    if case.method.pooled:
+    if case.method.batch_gradient:
         # The loop hands every expert all tokens.
         got, wanted = ((y, grads[:2]) for y, grads in (got, wanted))
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):

@@ -131,6 +131,11 @@ PEERS = [
     (peft.LoKrConfig(r=2, **TARGETS), sx.LoKr(rank=2)),
     (peft.LoHaConfig(r=2, **TARGETS), sx.LoHa(rank=2)),
     (peft.HiraConfig(r=3, **TARGETS), sx.HiRA(rank=3)),
+    (peft.GloraConfig(r=3, **TARGETS), sx.GLoRA(rank=3)),
+    (
+        peft.GloraConfig(config_A_B="constant", config_C="vector", config_D_E="vector", **TARGETS),
+        sx.GLoRA(rank=3, weight="constant", coupling="vector", bias="vector"),
+    ),
     (peft.DeloraConfig(r=3, **TARGETS), sx.DeLoRA(rank=3)),
     (peft.VeraConfig(r=3, **TARGETS), sx.VeRA(rank=3)),
     (peft.PveraConfig(r=3, **TARGETS), sx.PVeRA(rank=3)),
@@ -139,6 +144,7 @@ PEERS = [
     (peft.PeanutConfig(r=3, depth=1, **TARGETS), sx.PEANuT(rank=3, depth=1)),
     (peft.VBLoRAConfig(r=3, num_vectors=5, vector_length=1, **TARGETS), sx.VBLoRA(rank=3, vectors=5, length=1)),
     (peft.UniLoraConfig(r=3, theta_d_length=7, **TARGETS), sx.UniLoRA(rank=3, coefficients=7)),
+    (peft.LilyConfig(r=3, **TARGETS), sx.Lily(rank=3)),
     (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
     (peft.SupertuningConfig(sparsity=0.5, r=2, **TARGETS), sx.SuperTuning(sparsity=0.5, lora_rank=2)),
     (peft.OSFConfig(effective_rank=2, **TARGETS), sx.OSF(kept=2)),
@@ -162,7 +168,8 @@ def test_groups_are_as_large_as_those_of_peft(config, method):
     theirs = {"a": 0, "b": 0}
     for group in optimizer.param_groups:
         theirs["b" if group["lr"] > 1e-3 else "a"] += sum(parameter.numel() for parameter in group["params"])
-    params = {"first": {"kernel": jnp.ones((IN, HIDDEN))}, "second": {"kernel": jnp.ones((HIDDEN, OUT))}}
+    shapes = {"first": (IN, HIDDEN), "second": (HIDDEN, OUT)}
+    params = {name: {"kernel": jnp.ones(shape), "bias": jnp.ones(shape[1])} for name, shape in shapes.items()}
     _, adapters = sx.attach(jax.random.key(0), params, [("|".join(config.target_modules), method)])
     train, _ = sx.split(adapters)
     ours = {"a": 0, "b": 0}

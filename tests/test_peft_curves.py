@@ -6,6 +6,7 @@ run trains ten methods, `pytest -m nightly tests/test_peft_curves.py` all of the
 
 import copy
 import dataclasses
+import types
 import typing
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import peft
 import peft.optimizers
 import peft.optimizers.lorafa
 import peft.tuners.c3a.layer
+import peft.tuners.lily.layer
 import pytest
 import torch
 from nightly import nightly_unless
@@ -47,7 +49,7 @@ from peft_training import (
     with_answers,
     with_tokenizer,
 )
-from torch_pair import ALL, DEPTH, Pair, equal_noise, equal_uniforms
+from torch_pair import ALL, DEPTH, Pair, equal_noise, equal_uniforms, in_subspaces
 
 import sborax as sx
 import sborax.optim
@@ -90,6 +92,23 @@ def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 QUESTION = (32, 222)
 """The tokens of "? ", after which every answer begins."""
+
+
+def of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's Lily takes its mean over padding, too, and over last tokens, which are no inputs of a step here."""
+    whole, held = peft.PeftModelForCausalLM.forward, {}
+
+    def forward(self: Any, *, attention_mask: torch.Tensor, **options: Any) -> Any:
+        held["real"] = attention_mask[:, 1:] != 0
+        return whole(self, attention_mask=attention_mask, **options)
+
+    def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.softmax(scores, dim)[:, :-1][held["real"]]
+
+    monkeypatch.setattr(peft.PeftModelForCausalLM, "forward", forward)
+    monkeypatch.setattr(peft.tuners.lily.layer, "F", types.SimpleNamespace(softmax=softmax))
+
+
 PLAIN: dict[str, AbstractMethod] = {
     "LoRA": sx.LoRA(rank=4, alpha=6.0),
     "rsLoRA": sx.LoRA(rank=4, alpha=6.0, rslora=True),
@@ -108,6 +127,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "LoHa": sx.LoHa(rank=3, alpha=5.0),
     "LoKr": sx.LoKr(rank=2, alpha=3.0),
     "HiRA": sx.HiRA(rank=4),
+    "GLoRA": sx.GLoRA(rank=4),
     "DeLoRA": sx.DeLoRA(rank=4, strength=3.0),
     "OFT": sx.OFT(block=8),
     "BOFT": sx.BOFT(block=8),
@@ -128,6 +148,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "DEFT": sx.DEFT(rank=4),
     "VBLoRA": sx.VBLoRA(rank=3, vectors=20, length=8),
     "UniLoRA": sx.UniLoRA(rank=3, coefficients=200),
+    "Lily": sx.Lily(rank=4, routing="batch"),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -145,6 +166,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "FourierFT": {"recipe": adamw(lr=0.1)},
     "MonteCLoRA": {"patch": equal_noise},
     "PVeRA": {"patch": equal_draws},
+    "Lily": {"patch": of_inputs},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }
@@ -310,6 +332,34 @@ def of_rotations(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
     return {path: {ours: leaf(path, theirs) for ours, theirs in names.items()} for path in paths}
 
 
+def of_subspaces(model: Any, path: str) -> dict[str, np.ndarray]:
+    """The leaves of PEFT's AdaMSS for one of our kernels."""
+    layers = []
+    for layer in range(DEPTH):
+        module = model.base_model.model.get_submodule(hf_module(path, layer))
+        a, b = ([leaf.detach().numpy() for leaf in part["default"]] for part in (module.adamss_A, module.adamss_B))
+        places = [place.numpy() for place in module.seg_result["default"].values()]
+        layers.append({**in_subspaces(a, b, places, 2), "p": module.adamss_newB["default"].numpy().T})
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+
+
+def from_subspaces(pair: Pair, case: Case, batches: list[Any], directory: Path) -> tuple[Any, Params, Adapters]:
+    """PEFT's start of AdaMSS, which its file does not hold: its subspaces, and its bases of them."""
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), copy.deepcopy(case.config))
+    params, adapters = prepared(pair, case).attach(pair.ours.params)
+    for path, node in nodes(adapters).items():
+        wanted = jax.tree.map(jnp.asarray, of_subspaces(model, path))
+        chex.assert_trees_all_equal_shapes_and_dtypes({**node.train, **node.frozen}, wanted)
+        node.train.update({name: wanted[name] for name in node.train})
+        node.frozen.update({name: wanted[name] for name in node.frozen})
+    return model, params, adapters
+
+
+def trained_in_subspaces(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
+    paths = [f"layers/{module}/kernel" for module in ("mlp/down_proj", "self_attn/q_proj")]
+    return {path: {name: of_subspaces(model, path)[name] for name in ("a", "b")} for path in paths}
+
+
 PLUS = Recipe(sx.Optimizer(lr=LR, b_ratio=4.0, **SCHEDULED), lora_plus)
 PROJECTED = Recipe(sx.Optimizer(name="lora_fa", lr=LR, **SCHEDULED), lora_fa)
 BUDGETED = dataclasses.replace(adamw(), procedure=BUDGET, after=allocate)
@@ -360,6 +410,17 @@ CASES: dict[str, Case] = {
         start=from_singular_vectors,
         leaves=of_rotations,
     ),
+    "AdaMSS": Case(
+        peft.AdamssConfig(r=12, num_subspaces=3, subspace_rank=2, target_modules=TWO, task_type="CAUSAL_LM"),
+        sx.AdaMSS(rank=12, subspaces=3, subspace_rank=2),
+        start=from_subspaces,
+        leaves=trained_in_subspaces,
+    ),
+    "Lily, layers that share": Case(
+        config("Lily", stride_A=2, num_B=3, scaling=2.0),
+        sx.Lily(rank=4, stride=2, experts=3, routing="batch", scale=2.0),
+        patch=of_inputs,
+    ),
     "AdaLoRA with its budget": Case(config("AdaLoRA", **ALLOCATION), PLAIN["AdaLoRA"], BUDGETED),
     "LoRA at a constant rate": Case(config("LoRA"), PLAIN["LoRA"], CONSTANT),
     "LoRA in two microbatches": Case(config("LoRA"), PLAIN["LoRA"], dataclasses.replace(adamw(), accumulate=2)),
@@ -390,6 +451,7 @@ CASES: dict[str, Case] = {
         sx.LoKr(rank=2, alpha=3.0, rank_dropout=0.4, rank_dropout_scale=True),
         patch=equal_uniforms,
     ),
+    "GLoRA by vectors": Case(config("GLoRA", config_A_B="vector"), sx.GLoRA(rank=4, weight="vector")),
     "LoKr, both sides": Case(
         config("LoKr", r=1, decompose_both=True), sx.LoKr(rank=1, alpha=3.0, both=True), adamw(lr=0.03)
     ),
@@ -408,12 +470,16 @@ BASE: dict[str, tuple[dict[str, Any], Case]] = {
         BIASES,
         Case(config("LoRA", bias="lora_only"), PLAIN["LoRA"], adamw(5e-3, 0.0), ("adapted_bias",)),
     ),
+    "GLoRA beside biases": (
+        BIASES,
+        Case(config("GLoRA", config_D_E="vector"), sx.GLoRA(rank=4, bias="vector"), adamw(5e-3)),
+    ),
     "rows of the embedding": (
         {},
         Case(peft.TrainableTokensConfig(token_indices=list(range(258))), None, adamw(decay=0.0), ("embed_tokens",)),
     ),
 }
-"""What is trained of the base, mostly without adapters, with the fields of a model that has such leaves."""
+"""What is trained of the base, mostly without adapters, or adapted, with the fields of a model that has such leaves."""
 BOTH = {"targets": "embed_tokens|lm_head|q_proj"}
 MODULES = ["embed_tokens", "lm_head", "q_proj"]
 TIED = {"tie_word_embeddings": True}

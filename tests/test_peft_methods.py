@@ -17,7 +17,7 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTLayer
 from peft_configs import FILES
 from safetensors.numpy import load_file, save_file
-from torch_pair import build, equal_uniforms, logits, reloaded, shaken, torch_logits, with_peft
+from torch_pair import build, equal_uniforms, in_subspaces, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
 from sborax.adapters.bank import link
@@ -76,6 +76,14 @@ def gains(tensors: Tensors) -> dict[str, Any]:
     for side in "AB":
         gain[tensors[f"unilora_indices_{side}"]] = tensors[f"unilora_scales_{side}"]
     return {"gain": gain}
+
+
+def subspaces(tensors: Tensors) -> dict[str, Any]:
+    numbers = range(sum(name.startswith("adamss_A.") for name in tensors))
+    factors, columns, places = (
+        [tensors[f"{name}.{k}"] for k in numbers] for name in ("adamss_A", "adamss_B", "seg_result")
+    )
+    return in_subspaces(factors, columns, places, max(map(len, factors)))
 
 
 def config(kind: str, **fields: Any) -> peft.PeftConfig:
@@ -170,6 +178,34 @@ CASES = [
         same(idx="shira_indices"),
     ),
     Case("HiRA", config("HiraConfig", r=3), sx.HiRA(rank=3), flipped(a="hira_A", b="hira_B")),
+    Case(
+        "GLoRA",
+        config("GloraConfig", r=3),
+        sx.GLoRA(rank=3),
+        lambda t: {
+            **{"gain_a": t["glora_A.Xu"].T, "gain_b": t["glora_A.Xd"].T},
+            **{"a": t["glora_B.Xu"].T, "b": t["glora_B.Xd"].T},
+        },
+    ),
+    Case(
+        "GLoRA-vector",
+        config("GloraConfig", config_A_B="vector"),
+        sx.GLoRA(weight="vector"),
+        lambda t: {"gain": t["glora_A.X"][:, 0], "shift": t["glora_B.X"][:, 0]},
+    ),
+    Case(
+        "GLoRA-constant",
+        config("GloraConfig", config_A_B="constant"),
+        sx.GLoRA(weight="constant"),
+        lambda t: {"gain_constant": t["glora_A.X"][0], "shift_constant": t["glora_B.X"][0]},
+    ),
+    Case(
+        "AdaMSS",
+        config("AdamssConfig", r=10, num_subspaces=3, subspace_rank=2),
+        sx.AdaMSS(rank=10, subspaces=3, subspace_rank=2),
+        lambda t: {name: subspaces(t)[name] for name in ("a", "b")},
+        lambda t: {"p": t["adamss_newB"].T, "idx": subspaces(t)["idx"]},
+    ),
     Case(
         "DeLoRA",
         config("DeloraConfig", r=3, delora_lambda=4),
@@ -341,6 +377,12 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
         value = getattr(value, "weight", value)
         if isinstance(value, torch.nn.ParameterDict):
             (value,) = value.values()
+        elif isinstance(value, torch.nn.Module):
+            for part, leaf in value.named_parameters():
+                torch.nn.init.normal_(leaf, std=0.3)
+                tensors[f"{name}.{part}"] = leaf.detach().numpy().copy()
+        elif isinstance(value, dict):
+            tensors |= {f"{name}.{part}": leaf.numpy() for part, leaf in value.items()}
         for part in ("vector_a", "vector_b"):
             if isinstance(vector := getattr(held["default"], part, None), torch.nn.Parameter):
                 torch.nn.init.normal_(vector, mean=1.0, std=0.3)

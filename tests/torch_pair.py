@@ -78,6 +78,21 @@ def torch_logits(model: Any) -> np.ndarray:
         return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
 
 
+def in_subspaces(factors: list[Any], columns: list[Any], places: list[Any], width: int) -> dict[str, np.ndarray]:
+    """Our leaves of PEFT's AdaMSS on one weight: `a`, `b` and `idx`. Subspaces of few outputs are padded with zeros.
+
+    - factors, columns: of each subspace, PEFT's A (rank, r) and B (outputs, rank).
+    - places: the outputs of each subspace.
+    - width: the largest rank.
+    """
+    size = sum(map(len, places))
+    a = np.zeros((factors[0].shape[1], len(factors), width), np.float32)
+    b, idx = np.zeros((width, size), np.float32), np.zeros(size, np.int32)
+    for number, (factor, column, place) in enumerate(zip(factors, columns, places, strict=True)):
+        a[:, number, : len(factor)], b[: len(factor), place], idx[place] = factor.T, column.T, number
+    return {"a": a, "b": b, "idx": idx}
+
+
 _compiled: dict[int, Any] = {}
 
 

@@ -76,6 +76,8 @@ HOW = {
     "tinylora / default": _alone(sx.TinyLoRA()),
     "psoft / fast": _alone(sx.PSOFT(rank=256, terms=5)),
     "psoft / default": _alone(sx.PSOFT(rank=256)),
+    "glora / default": _alone(sx.GLoRA(rank=8)),
+    "glora / vector-paths": _alone(sx.GLoRA(weight="vector")),
     "peanut / rank32-relu-depth0-s2.0": _alone(sx.PEANuT(rank=32, alpha=2.0)),
     "peanut / rank1-relu-depth0-s32.0": _alone(sx.PEANuT(rank=1, alpha=32.0)),
     "ia3 / default": _ia3("self_attn/(k|v)_proj", "down_proj"),

@@ -1,6 +1,7 @@
-"""Banks: leaves that the adapters of all kernels of a model share, and that are trained once for all of them.
+"""Banks: leaves that the adapters of several kernels of a model share, and that are trained once for all of them.
 
-A bank is an adapter without a kernel, at the path `bank/NAME`. So it is split, saved, counted, decayed, clipped and
+A bank is an adapter without a kernel, at the path `bank/NAME` if all kernels share it, or `bank/NAME/KIND` if those of
+a kind do, such as the q_proj of all layers. So it is split, saved, counted, decayed, clipped and
 vmapped once, like every other adapter. Before the adapters are used, `link` gives each of them a copy of the leaves of
 its bank, and the gradients of the copies add up in the bank.
 """
@@ -8,13 +9,14 @@ its bank, and the gradients of the copies add up in the bank.
 import abc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sborax.adapters.compose import with_parts
+from sborax.adapters.compose import ByLayer, with_parts
 from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, SboraxError
 from sborax.adapters.depth import stack_of
 
@@ -47,13 +49,21 @@ class AbstractBanked(AbstractMethod):
     """
 
     bank_name: str
-    """The last part of the path of the bank, which all adapters that give this name share."""
+    """The name of the bank in its path. All adapters that give it share a bank, or all of a kind."""
     bank_leaves: frozenset[str]
     """The leaves that are the bank's."""
+    bank_of_kind: bool = False
+    """Kernels of a kind, such as the q_proj of all layers, share a bank, and not those of the whole model."""
+    bank_entries: Mapping[str, int] = {}
+    """Leaves of a bank of a kind with an entry for each of so many neighbouring layers, which read that entry alone."""
 
     @abc.abstractmethod
-    def bank(self) -> AbstractBank:
-        """The bank that planning places."""
+    def bank(self, shape: tuple[int, int], readers: int) -> AbstractBank:
+        """The bank that planning places.
+
+        - shape: (in, out) of a weight that reads it.
+        - readers: how many weights of its kind read it.
+        """
 
 
 def banked_parts(method: AbstractMethod) -> tuple[AbstractBanked, ...]:
@@ -63,28 +73,68 @@ def banked_parts(method: AbstractMethod) -> tuple[AbstractBanked, ...]:
     return (method,) if isinstance(method, AbstractBanked) else ()
 
 
-def bank_path(method: AbstractBanked) -> str:
-    """Where the bank of a method is in a tree of adapters."""
-    return f"{BANK}/{method.bank_name}"
+def bank_path(method: AbstractBanked, kernel: str) -> str:
+    """Where the bank of a method on the kernel at this path is in a tree of adapters."""
+    parts = [part for part in kernel.removesuffix("/kernel").split("/") if not part.isdecimal()]
+    return "/".join((BANK, method.bank_name, *(parts if method.bank_of_kind else ())))
 
 
-def banks(methods: Iterable[tuple[str, AbstractMethod]]) -> dict[str, AbstractBank]:
-    """The banks of a model by their paths.
+class Kernel(NamedTuple):
+    """A planned kernel: its path, its method, its stack axes and the (in, out) of one weight."""
 
-    - methods: the method of every kernel, with the kernel's path.
+    path: str
+    method: AbstractMethod
+    stack: tuple[int, ...]
+    shape: tuple[int, int]
 
-    Raises SboraxError for methods that disagree about a bank.
-    """
+
+def banks(kernels: Sequence[Kernel]) -> dict[str, AbstractBank]:
+    """The banks of a model by their paths. Raises SboraxError for methods that disagree about a bank."""
     placed: dict[str, AbstractBank] = {}
-    for path, method in methods:
+    numbers = numbered((path, method, math.prod(stack)) for path, method, stack, _ in kernels)
+    for path, method, _, shape in kernels:
         for part in banked_parts(method):
-            bank = part.bank()
-            if placed.setdefault(bank_path(part), bank) != bank:
+            where = bank_path(part, path)
+            bank = part.bank(shape, len(numbers.get(where, ())))
+            if placed.setdefault(where, bank) != bank:
+                readers = "all kernels of a kind" if part.bank_of_kind else "the whole model"
                 raise SboraxError(
-                    f"{path}: {type(part).__name__} has one {bank_path(part)} for the whole model; give all rules the "
-                    "same options of it"
+                    f"{path}: {type(part).__name__} has one {where} for {readers}; give all rules the same options of "
+                    "it"
                 )
     return placed
+
+
+def numbered(kernels: Iterable[tuple[str, AbstractMethod, int]]) -> dict[str, dict[tuple[str, int], int]]:
+    """For each bank of a kind, the weights that read it, numbered by layer: `{bank: {(path, position): number}}`.
+
+    - kernels: path, method and number of weights of every kernel.
+    """
+    readers: dict[str, set[tuple[str, int]]] = {}
+    for path, method, count in kernels:
+        for part, positions in _acting(method, range(count)):
+            if part.bank_of_kind:
+                readers.setdefault(bank_path(part, path), set()).update((path, position) for position in positions)
+
+    def layer(weight: tuple[str, int]) -> list[int]:
+        return [*(int(part) for part in weight[0].split("/") if part.isdecimal()), weight[1]]
+
+    return {
+        where: {weight: number for number, weight in enumerate(sorted(weights, key=layer))}
+        for where, weights in readers.items()
+    }
+
+
+def _acting(method: AbstractMethod, positions: Sequence[int]) -> Iterator[tuple[AbstractBanked, Sequence[int]]]:
+    """The methods with a bank among `method` and its parts, with the positions of the stack that they act on."""
+    if isinstance(method, ByLayer):
+        for part, layers in zip(method.parts, method.layers, strict=True):
+            yield from _acting(part, layers)
+    elif isinstance(method, AbstractComposite):
+        for part in method.members:
+            yield from _acting(part, positions)
+    elif isinstance(method, AbstractBanked):
+        yield method, positions
 
 
 def link(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -93,24 +143,40 @@ def link(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     Raises SboraxError for an adapter whose bank is missing.
     """
     shared = {path: node for path, node in adapters.items() if isinstance(node.method, AbstractBank)}
-    return {path: _linked(path, node, shared, stack_of(node)) for path, node in adapters.items() if path not in shared}
+    readers = {path: (node, stack_of(node)) for path, node in adapters.items() if path not in shared}
+    numbers = numbered((path, node.method, math.prod(stack)) for path, (node, stack) in readers.items())
+    return {path: _linked(path, node, shared, stack, numbers) for path, (node, stack) in readers.items()}
 
 
-def _linked(path: str, node: Adapter, shared: Mapping[str, Adapter], stack: tuple[int, ...]) -> Adapter:
+def _linked(
+    path: str,
+    node: Adapter,
+    shared: Mapping[str, Adapter],
+    stack: tuple[int, ...],
+    numbers: Mapping[str, Mapping[tuple[str, int], int]],
+) -> Adapter:
     method = node.method
     if not banked_parts(method):
         return node
     if isinstance(method, AbstractComposite):
-        return with_parts(node, [_linked(path, child, shared, stack) for child, _ in method.children(node)])
+        return with_parts(node, [_linked(path, child, shared, stack, numbers) for child, _ in method.children(node)])
     assert isinstance(method, AbstractBanked)
-    if bank_path(method) not in shared:
+    where = bank_path(method, path)
+    if where not in shared:
         if method.bank_leaves <= {*node.train, *node.frozen}:
             return node
-        raise SboraxError(f"{path}: {type(method).__name__} reads {bank_path(method)}, which these adapters lack")
-    bank = shared[bank_path(method)]
+        raise SboraxError(f"{path}: {type(method).__name__} reads {where}, which these adapters lack")
+
+    def copied(name: str, leaf: Array) -> Array:
+        if name not in method.bank_entries:
+            return jnp.broadcast_to(leaf, (*stack, *leaf.shape))
+        # Layers on which the method does not act have a copy that nothing uses.
+        of_weights = [numbers[where].get((path, position), 0) for position in range(math.prod(stack))]
+        return leaf[np.reshape(of_weights, stack) // method.bank_entries[name]]
+
     train, frozen = (
-        jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), half)
-        for half in (bank.train, bank.frozen)
+        {name: copied(name, leaf) for name, leaf in half.items()}
+        for half in (shared[where].train, shared[where].frozen)
     )
     return Adapter({**node.train, **train}, {**node.frozen, **frozen}, method, node.in_axes)
 
@@ -131,9 +197,9 @@ def settle(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
             return node
         readers = [
             reader
-            for other in adapters.values()
+            for kernel, other in adapters.items()
             for reader in _readers(other, stack_of(other))
-            if isinstance(reader.method, AbstractBanked) and bank_path(reader.method) == path
+            if isinstance(reader.method, AbstractBanked) and bank_path(reader.method, kernel) == path
         ]
         return node.method.settle(node, readers)
 

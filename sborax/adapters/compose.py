@@ -295,8 +295,8 @@ class Chain(AbstractMethod):
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         return self.second.merge(weight, adapter)
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
-        return self.second.merge_bias(bias, adapter)
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
+        return self.second.merge_bias(bias, weight, adapter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,9 +370,9 @@ class ByLayer(AbstractComposite):
         ]
         return jax.lax.switch(adapter.frozen["branch"], branches)
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
         def merged(child: Adapter):
-            return lambda: child.method.merge_bias(bias, child)
+            return lambda: child.method.merge_bias(bias, weight, child)
 
         branches = [lambda: bias.astype(jnp.float32), *(merged(child) for child, _ in self.children(adapter))]
         return jax.lax.switch(adapter.frozen["branch"], branches)

@@ -100,6 +100,7 @@ class Hint:
     - ranks: the rank that these statistics give each weight of the flattened stack, 0 for no adapter. See `allotted`.
     - use: what the weight is: "kernel"; "lookup", a table (vocab, d) whose rows are looked up; or "tied", a table that
       is the head's kernel, too.
+    - bias: whether the projection has a bias, for methods with leaves that only change a bias.
     """
 
     layer: Int[Array, "*stack"] | int = 0
@@ -107,6 +108,7 @@ class Hint:
     inputs: Mapping[str, Any] | None = None
     ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     use: Use = dataclasses.field(default="kernel", metadata={"static": True})
+    bias: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Fitted(NamedTuple):
@@ -174,7 +176,7 @@ class AbstractMethod(abc.ABC):
     """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
     draws: str = ""
     """Empty, or what a call with a key draws at random beside dropout. Without a key it is left out."""
-    pooled: str = ""
+    batch_gradient: str = ""
     """Empty, or what of all rows of a call is in the gradient of trained leaves: parts of a batch give another one."""
     group_b: frozenset[str] = frozenset()
     """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies. As in PEFT, if it has the method."""
@@ -182,6 +184,8 @@ class AbstractMethod(abc.ABC):
     """Layers read weights or activations of earlier layers of the same projection. See `depth.AbstractLinked`."""
     adapts_bias: bool = False
     """The method changes the projection's bias, too; see `merge_bias`. Otherwise the bias is added as it is."""
+    token_mean: bool = False
+    """`apply` takes a mean over tokens. A model then gives it `ctx.mask`, by which padding is left out."""
 
     @property
     @abc.abstractmethod
@@ -214,8 +218,11 @@ class AbstractMethod(abc.ABC):
     def merge(self, weight: Weight, adapter: "Adapter") -> Float[Array, "in out"]:
         """The float32 weight whose plain projection is the adapted one."""
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: "Adapter") -> Float[Array, " out"]:
-        """The float32 bias that goes with the weight of `merge`: the same one, unless `adapts_bias` is declared."""
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: "Adapter") -> Float[Array, " out"]:
+        """The float32 bias that goes with the weight of `merge`: the same one, unless `adapts_bias` is declared.
+
+        - weight: the base weight, before merging.
+        """
         return bias.astype(jnp.float32)
 
 
@@ -334,8 +341,8 @@ class AbstractComposite(AbstractMethod):
         return next((part.draws for part in self.members if part.draws), "")
 
     @property
-    def pooled(self) -> str:
-        return next((part.pooled for part in self.members if part.pooled), "")
+    def batch_gradient(self) -> str:
+        return next((part.batch_gradient for part in self.members if part.batch_gradient), "")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -348,6 +355,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def adapts_bias(self) -> bool:
         return any(part.adapts_bias for part in self.members)
+
+    @property
+    def token_mean(self) -> bool:
+        return any(part.token_mean for part in self.members)
 
     def check(self, shape: tuple[int, int]) -> None:
         for part in self.members:
@@ -399,7 +410,7 @@ def linear(
     if bias is None:
         return y
     if adapter is not None and adapter.method.adapts_bias:
-        bias = adapter.method.merge_bias(bias, adapter)
+        bias = adapter.method.merge_bias(bias, weight, adapter)
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 

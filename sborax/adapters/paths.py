@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from sborax.adapters.bank import banks
+from sborax.adapters.bank import Kernel, banks
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractKernelless, AbstractMethod, RankPolicy, SboraxError, Use, dense
 from sborax.adapters.informed import AbstractInformed
@@ -98,6 +98,7 @@ class Site:
     - in_axes: how many of the kernel's other axes belong to the input.
     - layer: the number of the layer in the path, 0 if it has none.
     - use: what the weight is, see `Hint.use`.
+    - bias: whether there is a bias beside the kernel.
     """
 
     path: str
@@ -107,6 +108,7 @@ class Site:
     in_axes: int
     layer: int
     use: Use = "kernel"
+    bias: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -301,11 +303,17 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
                     f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
                     "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
                 )
+            if method.token_mean and stacks_experts(path):
+                raise SboraxError(
+                    f"{path}: {type(method).__name__} takes means over tokens, of which each expert sees some; use a "
+                    "method that takes tokens one by one"
+                )
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)
         method = parts[0][0] if everywhere else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
-        sites.append(Site(path, method, stack, shape, in_axes, number or 0, use_of(path, of_tables)))
+        bias = not is_table and bias_path(path) in leaves
+        sites.append(Site(path, method, stack, shape, in_axes, number or 0, use_of(path, of_tables), bias))
     unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
     if unused:
         raise SboraxError(
@@ -376,7 +384,7 @@ def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Sit
 
 def bank_sites(sites: Sequence[Site]) -> list[Site]:
     """The banks of the methods at these sites. Raises SboraxError for methods that disagree about one."""
-    found = banks((site.path, site.method) for site in sites)
+    found = banks([Kernel(site.path, site.method, site.stack, site.shape) for site in sites])
     return [Site(path, method, (), method.shape, 1, 0) for path, method in found.items()]
 
 

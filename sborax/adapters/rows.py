@@ -45,6 +45,10 @@ class ByRow(AbstractMethod):
     def axes(self) -> Axes:
         return _with_axis(self.part.axes)
 
+    @property
+    def token_mean(self) -> bool:
+        return self.part.token_mean
+
     def check(self, shape: tuple[int, int]) -> None:
         self.part.check(shape)
 

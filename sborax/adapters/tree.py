@@ -70,7 +70,7 @@ def nodes(adapters: PyTree) -> dict[str, Adapter]:
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
-@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes", "use"))
+@functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes", "use", "bias"))
 def _fit(
     keys: Key[Array, "*stack"],
     weight: Any,
@@ -80,6 +80,7 @@ def _fit(
     stack: tuple[int, ...],
     in_axes: int,
     use: Use,
+    bias: bool,
 ):
     matrix = as_matrix(weight, len(stack), in_axes)
     positions = jnp.arange(math.prod(stack)).reshape(stack)
@@ -87,7 +88,7 @@ def _fit(
     def fit_layer(key: Array, position: Array, kernel: Any, grad: Any, inputs: Any) -> Fitted:
         # One layer at a time is gathered, and only for methods that read it.
         kernel, grad, inputs = replicate((kernel, grad, inputs))
-        return method.init(key, kernel, Hint(position, grad, inputs, use=use))
+        return method.init(key, kernel, Hint(position, grad, inputs, use=use, bias=bias))
 
     with jax.default_matmul_precision("highest"):
         grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
@@ -157,7 +158,8 @@ def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> A
     check_finite(f"{site.path}: the statistics of its inputs", hint.inputs)
     weight = jnp.zeros((*site.stack, *site.shape)) if weight is None else weight
     keys = weight_keys(key, site.path, site.stack)
-    train, frozen = _fit(keys, weight, hint.grad, hint.inputs, site.method, site.stack, site.in_axes, site.use)
+    of_site = site.method, site.stack, site.in_axes, site.use, site.bias
+    train, frozen = _fit(keys, weight, hint.grad, hint.inputs, *of_site)
     return Adapter(train, frozen, structure(site.method), site.in_axes)
 
 
@@ -280,7 +282,9 @@ def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapt
             f"{path}: {type(node.method).__name__} adapts the bias, which has shape {tuple(bias.shape)} here and not "
             f"that of the outputs, {tuple(expected)}"
         )
-    merged = over_stack(lambda b, n: n.method.merge_bias(b, n), stack)(bias.reshape(*stack, -1), node)
+    matrix = as_matrix(weight, len(stack), node.in_axes)
+    with jax.default_matmul_precision("highest"):
+        merged = over_stack(lambda b, w, n: n.method.merge_bias(b, w, n), stack)(bias.reshape(*stack, -1), matrix, node)
     return merged.reshape(bias.shape)
 
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sborax.adapters.bank import AbstractBank
+from sborax.adapters.bank import AbstractBank, AbstractBanked, bank_path
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, SboraxError
 from sborax.adapters.leaves import flatten, nest, replace_leaves
-from sborax.adapters.paths import Plan, Site, bank_sites, kernels
+from sborax.adapters.paths import Plan, Site, bank_sites, bias_path, kernels
 from sborax.adapters.tables import why_no_table
-from sborax.adapters.tree import attach, nodes
+from sborax.adapters.tree import attach, link, nodes
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_biases import added_biases, check_saved, stored_biases
 from sborax.interop.peft_experts import FIELD, read_experts
@@ -38,7 +38,7 @@ from sborax.interop.peft_layout import (
     wide,
 )
 from sborax.interop.peft_replication import REPLICATION, check_replication
-from sborax.interop.peft_row import Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
+from sborax.interop.peft_row import Completed, Fit, Row, Tensor, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, SELECTING, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
 from sborax.models.families import family_of
@@ -159,8 +159,10 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
+        if _differ(nodes(adapters), row, adapted, layout, read):
+            adapters = link(adapters)
         filled = {
-            path: _filled_bank(node, row, adapted, layout, read)
+            path: _filled_bank(node, path, row, adapted, layout, read)
             if isinstance(node.method, AbstractBank)
             else _filled(node, path, row, adapted, layout, read)
             for path, node in nodes(adapters).items()
@@ -269,22 +271,25 @@ def _fit(row: Row, config: Mapping[str, Any], module: str, shape: tuple[int, int
 
 def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, tuple[int, ...]]:
     """The shape of every adapter tensor by its name in the file, as the config implies it."""
-    shapes: dict[tuple[AbstractMethod, tuple[int, int]], dict[str, tuple[int, ...]]] = {}
+    shapes: dict[tuple[AbstractMethod, tuple[int, int], bool], dict[str, tuple[int, ...]]] = {}
     expected, numbers = {}, layout.numbers(fits)
     for module, fit in fits.items():
-        shape = layout.shape(layout.place(module)[0])
-        if (fit.method, shape) not in shapes:
+        path = layout.place(module)[0]
+        shape, bias = layout.shape(path), bias_path(path) in layout.leaves
+        if (fit.method, shape, bias) not in shapes:
             if not row.any_rank:
                 try:
                     fit.method.check(shape)
                 except SboraxError as failure:
                     raise SboraxError(f"{module} {shape}: {failure}") from None
-            shapes[fit.method, shape] = leaf_shapes(fit.method, shape)
-        leaves = shapes[fit.method, shape]
+            shapes[fit.method, shape, bias] = leaf_shapes(fit.method, shape, bias)
+        leaves = shapes[fit.method, shape, bias]
         for tensor in row.tensors:
             if tensor.leaf in leaves and not tensor.shared:
                 expected[tensor.key(module, numbers)] = tensor.shape(leaves)
-    return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape in shapes])
+        if row.blanks is not None:
+            expected |= {f"{PREFIX}{module}.{name}": size for name, size in row.blanks(leaves, shape).items()}
+    return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape, _ in shapes])
 
 
 def _completed(
@@ -401,8 +406,8 @@ def _plan(fits: Mapping[str, Fit], layout: HFLayout) -> Plan:
     for path, methods in by_path.items():
         depth = layout.depths[path]
         method = methods[None] if depth is None else _stacked(methods, depth)  # type: ignore[arg-type]
-        stack = () if depth is None else (depth,)
-        sites.append(Site(path, method, stack, layout.shape(path), 1, unlayered(path)[1] or 0))
+        stack, number = () if depth is None else (depth,), unlayered(path)[1] or 0
+        sites.append(Site(path, method, stack, layout.shape(path), 1, number, bias=bias_path(path) in layout.leaves))
     untouched = tuple(path for path in kernels(layout.leaves) if path not in by_path)
     return Plan((*sites, *bank_sites(sites)), untouched)
 
@@ -458,6 +463,10 @@ def _filled_layers(
     numbers = layout.numbers(fits)
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
+        if row.blanks is not None:
+            for name in row.blanks({**train, **frozen}, layout.shape(path)):
+                if read(f"{PREFIX}{module}.{name}").any():
+                    raise SboraxError(f"{PREFIX}{module}.{name} must hold zeros, as PEFT writes it, and does not")
         for tensor in row.tensors:
             if tensor.leaf not in (leaves := {**train, **frozen}) or tensor.begins is not None:
                 continue
@@ -476,8 +485,11 @@ def _filled_layers(
     return Adapter(train, frozen, node.method, node.in_axes)
 
 
-def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> Adapter:
-    """A bank with the values of the file: a tensor of its own for each leaf, or the entries that modules have of it."""
+def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> Adapter:
+    """A bank with the values of the file.
+
+    There is a tensor for each leaf, or each module has its entries of the leaf, or those of a kind have copies of it.
+    """
     numbers, leaves = layout.numbers(fits), {}
     for name, leaf in {**node.train, **node.frozen}.items():
         leaves[name] = np.zeros(leaf.shape, np.float32)
@@ -485,6 +497,10 @@ def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLay
         for tensor in (tensor for tensor in row.tensors if tensor.leaf == name):
             if tensor.shared:
                 leaves[name][...] = tensor.inward(read(tensor.key("", numbers)), leaf.shape)
+                continue
+            if tensor.at is None:
+                for slot, key in _copies(path, tensor, fits, layout):
+                    leaves[name][slot] = tensor.inward(read(key), leaves[name][slot].shape)
                 continue
             indices = next(other for other in row.tensors if other.leaf == tensor.at)
             for module in fits:
@@ -501,6 +517,34 @@ def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLay
                     raise SboraxError(f"{tensor.key(module, numbers)}: entries at one index of the vector differ")
     train, frozen = ({name: jnp.asarray(leaves[name]) for name in half} for half in (node.train, node.frozen))
     return Adapter(train, frozen, node.method, node.in_axes)
+
+
+def _copies(path: str, tensor: Tensor, fits: Mapping[str, Fit], layout: HFLayout) -> list[tuple[Any, str]]:
+    """The copies in the file of a leaf of the bank at `path`: where in the leaf each belongs, and its name."""
+    numbers = layout.numbers(fits)
+    readers = {
+        module: fit.method
+        for module, fit in fits.items()
+        if isinstance(fit.method, AbstractBanked) and bank_path(fit.method, layout.place(module)[0]) == path
+    }
+    copies = []
+    for number, module in enumerate(sorted(readers, key=lambda module: numbers[module])):
+        every = readers[module].bank_entries.get(tensor.leaf)
+        copies.append((... if every is None else number // every, tensor.key(module, numbers)))
+    return copies
+
+
+def _differ(found: Mapping[str, Adapter], row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> bool:
+    """Whether copies of one leaf of a bank differ: what is one tensor here is several in PEFT's model."""
+    copied = [tensor for tensor in row.tensors if not tensor.shared and tensor.at is None]
+    for path, node in found.items():
+        for tensor in copied if isinstance(node.method, AbstractBank) else []:
+            known: dict[Any, np.ndarray] = {}
+            for slot, key in _copies(path, tensor, fits, layout) if tensor.leaf in node.train else []:
+                value = read(key)
+                if not np.array_equal(known.setdefault(slot, value), value):
+                    return True
+    return False
 
 
 def _check_places(name: str, value: np.ndarray, shape: tuple[int, int]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -146,6 +146,10 @@ class Row:
     - reads: config fields that `by_module` reads.
     - inert: config fields that do not change the function of a saved adapter, with the reason.
     - refused: config fields that are not read, or not with every value, with the reason.
+    - blanks: (names of the leaves, (in, out)) -> the shapes of tensors of zeros that PEFT keeps in place of leaves that
+      a module's adapter lacks, by their names behind the module's.
+    - tied: (config, {module: (in, out)} in the order of transformers' model) -> groups of names of tensors that are one
+      in PEFT, and of which the file has copies. Modules that the config names in full are in no group.
     - constants: fields that are always written.
     - layered: whether the config can choose layers by number.
     - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
@@ -170,6 +174,8 @@ class Row:
     reads: frozenset[str] = frozenset()
     inert: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    blanks: Callable[[Collection[str], tuple[int, int]], dict[str, tuple[int, ...]]] | None = None
+    tied: Callable[[Fields, Mapping[str, tuple[int, int]]], list[list[str]]] | None = None
     constants: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"bias": "none"})
     layered: bool = True
     keeps_base: bool = False
@@ -203,7 +209,7 @@ def number_field(fields: Fields, name: str) -> float:
 
 
 def check_types(fields: Fields, defaults: Mapping[str, Any]) -> None:
-    """Raise SboraxError for a field of another type than its default's: a boolean or a number.
+    """Raise SboraxError for a field of another type than its default's: a boolean, a text or a number.
 
     Where the default is None, a text or a number.
     """
@@ -212,6 +218,9 @@ def check_types(fields: Fields, defaults: Mapping[str, Any]) -> None:
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise SboraxError(f"{name} must be true or false, got {str(value)[:40]!r}")
+        elif isinstance(default, str):
+            if not isinstance(value, str):
+                raise SboraxError(f"{name} must be a text, got {str(value)[:40]!r}")
         elif default is None:
             if isinstance(value, bool) or not isinstance(value, str | int | float | None):
                 raise SboraxError(f"{name} must be a text or a number, got {str(value)[:40]!r}")
@@ -236,14 +245,24 @@ def dropout_of(node: Adapter) -> float:
     return decimal_of(node, "dropout")
 
 
-def leaf_shapes(method: AbstractMethod, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf, trained or frozen, of a method on an (in, out) weight, with those of its bank."""
-    sizes = {method: shape, **{part.bank(): part.bank().shape for part in banked_parts(method)}}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for each, size in sizes.items():
-        weight = jax.ShapeDtypeStruct(size, jnp.float32)
-        fitted = jax.eval_shape(lambda kernel, each=each: each.init(jax.random.key(0), kernel, Hint()), weight)
-        shapes |= {name: leaf.shape for half in fitted[:2] for name, leaf in flatten(half).items()}
+def leaf_shapes(method: AbstractMethod, shape: tuple[int, int], bias: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf, trained or frozen, of a method on an (in, out) weight, with those of its bank.
+
+    bias: whether there is a bias beside the weight.
+    """
+
+    def made(each: AbstractMethod, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        weight, hint = jax.ShapeDtypeStruct(size, jnp.float32), Hint(bias=bias)
+        fitted = jax.eval_shape(lambda kernel: each.init(jax.random.key(0), kernel, hint)[:2], weight)
+        return {name: leaf.shape for half in fitted for name, leaf in flatten(half).items()}
+
+    shapes = made(method, shape)
+    for part in banked_parts(method):
+        bank = part.bank(shape, 1)
+        # Of such a leaf a weight reads one entry.
+        shapes |= {
+            name: size[1:] if name in part.bank_entries else size for name, size in made(bank, bank.shape).items()
+        }
     return shapes
 
 

@@ -179,6 +179,10 @@ def save_peft(
         config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
     for copy, name in transposed_copies(layout, tensors).items():
         config[TYING], tensors[copy] = True, np.ascontiguousarray(tensors[name].T)
+    if entries and _tied_apart(config, row, layout, entries, tensors):
+        # Modules that are named in full share nothing in PEFT.
+        config = {**config, "target_modules": sorted(entries)}
+        config.pop("layers_to_transform", None)
     if entries:
         _check_keys(config, row, layout, entries, set(tensors))
     tensors |= {} if written is None else written.tensors
@@ -271,7 +275,8 @@ def _entry(
             continue
         if type(node.method) is row.method and (fields := row.write(node)) is not None:
             _check_drawn(module, row, node, layout.shape(path))
-            return _Entry(row, name, fields if form == "native" else _undropped(fields), _tensors(row, node))
+            tensors = _tensors(row, node, layout.shape(path))
+            return _Entry(row, name, fields if form == "native" else _undropped(fields), tensors)
     factors = exact(node, layout.shape(path))
     if factors is not None:
         return _plain(name, factors, None)
@@ -317,12 +322,14 @@ def _plain(name: str, factors: Factors, error: float | None) -> _Entry:
     assert PLAIN.write is not None
     fields = PLAIN.write(node)
     assert fields is not None
-    return _Entry(PLAIN, name, fields, _tensors(PLAIN, node), error)
+    return _Entry(PLAIN, name, fields, _tensors(PLAIN, node, (a.shape[0], b.shape[1])), error)
 
 
-def _tensors(row: Row, node: Adapter) -> dict[str, np.ndarray]:
+def _tensors(row: Row, node: Adapter, shape: tuple[int, int]) -> dict[str, np.ndarray]:
     leaves = {**flatten(node.train), **flatten(node.frozen)}
-    return {tensor.suffix: tensor.outward(leaves) for tensor in row.tensors if tensor.leaf in leaves}
+    blanks = {} if row.blanks is None else row.blanks(leaves, shape)
+    tensors = {tensor.suffix: tensor.outward(leaves) for tensor in row.tensors if tensor.leaf in leaves}
+    return tensors | {suffix: np.zeros(size, np.float32) for suffix, size in blanks.items()}
 
 
 def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) -> dict[str, np.ndarray]:
@@ -334,6 +341,7 @@ def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) 
         for tensor in row.tensors
         if tensor.suffix in entry.tensors and not tensor.shared
     }
+    tensors |= {key: entries[module].tensors[suffix] for key, (module, suffix) in _blanks(row, entries).items()}
     if not any(tensor.shared for tensor in row.tensors):
         return tensors
     method = row.read({**row.defaults, **next(iter(entries.values())).fields}).method
@@ -342,6 +350,17 @@ def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) 
         tensors[key] = _shared_tensor(key, shape, entries)
     copies = {copy: tensors[key] for tensor in row.tensors for copy, key in tensor.copies(entries).items()}
     return tensors | copies
+
+
+def _blanks(row: Row, entries: Mapping[str, _Entry]) -> dict[str, tuple[str, str]]:
+    """The names of `Row.blanks` in the file, each with its module and its name behind the module's."""
+    known = {tensor.suffix for tensor in row.tensors}
+    return {
+        f"{PREFIX}{module}.{suffix}": (module, suffix)
+        for module, entry in entries.items()
+        for suffix in entry.tensors
+        if suffix not in known
+    }
 
 
 def _shared_tensor(key: str, shape: tuple[int, ...], entries: Mapping[str, _Entry]) -> np.ndarray:
@@ -446,6 +465,22 @@ def _config(
     return config | named | {FIELD: experts.parameters}
 
 
+def _tied_apart(
+    config: Mapping[str, Any],
+    row: Row,
+    layout: HFLayout,
+    entries: Mapping[str, _Entry],
+    tensors: Mapping[str, np.ndarray],
+) -> bool:
+    """Whether PEFT would keep one tensor for several that differ."""
+    numbers = layout.numbers(entries)
+    shapes = {
+        module: layout.shape(layout.place(module)[0]) for module in sorted(entries, key=lambda name: numbers[name])
+    }
+    groups = [] if row.tied is None else row.tied(config, shapes)
+    return any(not np.array_equal(tensors[first], tensors[name]) for first, *others in groups for name in others)
+
+
 def _check_keys(
     config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], written: set[str]
 ) -> None:
@@ -458,7 +493,7 @@ def _check_keys(
         for tensor in row.tensors
         if module not in entries or tensor.suffix in entries[module].tensors
     }
-    implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)}
+    implied |= {copy for tensor in row.tensors for copy in tensor.copies(entries)} | _blanks(row, entries).keys()
     saved = set(saved_modules(config, layout.modules))
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in saved}
     implied |= {PREFIX + copy for copy in tied_copies(layout, saved)} | transposed_copies(layout, implied).keys()

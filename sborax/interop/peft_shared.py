@@ -1,4 +1,4 @@
-"""Rows of the kinds that train vectors of the whole model: VBLORA, UNILORA."""
+"""Rows of the kinds whose modules share trained tensors: VBLORA, UNILORA, LILY."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +7,8 @@ import numpy as np
 
 from sborax.adapters.core import Adapter, SboraxError
 from sborax.interop.peft_row import (
+    ANY_START,
+    NO_BIAS,
     PREFIX,
     TRANSPOSED,
     Completed,
@@ -14,12 +16,13 @@ from sborax.interop.peft_row import (
     Fit,
     Row,
     Tensor,
+    decimal_of,
     dropout_of,
     number_field,
     rank_field,
     whole_field,
 )
-from sborax.methods import UniLoRA, VBLoRA
+from sborax.methods import Lily, UniLoRA, VBLoRA
 
 START = "of the start of a trained tensor, which is in the file"
 
@@ -118,6 +121,41 @@ def _dealt_indices(
     return Completed(tensors, frozenset())
 
 
+def _read_lily(fields: Fields) -> Fit:
+    """The weights that PEFT's router gives to a batch as a whole."""
+    method = Lily(
+        rank=rank_field(fields),
+        stride=rank_field(fields, "stride_A"),
+        experts=rank_field(fields, "num_B"),
+        routing="batch",
+    )
+    return Fit(method, {"scale": number_field(fields, "scaling")})
+
+
+def _write_lily(node: Adapter) -> dict[str, Any] | None:
+    method = node.method
+    assert isinstance(method, Lily)
+    if method.routing != "batch":
+        return None
+    sizes = {"r": method.rank, "stride_A": method.stride, "num_B": method.experts}
+    return sizes | {"scaling": decimal_of(node, "scale")}
+
+
+def _tied_in_lily(config: Fields, shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """Modules of the same target and shape have one B, and blocks of `stride_A` of them one A."""
+    targets = config["target_modules"]
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for module, shape in shapes.items():
+        target = targets if isinstance(targets, str) else [name for name in targets if module.endswith(name)][-1]
+        kinds.setdefault((target, shape), []).append(PREFIX + module)
+    every = config["stride_A"]
+    groups = [[f"{module}.lily_B.weight" for module in modules] for modules in kinds.values()]
+    for modules in kinds.values():
+        blocks = (modules[start : start + every] for start in range(0, len(modules), every))
+        groups += [[f"{module}.lily_A.weight" for module in block] for block in blocks]
+    return groups
+
+
 SHARED = (
     Row(
         VBLoRA, "VBLORA", {},
@@ -144,5 +182,13 @@ SHARED = (
         ),
         _read_uni, _write_uni, any_rank=True, inert=dict.fromkeys(["init_theta_d_bound", "init_weights"], START),
         completed=_dealt_indices,
+    ),
+    Row(
+        Lily, "LILY", ANY_START, {"r": 32, "stride_A": 1, "num_B": 2, "scaling": 1.0},
+        (
+            Tensor("lily_A.weight", "a", TRANSPOSED), Tensor("lily_B.weight", "b", (0, 1)),
+            Tensor("lily_router.weight", "router", TRANSPOSED),
+        ),
+        _read_lily, _write_lily, any_rank=True, constants=NO_BIAS, tied=_tied_in_lily,
     ),
 )  # fmt: skip

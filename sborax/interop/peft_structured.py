@@ -2,10 +2,10 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from sborax.adapters.core import Adapter, SboraxError
+from sborax.adapters.core import Adapter, SboraxError, width
 from sborax.interop.peft_row import (
     ANY_START,
     LARGEST_RANK,
@@ -23,12 +23,14 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import matched
-from sborax.methods import BOFT, C3A, DEFT, HRA, IA3, OFT, OSF, Bat, Bone, PEANuT, RoAd, SHiRA, SuperTuning
+from sborax.methods import BOFT, C3A, DEFT, HRA, IA3, OFT, OSF, Bat, Bone, GLoRA, PEANuT, RoAd, SHiRA, SuperTuning
 
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
 MOST_LAYERS = 16
 """Encoders of PEANuT in a file, and as many decoders."""
+GLORA_FORMS = {"weight": "A_B", "coupling": "C", "bias": "D_E"}
+"""The end of PEFT's field for each of GLoRA's forms."""
 OFT_FIELDS = {
     "oft_block_size": 32,
     "r": 0,
@@ -284,6 +286,27 @@ def _peanut(activation: Literal["relu", "silu", "gelu"]) -> Row:
     )
 
 
+def _read_glora(fields: Fields) -> Fit:
+    forms = {name: fields[f"config_{letters}"] for name, letters in GLORA_FORMS.items()}
+    if forms["weight"] == "none":
+        raise SboraxError("config_A_B='none' is not supported: nothing is left to train where there is no bias")
+    return Fit(GLoRA(rank=rank_field(fields), **forms), {})
+
+
+def _write_glora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, GLoRA)
+    rank = next((node.train[name].shape[-1] for name in ("gain_a", "c_a") if name in node.train), width(method.rank))
+    return {"r": rank} | {f"config_{letters}": getattr(method, name) for name, letters in GLORA_FORMS.items()}
+
+
+def _zeros_of_glora(leaves: Collection[str], shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    fan_in, fan_out = shape
+    zeros = {} if {"c", "c_a"} & set(leaves) else {"glora_C.zeros": (fan_in, 1)}
+    bare = not {"bias_gain", "bias_gain_constant"} & set(leaves)
+    return zeros | ({"glora_D.zeros": (fan_out,), "glora_E.zeros": (fan_out,)} if bare else {})
+
+
 def _feedforward(config: Fields, module: str) -> dict[str, Any]:
     return {"feedforward": matched(config, "feedforward_modules", module)}
 
@@ -363,6 +386,21 @@ STRUCTURED = (
         ),
         _read_super, _write_super, constants=NO_BIAS, layered=False,
         refused={"save_precomputed_indices": "False: the file must hold the places"},
+    ),
+    Row(
+        GLoRA, "GLORA", ANY_START, {"r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
+        (
+            Tensor("glora_A.Xu", "gain_a", TRANSPOSED), Tensor("glora_A.Xd", "gain_b", TRANSPOSED),
+            Tensor("glora_A.X", "gain", (0, None)), Tensor("glora_A.X", "gain_constant", (None,)),
+            Tensor("glora_B.Xu", "a", TRANSPOSED), Tensor("glora_B.Xd", "b", TRANSPOSED),
+            Tensor("glora_B.X", "shift", (0, None)), Tensor("glora_B.X", "shift_constant", (None,)),
+            Tensor("glora_C.Xd", "c_a", (0, 1)), Tensor("glora_C.Xu", "c_b", (0, None)),
+            Tensor("glora_C.X", "c", (0, None)),
+            Tensor("glora_D.X", "bias_gain", (0,)), Tensor("glora_D.X", "bias_gain_constant", (None,)),
+            Tensor("glora_E.X", "bias_shift", (0,)), Tensor("glora_E.X", "bias_shift_constant", (None,)),
+        ),
+        _read_glora, _write_glora, any_rank=True, layered=False, blanks=_zeros_of_glora,
+        refused={"config_A_B": "'none', which leaves nothing to train where there is no bias"},
     ),
     Row(
         IA3, "IA3", {"init_ia3_weights": (True, False)}, {},

@@ -74,8 +74,6 @@ UNREAD = {
     "with save_as_lora",
     "ADAMSS": "the file lacks the places of its outputs, which K-means and a random SVD make again",
     "FROD": "it keeps a second matrix of the size of each weight",
-    "GLORA": "what it is depends on whether a projection has a bias",
-    "LILY": "it weighs by a mean over all tokens of a batch",
 }
 """Kinds that are not read, with the reason."""
 

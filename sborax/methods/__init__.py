@@ -4,6 +4,7 @@ A line here makes a class public: `sborax.LoRA`, a name in rules and commands, a
 """
 
 from sborax.methods.adalora import AdaLoRA as AdaLoRA
+from sborax.methods.adamss import AdaMSS as AdaMSS
 from sborax.methods.bat import Bat as Bat
 from sborax.methods.bdlora import BDLoRA as BDLoRA
 from sborax.methods.boft import BOFT as BOFT
@@ -15,11 +16,13 @@ from sborax.methods.delora import DeLoRA as DeLoRA
 from sborax.methods.dora import DoRA as DoRA
 from sborax.methods.eva import EVA as EVA
 from sborax.methods.fourier_ft import FourierFT as FourierFT
+from sborax.methods.glora import GLoRA as GLoRA
 from sborax.methods.gralora import GraLoRA as GraLoRA
 from sborax.methods.hira import HiRA as HiRA
 from sborax.methods.hra import HRA as HRA
 from sborax.methods.ia3 import IA3 as IA3
 from sborax.methods.kasa import KaSA as KaSA
+from sborax.methods.lily import Lily as Lily
 from sborax.methods.loftq import LoftQ as LoftQ
 from sborax.methods.loha import LoHa as LoHa
 from sborax.methods.lokr import LoKr as LoKr

@@ -64,7 +64,7 @@ class IA3(AbstractMethod):
         m = adapter.train[self._leaf]
         return dense(weight).astype(jnp.float32) * (m[:, None] if self.side == "in" else m[None, :])
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
         wide = bias.astype(jnp.float32)
         return wide * adapter.train[self._leaf] if self.adapts_bias else wide
 

@@ -56,6 +56,6 @@ class Masked(AbstractComposite):
         ((child, _),) = self.children(adapter)
         return self.part.merge(weight, child) * adapter.frozen["mask"][None, :]
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
         ((child, _),) = self.children(adapter)
-        return self.part.merge_bias(bias, child) * adapter.frozen["mask"]
+        return self.part.merge_bias(bias, weight, child) * adapter.frozen["mask"]

@@ -69,7 +69,7 @@ class RoAd(AbstractMethod):
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         return self._turned(dense(weight).astype(jnp.float32), adapter)
 
-    def merge_bias(self, bias: Float[Array, " out"], adapter: Adapter) -> Float[Array, " out"]:
+    def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
         return self._turned(bias.astype(jnp.float32)[None, :], adapter)[0]
 
     def _turned(self, y: Float[Array, "rows out"], adapter: Adapter) -> Float[Array, "rows out"]:

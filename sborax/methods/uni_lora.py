@@ -62,7 +62,7 @@ class UniLoRA(AbstractFactored, AbstractBanked):
     def axes(self) -> Axes:
         return {"idx_a": ("in", "rank"), "idx_b": ("rank", "out"), "theta": (None,), "gain": (None,), "dropout": ()}
 
-    def bank(self) -> AbstractBank:
+    def bank(self, shape: tuple[int, int], readers: int) -> AbstractBank:
         return SharedVector(self.coefficients, self.bound)
 
     def check(self, shape: tuple[int, int]) -> None:

@@ -65,7 +65,7 @@ class VBLoRA(AbstractFactored, AbstractBanked):
         logits = ("rank", None, None)
         return {"logits_a": logits, "logits_b": logits, "bank": (None, None), "dropout": ()}
 
-    def bank(self) -> AbstractBank:
+    def bank(self, shape: tuple[int, int], readers: int) -> AbstractBank:
         return VectorBank(self.vectors, self.length, self.bound)
 
     def check(self, shape: tuple[int, int]) -> None:

@@ -68,7 +68,7 @@ class VeLoRA(AbstractFactored, AbstractGrouped):
     dropout: float = hyper(0.0)
 
     @property
-    def pooled(self) -> str:
+    def batch_gradient(self) -> str:
         return "the mean sub-token" if self.direction == "batch" else ""
 
     @property

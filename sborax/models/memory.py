@@ -1,7 +1,7 @@
 """Calls of models whose adapters read more than their input.
 
 Values of the previous layer: collection `memory` is handed from layer to layer. Tokens from which they act: these are
-found before the call, since they have to be looked for in the whole text.
+found before the call, since they have to be looked for in the whole text. Padding, which is left out of means.
 """
 
 import dataclasses
@@ -33,9 +33,10 @@ def run(
     mutable: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """`module.apply` with linked adapters, and with the places in the text from which some of them act.
+    """`module.apply` with linked adapters, and with what some of them need to know of the whole text.
 
-    Collection `memory` is added only if an adapter remembers something.
+    These are the places from which they act, and where there is padding. Collection `memory` is added only if an
+    adapter remembers something.
 
     - ctx: what it says of invocations is not looked for in `tokens`.
 
@@ -51,6 +52,8 @@ def run(
                 "before: give ctx=Context(invocations=...), see sborax.adapters.invocation.continuation"
             )
         ctx = dataclasses.replace(ctx, invocations={**ctx.invocations, **find(tokens, segment_ids, missing)})
+    if ctx.mask is None and any(node.method.token_mean for node in nodes(adapters).values()):
+        ctx = dataclasses.replace(ctx, mask=segment_ids)
     inputs = (segment_ids, positions, ctx)
     memory = _empty(variables["params"], adapters, tokens)
     if not memory:

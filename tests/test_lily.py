@@ -1,0 +1,145 @@
+"""Lily: who shares what, tokens that depend on no other, and PEFT's mean over a batch."""
+
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+from bare_kernels import normal
+from safetensors.numpy import load_file, save_file
+from torch_pair import TOKENS, build, logits, reloaded, shaken, torch_logits, with_peft
+
+import sborax as sx
+from sborax.adapters.tree import nodes
+from sborax.interop.peft import load_peft, save_peft
+
+pytestmark = [
+    pytest.mark.usefixtures("strict"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+DEPTH = 5
+METHOD = sx.Lily(rank=2, stride=2, experts=3)
+UP = jnp.asarray(normal(0, DEPTH, 8, 6))
+
+
+def linked(params, *rules):
+    """The adapters and their linked form, every trained leaf moved."""
+    _, adapters = sx.attach(jax.random.key(0), params, rules)
+    adapters = shaken(adapters)
+    return nodes(adapters), nodes(sx.link(adapters))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("lily"))
+
+
+def test_neighbours_share_a_and_a_kind_shares_its_experts():
+    found, of_layers = linked({"layers": {"up": {"kernel": UP}, "gate": {"kernel": UP}}}, (".*", METHOD))
+    assert [path for path in found if path.startswith("bank/")] == ["bank/lily/layers/gate", "bank/lily/layers/up"]
+    bank, node = found["bank/lily/layers/up"], of_layers["layers/up/kernel"]
+    assert bank.train["a"].shape == (3, 8, 2) and bank.train["b"].shape == (6, 6)
+    chex.assert_trees_all_equal(node.train["a"], bank.train["a"][np.array([0, 0, 1, 1, 2])])
+    chex.assert_trees_all_equal(node.train["b"], jnp.broadcast_to(bank.train["b"], (DEPTH, 6, 6)))
+    assert not np.array_equal(bank.train["a"], found["bank/lily/layers/gate"].train["a"])
+
+
+def test_only_adapted_layers_count_as_neighbours():
+    found, of_layers = linked({"layers": {"up": {"kernel": UP}}}, sx.Rule("up", METHOD, layers=(1, 3, 4)))
+    a, copies = found["bank/lily/layers/up"].train["a"], of_layers["layers/up/kernel"].train["0"]["a"]
+    assert len(a) == 2
+    chex.assert_trees_all_equal(copies[np.array([1, 3, 4])], a[np.array([0, 0, 1])])
+
+
+def test_numbered_layers_share_as_stacked_ones_do():
+    stacked = linked({"layers": {"up": {"kernel": UP}}}, ("up", METHOD))[1]["layers/up/kernel"]
+    flat = {"layers": {str(i): {"up": {"kernel": UP[i]}} for i in range(DEPTH)}}
+    _, adapters = sx.attach(jax.random.key(0), flat, [("up", METHOD)])
+    assert sx.count(adapters) == DEPTH * 2 * 3 + 2 * (3 * 8 + 3 * 6)
+    singles = nodes(sx.link(adapters))
+    _, whole = sx.attach(jax.random.key(0), {"layers": {"up": {"kernel": UP}}}, [("up", METHOD)])
+    whole = nodes(sx.link(whole))["layers/up/kernel"]
+    for i in range(DEPTH):
+        chex.assert_trees_all_equal(singles[f"layers/{i}/up/kernel"].train["a"], whole.train["a"][i])
+    assert stacked.train.keys() == whole.train.keys() == {"a", "b", "router"}
+
+
+def test_rules_agree_about_the_experts_of_a_kind():
+    params = {"layers": {"up": {"kernel": UP}, "gate": {"kernel": UP}}}
+    other = sx.Lily(rank=3, stride=2, experts=3)
+    sx.plan(params, [("up", METHOD), ("gate", other)])
+    with pytest.raises(sx.SboraxError, match="Lily has one bank/lily/layers/up for all kernels of a kind; give all"):
+        sx.plan(params, [sx.Rule("up", METHOD, layers=(0,)), ("up", other)])
+
+
+def test_tokens_depend_on_no_other_and_by_batch_on_all():
+    """A batch of one token is the same in both."""
+    x = jnp.asarray(normal(1, 7, 8))
+    outputs = {}
+    for routing in ("token", "batch"):
+        method = sx.Lily(rank=2, experts=3, routing=routing)
+        node = linked({"up": {"kernel": UP[0]}}, ("up", method))[1]["up/kernel"]
+        alone = jnp.concatenate([sx.linear(row[None], UP[0], node) for row in x])
+        outputs[routing] = sx.linear(x, UP[0], node), alone
+    chex.assert_trees_all_close(*outputs["token"], outputs["batch"][1], rtol=1e-5, atol=1e-5)
+    assert np.abs(outputs["batch"][0] - outputs["batch"][1]).max() > 1e-3
+
+
+def test_peft_ties_layers_of_one_target(pair, tmp_path):
+    theirs = with_peft(pair, peft.LilyConfig(r=3, stride_A=2, target_modules=["k_proj", "v_proj"]))
+    theirs.save_pretrained(tmp_path)
+    params, adapters = load_peft(tmp_path, pair.ours)
+    np.testing.assert_allclose(logits(pair.ours, params, adapters), torch_logits(theirs), rtol=0, atol=1e-4)
+    assert {path: node.train["a"].shape[0] for path, node in nodes(adapters).items() if path.startswith("bank/")} == {
+        f"bank/lily/layers/self_attn/{name}": 1 for name in ("k_proj", "v_proj")
+    }
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if "layers.1" in name and "k_proj.lily_A" in name)
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "adapter_model.safetensors")
+    # Nor does PEFT share what the config names in full, as "all-linear" does.
+    _, apart = load_peft(tmp_path, pair.ours)
+    assert not [path for path in nodes(apart) if path.startswith("bank/")]
+    a = nodes(apart)["layers/self_attn/k_proj/kernel"].train["a"]
+    np.testing.assert_allclose(a[1], a[0] + 1, rtol=1e-5)
+    written = tmp_path / "written"
+    save_peft(written, pair.ours, params, apart)
+    chex.assert_trees_all_equal(nodes(load_peft(written, pair.ours)[1]), nodes(apart))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = torch_logits(reloaded(pair, written))
+    np.testing.assert_allclose(logits(pair.ours, params, apart), expected, rtol=0, atol=1e-4)
+
+
+def test_what_peft_would_tie_is_written_if_it_is_one(pair, tmp_path):
+    """Named in full, modules are targets of their own in PEFT, and an expression is one target for all shapes."""
+    rules = [
+        sx.Rule("k_proj", sx.Lily(rank=2, routing="batch"), layers=(0,)),
+        ("v_proj", sx.Lily(rank=2, routing="batch")),
+    ]
+    params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
+    adapters = shaken(adapters)
+    save_peft(tmp_path, pair.ours, params, adapters)
+    expected = logits(pair.ours, params, adapters)
+    again = logits(pair.ours, *load_peft(tmp_path, pair.ours))
+    np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
+    with pytest.raises(sx.SboraxError, match="PEFT has no Lily, nor a merged form of it"):
+        save_peft(tmp_path, pair.ours, *sx.attach(jax.random.key(0), pair.ours.params, [("k_proj", METHOD)]))
+
+
+def test_a_text_of_one_token_is_that_of_peft(pair, tmp_path):
+    theirs = with_peft(pair, peft.LilyConfig(r=3, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    params, adapters = load_peft(tmp_path, pair.ours)
+    rules = [("q_proj", sx.Lily(rank=3))]
+    _, ours = sx.attach(jax.random.key(0), pair.ours.params, rules)
+    wanted = nodes(adapters)
+    for path, node in nodes(ours).items():
+        node.train.update(wanted[path].train)
+    one = jnp.asarray(TOKENS[:1, :1])
+    chex.assert_trees_all_close(
+        pair.ours.apply(params, ours, one), pair.ours.apply(params, adapters, one), rtol=0, atol=1e-5
+    )
