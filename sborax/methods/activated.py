@@ -39,7 +39,8 @@ class Activated(AbstractAdditive, AbstractComposite, AbstractInvoked):
 
     paper = "Activated LoRA: Fine-tuned LLMs for Intrinsics, arXiv:2504.12397"
     rank = 1
-    rewrites_base = False
+    # No property, so that the class says so, too.
+    rewrites_base = False  # type: ignore[assignment]
     part: AbstractAdditive
     tokens: Tokens
 
