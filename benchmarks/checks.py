@@ -124,13 +124,13 @@ def gradients(model: LanguageModel, base: Any, adapters: Any, device: Any, times
     """The loss and the gradient of the adapters, by one program on a device that runs `times`."""
     parts = take_apart(base, adapters)
     train, frozen, flat, batch = (on(device, tree) for tree in (parts.train, parts.frozen, parts.base, small_batch()))
-    found = []
+    runs = []
     with jax.default_device(device):
         call = jax.jit(functools.partial(sx.forward_backward, model))
         for _ in range(times):
             sums, grads = call(train, frozen, flat, batch, jax.random.key(4))
-            found.append({"loss": sums.losses, "grads": grads["adapters"]})
-    return found
+            runs.append({"loss": sums.losses, "grads": grads["adapters"]})
+    return runs
 
 
 def check_method(name: str) -> Iterator[Check]:

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sborax import methods
+from sborax.adapters.arrow import arrow
 from sborax.adapters.combination import Combination
 from sborax.adapters.compose import chain
 from sborax.adapters.core import Adapter, Context, Hint, SboraxError, linear
@@ -36,6 +37,7 @@ from sborax.sweep.grid import Sweep
 from sborax.train.experiment import Eval, Experiment, Save, load_experiment
 from sborax.train.kasa_loss import KaSALoss
 from sborax.train.loss import AbstractLoss, CrossEntropy
+from sborax.train.monteclora_loss import MonteCLoRALoss
 from sborax.train.optimizer import AbstractOptimizer
 from sborax.train.optimizers import (
     SGD,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from sborax.models import generate, load_model, save_hf
     from sborax.models.linen import apply_linen
     from sborax.models.nnx import Trained, adapt_nnx, adapters_nnx
+    from sborax.models.replication import replicate_layers
     from sborax.records.adapter import load_adapter, save_adapter
     from sborax.records.checkpoint import open_checkpoints
     from sborax.train.inputs import input_hints
@@ -88,6 +91,7 @@ _LATER = {
     "load_adapter": "sborax.records.adapter",
     "load_model": "sborax.models",
     "load_peft": "sborax.interop.peft",
+    "replicate_layers": "sborax.models.replication",
     "save_adapter": "sborax.records.adapter",
     "save_hf": "sborax.models",
     "save_peft": "sborax.interop.peft",
@@ -106,6 +110,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Batches",
     "CrossEntropy",
     "KaSALoss",
+    "MonteCLoRALoss",
     "Layout",
     "Outputs",
     "Prepared",
@@ -151,6 +156,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "XGBLoRA",
     "add",
     "apply_linen",
+    "arrow",
     "Trained",
     "adapt_nnx",
     "adapters_nnx",
@@ -177,6 +183,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "plan",
     "rebase",
     "remove_expert",
+    "replicate_layers",
     "save_adapter",
     "save_hf",
     "save_peft",

@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 BIASED, TIED = frozenset({"biased", "qwen2"}), frozenset({"tied", "gemma"})
 
 LORA = {"r": 4, "lora_alpha": 6}
+IN, OUT = ["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "LoRA": (peft.LoraConfig, LORA),
     "rsLoRA": (peft.LoraConfig, {**LORA, "use_rslora": True}),
@@ -38,6 +39,15 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
     # Without a task, PEFT does not look for the tokens.
     "aLoRA": (peft.LoraConfig, {**LORA, "alora_invocation_tokens": [32, 17], "task_type": "CAUSAL_LM"}),
+    "BD-LoRA": (
+        peft.LoraConfig,
+        {**LORA, "use_bdlora": peft.BdLoraConfig(IN, OUT, nblocks=2, match_strict=False)},
+    ),
+    "MonteCLoRA": (
+        peft.LoraConfig,
+        {**LORA, "monteclora_config": peft.MontecloraConfig(num_samples=3, sample_scaler=0.05, buffer_size=2)},
+    ),
+    "VeLoRA": (peft.LoraConfig, {**LORA, "velora_config": peft.VeloraConfig(num_groups=8, init_type="random")}),
     "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "KaSA": (peft.LoraConfig, {**LORA, "kasa_config": peft.KasaConfig()}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
@@ -122,9 +132,10 @@ class Cell:
 
     @property
     def refused(self) -> str | None:
+        otherwise = self.option.refused
         if self.family == "nf4" and self.option.rewrites_base:
-            return "takes its start out of the base, which is quantised here"
-        return self.option.in_families.get(self.family, self.option.refused)
+            otherwise = "takes its start out of the base, which is quantised here"
+        return self.option.in_families.get(self.family, otherwise)
 
     def __str__(self) -> str:
         return f"{self.family}-{self.option.tuner}-{self.option.name}"
@@ -134,7 +145,7 @@ def anywhere(families: Set[str], message: str) -> dict[str, str]:
     return dict.fromkeys(families, message)
 
 
-TIED_HEAD = anywhere(TIED, "lm_head, which is tied to the embedding here")
+TIED_HEAD = anywhere(TIED, "cannot adapt the table of the embedding")
 TIED_TABLE = anywhere(TIED, "the embedding, to which the head is tied here")
 COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "two": ({}, {}),
@@ -148,6 +159,11 @@ COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "embedding": ({"modules_to_save": ["embed_tokens"]}, TIED_TABLE),
 }
 """What every tuner whose config has the fields can do: the fields, and the outcome in families where it is refused."""
+THIN = (
+    "LoRA", "rsLoRA", "QA-LoRA", "MiCA", "AdaLoRA", "LoHa", "DeLoRA", "VeRA", "TinyLoRA", "GraLoRA", "VBLoRA",
+    "UniLoRA", "MiSS", "Mini",
+)  # fmt: skip
+"""Tuners whose change is a product of thin factors, so that they also adapt a head that is tied."""
 LAYERS = {f"model.layers.{i}.self_attn.q_proj": 2 + i for i in range(2)}
 
 
@@ -224,6 +240,40 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "rsLoRA": {"use_rslora": True},
         "dropout": {"lora_dropout": 0.25},
         "orthogonal": {"init_lora_weights": "orthogonal"},
+        "wide": {"r": 40},
+    },
+    "BD-LoRA": {
+        "four blocks": {"use_bdlora": peft.BdLoraConfig(IN, OUT, nblocks=4)},
+        "one block": {"use_bdlora": peft.BdLoraConfig(IN, OUT)},
+        "the other sides": {"use_bdlora": peft.BdLoraConfig(OUT, IN, nblocks=2)},
+        "some layers": {
+            "use_bdlora": peft.BdLoraConfig(["layers.1.mlp"], ["0.self_attn.q"], nblocks=2, match_strict=False)
+        },
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "MonteCLoRA": {
+        "one sample": {"monteclora_config": peft.MontecloraConfig(num_samples=1, buffer_size=2)},
+        "regularised": {
+            "monteclora_config": peft.MontecloraConfig(use_entropy=True, kl_loss_weight=0.1, buffer_size=2)
+        },
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "VeLoRA": {
+        "of batches": {"velora_config": peft.VeloraConfig()},
+        "of the first batch": {"velora_config": peft.VeloraConfig(num_groups=7, init_type="batch_average_once")},
+        "scaled": {"velora_config": peft.VeloraConfig(num_groups=1, scale=0.3, init_type="random")},
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
         "wide": {"r": 40},
     },
     "MiCA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
@@ -440,6 +490,7 @@ def of_one_tuner() -> Iterator[Option]:
 
 
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("BD-LoRA", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
     ("VBLoRA", "wide"): {"refused": "rank must lie in"},
@@ -483,7 +534,6 @@ def refused() -> Iterator[Option]:
         ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
         ("aLoRA", {"init_lora_weights": "olora"}, "[32, 17] is not supported: beside a method other than LoRA"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ("LoRA", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
@@ -508,8 +558,12 @@ def refused() -> Iterator[Option]:
     ]
     for tuner, fields, message in by_field:
         yield Option(tuner, " ".join(fields), fields, refused=message)
+    for tuner, field in BESIDE_LORA.items():
+        yield Option(tuner, "of DoRA", {}, refused=f"option {field}=", stored={"use_dora": True})
 
 
+BESIDE_LORA = {"BD-LoRA": "use_bdlora", "VeLoRA": "velora_config", "MonteCLoRA": "monteclora_config"}
+"""Variants that PEFT refuses beside DoRA, as a file may have them."""
 LATER: list[tuple[str, dict[str, Any]]] = [
     *(("OFT", {"oft_block_size": 0, "r": blocks}) for blocks in (1, 4, 5, 12)),
     ("OFT", {"oft_block_size": 0, "r": 4, "block_share": True}),
@@ -535,6 +589,18 @@ def of_the_base() -> Iterator[Option]:
     for tuner in ("norms", "biases"):
         saved = {"modules_to_save": ["lm_head"]}
         yield Option(tuner, "more modules", {}, "option modules_to_save", stored=saved)
+
+
+def of_copies() -> Iterator[Option]:
+    """Adapters of a model that PEFT makes of copies of the base's layers."""
+    for tuner in ("LoRA", "DoRA", "QA-LoRA", "aLoRA", "MiCA", "AdaLoRA"):
+        yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2], [0, 1]]})
+    saved = {"layer_replication": [[0, 1], [0, 2]], "modules_to_save": ["layernorm"], "layers_to_transform": [0, 2]}
+    yield Option("LoRA", "norms of copies", saved)
+    yield Option("LoRA", "fewer layers", {"layer_replication": [[1, 2]]})
+    for tuner in ("PiSSA", "OLoRA", "KaSA"):
+        refused = {"refused": "share one weight", "in_families": {"nf4": "share one weight"}}
+        yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2]]}, **refused)
 
 
 STORED: dict[str, Any] = {
@@ -589,7 +655,8 @@ STARTS = ("LoHa", "OFT", "VeRA", "HRA", "RandLoRA", "DeLoRA", "biases", "tokens"
 def options() -> Iterator[Option]:
     for (tuner, (kind, _)), (name, (fields, in_families)) in itertools.product(TUNERS.items(), COMMON.items()):
         if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
-            yield Option(tuner, name, fields, in_families=in_families, everywhere=tuner == "IA3" and name == "all")
+            outcomes = {} if name == "head" and tuner in THIN else in_families
+            yield Option(tuner, name, fields, in_families=outcomes, everywhere=tuner == "IA3" and name == "all")
     yield from of_loras()
     yield from of_one_tuner()
     yield Option("AdaLoRA", "allocated", {}, prepare=ALLOCATED)
@@ -603,6 +670,7 @@ def options() -> Iterator[Option]:
     yield from of_no_consequence()
     for tuner, fields in LATER:
         yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
+    yield from of_copies()
 
 
 OPTIONS = list(options())

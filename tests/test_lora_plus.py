@@ -117,6 +117,15 @@ def test_groups_in_stacks_and_composites():
 TARGETS = {"target_modules": ["first", "second"]}
 PEERS = [
     (peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), **TARGETS), sx.KaSA(rank=2)),
+    (
+        peft.LoraConfig(r=2, use_bdlora=peft.BdLoraConfig(["second"], [], nblocks=2), target_modules=["second"]),
+        sx.BDLoRA(rank=2, side="in", blocks=2),
+    ),
+    (
+        peft.LoraConfig(r=2, monteclora_config=peft.MontecloraConfig(num_samples=3, buffer_size=1), **TARGETS),
+        sx.MonteCLoRA(rank=2, samples=3),
+    ),
+    (peft.LoraConfig(r=2, velora_config=peft.VeloraConfig(num_groups=3), **TARGETS), sx.VeLoRA(rank=2, groups=3)),
     (peft.AdaLoraConfig(init_r=3, total_step=10, **TARGETS), sx.AdaLoRA(rank=3)),
     (peft.IA3Config(feedforward_modules=[], **TARGETS), sx.IA3()),
     (peft.LoKrConfig(r=2, **TARGETS), sx.LoKr(rank=2)),
@@ -330,7 +339,7 @@ def adapted_stack(method=None):
 
 @pytest.mark.parametrize(
     "method",
-    [sx.LoRA(rank=3, alpha=6.0), sx.DoRA(rank=3), sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=2)), sx.AdaLoRA(rank=3)],
+    [sx.LoRA(rank=3, alpha=6.0), sx.DoRA(rank=3), sx.add(sx.LoRA(rank=3), sx.SBoRA(rank=2))],
     ids=str,
 )
 def test_split_of_lora_fa_holds_a_alone(method):
@@ -378,3 +387,14 @@ def test_lora_fa_refuses_adapters_without_a_pair():
     tx = lora_fa(1e-3)
     with pytest.raises(SboraxError, match="no adapter has a pair"):
         tx.update(train, tx.init(train), train, frozen=frozen)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sx.AdaLoRA(rank=3), sx.KaSA(rank=3), sx.OSF(kept=0.5), sx.add(sx.LoRA(rank=3), sx.AdaLoRA(rank=3))],
+    ids=str,
+)
+def test_lora_fa_refuses_trained_gains_between_a_and_b(method):
+    _, adapters = adapted_stack(method)
+    with pytest.raises(SboraxError, match="trains e between a and b"):
+        sx.split_lora_fa(adapters)

@@ -20,6 +20,7 @@ from sborax.adapters.core import AbstractWeight
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_layout import layout_of
 from sborax.models.load import load_model
+from sborax.models.replication import replicate_layers
 
 SIZES = {
     "vocab_size": 64,
@@ -73,10 +74,19 @@ def pair_of(tmp_path_factory):
     return get
 
 
+def base_of(pair, ranges):
+    """The torch model as PEFT gets it. Some families list their layers' kinds, which PEFT does not copy with these."""
+    model = copy.deepcopy(pair.torch)
+    kinds = getattr(model.config, "layer_types", None)
+    if ranges is not None and kinds:
+        model.config.layer_types = [kinds[layer] for start, end in ranges for layer in range(start, end)]
+    return model
+
+
 def saved_by_peft(pair, option, directory) -> None:
     """PEFT's adapter, every trained tensor moved from its start."""
     torch.manual_seed(1)
-    theirs = peft.get_peft_model(copy.deepcopy(pair.torch), option.config)
+    theirs = peft.get_peft_model(base_of(pair, copied_in(option)), option.config)
     moved(theirs, 0.1, lambda name, parameter: parameter.requires_grad)
     if option.prepare is not None:
         option.prepare(theirs)
@@ -85,8 +95,13 @@ def saved_by_peft(pair, option, directory) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **option.stored}))
 
 
-def in_peft(pair, directory) -> np.ndarray:
-    return torch_logits(peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), directory).eval())
+def copied_in(option):
+    """The ranges of layers of which PEFT makes the model that it adapts; None for the base itself."""
+    return getattr(option.config, "layer_replication", None)
+
+
+def in_peft(pair, option, directory) -> np.ndarray:
+    return torch_logits(peft.PeftModel.from_pretrained(base_of(pair, copied_in(option)), directory).eval())
 
 
 def refusal(message, run) -> None:
@@ -101,18 +116,20 @@ def outcome_as_declared(cell, pair_of, directory) -> None:
     with warnings.catch_warnings():
         # PEFT's advice and deprecations; each kind has its own.
         warnings.simplefilter("ignore")
+        ranges = copied_in(option)
+        ours = pair.ours if ranges is None else replicate_layers(pair.ours, ranges)
         saved_by_peft(pair, option, directory / "theirs")
         if cell.refused is not None:
-            return refusal(cell.refused, lambda: load_peft(directory / "theirs", pair.ours))
-        expected = in_peft(pair, directory / "theirs")
+            return refusal(cell.refused, lambda: load_peft(directory / "theirs", ours))
+        expected = in_peft(pair, option, directory / "theirs")
         close = {"rtol": 0, "atol": max(1e-4, 1e-5 * float(np.abs(expected).max()))}
         assert np.abs(expected - torch_logits(pair.torch)).max() > 100 * close["atol"]
-        params, adapters = load_peft(directory / "theirs", pair.ours)
-        np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **close)
+        params, adapters = load_peft(directory / "theirs", ours)
+        np.testing.assert_allclose(logits(ours, params, adapters), expected, **close)
         if option.unsaved is not None:
-            return refusal(option.unsaved, lambda: save_peft(directory / "ours", pair.ours, params, adapters))
-        save_peft(directory / "ours", pair.ours, params, adapters)
-        np.testing.assert_allclose(in_peft(pair, directory / "ours"), expected, **close)
+            return refusal(option.unsaved, lambda: save_peft(directory / "ours", ours, params, adapters))
+        save_peft(directory / "ours", ours, params, adapters, layer_replication=ranges)
+        np.testing.assert_allclose(in_peft(pair, option, directory / "ours"), expected, **close)
 
 
 @pytest.mark.nightly

@@ -11,7 +11,9 @@ from published import ALL, PUBLISHED
 
 import sborax as sx
 from benchmarks.pods import SENT_GOALS, Pod, least_flops, least_sent
-from sborax.adapters.grouped import Sizes, grouped_matmul
+from sborax.adapters.grouped import grouped_linear
+from sborax.adapters.grouped_matmul import Sizes, grouped_matmul
+from sborax.adapters.tree import nodes
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import argument_bytes, compiled, device_bytes, on_mesh, outline, pod_mesh
 from sborax.plans.hlo import collective_bytes, matmul_flops
@@ -102,3 +104,33 @@ def test_rows_of_experts_are_multiplied_once():
     arguments = [jax.ShapeDtypeStruct(*each, sharding=NamedSharding(mesh, everywhere)) for each in shapes]
     flops = jax.jit(mapped).lower(*arguments).compile().cost_analysis()["flops"]
     assert 1.0 <= flops / (3 * 2 * rows * fan_in * fan_out) < 1.1
+
+
+@pytest.mark.parametrize("name", ["LoRA", "SBoRA-FA", "SBoRA-FB", "Bone"])
+def test_adapters_of_experts_add_thin_products(name):
+    """FLOPs of the projection and its gradients, beside those of the frozen product with eight thin products more."""
+    method = sx.SBoRA(rank=32, variant="FB") if name == "SBoRA-FB" else METHODS[name][0]
+    rows, fan_in, fan_out, experts = 131_072, 768, 2048, 16
+
+    def attached():
+        base = {"layers": {"proj": {"kernel": jnp.zeros((experts, fan_in, fan_out))}}}
+        (node,) = nodes(sx.attach(jax.random.key(0), base, [("proj", method)])[1]).values()
+        return node
+
+    def step(x, weight, node, counts, g):
+        def product(x, train):
+            return grouped_linear(x, weight, Sizes(counts), sx.Adapter(train, node.frozen, node.method, node.in_axes))
+
+        y, transposed = jax.vjp(product, x, node.train)
+        return y, *transposed(g)
+
+    mesh = pod_mesh("v5e:2x2", {"fsdp": 4})
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(),) * 5, out_specs=(P(),) * 3, check_vma=False)
+    x, g = (jax.ShapeDtypeStruct((rows, side), jnp.bfloat16) for side in (fan_in, fan_out))
+    weight = jax.ShapeDtypeStruct((experts, fan_in, fan_out), jnp.bfloat16)
+    arguments = (x, weight, jax.eval_shape(attached), jax.ShapeDtypeStruct((experts,), jnp.int32), g)
+    everywhere = NamedSharding(mesh, P())
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), arguments)
+    flops = jax.jit(mapped).lower(*placed).compile().cost_analysis()["flops"]
+    base, thin = 2 * 2 * rows * fan_in * fan_out, 2 * rows * method.rank * max(fan_in, fan_out)
+    assert 1.0 <= flops / base < 1.1 + 8 * thin / base

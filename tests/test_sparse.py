@@ -13,7 +13,8 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax.adapters.core import dense, is_weight
-from sborax.adapters.grouped import Sizes, grouped_linear
+from sborax.adapters.grouped import grouped_linear
+from sborax.adapters.grouped_matmul import Sizes
 from sborax.adapters.tree import nodes
 from sborax.config import codec
 from sborax.layout.state import flatten, selected

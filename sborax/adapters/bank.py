@@ -75,16 +75,16 @@ def banks(methods: Iterable[tuple[str, AbstractMethod]]) -> dict[str, AbstractBa
 
     Raises SboraxError for methods that disagree about a bank.
     """
-    found: dict[str, AbstractBank] = {}
+    placed: dict[str, AbstractBank] = {}
     for path, method in methods:
         for part in banked_parts(method):
             bank = part.bank()
-            if found.setdefault(bank_path(part), bank) != bank:
+            if placed.setdefault(bank_path(part), bank) != bank:
                 raise SboraxError(
                     f"{path}: {type(part).__name__} has one {bank_path(part)} for the whole model; give all rules the "
                     "same options of it"
                 )
-    return found
+    return placed
 
 
 def link(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -92,25 +92,25 @@ def link(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
     Raises SboraxError for an adapter whose bank is missing.
     """
-    found = {path: node for path, node in adapters.items() if isinstance(node.method, AbstractBank)}
-    return {path: _linked(path, node, found, stack_of(node)) for path, node in adapters.items() if path not in found}
+    shared = {path: node for path, node in adapters.items() if isinstance(node.method, AbstractBank)}
+    return {path: _linked(path, node, shared, stack_of(node)) for path, node in adapters.items() if path not in shared}
 
 
-def _linked(path: str, node: Adapter, found: Mapping[str, Adapter], stack: tuple[int, ...]) -> Adapter:
+def _linked(path: str, node: Adapter, shared: Mapping[str, Adapter], stack: tuple[int, ...]) -> Adapter:
     method = node.method
     if not banked_parts(method):
         return node
     if isinstance(method, AbstractComposite):
-        return with_parts(node, [_linked(path, child, found, stack) for child, _ in method.children(node)])
+        return with_parts(node, [_linked(path, child, shared, stack) for child, _ in method.children(node)])
     assert isinstance(method, AbstractBanked)
-    if bank_path(method) not in found:
+    if bank_path(method) not in shared:
         if method.bank_leaves <= {*node.train, *node.frozen}:
             return node
         raise SboraxError(f"{path}: {type(method).__name__} reads {bank_path(method)}, which these adapters lack")
-    shared = found[bank_path(method)]
+    bank = shared[bank_path(method)]
     train, frozen = (
         jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), half)
-        for half in (shared.train, shared.frozen)
+        for half in (bank.train, bank.frozen)
     )
     return Adapter({**node.train, **train}, {**node.frozen, **frozen}, method, node.in_axes)
 

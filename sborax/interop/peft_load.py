@@ -37,6 +37,7 @@ from sborax.interop.peft_layout import (
     transposed_copies,
     wide,
 )
+from sborax.interop.peft_replication import REPLICATION, check_replication
 from sborax.interop.peft_row import Completed, Fit, Row, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, SELECTING, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
@@ -64,6 +65,8 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
     `modules_to_save` and the biases that PEFT trained are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no
     adapters and change `params` alone.
+
+    A file with `layer_replication` is for a deeper model: give the one that `replicate_layers` makes of its base.
 
     Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
@@ -93,6 +96,8 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
             config = {**config, POOLED: False}
         listed, config = config, {**config, FIELD: None}
         row = row_for(config)
+        if config.get(REPLICATION):
+            check_replication(row, config[REPLICATION], model)
         experts = None
         if listed.get(FIELD):
             if row is not PLAIN:
@@ -294,7 +299,7 @@ def _completed(
     if row.completed is None or not fits:
         return Completed({}, frozenset())
     numbers = layout.numbers(fits)
-    shapes = {module: layout.shape(layout.slots[f"{module}.weight"].path) for module in sorted(fits, key=numbers.get)}  # type: ignore[arg-type]
+    shapes = {module: layout.shape(layout.place(module)[0]) for module in sorted(fits, key=numbers.get)}  # type: ignore[arg-type]
 
     def read(name: str) -> np.ndarray:
         if name not in names:
@@ -353,7 +358,7 @@ def _compare(
 def _check_dense(row: Row, modules: list[str], layout: HFLayout) -> None:
     """Raise SboraxError if the kernel of a module is quantised, for a method that rewrites the base."""
     for module in modules:
-        if isinstance(layout.leaves[layout.slots[f"{module}.weight"].path], AbstractWeight):
+        if isinstance(layout.leaves.get(layout.place(module)[0]), AbstractWeight):
             raise SboraxError(
                 f"{module}: {row.method.__name__} takes its start out of the base, which is quantised here and could "
                 "not hold what is left; load the model unquantised"
@@ -454,13 +459,13 @@ def _filled_layers(
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
         for tensor in row.tensors:
-            if tensor.leaf not in (leaves := {**train, **frozen}):
+            if tensor.leaf not in (leaves := {**train, **frozen}) or tensor.begins is not None:
                 continue
             name = tensor.key(module, numbers)
-            value = tensor.inward(read(name))
+            slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
+            value = tensor.inward(read(name), slot.shape)
             if tensor.places:
                 _check_places(name, value, layout.shape(path))
-            slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
             if tensor.shared:
                 value = value[tuple(slice(size) for size in slot.shape)]
             slot[...] = 0.0
@@ -479,12 +484,14 @@ def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLay
         known = np.zeros(leaf.shape, bool)
         for tensor in (tensor for tensor in row.tensors if tensor.leaf == name):
             if tensor.shared:
-                leaves[name][...] = tensor.inward(read(tensor.key("", numbers)))
+                leaves[name][...] = tensor.inward(read(tensor.key("", numbers)), leaf.shape)
                 continue
             indices = next(other for other in row.tensors if other.leaf == tensor.at)
             for module in fits:
                 key = indices.key(module, numbers)
-                places, values = indices.inward(read(key)), tensor.inward(read(tensor.key(module, numbers)))
+                places, values = (
+                    part.inward(read(part.key(module, numbers)), leaf.shape) for part in (indices, tensor)
+                )
                 if ((places < 0) | (places >= leaf.shape[0]) | (places % 1 != 0)).any():
                     raise SboraxError(f"{key}: an index lies outside the {leaf.shape[0]} entries of the shared vector")
                 places = places.astype(np.int64)

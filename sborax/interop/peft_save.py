@@ -39,6 +39,7 @@ from sborax.interop.peft_layout import (
     wide,
 )
 from sborax.interop.peft_layout import HEAD as HEAD_MODULE
+from sborax.interop.peft_replication import REPLICATION, written_replication
 from sborax.interop.peft_row import Row, shared_shapes
 from sborax.interop.peft_table import PLAIN
 from sborax.interop.peft_table import TABLE as ROWS
@@ -46,6 +47,7 @@ from sborax.interop.peft_targets import naming, pattern_for, saved_modules, targ
 from sborax.methods import LoRA
 from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
+from sborax.models.replication import Ranges
 
 
 class Exported(NamedTuple):
@@ -94,6 +96,7 @@ def save_peft(
     rank: int | None = None,
     base: str | None = None,
     facts: Mapping[str, str] | None = None,
+    layer_replication: Ranges | None = None,
 ) -> Exported:
     """Write `adapters` as a PEFT adapter directory for the base model `model.params`, with a model card.
 
@@ -113,6 +116,8 @@ def save_peft(
     - rank: rank of that SVD; None (default) for the method's rank. Exact factors keep their rank.
     - base: name of the base model for the config and the card, a hub id or a path.
     - facts: further lines for the card, such as data and metrics.
+    - layer_replication: where `replicate_layers` made `model`, its ranges, for PEFT to do the same to the base when it
+      loads the adapter. Default None: the adapter is for the deeper model itself, as `save_hf` writes it.
 
     Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """
@@ -126,6 +131,8 @@ def save_peft(
         changed = _changed(layout, leaves, linked)
         if not changed or as_ == "lora":
             raise SboraxError("there is no adapter to save: the tree is empty")
+        if layer_replication is not None:
+            raise SboraxError(f"{REPLICATION} is for adapters, and there are none; leave it out")
         return _save_changed(directory, changed, layout, leaves, base, facts)
     entries: dict[str, _Entry] = {}
     if layout.tied and len(linked.keys() & {TABLE, LOOKUP}) + (linked.keys() >= {TABLE, HEAD}) > 1:
@@ -158,6 +165,8 @@ def save_peft(
     if written is not None and row is not PLAIN:
         raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
     config = _config(row, entries, layout, base, trained, written)
+    if layer_replication is not None:
+        config[REPLICATION] = written_replication(row, layer_replication, model, biases.names)
     tensors = _adapter_tensors(row, entries, layout) if entries else {}
     tensors |= _trained_tensors(layout, leaves, {name: name for name in trained} | biases.names)
     if biases.names:

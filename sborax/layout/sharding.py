@@ -82,8 +82,8 @@ def _adapter_shardings(mesh: Mesh | AbstractMesh, adapters: Adapters, base: PyTr
                 # Devices that share a projection hold what belongs to their own features.
                 shared = [SHARED if SHARED in mesh_axes(entry) else None for entry in spec]
                 check_divisible(f"{path}/{kind}/{inner}", leaf.shape, PartitionSpec(*shared), mesh)
-                own = [name for entry in tuple(spec)[stack:] for name in mesh_axes(entry)]
-                return spread(mesh, leaf.shape, spec, stack, own if leaf.size < small else names)
+                leaf_names = [name for entry in tuple(spec)[stack:] for name in mesh_axes(entry)]
+                return spread(mesh, leaf.shape, spec, stack, leaf_names if leaf.size < small else names)
 
             return map_with_path(leaf_sharding, leaves, leaf_specs)
 

@@ -24,7 +24,8 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
-from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_dropout, grouped_matmul
+from sborax.adapters.grouped import AbstractGrouped, grouped_dropout
+from sborax.adapters.grouped_matmul import Sizes, add_matmul, grouped_matmul
 from sborax.methods.lowrank import HIDDEN
 
 
@@ -88,8 +89,10 @@ class Bone(AbstractFactored, AbstractGrouped):
     ) -> Float[Array, "rows out"]:
         # S is the same for all experts, so its sums need no product by expert.
         pooled = checkpoint_name(self._pooled(grouped_dropout(x, sizes, adapter, ctx)), HIDDEN)
-        low = grouped_matmul(pooled, cast(adapter.train["d"], x), sizes)
-        return grouped_matmul(x, weight, sizes) + jnp.tile(low, (1, weight.shape[-1] // low.shape[1]))
+        y, d = grouped_matmul(x, weight, sizes), cast(adapter.train["d"], x)
+        if self.mini_rank is None:
+            return add_matmul(y, pooled, d, sizes)
+        return y + jnp.tile(grouped_matmul(pooled, d, sizes), (1, y.shape[1] // self.mini_rank))
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         fan_in, fan_out = weight.shape

@@ -34,7 +34,9 @@ class DeLoRA(AbstractFactored):
     Each of the rank directions is normalised, so `strength` alone bounds the change, and it is trained.
 
     rank: width of the factors (PEFT: 8).
-    strength: starting value of the bound, one number per kernel (PEFT's `delora_lambda`: 15).
+    strength: starting value of the bound, one number per kernel (PEFT's `delora_lambda`: 15). The change has this
+        strength from the first step on, so it must suit the model: on one of 260 thousand parameters 5 ends at 1.39
+        nats a token, and 15 at 2.40.
     dropout: rate on x; default 0.
 
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0, as PEFT; norms below 1e-4 count as 1e-4. Identity at init. Exact merge.

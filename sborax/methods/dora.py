@@ -25,7 +25,8 @@ from sborax.adapters.core import (
     matmul,
 )
 from sborax.adapters.depth import over_stack
-from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_dropout, grouped_matmul, row_factors
+from sborax.adapters.grouped import AbstractGrouped, grouped_dropout, row_factors
+from sborax.adapters.grouped_matmul import Sizes, add_matmul, branch_matmul, grouped_matmul
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
 SMALLEST = 1e-2
@@ -93,13 +94,15 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
     ) -> Float[Array, "rows out"]:
         train = adapter.train
         norms = over_stack(lambda w, node: _norm(w, node.train, node.frozen), (sizes.experts,))(weight, adapter)
-        base, dropped = grouped_matmul(x, weight, sizes), grouped_dropout(x, sizes, adapter, ctx)
-        ratio = row_factors(train["m"] / jax.lax.stop_gradient(norms), sizes, base)
-        a = adapter.frozen["scale"][:, None, None] * train["a"]
-        low = grouped_matmul(grouped_matmul(dropped, cast(a, x), sizes), cast(train["b"], x), sizes)
+        a, b = cast(adapter.frozen["scale"][:, None, None] * train["a"], x), cast(train["b"], x)
+        ratio, dropped = train["m"] / jax.lax.stop_gradient(norms), grouped_dropout(x, sizes, adapter, ctx)
         if dropped is x:
-            return ratio * checkpoint_name(base + low, HIDDEN)
-        return base + (ratio - 1) * grouped_matmul(dropped, weight, sizes) + ratio * low
+            x, hidden = branch_matmul(x, a, sizes)
+            y = checkpoint_name(add_matmul(grouped_matmul(x, weight, sizes), hidden, b, sizes), HIDDEN)
+            return row_factors(ratio, sizes, y) * y
+        low = grouped_matmul(grouped_matmul(dropped, a, sizes), b, sizes)
+        ratio = row_factors(ratio, sizes, low)
+        return grouped_matmul(x, weight, sizes) + (ratio - 1) * grouped_matmul(dropped, weight, sizes) + ratio * low
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         train = adapter.train

@@ -24,11 +24,13 @@ from sborax.adapters.core import (
     width,
 )
 from sborax.adapters.experts import DISTINCT, AbstractExpert, check_block, index_block
+from sborax.adapters.grouped import AbstractGrouped, grouped_dropout
+from sborax.adapters.grouped_matmul import Sizes, add_columns, add_matmul, branch_columns, grouped_matmul
 from sborax.methods.lowrank import scaling
 
 
 @dataclasses.dataclass(frozen=True)
-class SBoRA(AbstractExpert):
+class SBoRA(AbstractExpert, AbstractGrouped):
     """One factor is a set of standard basis vectors, so only `rank` rows (FA) or columns (FB) of W ever move.
 
     FA: y = x W + s x[idx] b, b (rank, out), idx rows of W.    FB: (x W)[idx] += s x a, a (in, rank), idx columns.
@@ -80,6 +82,18 @@ class SBoRA(AbstractExpert):
         if self.variant == "FA":
             return y + (scale * x.at[:, idx].get(**DISTINCT)) @ cast(adapter.train["b"], x)
         return y.at[:, idx].add(scale * (x @ cast(adapter.train["a"], x)), **DISTINCT)
+
+    def apply_grouped(
+        self, x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
+    ) -> Float[Array, "rows out"]:
+        idx, scale = adapter.frozen["idx"], cast(adapter.frozen["scale"], x)[:, None, None]
+        if self.variant == "FA":
+            x, chosen = branch_columns(x, idx, sizes)
+            b, y = scale * cast(adapter.train["b"], x), grouped_matmul(x, weight, sizes)
+            # Each entry of x drops by itself, so the chosen ones may do so after they are read.
+            return add_matmul(y, grouped_dropout(chosen, sizes, adapter, ctx), b, sizes)
+        low = grouped_matmul(grouped_dropout(x, sizes, adapter, ctx), scale * cast(adapter.train["a"], x), sizes)
+        return add_columns(grouped_matmul(x, weight, sizes), low, idx, sizes)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         idx, scale = adapter.frozen["idx"], adapter.frozen["scale"]

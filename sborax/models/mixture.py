@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sborax.adapters.constraints import AXES, EXPERT, SHARED, compiled_axes, dividing, mesh_axes
 from sborax.adapters.core import Context
-from sborax.adapters.grouped import Sizes, expert_of_row, grouped_linear
+from sborax.adapters.grouped import grouped_linear
+from sborax.adapters.grouped_matmul import Sizes, expert_of_row
 from sborax.adapters.routing import GATE
 from sborax.models.sharding import expert_specs
 

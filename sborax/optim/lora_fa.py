@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from sborax.adapters.core import Leaves, SboraxError, is_adapter
+from sborax.adapters.core import AbstractComposite, Adapter, Leaves, SboraxError, is_adapter
 from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.adapters.tables import LOOKUP, TABLE
 from sborax.adapters.tree import nodes, split
@@ -25,11 +25,14 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
         train, frozen = split_lora_fa(adapters)
         tx = optax.chain(optax.clip_by_global_norm(1.0), lora_fa(1e-3))  # clips by the gradient of b alone
 
-    Raises SboraxError if no adapter has such a pair, and for an embedding, where a is zero. arXiv:2308.03303
+    Raises SboraxError if no adapter has such a pair, for a pair with trained numbers between a and b, and for an
+    embedding, where a is zero. arXiv:2308.03303
     """
     for path in (TABLE, LOOKUP):
         if path in nodes(adapters):
             raise SboraxError(f"lora_fa: {path}: a starts at zero there, and would stay zero; use another optimizer")
+    for path, node in nodes(adapters).items():
+        _check_product(path, node)
     train, frozen = split(adapters)
     flags = jax.tree.map(lambda side: side == "a", sides(train))
     if not any(jax.tree.leaves(flags)):
@@ -42,6 +45,21 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
     moving = jax.tree.map(lambda node, flag: half(node, flag, False), train, flags, is_leaf=is_adapter)
     frozen = jax.tree.map(lambda a, b: dataclasses.replace(b, train=a.train), fixed, frozen, is_leaf=is_adapter)
     return moving, frozen
+
+
+def _check_product(path: str, node: Adapter) -> None:
+    """Raise SboraxError if the directions between a and b have trained gains, of which the projection knows nothing."""
+    method, train = node.method, node.train
+    if isinstance(method, AbstractComposite):
+        for child, _ in method.children(node):
+            _check_product(path, child)
+    elif {"a", "b"} <= train.keys():
+        gains = [name for name in train if method.axes[name] == ("rank",)]
+        if gains:
+            raise SboraxError(
+                f"lora_fa: {path}: {type(method).__name__} trains {gains[0]} between a and b, which the "
+                "projection of b leaves out; use another optimizer"
+            )
 
 
 def _chosen(leaves: Leaves, flags: Leaves, value: bool) -> Leaves:
