@@ -578,6 +578,6 @@ def test_files_of_what_peft_lacks_are_refused(pair, tmp_path):
 
     refusal("PEFT activates LoRA alone, and not SBoRA", saving([("q_proj", sx.Activated(sx.SBoRA(rank=2), TOKENS))]))
     two = [("q_proj", sx.Activated(sx.LoRA(rank=2), (1,))), ("v_proj", sx.Activated(sx.LoRA(rank=2), (2,)))]
-    refusal(r"is \[1\] for .*q_proj and \[2\] for .*v_proj", saving(two))
+    refusal(r"is \(1,\) for .*q_proj and \(2,\) for .*v_proj: PEFT's .* save them as two adapters$", saving(two))
     mixed = [("q_proj", sx.Activated(sx.LoRA(rank=2), (1,))), ("v_proj", sx.LoRA(rank=2))]
     refusal("PEFT keeps one kind of adapter", saving(mixed))

@@ -108,14 +108,13 @@ def _read_lora(fields: Fields) -> Fit:
     return Fit(method, {"scale": _lora_scale(fields)})
 
 
-def _common(modules: Mapping[str, Fields], name: str, field: str) -> Any:
+def _common(modules: Mapping[str, Fields], name: str, field: str, advice: str = "use as_='lora'") -> Any:
     """The value that all modules have. field: where PEFT keeps it."""
     (module, common), *others = ((module, fields[name]) for module, fields in modules.items())
     for other, value in others:
         if value != common:
             raise SboraxError(
-                f"{name} is {common} for {module} and {value} for {other}: PEFT's {field} has one for all; "
-                "use as_='lora'"
+                f"{name} is {common} for {module} and {value} for {other}: PEFT's {field} has one for all; {advice}"
             )
     return common
 
@@ -152,7 +151,7 @@ def _invocation(config: Fields, module: str) -> dict[str, Any]:
 
 
 def _common_invocation(modules: Mapping[str, Fields]) -> dict[str, Any]:
-    return {INVOCATION: list(_common(modules, "tokens", INVOCATION))}
+    return {INVOCATION: list(_common(modules, "tokens", INVOCATION, "save them as two adapters"))}
 
 
 def _read_activated(fields: Fields) -> Fit:
