@@ -37,6 +37,7 @@ from sborax.sweep.grid import Sweep
 from sborax.train.experiment import Eval, Experiment, Save, load_experiment
 from sborax.train.kasa_loss import KaSALoss
 from sborax.train.loss import AbstractLoss, CrossEntropy
+from sborax.train.monteclora_loss import MonteCLoRALoss
 from sborax.train.optimizer import AbstractOptimizer
 from sborax.train.optimizers import (
     SGD,
@@ -109,6 +110,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Batches",
     "CrossEntropy",
     "KaSALoss",
+    "MonteCLoRALoss",
     "Layout",
     "Outputs",
     "Prepared",

@@ -36,6 +36,27 @@ FILES = {
     "KaSA": peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=MIXED, rank_pattern={"q_proj": 3}, kasa_config=peft.KasaConfig(beta=0.1)
     ),
+    "BDLoRA": peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=[*MIXED, "v_proj"],
+        rank_pattern={"q_proj": 2},
+        use_bdlora=peft.BdLoraConfig(["down_proj"], ["q_proj"], nblocks=2, match_strict=False),
+    ),
+    "MonteCLoRA": peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=MIXED,
+        rank_pattern={"q_proj": 3},
+        monteclora_config=peft.MontecloraConfig(num_samples=3, sample_scaler=0.02, buffer_size=2),
+    ),
+    "VeLoRA": peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=MIXED,
+        rank_pattern={"q_proj": 3},
+        velora_config=peft.VeloraConfig(num_groups=5, init_type="random"),
+    ),
     "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=MIXED),
     "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "LoHa": peft.LoHaConfig(r=3, alpha=5, target_modules=MIXED, rank_pattern={"q_proj": 2}),

@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 BIASED, TIED = frozenset({"biased", "qwen2"}), frozenset({"tied", "gemma"})
 
 LORA = {"r": 4, "lora_alpha": 6}
+IN, OUT = ["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "LoRA": (peft.LoraConfig, LORA),
     "rsLoRA": (peft.LoraConfig, {**LORA, "use_rslora": True}),
@@ -38,6 +39,15 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     "QA-LoRA": (peft.LoraConfig, {**LORA, "use_qalora": True, "qalora_group_size": 8}),
     # Without a task, PEFT does not look for the tokens.
     "aLoRA": (peft.LoraConfig, {**LORA, "alora_invocation_tokens": [32, 17], "task_type": "CAUSAL_LM"}),
+    "BD-LoRA": (
+        peft.LoraConfig,
+        {**LORA, "use_bdlora": peft.BdLoraConfig(IN, OUT, nblocks=2, match_strict=False)},
+    ),
+    "MonteCLoRA": (
+        peft.LoraConfig,
+        {**LORA, "monteclora_config": peft.MontecloraConfig(num_samples=3, sample_scaler=0.05, buffer_size=2)},
+    ),
+    "VeLoRA": (peft.LoraConfig, {**LORA, "velora_config": peft.VeloraConfig(num_groups=8, init_type="random")}),
     "MiCA": (peft.LoraConfig, {**LORA, "init_lora_weights": "mica"}),
     "KaSA": (peft.LoraConfig, {**LORA, "kasa_config": peft.KasaConfig()}),
     "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
@@ -230,6 +240,40 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "rsLoRA": {"use_rslora": True},
         "dropout": {"lora_dropout": 0.25},
         "orthogonal": {"init_lora_weights": "orthogonal"},
+        "wide": {"r": 40},
+    },
+    "BD-LoRA": {
+        "four blocks": {"use_bdlora": peft.BdLoraConfig(IN, OUT, nblocks=4)},
+        "one block": {"use_bdlora": peft.BdLoraConfig(IN, OUT)},
+        "the other sides": {"use_bdlora": peft.BdLoraConfig(OUT, IN, nblocks=2)},
+        "some layers": {
+            "use_bdlora": peft.BdLoraConfig(["layers.1.mlp"], ["0.self_attn.q"], nblocks=2, match_strict=False)
+        },
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "MonteCLoRA": {
+        "one sample": {"monteclora_config": peft.MontecloraConfig(num_samples=1, buffer_size=2)},
+        "regularised": {
+            "monteclora_config": peft.MontecloraConfig(use_entropy=True, kl_loss_weight=0.1, buffer_size=2)
+        },
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
+        "wide": {"r": 40},
+    },
+    "VeLoRA": {
+        "of batches": {"velora_config": peft.VeloraConfig()},
+        "of the first batch": {"velora_config": peft.VeloraConfig(num_groups=7, init_type="batch_average_once")},
+        "scaled": {"velora_config": peft.VeloraConfig(num_groups=1, scale=0.3, init_type="random")},
+        "ranks": {"rank_pattern": {"q_proj": 2}},
+        "alphas": {"alpha_pattern": LAYERS},
+        "rsLoRA": {"use_rslora": True},
+        "dropout": {"lora_dropout": 0.25},
         "wide": {"r": 40},
     },
     "MiCA": {"r 1": {"r": 1}, "alpha 7 of 3": {"r": 3, "lora_alpha": 7}},
@@ -446,6 +490,7 @@ def of_one_tuner() -> Iterator[Option]:
 
 
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("BD-LoRA", "wide"): {"refused": "rank must lie in"},
     ("GraLoRA", "wide"): {"refused": "rank must lie in"},
     ("SuperTuning", "wide"): {"refused": "rank must lie in"},
     ("VBLoRA", "wide"): {"refused": "rank must lie in"},
@@ -513,8 +558,12 @@ def refused() -> Iterator[Option]:
     ]
     for tuner, fields, message in by_field:
         yield Option(tuner, " ".join(fields), fields, refused=message)
+    for tuner, field in BESIDE_LORA.items():
+        yield Option(tuner, "of DoRA", {}, refused=f"option {field}=", stored={"use_dora": True})
 
 
+BESIDE_LORA = {"BD-LoRA": "use_bdlora", "VeLoRA": "velora_config", "MonteCLoRA": "monteclora_config"}
+"""Variants that PEFT refuses beside DoRA, as a file may have them."""
 LATER: list[tuple[str, dict[str, Any]]] = [
     *(("OFT", {"oft_block_size": 0, "r": blocks}) for blocks in (1, 4, 5, 12)),
     ("OFT", {"oft_block_size": 0, "r": 4, "block_share": True}),

@@ -138,6 +138,18 @@ def test_a_projection_sends_what_its_method_declares(case, module):
     assert set(sent) <= {"all-reduce", "all-gather"}
 
 
+@pytest.mark.parametrize(("module", "side"), [("q_proj", "out"), ("o_proj", "in")])
+def test_block_diagonal_factors_sum_no_activations(module, side):
+    """Thin values are gathered. Beside the base's sums there are those of gradients alone."""
+    method = sx.BDLoRA(rank=8, side=side, blocks=SIZES["tensor"])
+    sent, train, frozen = projection(method, module)
+    gradients, gathered = declared(method, train, frozen)
+    own = base(module, False)
+    assert sent["all-reduce"] == own["all-reduce"] + gradients
+    assert sent["all-gather"] == own["all-gather"] + gathered + 4 * TOKENS * method.rank
+    assert set(sent) <= {"all-reduce", "all-gather"}
+
+
 @pytest.mark.parametrize("module", ["q_proj", "o_proj"])
 def test_a_quantised_projection_sends_what_its_method_declares(module):
     method = sx.LoRA(rank=4)

@@ -87,7 +87,8 @@ def test_grouped_rows_equal_a_loop_over_experts(case: Case, quantised):
     node, cotangent = trained(node), jnp.asarray(normal(8, ROWS, OUT))
     ours, theirs = (with_gradients(product, rows(), weight, node, cotangent) for product in (grouped, by_expert))
     for mine, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert largest(wanted) > 0
+        # Without a key, leaves of draws alone have no gradient.
+        assert largest(wanted) > 0 or case.method.draws
         assert_close(mine, wanted, 1e-5)
 
 

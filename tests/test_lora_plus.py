@@ -117,6 +117,15 @@ def test_groups_in_stacks_and_composites():
 TARGETS = {"target_modules": ["first", "second"]}
 PEERS = [
     (peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), **TARGETS), sx.KaSA(rank=2)),
+    (
+        peft.LoraConfig(r=2, use_bdlora=peft.BdLoraConfig(["second"], [], nblocks=2), target_modules=["second"]),
+        sx.BDLoRA(rank=2, side="in", blocks=2),
+    ),
+    (
+        peft.LoraConfig(r=2, monteclora_config=peft.MontecloraConfig(num_samples=3, buffer_size=1), **TARGETS),
+        sx.MonteCLoRA(rank=2, samples=3),
+    ),
+    (peft.LoraConfig(r=2, velora_config=peft.VeloraConfig(num_groups=3), **TARGETS), sx.VeLoRA(rank=2, groups=3)),
     (peft.AdaLoraConfig(init_r=3, total_step=10, **TARGETS), sx.AdaLoRA(rank=3)),
     (peft.IA3Config(feedforward_modules=[], **TARGETS), sx.IA3()),
     (peft.LoKrConfig(r=2, **TARGETS), sx.LoKr(rank=2)),

@@ -47,7 +47,7 @@ from peft_training import (
     with_answers,
     with_tokenizer,
 )
-from torch_pair import ALL, DEPTH, Pair, equal_uniforms
+from torch_pair import ALL, DEPTH, Pair, equal_noise, equal_uniforms
 
 import sborax as sx
 import sborax.optim
@@ -98,6 +98,9 @@ PLAIN: dict[str, AbstractMethod] = {
     "OLoRA": sx.OLoRA(rank=4, alpha=6.0),
     "QA-LoRA": sx.QALoRA(rank=4, alpha=6.0, group=8, formula="peft"),
     "aLoRA": sx.Activated(sx.LoRA(rank=4, alpha=6.0), tokens=QUESTION),
+    "BD-LoRA": sx.BDLoRA(rank=4, alpha=6.0, blocks=2),
+    "MonteCLoRA": sx.MonteCLoRA(rank=4, alpha=6.0, samples=3, noise=0.05),
+    "VeLoRA": sx.VeLoRA(rank=4, alpha=6.0, groups=8, direction="fixed"),
     "MiCA": sx.MiCA(rank=4, alpha=6.0),
     "KaSA": sx.KaSA(rank=4, alpha=6.0),
     "AdaLoRA": sx.AdaLoRA(rank=4, alpha=6.0),
@@ -133,12 +136,14 @@ PLAIN: dict[str, AbstractMethod] = {
 
 CHANGED: dict[str, dict[str, Any]] = {
     "aLoRA": {"config": config("aLoRA", alora_invocation_tokens=list(QUESTION))},
+    "BD-LoRA": {"config": config("BD-LoRA", use_bdlora=peft.BdLoraConfig([], TWO, nblocks=2))},
     # Without the regulariser that its budget is for.
     "AdaLoRA": {"config": config("AdaLoRA", orth_reg_weight=0.0)},
     # Where p < 0, its gradient at the common start is rounding alone, of which Adam makes a whole step.
     "DEFT": {"config": config("DEFT", init_weights=False)},
     # Entries of its weight are divided by the number of entries, so it learns slowly.
     "FourierFT": {"recipe": adamw(lr=0.1)},
+    "MonteCLoRA": {"patch": equal_noise},
     "PVeRA": {"patch": equal_draws},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
@@ -320,6 +325,10 @@ CASES: dict[str, Case] = {
         name: Case(**{"config": config(name), "method": method, **CHANGED.get(name, {})})
         for name, method in PLAIN.items()
     },
+    "BD-LoRA, inputs": Case(
+        config("BD-LoRA", use_bdlora=peft.BdLoraConfig(TWO, [], nblocks=4)),
+        sx.BDLoRA(rank=4, side="in", blocks=4, alpha=6.0),
+    ),
     "LoRA+": Case(config("LoRA"), PLAIN["LoRA"], PLUS),
     "LoRA-FA": Case(config("LoRA"), PLAIN["LoRA"], PROJECTED, patch=exact_projection),
     "LoRA-GA": Case(

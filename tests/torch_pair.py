@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.monteclora import BufferedMontecloraSampler
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.numpy import load_file
 
@@ -123,6 +124,24 @@ def shaken(adapters: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     moved = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+
+
+def equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever MonteCLoRA draws normal numbers in training, both libraries draw the same, which vary."""
+
+    def numbers(*shape: int) -> np.ndarray:
+        return np.sin(1.7 * np.arange(1, 1 + math.prod(shape), dtype=np.float32)).reshape(shape)
+
+    def drawn(sampler: BufferedMontecloraSampler) -> dict[str, torch.Tensor]:
+        samples, fan_in, rank = (
+            getattr(sampler.model, f"{name}s") for name in ("num_sample", "in_feature", "out_feature")
+        )
+        squares = np.sum(np.square(numbers(rank, rank)), axis=1)
+        z = {"z_mvn": numbers(samples, fan_in, rank), "z_wishart": np.diag(squares), "z_dirichlet": numbers(samples)}
+        return {name: torch.from_numpy(array) for name, array in z.items()}
+
+    monkeypatch.setattr(BufferedMontecloraSampler, "get", drawn)
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.asarray(numbers(*shape), dtype))
 
 
 def equal_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:

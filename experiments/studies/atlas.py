@@ -55,6 +55,9 @@ VARIANTS: dict[str, AbstractMethod] = {
     # Sized by a share, which nothing searches: 48,455 and 46,195 trained parameters.
     "OSF": sx.OSF(kept=0.87),
     "SuperTuning": sx.SuperTuning(sparsity=0.796),
+    # Their defaults, 8 blocks and groups of 16, do not divide 172 outputs or inputs.
+    "BDLoRA": sx.BDLoRA(blocks=4),
+    "QALoRA": sx.QALoRA(group=4),
     # Vectors as long as all sides allow, and every coefficient twice: 46,272 and 46,240.
     "VBLoRA": sx.VBLoRA(vectors=8, length=4),
     "UniLoRA": sx.UniLoRA(rank=16),

@@ -59,7 +59,7 @@ def matched(shape: LlamaConfig, pattern: str, method: AbstractMethod, target: in
     size = size_of(method)
     if size is None:
         return method
-    largest = LARGEST[size]
+    largest, params = LARGEST[size], abstract(shape, "float32")
 
     def distance(value: int) -> float:
         try:
@@ -67,14 +67,22 @@ def matched(shape: LlamaConfig, pattern: str, method: AbstractMethod, target: in
         except SboraxError:
             return float("inf")
 
+    def fits(value: int) -> bool:
+        try:
+            sx.plan(params, [sx.Rule(pattern, sized(method, value))], hints=promised(params))
+        except SboraxError:
+            return False
+        return True
+
     # Parameters grow about linearly but with a block, so few sizes need to be counted: those around the estimate.
     powers = [1 << power for power in range(largest.bit_length())]
     best = min(powers, key=distance)
-    around = powers if size == "block" else range(max(1, best // 2), min(largest, 2 * best) + 1)
+    around = powers if size == "block" else list(range(max(1, best // 2), min(largest, 2 * best) + 1))
+    around = [value for value in around if fits(value)]
     while len(around) > 9:
         step = max(1, len(around) // 8)
-        best = min(around[::step], key=distance)
-        around = range(max(1, best - step), min(largest, best + step) + 1)
+        number = around.index(min(around[::step], key=distance))
+        around = around[max(0, number - step) : number + step + 1]
     return sized(method, min(around, key=distance))
 
 

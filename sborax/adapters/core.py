@@ -174,6 +174,8 @@ class AbstractMethod(abc.ABC):
     """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
     draws: str = ""
     """Empty, or what a call with a key draws at random beside dropout. Without a key it is left out."""
+    pooled: str = ""
+    """Empty, or what of all rows of a call is in the gradient of trained leaves: parts of a batch give another one."""
     group_b: frozenset[str] = frozenset()
     """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies. As in PEFT, if it has the method."""
     linked: bool = False
@@ -330,6 +332,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def draws(self) -> str:
         return next((part.draws for part in self.members if part.draws), "")
+
+    @property
+    def pooled(self) -> str:
+        return next((part.pooled for part in self.members if part.pooled), "")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -121,7 +121,8 @@ def taken_apart(config: Mapping[str, Any], file: Any, layout: HFLayout, fused: F
 
 
 def _check_kind(module: str, parts: tuple[str, ...], row: Row, advice: str) -> None:
-    if row.peft_type != "LORA" or row.method.rewrites_base:
+    plain = all(tensor.suffix in (A, B, MAGNITUDE) and tensor.leaf in ("a", "b", "m") for tensor in row.tensors)
+    if row.peft_type != "LORA" or row.method.rewrites_base or not plain:
         short = ", ".join(part.rpartition(".")[2] for part in parts)
         raise SboraxError(
             f"{module} holds {short}, and only LoRA and DoRA of such a module are adapters of its projections, "

@@ -459,13 +459,13 @@ def _filled_layers(
     for layer in [None] if layers is None else layers:
         module = layout.module(path, layer)
         for tensor in row.tensors:
-            if tensor.leaf not in (leaves := {**train, **frozen}):
+            if tensor.leaf not in (leaves := {**train, **frozen}) or tensor.begins is not None:
                 continue
             name = tensor.key(module, numbers)
-            value = tensor.inward(read(name))
+            slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
+            value = tensor.inward(read(name), slot.shape)
             if tensor.places:
                 _check_places(name, value, layout.shape(path))
-            slot = leaves[tensor.leaf][... if layer is None else np.s_[layer, ...]]
             if tensor.shared:
                 value = value[tuple(slice(size) for size in slot.shape)]
             slot[...] = 0.0
@@ -484,12 +484,14 @@ def _filled_bank(node: Adapter, row: Row, fits: Mapping[str, Fit], layout: HFLay
         known = np.zeros(leaf.shape, bool)
         for tensor in (tensor for tensor in row.tensors if tensor.leaf == name):
             if tensor.shared:
-                leaves[name][...] = tensor.inward(read(tensor.key("", numbers)))
+                leaves[name][...] = tensor.inward(read(tensor.key("", numbers)), leaf.shape)
                 continue
             indices = next(other for other in row.tensors if other.leaf == tensor.at)
             for module in fits:
                 key = indices.key(module, numbers)
-                places, values = indices.inward(read(key)), tensor.inward(read(tensor.key(module, numbers)))
+                places, values = (
+                    part.inward(read(part.key(module, numbers)), leaf.shape) for part in (indices, tensor)
+                )
                 if ((places < 0) | (places >= leaf.shape[0]) | (places % 1 != 0)).any():
                     raise SboraxError(f"{key}: an index lies outside the {leaf.shape[0]} entries of the shared vector")
                 places = places.astype(np.int64)

@@ -28,7 +28,24 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
-from sborax.methods import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, LoRA, MiCA, OLoRA, PiSSA, QALoRA
+from sborax.methods import (
+    AdaLoRA,
+    BDLoRA,
+    DeLoRA,
+    DoRA,
+    GraLoRA,
+    HiRA,
+    KaSA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiCA,
+    MonteCLoRA,
+    OLoRA,
+    PiSSA,
+    QALoRA,
+    VeLoRA,
+)
 from sborax.methods.activated import Activated
 
 PAIR = (
@@ -42,20 +59,36 @@ LORA_READS = frozenset({TYING, REPLICATION})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
+BLOCKS: dict[str, Any] = {
+    "target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True
+}  # fmt: skip
+"""PEFT's defaults."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
 """PEFT's defaults. They matter to `_get_kasa_loss` alone, and here `KaSALoss` has them."""
+SAMPLER: dict[str, Any] = {
+    "num_samples": 8, "use_entropy": False, "dirichlet_prior": 0.1, "sample_scaler": 1e-4, "kl_loss_weight": 1e-5,
+    "buffer_size": 150,
+}  # fmt: skip
+"""PEFT's defaults. `MonteCLoRALoss` has those that matter to `_get_monteclora_loss` alone."""
+SUB_TOKENS: dict[str, Any] = {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"}
+"""PEFT's defaults."""
+DIRECTIONS = {"batch_average": "batch", "random": "fixed", "batch_average_once": "fixed"}
+"""PEFT's values of `init_type`; the first of each is written."""
+SIDES = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
+"""PEFT's lists of the modules whose a, or whose b, is block-diagonal."""
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
 CONVOLUTIONS = {"use_effective_conv2d": "of convolutions, which no model here has"}
+OTHER = "beside a method other than LoRA"
 VARIANTS = {
-    INVOCATION: "beside a method other than LoRA",
+    INVOCATION: OTHER,
     "arrow_config": "the file lacks the adapters that it mixes; load each of them, and mix them by sx.arrow",
     "kasa_config": "KaSA takes a part out of the base's singular values",
     "megatron_config": "of layers of Megatron-Core, which no model here has",
-    "monteclora_config": "MonteCLoRA's files have further tensors, from which factors are drawn",
+    "monteclora_config": OTHER,
     "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
-    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
-    "use_qalora": "beside a method other than LoRA",
-    "velora_config": "VeLoRA's files have further tensors",
+    "use_bdlora": OTHER,
+    "use_qalora": OTHER,
+    "velora_config": OTHER,
 }
 """Options of PEFT's LoRA that are not read."""
 
@@ -73,6 +106,18 @@ def _write_lora(node: Adapter) -> dict[str, Any]:
 def _read_lora(fields: Fields) -> Fit:
     method = LoRA(rank=rank_field(fields), dropout=number_field(fields, "lora_dropout"))
     return Fit(method, {"scale": _lora_scale(fields)})
+
+
+def _common(modules: Mapping[str, Fields], name: str, field: str) -> Any:
+    """The value that all modules have. field: where PEFT keeps it."""
+    (module, common), *others = ((module, fields[name]) for module, fields in modules.items())
+    for other, value in others:
+        if value != common:
+            raise SboraxError(
+                f"{name} is {common} for {module} and {value} for {other}: PEFT's {field} has one for all; "
+                "use as_='lora'"
+            )
+    return common
 
 
 def _groups(fields: Fields, shape: tuple[int, int]) -> dict[str, Any]:
@@ -107,15 +152,7 @@ def _invocation(config: Fields, module: str) -> dict[str, Any]:
 
 
 def _common_invocation(modules: Mapping[str, Fields]) -> dict[str, Any]:
-    """The inverse of `_invocation`."""
-    (module, tokens), *others = ((module, fields["tokens"]) for module, fields in modules.items())
-    for other, wanted in others:
-        if wanted != tokens:
-            raise SboraxError(
-                f"{INVOCATION} is {list(tokens)} for {module} and {list(wanted)} for {other}: PEFT has one for all; "
-                "save them as two adapters"
-            )
-    return {INVOCATION: list(tokens)}
+    return {INVOCATION: list(_common(modules, "tokens", INVOCATION))}
 
 
 def _read_activated(fields: Fields) -> Fit:
@@ -131,6 +168,111 @@ def _write_activated(node: Adapter) -> dict[str, Any]:
     if not isinstance(part.method, LoRA):
         raise SboraxError(f"PEFT activates LoRA alone, and not {type(part.method).__name__}")
     return {**_write_lora(part), "tokens": method.tokens}
+
+
+def _block_side(config: Fields, module: str) -> dict[str, Any]:
+    """The block-diagonal factor of a module, for which PEFT looks for parts of the module's name."""
+    given = {**BLOCKS, **config["use_bdlora"]}
+    chosen = {}
+    for side, name in SIDES.items():
+        parts = given[name] or []
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise SboraxError(f"{name} of use_bdlora: expected a list of names, got {str(parts)[:60]}")
+        chosen[side] = any(part in module for part in parts)
+    if all(chosen.values()):
+        raise SboraxError(f"use_bdlora: {module} is among {' and among '.join(SIDES.values())}")
+    if given["match_strict"] and not any(chosen.values()):
+        raise SboraxError(f"use_bdlora: {module} is in neither list, and match_strict is set")
+    side = "in" if chosen["in"] else "out"
+    return {"side": side, "blocks": whole_field(given, "nblocks", 1, LARGEST_RANK) if any(chosen.values()) else 1}
+
+
+def _list_block_sides(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    """One number of blocks for all modules; those with a single block are plain LoRA, and in neither list."""
+    cut = {module: fields for module, fields in modules.items() if fields["blocks"] > 1}
+    blocks = _common(cut, "blocks", "use_bdlora") if cut else 1
+
+    def listed(names: Mapping[str, str]) -> dict[str, Any]:
+        sides = {
+            name: sorted({names[module] for module, fields in cut.items() if fields["side"] == side})
+            for side, name in SIDES.items()
+        }
+        return {"use_bdlora": {**sides, "nblocks": blocks, "match_strict": len(cut) == len(modules)}}
+
+    def means(config: Fields) -> bool:
+        try:
+            found = {module: _block_side(config, module) for module in modules}
+        except SboraxError:
+            return False
+        return all(
+            read == {"side": cut[module]["side"], "blocks": blocks} if module in cut else read["blocks"] == 1
+            for module, read in found.items()
+        )
+
+    short = listed({module: module.rpartition(".")[2] for module in modules})
+    return short if means(short) else listed({module: module for module in modules})
+
+
+def _read_bdlora(fields: Fields) -> Fit:
+    rate, sizes = number_field(fields, "lora_dropout"), {name: fields[name] for name in ("side", "blocks")}
+    return Fit(BDLoRA(rank=rank_field(fields), dropout=rate, **sizes), {"scale": _lora_scale(fields)})
+
+
+def _write_bdlora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, BDLoRA)
+    fields = {"r": method.rank, "lora_alpha": alpha_of(node, method.rank), "lora_dropout": dropout_of(node)}
+    return {**fields, "side": method.side, "blocks": method.blocks}
+
+
+def _sampler(config: Fields, module: str) -> dict[str, Any]:
+    given = {**SAMPLER, **config["monteclora_config"]}
+    return {
+        "samples": whole_field(given, "num_samples", 1, LARGEST_RANK),
+        "noise": number_field(given, "sample_scaler"),
+    }
+
+
+def _list_sampler(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    samples, noise = (_common(modules, name, "monteclora_config") for name in ("samples", "noise"))
+    return {"monteclora_config": {**SAMPLER, "num_samples": samples, "sample_scaler": noise}}
+
+
+def _read_monteclora(fields: Fields) -> Fit:
+    rate = number_field(fields, "lora_dropout")
+    method = MonteCLoRA(rank=rank_field(fields), samples=fields["samples"], dropout=rate)
+    return Fit(method, {"scale": _lora_scale(fields), "noise": fields["noise"]})
+
+
+def _write_monteclora(node: Adapter) -> dict[str, Any]:
+    return {**_write_lora(node), "samples": node.train["g"].shape[-1], "noise": decimal_of(node, "noise")}
+
+
+def _sub_tokens(config: Fields, module: str) -> dict[str, Any]:
+    given = {**SUB_TOKENS, **config["velora_config"]}
+    start, groups = given["init_type"], whole_field(given, "num_groups", 1, LARGEST_RANK)
+    if start not in DIRECTIONS:
+        raise SboraxError(f"init_type of velora_config must be among {', '.join(DIRECTIONS)}, got {str(start)[:40]}")
+    return {"groups": groups, "gain": number_field(given, "scale"), "direction": DIRECTIONS[start]}
+
+
+def _list_sub_tokens(modules: Mapping[str, Fields]) -> dict[str, Any]:
+    groups, gain, direction = (_common(modules, name, "velora_config") for name in ("groups", "gain", "direction"))
+    start = next(name for name, ours in DIRECTIONS.items() if ours == direction)
+    return {"velora_config": {"num_groups": groups, "scale": gain, "init_type": start}}
+
+
+def _read_velora(fields: Fields) -> Fit:
+    rate, sizes = number_field(fields, "lora_dropout"), {name: fields[name] for name in ("groups", "direction")}
+    method = VeLoRA(rank=rank_field(fields), dropout=rate, **sizes)
+    return Fit(method, {"scale": _lora_scale(fields), "gain": fields["gain"]})
+
+
+def _write_velora(node: Adapter) -> dict[str, Any]:
+    method = node.method
+    assert isinstance(method, VeLoRA)
+    sizes = {"groups": method.groups, "gain": decimal_of(node, "gain"), "direction": method.direction}
+    return {**_write_lora(node), **sizes}
 
 
 def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
@@ -278,6 +420,54 @@ LOW_RANK = (
         },
         LORA_FIELDS, OF_PART, _read_activated, _write_activated, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
         by_module=_invocation, in_config=_common_invocation, refused=VARIANTS,
+    ),
+    Row(
+        BDLoRA, "LORA",
+        {
+            "use_bdlora": (BLOCKS, dict), "use_dora": (False,), "kasa_config": (None,),
+            "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+        },
+        LORA_FIELDS,
+        (
+            Tensor("lora_A.weight", "a_i", ((0, 2), 1)), Tensor("lora_A.weight", "a", ((0, 2), 1)),
+            Tensor("lora_B.weight", "b_i", ((0, 2), 1)), Tensor("lora_B.weight", "b", (2, (0, 1))),
+        ),
+        _read_bdlora, _write_bdlora, LORA_PATTERNS,
+        by_module=_block_side, in_config=_list_block_sides, reads=LORA_READS,
+    ),
+    Row(
+        MonteCLoRA, "LORA",
+        {
+            "monteclora_config": (SAMPLER, dict), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED,
+            "kasa_config": (None,),
+        },
+        LORA_FIELDS,
+        (
+            *(Tensor(tensor.suffix, tensor.leaf, TRANSPOSED) for tensor in PAIR),
+            Tensor("lora_monteclora_sampler.std_prior", "d", (0,)),
+            Tensor("lora_monteclora_sampler.expert_weights_prior", "g", (0,)),
+            Tensor(
+                "lora_monteclora_sampler.gaussian_var_prior", "d", (0, 1),
+                begins=lambda d: np.eye(len(d), dtype=np.float32),
+            ),
+            Tensor(
+                "lora_monteclora_sampler.expert_weights", "g", (0,),
+                begins=lambda g: np.full(len(g), 1 / len(g), np.float32),
+            ),
+        ),
+        _read_monteclora, _write_monteclora, LORA_PATTERNS, any_rank=True,
+        by_module=_sampler, in_config=_list_sampler, reads=LORA_READS,
+    ),
+    Row(
+        VeLoRA, "LORA",
+        {
+            "velora_config": (SUB_TOKENS, dict), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED,
+            "kasa_config": (None,),
+        },
+        LORA_FIELDS,
+        (*(Tensor(tensor.suffix, tensor.leaf, TRANSPOSED) for tensor in PAIR), Tensor("lora_velora_embed", "v", (0,))),
+        _read_velora, _write_velora, LORA_PATTERNS, any_rank=True,
+        by_module=_sub_tokens, in_config=_list_sub_tokens, reads=LORA_READS,
     ),
     Row(
         MiCA, "LORA", {"use_dora": (False,), "init_lora_weights": ("mica",)}, LORA_FIELDS,

@@ -1,6 +1,7 @@
 """The form of a row of PEFT's table: how one kind of adapter is read and written."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Tensor(NamedTuple):
 
     - suffix: its name behind the module's.
     - leaf: the name of our leaf, `part/a` for leaf `a` of a part.
-    - axes: the axes of our leaf in PEFT's order; None for an axis of size 1 that ours lacks.
+    - axes: the axes of our leaf in PEFT's order; None for an axis of size 1 that ours lacks, and several axes for one
+      that holds all of them, the last of which varies fastest.
     - times: a frozen scalar leaf that PEFT multiplies into the tensor.
     - shared: the file has one tensor for all modules, sized for the largest, and each module reads its first part.
     - repeated: shared, and PEFT also writes a copy for every module.
@@ -41,11 +43,13 @@ class Tensor(NamedTuple):
     - into: it holds indices into the leaf of this name in the bank.
     - at: it holds the entries of the leaf, which is the bank's, at the indices in the leaf of this name.
     - embedding: its name behind the embedding's; empty if PEFT does not adapt an embedding in this way.
+    - begins: what PEFT writes before training, of our leaf. Such a tensor holds what PEFT saw last in training. It
+      changes no function, so it is not read.
     """
 
     suffix: str
     leaf: str
-    axes: tuple[int | None, ...]
+    axes: tuple[int | tuple[int, ...] | None, ...]
     times: str | None = None
     shared: bool = False
     repeated: bool = False
@@ -54,6 +58,7 @@ class Tensor(NamedTuple):
     into: str | None = None
     at: str | None = None
     embedding: str = ""
+    begins: Callable[[np.ndarray], np.ndarray] | None = None
 
     def key(self, module: str, numbers: Mapping[str, int]) -> str:
         """The tensor's name in the file. numbers: those of the adapted modules, see `HFLayout.numbers`."""
@@ -68,26 +73,36 @@ class Tensor(NamedTuple):
 
     def shape(self, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """PEFT's shape from those of our leaves."""
-        return self._turned(ours[self.at or self.leaf])
+        shape = ours[self.at or self.leaf]
+        return self._turned(shape if self.begins is None else self.begins(np.zeros(shape)).shape)
 
     def _turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(1 if axis is None else shape[axis] for axis in self.axes)
+        return tuple(math.prod(shape[axis] for axis in held) for held in self._held())
+
+    def _held(self) -> list[tuple[int, ...]]:
+        """The axes of our leaf that each axis of PEFT's tensor holds."""
+        return [() if axis is None else (axis,) if isinstance(axis, int) else axis for axis in self.axes]
+
+    def _order(self) -> list[int]:
+        return [axis for held in self._held() for axis in held]
 
     def outward(self, leaves: Mapping[str, Any]) -> np.ndarray:
         """Our leaf as PEFT keeps it, float32 or int32."""
         leaf = np.asarray(leaves[self.leaf], np.int32 if self.places or self.into else np.float32)
+        if self.begins is not None:
+            leaf = self.begins(leaf)
         if self.at is not None:
             leaf = leaf[np.asarray(leaves[self.at])]
         if self.times is not None:
             leaf = leaf * np.asarray(leaves[self.times], np.float32)
-        turned = np.transpose(leaf, [axis for axis in self.axes if axis is not None])
-        return np.ascontiguousarray(turned.reshape(self._turned(leaf.shape)))
+        return np.ascontiguousarray(np.transpose(leaf, self._order()).reshape(self._turned(leaf.shape)))
 
-    def inward(self, value: np.ndarray) -> np.ndarray:
-        """PEFT's tensor as our leaf."""
-        kept = [axis for axis in self.axes if axis is not None]
-        sizes = [size for size, axis in zip(value.shape, self.axes, strict=True) if axis is not None]
-        return np.transpose(value.reshape(sizes), np.argsort(kept))
+    def inward(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """PEFT's tensor as our leaf. shape: the leaf's, without stack axes; padding of ranks may make it larger."""
+        sizes: list[int] = []
+        for size, held in zip(value.shape, self._held(), strict=True):
+            sizes += [shape[axis] for axis in held] if len(held) > 1 else [size] * len(held)
+        return np.transpose(value.reshape(sizes), np.argsort(self._order()))
 
 
 class Fit(NamedTuple):

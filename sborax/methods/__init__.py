@@ -5,6 +5,7 @@ A line here makes a class public: `sborax.LoRA`, a name in rules and commands, a
 
 from sborax.methods.adalora import AdaLoRA as AdaLoRA
 from sborax.methods.bat import Bat as Bat
+from sborax.methods.bdlora import BDLoRA as BDLoRA
 from sborax.methods.boft import BOFT as BOFT
 from sborax.methods.bone import Bone as Bone
 from sborax.methods.c3a import C3A as C3A
@@ -27,6 +28,7 @@ from sborax.methods.lora_ga import LoRAGA as LoRAGA
 from sborax.methods.mica import MiCA as MiCA
 from sborax.methods.milora import MiLoRA as MiLoRA
 from sborax.methods.mo_sara import MoSARA as MoSARA
+from sborax.methods.monteclora import MonteCLoRA as MonteCLoRA
 from sborax.methods.oft import OFT as OFT
 from sborax.methods.olora import OLoRA as OLoRA
 from sborax.methods.orthogonal import OrthogonalAdaptation as OrthogonalAdaptation
@@ -47,6 +49,7 @@ from sborax.methods.super_tuning import SuperTuning as SuperTuning
 from sborax.methods.tiny_lora import TinyLoRA as TinyLoRA
 from sborax.methods.uni_lora import UniLoRA as UniLoRA
 from sborax.methods.vb_lora import VBLoRA as VBLoRA
+from sborax.methods.velora import VeLoRA as VeLoRA
 from sborax.methods.vera import VeRA as VeRA
 from sborax.methods.wave_ft import WaveFT as WaveFT
 
