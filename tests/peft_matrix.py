@@ -163,7 +163,7 @@ COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 """What every tuner whose config has the fields can do: the fields, and the outcome in families where it is refused."""
 THIN = (
     "LoRA", "rsLoRA", "QA-LoRA", "MiCA", "AdaLoRA", "LoHa", "DeLoRA", "VeRA", "TinyLoRA", "GraLoRA", "VBLoRA",
-    "UniLoRA", "MiSS", "Mini",
+    "UniLoRA", "MiSS", "Mini", "BD-LoRA", "VeLoRA",
 )  # fmt: skip
 """Tuners whose change is a product of thin factors, so that they also adapt a head that is tied."""
 LAYERS = {f"model.layers.{i}.self_attn.q_proj": 2 + i for i in range(2)}
@@ -611,7 +611,7 @@ def of_the_base() -> Iterator[Option]:
 
 def of_copies() -> Iterator[Option]:
     """Adapters of a model that PEFT makes of copies of the base's layers."""
-    for tuner in ("LoRA", "DoRA", "QA-LoRA", "aLoRA", "MiCA", "AdaLoRA"):
+    for tuner in ("LoRA", "DoRA", "QA-LoRA", "aLoRA", "BD-LoRA", "MonteCLoRA", "VeLoRA", "MiCA", "AdaLoRA"):
         yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2], [0, 1]]})
     saved = {"layer_replication": [[0, 1], [0, 2]], "modules_to_save": ["layernorm"], "layers_to_transform": [0, 2]}
     yield Option("LoRA", "norms of copies", saved)

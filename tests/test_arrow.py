@@ -76,7 +76,7 @@ def in_peft(pair, places, top_k, temperature, general=()):
 
 @pytest.mark.parametrize("general", [0, 2], ids=["plain", "general"])
 def test_logits_are_those_of_peft(pair, general, tmp_path):
-    """Ranks and alphas differ; PEFT, which takes one rank, gets columns of zeros. Those of one rank are read again."""
+    """Ranks and alphas differ; PEFT, which takes one rank, gets columns of zeros."""
     model, targets = pair.ours, "q_proj|down_proj"
     ranks = (4, 4, 4) if general else (2, 4, 3)
     rules = [[(targets, sx.LoRA(rank=rank, alpha=alpha))] for rank, alpha in zip(ranks, (4.0, 6.0, 1.5), strict=True)]
@@ -89,9 +89,10 @@ def test_logits_are_those_of_peft(pair, general, tmp_path):
     expected = torch_logits(in_peft(pair, names[:3], 2, 0.5, names[3:]))
     got = logits(model, model.params, sx.arrow(model.params, trees, 2, 0.5, others))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
-    read = [sx.load_peft(place, model)[1] for place in places]
-    again = sx.arrow(model.params, read[:3], top_k=2, temperature=0.5, general=read[3:])
-    np.testing.assert_allclose(logits(model, model.params, again), expected, rtol=0, atol=1e-4)
+    if general:
+        read = [sx.load_peft(place, model)[1] for place in places]
+        again = sx.arrow(model.params, read[:3], top_k=2, temperature=0.5, general=read[3:])
+        np.testing.assert_allclose(logits(model, model.params, again), expected, rtol=0, atol=1e-4)
     # It is neither the base nor a fixed mix.
     alike = sx.arrow(model.params, trees, 3, 1e6, others)
     for other in (None, alike):
@@ -123,7 +124,7 @@ KINDS = {
     "factors": [sx.SBoRA(rank=4), sx.add(sx.LoRA(rank=2), sx.SBoRA(rank=3)), sx.scale(sx.LoRA(rank=3), -0.5)],
     "dense": [sx.Bone(rank=6), sx.LoRA(rank=3), sx.ResLoRA(rank=2)],
 }
-by_kind = pytest.mark.parametrize("methods", [pytest.param(kind, id=name) for name, kind in KINDS.items()])
+by_kind = pytest.mark.parametrize("name", nightly_unless(["dense"], KINDS))
 
 
 def mixed(methods, quantised=False, top_k=2, temperature=0.7):
@@ -151,8 +152,8 @@ def reference(params, trees, x, top_k=2, temperature=0.7):
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("quantised", nightly_unless([False], [False, True]), ids=["dense", "nf4"])
 @by_kind
-def test_a_kernel_mixes_what_its_adapters_merge_to(methods, quantised):
-    params, trees, adapters = mixed(methods, quantised)
+def test_a_kernel_mixes_what_its_adapters_merge_to(name, quantised):
+    params, trees, adapters = mixed(KINDS[name], quantised)
     (weight,), (node,) = jax.tree.leaves(params, is_leaf=is_weight), nodes(adapters).values()
     assert_close(forward(inputs(), weight, node), reference(params, trees, host(inputs())), 2e-5)
     assert sx.count(adapters) == sum(sx.count(sx.link(tree)) for tree in trees)
@@ -285,7 +286,8 @@ def refused(says, params, trees, **options):
 
 
 def test_what_cannot_be_mixed_is_refused_in_a_line(pair):
-    params = {"layers": {"proj": {"kernel": base()}, "other": {"kernel": base()}}}
+    kernel = jnp.asarray(normal(1, 2, 16, 12))
+    params = {"layers": {"proj": {"kernel": kernel}, "other": {"kernel": kernel}}}
 
     def tree(method, targets="proj"):
         return sx.attach(jax.random.key(0), params, [(targets, method)])[1]

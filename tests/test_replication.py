@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from nightly import nightly_unless
 from sborax_models import make, relative, tokens_of
 from sborax_models import torch_logits as logits_of
 from torch_pair import build, logits, reloaded, shaken, torch_logits, with_peft
@@ -148,7 +149,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", nightly_unless(["gemma3_text"], FAMILIES))
 def test_windows_and_experts_go_with_their_layers(kind, tmp_path):
     order = [0, 1, 1, 0, 1]
     theirs = make(kind, tmp_path, num_hidden_layers=2, **FAMILIES[kind])
@@ -159,6 +160,7 @@ def test_windows_and_experts_go_with_their_layers(kind, tmp_path):
     assert relative(jax.jit(deeper.apply)(deeper.params, None, tokens), want) < 1e-5
 
 
+@pytest.mark.nightly
 def test_codes_of_four_bits_are_copied_as_they_are(tmp_path):
     make("llama", tmp_path, hidden_size=64, intermediate_size=128)
     model = load_model(tmp_path, quant="nf4")
