@@ -73,6 +73,14 @@ def banked_parts(method: AbstractMethod) -> tuple[AbstractBanked, ...]:
     return (method,) if isinstance(method, AbstractBanked) else ()
 
 
+def rests_on_bank(method: AbstractMethod) -> bool:
+    """Whether an adapter may get no gradient in the first step, because what it multiplies in a bank is zero then.
+
+    The gradient of the bank, that of a kind, shows whether the model reads its kernels.
+    """
+    return any(part.bank_of_kind for part in banked_parts(method))
+
+
 def bank_path(method: AbstractBanked, kernel: str) -> str:
     """Where the bank of a method on the kernel at this path is in a tree of adapters."""
     parts = [part for part in kernel.removesuffix("/kernel").split("/") if not part.isdecimal()]

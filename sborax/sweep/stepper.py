@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sborax.adapters.bank import rests_on_bank
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import selective
 from sborax.data.batches import Batch
@@ -90,7 +91,7 @@ class SweepStepper(AbstractStepper):
     def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:
         sites = self.prepared[0].plan.sites
         # An expert that no sequence of the first batch chose is not dead.
-        idle = {site.path for site in sites if selective(site.method)}
+        idle = {site.path for site in sites if selective(site.method) or rests_on_bank(site.method)}
         try:
             check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})
         except SboraxError as error:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from sborax.adapters.bank import rests_on_bank
 from sborax.adapters.routing import selective
 from sborax.adapters.tree import nodes
 from sborax.data.batches import Batch
@@ -120,7 +121,8 @@ class RunStepper(AbstractStepper):
             return problem
         if first:
             # An expert that no sequence of the first batch chose has no gradient, and is not dead.
-            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
+            found = {path: node.method for path, node in nodes(self.parts.adapters).items()}
+            idle = {path for path, method in found.items() if selective(method) or rests_on_bank(method)}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))
         self.progress.show(made.step, numbers["loss"], self.speed.mean() or made.tokens / made.seconds)
