@@ -1,5 +1,6 @@
 """Lily: who shares what, tokens that depend on no other, and PEFT's mean over a batch."""
 
+import json
 import warnings
 
 import chex
@@ -10,11 +11,14 @@ import peft
 import pytest
 from bare_kernels import normal
 from safetensors.numpy import load_file, save_file
+from tiny_model import write_data, write_model
 from torch_pair import TOKENS, build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
+from sborax.models.generate import generate
+from sborax.train.loop import train
 
 pytestmark = [
     pytest.mark.usefixtures("strict"),
@@ -143,3 +147,52 @@ def test_a_text_of_one_token_is_that_of_peft(pair, tmp_path):
     chex.assert_trees_all_close(
         pair.ours.apply(params, ours, one), pair.ours.apply(params, adapters, one), rtol=0, atol=1e-5
     )
+
+
+def test_experts_act_on_no_mean_of_theirs():
+    params = {"layers": {"experts": {"kernel": jnp.asarray(normal(4, 2, 3, 8, 6))}}}
+    sx.plan(params, [("experts", METHOD)])
+    with pytest.raises(sx.SboraxError, match="layers/experts/kernel: Lily takes means over tokens, of which each"):
+        sx.plan(params, [("experts", sx.Lily(rank=2, routing="batch"))])
+
+
+def test_padding_is_no_part_of_a_mean(pair):
+    """The text alone, and the text with padding on either side."""
+    method = sx.Lily(rank=2, routing="batch")
+    params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("self_attn", method)])
+    adapters, text = shaken(adapters), TOKENS[:1]
+    alone = jax.jit(pair.ours.apply)(params, adapters, jnp.asarray(text))
+    for before, after in ((3, 0), (0, 4)):
+        tokens, segments = (
+            jnp.asarray(np.pad(array, ((0, 0), (before, after)))) for array in (text, np.ones_like(text))
+        )
+        padded = jax.jit(pair.ours.apply)(params, adapters, tokens, segment_ids=segments)
+        np.testing.assert_allclose(padded[:, before : before + text.shape[1]], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("routing", ["token", "batch"])
+def test_a_run_begins_with_experts_of_zero(routing, tmp_path):
+    """In the first step the routers have no gradient, and the experts have."""
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl")
+    data = sx.Data(str(tmp_path / "data.jsonl"), template="{instruction}", answer=" {output}", max_length=32)
+    rules = [("self_attn|mlp", sx.Lily(rank=4, stride=2, routing=routing))]
+    with jax.numpy_dtype_promotion("standard"):
+        experiment = sx.Experiment(str(tmp_path / "model"), data, rules, optimizer=sx.Optimizer(lr=1e-2), steps=6)
+        train(experiment, tmp_path / "run", echo=lambda _: None)
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+@pytest.mark.nightly
+def test_text_over_a_cache_is_that_of_whole_passes(pair):
+    params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("self_attn|mlp", METHOD)])
+    adapters, prompt = shaken(adapters), TOKENS[0, :4].tolist()
+    (text,) = generate(pair.ours, params, adapters, [prompt], 4)
+    whole = list(prompt)
+    for _ in range(len(text)):
+        last = jax.jit(pair.ours.apply)(params, adapters, jnp.asarray([whole], jnp.int32))[0, -1]
+        whole.append(int(np.argmax(last)))
+    assert list(text) == whole[4:]

@@ -341,7 +341,8 @@ def test_members_have_banks_of_their_own(places, tmp_path):
     """Each trains, decays and clips what all of its kernels share."""
     rules = (
         sx.Rule("self_attn", sx.VBLoRA(rank=2, vectors=6, length=8, dropout=0.1)),
-        sx.Rule("mlp", sx.UniLoRA(rank=2, coefficients=30)),
+        sx.Rule("mlp/(gate|up)", sx.UniLoRA(rank=2, coefficients=30)),
+        sx.Rule("mlp/down", sx.Lily(rank=2, routing="batch")),
     )
     experiment = an_experiment(places, rules=rules)
     grid = {"seed_adapter": (0, 1), "rules.1.method.bound": (0.1, 0.5)}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
+from sborax.adapters.bank import banked_parts
 from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, SboraxError
 from sborax.adapters.invocation import invoked_parts
 
@@ -58,8 +59,13 @@ def routed_parts(method: AbstractMethod) -> tuple[AbstractRouted, ...]:
 
 
 def selective(method: AbstractMethod) -> bool:
-    """Whether an adapter may get no gradient in a step, because no sequence selected it or has its tokens."""
-    return isinstance(method, AbstractRouter) or bool(routed_parts(method) or invoked_parts(method))
+    """Whether an adapter may get no gradient in a step.
+
+    No sequence may select it or have its tokens, or what it multiplies in a bank of its kind may be zero. The gradient of
+    the bank then shows whether the model reads its kernels.
+    """
+    rests = any(part.bank_of_kind for part in banked_parts(method))
+    return isinstance(method, AbstractRouter) or rests or bool(routed_parts(method) or invoked_parts(method))
 
 
 class Expert(NamedTuple):
