@@ -184,10 +184,12 @@ def test_packed_texts_are_each_alone(logits_of, ours):
         start += len(text)
 
 
+# Of a method that takes means over the batch, a text is not what it is alone.
 ADDITIVE = [
     case
     for case in METHODS
-    if isinstance(case.method, AbstractAdditive) and not (case.method.rewrites_base or invoked_parts(case.method))
+    if isinstance(case.method, AbstractAdditive)
+    and not (case.method.rewrites_base or case.method.token_mean or invoked_parts(case.method))
 ]
 
 
