@@ -54,7 +54,7 @@ def test_equal_draws_give_the_loss_and_the_gradients_of_peft(pair, tmp_path, mon
         total, items = LOSS(outputs_of(pair, params, sx.combine(train, frozen), jax.random.key(0)))
         return total / items
 
-    loss, grads = jax.value_and_grad(mean)(train)
+    loss, grads = jax.jit(jax.value_and_grad(mean))(train)
     np.testing.assert_allclose(loss, (plain + penalty).item(), rtol=1e-5)
     np.testing.assert_allclose(
         monteclora_penalty(adapters, jax.random.key(0), 0.02, True, 0.4), penalty.item(), rtol=1e-5

@@ -99,6 +99,14 @@ UNREAD = {
         peft.LoraConfig(target_modules=["gate_up_proj"], init_lora_weights="pissa"),
         "gate_up_proj holds gate_proj, up_proj, and only LoRA and DoRA .* not PiSSA",
     ),
+    "blocks of all outputs": (
+        peft.LoraConfig(r=4, target_modules=["qkv_proj"], use_bdlora=peft.BdLoraConfig([], ["qkv_proj"], nblocks=2)),
+        "qkv_proj holds q_proj, k_proj, v_proj, and only LoRA and DoRA .* not BDLoRA",
+    ),
+    "further tensors": (
+        peft.LoraConfig(target_modules=["qkv_proj"], velora_config=peft.VeloraConfig()),
+        "qkv_proj holds q_proj, k_proj, v_proj, and only LoRA and DoRA .* not VeLoRA",
+    ),
     "trained whole": (
         peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["qkv_proj"]),
         "modules_to_save: qkv_proj holds several projections",

@@ -48,6 +48,7 @@ class VeLoRA(AbstractFactored, AbstractGrouped):
     direction: where the unit vector v comes from. "batch" (PEFT), the mean sub-token of each microbatch, or of each
         expert's rows: accumulated gradients are then not those of a batch as large. "fixed", a leaf, at random as
         PEFT's "random". The paper keeps the first batch's mean; files with PEFT's "batch_average_once" are read so.
+        The leaf is there with "batch", too, since PEFT's files have it.
     alpha: s = alpha / rank; None (default) is s = 1.
     dropout: rate on the adapter's input in training; default 0.
 
