@@ -134,7 +134,7 @@ def anywhere(families: Set[str], message: str) -> dict[str, str]:
     return dict.fromkeys(families, message)
 
 
-TIED_HEAD = anywhere(TIED, "lm_head, which is tied to the embedding here")
+TIED_HEAD = anywhere(TIED, "cannot adapt the table of the embedding")
 TIED_TABLE = anywhere(TIED, "the embedding, to which the head is tied here")
 COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "two": ({}, {}),
