@@ -1,16 +1,14 @@
 """Reads a PEFT adapter directory."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sborax.adapters.bank import AbstractBank, AbstractBanked, bank_path
 from sborax.adapters.compose import ByLayer
@@ -21,7 +19,8 @@ from sborax.adapters.tables import why_no_table
 from sborax.adapters.tree import attach, link, nodes
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_biases import added_biases, check_saved, stored_biases
-from sborax.interop.peft_experts import FIELD, read_experts
+from sborax.interop.peft_experts import FIELD, Door, read_experts
+from sborax.interop.peft_file import Tensors, in_todays_form, open_tensors, read_config
 from sborax.interop.peft_fused import taken_apart
 from sborax.interop.peft_layout import (
     CONFIG,
@@ -45,18 +44,6 @@ from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
 
-LARGEST_CONFIG = 1 << 22
-"""In bytes."""
-FLOATS = ("F32", "F16", "BF16", "F64")
-INTEGERS = ("I32", "I64")
-OLD_NAMES = {"BONE": ("MISS", ".bone_", ".miss_")}
-"""Kinds that PEFT has renamed: the new name, and what the names of tensors contain, before and after."""
-
-POOLED = "use_qalora"
-"""The config field of QA-LoRA. On a base that is not GPTQ's, PEFT ignores it and trains a plain LoRA."""
-ONE_RANK = ("HIRA",)
-"""Kinds whose rank PEFT takes from `r`, ignoring `rank_pattern`. Earlier exports of sborax followed `rank_pattern`."""
-
 
 def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[Any, Any]:
     """Read a PEFT adapter directory for `model`: `(params, adapters)`.
@@ -78,160 +65,136 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
 
 
 def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
-    config, file = _read_config(place / CONFIG), _open(place / TENSORS)
+    config, file = read_config(place / CONFIG), open_tensors(place / TENSORS)
     layout = layout_of(model.params)
-    with file as stored:
-        config, file = taken_apart(config, stored, layout, family_of(model.config.model_type).fused)
-        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        names = dict(zip(headers, headers, strict=True))
+    with file as opened:
+        config, opened = taken_apart(config, opened, layout, family_of(model.config.model_type).fused)
         layout = dataclasses.replace(layout, shared=config.get(TYING) is True)
-        if str(config.get("peft_type")) in OLD_NAMES:
-            config, names = _modern(config, headers)
+        config, tensors = in_todays_form(config, Tensors.of(opened), layout)
         kind = kind_of(config)
         if kind is not None:
-            return _changed_base(kind, config, headers, file, layout, model.params), {}
-        if config.get("peft_type") in ONE_RANK and not _ragged(headers):
-            config = {**config, "rank_pattern": {}}
-        if config.get(POOLED) and config.get("qalora_group_size") != 1 and _unpooled(headers, layout):
-            config = {**config, POOLED: False}
-        listed, config = config, {**config, FIELD: None}
+            return _changed_base(kind, config, tensors, layout, model.params), {}
+        of_experts, config = config.get(FIELD), {**config, FIELD: None}
         row = row_for(config)
         if config.get(REPLICATION):
             check_replication(row, config[REPLICATION], model)
-        experts = None
-        if listed.get(FIELD):
-            if row is not PLAIN:
-                raise SboraxError(f"{FIELD} is read of plain LoRA alone, and this is {config.get('peft_type')}")
-            experts = read_experts(listed, model.params, lambda module: _fit(row, config, module, None))
+        experts = _experts(row, {**config, FIELD: of_experts}, model.params) if of_experts else None
         modules = [] if experts and not config.get("target_modules") else _targets(config, layout)
         saved = saved_modules(config, layout.modules)
         check_saved(config, layout, saved)
-        tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
-        if tied and config.get(TYING) is not True:
-            raise SboraxError(
-                f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in "
-                "PEFT; merge the adapter there and load the model that it saves"
-            )
         if row.method.rewrites_base:
             _check_dense(row, modules, layout)
         fits = _fits(row, config, modules, layout)
         expected = _expected(row, fits, layout) if fits else {}
         expected |= experts.shapes if experts else {}
-        # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
-        adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
-        turned = {copy: name for copy, name in transposed_copies(layout, expected).items() if copy in names}
-        copies = {copy for tensor in row.tensors for copy in tensor.copies(fits)} | tied.keys() | turned.keys()
-        turned = {names[copy]: name for copy, name in turned.items()}
-        heads = {copy: names[copy] for copy in tied if copy in names}
-        names = {name: stored for name, stored in names.items() if name not in copies}
+        copies = _copies_in(tensors, row, fits, _tied(config, layout, saved), transposed_copies(layout, expected))
+        rest = tensors.without(copies.names)
         added = added_biases(config, layout, fits)
+        base = _base_tensors(layout, saved, modules, rest.names, stored_biases(config, layout, modules))
         expected |= {name: shape for name, (_, _, shape) in added.items()}
-        base = _base_tensors(layout, saved, modules, names, stored_biases(config, layout, modules))
-        completed = _completed(row, config, fits, layout, names, file)
-        names = {name: stored for name, stored in names.items() if name not in completed.spent}
-        expected = {name: shape for name, shape in expected.items() if name not in completed.tensors}
-        places = tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places or tensor.into)
-        _compare({**expected, **{PREFIX + key: shape for key, (_, shape) in base.items()}}, names, headers, places)
+        expected |= {PREFIX + key: shape for key, (_, shape) in base.items()}
+        rest = rest.completed(_completed(row, config, fits, layout, rest))
+        rest.compare(expected, tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places or tensor.into))
+        copies.check(tensors, rest)
 
-        def read(name: str) -> np.ndarray:
-            if name in completed.tensors:
-                return completed.tensors[name]
-            tensor = np.asarray(file.get_tensor(names[name]))
-            # A flat index may be larger than float32 can tell from the next one.
-            return tensor if tensor.dtype.kind in "iu" else tensor.astype(np.float32)
-
-        for copy, stored in heads.items():
-            if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32), read(tied[copy])):
-                raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
-        for stored, name in turned.items():
-            if not np.array_equal(np.asarray(file.get_tensor(stored), np.float32).T, read(name)):
-                raise SboraxError(f"{stored} is not the transpose of {name}, to which {TYING} ties it")
-        new = {}
-        for key, (name, _) in base.items():
-            value = read(PREFIX + key)
-            if not np.array_equal(new.setdefault(name, value), value):
-                raise SboraxError(f"{key} differs from the embedding, to which the head is tied here")
-        for tensor, (name, scale, _) in added.items():
-            before = new[name] if name in new else np.asarray(wide(tensor_in(layout, layout.leaves, name)))
-            new[name] = before + np.float32(scale) * read(tensor)
+        new = _new_leaves(base, added, layout, rest)
         rewritten = row.method.rewrites_base and not row.keeps_base and HEAD in modules
         residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
+        # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
+        adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
         params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
-        if _differ(nodes(adapters), row, adapted, layout, read):
+        if _differ(nodes(adapters), row, adapted, layout, rest.read):
             adapters = link(adapters)
         filled = {
-            path: _filled_bank(node, path, row, adapted, layout, read)
+            path: _filled_bank(node, path, row, adapted, layout, rest.read)
             if isinstance(node.method, AbstractBank)
-            else _filled(node, path, row, adapted, layout, read)
+            else _filled(node, path, row, adapted, layout, rest.read)
             for path, node in nodes(adapters).items()
         }
-        filled |= experts.fill(read) if experts else {}
+        filled |= experts.fill(rest.read) if experts else {}
     return params, nest(filled)
 
 
-def _changed_base(
-    kind: Kind, config: Mapping[str, Any], headers: Mapping[str, Any], file: Any, layout: HFLayout, params: Any
-) -> Any:
+def _experts(row: Row, config: Mapping[str, Any], params: Any) -> Door:
+    """The adapters of experts in the file."""
+    if row is not PLAIN:
+        raise SboraxError(f"{FIELD} is read of plain LoRA alone, and this is {config.get('peft_type')}")
+    return read_experts(config, params, lambda module: _fit(row, config, module, None))
+
+
+def _tied(config: Mapping[str, Any], layout: HFLayout, saved: list[str]) -> dict[str, str]:
+    """What the file may have twice, since the head is tied to the embedding: `{name of the copy: name}`."""
+    tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
+    if tied and config.get(TYING) is not True:
+        raise SboraxError(
+            f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in PEFT; "
+            "merge the adapter there and load the model that it saves"
+        )
+    return tied
+
+
+class _Copies(NamedTuple):
+    """Tensors that repeat others.
+
+    - names: all of them.
+    - tied, transposed: those that are compared, `{name of the copy: name}`.
+    """
+
+    names: frozenset[str]
+    tied: Mapping[str, str]
+    transposed: Mapping[str, str]
+
+    def check(self, tensors: Tensors, originals: Tensors) -> None:
+        """Raise SboraxError for a copy that differs."""
+        for copy, name in self.tied.items():
+            if not np.array_equal(tensors.stored(copy).astype(np.float32), originals.read(name)):
+                raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
+        for copy, name in self.transposed.items():
+            if not np.array_equal(tensors.stored(copy).astype(np.float32).T, originals.read(name)):
+                raise SboraxError(f"{copy} is not the transpose of {name}, to which {TYING} ties it")
+
+
+def _copies_in(
+    tensors: Tensors, row: Row, fits: Mapping[str, Fit], tied: Mapping[str, str], transposed: Mapping[str, str]
+) -> _Copies:
+    tied, transposed = (
+        {copy: name for copy, name in copies.items() if copy in tensors.names} for copies in (tied, transposed)
+    )
+    of_row = {copy for tensor in row.tensors for copy in tensor.copies(fits)}
+    return _Copies(frozenset(of_row | tied.keys() | transposed.keys()), tied, transposed)
+
+
+def _new_leaves(
+    base: Mapping[str, tuple[str, tuple[int, ...]]],
+    added: Mapping[str, tuple[str, float, tuple[int, ...]]],
+    layout: HFLayout,
+    tensors: Tensors,
+) -> dict[str, np.ndarray]:
+    """The leaves of the base that the file changes, by Hugging Face's names.
+
+    - base: those that it has, as `_base_tensors` returns them.
+    - added: what it adds to biases, as `added_biases` returns it.
+    """
+    new: dict[str, np.ndarray] = {}
+    for key, (name, _) in base.items():
+        value = tensors.read(PREFIX + key)
+        if not np.array_equal(new.setdefault(name, value), value):
+            raise SboraxError(f"{key} differs from the embedding, to which the head is tied here")
+    for key, (name, scale, _) in added.items():
+        before = new[name] if name in new else np.asarray(wide(tensor_in(layout, layout.leaves, name)))
+        new[name] = before + np.float32(scale) * tensors.read(key)
+    return new
+
+
+def _changed_base(kind: Kind, config: Mapping[str, Any], tensors: Tensors, layout: HFLayout, params: Any) -> Any:
     """`params` with what the file of a kind without adapters changes."""
     read = (SELECTING - {"modules_to_save"}) | INERT.keys() | kind.reads | kind.inert.keys()
     check_options(config, read, {"modules_to_save": "this kind changes the base itself"})
-    _compare(kind.expected(config, layout), dict(zip(headers, headers, strict=True)), headers)
-    changed = kind.changed(config, layout, lambda name: np.asarray(file.get_tensor(name), np.float32))
+    tensors.compare(kind.expected(config, layout))
+    changed = kind.changed(config, layout, lambda name: tensors.stored(name).astype(np.float32))
     return _replaced(params, layout, changed)
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise SboraxError(f"{CONFIG} is missing; is this a PEFT adapter directory?")
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise SboraxError(f"{CONFIG} is larger than {LARGEST_CONFIG} bytes")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as failure:
-        raise SboraxError(f"{CONFIG} is not JSON ({str(failure)[:80]})") from None
-    if not isinstance(config, dict):
-        raise SboraxError(f"{CONFIG} is not a JSON object")
-    return config
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        pickled = path.with_suffix(".bin").is_file()
-        advice = "; pickled weights are not read, save it again with safe_serialization=True" if pickled else ""
-        raise SboraxError(f"{TENSORS} is missing{advice}")
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as failure:
-        raise SboraxError(f"{TENSORS} is not a readable safetensors file ({str(failure)[:80]})") from None
-
-
-def _modern(config: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """`(config, {new name: stored name})` of a kind that PEFT has renamed."""
-    kind, old, new = OLD_NAMES[config["peft_type"]]
-    config = {**config, "peft_type": kind}
-    # Before PEFT's release of BONE the block-affine form was the default. Only the shape of the tensors shows it.
-    if any(len(header.get_shape()) == 3 for header in headers.values()):
-        config["init_weights"] = "bat"
-    return config, {name.replace(old, new): name for name in headers}
-
-
-def _ragged(headers: Mapping[str, Any]) -> bool:
-    """Whether modules differ in rank: the smaller side of tensors with the same last name."""
-    ranks: dict[str, set[int]] = {}
-    for name, header in headers.items():
-        ranks.setdefault(name.rpartition(".")[2], set()).add(min(header.get_shape(), default=0))
-    return any(len(sizes) > 1 for sizes in ranks.values())
-
-
-def _unpooled(headers: Mapping[str, Any], layout: HFLayout) -> bool:
-    """Whether a LoRA reads every input, and not groups of them, which PEFT pools on GPTQ bases alone."""
-    for name, header in headers.items():
-        slot = layout.slots.get(name.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight")
-        if name.endswith(".lora_A.weight") and slot is not None and len(shape := header.get_shape()) == 2:
-            return shape[1] == layout.shape(slot.path)[0]
-    return False
 
 
 def _targets(config: Mapping[str, Any], layout: HFLayout) -> list[str]:
@@ -293,26 +256,15 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
 
 
 def _completed(
-    row: Row,
-    config: Mapping[str, Any],
-    fits: Mapping[str, Fit],
-    layout: HFLayout,
-    names: Mapping[str, str],
-    file: Any,
+    row: Row, config: Mapping[str, Any], fits: Mapping[str, Fit], layout: HFLayout, tensors: Tensors
 ) -> Completed:
     """The tensors that another form of the kind has no room for, made of what it has instead."""
     if row.completed is None or not fits:
         return Completed({}, frozenset())
     numbers = layout.numbers(fits)
     shapes = {module: layout.shape(layout.place(module)[0]) for module in sorted(fits, key=numbers.get)}  # type: ignore[arg-type]
-
-    def read(name: str) -> np.ndarray:
-        if name not in names:
-            raise SboraxError(f"tensor {name!r} is missing from {TENSORS}")
-        return np.asarray(file.get_tensor(names[name]))
-
     fields = {name: config.get(name, default) for name, default in row.defaults.items()}
-    return row.completed(fields, shapes, read)
+    return row.completed(fields, shapes, tensors.stored)
 
 
 def _base_tensors(
@@ -333,31 +285,6 @@ def _base_tensors(
         shape = layout.leaves[slot.path].shape[0 if slot.layer is None else 1 :]
         tensors[key] = (name, tuple(reversed(shape)) if slot.transposed else tuple(shape))
     return tensors
-
-
-def _compare(
-    expected: Mapping[str, tuple[int, ...]],
-    names: Mapping[str, str],
-    headers: Mapping[str, Any],
-    places: tuple[str, ...] = (),
-) -> None:
-    """Raise SboraxError unless the file has exactly the expected tensors, with their shapes and a legal dtype.
-
-    places: endings of the names of tensors that hold indices.
-    """
-    missing, surplus = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
-    if missing:
-        raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
-    if surplus:
-        raise SboraxError(
-            f"{len(surplus)} tensors in {TENSORS} have no place in this model, such as {surplus[0][:120]!r}"
-        )
-    for name, shape in expected.items():
-        header = headers[names[name]]
-        if tuple(header.get_shape()) != shape:
-            raise SboraxError(f"{name} has shape {tuple(header.get_shape())}, config and model say {shape}")
-        if header.get_dtype() not in ((*FLOATS, *INTEGERS) if name.endswith(places) else FLOATS):
-            raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
 
 
 def _check_dense(row: Row, modules: list[str], layout: HFLayout) -> None:
