@@ -24,6 +24,7 @@ from sborax.interop.peft_row import (
 )
 from sborax.interop.peft_targets import matched
 from sborax.methods import BOFT, C3A, DEFT, HRA, IA3, OFT, OSF, Bat, Bone, GLoRA, PEANuT, RoAd, SHiRA, SuperTuning
+from sborax.methods.glora_forms import CHOICES
 
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
@@ -290,6 +291,10 @@ def _read_glora(fields: Fields) -> Fit:
     forms = {name: fields[f"config_{letters}"] for name, letters in GLORA_FORMS.items()}
     if forms["weight"] == "none":
         raise SboraxError("config_A_B='none' is not supported: nothing is left to train where there is no bias")
+    for name, form in forms.items():
+        if form not in CHOICES[name]:
+            known = ", ".join(CHOICES[name])
+            raise SboraxError(f"config_{GLORA_FORMS[name]} must be among {known}, got {str(form)[:40]!r}")
     return Fit(GLoRA(rank=rank_field(fields), **forms), {})
 
 
