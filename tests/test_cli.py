@@ -136,7 +136,8 @@ def test_plan_reads_no_weights(made, capsys, tmp_path):
 def test_methods_tells_of_every_method(capsys):
     told = prints(capsys, "methods")
     names = [line for line in told.splitlines() if line and not line.startswith(" ")]
-    assert names == methods.__all__
+    # Classes that other tests have defined are listed with their module.
+    assert [name for name in names if ":" not in name] == methods.__all__
     for paragraph in told.split("\n\n"):
         for fact in ("options:", "paper:", "merge:", "PEFT:"):
             assert fact in paragraph
