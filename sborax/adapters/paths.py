@@ -384,8 +384,8 @@ def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Sit
 
 def bank_sites(sites: Sequence[Site]) -> list[Site]:
     """The banks of the methods at these sites. Raises SboraxError for methods that disagree about one."""
-    found = banks([Kernel(site.path, site.method, site.stack, site.shape) for site in sites])
-    return [Site(path, method, (), method.shape, 1, 0) for path, method in found.items()]
+    placed = banks([Kernel(site.path, site.method, site.stack, site.shape) for site in sites])
+    return [Site(path, method, (), method.shape, 1, 0) for path, method in placed.items()]
 
 
 def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, kernel: Sequence[int]) -> None:

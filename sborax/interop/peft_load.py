@@ -461,10 +461,10 @@ def _copies(path: str, tensor: Tensor, fits: Mapping[str, Fit], layout: HFLayout
     return copies
 
 
-def _differ(found: Mapping[str, Adapter], row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> bool:
+def _differ(adapters: Mapping[str, Adapter], row: Row, fits: Mapping[str, Fit], layout: HFLayout, read: Any) -> bool:
     """Whether copies of one leaf of a bank differ: what is one tensor here is several in PEFT's model."""
     copied = [tensor for tensor in row.tensors if not tensor.shared and tensor.at is None]
-    for path, node in found.items():
+    for path, node in adapters.items():
         for tensor in copied if isinstance(node.method, AbstractBank) else []:
             known: dict[Any, np.ndarray] = {}
             for slot, key in _copies(path, tensor, fits, layout) if tensor.leaf in node.train else []:

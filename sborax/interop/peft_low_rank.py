@@ -200,12 +200,12 @@ def _list_block_sides(modules: Mapping[str, Fields]) -> dict[str, Any]:
 
     def means(config: Fields) -> bool:
         try:
-            found = {module: _block_side(config, module) for module in modules}
+            sides = {module: _block_side(config, module) for module in modules}
         except SboraxError:
             return False
         return all(
             read == {"side": cut[module]["side"], "blocks": blocks} if module in cut else read["blocks"] == 1
-            for module, read in found.items()
+            for module, read in sides.items()
         )
 
     short = listed({module: module.rpartition(".")[2] for module in modules})

@@ -52,8 +52,8 @@ class Activated(AbstractAdditive, AbstractComposite, AbstractInvoked):
             raise SboraxError(
                 f"Activated: {name} takes its start out of the base, which a text before its tokens would lack"
             )
-        whole = isinstance(self.tokens, tuple) and all(type(token) is int and token >= 0 for token in self.tokens)
-        if not whole or not self.tokens:
+        ids = isinstance(self.tokens, tuple) and all(type(token) is int and token >= 0 for token in self.tokens)
+        if not ids or not self.tokens:
             raise SboraxError(f"Activated: tokens must be a tuple of one token id or more, got {self.tokens!r}")
 
     @property

@@ -96,8 +96,8 @@ class CorDA(AbstractFactored, AbstractInformed):
     def gather(
         cls, methods: Mapping[Place, AbstractInformed], batches: Sequence[Callable[[], Inputs]]
     ) -> dict[Place, Gathered]:
-        found = covariances(methods, batches)
-        return {place: Gathered({"covariance": covariance}) for place, covariance in found.items()}
+        by_place = covariances(methods, batches)
+        return {place: Gathered({"covariance": covariance}) for place, covariance in by_place.items()}
 
     def with_ranks(self, ranks: Rank) -> "CorDA":
         return dataclasses.replace(self, rank=width(ranks))

@@ -65,7 +65,7 @@ class _Search:
         self.wanted = wanted
         self.leaders: dict[Place, Place] = {}
         self.most: dict[Place, int] = {}
-        self.found: dict[Place, Spectrum] = {}
+        self.spectra: dict[Place, Spectrum] = {}
         by_inputs: dict[bytes, Place] = {}
         for place in wanted:
             rows = np.asarray(first.rows[place[0]][place[1]])
@@ -82,7 +82,7 @@ class _Search:
     @property
     def complete(self) -> bool:
         """Whether every search has seen a batch."""
-        return self.found.keys() == self.settled.keys()
+        return self.spectra.keys() == self.settled.keys()
 
     def unsettled(self) -> list[Place]:
         """The leaders whose components in use still turn."""
@@ -99,17 +99,17 @@ class _Search:
             x, place = x.reshape(-1, x.shape[-1]), (path, position)
             if float(kept.sum()) < self.most[place]:
                 continue
-            before = self.found.get(place)
+            before = self.spectra.get(place)
             old = empty(self.most[place], x.shape[-1]) if before is None else before
-            self.found[place] = updated(old, x, kept, self.wanted[place].niter)
+            self.spectra[place] = updated(old, x, kept, self.wanted[place].niter)
             if before is not None:
-                self.settled[place] = np.asarray(self.found[place].turned) >= self.wanted[place].tau
+                self.settled[place] = np.asarray(self.spectra[place].turned) >= self.wanted[place].tau
         if self.complete and self.open:
             self._deal()
 
     def _deal(self) -> None:
         """Give the ranks of the budget to the components that explain the largest shares."""
-        shares = [np.asarray(self.found[self.leaders[place]].shares) for place in self.open]
+        shares = [np.asarray(self.spectra[self.leaders[place]].shares) for place in self.open]
         owners = [place for place, own in zip(self.open, shares, strict=True) for _ in own]
         budget = sum(self.wanted[place].rank for place in self.open)
         self.ranks |= dict.fromkeys(self.open, 0)
@@ -120,9 +120,9 @@ class _Search:
         """The components of every weight, filled up with zeros to one number, and its rank."""
         most, gathered = max(self.most.values()), {}
         for place, leader in self.leaders.items():
-            found, missing = self.found[leader], most - self.most[leader]
-            components = np.pad(np.asarray(found.components), ((0, missing), (0, 0)))
-            singular = np.pad(np.asarray(found.singular), (0, missing), constant_values=1.0)
+            spectrum, missing = self.spectra[leader], most - self.most[leader]
+            components = np.pad(np.asarray(spectrum.components), ((0, missing), (0, 0)))
+            singular = np.pad(np.asarray(spectrum.singular), (0, missing), constant_values=1.0)
             rank = self.ranks[place] if self.open else None
             gathered[place] = Gathered({"components": components, "singular": singular}, rank)
         return gathered
