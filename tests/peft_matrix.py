@@ -211,6 +211,7 @@ def of_loras() -> Iterator[Option]:
 SINGLE: dict[str, dict[str, dict[str, Any]]] = {
     "LoRA": {
         "wide": {"r": 40},
+        "adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
         "alpha 0.5": {"lora_alpha": 0.5},
         "alpha 7 of 3": {"r": 3, "lora_alpha": 7},
         "negative alpha": {"lora_alpha": -3},
@@ -506,11 +507,13 @@ def of_one_tuner() -> Iterator[Option]:
             yield Option(tuner, name, fields, **outcome, **UNEQUAL.get((tuner, name), {}))
 
 
+TOO_WIDE = anywhere(FAMILIES.keys() - {"nf4"}, "rank must lie in")
+"""The model with NF4 weights alone has sides of 40 and more."""
 UNEQUAL: dict[tuple[str, str], dict[str, Any]] = {
-    ("BD-LoRA", "wide"): {"refused": "rank must lie in"},
-    ("GraLoRA", "wide"): {"refused": "rank must lie in"},
-    ("SuperTuning", "wide"): {"refused": "rank must lie in"},
-    ("VBLoRA", "wide"): {"refused": "rank must lie in"},
+    ("BD-LoRA", "wide"): {"in_families": TOO_WIDE},
+    ("GraLoRA", "wide"): {"in_families": TOO_WIDE},
+    ("SuperTuning", "wide"): {"in_families": TOO_WIDE},
+    ("VBLoRA", "wide"): {"in_families": TOO_WIDE},
     ("LoRA", "saved k_proj"): {"in_families": {"nf4": "but it is quantised in this model"}, "everywhere": True},
 }
 
@@ -553,7 +556,6 @@ def refused() -> Iterator[Option]:
         ("GLoRA", {"config_A_B": "none"}, "config_A_B='none'"),
         ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
-        ("LoRA", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
         ("OFT", {"oft_block_size": 0, "r": 64}, "block must be at least 2"),
         ("OFT", {"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms=1"),
@@ -575,7 +577,7 @@ def refused() -> Iterator[Option]:
         ("RandLoRA", {"save_projection": False}, "save_projection=False"),
     ]
     for tuner, fields, message in by_field:
-        yield Option(tuner, " ".join(fields), fields, refused=message)
+        yield Option(tuner, " ".join(fields), fields, refused=message, in_families={"nf4": message})
     for tuner, field in BESIDE_LORA.items():
         yield Option(tuner, "of DoRA", {}, refused=f"option {field}=", stored={"use_dora": True})
 
