@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -70,5 +71,84 @@ def test_files_both_ways(name, pairs, tmp_path):
 
 
 REFUSED = {
-    "an adapted embedding": ("untied", ROWS, {"target_modules": ["embed_tokens"]}, "model.embed_tokens: it has an adapter"),
+    "another module": ("untied", {FIELD: {"wte": ROWS}}, "this model has no module 'wte'"),
+    "a norm": ("untied", {FIELD: {"model.norm": [1]}}, "of model.norm: it is no embedding and no projection"),
+    "a module twice": (
+        "untied",
+        {FIELD: {"embed_tokens": ROWS, "tokens": ROWS}},
+        "has the rows of model.embed_tokens twice",
+    ),
+    "an adapted module": ("untied", {FIELD: {"q_proj": [1]}}, "q_proj: it has an adapter, beside which PEFT trains no"),
+    "an adapted embedding": (
+        "tied",
+        {"target_modules": ["lm_head"], "ensure_weight_tying": True},
+        "of model.embed_tokens: it has an adapter",
+    ),
+    "a saved embedding": ("untied", {"modules_to_save": ["embed_tokens"]}, "it is in modules_to_save, beside which"),
+    "a tied head alone": ("tied", {FIELD: {"lm_head": ROWS}}, "the rows of lm_head are not those of the embedding"),
+    "a tied head with others": ("tied", {FIELD: {"embed_tokens": ROWS, "lm_head": OTHERS}}, "the rows of lm_head are"),
+    "no such token": ("untied", {FIELD: [3, 64]}, f"{FIELD}: expected distinct tokens in 0..63"),
+    "a token twice": ("untied", {FIELD: [3, 3, 5]}, f"{FIELD}: expected distinct tokens"),
+    "no tokens": ("untied", {FIELD: []}, f"{FIELD}: expected distinct tokens"),
+    "another count": ("untied", {FIELD: ROWS[:2]}, "config and model say (2, 32)"),
 }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, pairs, tmp_path):
+    """A file of PEFT's, whose config was changed."""
+    model, changes, message = REFUSED[name]
+    with_peft(pairs[model], peft.LoraConfig(**LORA, trainable_token_indices=ROWS)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(sx.SboraxError) as caught:
+        load_peft(tmp_path, pairs[model].ours)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("biased"), mlp_bias=True)
+
+
+@pytest.mark.nightly
+def test_rows_of_other_projections(pairs, biased, tmp_path):
+    """They are read, and written with the whole kernel. PEFT drops the bias of such a projection, which is refused."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"1.mlp.up_proj": [3, 40]})
+    pair, theirs = pairs["untied"], with_peft(pairs["untied"], config)
+    expected = torch_logits(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    params, adapters = load_peft(tmp_path / "theirs", pair.ours)
+    np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, rtol=0, atol=1e-4)
+    save_peft(tmp_path / "ours", pair.ours, params, adapters)
+    np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
+    with pytest.raises(sx.SboraxError, match="of model.layers.1.mlp.up_proj: PEFT drops its bias"):
+        load_peft(tmp_path / "theirs", biased.ours)
+
+
+def with_rows(model, count):
+    """The parameters with so many rows of the embedding moved, and a LoRA."""
+    table = model.params["embed_tokens"]["embedding"]
+    params = replace_leaves(model.params, {TABLE: table.at[jnp.arange(count)].add(0.5)})
+    return sx.attach(jax.random.key(0), params, [("q_proj", sx.LoRA(rank=2))])
+
+
+def test_at_most_half_of_the_rows_are_written_as_rows(pairs, tmp_path):
+    model = pairs["tied"].ours
+    for count in (1, 32, 33):
+        save_peft(tmp_path / str(count), model, *with_rows(model, count))
+        config = json.loads((tmp_path / str(count) / "adapter_config.json").read_text())
+        assert config.get("modules_to_save") == (["model.embed_tokens"] if count == 33 else None)
+        assert config.get(FIELD) == (None if count == 33 else list(range(count)))
+        np.testing.assert_array_equal(
+            load_peft(tmp_path / str(count), model)[0]["embed_tokens"]["embedding"],
+            with_rows(model, count)[0]["embed_tokens"]["embedding"],
+        )
+
+
+def test_kinds_without_the_field_have_the_whole_embedding(pairs, tmp_path):
+    model = pairs["untied"].ours
+    params, adapters = with_rows(model, 2)[0], sx.attach(jax.random.key(0), model.params, [("q_proj", sx.IA3())])[1]
+    save_peft(tmp_path, model, params, adapters)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.embed_tokens"] and FIELD not in config

@@ -53,9 +53,7 @@ def with_rows(
     return table
 
 
-def changed_rows(
-    after: Float[np.ndarray, "vocab d"], before: Float[np.ndarray, "vocab d"]
-) -> Int[np.ndarray, " n"]:
+def changed_rows(after: Float[np.ndarray, "vocab d"], before: Float[np.ndarray, "vocab d"]) -> Int[np.ndarray, " n"]:
     """The numbers of the rows that differ, in ascending order."""
     return np.flatnonzero((after != before).any(axis=1))
 
