@@ -9,11 +9,13 @@ import peft
 import pytest
 from nightly import nightly_unless
 from safetensors.numpy import load_file
-from torch_pair import TOKENS, build, logits, reloaded, torch_logits, with_peft
+from sborax_models import make
+from torch_pair import TOKENS, Pair, build, logits, reloaded, torch_logits, with_peft
 
 import sborax as sx
 from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.interop.peft import load_peft, save_peft
+from sborax.models.load import load_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
@@ -126,6 +128,32 @@ def test_rows_of_other_projections(pairs, biased, tmp_path):
         load_peft(tmp_path / "theirs", biased.ours)
 
 
+OTHER_MODELS = {
+    "phi3": ({}, {"target_modules": ["qkv_proj", "o_proj"]}),
+    "qwen3_moe": (
+        {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_beside_adapters_of_joint_projections_and_of_experts(kind, tmp_path):
+    sizes, targets = OTHER_MODELS[kind]
+    fields = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, **sizes}
+    made = make(kind, tmp_path / "model", **fields)
+    pair = Pair(made, load_model(tmp_path / "model"), tmp_path / "model")
+    theirs = with_peft(pair, peft.LoraConfig(r=3, **targets, trainable_token_indices=ROWS))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = torch_logits(theirs)
+    params, adapters = load_peft(tmp_path / "theirs", pair.ours)
+    np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, rtol=0, atol=1e-4)
+    save_peft(tmp_path / "ours", pair.ours, params, adapters)
+    assert EMBEDDING in load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
+
+
 def with_rows(model, count):
     """The parameters with so many rows of the embedding moved, and a LoRA."""
     table = model.params["embed_tokens"]["embedding"]
@@ -140,6 +168,8 @@ def test_at_most_half_of_the_rows_are_written_as_rows(pairs, tmp_path):
         config = json.loads((tmp_path / str(count) / "adapter_config.json").read_text())
         assert config.get("modules_to_save") == (["model.embed_tokens"] if count == 33 else None)
         assert config.get(FIELD) == (None if count == 33 else list(range(count)))
+        card = (tmp_path / str(count) / "README.md").read_text()
+        assert (FIELD in card) == (count < 33) and ("Stored in full: model.embed_tokens" in card) == (count == 33)
         np.testing.assert_array_equal(
             load_peft(tmp_path / str(count), model)[0]["embed_tokens"]["embedding"],
             with_rows(model, count)[0]["embed_tokens"]["embedding"],

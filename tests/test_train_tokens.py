@@ -78,7 +78,7 @@ def test_a_step_is_that_of_the_whole_embedding_in_these_rows(place):
 
 
 def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
-    """The vectors are in the adapter's file alone, go on from a checkpoint, and are rows of PEFT's file."""
+    """The adapter's file has these vectors, PEFT's has them as rows, and neither has the table."""
     experiment = an_experiment(place, data)
     train(experiment, tmp_path / "run")
     model = load_model(place)
@@ -90,6 +90,9 @@ def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
     assert np.flatnonzero(moved).tolist() == sorted(CHOSEN)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["trainable_parameters"] == sx.count(adapters) + 3 * 32
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "run"), "train_tokens=[0, 40]", "--mesh", "fsdp=2"]) == 0
+    assert "trained in the base itself: 64 parameters in 1 arrays" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "peft")]) == 0
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == sorted(CHOSEN) and "modules_to_save" not in config

@@ -1,6 +1,6 @@
 """PEFT's kinds that change parts of the base and have no adapters: LN_TUNING, BEFT and TRAINABLE_TOKENS.
 
-Here such parts are trained by `train_also` of an experiment without rules.
+Here such parts are trained by `train_also` and `train_tokens` of an experiment without rules.
 """
 
 from collections.abc import Callable, Iterable, Mapping
