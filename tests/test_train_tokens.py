@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -106,15 +107,33 @@ def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
 
 
 @pytest.mark.nightly
-def test_a_run_goes_on_as_if_it_had_not_stopped(place, data, tmp_path):
-    experiment = an_experiment(place, data)
+@pytest.mark.parametrize("procedure", [None, sx.COLA(every=1)])
+def test_a_run_goes_on_as_if_it_had_not_stopped(procedure, place, data, tmp_path):
+    experiment = an_experiment(place, data, procedure=procedure)
     train(experiment, tmp_path / "once")
-    train(dataclasses.replace(experiment, steps=2), tmp_path / "twice")
+    # As a run that was killed after its first checkpoint leaves it.
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    for directory in ("adapter", "checkpoints/4"):
+        shutil.rmtree(tmp_path / "twice" / directory)
+    (tmp_path / "twice" / "summary.json").unlink()
     train(experiment, tmp_path / "twice", resume=True)
     once, twice = (
         load_file(tmp_path / name / "adapter" / "adapter.safetensors")[f"base/{VECTORS}"] for name in ("once", "twice")
     )
     np.testing.assert_allclose(twice, once, rtol=0, atol=1e-6)
+
+
+@pytest.mark.nightly
+def test_tokens_that_the_first_batch_lacks_are_not_dead(place, data, tmp_path):
+    """Their vectors in an embedding that is not tied have no gradient, and stay as they are."""
+    tied, tables = load_model(place).config.tie_word_embeddings, []
+    for number, absent in enumerate(((), (200,))):
+        experiment = an_experiment(place, data, train_tokens=absent, steps=2)
+        experiment = dataclasses.replace(experiment, optimizer=dataclasses.replace(experiment.optimizer, decay=0.0))
+        train(experiment, tmp_path / str(number))
+        params, _ = load_adapter(tmp_path / str(number) / "adapter", load_model(place).params)
+        tables.append(params["embed_tokens"]["embedding"])
+    assert np.flatnonzero((tables[0] != tables[1]).any(axis=1)).tolist() == ([200] if tied else [])
 
 
 @pytest.mark.nightly

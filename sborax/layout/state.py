@@ -14,7 +14,7 @@ from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import bias_path
 from sborax.adapters.rebase import reads_base
-from sborax.adapters.tables import leaf_of
+from sborax.adapters.tables import TABLE, leaf_of
 from sborax.adapters.tree import Adapters, Params, count, nodes, split
 from sborax.adapters.vectors import TOKENS, VECTORS, vectors_of, with_vectors
 
@@ -120,8 +120,9 @@ def take_apart(
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
+    changing = chosen | ({TABLE} if train_tokens else set())
     for path, node in nodes(adapters).items():
-        if leaf_of(path, flat) in chosen and reads_base(node.method):
+        if leaf_of(path, flat) in changing and reads_base(node.method):
             raise SboraxError(
                 f"{path}: {type(node.method).__name__} keeps what follows from this weight, which would be trained "
                 "itself; leave one of the two out"
