@@ -159,6 +159,7 @@ COMMON: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "head": ({"target_modules": ["q_proj", "lm_head"]}, TIED_HEAD),
     "norms": ({"modules_to_save": ["layernorm", "model.norm"]}, {}),
     "embedding": ({"modules_to_save": ["embed_tokens"]}, TIED_TABLE),
+    "rows": ({"trainable_token_indices": [32, 17]}, {}),
 }
 """What every tuner whose config has the fields can do: the fields, and the outcome in families where it is refused."""
 THIN = (
@@ -554,7 +555,6 @@ def refused() -> Iterator[Option]:
         ("QA-LoRA", {"init_lora_weights": "olora"}, "use_qalora=True is not supported: beside a method other"),
         ("aLoRA", {"init_lora_weights": "olora"}, "[32, 17] is not supported: beside a method other than LoRA"),
         ("GLoRA", {"config_A_B": "none"}, "config_A_B='none'"),
-        ("LoRA", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("LoRA", {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ("LoRA", {"target_parameters": ["up_proj.weight"]}, "target_parameters"),
         ("OFT", {"oft_block_size": 0, "r": 64}, "block must be at least 2"),
@@ -609,6 +609,21 @@ def of_the_base() -> Iterator[Option]:
     for tuner in ("norms", "biases"):
         saved = {"modules_to_save": ["lm_head"]}
         yield Option(tuner, "more modules", {}, "option modules_to_save", stored=saved)
+
+
+def of_rows() -> Iterator[Option]:
+    """Rows of the embedding and of the head that are trained beside an adapter."""
+    field = "trainable_token_indices"
+    yield Option("LoRA", "rows everywhere", {field: [40, 5, 17]}, everywhere=True)
+    yield Option("LoRA", "rows by name", {field: {"embed_tokens": [17]}, "ensure_weight_tying": True}, also_in=TIED)
+    yield Option("LoRA", "rows of both", {field: dict.fromkeys(["embed_tokens", "lm_head"], [32, 17])}, also_in=TIED)
+    other = anywhere(TIED, "the rows of lm_head are not those of the embedding")
+    yield Option("LoRA", "rows of the head", {field: {"lm_head": [3, 5]}}, in_families=other, also_in=TIED)
+    yield Option("LoRA", "rows beside an adapted head", {field: [32], "target_modules": ["lm_head"]}, also_in=TIED)
+    yield Option("LoRA", "rows beside norms", {field: [32, 17], "modules_to_save": ["layernorm"]})
+    yield Option("LoRA", "rows beside biases", {field: [32, 17], "bias": "all"}, also_in=BIASED)
+    yield Option("LoRA", "rows and copies of layers", {field: [32, 17], "layer_replication": [[0, 2], [1, 2]]})
+    yield Option("LoRA", "no rows", {field: {}})
 
 
 def of_copies() -> Iterator[Option]:
@@ -691,6 +706,7 @@ def options() -> Iterator[Option]:
     for tuner, fields in LATER:
         yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
     yield from of_copies()
+    yield from of_rows()
 
 
 OPTIONS = list(options())

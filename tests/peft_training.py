@@ -100,7 +100,7 @@ class Case:
     """A method with its settings, in PEFT and as our users write them.
 
     - method: None for no adapters.
-    - also: what is trained of the base.
+    - also: what is trained of the base. tokens: those whose vectors are.
     - targets: the pattern of our rule.
     - leaves: our leaves of PEFT's model after training, by kernel.
     - patch: changes PEFT where it does not compute what it says; each says why.
@@ -114,6 +114,7 @@ class Case:
     leaves: Callable[[Pair, Any, Path], dict[str, Any]] = of_file
     patch: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
     targets: str = TARGETS
+    tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ def experiment(pair: Pair, case: Case) -> sx.Experiment:
         sx.Data(QUESTIONS, template="{q} ", answer="{a}", max_length=16, buckets=(16,)),
         [] if case.method is None else [(case.targets, case.method)],
         train_also=case.also,
+        train_tokens=case.tokens,
         optimizer=case.recipe.ours,
         steps=STEPS,
         batch_size=4,

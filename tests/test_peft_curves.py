@@ -49,6 +49,7 @@ from peft_training import (
     with_answers,
     with_tokenizer,
 )
+from tiny_model import tokenizer
 from torch_pair import ALL, DEPTH, Pair, equal_noise, equal_uniforms, in_subspaces
 
 import sborax as sx
@@ -58,6 +59,7 @@ from sborax.adapters.core import AbstractMethod
 from sborax.adapters.leaves import nest, replace_leaves
 from sborax.adapters.paths import hint_of, kernels
 from sborax.adapters.tree import Adapters, Params, nodes, rewrite
+from sborax.adapters.vectors import VECTORS
 from sborax.interop.peft_table import TABLE, row_for
 from sborax.models.names import hf_module
 from sborax.train.hints import first_batches, gradients
@@ -480,6 +482,16 @@ BASE: dict[str, tuple[dict[str, Any], Case]] = {
     ),
 }
 """What is trained of the base, mostly without adapters, or adapted, with the fields of a model that has such leaves."""
+CHOSEN = sorted(set(tokenizer()("plus 1.")["input_ids"]))
+
+
+def of_vectors(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
+    """The adapters of PEFT's model, and the vectors of `CHOSEN`."""
+    params, adapters = read(pair, model, directory)
+    return {**leaves_of(adapters), VECTORS: params["embed_tokens"]["embedding"][np.asarray(CHOSEN)]}
+
+
+OF_TOKENS: dict[str, Any] = {"tokens": tuple(CHOSEN), "leaves": of_vectors}
 BOTH = {"targets": "embed_tokens|lm_head|q_proj"}
 MODULES = ["embed_tokens", "lm_head", "q_proj"]
 TIED = {"tie_word_embeddings": True}
@@ -488,6 +500,15 @@ PLAIN_SGD = Recipe(
     lambda model: torch.optim.SGD(trained(model), lr=0.1),
 )
 EMBEDDINGS: dict[str, tuple[dict[str, Any], Case]] = {
+    "vectors beside LoRA": ({}, Case(config("LoRA", trainable_token_indices=CHOSEN), PLAIN["LoRA"], **OF_TOKENS)),
+    "vectors beside LoRA, tied": (
+        TIED,
+        Case(config("LoRA", trainable_token_indices=CHOSEN), PLAIN["LoRA"], **OF_TOKENS),
+    ),
+    "vectors alone": (
+        TIED,
+        Case(peft.TrainableTokensConfig(token_indices=CHOSEN), None, adamw(3e-2, 0.0), **OF_TOKENS),
+    ),
     "embedding and head": ({}, Case(config("LoRA", target_modules=MODULES), PLAIN["LoRA"], **BOTH)),
     "embedding and tied head, apart": (TIED, Case(config("LoRA", target_modules=MODULES), PLAIN["LoRA"], **BOTH)),
     # PEFT has two parameters with one memory, each with its gradient and its moments. Steps of SGD alone add up.
@@ -501,7 +522,7 @@ EMBEDDINGS: dict[str, tuple[dict[str, Any], Case]] = {
         ),
     ),
 }
-"""Adapters of the embedding, with the fields of a model."""
+"""Adapters of the embedding, and vectors of tokens in it, with the fields of a model."""
 CHEAP = ("LoRA", "DoRA", "PiSSA", "IA3", "HiRA", "OFT", "SHiRA", "MiSS", "Bat", "LoRA-FA")
 
 
@@ -530,7 +551,7 @@ def test_losses_are_those_of_peft(name, pair, tmp_path, monkeypatch):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", [*BASE, *EMBEDDINGS])
 def test_losses_of_other_parts_are_those_of_peft(name, tmp_path):
-    """As closely: norms, biases, alone and beside LoRA, every row of the embedding, and adapters of the embedding."""
+    """As closely: norms, biases, alone and beside LoRA, rows of the embedding, and adapters of the embedding."""
     fields, case = {**BASE, **EMBEDDINGS}[name]
     pair = with_tokenizer(tmp_path / "base", **fields)
     case.config.task_type = "CAUSAL_LM"

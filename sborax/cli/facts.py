@@ -66,7 +66,9 @@ def _training(experiment: Experiment) -> str:
     assert isinstance(optimizer, AbstractOptimizer | LiveObject)
     length = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
     rows = experiment.batch_size * experiment.accumulate
-    also = f", {', '.join(experiment.train_also)} trained beside the adapters" if experiment.train_also else ""
+    beside = [*experiment.train_also]
+    beside += [f"the vectors of {len(experiment.train_tokens)} tokens"] if experiment.train_tokens else []
+    also = f", {', '.join(beside)} trained beside the adapters" if beside else ""
     quant = f" on a base in {experiment.quant}" if experiment.quant else ""
     return (
         f"{length} of {rows} rows, {optimizer.label()}, {experiment.precision}"

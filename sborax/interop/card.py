@@ -9,6 +9,7 @@ from etils import epath
 from huggingface_hub import ModelCardData
 
 from sborax.adapters.core import SboraxError
+from sborax.interop.peft_tokens import TOKENS
 
 README = "README.md"
 TAG = "sborax"
@@ -43,6 +44,7 @@ def adapter_card(
         f"Adapted modules: {targets if isinstance(targets, str) else ', '.join(targets)}.",
         *([f"Layers: {config['layers_to_transform']}."] if "layers_to_transform" in config else []),
         *([f"Stored in full: {', '.join(config['modules_to_save'])}."] if "modules_to_save" in config else []),
+        *(["Vectors of some tokens were trained: `trainable_token_indices`."] if config.get(TOKENS) else []),
         _exactness(errors),
         *(f"{key}: {value}" for key, value in facts.items()),
     ]

@@ -1,6 +1,6 @@
 """PEFT's kinds that change parts of the base and have no adapters: LN_TUNING, BEFT and TRAINABLE_TOKENS.
 
-Here such parts are trained by `train_also` of an experiment without rules.
+Here such parts are trained by `train_also` and `train_tokens` of an experiment without rules.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +11,7 @@ import numpy as np
 from sborax.adapters.core import SboraxError
 from sborax.interop.peft_layout import EMBEDDING, HEAD, PREFIX, HFLayout, tensor_in, wide
 from sborax.interop.peft_targets import naming, targeted
+from sborax.interop.peft_tokens import DELTA, changed_rows, checked_indices, with_rows
 
 INDICES = "token_indices"
 
@@ -102,22 +103,12 @@ class Kind(NamedTuple):
         return Written({**naming(modules, layout.modules, layered=False), **config}, tensors)
 
 
-def _indices(config: Mapping[str, Any], rows: int) -> list[int]:
-    indices = config.get(INDICES)
-    known = isinstance(indices, list) and all(type(index) is int and 0 <= index < rows for index in indices)
-    if not known or not indices or len(set(indices)) != len(indices):
-        raise SboraxError(f"{INDICES}: expected distinct tokens in 0..{rows - 1}, got {str(indices)[:60]}")
-    return indices
-
-
-def _with_rows(table: np.ndarray, rows: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    table = table.copy()
-    table[_indices(config, len(table))] = rows
-    return table
+def _indices(config: Mapping[str, Any], count: int) -> list[int]:
+    return checked_indices(config.get(INDICES), INDICES, count)
 
 
 def _rows(after: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    indices = np.flatnonzero((after != before).any(axis=1))
+    indices = changed_rows(after, before)
     # A text, as PEFT's own: of a list it says that a tied head would be forgotten, though it is not.
     return after[indices], {INDICES: indices.tolist(), "target_modules": EMBEDDING}
 
@@ -134,9 +125,9 @@ KINDS = (
         lambda after, before: ((after - before)[None], {}),
     ),
     Kind(
-        "TRAINABLE_TOKENS", "trainable_tokens_delta", "embedding", "the embedding",
-        frozenset({INDICES}), START,
-        lambda shape, config: (len(_indices(config, shape[0])), *shape[1:]), _with_rows, _rows,
+        "TRAINABLE_TOKENS", DELTA, "embedding", "the embedding", frozenset({INDICES}), START,
+        lambda shape, config: (len(_indices(config, shape[0])), *shape[1:]),
+        lambda table, rows, config: with_rows(table, _indices(config, len(table)), rows), _rows,
     ),
 )  # fmt: skip
 

@@ -40,6 +40,7 @@ from sborax.interop.peft_replication import REPLICATION, check_replication
 from sborax.interop.peft_row import Completed, Fit, Row, Tensor, check_types, leaf_shapes, shared_shapes
 from sborax.interop.peft_table import INERT, PLAIN, SELECTING, check_options, row_for
 from sborax.interop.peft_targets import saved_modules, targeted, value_for
+from sborax.interop.peft_tokens import row_shapes, rows_in, tables_with_rows
 from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
@@ -50,8 +51,8 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
 
     Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
-    `modules_to_save` and the biases that PEFT trained are in `params`. LN_TUNING, BEFT and TRAINABLE_TOKENS have no
-    adapters and change `params` alone.
+    `modules_to_save`, the rows of `trainable_token_indices` and the biases that PEFT trained are in `params`.
+    LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change `params` alone.
 
     A file with `layer_replication` is for a deeper model: give the one that `replicate_layers` makes of its base.
 
@@ -91,13 +92,15 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         rest = tensors.without(copies.names)
         added = added_biases(config, layout, fits)
         base = _base_tensors(layout, saved, modules, rest.names, stored_biases(config, layout, modules))
+        rows = rows_in(config, layout, fits, saved)
+        expected |= row_shapes(rows, layout)
         expected |= {name: shape for name, (_, _, shape) in added.items()}
         expected |= {PREFIX + key: shape for key, (_, shape) in base.items()}
         rest = rest.completed(_completed(row, config, fits, layout, rest))
         rest.compare(expected, tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places or tensor.into))
         copies.check(tensors, rest)
 
-        new = _new_leaves(base, added, layout, rest)
+        new = _new_leaves(base, added, layout, rest) | tables_with_rows(rows, layout, rest.read)
         rewritten = row.method.rewrites_base and not row.keeps_base and HEAD in modules
         residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.

@@ -25,6 +25,7 @@ from sborax.interop.peft_row import (
     rank_field,
     whole_field,
 )
+from sborax.interop.peft_tokens import TOKENS
 from sborax.methods import BDLoRA, DoRA, KaSA, LoRA, MiCA, MonteCLoRA, OLoRA, PiSSA, QALoRA, VeLoRA
 from sborax.methods.activated import Activated
 
@@ -35,7 +36,7 @@ PAIR = (
 OF_PART = tuple(tensor._replace(leaf=f"part/{tensor.leaf}") for tensor in PAIR)
 INVOCATION = "alora_invocation_tokens"
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
-LORA_READS = frozenset({TYING, REPLICATION})
+LORA_READS = frozenset({TYING, REPLICATION, TOKENS})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 BASE_UNTOUCHED = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is, so that the tensors are the whole adapter."""
@@ -63,7 +64,6 @@ VARIANTS = {
     "kasa_config": "KaSA takes a part out of the base's singular values",
     "megatron_config": "of layers of Megatron-Core, which no model here has",
     "monteclora_config": OTHER,
-    "trainable_token_indices": "rows of the embedding beside an adapter; save all of it with modules_to_save",
     "use_bdlora": OTHER,
     "use_qalora": OTHER,
     "velora_config": OTHER,
@@ -286,7 +286,7 @@ LORA = (
             "kasa_config": (None,),
         },
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
-        by_shape=_groups, reads=frozenset({REPLICATION}),
+        by_shape=_groups, reads=frozenset({REPLICATION, TOKENS}),
         refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
     ),
     Row(

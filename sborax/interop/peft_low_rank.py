@@ -28,6 +28,7 @@ from sborax.interop.peft_row import (
     whole_field,
 )
 from sborax.interop.peft_targets import value_for
+from sborax.interop.peft_tokens import TOKENS
 from sborax.methods import AdaLoRA, DeLoRA, GraLoRA, HiRA, LoHa, LoKr
 
 LYCORIS_FIELDS = {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}
@@ -140,7 +141,7 @@ LOW_RANK = (
         {"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0},
         (Tensor("lora_A", "a", TRANSPOSED), Tensor("lora_B", "b", TRANSPOSED), Tensor("lora_E", "e", (0, None))),
         _read_adalora, _write_adalora, any_rank=True,
-        by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern", REPLICATION}),
+        by_module=_kept_ranks, in_config=_list_kept_ranks, reads=frozenset({"rank_pattern", REPLICATION, TOKENS}),
         inert={
             **dict.fromkeys("target_r tinit tfinal deltaT beta1 beta2 total_step".split(), "of the budget in training"),
             "orth_reg_weight": "of the loss in training",

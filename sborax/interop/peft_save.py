@@ -44,6 +44,7 @@ from sborax.interop.peft_row import Row, shared_shapes
 from sborax.interop.peft_table import PLAIN
 from sborax.interop.peft_table import TABLE as ROWS
 from sborax.interop.peft_targets import naming, pattern_for, saved_modules, targeted
+from sborax.interop.peft_tokens import TOKENS, TrainedRows, row_shapes, rows_in, trained_rows
 from sborax.methods import LoRA
 from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
@@ -109,7 +110,9 @@ def save_peft(
     - directory: created if missing.
     - model: the base model, with its original parameters.
     - params: the parameters as they are under the adapters. Those that differ from `model.params`, because they were
-      trained beside the adapters, are stored as `modules_to_save`, or biases by `bias` where PEFT's config has it.
+      trained beside the adapters, are stored as `modules_to_save`, or biases by `bias` where PEFT's config has it. Of
+      an embedding or a head of which at most half of the rows differ, these rows alone are stored, by
+      `trainable_token_indices` where PEFT's config has it.
     - adapters: the adapters.
     - as_: "native" (default), or "lora" for plain LoRA whatever the method: exact where there are thin factors, else
       a truncated SVD of (merged - base), whose relative error is in the result and on the card.
@@ -142,14 +145,14 @@ def save_peft(
     experts = write_experts(of_experts, layout.leaves) if of_experts else None
     if experts is not None and row is not PLAIN:
         raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
-    trained, biases = _trained_leaves(row, entries, layout, leaves, linked)
-    config = _config(row, entries, layout, base, trained, experts)
+    trained, biases, rows = _trained_leaves(row, entries, layout, leaves, linked)
+    config = _config(row, entries, layout, base, trained, experts) | rows.config
     if layer_replication is not None:
         config[REPLICATION] = written_replication(row, layer_replication, model, biases.names)
     if biases.names:
         config[BIAS] = biases.value
     tensors = _adapter_tensors(row, entries, layout) if entries else {}
-    tensors |= _trained_tensors(layout, leaves, {name: name for name in trained} | biases.names)
+    tensors |= _trained_tensors(layout, leaves, {name: name for name in trained} | biases.names) | rows.tensors
     config, tensors = _with_tied_copies(config, tensors, row, layout)
     if entries:
         config = _with_places(config, tensors, row, entries, layout)
@@ -203,15 +206,16 @@ def _trained_leaves(
     layout: HFLayout,
     leaves: Mapping[str, Any],
     linked: Mapping[str, Adapter],
-) -> tuple[list[str], Biases]:
-    """What was trained beside the adapters: the tensors of whole modules, and biases that the config speaks of."""
+) -> tuple[list[str], Biases, TrainedRows]:
+    """What was trained beside the adapters: tensors of whole modules, biases that the config speaks of, and rows."""
     changed = _changed(layout, leaves, linked)
     # Kinds whose config has no `bias` store a bias with its module alone.
     biases = Biases("none", {})
     if BIAS in row.constants:
         biases = trained_biases(row.peft_type, layout, leaves, changed, entries)
     in_names = {layout.slots[name].path for name in biases.names.values()}
-    return _trained_base(layout, changed - in_names, entries), biases
+    rows = trained_rows(layout, leaves, changed, entries) if TOKENS in row.reads else TrainedRows({}, {}, frozenset())
+    return _trained_base(layout, changed - in_names - rows.paths, entries), biases, rows
 
 
 def _with_tied_copies(
@@ -550,6 +554,7 @@ def _check_keys(
     implied |= {PREFIX + name for name in layout.slots if name.rpartition(".")[0] in saved}
     implied |= {PREFIX + copy for copy in tied_copies(layout, saved)} | transposed_copies(layout, implied).keys()
     implied |= {PREFIX + name for name in stored_biases(config, layout, modules)}
+    implied |= row_shapes(rows_in(config, layout, modules, saved), layout).keys()
     if implied != written:
         raise SboraxError(
             f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"

@@ -14,8 +14,9 @@ from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import bias_path
 from sborax.adapters.rebase import reads_base
-from sborax.adapters.tables import leaf_of
+from sborax.adapters.tables import TABLE, leaf_of
 from sborax.adapters.tree import Adapters, Params, count, nodes, split
+from sborax.adapters.vectors import TOKENS, VECTORS, vectors_of, with_vectors
 
 Flat = dict[str, Any]
 """Leaves by path; a quantised weight is one leaf."""
@@ -40,7 +41,10 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A model and its adapters, taken apart. `base` has none of the leaves in `trained_base`."""
+    """A model and its adapters, taken apart. `base` has none of the leaves in `trained_base`.
+
+    Where vectors of tokens are trained, `base` has the tokens beside the table.
+    """
 
     adapters: Any
     frozen: Any
@@ -51,6 +55,11 @@ class Parts:
     def train(self) -> PyTree:
         """The tree that is differentiated and optimised."""
         return {"adapters": self.adapters, "base": self.trained_base}
+
+    @property
+    def tokens(self) -> dict[str, Array]:
+        """The leaf with the tokens whose vectors are trained, by its path; empty without any."""
+        return {TOKENS: self.base[TOKENS]} if TOKENS in self.base else {}
 
     @property
     def count(self) -> int:
@@ -95,22 +104,25 @@ def take_apart(
     train_base: bool = False,
     train_also: Sequence[str] = (),
     halves: Halves = split,
+    train_tokens: Sequence[int] = (),
 ) -> Parts:
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
     - train_base, train_also: which base leaves are trained, see `selected`.
     - halves: the split of the adapters. Some optimisers hold leaves fixed that a method trains.
+    - train_tokens: tokens whose vectors in the embedding are trained.
 
-    Raises SboraxError as `selected` does, for a trained leaf that is quantised, and for one whose adapter keeps leaves
-    that follow from it.
+    Raises SboraxError as `selected` and `vectors_of` do, for a trained leaf that is quantised, and for one whose
+    adapter keeps leaves that follow from it.
     """
     flat = flatten(params)
     chosen = set(selected(list(flat), train_base, train_also, nodes(adapters)))
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
+    changing = chosen | ({TABLE} if train_tokens else set())
     for path, node in nodes(adapters).items():
-        if leaf_of(path, flat) in chosen and reads_base(node.method):
+        if leaf_of(path, flat) in changing and reads_base(node.method):
             raise SboraxError(
                 f"{path}: {type(node.method).__name__} keeps what follows from this weight, which would be trained "
                 "itself; leave one of the two out"
@@ -118,12 +130,16 @@ def take_apart(
     train, frozen = halves(adapters)
     # Leaves in float32 are copied too, because the step donates their buffers.
     masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
-    return Parts(train, frozen, {path: leaf for path, leaf in flat.items() if path not in chosen}, masters)
+    base = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    if train_tokens:
+        masters[VECTORS], base[TOKENS] = vectors_of(train_tokens, base, list(nodes(adapters)))
+    return Parts(train, frozen, base, masters)
 
 
 def put_together(base: Flat, trained_base: Mapping[str, Array], dtype: Any = None) -> Params:
     """The parameter tree, with trained leaves in `dtype`; None keeps their dtypes."""
-    return nest({**base, **{path: leaf.astype(dtype or leaf.dtype) for path, leaf in trained_base.items()}})
+    trained = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in trained_base.items()}
+    return nest(with_vectors({**base, **trained}))
 
 
 def start(parts: Parts, tx: optax.GradientTransformation) -> TrainState:

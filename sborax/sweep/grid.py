@@ -29,6 +29,7 @@ MAY_VARY = (
     "seed_adapter",
     "train_base",
     "train_also",
+    "train_tokens",
     "imports",
 )
 """Fields of an experiment in which members may differ. The others say what the base is, or how members are compared."""

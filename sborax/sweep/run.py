@@ -345,7 +345,7 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
                 procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen),
                 rules=experiment.rules,
                 base=shared.prints,
-                trained_base=state.train["base"],
+                trained_base={**state.train["base"], **parts.tokens},
                 about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
             )
         metrics, diverged = record.metrics, stepper.diverged.get(number)

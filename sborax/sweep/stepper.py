@@ -8,6 +8,7 @@ import numpy as np
 
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import selective
+from sborax.adapters.vectors import VECTORS
 from sborax.data.batches import Batch
 from sborax.layout.state import Flat, Parts, TrainState
 from sborax.records.eval_losses import SampleLoss, sample_losses
@@ -89,8 +90,8 @@ class SweepStepper(AbstractStepper):
 
     def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:
         sites = self.prepared[0].plan.sites
-        # An adapter that no sequence of the first batch selected is not dead.
-        idle = {site.path for site in sites if selective(site.method)}
+        # Adapters and tokens that no sequence of the first batch has selected are not dead.
+        idle = {site.path for site in sites if selective(site.method)} | {VECTORS}
         try:
             check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})
         except SboraxError as error:

@@ -108,6 +108,8 @@ class Experiment:
     - train_base: train all leaves of the base: full fine-tuning.
     - train_also: leaves of the base to train beside the adapters: "norm", "bias", "adapted_bias" (biases of adapted
         projections, in all layers of a stack), "router", "embed_tokens", "lm_head".
+    - train_tokens: ids of tokens whose vectors in the embedding are trained beside the adapters, and no others. A tied
+        head shares them. The optimiser and the adapter's file hold these vectors alone.
     - imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
         used in the experiment are added to them.
 
@@ -138,6 +140,7 @@ class Experiment:
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     train_base: bool = False
     train_also: Sequence[Also] = ()
+    train_tokens: Sequence[int] = ()
     imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -147,6 +150,7 @@ class Experiment:
             object.__setattr__(self, "data", Data(self.data))
         object.__setattr__(self, "rules", as_rules(self.rules))
         object.__setattr__(self, "train_also", tuple(self.train_also))
+        object.__setattr__(self, "train_tokens", tuple(self.train_tokens))
         object.__setattr__(self, "imports", tuple(dict.fromkeys([*self.imports, *sources(self)])))
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
         at_least(1, hint_batches=self.hint_batches)
@@ -157,7 +161,11 @@ class Experiment:
             raise SboraxError("give steps or epochs, and set the other to None")
         if self.epochs is not None and self.epochs <= 0:
             raise SboraxError(f"epochs must be positive, got {self.epochs}")
-        if not self.rules and not self.train_base and not self.train_also:
+        if len(set(self.train_tokens)) < len(self.train_tokens) or min(self.train_tokens, default=0) < 0:
+            raise SboraxError(f"train_tokens: expected distinct ids of tokens, got {str(self.train_tokens)[:60]}")
+        if self.train_tokens and (self.train_base or "embed_tokens" in self.train_also):
+            raise SboraxError("train_tokens: the whole embedding is trained; leave one of the two out")
+        if not (self.rules or self.train_base or self.train_also or self.train_tokens):
             raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
         if self.quant and (self.train_base or self.rules == ()):
             raise SboraxError("quant: a 4-bit base cannot be trained itself; give rules and leave train_base off")

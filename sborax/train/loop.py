@@ -198,7 +198,7 @@ def write_adapter(
     experiment, procedure = prepared.experiment, prepared.procedure
     adapters = procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen)
     # All processes gather the arrays, the first one writes them.
-    adapters, trained_base = gathered((adapters, state.train["base"]))
+    adapters, trained_base = gathered((adapters, {**state.train["base"], **parts.tokens}))
     about = {"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant, **notes}
     if is_first():
         save_adapter(place, adapters, rules=experiment.rules, base=prints, trained_base=trained_base, about=about)

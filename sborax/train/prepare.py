@@ -107,7 +107,8 @@ class Prepared:
         """
         experiment = self.experiment
         split = halves(experiment.optimizer)
-        parts = take_apart(params, adapters, experiment.train_base, experiment.train_also, split)
+        also, tokens = experiment.train_also, experiment.train_tokens
+        parts = take_apart(params, adapters, experiment.train_base, also, split, tokens)
         return parts if self.procedure is None else self.procedure.start(parts)
 
     def start(self, parts: Parts) -> TrainState:

@@ -11,6 +11,7 @@ from etils import epath
 
 from sborax.adapters.routing import selective
 from sborax.adapters.tree import nodes
+from sborax.adapters.vectors import VECTORS
 from sborax.data.batches import Batch
 from sborax.layout.hosts import gathered
 from sborax.layout.sharding import Layout
@@ -119,8 +120,8 @@ class RunStepper(AbstractStepper):
         if problem is not None:
             return problem
         if first:
-            # An adapter that no sequence of the first batch selected has no gradient, and is not dead.
-            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)}
+            # Adapters and tokens that no sequence of the first batch has selected have no gradient, and are not dead.
+            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)} | {VECTORS}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))
         self.progress.show(made.step, numbers["loss"], self.speed.mean() or made.tokens / made.seconds)

@@ -26,7 +26,7 @@ from sborax.sweep.rates import LR, SEEDS, Sensitivity, sensitivity
 from sborax.train.experiment import Experiment
 from sborax.train.figures import label
 
-METHOD = ("rules", "procedure", "optimizer", "train_base", "train_also", "hint_batches")
+METHOD = ("rules", "procedure", "optimizer", "train_base", "train_also", "train_tokens", "hint_batches")
 """Keys of a config that `--by method` stands for: what is trained, from which start, and by which updates."""
 FREE = ("log", "save", "imports", "eval.every", "eval.tasks", "model", *SEEDS)
 """Keys in which runs of one setting may differ: none changes a number that is compared, but the seeds, whose runs are
@@ -440,6 +440,8 @@ def method_label(experiment: Experiment) -> str:
         parts.append("full fine-tuning")
     if experiment.train_also:
         parts.append(f"{', '.join(experiment.train_also)} trained")
+    if experiment.train_tokens:
+        parts.append(f"{len(experiment.train_tokens)} vectors of tokens trained")
     if experiment.procedure is not None:
         parts.append(type(experiment.procedure).__name__)
     return ", ".join(parts)
