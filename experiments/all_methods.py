@@ -61,6 +61,8 @@ class Arm:
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+RESPONSE = (38, 38, 38, 410, 461, 406, 427, 289, 372, 467)
+"""The tokens of "### Response:", with which a prompt ends, by the tokenizer of stories260K."""
 ARMS = [
     Arm("LoRA", sx.LoRA(rank=8, alpha=16.0)),
     Arm("rsLoRA", sx.LoRA(rank=8, alpha=16.0, rslora=True)),
@@ -68,6 +70,7 @@ ARMS = [
     Arm("BDLoRA", sx.BDLoRA(rank=8, blocks=4, alpha=16.0)),
     Arm("MonteCLoRA", sx.MonteCLoRA(rank=8, alpha=16.0)),
     Arm("VeLoRA", sx.VeLoRA(rank=8, alpha=16.0, groups=16)),
+    Arm("aLoRA", sx.Activated(sx.LoRA(rank=8, alpha=16.0), RESPONSE)),
     Arm("GraLoRA", sx.GraLoRA(rank=8, alpha=16.0)),
     Arm("LoRA, LoRA+ (b 16 times as fast)", sx.LoRA(rank=8, alpha=16.0), 5e-4, optimizer={"b_ratio": 16.0}),
     Arm("LoRA, LoRA-FA", sx.LoRA(rank=8, alpha=16.0), optimizer={"name": "lora_fa"}),

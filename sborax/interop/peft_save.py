@@ -138,7 +138,7 @@ def save_peft(
         return _save_changed(directory, changed, layout, leaves, base, facts)
     of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
     others = {path: node for path, node in linked.items() if path not in of_experts}
-    _check_adapters(layout, leaves, linked, others)
+    _check_adapters(layout, leaves, linked)
     entries = _entries(others, layout, leaves, as_, rank)
     layout = dataclasses.replace(layout, shared=LOOKUP not in linked)
     row = _common_row(entries) if entries else PLAIN
@@ -168,18 +168,13 @@ def save_peft(
     return exported
 
 
-def _check_adapters(
-    layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter], others: Iterable[str]
-) -> None:
-    """Raise SboraxError for adapters that no file can hold. others: paths of those that are not of experts."""
+def _check_adapters(layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter]) -> None:
+    """Raise SboraxError for adapters that no file can hold."""
     if layout.tied and len(linked.keys() & {TABLE, LOOKUP}) + (linked.keys() >= {TABLE, HEAD}) > 1:
         raise SboraxError(
             f"{TABLE}: its adapter is shared by look-ups and head, and one of them has another, too; no PEFT adapter "
             "is such a sum"
         )
-    for path in others:
-        if path not in layout.depths:
-            raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
     for path, node in linked.items():
         if node.method.rewrites_base and isinstance(leaves[path], AbstractWeight):
             raise SboraxError(
@@ -194,6 +189,8 @@ def _entries(
     """The entries of adapters, by Hugging Face's name of the module. form: `as_` of `save_peft`."""
     entries = {}
     for path, node in linked.items():
+        if path not in layout.depths:
+            raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
         for layer, adapter in by_layer(node, layout.depths[path]):
             module = layout.module(path, layer)
             entries[module] = _entry(module, adapter, layout, leaves, path, layer, form, rank)
