@@ -25,16 +25,18 @@ A base checkpoint loads unchanged, and an optimiser never sees the base:
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters import bank, depth
 from sborax.adapters.arithmetic import add_adapters, add_methods, scale_adapter, scale_method
+from sborax.adapters.compose import simple_parts
 from sborax.adapters.constraints import replicate
 from sborax.adapters.core import (
     AbstractComposite,
@@ -68,6 +70,16 @@ Adapters = dict[str, Any]
 def nodes(adapters: PyTree) -> dict[str, Adapter]:
     """Every adapter by the path of its kernel."""
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
+
+
+def parts_of(adapters: PyTree, kind: type[AbstractMethod]) -> Iterator[Adapter]:
+    """The adapters of this class, also inside composed ones, with one stack axis that has the layers they act on."""
+    for node in nodes(adapters).values():
+        for part, layers in simple_parts(node):
+            if isinstance(part.method, kind):
+                stack = stack_of(part)
+                flat = jax.tree.map(lambda leaf, axes=len(stack): leaf.reshape(-1, *leaf.shape[axes:]), part)
+                yield flat if layers is None else jax.tree.map(lambda leaf, at=np.asarray(layers): leaf[at], flat)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes", "use", "bias"))
@@ -379,13 +391,14 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
     return wrapped
 
 
-def count_node(node: Adapter, layers: tuple[int, ...] | None = None) -> int:
-    """Trained parameters of one adapter at some positions of its stack (None: all), padding left out."""
-    if isinstance(node.method, AbstractComposite):
-        parts = node.method.children(node)
-        return sum(count_node(child, layers if positions is None else positions) for child, positions in parts)
-    rank = node.method.rank
-    total = 0
+def count_node(node: Adapter) -> int:
+    """Trained parameters of one adapter, padding and layers that a part of it does not act on left out."""
+    return sum(_count_part(part, layers) for part, layers in simple_parts(node))
+
+
+def _count_part(node: Adapter, layers: Sequence[int] | None) -> int:
+    """Trained parameters at some positions of the stack; None: at all of them."""
+    rank, total = node.method.rank, 0
     leaves_names = axes_leaves(leaf_axes(node.method.axes, node.train))
     for leaf, names in zip(jax.tree.leaves(node.train), leaves_names, strict=True):
         stack = leaf.shape[: leaf.ndim - len(names)]
