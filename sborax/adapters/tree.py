@@ -72,6 +72,21 @@ def nodes(adapters: PyTree) -> dict[str, Adapter]:
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
+def tree_of(item: Any, name: str) -> dict[str, Adapter]:
+    """`nodes` of what a user gives as a tree of adapters.
+
+    - name: of the function, for the error.
+
+    Raises SboraxError for anything that is no tree of adapters alone.
+    """
+    leaves = flatten(item, is_leaf=is_adapter)
+    wrong = next((leaf for leaf in leaves.values() if not is_adapter(leaf)), None)
+    if wrong is not None:
+        what = type(item if "" in leaves else wrong).__name__
+        raise SboraxError(f"{name}: expected a tree of adapters, as `attach` and `load_adapter` return, got a {what}")
+    return nodes(item)
+
+
 def parts_of(adapters: PyTree, kind: type[AbstractMethod]) -> Iterator[Adapter]:
     """The adapters of this class, also inside composed ones, with one stack axis that has the layers they act on."""
     for node in nodes(adapters).values():
@@ -239,6 +254,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """
     leaves = flatten(params)
     merged = {}
+    tree_of(adapters, "merge")
     for path, node in nodes(link(adapters)).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
@@ -431,7 +447,7 @@ def add(*items: Any) -> Any:
         return add_methods(*items)
     by_path: dict[str, list[Adapter]] = {}
     for item in items:
-        for path, node in nodes(item).items():
+        for path, node in tree_of(item, "add").items():
             by_path.setdefault(path, []).append(node)
     return nest({path: _summed(path, terms) if len(terms) > 1 else terms[0] for path, terms in by_path.items()})
 
