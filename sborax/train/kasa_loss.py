@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import parts_of
+from sborax.data.options import at_least
 from sborax.methods import KaSA
 from sborax.train.loss import AbstractLoss, CrossEntropy
 
@@ -43,11 +44,14 @@ class KaSALoss(AbstractLoss):
     beta: weight of the singular values' squares. Default: PEFT's, 1e-4. gamma: weight of the distance of a and b from
         orthonormal. Default: PEFT's, 1e-3.
 
-    arXiv:2412.06071
+    Raises SboraxError for a negative weight. arXiv:2412.06071
     """
 
     beta: float = 1e-4
     gamma: float = 1e-3
+
+    def __post_init__(self) -> None:
+        at_least(0, beta=self.beta, gamma=self.gamma)
 
     def __call__(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""]]:
         total, tokens = CrossEntropy()(outputs)

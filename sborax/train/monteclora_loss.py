@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, Num, PyTree
 
 from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import parts_of
+from sborax.data.options import above, at_least
 from sborax.methods import MonteCLoRA
 from sborax.methods.monteclora import proportions, variances
 from sborax.train.loss import AbstractLoss, CrossEntropy
@@ -75,12 +76,16 @@ class MonteCLoRALoss(AbstractLoss):
         the proportions, which keeps them even (PEFT's `use_entropy`: False). prior: concentration of the proportions
         before training (PEFT's `dirichlet_prior`: 0.1).
 
-    arXiv:2411.04358
+    Raises SboraxError for a negative weight, and for a prior that is not positive. arXiv:2411.04358
     """
 
     kl_weight: float = 1e-5
     entropy: bool = False
     prior: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(0, kl_weight=self.kl_weight)
+        above(0, prior=self.prior)
 
     def __call__(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""]]:
         total, tokens = CrossEntropy()(outputs)
