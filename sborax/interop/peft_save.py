@@ -128,64 +128,32 @@ def save_peft(
     check_card(epath.Path(directory))
     layout, leaves, linked = layout_of(model.params), flatten(params), nodes(link(adapters))
     if not linked:
-        changed = _changed(layout, leaves, linked)
-        if not changed or as_ == "lora":
+        if as_ == "lora" or not (changed := _changed(layout, leaves, linked)):
             raise SboraxError("there is no adapter to save: the tree is empty")
         if layer_replication is not None:
             raise SboraxError(f"{REPLICATION} is for adapters, and there are none; leave it out")
         return _save_changed(directory, changed, layout, leaves, base, facts)
-    entries: dict[str, _Entry] = {}
-    if layout.tied and len(linked.keys() & {TABLE, LOOKUP}) + (linked.keys() >= {TABLE, HEAD}) > 1:
-        raise SboraxError(
-            f"{TABLE}: its adapter is shared by look-ups and head, and one of them has another, too; no PEFT adapter "
-            "is such a sum"
-        )
     of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
-    for path, node in linked.items():
-        if path not in layout.depths and path not in of_experts:
-            raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
-        if node.method.rewrites_base and isinstance(leaves[path], AbstractWeight):
-            raise SboraxError(
-                f"{path}: {_name(node)} moved part of the base into its factors before the base was quantised, "
-                "so no adapter of the original base equals it; merge instead"
-            )
-        for layer, adapter in () if path in of_experts else by_layer(node, layout.depths[path]):
-            module = layout.module(path, layer)
-            entries[module] = _entry(module, adapter, layout, leaves, path, layer, as_, rank)
+    others = {path: node for path, node in linked.items() if path not in of_experts}
+    _check_adapters(layout, leaves, linked, others)
+    entries = _entries(others, layout, leaves, as_, rank)
     layout = dataclasses.replace(layout, shared=LOOKUP not in linked)
     row = _common_row(entries) if entries else PLAIN
-    changed = _changed(layout, leaves, linked)
-    # Kinds whose config has no `bias` store a bias with its module alone.
-    biases = Biases("none", {})
-    if BIAS in row.constants:
-        biases = trained_biases(row.peft_type, layout, leaves, changed, entries)
-    in_names = {layout.slots[name].path for name in biases.names.values()}
-    trained = _trained_base(layout, changed - in_names, entries)
-    written = write_experts(of_experts, layout.leaves) if of_experts else None
-    if written is not None and row is not PLAIN:
+    experts = write_experts(of_experts, layout.leaves) if of_experts else None
+    if experts is not None and row is not PLAIN:
         raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
-    config = _config(row, entries, layout, base, trained, written)
+    trained, biases = _trained_leaves(row, entries, layout, leaves, linked)
+    config = _config(row, entries, layout, base, trained, experts)
     if layer_replication is not None:
         config[REPLICATION] = written_replication(row, layer_replication, model, biases.names)
-    tensors = _adapter_tensors(row, entries, layout) if entries else {}
-    tensors |= _trained_tensors(layout, leaves, {name: name for name in trained} | biases.names)
     if biases.names:
         config[BIAS] = biases.value
-    for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
-        if TYING not in row.reads:
-            raise SboraxError(
-                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
-            )
-        config[TYING], tensors[PREFIX + copy] = True, tensors[PREFIX + name]
-    for copy, name in transposed_copies(layout, tensors).items():
-        config[TYING], tensors[copy] = True, np.ascontiguousarray(tensors[name].T)
-    if entries and _tied_apart(config, row, layout, entries, tensors):
-        # Modules that are named in full share nothing in PEFT.
-        config = {**config, "target_modules": sorted(entries)}
-        config.pop("layers_to_transform", None)
+    tensors = _adapter_tensors(row, entries, layout) if entries else {}
+    tensors |= _trained_tensors(layout, leaves, {name: name for name in trained} | biases.names)
+    config, tensors = _with_tied_copies(config, tensors, row, layout)
     if entries:
-        _check_keys(config, row, layout, entries, set(tensors))
-    tensors |= {} if written is None else written.tensors
+        config = _with_places(config, tensors, row, entries, layout)
+    tensors |= {} if experts is None else experts.tensors
     modules = len(entries)
     if entries and (fused := family_of(model.config.model_type).fused):
         fields = {module: entry.fields for module, entry in entries.items()}
@@ -195,6 +163,90 @@ def save_peft(
     methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
     _write(directory, config, tensors, methods, exported, base, facts)
     return exported
+
+
+def _check_adapters(
+    layout: HFLayout, leaves: Mapping[str, Any], linked: Mapping[str, Adapter], others: Iterable[str]
+) -> None:
+    """Raise SboraxError for adapters that no file can hold. others: paths of those that are not of experts."""
+    if layout.tied and len(linked.keys() & {TABLE, LOOKUP}) + (linked.keys() >= {TABLE, HEAD}) > 1:
+        raise SboraxError(
+            f"{TABLE}: its adapter is shared by look-ups and head, and one of them has another, too; no PEFT adapter "
+            "is such a sum"
+        )
+    for path in others:
+        if path not in layout.depths:
+            raise SboraxError(f"{path}: there is an adapter but the model has no kernel at this path")
+    for path, node in linked.items():
+        if node.method.rewrites_base and isinstance(leaves[path], AbstractWeight):
+            raise SboraxError(
+                f"{path}: {_name(node)} moved part of the base into its factors before the base was quantised, "
+                "so no adapter of the original base equals it; merge instead"
+            )
+
+
+def _entries(
+    linked: Mapping[str, Adapter], layout: HFLayout, leaves: Mapping[str, Any], form: str, rank: int | None
+) -> dict[str, _Entry]:
+    """The entries of adapters, by Hugging Face's name of the module. form: `as_` of `save_peft`."""
+    entries = {}
+    for path, node in linked.items():
+        for layer, adapter in by_layer(node, layout.depths[path]):
+            module = layout.module(path, layer)
+            entries[module] = _entry(module, adapter, layout, leaves, path, layer, form, rank)
+    return entries
+
+
+def _trained_leaves(
+    row: Row,
+    entries: Mapping[str, _Entry],
+    layout: HFLayout,
+    leaves: Mapping[str, Any],
+    linked: Mapping[str, Adapter],
+) -> tuple[list[str], Biases]:
+    """What was trained beside the adapters: the tensors of whole modules, and biases that the config speaks of."""
+    changed = _changed(layout, leaves, linked)
+    # Kinds whose config has no `bias` store a bias with its module alone.
+    biases = Biases("none", {})
+    if BIAS in row.constants:
+        biases = trained_biases(row.peft_type, layout, leaves, changed, entries)
+    in_names = {layout.slots[name].path for name in biases.names.values()}
+    return _trained_base(layout, changed - in_names, entries), biases
+
+
+def _with_tied_copies(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], row: Row, layout: HFLayout
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Config and tensors with the copies for a tied head, which PEFT stores beside the tensors of the embedding."""
+    copies = {}
+    for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
+        if TYING not in row.reads:
+            raise SboraxError(
+                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
+            )
+        copies[PREFIX + copy] = tensors[PREFIX + name]
+    for copy, name in transposed_copies(layout, {**tensors, **copies}).items():
+        copies[copy] = np.ascontiguousarray(tensors[name].T)
+    return {**config, **({TYING: True} if copies else {})}, {**tensors, **copies}
+
+
+def _with_places(
+    config: dict[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    row: Row,
+    entries: Mapping[str, _Entry],
+    layout: HFLayout,
+) -> dict[str, Any]:
+    """The config, with every module named in full where PEFT would keep one tensor for several that differ.
+
+    Raises SboraxError unless the config implies the names of the tensors.
+    """
+    if _tied_apart(config, row, layout, entries, tensors):
+        # Modules that are named in full share nothing in PEFT.
+        config = {**config, "target_modules": sorted(entries)}
+        config.pop("layers_to_transform", None)
+    _check_keys(config, row, layout, entries, set(tensors))
+    return config
 
 
 def _save_changed(

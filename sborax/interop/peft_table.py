@@ -10,6 +10,7 @@ from typing import Any
 from sborax.adapters.core import SboraxError
 from sborax.interop.peft_base import KINDS
 from sborax.interop.peft_biases import BIAS
+from sborax.interop.peft_lora import LORA
 from sborax.interop.peft_low_rank import LOW_RANK
 from sborax.interop.peft_projected import PROJECTED
 from sborax.interop.peft_row import Row
@@ -17,7 +18,7 @@ from sborax.interop.peft_shared import SHARED
 from sborax.interop.peft_spectral import SPECTRAL
 from sborax.interop.peft_structured import STRUCTURED
 
-TABLE = (*LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL, *SHARED)
+TABLE = (*LORA, *LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL, *SHARED)
 
 PLAIN = TABLE[0]
 """The row of plain LoRA, as which every method with thin factors can be written."""
