@@ -293,8 +293,8 @@ def test_what_cannot_be_mixed_is_refused_in_a_line(pair):
         return sx.attach(jax.random.key(0), params, [(targets, method)])[1]
 
     two = [tree(sx.LoRA(rank=2)), tree(sx.LoRA(rank=2))]
-    refused("top_k=3 must lie in 1..2, the number of adapters", params, two)
-    refused("top_k=1 must lie in 1..0", params, [], top_k=1)
+    refused("top_k=3 must be a whole number in 1..2, the number of adapters", params, two)
+    refused("there is nothing to mix", params, [], top_k=1)
     refused("temperature must be above 0, got 0.0", params, two, top_k=1, temperature=0.0)
     refused("layers/proj/kernel: only some of the adapters", params, [*two, tree(sx.LoRA(rank=2), "other")], top_k=1)
     refused("DoRA rewrites the weight as a whole", params, [*two, tree(sx.DoRA(rank=2))], top_k=1)

@@ -1,5 +1,7 @@
 """What composed methods promise beyond the contract: chains that lose nothing, sums and multiples that are such."""
 
+from inspect import unwrap
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -270,3 +272,36 @@ def test_a_weight_that_is_trained_itself_cannot_have_what_follows_from_it():
     with pytest.raises(sx.SboraxError, match="layers/proj/kernel: ByLayer keeps what follows from this weight"):
         take_apart(params, adapters, train_base=True)
     take_apart(*sx.attach(KEY, base(), [("proj", sx.PiSSA(rank=2))]), train_base=True)
+
+
+def test_what_is_no_tree_of_adapters_is_refused():
+    """Adapters in it would be lost without a word: a tree in place of a list of trees, a method, parameters.
+
+    Types are checked in tests alone, so the functions are unwrapped.
+    """
+    params, adapters = tuned([("proj", sx.SBoRA(rank=2))])
+    tree = "expected a tree of adapters, as `attach` and `load_adapter` return, got a"
+    mistakes = {
+        "top_k=1.5 must be a whole number": lambda: unwrap(sx.arrow)(params, [adapters, adapters], top_k=1.5),
+        "arrow: " + tree + " str": lambda: unwrap(sx.arrow)(params, adapters, top_k=1),
+        "combine_experts: " + tree + " str": lambda: unwrap(sx.combine_experts)(adapters),
+        "add: " + tree + " LoRA": lambda: unwrap(sx.add)(adapters, sx.LoRA()),
+        "merge: " + tree: lambda: unwrap(sx.merge)(adapters, params),
+        r"merge_weighted: " + tree: lambda: unwrap(sx.merge_weighted)(params, [sx.Weighted(1.0, params)]),
+        r"such as \[sx.Weighted\(1.0, adapters\)\]": lambda: unwrap(sx.merge_weighted)(params, [adapters]),
+        r"adapters with weights": lambda: unwrap(sx.merge_weighted)(params, sx.Weighted(1.0, adapters)),
+    }
+    for says, call in mistakes.items():
+        with pytest.raises(sx.SboraxError, match=says):
+            call()
+
+
+def test_a_part_without_frozen_leaves_is_read_as_it_was_written(tmp_path):
+    """The tree has the same form, so that it can be mapped over together with the one that was saved."""
+    part = sx.C3A(block=16)
+    rules = [sx.Rule("proj", sx.scale(sx.add(part, part), 0.5), layers=(0, 2)), ("proj", part)]
+    _, adapters = tuned(rules)
+    sx.save_adapter(tmp_path, adapters)
+    _, loaded = sx.load_adapter(tmp_path, base())
+    chex.assert_trees_all_equal(loaded, adapters)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)

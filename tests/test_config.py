@@ -94,6 +94,13 @@ def test_changes_are_checked_together():
         ("mesh={'model': 2}", "mesh: no axis 'model'; there are data, fsdp, expert, tensor"),
         ("mesh={'data': 0}", "mesh: data must be at least 1"),
         ("rules.0.method=lorax", "there is no 'lorax'; did you mean .*LoRA"),
+        (
+            "rules.0.method={'type': 'Activated', 'part': 'DoRA', 'tokens': [3]}",
+            "rules.0.method.part: DoRA cannot be used here; this takes an AbstractAdditive, such as .*LoRA",
+        ),
+        ("loss={'type': 'KaSALoss', 'gamma': -1}", "loss: gamma must be at least 0, got -1"),
+        ("loss={'type': 'MonteCLoRALoss', 'kl_weight': -1}", "loss: kl_weight must be at least 0, got -1"),
+        ("loss={'type': 'MonteCLoRALoss', 'prior': 0}", "loss: prior must be above 0, got 0"),
         ("quant=int8", 'quant: must be "nf4" or null, got'),
         ("rules.0.method.rank=abc", r"rank: must be a whole number or one of LinearRanks.* or a list such as \[8\]"),
         ("eval.data=x", r'eval.data: must be an object with keys of Data, such as {"name": ...} or null, got'),

@@ -13,9 +13,9 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters import grouped_tpu
-from sborax.adapters.compose import Chain
-from sborax.adapters.core import AbstractComposite, AbstractFactored, dense
-from sborax.adapters.grouped import AbstractGrouped, grouped_linear
+from sborax.adapters.compose import ByLayer, Chain
+from sborax.adapters.core import AbstractAdditive, AbstractComposite, AbstractFactored, dense
+from sborax.adapters.grouped import AbstractBranched, AbstractGrouped, grouped_linear
 from sborax.adapters.grouped_matmul import (
     LEAST_PART,
     PARTS,
@@ -74,7 +74,7 @@ def grouped(x, weight, node):
 
 
 ON_EXPERTS = [case for case in METHODS if not case.method.token_mean]
-FORMS = (AbstractGrouped, AbstractFactored, AbstractComposite, Chain)
+FORMS = (AbstractGrouped, AbstractBranched, AbstractFactored, AbstractComposite, Chain)
 FEW = {
     (bool(case.method.no_merge), *(isinstance(case.method, form) for form in FORMS)): case
     for case in reversed(ON_EXPERTS)
@@ -92,6 +92,30 @@ def test_grouped_rows_equal_a_loop_over_experts(case: Case, quantised):
         # Without a key, leaves of draws alone have no gradient.
         assert largest(wanted) > 0 or case.method.draws
         assert_close(mine, wanted, 1e-5)
+
+
+COMPOSED = {
+    case.name: sx.scale(sx.add(case.method, sx.LoRA(rank=2)), 0.5)
+    for case in ON_EXPERTS
+    if isinstance(case.method, AbstractAdditive) and not case.method.rewrites_base
+}
+LAYERED = {
+    f"{case.name} by layer": ByLayer((case.method, sx.LoRA(rank=2)), ((0, 1), (2,)))
+    for case in ON_EXPERTS
+    # In rows of a tile, this one's direction is that of the tile.
+    if not (case.method.rewrites_base or case.method.batch_gradient)
+}
+
+
+@pytest.mark.parametrize(
+    "name", nightly_unless(["VeLoRA", "VeLoRA-fixed", "VeLoRA-fixed by layer", "DoRA by layer"], [*COMPOSED, *LAYERED])
+)
+def test_parts_of_composed_methods_have_the_gradients_that_they_have_alone(name):
+    method = {**COMPOSED, **LAYERED}[name]
+    weight, node = fitted(method)
+    node, cotangent = trained(node), jnp.asarray(normal(8, ROWS, OUT))
+    ours, theirs = (with_gradients(product, rows(), weight, node, cotangent) for product in (grouped, by_expert))
+    jax.tree.map(lambda mine, wanted: assert_close(mine, wanted, 2e-5), ours, theirs)
 
 
 DRAWING = [case for case in METHODS if case.method.draws or hasattr(case.method, "dropout")]

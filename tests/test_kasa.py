@@ -1,5 +1,7 @@
 """KaSA beside PEFT: what the base loses, and the penalties that the paper adds to the loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +55,38 @@ def test_penalties_are_those_of_peft(pair, tmp_path):
     assert nodes(adapters)
     with pytest.raises(sx.SboraxError, match="KaSALoss: no kernel has KaSA"):
         kasa_penalty({}, 1.0, 1.0)
+
+
+def distance(rows):
+    """How far the products of rows are from the identity."""
+    return np.linalg.norm(rows @ rows.T - np.eye(len(rows)))
+
+
+def test_penalties_are_of_every_layer_that_has_kasa(pair):
+    """In rules for some layers, in sums and in multiples, and not of layers without it."""
+    method = sx.KaSA(rank=3)
+    rules = [
+        sx.Rule("q_proj", method, layers=(1,)),
+        ("v_proj", sx.scale(sx.add(method, sx.LoRA(rank=2)), 0.5)),
+        ("up_proj", sx.LoRA(rank=2)),
+    ]
+    adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)[1]
+    q, v = (nodes(adapters)[f"layers/self_attn/{name}/kernel"].train for name in ("q_proj", "v_proj"))
+    of_layers = [(q["0"], 1), (v["part"]["0"], 0), (v["part"]["0"], 1)]
+    wanted = sum(
+        0.3 * np.square(leaves["e"][layer]).sum()
+        + 0.07 * (distance(leaves["a"][layer].T) + distance(leaves["b"][layer]))
+        for leaves, layer in of_layers
+    )
+    np.testing.assert_allclose(kasa_penalty(adapters, 0.3, 0.07), wanted, rtol=1e-5)
+
+
+def test_a_loss_without_adapters_has_no_penalty(pair):
+    """Such as the one whose gradients LoRAGA starts from, beside KaSA. In a step there must be one."""
+    tokens = jnp.asarray(TOKENS[:, :-1])
+    batch = {"targets": jnp.asarray(TOKENS[:, 1:]), "counts": jnp.ones(tokens.shape, bool)}
+    params = pair.ours.params
+    outputs = Outputs(pair.ours.hidden(params, None, tokens), batch, pair.ours, params, {})
+    assert sx.KaSALoss()(outputs)[0] == sx.CrossEntropy()(outputs)[0]
+    with pytest.raises(sx.SboraxError, match="KaSALoss: no kernel has KaSA"):
+        sx.KaSALoss()(dataclasses.replace(outputs, key=jax.random.key(0)))

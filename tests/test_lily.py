@@ -130,7 +130,7 @@ def test_what_peft_would_tie_is_written_if_it_is_one(pair, tmp_path):
     expected = logits(pair.ours, params, adapters)
     again = logits(pair.ours, *load_peft(tmp_path, pair.ours))
     np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
-    with pytest.raises(sx.SboraxError, match="PEFT has no Lily, nor a merged form of it"):
+    with pytest.raises(sx.SboraxError, match="PEFT has no Lily with these options, nor a merged form of it"):
         save_peft(tmp_path, pair.ours, *sx.attach(jax.random.key(0), pair.ours.params, [("k_proj", METHOD)]))
 
 

@@ -405,3 +405,12 @@ def test_lora_fa_refuses_trained_gains_between_a_and_b(method):
     _, adapters = adapted_stack(method)
     with pytest.raises(SboraxError, match="trains e between a and b"):
         sx.split_lora_fa(adapters)
+
+
+@pytest.mark.parametrize(
+    "method", [sx.HiRA(rank=3), sx.GLoRA(rank=3), sx.DeLoRA(rank=3)], ids=lambda m: type(m).__name__
+)
+def test_lora_fa_refuses_other_changes_than_a_product(method):
+    _, adapters = adapted_stack(method)
+    with pytest.raises(SboraxError, match=f"the change by {type(method).__name__} is not s a b"):
+        sx.split_lora_fa(adapters)

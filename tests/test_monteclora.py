@@ -79,6 +79,27 @@ def test_held_out_losses_are_without_noise_and_penalty(pair):
         monteclora_penalty({}, jax.random.key(0), 1.0, True, 1.0)
 
 
+def test_penalties_are_of_every_layer_that_has_monteclora(pair):
+    """In rules for some layers, and in methods made of it, and not of layers without it."""
+    method = sx.MonteCLoRA(rank=3, samples=4)
+    rules = [sx.Rule("q_proj", method, layers=(1,)), ("v_proj", sx.Activated(sx.scale(method, 0.5), (3,)))]
+    train, _ = sx.split(sx.attach(jax.random.key(0), pair.ours.params, rules)[1])
+
+    def slopes(half):
+        penalty = jax.grad(lambda half: monteclora_penalty(half, jax.random.key(0), 0.02, False, 0.4))
+        return {path.split("/")[-2]: node.train for path, node in nodes(penalty(half)).items()}
+
+    of_tree, halves = slopes(train), {path.split("/")[-2]: node.train for path, node in nodes(train).items()}
+    leaves, got = (tree["v_proj"]["part"]["part"] for tree in (halves, of_tree))
+    for layer in (0, 1):
+        single = {"x/kernel": sx.Adapter({name: leaf[layer] for name, leaf in leaves.items()}, {}, method)}
+        # What depends on g is not drawn; the mean is over three weights.
+        np.testing.assert_allclose(got["g"][layer], slopes(single)["x"]["g"] / 3, rtol=1e-5)
+    for name in ("d", "g"):
+        idle, acting = of_tree["q_proj"]["0"][name]
+        assert np.abs(idle).max() == 0 < np.abs(acting).max()
+
+
 def test_draws_have_the_distributions_of_the_paper():
     """Variances are those of a Wishart matrix's diagonal, and logits of proportions are normal."""
     d, g = jnp.asarray([0.3, -0.2, 0.1]), jnp.asarray([0.5, -0.1, 0.2, 0.4])

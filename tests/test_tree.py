@@ -50,6 +50,8 @@ def trained(adapters, seed: int = 5):
         ([sx.Rule("q_proj", sx.LoRA(), layers=(7,))], "matches no kernel"),
         ([sx.Rule("q_proj", sx.LoRA(), stack_axes=0)], "say which are input and output"),
         ([("(q_proj", sx.LoRA())], "is not a regular expression"),
+        ([("q_proj", sx.SuperTuning(alpha=3.0))], "of a and b, which lora_rank=0 leaves out"),
+        ([("q_proj", sx.Lily(rank=2, scale=0.0))], "scale must be above 0"),
         ([("q_proj", sx.LoRA(rank=2, dropout=1.0))], "dropout must lie in [0, 1)"),
     ],
 )

@@ -32,7 +32,7 @@ from sborax.adapters.core import (
 from sborax.adapters.depth import over_stack, stack_of
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.tables import TABLE, leaf_of
-from sborax.adapters.tree import Adapters, Params, link, nodes
+from sborax.adapters.tree import Adapters, Params, link, nodes, tree_of
 
 _NO_START = "Arrow mixes adapters that are trained; attach and train each of them, then give them to sx.arrow"
 
@@ -143,8 +143,12 @@ def arrow(
 
     Raises SboraxError for no adapters, for options out of bounds, and for adapters that cannot be mixed.
     """
-    if not 1 <= top_k <= len(adapters):
-        raise SboraxError(f"top_k={top_k} must lie in 1..{len(adapters)}, the number of adapters")
+    for tree in (*adapters, *general):
+        tree_of(tree, "arrow")
+    if not adapters:
+        raise SboraxError("arrow: there is nothing to mix; give a list of trees of adapters")
+    if type(top_k) is not int or not 1 <= top_k <= len(adapters):
+        raise SboraxError(f"top_k={top_k} must be a whole number in 1..{len(adapters)}, the number of adapters")
     if not temperature > 0.0:
         raise SboraxError(f"temperature must be above 0, got {temperature}")
     leaves, trees = flatten(params), [nodes(link(tree)) for tree in (*adapters, *general)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sborax.adapters.compose import ByLayer, with_parts
+from sborax.adapters.compose import ByLayer, simple_parts, with_parts
 from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, SboraxError
 from sborax.adapters.depth import stack_of
 
@@ -208,13 +208,7 @@ def settle(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 def _readers(node: Adapter, stack: tuple[int, ...]) -> Iterator[Adapter]:
     """The parts of an adapter that read a bank, with one stack axis that has the layers they act on."""
-    method = node.method
-    if not banked_parts(method):
-        return
-    if isinstance(method, AbstractComposite):
-        for child, layers in method.children(node):
+    for part, layers in simple_parts(node):
+        if isinstance(part.method, AbstractBanked):
             acting = np.arange(math.prod(stack)) if layers is None else np.asarray(layers)
-            for reader in _readers(child, stack):
-                yield jax.tree.map(lambda leaf, acting=acting: leaf[acting], reader)
-        return
-    yield jax.tree.map(lambda leaf: leaf.reshape(math.prod(stack), *leaf.shape[len(stack) :]), node)
+            yield jax.tree.map(lambda leaf, acting=acting: leaf.reshape(-1, *leaf.shape[len(stack) :])[acting], part)

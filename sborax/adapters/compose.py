@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,20 @@ def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
     train = {**adapter.train, **{name: part.train for name, part in zip(names, parts, strict=True)}}
     frozen = {**adapter.frozen, **{name: part.frozen for name, part in zip(names, parts, strict=True)}}
     return Adapter(train, frozen, with_fields(method, **fields), adapter.in_axes)
+
+
+def simple_parts(
+    adapter: Adapter, layers: Sequence[int] | None = None
+) -> Iterator[tuple[Adapter, Sequence[int] | None]]:
+    """The adapters that a composite one is made of, down to those that are none, each with the layers it acts on.
+
+    - layers: positions of the flattened stack that the adapter acts on; None for all.
+    """
+    if not isinstance(adapter.method, AbstractComposite):
+        yield adapter, layers
+        return
+    for child, positions in adapter.method.children(adapter):
+        yield from simple_parts(child, layers if positions is None else positions)
 
 
 def taken(adapter: Adapter) -> list[tuple[Float[Array, "in r"], Float[Array, "r out"]]]:
@@ -230,6 +244,10 @@ class Chain(AbstractMethod):
     @property
     def of_quantised(self) -> str:
         return self.first.of_quantised
+
+    @property
+    def approximates(self) -> str:
+        return self.second.approximates
 
     @property
     def ragged(self) -> bool:

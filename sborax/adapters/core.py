@@ -166,6 +166,9 @@ class AbstractMethod(abc.ABC):
     """Empty, or the reason why no weight equals the adapted function."""
     materialises: str = ""
     """Empty, or the reason why `apply` must form an (in, out) value that depends on a trained leaf."""
+    approximates: str = ""
+    """Empty, or what `apply` approximates in the backward pass. A merged weight gives the same values, but not the same
+    gradients."""
     ragged: bool = False
     """Layers of one stack may have different ranks: leaves are padded with zeros, which stay zero in training."""
     needs: frozenset[str] = frozenset()
@@ -323,6 +326,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def of_quantised(self) -> str:
         return next((part.of_quantised for part in self.members if part.of_quantised), "")
+
+    @property
+    def approximates(self) -> str:
+        return next((part.approximates for part in self.members if part.approximates), "")
 
     @property
     def ragged(self) -> bool:

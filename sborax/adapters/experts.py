@@ -12,7 +12,7 @@ from sborax.adapters.arithmetic import side_by_side
 from sborax.adapters.compose import ByLayer, Sum
 from sborax.adapters.core import AbstractFactored, Adapter, SboraxError
 from sborax.adapters.leaves import nest
-from sborax.adapters.tree import Adapters, nodes
+from sborax.adapters.tree import Adapters, nodes, tree_of
 
 DISTINCT: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
 """What a gather or scatter may assume of the indices of `index_block`."""
@@ -102,7 +102,7 @@ def combine_experts(experts: Sequence[Adapters]) -> Adapters:
         raise SboraxError("combine_experts needs at least one expert")
     by_path: dict[str, list[Adapter]] = {}
     for number, expert in enumerate(experts):
-        for path, node in nodes(expert).items():
+        for path, node in tree_of(expert, "combine_experts").items():
             earlier, parts = by_path.setdefault(path, []), _parts(path, node)
             if any(_overlap(part, other) for part in parts for other in earlier):
                 raise SboraxError(

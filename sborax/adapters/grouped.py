@@ -48,6 +48,16 @@ class AbstractGrouped(AbstractMethod):
         """`apply` of every expert's weight and adapter on its rows. See `grouped_linear` for the arguments."""
 
 
+class AbstractBranched(AbstractFactored):
+    """A method of thin factors that `approximates`, by a product of its own in place of the first factor's."""
+
+    @abc.abstractmethod
+    def branch(
+        self, x: Float[Array, "rows in"], sizes: Sizes, adapter: Adapter, ctx: Context
+    ) -> tuple[Float[Array, "rows rank"], Float[Array, "experts rank out"]]:
+        """The inputs of the second factor, and that factor, scale included. See `grouped_linear` for the arguments."""
+
+
 def grouped_linear(
     x: Float[Array, "rows in"],
     weight: Weight,
@@ -80,7 +90,8 @@ def grouped_linear(
         for hidden, b in branches:
             y = add_matmul(y, hidden, b, sizes)
         return y
-    if not method.no_merge and not method.linked and (ctx.key is None or not _drops(adapter.frozen, INPUT_DROPOUTS)):
+    drops = ctx.key is not None and _drops(adapter.frozen, INPUT_DROPOUTS)
+    if not (method.no_merge or method.linked or method.approximates or drops):
         return grouped_matmul(x, _merged(weight, adapter, sizes, x.dtype), sizes)
     return _by_tiles(x, weight, sizes, adapter, ctx)
 
@@ -124,6 +135,8 @@ def _thin(
         ((child, _),) = method.children(adapter)
         x, branches = _thin(x, sizes, child, shape, part_context(method, ctx, 0))
         return x, [(row_factors(adapter.frozen["factor"], sizes, hidden) * hidden, b) for hidden, b in branches]
+    if isinstance(method, AbstractBranched):
+        return x, [method.branch(x, sizes, adapter, ctx)]
     assert isinstance(method, AbstractFactored)
     if method.pair:
         # Not its `factors`: these also undo what the method took out of the base.

@@ -25,16 +25,18 @@ A base checkpoint loads unchanged, and an optimiser never sees the base:
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from sborax.adapters import bank, depth
 from sborax.adapters.arithmetic import add_adapters, add_methods, scale_adapter, scale_method
+from sborax.adapters.compose import simple_parts
 from sborax.adapters.constraints import replicate
 from sborax.adapters.core import (
     AbstractComposite,
@@ -68,6 +70,31 @@ Adapters = dict[str, Any]
 def nodes(adapters: PyTree) -> dict[str, Adapter]:
     """Every adapter by the path of its kernel."""
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
+
+
+def tree_of(item: Any, name: str) -> dict[str, Adapter]:
+    """`nodes` of what a user gives as a tree of adapters.
+
+    - name: of the function, for the error.
+
+    Raises SboraxError for anything that is no tree of adapters alone.
+    """
+    leaves = flatten(item, is_leaf=is_adapter)
+    wrong = next((leaf for leaf in leaves.values() if not is_adapter(leaf)), None)
+    if wrong is not None:
+        what = type(item if "" in leaves else wrong).__name__
+        raise SboraxError(f"{name}: expected a tree of adapters, as `attach` and `load_adapter` return, got a {what}")
+    return nodes(item)
+
+
+def parts_of(adapters: PyTree, kind: type[AbstractMethod]) -> Iterator[Adapter]:
+    """The adapters of this class, also inside composed ones, with one stack axis that has the layers they act on."""
+    for node in nodes(adapters).values():
+        for part, layers in simple_parts(node):
+            if isinstance(part.method, kind):
+                stack = stack_of(part)
+                flat = jax.tree.map(lambda leaf, axes=len(stack): leaf.reshape(-1, *leaf.shape[axes:]), part)
+                yield flat if layers is None else jax.tree.map(lambda leaf, at=np.asarray(layers): leaf[at], flat)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "stack", "in_axes", "use", "bias"))
@@ -227,6 +254,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """
     leaves = flatten(params)
     merged = {}
+    tree_of(adapters, "merge")
     for path, node in nodes(link(adapters)).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
@@ -379,13 +407,14 @@ def value_and_grad(function: Callable[..., Any], has_aux: bool = False) -> Calla
     return wrapped
 
 
-def count_node(node: Adapter, layers: tuple[int, ...] | None = None) -> int:
-    """Trained parameters of one adapter at some positions of its stack (None: all), padding left out."""
-    if isinstance(node.method, AbstractComposite):
-        parts = node.method.children(node)
-        return sum(count_node(child, layers if positions is None else positions) for child, positions in parts)
-    rank = node.method.rank
-    total = 0
+def count_node(node: Adapter) -> int:
+    """Trained parameters of one adapter, padding and layers that a part of it does not act on left out."""
+    return sum(_count_part(part, layers) for part, layers in simple_parts(node))
+
+
+def _count_part(node: Adapter, layers: Sequence[int] | None) -> int:
+    """Trained parameters at some positions of the stack; None: at all of them."""
+    rank, total = node.method.rank, 0
     leaves_names = axes_leaves(leaf_axes(node.method.axes, node.train))
     for leaf, names in zip(jax.tree.leaves(node.train), leaves_names, strict=True):
         stack = leaf.shape[: leaf.ndim - len(names)]
@@ -418,7 +447,7 @@ def add(*items: Any) -> Any:
         return add_methods(*items)
     by_path: dict[str, list[Adapter]] = {}
     for item in items:
-        for path, node in nodes(item).items():
+        for path, node in tree_of(item, "add").items():
             by_path.setdefault(path, []).append(node)
     return nest({path: _summed(path, terms) if len(terms) > 1 else terms[0] for path, terms in by_path.items()})
 

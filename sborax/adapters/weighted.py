@@ -17,7 +17,7 @@ from sborax.adapters.depth import over_stack, stack_of
 from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.adapters.paths import bias_path, weight_keys
 from sborax.adapters.rebase import as_matrix
-from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nodes
+from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merge_bias, merged_node, nodes, tree_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +153,16 @@ class _Term(NamedTuple):
     adapters: dict[str, Adapter]
 
 
-def _terms(params: Params, parts: Sequence[Weighted]) -> list[_Term]:
+def _terms(params: Params, parts: Any) -> list[_Term]:
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Weighted) for part in parts):
+        raise SboraxError("expected a list of adapters with weights, such as [sx.Weighted(1.0, adapters)]")
     if not parts:
         raise SboraxError("there is nothing to merge: give one or more adapters")
     leaves, terms = flatten(params), []
     for part in parts:
         trained = flatten(params if part.params is None else part.params)
         base = flatten(params if part.base is None else part.base)
+        tree_of(part.adapters, "merge_weighted")
         adapters = nodes(link(part.adapters))
         for tree in (trained, base):
             _check_same_model(leaves, tree)

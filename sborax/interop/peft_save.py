@@ -334,7 +334,11 @@ def _entry(
     if factors is not None:
         return _plain(name, factors, None)
     if node.method.no_merge:
-        raise SboraxError(f"{module}: PEFT has no {name}, nor a merged form of it to truncate: {node.method.no_merge}")
+        options = " with these options" if any(type(node.method) is row.method for row in ROWS) else ""
+        what = (
+            f"PEFT has no {name}{options}, nor a" if form == "native" else f"{name} is no plain LoRA, and there is no"
+        )
+        raise SboraxError(f"{module}: {what} merged form of it to truncate: {node.method.no_merge}")
     if form == "native":
         raise SboraxError(f"{module}: PEFT has no {name} and it has no thin factors; use as_='lora' to truncate it")
     if node.method.adapts_bias and bias_path(path) in layout.leaves:

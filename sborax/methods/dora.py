@@ -51,9 +51,9 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
 
     paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353"
     group_b = frozenset({"b", "m"})
+    approximates = "norms, which are constant"
     sends = "partial products of a and W, rank (out + rank) floats a kernel, for the norms of columns"
-    factors_trained = frozenset({"a", "b"})
-    factors_frozen = frozenset({"scale"})
+    factors_trained, factors_frozen = frozenset({"a", "b"}), frozenset({"scale"})
     base_leaves = {"w2": lambda weight, _: _squares(weight)}
 
     rank: int = 16

@@ -58,7 +58,7 @@ class Lily(AbstractAdditive, AbstractBanked):
     stride: int = 1
     experts: int = 2
     routing: Literal["token", "batch"] = "token"
-    scale: float = hyper(1.0)
+    scale: float = hyper(1.0, above=0.0)
 
     @property
     def axes(self) -> Axes:

@@ -67,6 +67,8 @@ class SuperTuning(AbstractAdditive):
             raise SboraxError(f"{shape[0] * shape[1]} places are more than an int32 index can name")
         if self.lora_rank:
             check_rank(self.lora_rank, min(shape), "the smaller side")
+        elif self.alpha is not None or self.dropout:
+            raise SboraxError("alpha and dropout are of a and b, which lora_rank=0 leaves out; give lora_rank")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape

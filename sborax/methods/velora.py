@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Key
 
 from sborax.adapters.core import (
     HIDDEN,
-    AbstractFactored,
     Adapter,
     Axes,
     Context,
@@ -26,13 +25,13 @@ from sborax.adapters.core import (
     hyper,
     width,
 )
-from sborax.adapters.grouped import AbstractGrouped, Sizes, grouped_dropout, grouped_matmul
+from sborax.adapters.grouped import AbstractBranched, Sizes, grouped_dropout
 from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_weight, scaling
 from sborax.methods.sub_tokens import grouped_product, product, sub_tokens, sums_by_expert, unit
 
 
 @dataclasses.dataclass(frozen=True)
-class VeLoRA(AbstractFactored, AbstractGrouped):
+class VeLoRA(AbstractBranched):
     """y = x W + s (x a) b, as in LoRA, but the gradient of a is that of compressed inputs: x~ = gain (x_g . v) v.
 
     x_g (in/groups) is a sub-token, a part of x; in the last one zeros stand for what is missing. For the backward pass
@@ -46,8 +45,9 @@ class VeLoRA(AbstractFactored, AbstractGrouped):
     groups: parts of x (PEFT: 64).
     gain: factor of what is restored (PEFT: 1).
     direction: where the unit vector v comes from. "batch" (PEFT), the mean sub-token of each microbatch, or of each
-        expert's rows: accumulated gradients are then not those of a batch as large. "fixed", a leaf, at random as
-        PEFT's "random". The paper keeps the first batch's mean; files with PEFT's "batch_average_once" are read so.
+        expert's rows (where rules choose layers or experts, of a tile of them): accumulated gradients are then not
+        those of a batch as large. "fixed", a leaf, at random as PEFT's "random". The paper keeps the first batch's
+        mean; files with PEFT's "batch_average_once" are read so.
         The leaf is there with "batch", too, since PEFT's files have it.
     alpha: s = alpha / rank; None (default) is s = 1.
     dropout: rate on the adapter's input in training; default 0.
@@ -59,6 +59,7 @@ class VeLoRA(AbstractFactored, AbstractGrouped):
     group_b = frozenset({"b"})
     ragged = True
     pair = True
+    approximates = "inputs, in the gradient of a"
     sends = "the mean sub-token, and sub-tokens that devices share"
 
     rank: Rank = 8
@@ -103,18 +104,17 @@ class VeLoRA(AbstractFactored, AbstractGrouped):
         hidden = product(x, cast(train["a"], x), v, frozen["gain"])
         return y + checkpoint_name(cast(frozen["scale"], x) * hidden, HIDDEN) @ cast(train["b"], x)
 
-    def apply_grouped(
-        self, x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
-    ) -> Float[Array, "rows out"]:
+    def branch(
+        self, x: Float[Array, "rows in"], sizes: Sizes, adapter: Adapter, ctx: Context
+    ) -> tuple[Float[Array, "rows rank"], Float[Array, "experts rank out"]]:
         train, frozen = adapter.train, adapter.frozen
-        y, x = grouped_matmul(x, weight, sizes), grouped_dropout(x, sizes, adapter, ctx)
+        x = grouped_dropout(x, sizes, adapter, ctx)
         v = frozen["v"]
         if self.direction == "batch":
             means = jnp.mean(sub_tokens(jax.lax.stop_gradient(x), v.shape[-1]), axis=1)
             v = jax.vmap(unit)(sums_by_expert(jnp.ones((x.shape[0], 1), x.dtype), means, sizes)[:, 0])
         hidden = grouped_product(x, cast(train["a"], x), v, frozen["gain"], sizes)
-        b = frozen["scale"][:, None, None] * train["b"]
-        return y + grouped_matmul(checkpoint_name(hidden, HIDDEN), cast(b, x), sizes)
+        return checkpoint_name(hidden, HIDDEN), cast(frozen["scale"][:, None, None] * train["b"], x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         return weight + pair_weight(adapter.train["a"], adapter.train["b"], adapter.frozen["scale"])

@@ -25,8 +25,8 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
         train, frozen = split_lora_fa(adapters)
         tx = optax.chain(optax.clip_by_global_norm(1.0), lora_fa(1e-3))  # clips by the gradient of b alone
 
-    Raises SboraxError if no adapter has such a pair, for a pair with trained numbers between a and b, and for an
-    embedding, where a is zero. arXiv:2308.03303
+    Raises SboraxError if no adapter has such a pair, for a pair that is not s a b or has trained numbers between a
+    and b, and for an embedding, where a is zero. arXiv:2308.03303
     """
     for path in (TABLE, LOOKUP):
         if path in nodes(adapters):
@@ -48,7 +48,7 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _check_product(path: str, node: Adapter) -> None:
-    """Raise SboraxError if the directions between a and b have trained gains, of which the projection knows nothing."""
+    """Raise SboraxError for a pair that is not s a b, or has trained gains between a and b, which it leaves out."""
     method, train = node.method, node.train
     if isinstance(method, AbstractComposite):
         for child, _ in method.children(node):
@@ -59,6 +59,11 @@ def _check_product(path: str, node: Adapter) -> None:
             raise SboraxError(
                 f"lora_fa: {path}: {type(method).__name__} trains {gains[0]} between a and b, which the "
                 "projection of b leaves out; use another optimizer"
+            )
+        if agree(train["a"], train["b"]) and "scale" not in node.frozen:
+            raise SboraxError(
+                f"lora_fa: {path}: the change by {type(method).__name__} is not s a b, which the projection of b is "
+                "for; use another optimizer"
             )
 
 

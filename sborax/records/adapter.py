@@ -16,8 +16,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from sborax.adapters.compose import with_parts
 from sborax.adapters.constraints import replicate
-from sborax.adapters.core import AbstractKernelless, AbstractMethod, AbstractWeight, Adapter, SboraxError, leaf_axes
+from sborax.adapters.core import (
+    AbstractComposite,
+    AbstractKernelless,
+    AbstractMethod,
+    AbstractWeight,
+    Adapter,
+    SboraxError,
+    leaf_axes,
+)
 from sborax.adapters.depth import axes_leaves, stack_of
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
@@ -160,7 +169,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         train, frozen = _nested(where, leaves_under(f"{path}/train/")), _nested(where, leaves_under(f"{path}/frozen/"))
         for half in (train, frozen):
             _check_leaves(where, method, method.axes, half, None)
-        adapters[path] = _with_scalars(Adapter(train, frozen, method, in_axes))
+        adapters[path] = _with_parts(_with_scalars(Adapter(train, frozen, method, in_axes)))
     trained_base = leaves_under("base/")
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
@@ -220,6 +229,14 @@ def _with_scalars(node: Adapter) -> Adapter:
         leaves = [leaf.reshape(leaf.shape[stack:]) for leaf, stack in zip(leaves, stacks, strict=True)]
     train, frozen = jax.tree.unflatten(structure, leaves)
     return Adapter(train, frozen, node.method, node.in_axes)
+
+
+def _with_parts(node: Adapter) -> Adapter:
+    """The adapter with an entry for every part of a composed method. Files have none for a part without leaves."""
+    method = node.method
+    if not isinstance(method, AbstractComposite):
+        return node
+    return with_parts(node, [_with_parts(child) for child, _ in method.children(node)])
 
 
 def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: Mapping[str, int] | None) -> None:

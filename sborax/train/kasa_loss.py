@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, PyTree
 
 from sborax.adapters.core import SboraxError
-from sborax.adapters.tree import nodes
+from sborax.adapters.tree import parts_of
+from sborax.data.options import at_least
 from sborax.methods import KaSA
 from sborax.train.loss import AbstractLoss, CrossEntropy
 
@@ -16,18 +17,17 @@ if TYPE_CHECKING:
 
 
 def kasa_penalty(adapters: PyTree, beta: float, gamma: float) -> Float[Array, ""]:
-    """beta |e|^2 + gamma (|a^T a - I| + |b b^T - I|) in Frobenius norms, summed over all adapters that are KaSA.
+    """beta |e|^2 + gamma (|a^T a - I| + |b b^T - I|) in Frobenius norms, summed over all weights that have KaSA.
 
-    As PEFT's `LoraModel._get_kasa_loss`. Raises SboraxError without such an adapter.
+    As PEFT's `LoraModel._get_kasa_loss`. Parts of composed methods count, too. Raises SboraxError if there is none.
     """
     penalties = []
-    for node in nodes(adapters).values():
-        if isinstance(node.method, KaSA):
-            a, b, e = node.train["a"], node.train["b"], node.train["e"]
-            apart = _from_identity(jnp.swapaxes(a, -1, -2)) + _from_identity(b)
-            penalties.append(beta * jnp.sum(jnp.square(e)) + gamma * jnp.sum(apart))
+    for part in parts_of(adapters, KaSA):
+        a, b, e = part.train["a"], part.train["b"], part.train["e"]
+        apart = _from_identity(jnp.swapaxes(a, -1, -2)) + _from_identity(b)
+        penalties.append(beta * jnp.sum(jnp.square(e)) + gamma * jnp.sum(apart))
     if not penalties:
-        raise SboraxError("KaSALoss: no kernel has KaSA on all of its layers; give it by the rules")
+        raise SboraxError("KaSALoss: no kernel has KaSA; give it by the rules")
     return jnp.sum(jnp.stack(penalties))
 
 
@@ -44,14 +44,20 @@ class KaSALoss(AbstractLoss):
     beta: weight of the singular values' squares. Default: PEFT's, 1e-4. gamma: weight of the distance of a and b from
         orthonormal. Default: PEFT's, 1e-3.
 
-    arXiv:2412.06071
+    Raises SboraxError for a negative weight. arXiv:2412.06071
     """
 
     beta: float = 1e-4
     gamma: float = 1e-3
 
+    def __post_init__(self) -> None:
+        at_least(0, beta=self.beta, gamma=self.gamma)
+
     def __call__(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""]]:
         total, tokens = CrossEntropy()(outputs)
+        # Some methods start from the gradient of the model without adapters. A step has a key.
+        if outputs.key is None and not outputs.adapters:
+            return total, tokens
         # The step divides by the number of tokens.
         return total + tokens.astype(jnp.float32) * kasa_penalty(outputs.adapters, self.beta, self.gamma), tokens
 

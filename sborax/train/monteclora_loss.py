@@ -10,7 +10,8 @@ from jax.scipy.special import digamma, gammaln
 from jaxtyping import Array, Float, Key, Num, PyTree
 
 from sborax.adapters.core import SboraxError
-from sborax.adapters.tree import nodes
+from sborax.adapters.tree import parts_of
+from sborax.data.options import above, at_least
 from sborax.methods import MonteCLoRA
 from sborax.methods.monteclora import proportions, variances
 from sborax.train.loss import AbstractLoss, CrossEntropy
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def monteclora_penalty(
     adapters: PyTree, key: Key[Array, ""], kl_weight: float, entropy: bool, prior: float
 ) -> Float[Array, ""]:
-    """kl_weight (kl_p + kl_d + kl_v) + |p|^2 if entropy, its mean over all weights whose adapters are MonteCLoRA.
+    """kl_weight (kl_p + kl_d + kl_v) + |p|^2 if entropy, its mean over all weights that have MonteCLoRA.
 
     For n samples of concentrations c = exp(g), each with the prior q, and for r = rank:
 
@@ -34,17 +35,16 @@ def monteclora_penalty(
     divergence of two Dirichlet distributions, log G(c_n) - log G(q) would be subtracted; PEFT adds it.)
     v and p are drawn anew, where PEFT takes those of the forward pass: the mean is the same.
 
-    Raises SboraxError without such an adapter.
+    Parts of composed methods count, too. Raises SboraxError without such a weight.
     """
     penalties = []
-    for number, node in enumerate(nodes(adapters).values()):
-        if isinstance(node.method, MonteCLoRA):
-            d, g = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (node.train["d"], node.train["g"]))
-            keys = jax.random.split(jax.random.fold_in(key, number), d.shape[0])
-            of_weight = functools.partial(_penalty, kl_weight=kl_weight, entropy=entropy, prior=prior)
-            penalties.append(jax.vmap(of_weight)(keys, d, g))
+    for number, part in enumerate(parts_of(adapters, MonteCLoRA)):
+        d, g = part.train["d"], part.train["g"]
+        keys = jax.random.split(jax.random.fold_in(key, number), d.shape[0])
+        of_weight = functools.partial(_penalty, kl_weight=kl_weight, entropy=entropy, prior=prior)
+        penalties.append(jax.vmap(of_weight)(keys, d, g))
     if not penalties:
-        raise SboraxError("MonteCLoRALoss: no kernel has MonteCLoRA on all of its layers; give it by the rules")
+        raise SboraxError("MonteCLoRALoss: no kernel has MonteCLoRA; give it by the rules")
     return jnp.mean(jnp.concatenate(penalties))
 
 
@@ -76,12 +76,16 @@ class MonteCLoRALoss(AbstractLoss):
         the proportions, which keeps them even (PEFT's `use_entropy`: False). prior: concentration of the proportions
         before training (PEFT's `dirichlet_prior`: 0.1).
 
-    arXiv:2411.04358
+    Raises SboraxError for a negative weight, and for a prior that is not positive. arXiv:2411.04358
     """
 
     kl_weight: float = 1e-5
     entropy: bool = False
     prior: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(0, kl_weight=self.kl_weight)
+        above(0, prior=self.prior)
 
     def __call__(self, outputs: "Outputs") -> tuple[Float[Array, ""], Num[Array, ""]]:
         total, tokens = CrossEntropy()(outputs)
