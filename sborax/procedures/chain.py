@@ -70,6 +70,11 @@ class COLA(AbstractSegmented):
                         f"COLA: {site.path}: the first link has the rank of the rules, {method.rank}, and ranks "
                         f"begins with {self.ranks[0]}"
                     )
+                for rank in self.ranks[1:]:
+                    try:
+                        _with_rank(method, rank).check(site.shape)
+                    except SboraxError as error:
+                        raise SboraxError(f"COLA: {site.path}: a link of rank {rank}: {error}") from None
 
     def due(self, step: int, run: Run) -> bool:
         return step % self.every == 0 and step < run.steps
