@@ -35,6 +35,14 @@ PAGE = ROOT / "docs" / "performance.md"
 LENGTH = 2048
 CHIPS_OF_A_SLICE = 256
 SLICES = {"v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16"}
+MESHES = {"v5e": {"fsdp": 256}, "v5p": {"data": 4, "fsdp": 64}, "v6e": {"fsdp": 256}}
+"""By chip. An axis that spans all three dimensions of a v5p slice gathers by all-reduces, which are received twice."""
+_OFFLOAD = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+}
+OPTIONS: dict[str, dict[str, str]] = {"v5e": {}, "v5p": _OFFLOAD, "v6e": _OFFLOAD}
+"""Of the compiler, by chip. Without them gathers run beside products on v5e alone."""
 METHODS = ("LoRA", "QLoRA", "SBoRA-FA", "QSBoRA-FA", "Bone", "QBone")
 """Those with a Q stand on an NF4 base."""
 SENT_GOALS = {method: 1.15 for method in METHODS}
@@ -48,7 +56,7 @@ class Pod:
     - shape: a name in `SHAPES`.
     - chip: a name in `SLICES`.
     - method: a name in `METHODS`.
-    - rows: of 2,048 tokens on each chip; all chips are on mesh axis fsdp.
+    - rows: of 2,048 tokens on each chip.
     - remat: as in `Experiment`.
     """
 
@@ -89,12 +97,13 @@ def pods() -> list[Pod]:
     ]
 
 
-def about(program: Any) -> dict[str, Any]:
-    """Versions, and digests of the lowered program and of the code that reads numbers from the compiled one."""
+def about(pod: Pod, program: Any) -> dict[str, Any]:
+    """Versions, options, and digests of the lowered program and of the code that reads the compiled one."""
     plans = ROOT / "sborax" / "plans"
     reading = b"".join((plans / name).read_bytes() for name in ("hlo.py", "ahead.py"))
     return {
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "libtpu")},
+        "options": OPTIONS[pod.chip],
         "program": digest(program.as_text().encode()),
         "reading": digest(reading),
     }
@@ -107,7 +116,7 @@ def digest(content: bytes) -> str:
 
 def planned(pod: Pod) -> Outline:
     """The step of a pod, laid out over its chips."""
-    mesh = pod_mesh(SLICES[pod.chip], {"fsdp": CHIPS_OF_A_SLICE})
+    mesh = pod_mesh(SLICES[pod.chip], MESHES[pod.chip])
     return on_mesh(step(pod.shape, pod.method, pod.rows * CHIPS_OF_A_SLICE, LENGTH, pod.remat, "splash"), mesh)
 
 
@@ -129,7 +138,7 @@ def measure(pod: Pod, outlined: Outline, traced: Any) -> dict[str, Any]:
         "base": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(outlined.parts.base)),
     }
     try:
-        program = traced.compile()
+        program = traced.compile(compiler_options=OPTIONS[pod.chip])
     except jax.errors.JaxRuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if "hbm" in line.lower()]
         return {**result, "refused": lines[0] if lines else str(error).splitlines()[0]}
@@ -204,7 +213,7 @@ def main() -> None:
     for pod in (pod for pod in pods() if args.only in pod.name):
         outlined = planned(pod)
         program = lowered(outlined)
-        line, facts = known.get(pod.name, {}), about(program)
+        line, facts = known.get(pod.name, {}), about(pod, program)
         if all(line.get(name) == value for name, value in facts.items()) and not args.again:
             continue
         result = measure(pod, outlined, program)

@@ -1,10 +1,13 @@
 """docs/performance.md, made from the stored steps: python -m benchmarks.pods page"""
 
+import json
 from typing import Any
 
 from benchmarks.pods import (
     CHIPS_OF_A_SLICE,
     LENGTH,
+    MESHES,
+    OPTIONS,
     SLICES,
     Pod,
     held,
@@ -25,7 +28,7 @@ that a chip's published rates allow, and a real step takes longer. This page is 
 from `benchmarks/pods.jsonl`, and `python -m benchmarks.pods compile` adds what is missing there.
 
 Every step: bfloat16, or an NF4 base where the method's name begins with Q; LoRA rank 16, SBoRA and Bone rank 32, on all
-seven projections; rows of {LENGTH:,} tokens; mesh `{{"fsdp": {CHIPS_OF_A_SLICE}}}`; attention by splash.
+seven projections; rows of {LENGTH:,} tokens; attention by splash.
 """
 
 RATES = """## Chips
@@ -33,6 +36,15 @@ RATES = """## Chips
 As Google Cloud's documentation of [v5e](https://cloud.google.com/tpu/docs/v5e),
 [v5p](https://cloud.google.com/tpu/docs/v5p) and [v6e](https://cloud.google.com/tpu/docs/v6e) states them. ICI is what a
 chip's links carry in one direction.
+"""
+
+LAYOUTS = """## Meshes and options
+
+On v5e the compiler gathers kernels beside products by default. On v5p and v6e it does so with the two options below,
+which run gathers on the chips' SparseCores; without them nothing is sent beside products there. In a run they go into
+the environment variable `LIBTPU_INIT_ARGS`, each as `--option=true`. On v5p:4x8x8 an axis of 256 chips spans all three
+dimensions of the torus, and then every gather is sent as an all-reduce, which is received twice; an axis of 64 spans
+two, so the mesh has a data axis of 4, and trained leaves and the optimiser's state are cut over 64 chips.
 """
 
 COSTS = """## What a step costs
@@ -104,6 +116,14 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
         INTRODUCTION,
         RATES,
         table(["chip", "slice", "TFLOP/s", "HBM GiB", "HBM GB/s", "ICI GB/s"], rates),
+        LAYOUTS,
+        table(
+            ["slice", "mesh", "options of the compiler"],
+            [
+                [SLICES[name], f"`{json.dumps(MESHES[name])}`", ", ".join(f"`{option}`" for option in OPTIONS[name])]
+                for name in SLICES
+            ],
+        ),
         COSTS,
         table(
             ["model", "slice", "rows", "remat", "method", "FLOPs over least", "HBM GB", "sent GB", "over least"]

@@ -31,7 +31,7 @@ def test_stored_steps_cost_near_the_least(pod):
     assert sum(result["sent_bytes"].values()) / pods.least_sent(pod, result["trained"]) <= pods.SENT_GOALS[pod.method]
     assert pods.held(result) <= CHIPS[pod.chip].memory
     share = result["arguments"]["trained"] + result["arguments"]["optimizer"]
-    assert share <= 1.3 * result["state"] / pods.CHIPS_OF_A_SLICE
+    assert share <= 1.3 * result["state"] / pods.MESHES[pod.chip]["fsdp"]
 
 
 @pytest.mark.nightly
@@ -40,7 +40,7 @@ def test_the_formula_for_temporaries_is_near_the_compiled_ones(pod):
     """It decides which mesh and which changes a plan proposes."""
     rows = pod.rows * pods.CHIPS_OF_A_SLICE
     planned = step(pod.shape, pod.method, rows, pods.LENGTH, pod.remat, "splash")
-    laid = on_mesh(planned, abstract_mesh({"fsdp": pods.CHIPS_OF_A_SLICE}))
+    laid = on_mesh(planned, abstract_mesh(pods.MESHES[pod.chip]))
     compiled = STORED[pod.name]["result"]["temporary_bytes"]
     assert 0.85 * compiled < temporary_bytes(laid) < 1.2 * compiled
 
@@ -140,6 +140,38 @@ def test_what_is_sent_beside_products_is_read_from_the_schedule():
     alone = SCHEDULE.replace("BESIDE", "%begin").replace("MIDDLE", "")
     assert hlo.collective_bytes(alone) == hlo.collective_bytes(beside)
     assert not any(hlo.overlapped_bytes(alone).values())
+
+
+OFFLOADED = """
+HloModule jit_step, is_scheduled=true
+
+%gather (p: bf16[1,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %part = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[1,8], x: bf16[4,8], w: bf16[8,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %w = bf16[8,8]{1,0} parameter(2)
+  %begins = ((), (), (s32[128]{0:S(4)})) custom-call-start(), called_computations={%gather}
+  BEFORE
+  %goes = ((bf16[1,8]{1,0}), bf16[4,8]{1,0}, (s32[128]{0})) custom-call-update(%begins, %p)
+  BESIDE
+  %part = bf16[4,8]{1,0} custom-call-done(%goes)
+  ROOT %z = bf16[4,8]{1,0} dot(%part, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_a_gather_of_another_core_is_beside_the_products_behind_its_operand():
+    product, size = "%y = bf16[4,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 4 * 8
+    for before, beside, overlapped in ((product, "", 0), ("", product, size)):
+        text = OFFLOADED.replace("BEFORE", before).replace("BESIDE", beside)
+        assert (hlo.collective_bytes(text), hlo.overlapped_bytes(text)) == (
+            {"all-gather": size},
+            {"all-gather": overlapped},
+        )
 
 
 def test_the_largest_time_bounds_a_step():

@@ -75,7 +75,9 @@ def why_no_table(method: AbstractMethod) -> str:
     if method.no_merge or method.draws or method.linked:
         return f"{method.no_merge or method.draws or 'it links layers'}; use a plain product of factors, such as LoRA"
     if "inputs" in method.needs:
-        return "it starts from the inputs of a projection, and a table has none; use a start without data, such as LoRA's"
+        return (
+            "it starts from the inputs of a projection, and a table has none; use a start without data, such as LoRA's"
+        )
     if method.approximates:
         return "its backward pass is that of projections alone; use a method with exact gradients, such as LoRA"
     if not isinstance(method, AbstractFactored):

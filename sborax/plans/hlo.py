@@ -13,6 +13,8 @@ _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z-]+)\((.*)$")
 _NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_INSIDE = ("fusion", "async-start", "custom-call-start")
+"""Operations that are one with those of the computations that they run."""
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -43,10 +45,16 @@ def overlapped_bytes(text: str) -> dict[str, int]:
     of_line: dict[str, str] = {}
     for body in lines.values():
         spans: dict[str, list[int]] = {}
+        begun: dict[str, str] = {}
         for number, line in enumerate(body):
-            for operation, sent in _ends(line, lines):
+            for name, sent in _ends(line, lines):
+                operation = begun.get(name, name)
                 spans.setdefault(operation, []).append(number)
                 of_line |= dict.fromkeys(sent, operation)
+            if update := re.match(r"\s*%?([\w.-]+) = .* [a-z-]+-update\(%([\w.-]+)", line):
+                # A core for collectives has started before, and gets its operand here.
+                begun[update.group(1)] = update.group(2)
+                spans[update.group(2)] = [number]
         products = [number for number, line in enumerate(body) if _is_product(line) or working & set(_called(line))]
         hidden |= {name for name, span in spans.items() if any(span[0] <= number <= span[-1] for number in products)}
     return _collectives(text, lambda line, size: size if of_line.get(line) in hidden else 0)
@@ -113,10 +121,10 @@ def _collectives(text: str, measure: Callable[[str, int], int]) -> dict[str, int
                 key = (kind, f"{place}:{seen[kind, place]}")
                 seen[kind, place] += 1
                 sizes[key] = measure(line, _result(shape, opcode.endswith("-start")))
-            if opcode in ("while", "call", "fusion", "conditional", "async-start"):
+            if opcode in ("while", "call", "conditional", *_INSIDE):
                 times = (_iterations(line, lines) or 1) if opcode == "while" else 1
-                for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{)=?%?([\w.-]+)", line):
-                    inside = scope if opcode in ("fusion", "async-start") else called
+                for called in _called(line):
+                    inside = scope if opcode in _INSIDE else called
                     for key, size in sent(called, inside).items():
                         sizes[key] = max(sizes.get(key, 0), size * times)
         return sizes
@@ -171,7 +179,7 @@ def _turns(lines: dict[str, list[str]], entry: str, most: int, inside: bool) -> 
     - inside: whether to follow fusions and the computations of asynchronous operations.
     """
     times: dict[str, int] = collections.Counter()
-    opcodes = ("while", "call", "conditional", *(("fusion", "async-start") if inside else ()))
+    opcodes = ("while", "call", "conditional", *(_INSIDE if inside else ()))
 
     def visit(computation: str, count: int) -> None:
         times[computation] += count
@@ -188,7 +196,7 @@ def _turns(lines: dict[str, list[str]], entry: str, most: int, inside: bool) -> 
 
 def _called(line: str) -> list[str]:
     """The computations that an operation runs."""
-    listed = re.search(r"branch_computations=\{([^}]*)\}", line)
+    listed = re.search(r"(?:branch|called)_computations=\{([^}]*)\}", line)
     names = re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
     return names + ([name.strip().lstrip("%") for name in listed.group(1).split(",")] if listed else [])
 
