@@ -137,7 +137,8 @@ def test_a_member_is_its_own_single_run(swept, tmp_path, number):
     experiment, out, _, _ = swept
     member = Sweep(experiment, GRID).members()[number]
     summary = train(sx.load_experiment(str(out / member.name)), tmp_path / "alone", echo=quiet)
-    same_run(tmp_path / "alone", out / member.name, atol=1e-6)
+    # Adam divides what differs by rounding by a small moment.
+    same_run(tmp_path / "alone", out / member.name, atol=1e-5)
     told = json.loads((out / member.name / "summary.json").read_text())
     assert told.keys() == dataclasses.asdict(summary).keys() and told["finished"]
     for key in ("steps", "trainable_parameters", "base_parameters", "samples", "device"):
