@@ -46,7 +46,6 @@ from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
 
-
 MERGED_THERE = "merge the adapter in PEFT and load the model that it saves"
 
 
@@ -84,8 +83,6 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         saved = [] if kind else saved_modules(config, layout.torch_modules)
         form = (BARE, OF_ADAPTER if kind else OF_ROWS)
         params, tensors = _with_layers(model.params, tensors, layout, saved, form)
-            model.params, tensors, layout, saved, (PLAIN_NAME, OF_ADAPTER if kind else OF_ROWS)
-        )
         layout = dataclasses.replace(layout, leaves=flatten(params))
         if kind is not None:
             return _changed_base(kind, config, tensors, layout, params), {}
