@@ -34,6 +34,8 @@ class Repeated(NamedTuple):
 
 def check_size(tensors: Tensors, layout: HFLayout) -> None:
     """Raise SboraxError for a file of a model with another number of tokens."""
+    if TABLE not in layout.leaves:
+        return
     count, features = layout.leaves[TABLE].shape
     for module, axes in AXES.items():
         for suffix, axis in {BARE: 0, OF_ADAPTER: 0, OF_ROWS: 0, **axes}.items():
@@ -59,9 +61,10 @@ def stored_layers(
     """
     known, layers = set(names), {}
     for module in (EMBEDDING, HEAD):
-        suffix = _base_name(module, known, layout)
-        if suffix in form and f"{PREFIX}{module}.{suffix}" in known and _table(module, layout) not in saved:
-            layers[f"{module}.{suffix}"] = f"{_table(module, layout)}.weight"
+        suffix, table = _base_name(module, known, layout), _table(module, layout)
+        stored = suffix in form and f"{PREFIX}{module}.{suffix}" in known
+        if stored and table not in saved and f"{table}.weight" in layout.slots:
+            layers[f"{module}.{suffix}"] = f"{table}.weight"
     return layers
 
 
