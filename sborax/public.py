@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from sborax.models.linen import apply_linen
     from sborax.models.nnx import Trained, adapt_nnx, adapters_nnx
     from sborax.models.replication import replicate_layers
+    from sborax.models.vocabulary import resize_vocabulary
     from sborax.records.adapter import load_adapter, save_adapter
     from sborax.records.checkpoint import open_checkpoints
     from sborax.train.inputs import input_hints
@@ -92,6 +93,7 @@ _LATER = {
     "load_model": "sborax.models",
     "load_peft": "sborax.interop.peft",
     "replicate_layers": "sborax.models.replication",
+    "resize_vocabulary": "sborax.models.vocabulary",
     "save_adapter": "sborax.records.adapter",
     "save_hf": "sborax.models",
     "save_peft": "sborax.interop.peft",
@@ -184,6 +186,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "rebase",
     "remove_expert",
     "replicate_layers",
+    "resize_vocabulary",
     "save_adapter",
     "save_hf",
     "save_peft",

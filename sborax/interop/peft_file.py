@@ -48,6 +48,10 @@ class Tensors:
         """The tensors that do not have these names."""
         return dataclasses.replace(self, names={name: key for name, key in self.names.items() if name not in names})
 
+    def only(self, names: Collection[str]) -> "Tensors":
+        """The tensors that have these names."""
+        return self.without(self.names.keys() - names)
+
     def completed(self, completed: Completed) -> "Tensors":
         """The tensors with what some of them are made of."""
         return dataclasses.replace(self.without(completed.spent), made=completed.tensors)
@@ -65,6 +69,10 @@ class Tensors:
         tensor = self.stored(name)
         # A flat index may be larger than float32 can tell from the next one.
         return tensor if tensor.dtype.kind in "iu" else tensor.astype(np.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that the file has."""
+        return tuple(self.file.get_slice(self.names[name]).get_shape())
 
     def headers(self) -> dict[str, Any]:
         """Shapes and dtypes by name."""

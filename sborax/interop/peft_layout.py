@@ -71,6 +71,11 @@ class HFLayout:
         """Every module that has a tensor."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.slots))
 
+    @property
+    def torch_modules(self) -> list[str]:
+        """Every module of transformers' model that has a weight, a tied head among them."""
+        return [*self.modules, *([HEAD] if self.tied else [])]
+
     def numbers(self, modules: Iterable[str]) -> dict[str, int]:
         """The position of each of these modules in transformers' model, among them."""
         kinds = {entry.hf: kind for kind, entry in enumerate(names.TABLE)}

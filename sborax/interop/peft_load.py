@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from sborax.adapters.tables import why_no_table
 from sborax.adapters.tree import attach, link, nodes
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_biases import added_biases, check_saved, stored_biases
+from sborax.interop.peft_embeddings import BARE, OF_ADAPTER, OF_ROWS, check_size, repeated, stored_layers
 from sborax.interop.peft_experts import FIELD, Door, read_experts
 from sborax.interop.peft_file import Tensors, in_todays_form, open_tensors, read_config
 from sborax.interop.peft_fused import taken_apart
@@ -45,14 +46,19 @@ from sborax.models.families import family_of
 from sborax.models.language_model import LanguageModel
 from sborax.models.names import unlayered
 
+MERGED_THERE = "merge the adapter in PEFT and load the model that it saves"
+
 
 def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[Any, Any]:
     """Read a PEFT adapter directory for `model`: `(params, adapters)`.
 
     Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
     files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
-    `modules_to_save`, the rows of `trainable_token_indices` and the biases that PEFT trained are in `params`.
+    `modules_to_save`, the rows of `trainable_token_indices`, the biases that PEFT trained, and an embedding and a head
+    that the file has by `save_embedding_layers` are in `params`.
     LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change `params` alone.
+
+    A file for another vocabulary goes on the model that `resize_vocabulary` makes.
 
     A file with `layer_replication` is for a deeper model: give the one that `replicate_layers` makes of its base.
 
@@ -72,23 +78,30 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         config, opened = taken_apart(config, opened, layout, family_of(model.config.model_type).fused)
         layout = dataclasses.replace(layout, shared=config.get(TYING) is True)
         config, tensors = in_todays_form(config, Tensors.of(opened), layout)
+        check_size(tensors, layout)
         kind = kind_of(config)
+        saved = [] if kind else saved_modules(config, layout.torch_modules)
+        form = (BARE, OF_ADAPTER if kind else OF_ROWS)
+        params, tensors = _with_layers(model.params, tensors, layout, saved, form)
+        layout = dataclasses.replace(layout, leaves=flatten(params))
         if kind is not None:
-            return _changed_base(kind, config, tensors, layout, model.params), {}
+            return _changed_base(kind, config, tensors, layout, params), {}
         of_experts, config = config.get(FIELD), {**config, FIELD: None}
         row = row_for(config)
         if config.get(REPLICATION):
             check_replication(row, config[REPLICATION], model)
-        experts = _experts(row, {**config, FIELD: of_experts}, model.params) if of_experts else None
+        experts = _experts(row, {**config, FIELD: of_experts}, params) if of_experts else None
         modules = [] if experts and not config.get("target_modules") else _targets(config, layout)
-        saved = saved_modules(config, layout.modules)
         check_saved(config, layout, saved)
         if row.method.rewrites_base:
             _check_dense(row, modules, layout)
         fits = _fits(row, config, modules, layout)
         expected = _expected(row, fits, layout) if fits else {}
         expected |= experts.shapes if experts else {}
-        copies = _copies_in(tensors, row, fits, _tied(config, layout, saved), transposed_copies(layout, expected))
+        extra = repeated(tensors.names, layout, saved)
+        tensors = tensors.without(extra.unused)
+        tied = _tied(config, layout, saved) | extra.copies
+        copies = _copies_in(tensors, row, fits, tied, transposed_copies(layout, expected))
         rest = tensors.without(copies.names)
         added = added_biases(config, layout, fits)
         base = _base_tensors(layout, saved, modules, rest.names, stored_biases(config, layout, modules))
@@ -105,7 +118,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
         adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
-        params, adapters = attach(jax.random.key(0), _replaced(model.params, layout, new), _plan(adapted, layout))
+        params, adapters = attach(jax.random.key(0), _replaced(params, layout, new), _plan(adapted, layout))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
         if _differ(nodes(adapters), row, adapted, layout, rest.read):
@@ -129,13 +142,25 @@ def _experts(row: Row, config: Mapping[str, Any], params: Any) -> Door:
 
 def _tied(config: Mapping[str, Any], layout: HFLayout, saved: list[str]) -> dict[str, str]:
     """What the file may have twice, since the head is tied to the embedding: `{name of the copy: name}`."""
-    tied = {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
-    if tied and config.get(TYING) is not True:
-        raise SboraxError(
-            f"modules_to_save has the embedding, to which the head is tied here and, without {TYING}, is not in PEFT; "
-            "merge the adapter there and load the model that it saves"
-        )
-    return tied
+    changed = {EMBEDDING, HEAD} & set(saved) if layout.tied else set()
+    # Of both, the file has what tells whether they are still equal.
+    if len(changed) == 1 and config.get(TYING) is not True:
+        what = "the embedding, to which the head is tied" if EMBEDDING in changed else "the head, which is tied"
+        raise SboraxError(f"modules_to_save has {what} here and, without {TYING}, is not in PEFT; {MERGED_THERE}")
+    return {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
+
+
+def _with_layers(
+    params: Any, tensors: Tensors, layout: HFLayout, saved: list[str], form: Collection[str]
+) -> tuple[Any, Tensors]:
+    """`params` with the embedding and the head of the base that the file has, and the other tensors.
+
+    The last two arguments are those of `stored_layers`.
+    """
+    layers = _shaped(stored_layers(tensors.names, layout, saved, form), layout)
+    stored = tensors.only({PREFIX + key for key in layers})
+    stored.compare({PREFIX + key: shape for key, (_, shape) in layers.items()})
+    return _replaced(params, layout, _new_leaves(layers, {}, layout, stored)), tensors.without(stored.names.keys())
 
 
 class _Copies(NamedTuple):
@@ -153,7 +178,8 @@ class _Copies(NamedTuple):
         """Raise SboraxError for a copy that differs."""
         for copy, name in self.tied.items():
             if not np.array_equal(tensors.stored(copy).astype(np.float32), originals.read(name)):
-                raise SboraxError(f"{copy} differs from the embedding that it should be tied to")
+                what = f"the embedding, to which the head is tied here; {MERGED_THERE}" if HEAD in copy else name
+                raise SboraxError(f"{copy} differs from {what}")
         for copy, name in self.transposed.items():
             if not np.array_equal(tensors.stored(copy).astype(np.float32).T, originals.read(name)):
                 raise SboraxError(f"{copy} is not the transpose of {name}, to which {TYING} ties it")
@@ -282,6 +308,11 @@ def _base_tensors(
         key, shares = f"{module}.base_layer.weight", layout.tied and module == HEAD
         if PREFIX + key in names and (module in modules or (shares and layout.shared and EMBEDDING in modules)):
             keys[key] = f"{EMBEDDING if shares else module}.weight"
+    return _shaped(keys, layout)
+
+
+def _shaped(keys: Mapping[str, str], layout: HFLayout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Hugging Face's names with the shapes that they have there. keys: `{name in the file: Hugging Face's name}`."""
     tensors = {}
     for key, name in keys.items():
         slot = layout.slots[name]

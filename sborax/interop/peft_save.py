@@ -21,6 +21,7 @@ from sborax.interop.card import adapter_card, check_card, write_card
 from sborax.interop.factor import Factors, by_layer, exact, truncated
 from sborax.interop.peft_base import kind_for
 from sborax.interop.peft_biases import BIAS, Biases, stored_biases, trained_biases
+from sborax.interop.peft_embeddings import written_layers
 from sborax.interop.peft_experts import FIELD, Written, write_experts
 from sborax.interop.peft_fused import put_together
 from sborax.interop.peft_layout import (
@@ -98,6 +99,7 @@ def save_peft(
     base: str | None = None,
     facts: Mapping[str, str] | None = None,
     layer_replication: Ranges | None = None,
+    save_embedding_layers: bool = False,
 ) -> Exported:
     """Write `adapters` as a PEFT adapter directory for the base model `model.params`, with a model card.
 
@@ -121,6 +123,9 @@ def save_peft(
     - facts: further lines for the card, such as data and metrics.
     - layer_replication: where `replicate_layers` made `model`, its ranges, for PEFT to do the same to the base when it
       loads the adapter. Default None: the adapter is for the deeper model itself, as `save_hf` writes it.
+    - save_embedding_layers: store the embedding and the head of `model`, too, trained or not, as PEFT does after
+      `resize_token_embeddings`: for a `model` that `resize_vocabulary` made, whose new rows PEFT would draw again.
+      Default False: the base has them.
 
     Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """
@@ -135,7 +140,7 @@ def save_peft(
             raise SboraxError("there is no adapter to save: the tree is empty")
         if layer_replication is not None:
             raise SboraxError(f"{REPLICATION} is for adapters, and there are none; leave it out")
-        return _save_changed(directory, changed, layout, leaves, base, facts)
+        return _save_changed(directory, changed, layout, leaves, base, facts, save_embedding_layers)
     of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
     others = {path: node for path, node in linked.items() if path not in of_experts}
     _check_adapters(layout, leaves, linked)
@@ -161,6 +166,9 @@ def save_peft(
     if entries and (fused := family_of(model.config.model_type).fused):
         fields = {module: entry.fields for module, entry in entries.items()}
         config, tensors, modules = put_together(config, tensors, fields, row, layout, fused)
+    if save_embedding_layers:
+        held = leaves if row.method.rewrites_base and not row.keeps_base else layout.leaves
+        tensors |= written_layers(tensors, layout, held)
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     exported = Exported(row.peft_type, modules + len(of_experts), _size(tensors), errors)
     methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
@@ -257,13 +265,16 @@ def _save_changed(
     leaves: Mapping[str, Any],
     base: str | None,
     facts: Mapping[str, str] | None,
+    save_embedding_layers: bool,
 ) -> Exported:
     """`save_peft` of leaves of the base that were trained without adapters. changed: their paths."""
     kind = kind_for(changed)
     written = kind.written(changed, layout, leaves)
     config = {**_common(kind.peft_type, base), **written.config}
-    exported = Exported(kind.peft_type, len(written.tensors), _size(written.tensors), {})
-    _write(directory, config, written.tensors, [kind.peft_type], exported, base, facts)
+    layers = written_layers(written.tensors, layout, layout.leaves) if save_embedding_layers else {}
+    tensors = written.tensors | layers
+    exported = Exported(kind.peft_type, len(written.tensors), _size(tensors), {})
+    _write(directory, config, tensors, [kind.peft_type], exported, base, facts)
     return exported
 
 

@@ -72,10 +72,9 @@ def rows_in(config: Mapping[str, Any], layout: HFLayout, adapted: Collection[str
     value = config.get(TOKENS)
     if value is None:
         return {}
-    known = [*layout.modules, *([HEAD] if layout.tied else [])]
     rows: dict[str, list[int]] = {}
     for name, indices in value.items() if isinstance(value, dict) else [(EMBEDDING, value)]:
-        modules = [module for module in known if module.endswith(name)]
+        modules = [module for module in layout.torch_modules if module.endswith(name)]
         if not modules:
             raise SboraxError(f"{TOKENS}: this model has no module {name[:60]!r}")
         for module in modules:
