@@ -35,6 +35,11 @@ PAIR = (
 )
 OF_PART = tuple(tensor._replace(leaf=f"part/{tensor.leaf}") for tensor in PAIR)
 INVOCATION = "alora_invocation_tokens"
+LORA_OPTIONS: dict[str, Any] = {
+    "use_dora": False, "use_qalora": False, INVOCATION: None, "kasa_config": None, "use_bdlora": None,
+    "monteclora_config": None, "velora_config": None,
+}  # fmt: skip
+"""PEFT's defaults of the fields that tell variants apart."""
 LORA_FIELDS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 LORA_READS = frozenset({TYING, REPLICATION, TOKENS})
 LORA_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}

@@ -24,6 +24,8 @@ TRANSPOSED = (1, 0)
 """The axes of an (in, out) matrix in PEFT's order, which is torch's: (out, in)."""
 ANY_START = {"init_weights": (True, False)}
 """For kinds whose start leaves the base as it is, however it is drawn."""
+START_OPTIONS = {"init_weights": True, "init_lora_weights": True}
+"""PEFT's defaults of the starts in `Row.known_by`."""
 NO_BIAS: dict[str, Any] = {}
 """For kinds whose config has no field `bias`."""
 

@@ -42,6 +42,8 @@ def _with_wavelet(node: Adapter) -> dict[str, Any] | None:
     return None if method.wavelet is None else _fields(node)
 
 
+SPECTRAL_OPTIONS = {"use_idwt": True, "wavelet_family": "db1"}
+"""PEFT's defaults of the fields that tell rows apart."""
 WAVELET_FIELDS = {"n_frequency": 2592, "scaling": 25.0, "random_loc_seed": 777}
 PROPORTIONAL = {"proportional_parameters": "numbers of coefficients would follow from the sizes of all weights"}
 SPECTRUM = (Tensor("waveft_spectrum", "c", (0,)),)

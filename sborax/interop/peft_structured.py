@@ -26,6 +26,10 @@ from sborax.interop.peft_targets import matched
 from sborax.methods import BOFT, C3A, DEFT, HRA, IA3, OFT, OSF, Bat, Bone, GLoRA, PEANuT, RoAd, SHiRA, SuperTuning
 from sborax.methods.glora_forms import CHOICES
 
+STRUCTURED_OPTIONS = {
+    "variant": "road_1", "act_fn": "relu", "decomposition_method": "relu", "init_ia3_weights": True
+}  # fmt: skip
+"""PEFT's defaults of the fields that tell rows apart."""
 MISS_FIELDS = {"r": 64, "mini_r": 1, "miss_dropout": 0.0}
 BLOCK = (Tensor("miss_block", "d", (0, 1)),)
 MOST_LAYERS = 16

@@ -10,36 +10,20 @@ from typing import Any
 from sborax.adapters.core import SboraxError
 from sborax.interop.peft_base import KINDS
 from sborax.interop.peft_biases import BIAS
-from sborax.interop.peft_lora import LORA
+from sborax.interop.peft_lora import LORA, LORA_OPTIONS
 from sborax.interop.peft_low_rank import LOW_RANK
 from sborax.interop.peft_projected import PROJECTED
-from sborax.interop.peft_row import Row
+from sborax.interop.peft_row import START_OPTIONS, Row
 from sborax.interop.peft_shared import SHARED
-from sborax.interop.peft_spectral import SPECTRAL
-from sborax.interop.peft_structured import STRUCTURED
+from sborax.interop.peft_spectral import SPECTRAL, SPECTRAL_OPTIONS
+from sborax.interop.peft_structured import STRUCTURED, STRUCTURED_OPTIONS
 
 TABLE = (*LORA, *LOW_RANK, *STRUCTURED, *PROJECTED, *SPECTRAL, *SHARED)
 
 PLAIN = TABLE[0]
 """The row of plain LoRA, as which every method with thin factors can be written."""
 
-KNOWN_BY_DEFAULTS = {
-    "use_dora": False,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "kasa_config": None,
-    "use_bdlora": None,
-    "monteclora_config": None,
-    "velora_config": None,
-    "init_lora_weights": True,
-    "init_weights": True,
-    "init_ia3_weights": True,
-    "variant": "road_1",
-    "use_idwt": True,
-    "wavelet_family": "db1",
-    "act_fn": "relu",
-    "decomposition_method": "relu",
-}
+KNOWN_BY_DEFAULTS = START_OPTIONS | LORA_OPTIONS | SPECTRAL_OPTIONS | STRUCTURED_OPTIONS
 """PEFT's defaults of the fields in `Row.known_by`."""
 
 SELECTING = frozenset(
