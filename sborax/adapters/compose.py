@@ -363,6 +363,9 @@ class ByLayer(AbstractComposite):
         return Fitted(train, frozen, base)
 
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:
+        # The method of an adapter that is read from a file was not constructed.
+        if len(self.parts) != len(self.layers):
+            raise SboraxError(f"ByLayer: {len(self.parts)} methods, and positions of layers for {len(self.layers)}")
         return [
             (Adapter(adapter.train.get(str(i), {}), adapter.frozen.get(str(i), {}), part, adapter.in_axes), positions)
             for i, (part, positions) in enumerate(zip(self.parts, self.layers, strict=True))
