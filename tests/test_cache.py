@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sborax.cli.cache import LARGEST, cache_dir, keep_programs
+from sborax.cli.cache import LARGEST, SHORTEST, cache_dir, keep_programs
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -28,10 +28,20 @@ def run(code: str) -> str:
 
 def test_jax_keeps_programs_in_the_cache_directory(home):
     keep = "from sborax.cli.cache import keep_programs; keep_programs(); import jax; config = jax.config"
-    printed = run(f"{keep}; print(config.jax_compilation_cache_dir, config.jax_compilation_cache_max_size)")
+    options = ("cache_dir", "cache_max_size")
+    printed = run(f"{keep}; print(*(getattr(config, 'jax_compilation_' + name) for name in {options}))")
     directory, size = printed.split()
     assert Path(directory).parent == cache_dir() / "programs" == home / "sborax" / "programs"
     assert Path(directory).is_dir() and int(size) == LARGEST
+
+
+def test_programs_that_take_a_tenth_of_a_second_are_kept(home, monkeypatch):
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    keep = "from sborax.cli.cache import keep_programs; keep_programs(); import jax"
+    assert float(run(f"{keep}; print(jax.config.jax_persistent_cache_min_compile_time_secs)")) == SHORTEST
+    program = f"{keep}\ndef f(x):\n  y = x\n  for _ in range(60): y = jax.numpy.sin(y @ x)\n  return y\n"
+    run(f"{program}jax.jit(f)(jax.numpy.eye(4))")
+    assert list((home / "sborax" / "programs").rglob("jit_f-*"))
 
 
 def test_a_directory_of_the_user_stays(home, monkeypatch):

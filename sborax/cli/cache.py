@@ -8,6 +8,8 @@ from pathlib import Path
 
 LARGEST = 4 << 30
 """Bytes of compiled programs that are kept. Beyond them, those that were not used for longest go."""
+SHORTEST = 0.05
+"""Seconds that a program must take to compile to be kept. A run has dozens that take less than JAX's default of 1 s."""
 
 
 def cache_dir() -> Path:
@@ -31,6 +33,7 @@ def keep_programs() -> None:
     if os.access(directory, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(LARGEST))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(SHORTEST))
 
 
 def _processor() -> str:
