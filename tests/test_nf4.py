@@ -1,5 +1,7 @@
 """NF4 against bitsandbytes on the CPU, under JAX's transformations, and what it keeps in memory."""
 
+import functools
+
 import bitsandbytes.functional as bnb
 import chex
 import jax
@@ -147,6 +149,22 @@ def test_dynamic_codes_equal_bitsandbytes_around_every_step():
     blocks = np.pad(np.resize(values, (len(values) // 255 + 1, 255)), ((0, 0), (0, 1)), constant_values=1)
     codes, _ = bnb.quantize_blockwise(torch.from_numpy(blocks), blocksize=256)
     np.testing.assert_array_equal(np.searchsorted(steps, blocks, side="right"), codes.numpy())
+
+
+@pytest.mark.parametrize("table", [nf4.LEVELS, nf4.dynamic_map()], ids=len)
+def test_selects_read_a_table_as_a_gather_does(table):
+    codes = np.random.default_rng(0).permutation(len(table)).astype(np.uint8).reshape(2, -1)
+    for read in (nf4.look_up, nf4._selected, nf4._gathered):
+        np.testing.assert_array_equal(jax.jit(functools.partial(read, table))(codes), table[codes])
+
+
+@pytest.mark.parametrize("stack", [(), (2,)], ids=str)
+def test_a_tpu_gathers_no_single_numbers(stack):
+    """It would take them one after the other. In a step, HBM traffic grew to that of a few dozen dense weights."""
+    weight = jax.eval_shape(quantise, jax.ShapeDtypeStruct((*stack, 128, 40), jnp.float32))
+    traced = jax.jit(lambda weight: weight.dense()).trace(weight)
+    assert "gather" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "gather" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 @by_route

@@ -191,7 +191,7 @@ def _scales(
             f"got {nested.shape}: dequantise whole weights, not the shards inside a shard_map"
         )
     unit = jnp.broadcast_to(nested[:, None], (*nested.shape, GROUP)).reshape(-1)[: blocks * out].reshape(out, blocks).T
-    product = jnp.asarray(dynamic_map()).at[absmax].get(mode="promise_in_bounds") * unit
+    product = look_up(dynamic_map(), absmax) * unit
     # No code exceeds 1, so the minimum changes no value. It keeps the compiler from rounding product and sum once,
     # where bitsandbytes rounds twice.
     return jnp.minimum(product, unit) + offset
@@ -205,8 +205,32 @@ def _dequantise(
 ) -> Float32[Array, "in out"]:
     half, out = codes.shape
     nibbles = (codes[:, None, :] >> jnp.array([4, 0], jnp.uint8)[None, :, None]) & jnp.uint8(15)
-    levels = jnp.asarray(LEVELS).at[nibbles.reshape(-1, BLOCK, out)].get(mode="promise_in_bounds")
+    levels = look_up(LEVELS, nibbles.reshape(-1, BLOCK, out))
     return (levels * _scales(absmax, nested, offset)[:, None, :]).reshape(2 * half, out)
+
+
+def look_up(table: Float32[np.ndarray, " codes"], codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """`table[codes]`, for codes within a table whose length is a power of 2.
+
+    A TPU gathers single numbers through its main memory, one at a time. There, selects take the place of the gather.
+    """
+    return lax.platform_dependent(
+        codes, tpu=functools.partial(_selected, table), default=functools.partial(_gathered, table)
+    )
+
+
+def _gathered(table: Float32[np.ndarray, " codes"], codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+
+
+def _selected(table: Float32[np.ndarray, " codes"], codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    entries: list[Any] = list(table)
+    bits = codes.astype(jnp.int32)
+    while len(entries) > 1:
+        is_odd = (bits & 1) == 1
+        entries = [jnp.where(is_odd, odd, even) for even, odd in zip(entries[::2], entries[1::2], strict=True)]
+        bits = bits >> 1
+    return entries[0]
 
 
 @jax.custom_vjp
