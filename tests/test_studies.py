@@ -112,6 +112,13 @@ def test_results_hold_what_a_member_did(tiny, ran):
     assert other is not None and other["members"][0]["curve"] != result["members"][0]["curve"]
 
 
+def test_a_piece_is_killed_before_its_first_step(tiny, tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(SweepStepper, "__init__", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert command.run(tiny, Store(tiny, tmp_path / "results"), tmp_path / "work", float("inf"), echo=lines.append) == 0
+    assert "stopped" in lines[-1]
+
+
 def test_a_killed_piece_goes_on(tiny, ran, tmp_path, monkeypatch):
     """A signal ends a piece after two of its four steps; the next call makes the other two, and the same numbers."""
     piece, lines = Piece(tiny.arms[0], RATES, 0), []

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from experiments import studies
-from experiments.studies.pieces import Stopped, measure_base, run_piece
+from experiments.studies.pieces import measure_base, run_piece
 from experiments.studies.repeat import claim_of, repeat
 from experiments.studies.report import Outcome, write
 from experiments.studies.store import RESULTS, Store
@@ -26,6 +26,7 @@ from experiments.studies.study import Base, Study, settings
 from experiments.studies.tuning import pending
 from sborax.adapters.core import SboraxError
 from sborax.train.read import Echo, silent
+from sborax.train.stop import Stopped
 
 WORK = Path("runs/studies")
 MARGIN = 1.2

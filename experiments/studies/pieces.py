@@ -22,13 +22,10 @@ from sborax.records.report import Summary, git_revision
 from sborax.sweep.run import sweep
 from sborax.train.loop import train
 from sborax.train.read import read_model
+from sborax.train.stop import Stopped
 
 POINTS = 20
 """Points of a training curve."""
-
-
-class Stopped(Exception):
-    """A signal has ended a piece before its last step. It is saved, and goes on from there."""
 
 
 def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str, Any]:
@@ -99,7 +96,7 @@ def train_members(piece: Piece, place: Path, resume: bool, echo: Callable[[str],
             raise
         return runs
     if not finished:
-        raise Stopped
+        raise Stopped("a signal ended the piece, which is saved")
     return runs
 
 
