@@ -94,6 +94,41 @@ def test_products_and_traffic_are_counted_by_the_turns_of_loops():
     assert hlo.matmul_flops(open_ended) == product
 
 
+BESIDE = """
+%begin (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %part = bf16[4,8]{1,0} all-gather(%p), dimensions={0}
+  ROOT %parts = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) tuple(%p, %part)
+}
+
+%multiply (p: bf16[1,8], g: bf16[4,8], x: bf16[2,8], w: bf16[8,8]) -> (bf16[2,8], bf16[1,8], bf16[4,8]) {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %g = bf16[4,8]{1,0} parameter(1)
+  %x = bf16[2,8]{1,0} parameter(2)
+  %w = bf16[8,8]{1,0} parameter(3)
+  %piece = bf16[4,8]{1,0} all-gather(%p), dimensions={0}
+  %y = bf16[2,8]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %all = (bf16[2,8]{1,0}, bf16[1,8]{1,0}, bf16[4,8]{1,0}) tuple(%y, %p, %piece)
+}
+
+ENTRY %main (p: bf16[1,8], x: bf16[2,8], w: bf16[8,8]) -> bf16[2,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[2,8]{1,0} parameter(1)
+  %w = bf16[8,8]{1,0} parameter(2)
+  %async-start = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) fusion(%p), kind=kCustom, calls=%begin
+  %p0 = bf16[1,8]{1,0} get-tuple-element(%async-start), index=0
+  %g0 = bf16[4,8]{1,0} get-tuple-element(%async-start), index=1
+  %beside = (bf16[2,8]{1,0}, bf16[1,8]{1,0}, bf16[4,8]{1,0}) fusion(%p0, %g0, %x, %w), kind=kOutput, calls=%multiply
+  ROOT %y = bf16[2,8]{1,0} get-tuple-element(%beside), index=0
+}
+"""
+
+
+def test_a_gather_beside_a_product_is_counted_where_it_starts():
+    product, gather = 2 * (2 * 8 + 8 * 8 + 2 * 8), 2 * (8 + 4 * 8)
+    assert hlo.memory_bytes(BESIDE) == product + gather
+
+
 SCHEDULE = """
 HloModule jit_step, is_scheduled=true
 

@@ -157,7 +157,8 @@ def memory_bytes(text: str, most: int = 1) -> int:
     """The bytes that a program reads from and writes to a device's main memory, those in loops for every iteration.
 
     Of each operation outside of fusions its operands and results, once, if they lie in main memory. Of an array of
-    which only a slice is read or written, the slice.
+    which only a slice is read or written, the slice. Of a collective that runs beside several products, its operand and
+    result once.
 
     - most: iterations of a loop whose end depends on data.
     """
@@ -289,6 +290,9 @@ def _used(body: dict[str, re.Match[str]], name: str, parsed: Parsed, size: int) 
             total += _main_memory(re.sub(r"S\(\d+\)", "", match.group(3)))
         elif opcode == "dynamic-update-slice" and operands[0] == name:
             total += 0
+        elif opcode == "tuple" or opcode in KINDS:
+            # The buffers of a collective that runs beside pass through. Its start counts them.
+            total += 0
         elif opcode == "bitcast":
             total += _used(body, user, parsed, size)
         elif opcode == "fusion":
@@ -307,7 +311,10 @@ def _written(body: dict[str, re.Match[str]], shape: str) -> int:
         source = body.get(name)
         while source is not None and source.group(4) == "bitcast":
             source = body.get(_operands(source.group(5))[0])
-        if source is not None and source.group(4) == "dynamic-update-slice" and _main_memory(part):
+        if source is not None and source.group(4) in ("parameter", *KINDS):
+            # Nothing is written: an operand is passed on, or a collective runs beside, and its start counts.
+            total += 0
+        elif source is not None and source.group(4) == "dynamic-update-slice" and _main_memory(part):
             update = body.get(_operands(source.group(5))[1])
             total += _main_memory(part) if update is None else _main_memory(re.sub(r"S\(\d+\)", "", update.group(3)))
         else:
