@@ -16,7 +16,7 @@ from sborax.adapters.grouped_matmul import Sizes, grouped_matmul
 from sborax.adapters.tree import nodes
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import argument_bytes, compiled, device_bytes, on_mesh, outline, pod_mesh
-from sborax.plans.hlo import collective_bytes, matmul_flops
+from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes
 from sborax.train.head_loss import CHUNK
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("compiled_fully")]
@@ -86,6 +86,12 @@ def test_a_four_bit_base_is_sent_in_four_bits():
     """Codes are gathered and not what they stand for. Some gathers of few columns a chip are made of all-reduces."""
     packed, dense = (sum(collective_bytes(step_of(name)[1].as_text()).values()) for name in ("NF4 LoRA", "LoRA"))
     assert packed < 0.3 * dense
+
+
+def test_a_four_bit_base_goes_through_hbm_in_four_bits():
+    """Levels are selected within the products. What is gathered is smaller than a dense weight."""
+    packed, dense = (memory_bytes(step_of(name)[1].as_text(), 2048 // CHUNK) for name in ("NF4 LoRA", "LoRA"))
+    assert packed < 1.1 * dense
 
 
 def test_rows_of_experts_are_multiplied_once():
