@@ -1,6 +1,9 @@
 """Meshes and settings with which a step fits a chip, and what a plan says of it; by formulas, without a TPU."""
 
+import dataclasses
+import functools
 import json
+import math
 
 import jax
 import pytest
@@ -8,13 +11,14 @@ from published import ALL, PUBLISHED, SPARSE
 from tiny_model import WIDE
 
 import sborax as sx
+from benchmarks import pods
 from sborax.cli import main
-from sborax.cli.plan import _bytes, _judged
+from sborax.cli.plan import _bytes, _judged, _summed
 from sborax.layout.mesh import abstract_mesh, make_mesh
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import compiled, on_mesh, outline
-from sborax.plans.fit import best_mesh, held_bytes, link_bytes, mending
-from sborax.plans.roofline import CHIPS, chip_of
+from sborax.plans.fit import best_mesh, held_bytes, link_bytes, mending, sums_kernels
+from sborax.plans.roofline import CHIPS, chip_of, sums_gathers, torus_of
 
 V5E = CHIPS["v5e"]
 
@@ -26,6 +30,18 @@ def run(batch_size, **settings):
 
 def config_of(model):
     return LlamaConfig.from_hf(PUBLISHED[model])
+
+
+@functools.cache
+def seven_of_a_row():
+    return outline(run(1), config_of("LLaMA-2-7B"), device="tpu")
+
+
+def seven(rows):
+    """The step of LLaMA-2-7B on one device."""
+    planned = seven_of_a_row()
+    batch = {name: jax.ShapeDtypeStruct((1, rows, 2048), leaf.dtype) for name, leaf in planned.batch.items()}
+    return dataclasses.replace(planned, batch=batch)
 
 
 FITTING = [
@@ -66,41 +82,119 @@ def test_what_libtpu_does_not_compile_is_said_in_a_line(failure, said, monkeypat
         assert said in "\n".join(_bytes(planned, "v9:1x1"))
 
 
+def test_a_chip_without_known_rates_is_not_judged():
+    planned = outline(run(1), LlamaConfig(16, 16, 16, 1, 1, 1, 16, 2048, 1e-5))
+    assert _bytes(planned, "v9:1x1")[-1] == "no least time, nor whether it fits: rates are known of v5e, v5p, v6e"
+
+
 def test_a_mesh_is_chosen_by_what_fits_and_what_is_sent():
-    seven = outline(run(256), config_of("LLaMA-2-7B"), device="tpu")
-    assert best_mesh(seven, 256, V5E) == {"fsdp": 256, "tensor": 1}
+    assert best_mesh(seven(256), (16, 16), V5E) == {"fsdp": 256, "tensor": 1}
     # Fewer rows than chips: heads are shared.
-    few = outline(run(64), config_of("LLaMA-2-7B"), device="tpu")
-    assert best_mesh(few, 256, V5E) == {"fsdp": 64, "tensor": 4}
+    assert best_mesh(seven(64), (16, 16), V5E) == {"fsdp": 64, "tensor": 4}
     with pytest.raises(
         sx.SboraxError, match="no fsdp x tensor of 256 devices divides 3 rows and the heads; try batch_"
     ):
-        best_mesh(outline(run(3), config_of("LLaMA-2-7B"), device="tpu"), 256, V5E)
+        best_mesh(seven(3), (16, 16), V5E)
 
 
 MESHES_OF_EXPERTS = [
-    ("Qwen3-30B-A3B", "v5e", 256, {}, {"fsdp": 32, "expert": 8, "tensor": 1}),
-    ("Qwen3-30B-A3B", "v5e", 256, {"quant": "nf4"}, {"fsdp": 64, "expert": 4, "tensor": 1}),
-    ("Qwen3-30B-A3B", "v5p", 16, {}, {"fsdp": 2, "expert": 8, "tensor": 1}),
-    ("Mixtral-8x7B", "v5e", 64, {}, {"fsdp": 32, "expert": 2, "tensor": 1}),
-    ("Mixtral-8x7B", "v5e", 256, {"quant": "nf4"}, {"fsdp": 256, "expert": 1, "tensor": 1}),
-    ("Mixtral-8x7B", "v5p", 16, {}, {"fsdp": 8, "expert": 2, "tensor": 1}),
+    ("Qwen3-30B-A3B", "v5e", (16, 16), {}, {"fsdp": 32, "expert": 8, "tensor": 1}),
+    ("Qwen3-30B-A3B", "v5e", (16, 16), {"quant": "nf4"}, {"fsdp": 64, "expert": 4, "tensor": 1}),
+    ("Qwen3-30B-A3B", "v5p", (2, 2, 4), {}, {"fsdp": 2, "expert": 8, "tensor": 1}),
+    ("Mixtral-8x7B", "v5e", (8, 8), {}, {"fsdp": 32, "expert": 2, "tensor": 1}),
+    ("Mixtral-8x7B", "v5e", (16, 16), {"quant": "nf4"}, {"fsdp": 256, "expert": 1, "tensor": 1}),
+    ("Mixtral-8x7B", "v5p", (2, 2, 4), {}, {"fsdp": 8, "expert": 2, "tensor": 1}),
+    ("Mixtral-8x7B", "v5p", (4, 4, 4), {}, {"data": 4, "fsdp": 8, "expert": 2, "tensor": 1}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("model", "chip", "chips", "settings", "sizes"),
+    ("model", "chip", "torus", "settings", "sizes"),
     [MESHES_OF_EXPERTS[0], *(pytest.param(*each, marks=pytest.mark.nightly) for each in MESHES_OF_EXPERTS[1:])],
 )
-def test_the_mesh_of_a_model_with_experts(model, chip, chips, settings, sizes):
+def test_the_mesh_of_a_model_with_experts(model, chip, torus, settings, sizes):
     """Few experts whose kernels are gathered, or many tokens that are sent: the least of both that fits."""
-    planned = outline(run(chips, remat="full", **settings), LlamaConfig.from_hf(SPARSE[model]), device="tpu")
-    assert best_mesh(planned, chips, CHIPS[chip]) == sizes
+    rows = math.prod(torus)
+    planned = outline(run(rows, remat="full", **settings), LlamaConfig.from_hf(SPARSE[model]), device="tpu")
+    assert best_mesh(planned, torus, CHIPS[chip]) == sizes
     assert held_bytes(on_mesh(planned, abstract_mesh(sizes))) < CHIPS[chip].memory / 2
 
 
+@pytest.mark.parametrize(
+    ("torus", "chips", "sums"),
+    [
+        ((4, 4, 4), 64, True),
+        ((4, 4, 4), 16, False),
+        ((4, 4, 12), 192, True),
+        ((4, 8, 8), 256, True),
+        ((4, 8, 8), 128, False),
+        ((2, 4, 4), 32, False),
+        ((2, 2, 4), 16, False),
+        ((16, 16), 256, False),
+    ],
+)
+def test_gathers_between_all_chips_of_a_torus_of_three_dimensions_are_sums(torus, chips, sums):
+    """As read from compiled programs: docs/LOG.md."""
+    assert sums_gathers(torus, chips) is sums
+
+
+TORI = [
+    ("v5p", (4, 4, 4), 64, {"data": 4, "fsdp": 16}),
+    ("v5p", (4, 4, 8), 256, {"data": 4, "fsdp": 32}),
+    ("v5p", (8, 8, 16), 1024, {"data": 8, "fsdp": 128}),
+    # Too small a torus to send sums.
+    ("v5p", (2, 4, 4), 32, {"fsdp": 32}),
+    # A tensor axis leaves fewer chips to gather.
+    ("v5p", (4, 8, 8), 64, {"fsdp": 64, "tensor": 4}),
+    *(
+        (chip, torus_of(pods.SLICES[chip]), 256 * pods.SETTINGS["LLaMA-2-7B", chip][0], mesh)
+        for chip, mesh in pods.MESHES.items()
+    ),
+]
+"""Chip, torus, rows, and the axes with which LLaMA-2-7B gathers; those of the stored steps among them."""
+
+
+@pytest.mark.parametrize(
+    ("chip", "torus", "rows", "sizes"),
+    [each if each in TORI[::6] else pytest.param(*each, marks=pytest.mark.nightly) for each in TORI],
+)
+def test_the_mesh_on_a_torus_gathers(chip, torus, rows, sizes):
+    planned = seven(rows)
+    chosen = best_mesh(planned, torus, CHIPS[chip])
+    assert chosen == {"tensor": 1, **sizes}
+    assert not sums_kernels(on_mesh(planned, abstract_mesh(chosen)), torus)
+
+
+def test_copies_along_data_take_memory_and_sums_twice_the_bytes():
+    planned, torus, chip = seven(64), (4, 4, 4), CHIPS["v5p"]
+    sums, gathers = (on_mesh(planned, abstract_mesh({"data": data, "fsdp": 64 // data})) for data in (1, 4))
+    assert sums_kernels(sums, torus) and not sums_kernels(gathers, torus)
+    for memory, data in ((held_bytes(gathers), 4), (held_bytes(gathers) - 1, 1)):
+        assert best_mesh(planned, torus, dataclasses.replace(chip, memory=memory)).get("data", 1) == data
+    assert link_bytes(sums) == link_bytes(gathers) == link_bytes(gathers, torus)
+    assert link_bytes(sums, torus) == 2 * link_bytes(sums) - 12 * planned.parts.count
+    (line,) = _summed(sums, "v5p:4x4x4")
+    assert line.endswith("cut over all dimensions of the torus; try --mesh data=4,fsdp=16")
+    assert not _summed(gathers, "v5p:4x4x4")
+
+
+@pytest.mark.nightly
+def test_what_makes_a_step_fit_without_copies():
+    """Copies of the base along data are given up before projections are shared."""
+    experiment, config = run(64, remat="full", quant="nf4"), config_of("LLaMA-3.1-70B")
+    laid = {
+        data: held_bytes(
+            on_mesh(outline(experiment, config, device="tpu"), abstract_mesh({"data": data, "fsdp": 64 // data}))
+        )
+        for data in (1, 16)
+    }
+    assert mending(experiment, config, 2048, {"data": 16, "fsdp": 4}, "tpu", sum(laid.values()) // 2) == [
+        "--mesh fsdp=64"
+    ]
+
+
 def test_bytes_between_devices_by_the_formula():
-    step = outline(run(256), config_of("LLaMA-2-7B"), device="tpu")
+    step = seven(256)
     kernels, trained = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000, step.parts.count
     assert link_bytes(on_mesh(step, abstract_mesh({"fsdp": 256}))) == 4 * kernels + 12 * trained
     shared = 2 * 4 * 32 * 2 * 2048 * 4096 * 2
@@ -115,6 +209,28 @@ def test_a_compiled_step_is_judged():
     assert beside == "0% of what is sent is sent beside products"
     assert time.startswith("least time of a step: the largest of 0.000 s of computing")
     assert share.endswith("% of the chip's peak, by the model's FLOPs") and fits == "fits: 0.0 of 16 GiB"
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e16x16", "v5e:16x", "v5e:axb"])
+def test_a_slice_that_has_no_sides(topology):
+    with pytest.raises(
+        sx.SboraxError, match=f"topology {topology}: write a chip and the sides of a slice, such as v5e:"
+    ):
+        torus_of(topology)
+
+
+def test_the_sides_of_a_slice():
+    assert torus_of("v5p:4x8x8") == (4, 8, 8) and torus_of("v5p:4x4x8_twisted") == (4, 4, 8)
+    assert chip_of("V5E:4x4") is V5E
+
+
+@pytest.mark.parametrize("length", [-1, 0, 4097])
+def test_rows_that_the_model_cannot_read(length, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["LLaMA-2-7B"]))
+    assert main(["plan", str(tmp_path), "--mesh", "fsdp=16", "--length", str(length)]) == 2
+    assert (
+        capsys.readouterr().err == f"error: --length {length}: a row has 1 to 4096 tokens, the context of the model\n"
+    )
 
 
 def test_chips_that_are_not_known(tmp_path, capsys):

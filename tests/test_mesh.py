@@ -13,6 +13,7 @@ from nightly import nightly_unless
 from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
+from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
 from sborax.layout.state import start, take_apart
 from sborax.models import LanguageModel, Llama, LlamaConfig
@@ -205,12 +206,41 @@ def test_a_run_on_a_mesh_is_resumed_on_another(tmp_path):
     ("sizes", "batch", "message"),
     [
         ({"fsdp": 16}, 16, "fsdp 16 needs 16 devices, there are 8"),
-        ({"data": 2, "fsdp": 4}, 4, "4 rows are not divisible by data x fsdp = 8"),
+        ({"data": 2, "fsdp": 4}, 4, "4 rows are not divisible by data x fsdp = 8 of the mesh; try 8$"),
     ],
 )
 def test_a_mesh_that_cannot_be(sizes, batch, message):
     with pytest.raises(sx.SboraxError, match=message):
         Layout.of(sizes, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX reads of a TPU chip to lay out a mesh."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str = "TPU v6 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
+CHIPS = [Chip(16 * row + column, (column, row, 0)) for row in range(16) for column in range(16)]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 256}, {"fsdp": 64, "tensor": 4}, {"data": 2, "fsdp": 16, "tensor": 8}])
+def test_an_axis_may_take_a_part_of_a_dimension_of_the_torus(sizes):
+    mesh = make_mesh(sizes, CHIPS)
+    assert {name: size for name, size in mesh.shape.items() if size > 1} == sizes
+    assert {chip.id for chip in mesh.devices.flat} == set(range(256))
+
+
+def test_a_mesh_over_slices_says_how_many():
+    chips = CHIPS + [dataclasses.replace(chip, id=chip.id + 256, slice_index=1) for chip in CHIPS]
+    with pytest.raises(sx.SboraxError, match="fsdp 512 takes devices of 2 slices; write slices=2, and sizes in each"):
+        make_mesh({"fsdp": 512}, chips)
+    assert make_mesh({"slices": 2, "fsdp": 64, "tensor": 4}, chips).shape["data"] == 2
 
 
 def test_what_cannot_be_cut_is_named():

@@ -16,7 +16,9 @@ from sborax.adapters.grouped_matmul import Sizes, grouped_matmul
 from sborax.adapters.tree import nodes
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import argument_bytes, compiled, device_bytes, on_mesh, outline, pod_mesh
+from sborax.plans.fit import best_mesh
 from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes
+from sborax.plans.roofline import chip_of, torus_of
 from sborax.train.head_loss import CHUNK
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("compiled_fully")]
@@ -31,6 +33,9 @@ GIB = 2**30
 
 
 SIXTEEN = {"fsdp": 16}
+SMALL = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "vocab_size": 4096}
+SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+"""Wide enough that the compiler does not send sums of small arrays anyway."""
 
 
 @functools.cache
@@ -92,6 +97,28 @@ def test_a_four_bit_base_goes_through_hbm_in_four_bits():
     """Levels are selected within the products. What is gathered is smaller than a dense weight."""
     packed, dense = (memory_bytes(step_of(name)[1].as_text(), 2048 // CHUNK) for name in ("NF4 LoRA", "LoRA"))
     assert packed < 1.1 * dense
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jaxlib 0.10 cannot read programs for v5p")
+def test_the_chosen_mesh_gathers_over_a_torus_of_three_dimensions():
+    """The kernels of a small LLaMA come as gathers, which arrive once, and on a mesh of one axis as all-reduces."""
+    topology = "v5p:4x4x4"
+    config = LlamaConfig.from_hf(PUBLISHED["LLaMA-2-7B"] | SMALL)
+    data = sx.Data("none", max_length=2048)
+    experiment = sx.Experiment("x", data, ((ALL, sx.LoRA(rank=8)),), steps=1, batch_size=64, precision="bfloat16")
+    step = outline(experiment, config, device="tpu")
+    kernels = 2 * sum(leaf.size for path, leaf in step.parts.base.items() if path.endswith("/kernel"))
+
+    def sent(sizes):
+        return collective_bytes(compiled(on_mesh(step, pod_mesh(topology, sizes))).as_text())
+
+    chosen = best_mesh(step, torus_of(topology), chip_of(topology))
+    assert chosen == {"data": 4, "fsdp": 16, "tensor": 1}
+    gathers, sums = sent(chosen), sent({"fsdp": 64})
+    print(f"kernels {kernels:,}, gathered {gathers}, summed {sums}")
+    # Forward and backward.
+    assert gathers["all-gather"] > 1.8 * kernels > 10 * gathers["all-reduce"]
+    assert sums["all-reduce"] > 1.8 * kernels > 10 * sums.get("all-gather", 0)
 
 
 def test_rows_of_experts_are_multiplied_once():

@@ -27,9 +27,9 @@ from sborax.models import abstract, load_config
 from sborax.models.decoder import DecoderConfig
 from sborax.plans.ahead import Outline, argument_bytes, compiled, on_mesh, outline, pod_mesh
 from sborax.plans.estimate import temporary_bytes
-from sborax.plans.fit import best_mesh, mending
+from sborax.plans.fit import best_mesh, mending, mesh_option, sums_kernels
 from sborax.plans.hlo import collective_bytes, matmul_flops, memory_bytes, overlapped_bytes, scattered_bytes
-from sborax.plans.roofline import CHIPS, attention_flops, chip_of, received_bytes, roofline
+from sborax.plans.roofline import CHIPS, attention_flops, chip_name, chip_of, received_bytes, roofline, torus_of
 from sborax.records.disk import CONFIG
 from sborax.records.report import method_line
 from sborax.train.experiment import Experiment, load_experiment
@@ -59,9 +59,9 @@ def show(
     - mesh: sizes of axes, "fsdp=8,tensor=2", in place of the experiment's. The devices need not exist. "auto" takes the
       mesh that formulas prefer for the topology (`sborax.plans.fit.best_mesh`).
     - topology: a TPU slice to compile the step for, such as "v5e:16x16". It need not exist.
-    - length: tokens of a row; by default the longest that the data may have.
+    - length: tokens of a row, at most the model's context; by default the longest that the data may have.
 
-    Raises SboraxError for another target, for a mesh that does not fit, and as planning does.
+    Raises SboraxError for another target, for a mesh that does not fit, for such a length, and as planning does.
     """
     if topology is not None and not os.environ.get("JAX_PLATFORMS"):
         # This machine's TPU is not needed, and may be busy.
@@ -75,9 +75,11 @@ def show(
     elif is_experiment(target):
         experiment = load_experiment(target, changes)
         config = load_config(experiment.model)
+        _check_length(length, config)
         sizes = _best(experiment, config, str(topology), length) if auto else experiment.mesh
         return describe_experiment(experiment, config, _mesh(sizes, topology), topology, length)
     config = load_config(target)
+    _check_length(length, config)
     if not changes and topology is None and length is None:
         return describe_model(target, config)
     default = Experiment(target, Data(target), ((PROJECTIONS, LoRA()),), steps=1)
@@ -89,10 +91,17 @@ def show(
     return describe_experiment(experiment, config, devices, topology, length)
 
 
+def _check_length(length: int | None, config: DecoderConfig) -> None:
+    if length is not None and not 1 <= length <= config.context:
+        raise SboraxError(f"--length {length}: a row has 1 to {config.context} tokens, the context of the model")
+
+
 def _best(experiment: Experiment, config: DecoderConfig, topology: str, length: int | None) -> dict[str, int]:
     """The mesh that formulas prefer for the chips of a topology."""
-    planned = outline(experiment, config, length, "tpu")
-    return best_mesh(planned, pod_mesh(topology, None).size, chip_of(topology))
+    chip, torus = chip_of(topology), torus_of(topology)
+    # libtpu knows which slices there are.
+    pod_mesh(topology, None)
+    return best_mesh(outline(experiment, config, length, "tpu"), torus, chip)
 
 
 def _mesh(sizes: dict[str, int] | None, topology: str | None) -> Mesh | AbstractMesh | None:
@@ -175,15 +184,12 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
         if reason is None:
             said = " ".join(str(error).splitlines()[:2])[:400]
             raise SboraxError(f"topology {topology}: libtpu does not compile this step: {said}") from error
-        mend = _try(planned, topology) if _kind(topology) in CHIPS else ""
+        mend = _try(planned, topology) if chip_name(topology) in CHIPS else ""
         return [*lines, *aligned(table), f"does not fit: {reason}{mend}"]
-    lines += _compiled(program, table, topology)
-    return [*lines, "", *_judged(planned, program, topology)] if _kind(topology) in CHIPS else lines
-
-
-def _kind(topology: str) -> str:
-    """The chip that a topology names."""
-    return topology.partition(":")[0]
+    lines += [*_compiled(program, table, topology), ""]
+    if chip_name(topology) not in CHIPS:
+        return [*lines, f"no least time, nor whether it fits: rates are known of {', '.join(CHIPS)}"]
+    return [*lines, *_judged(planned, program, topology)]
 
 
 def _compiled(program: Any, table: Table, kind: str) -> list[str]:
@@ -216,10 +222,22 @@ def _judged(planned: Outline, program: Any, topology: str) -> list[str]:
     behind = [f"{hidden / sum(sent.values()):.0%} of what is sent is sent beside products"] if sent else []
     return [
         *behind,
+        *_summed(planned, topology),
         f"least time of a step: the largest of {seconds}",
         f"at most {share:.0%} of the chip's peak, by the model's FLOPs",
         f"fits: {shown}" if held <= chip.memory else f"does not fit: {shown}{_try(planned, topology)}",
     ]
+
+
+def _summed(planned: Outline, topology: str) -> list[str]:
+    """A line on kernels that are sent as all-reduces, and a mesh that gathers them."""
+    torus = torus_of(topology)
+    if not sums_kernels(planned, torus):
+        return []
+    sizes = best_mesh(planned, torus, chip_of(topology))
+    other = sums_kernels(on_mesh(planned, abstract_mesh(sizes)), torus)
+    mend = "" if other else f"; try {mesh_option(sizes)}"
+    return [f"kernels are sent as all-reduces, since they are cut over all dimensions of the torus{mend}"]
 
 
 def _try(planned: Outline, topology: str) -> str:

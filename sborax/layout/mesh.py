@@ -30,7 +30,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     "slices" multiplies "data": that many slices, or hosts, have a mesh of the other sizes each, and nothing but sums
     over the data axis goes from one to another.
 
-    Raises SboraxError as `check_mesh` does, for more devices than there are, and for fewer than all processes have.
+    Raises SboraxError as `check_mesh` does, for more devices than there are, for fewer than all processes have, and for
+    devices of several slices without "slices".
     """
     check_mesh(sizes)
     slices, shape = sizes.get(SLICES, 1), [sizes.get(name, 1) for name in AXES]
@@ -42,12 +43,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise SboraxError(f"mesh: {shown} takes {needed} devices of {len(devices)}; several processes need all of them")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
+        groups = len({getattr(device, "slice_index", None) for device in devices[:needed]})
+        if groups > 1:
+            raise SboraxError(
+                f"mesh: {shown} takes devices of {groups} slices; write slices={groups}, and sizes in each"
+            )
+        # `jax.make_mesh` does not cut a dimension of a torus in two, as fsdp 64 x tensor 4 needs on a v6e of 16 x 16.
+        laid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+        return Mesh(laid, AXES, axis_types=types)
     # If devices have no `slice_index`, the slow network is the one between processes.
     named = all(isinstance(getattr(device, "slice_index", None), int) for device in devices)
     try:
         laid = mesh_utils.create_hybrid_device_mesh(
-            shape, [slices] + [1] * (len(AXES) - 1), devices[:needed], process_is_granule=not named
+            shape,
+            [slices] + [1] * (len(AXES) - 1),
+            devices[:needed],
+            process_is_granule=not named,
+            allow_split_physical_axes=True,
         )
     except ValueError as error:
         raise SboraxError(f"mesh: {shown} does not fit the slices or hosts that there are ({error})") from error
@@ -69,4 +81,8 @@ def check_rows(batch_size: int, sizes: Mapping[str, int]) -> None:
     shards = math.prod(sizes[name] for name in ROWS)
     if batch_size % shards:
         names = " x ".join(name for name in ROWS if name != EXPERT or sizes[name] > 1)
-        raise SboraxError(f"batch_size: {batch_size} rows are not divisible by {names} = {shards} of the mesh")
+        near = [str(size) for size in (batch_size // shards * shards, -(-batch_size // shards) * shards) if size]
+        raise SboraxError(
+            f"batch_size: {batch_size} rows are not divisible by {names} = {shards} of the mesh; try "
+            f"{' or '.join(near)}"
+        )

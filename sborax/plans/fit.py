@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from sborax.models.decoder import DecoderConfig, count_experts, expert_rows
 from sborax.models.sharding import is_expert
 from sborax.plans.ahead import Outline, argument_bytes, on_mesh, outline
 from sborax.plans.estimate import temporary_bytes
-from sborax.plans.roofline import Chip
+from sborax.plans.roofline import Chip, sums_gathers
 from sborax.train.experiment import Experiment
 from sborax.train.figures import model_flops
 
@@ -24,27 +24,41 @@ def held_bytes(planned: Outline) -> int:
     return sum(argument_bytes(planned).values()) + temporary_bytes(planned)
 
 
-def link_bytes(planned: Outline) -> float:
+def gathered_bytes(planned: Outline) -> dict[int, float]:
+    """The bytes of kernels that a device gathers in a pass, as they are stored, by how many devices gather together.
+
+    kernels / tensor between fsdp x expert, kernels of experts / expert between fsdp x tensor
+    """
+    assert planned.mesh is not None
+    sizes, gathered = planned.mesh.shape, {}
+    for path, leaf in planned.parts.base.items():
+        used, others = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
+        devices = sizes["fsdp"] * sizes[others]
+        if path.endswith("/kernel") and devices > 1:
+            stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+            gathered[devices] = gathered.get(devices, 0) + stored / sizes[used]
+    return gathered
+
+
+def link_bytes(planned: Outline, torus: Sequence[int] = ()) -> float:
     """An estimate of the bytes that reach each device from others.
 
-    2 x kernels as they are stored / tensor, if they are cut along fsdp or expert: gathered forward and backward
-    + 2 x kernels of experts / expert, if they are cut along fsdp or tensor
+    2 x `gathered_bytes`: forward and backward; twice that for kernels whose gathers are sent as all-reduces
     + passes x 4 x layers x tokens of a device x hidden size, if projections are shared along tensor: two sums a layer
     + passes x 2 x layers x tokens of a device x (expert - 1) / tensor x hidden size, if experts are cut along expert:
       tokens gathered, and outputs summed; with a capacity of experts as many rows as an expert takes of each token, of
       which (expert - 1) / expert are sent, in place of (expert - 1)
     + 12 for each trained parameter: gathered twice in bfloat16, and summed once in float32
+
+    - torus: the chips along each dimension of a TPU slice; by default no gather is an all-reduce.
     """
     assert planned.mesh is not None
     sizes, config = planned.mesh.shape, planned.model.config
     accumulate, rows, length = planned.batch["tokens"].shape
     tokens = rows * length / math.prod(sizes[name] for name in ROWS)
-    gathered = 0.0
-    for path, leaf in planned.parts.base.items():
-        used, others = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
-        if path.endswith("/kernel") and sizes["fsdp"] * sizes[others] > 1:
-            stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
-            gathered += 2 * stored / sizes[used]
+    gathered = sum(
+        2 * size * (2 if sums_gathers(torus, devices) else 1) for devices, size in gathered_bytes(planned).items()
+    )
     passes = 3 if planned.model.module.remat == "full" else 2
     states = passes * config.num_hidden_layers * tokens * config.hidden_size * planned.model.module.dtype.itemsize
     shared = 4 * states if sizes[SHARED] > 1 else 0
@@ -54,49 +68,73 @@ def link_bytes(planned: Outline) -> float:
     return accumulate * (gathered + shared + exchanged) + 12 * planned.parts.count
 
 
-def meshes(planned: Outline, devices: int) -> Iterator[tuple[dict[str, int], Outline]]:
-    """Every mesh fsdp x tensor of so many devices that divides rows, heads and leaves, with the step laid out on it.
+def meshes(planned: Outline, torus: Sequence[int]) -> Iterator[tuple[dict[str, int], Outline]]:
+    """Every mesh fsdp x tensor of a slice that divides rows, heads and leaves, with the step laid out on it.
 
     For models with experts every mesh fsdp x expert x tensor, those with the same tensor axis by their expert axis.
+    Where gathers would be all-reduces, such a mesh is followed by those with a data axis along one dimension of the
+    torus, so that the others gather.
+
+    - torus: the chips along each dimension.
     """
-    experts = count_experts(planned.model.config)
+    devices, experts = math.prod(torus), count_experts(planned.model.config)
     for tensor in _divisors(devices):
         for expert in _divisors(math.gcd(devices // tensor, experts)) if experts else [1]:
-            sizes = {"fsdp": devices // tensor // expert, EXPERT: expert, "tensor": tensor}
-            if not experts:
-                del sizes[EXPERT]
-            try:
-                yield sizes, on_mesh(planned, abstract_mesh(sizes))
-            except SboraxError:
-                continue
+            for data in (1, *sorted(set(torus))):
+                sizes = {"data": data, "fsdp": devices // tensor // expert // data, EXPERT: expert, "tensor": tensor}
+                if data * sizes["fsdp"] * expert * tensor != devices:
+                    continue
+                if not experts:
+                    del sizes[EXPERT]
+                if data == 1:
+                    del sizes["data"]
+                try:
+                    laid = on_mesh(planned, abstract_mesh(sizes))
+                except SboraxError:
+                    continue
+                yield sizes, laid
+                if not sums_kernels(laid, torus):
+                    break
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def best_mesh(planned: Outline, devices: int, chip: Chip) -> dict[str, int]:
-    """The mesh with the smallest tensor axis, and then the smallest expert axis, on which a step fits, and receives
-    bytes no longer than it computes.
+def sums_kernels(planned: Outline, torus: Sequence[int]) -> bool:
+    """Whether a step on a mesh has kernels sent as all-reduces.
 
-    If there is none, that on which it fits and receives least; if it fits on none, that on which it holds least.
+    - torus: the chips along each dimension of the slice.
+    """
+    return any(sums_gathers(torus, devices) for devices in gathered_bytes(planned))
+
+
+def best_mesh(planned: Outline, torus: Sequence[int], chip: Chip) -> dict[str, int]:
+    """The mesh with the smallest tensor axis, and then the smallest expert axis, on which a step fits, gathers its
+    kernels, and receives bytes no longer than it computes.
+
+    Of meshes that gather by all-reduces none counts, since no all-reduce is sent beside products. If there is none,
+    that on which a step fits and receives least; if it fits on none, that on which it holds least.
 
     - planned: the step on one device.
+    - torus: the chips along each dimension of the slice.
 
     Raises SboraxError if no mesh divides the rows and the heads.
     """
-    candidates = list(meshes(planned, devices))
+    devices, candidates = math.prod(torus), list(meshes(planned, torus))
     accumulate, rows, length = planned.batch["tokens"].shape
     if not candidates:
         raise SboraxError(
             f"mesh: no fsdp x tensor of {devices} devices divides {rows} rows and the heads; try batch_size={devices}"
         )
-    fitting = [(sizes, link_bytes(laid)) for sizes, laid in candidates if held_bytes(laid) <= chip.memory]
+    fitting = [(sizes, laid) for sizes, laid in candidates if held_bytes(laid) <= chip.memory]
     if not fitting:
         return min(candidates, key=lambda each: held_bytes(each[1]))[0]
     flops = model_flops(planned.model.config, planned.parts) * accumulate * rows * length / devices
-    hidden = [sizes for sizes, received in fitting if received / chip.links <= flops / chip.flops]
-    return hidden[0] if hidden else min(fitting, key=lambda each: each[1])[0]
+    for sizes, laid in fitting:
+        if not sums_kernels(laid, torus) and link_bytes(laid, torus) / chip.links <= flops / chip.flops:
+            return sizes
+    return min(fitting, key=lambda each: link_bytes(each[1], torus))[0]
 
 
 def mending(
@@ -104,7 +142,8 @@ def mending(
 ) -> list[str] | None:
     """Changes of an experiment with which its step fits by the formula, as `key=value`; None if none is known.
 
-    They are tried in the order of what they cost: recomputing layers, rows in turn, an NF4 base, sharing projections.
+    They are tried in the order of what they cost: recomputing layers, rows in turn, an NF4 base, no copies
+    along data, sharing projections.
     """
     changes: dict[str, Any] = {}
     devices, expert = math.prod(sizes.get(name, 1) for name in AXES), sizes.get(EXPERT, 1)
@@ -131,7 +170,9 @@ def mending(
         changes["quant"] = "nf4"
         if fits():
             return _words(changes)
-    for tensor in (size for size in (2, 4, 8, 16) if devices // expert % size == 0 and size > sizes.get("tensor", 1)):
+    # Without copies along data first.
+    least = sizes.get("tensor", 1) + (sizes.get("data", 1) == 1)
+    for tensor in (size for size in (1, 2, 4, 8, 16) if devices // expert % size == 0 and size >= least):
         changes["mesh"] = {"fsdp": devices // expert // tensor, EXPERT: expert, "tensor": tensor}
         if expert == 1:
             del changes["mesh"][EXPERT]
@@ -141,7 +182,9 @@ def mending(
 
 
 def _words(changes: Mapping[str, Any]) -> list[str]:
-    def text(value: Any) -> str:
-        return ",".join(f"{axis}={size}" for axis, size in value.items()) if isinstance(value, dict) else str(value)
+    return [mesh_option(value) if name == "mesh" else f"{name}={value}" for name, value in changes.items()]
 
-    return [f"--mesh {text(value)}" if name == "mesh" else f"{name}={text(value)}" for name, value in changes.items()]
+
+def mesh_option(sizes: Mapping[str, int]) -> str:
+    """A mesh as on the command line: "--mesh data=4,fsdp=64"."""
+    return "--mesh " + ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)

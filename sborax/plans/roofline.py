@@ -1,7 +1,9 @@
 """The least time of a step on a TPU chip, from what its program computes, moves and sends."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 
 from sborax.errors import SboraxError
 
@@ -30,15 +32,42 @@ CHIPS = {
 """By the first part of a topology's name."""
 
 
+def chip_name(topology: str) -> str:
+    """The chip that a topology names, as `CHIPS` spells it. libtpu reads capitals, too."""
+    return topology.partition(":")[0].lower()
+
+
 def chip_of(topology: str) -> Chip:
     """The chip of a topology, such as "v5e:16x16".
 
     Raises SboraxError for a chip whose rates are not known here.
     """
-    kind = topology.partition(":")[0]
+    kind = chip_name(topology)
     if kind not in CHIPS:
         raise SboraxError(f"topology {topology}: the rates of {kind} are not known; those of {', '.join(CHIPS)} are")
     return CHIPS[kind]
+
+
+def torus_of(topology: str) -> tuple[int, ...]:
+    """The chips along each dimension of a topology's torus: (4, 8, 8) of "v5p:4x8x8".
+
+    Raises SboraxError for another form.
+    """
+    match = re.fullmatch(r"\w+:(\d+(?:x\d+)*)(?:_(?:un)?twisted)?", topology)
+    if not match:
+        raise SboraxError(f"topology {topology}: write a chip and the sides of a slice, such as v5e:16x16")
+    return tuple(int(side) for side in match.group(1).split("x"))
+
+
+def sums_gathers(torus: Sequence[int], chips: int) -> bool:
+    """Whether the compiler sends a gather between so many chips of a slice as an all-reduce of parts filled up with 0.
+
+    It does so between all chips of a torus with three dimensions of at least 4, and gathers between fewer (libtpu
+    0.0.52; docs/performance.md).
+
+    - torus: the chips along each dimension, as `torus_of` has them.
+    """
+    return chips == math.prod(torus) and sum(side >= 4 for side in torus) == 3
 
 
 @dataclasses.dataclass(frozen=True)
