@@ -106,6 +106,7 @@ ARMS = [
     Arm("VBLoRA", sx.VBLoRA(rank=4, vectors=32, length=4), 1e-2),
     Arm("UniLoRA", sx.UniLoRA(rank=8, coefficients=2000), 1e-2),
     Arm("Lily", sx.Lily(rank=8, stride=2), 1e-2),
+    Arm("FRoD", sx.FRoD(density=0.16)),
     Arm("RandLoRA", sx.RandLoRA(rank=32), 1e-3),
     Arm("HiRA", sx.HiRA(rank=8), 1e-2),
     Arm("GLoRA", sx.GLoRA(rank=4)),

@@ -142,6 +142,8 @@ METHODS = [
         lambda i, o: 4 * 2,
         lambda i, o: 4 * (i + 2 * o),
     ),
+    Case("FRoD", sx.FRoD(), lambda i, o: i + max(1, int(i * i * 0.01))),
+    Case("FRoD-dense", sx.FRoD(density=1.0, ridge=0.1), lambda i, o: i * i),
     Case("OSF", sx.OSF(kept=0.75), lambda i, o: (min(i, o) - int(0.75 * min(i, o))) * (i + o + 1)),
     Case("KaSA", sx.KaSA(rank=4, alpha=8.0), lambda i, o: 4 * (i + o + 1)),
     Case("BDLoRA", sx.BDLoRA(rank=8, blocks=4, alpha=8.0), lambda i, o: 8 * (i + o // 4)),

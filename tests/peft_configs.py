@@ -100,6 +100,10 @@ FILES = {
     ),
     "Lily": peft.LilyConfig(r=4, stride_A=2, num_B=3, scaling=1.5, target_modules=MIXED),
     "Lily-layer": peft.LilyConfig(r=5, target_modules=["q_proj", "k_proj"], layers_to_transform=[1]),
+    "FRoD": peft.FrodConfig(sparse_rate=0.05, target_modules=MIXED, progressbar=False),
+    "FRoD-layer": peft.FrodConfig(
+        sparse_rate=0.2, regularization_alpha=0.1, target_modules=TWO, layers_to_transform=[0, 1], progressbar=False
+    ),
     "RandLoRA": peft.RandLoraConfig(r=8, randlora_alpha=80, target_modules=["q_proj", "up_proj", "down_proj"]),
     "C3A": peft.C3AConfig(block_size=8, target_modules=MIXED, block_size_pattern={"q_proj": 16}),
     "FourierFT": peft.FourierFTConfig(

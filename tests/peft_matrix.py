@@ -80,6 +80,8 @@ TUNERS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
     ),
     "UniLoRA": (peft.UniLoraConfig, {"r": 3, "theta_d_length": 200, "init_theta_d_bound": 2.0}),
     "Lily": (peft.LilyConfig, {"r": 4}),
+    # Of a single layer, down_proj has fewer outputs than inputs.
+    "FRoD": (peft.FrodConfig, {"sparse_rate": 0.05, "progressbar": False, "target_modules": ["q_proj", "up_proj"]}),
     "MiSS": (peft.MissConfig, {"r": 5}),
     "Bat": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
     "Mini": (peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -481,6 +483,15 @@ SINGLE: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"unilora_dropout": 0.25, "save_indices": True},
         "wide": {"r": 40},
     },
+    "FRoD": {
+        "one entry": {"sparse_rate": 1e-6},
+        "every entry": {"sparse_rate": 1.0},
+        "another ridge": {"regularization_alpha": 0.1},
+        "another seed": {"projection_prng_key": 7},
+        "random start": {"init_weights": False},
+        "dropout": {"frod_dropout": 0.25},
+        "base on the host": {"runtime_offload_base_weight": True},
+    },
     "Lily": {
         "four experts": {"num_B": 4},
         "layers that share": {"stride_A": 2},
@@ -575,6 +586,9 @@ def refused() -> Iterator[Option]:
         ("WaveFT", {"wavelet_family": "sym2"}, "wavelet_family='sym2'"),
         ("WaveFT", {"proportional_parameters": True}, "proportional_parameters"),
         ("RandLoRA", {"save_projection": False}, "save_projection=False"),
+        ("FRoD", {"save_projection": False}, "save_projection=False"),
+        ("FRoD", {"sparse_rate": 0.0}, "sparse_rate must lie in (0, 1]"),
+        ("FRoD", {"target_modules": ["down_proj"], "layers_to_transform": [1]}, "outputs together, fewer than their"),
     ]
     for tuner, fields, message in by_field:
         yield Option(tuner, " ".join(fields), fields, refused=message, in_families={"nf4": message})

@@ -12,6 +12,7 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.tree import nodes
+from sborax.models.nf4 import quantise
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -137,3 +138,25 @@ def test_models_of_others(method):
         _, adapters = sx.attach(jax.random.key(1), {"kernel": module.kernel[...]}, [("", method)])
         with pytest.raises(sx.SboraxError, match="needs a model that knows it"):
             sx.adapt_nnx(module, adapters)
+
+
+def test_a_bank_is_settled_with_the_weights_that_read_it_by_layer(monkeypatch):
+    """Dense ones, of layers on which the method acts alone, and of a rounded base as it is."""
+    seen = []
+
+    def settle(self, bank, readers, weights):
+        seen.append([np.asarray(load()) for load in weights])
+        return bank
+
+    monkeypatch.setattr(type(VECTORS.bank((1, 1), 0)), "settle", settle)
+    attached(sx.Rule("up", VECTORS, layers=(2, 0)), ("head", VECTORS))
+    up, head = KERNELS["layers"]["up"], KERNELS["head"]
+    chex.assert_trees_all_equal(seen.pop(), [head, up[0], up[2]])
+    numbered = {
+        "layers": {str(layer): {"up": {"kernel": PARAMS["layers"]["up"]["kernel"][layer]}} for layer in range(3)}
+    }
+    sx.attach(jax.random.key(0), numbered, [("up", VECTORS)])
+    chex.assert_trees_all_equal(seen.pop(), list(up))
+    kernel = quantise(jnp.asarray(normal(3, 2, 64, 64)))
+    sx.attach(jax.random.key(0), {"layers": {"up": {"kernel": kernel}}}, [("up", VECTORS)])
+    np.testing.assert_allclose(np.stack(seen.pop()), np.asarray(kernel.dense()), rtol=1e-6)

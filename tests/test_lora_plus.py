@@ -145,6 +145,7 @@ PEERS = [
     (peft.VBLoRAConfig(r=3, num_vectors=5, vector_length=1, **TARGETS), sx.VBLoRA(rank=3, vectors=5, length=1)),
     (peft.UniLoraConfig(r=3, theta_d_length=7, **TARGETS), sx.UniLoRA(rank=3, coefficients=7)),
     (peft.LilyConfig(r=3, **TARGETS), sx.Lily(rank=3)),
+    (peft.FrodConfig(progressbar=False, **TARGETS), sx.FRoD()),
     (peft.ShiraConfig(r=2, **TARGETS), sx.SHiRA(rank=2)),
     (peft.SupertuningConfig(sparsity=0.5, r=2, **TARGETS), sx.SuperTuning(sparsity=0.5, lora_rank=2)),
     (peft.OSFConfig(effective_rank=2, **TARGETS), sx.OSF(kept=2)),

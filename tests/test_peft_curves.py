@@ -21,6 +21,7 @@ import peft
 import peft.optimizers
 import peft.optimizers.lorafa
 import peft.tuners.c3a.layer
+import peft.tuners.frod
 import peft.tuners.lily.layer
 import pytest
 import torch
@@ -111,6 +112,22 @@ def of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.lily.layer, "F", types.SimpleNamespace(softmax=softmax))
 
 
+def from_our_basis(pair: Pair, case: Case, batches: list[Any], directory: Path) -> tuple[Any, Params, Adapters]:
+    """FRoD's start as we make it, from which PEFT makes its U. PEFT's own basis depends on its LAPACK."""
+    params, adapters = prepared(pair, case).attach(pair.ours.params)
+    theirs = peft.get_peft_model(copy.deepcopy(pair.torch), copy.deepcopy(case.config))
+    for path, bank in nodes(adapters).items():
+        if path.startswith("bank/"):
+            kind = "_".join(path.split("/")[-2:])
+            theirs.base_model.frod_V[kind]["default"] = torch.tensor(np.asarray(bank.frozen["v"]))
+            theirs.base_model.frod_s_indices[kind]["default"] = torch.tensor(np.asarray(bank.frozen["idx"], np.int64))
+    for layer in theirs.modules():
+        if isinstance(layer, peft.tuners.frod.FrodLayer):
+            u, diagonal = layer._calculate_frod_u_and_lambda(layer.frod_V["default"], layer.get_base_layer().weight)
+            layer.frod_U["default"], layer.frod_lambda_l["default"].data = u, diagonal
+    return theirs, params, adapters
+
+
 PLAIN: dict[str, AbstractMethod] = {
     "LoRA": sx.LoRA(rank=4, alpha=6.0),
     "rsLoRA": sx.LoRA(rank=4, alpha=6.0, rslora=True),
@@ -151,6 +168,7 @@ PLAIN: dict[str, AbstractMethod] = {
     "VBLoRA": sx.VBLoRA(rank=3, vectors=20, length=8),
     "UniLoRA": sx.UniLoRA(rank=3, coefficients=200),
     "Lily": sx.Lily(rank=4, routing="batch"),
+    "FRoD": sx.FRoD(density=0.05),
     "MiSS": sx.Bone(rank=5),
     "Bat": sx.Bat(rank=8),
     "Mini": sx.Bone(rank=4, mini_rank=8),
@@ -169,6 +187,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "MonteCLoRA": {"patch": equal_noise},
     "PVeRA": {"patch": equal_draws},
     "Lily": {"patch": of_inputs},
+    # PEFT trains L, which decays to zero, and we what is added to its start.
+    "FRoD": {"config": config("FRoD", target_modules=TWO), "recipe": adamw(decay=0.0), "start": from_our_basis},
     # Its output is divided by the width of the input, so it learns slowly.
     "C3A": {"recipe": adamw(lr=0.3), "patch": whole_gradient},
 }

@@ -78,6 +78,8 @@ HOW = {
     "psoft / default": _alone(sx.PSOFT(rank=256)),
     "glora / default": _alone(sx.GLoRA(rank=8)),
     "glora / vector-paths": _alone(sx.GLoRA(weight="vector")),
+    "frod / default": _alone(sx.FRoD()),
+    "frod / sparse0.02-lr_0.001": _alone(sx.FRoD(density=0.02)),
     "peanut / rank32-relu-depth0-s2.0": _alone(sx.PEANuT(rank=32, alpha=2.0)),
     "peanut / rank1-relu-depth0-s32.0": _alone(sx.PEANuT(rank=1, alpha=32.0)),
     "ia3 / default": _ia3("self_attn/(k|v)_proj", "down_proj"),
@@ -210,4 +212,5 @@ DIFFERS = (
     "GraLoRA at 005745b, WaveFT at f8bbafe, PVeRA at 49e426f and bd7ce70, TinyLoRA at 6d71a28, PEANuT at 814c32d and "
     "5fbf730, PSOFT at f8bbafe and 95a929d, whose fast form has a randomised SVD there and an exact one here.",
     "PEFT's FourierFT starts from random coefficients, so not from the base.",
+    "PEFT's FRoD trains L, which weight decay draws to 0; here l = L - L0 is drawn to 0.",
 )

@@ -58,6 +58,8 @@ VARIANTS: dict[str, AbstractMethod] = {
     # Their defaults, 8 blocks and groups of 16, do not divide 172 outputs or inputs.
     "BDLoRA": sx.BDLoRA(blocks=4),
     "QALoRA": sx.QALoRA(group=4),
+    # Sized by a share, too: 46,095.
+    "FRoD": sx.FRoD(density=0.16),
     # At two sizes, 46,350.
     "AdaMSS": sx.AdaMSS(subspace_rank=6),
     # Vectors as long as all sides allow, and every coefficient twice: 46,272 and 46,240.

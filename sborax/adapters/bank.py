@@ -7,21 +7,24 @@ its bank, and the gradients of the copies add up in the bank.
 """
 
 import abc
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from sborax.adapters.compose import ByLayer, simple_parts, with_parts
-from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, SboraxError
+from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, Leaves, SboraxError
 from sborax.adapters.depth import stack_of
 
 BANK = "bank"
 """Name of the module that banks are under."""
+Load = Callable[[], Float[Array, "in out"]]
+"""Computes one weight, float32 and dense."""
 
 
 class AbstractBank(AbstractKernelless):
@@ -33,11 +36,13 @@ class AbstractBank(AbstractKernelless):
         """Its size as `plan` shows it."""
 
     @abc.abstractmethod
-    def settle(self, bank: Adapter, readers: Sequence[Adapter]) -> Adapter:
-        """The bank with the frozen leaves that depend on the adapters which read it.
+    def settle(self, bank: Adapter, readers: Sequence[Adapter], weights: Sequence[Load]) -> Adapter:
+        """The bank with the frozen leaves that depend on the adapters which read it, and on their weights.
 
         - bank: as `init` made it.
         - readers: all adapters that read it, with one stack axis, without layers that they do not act on.
+        - weights: the weights that read it, by layer. Call them one after the other, so that one of a quantised base is
+          dense at a time.
         """
 
 
@@ -106,18 +111,17 @@ def banks(kernels: Sequence[Kernel]) -> dict[str, AbstractBank]:
 
 
 def numbered(kernels: Iterable[tuple[str, AbstractMethod, int]]) -> dict[str, dict[tuple[str, int], int]]:
-    """For each bank of a kind, the weights that read it, numbered by layer: `{bank: {(path, position): number}}`.
+    """For each bank, the weights that read it, numbered by layer: `{bank: {(path, position): number}}`.
 
     - kernels: path, method and number of weights of every kernel.
     """
     readers: dict[str, set[tuple[str, int]]] = {}
     for path, method, count in kernels:
         for part, positions in _acting(method, range(count)):
-            if part.bank_of_kind:
-                readers.setdefault(bank_path(part, path), set()).update((path, position) for position in positions)
+            readers.setdefault(bank_path(part, path), set()).update((path, position) for position in positions)
 
-    def layer(weight: tuple[str, int]) -> list[int]:
-        return [*(int(part) for part in weight[0].split("/") if part.isdecimal()), weight[1]]
+    def layer(weight: tuple[str, int]) -> tuple[list[int], str]:
+        return [*(int(part) for part in weight[0].split("/") if part.isdecimal()), weight[1]], weight[0]
 
     return {
         where: {weight: number for number, weight in enumerate(sorted(weights, key=layer))}
@@ -189,21 +193,42 @@ def bank_leaf(adapter: Adapter, name: str) -> Array:
     return leaf
 
 
-def settle(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters by path, all of them as they were made, with settled banks."""
+def settle(adapters: Mapping[str, Adapter], weight: Callable[[str, int], Float[Array, "in out"]]) -> dict[str, Adapter]:
+    """The adapters by path, all of them as they were made, with settled banks.
+
+    - weight: computes the weight at a path and a position in its flattened stack, float32 and dense.
+
+    Raises SboraxError as a bank does, with its path.
+    """
+    kernels = {path: node for path, node in adapters.items() if not isinstance(node.method, AbstractKernelless)}
+    numbers = numbered((path, node.method, math.prod(stack_of(node))) for path, node in kernels.items())
 
     def settled(path: str, node: Adapter) -> Adapter:
         if not isinstance(node.method, AbstractBank):
             return node
         readers = [
             reader
-            for kernel, other in adapters.items()
+            for kernel, other in kernels.items()
             for reader in _readers(other, stack_of(other))
             if isinstance(reader.method, AbstractBanked) and bank_path(reader.method, kernel) == path
         ]
-        return node.method.settle(node, readers)
+        weights = [functools.partial(weight, *place) for place in numbers.get(path, ())]
+        try:
+            return node.method.settle(node, readers, weights)
+        except SboraxError as error:
+            raise SboraxError(f"{path}: {error}") from None
 
     return {path: settled(path, node) for path, node in adapters.items()}
+
+
+def leaves_of(path: str, node: Adapter, adapters: Mapping[str, Adapter]) -> dict[str, Leaves]:
+    """The leaves of the banks that the adapter at a path reads, by the name of the bank. adapters: all, by path."""
+    leaves = {}
+    for part in banked_parts(node.method):
+        bank = adapters.get(bank_path(part, path))
+        if bank is not None:
+            leaves[part.bank_name] = {**bank.train, **bank.frozen}
+    return leaves
 
 
 def _readers(node: Adapter, stack: tuple[int, ...]) -> Iterator[Adapter]:

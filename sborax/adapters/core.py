@@ -159,7 +159,9 @@ class AbstractMethod(abc.ABC):
     rewrites_base: bool = False
     """`init` takes s a0 b0 out of the base weight and keeps frozen leaves `a0`, `b0`, `scale`. See `rebase.LEFT`."""
     base_leaves: Mapping[str, Callable[[Weight, Leaves], Array]] = {}
-    """Functions of (base weight, frozen leaves) that make frozen leaves, by leaf. Another base makes them anew."""
+    """Functions of (base weight, frozen leaves) that make frozen leaves, by leaf. Another base makes them anew.
+
+    Those of a method with a bank find its leaves among the frozen ones."""
     identity_at_init: bool = True
     """Before training, the adapted function equals the base function."""
     no_merge: str = ""

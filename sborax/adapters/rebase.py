@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sborax.adapters.bank import AbstractBanked
 from sborax.adapters.compose import TAKEN, with_parts
 from sborax.adapters.constraints import replicate
 from sborax.adapters.core import (
@@ -95,18 +97,20 @@ def reads_base(method: AbstractMethod) -> bool:
     return bool(method.base_leaves)
 
 
-def rebase(weight: Weight, node: Adapter) -> Adapter:
+def rebase(weight: Weight, node: Adapter, banks: Mapping[str, Leaves] | None = None) -> Adapter:
     """The adapter with the frozen leaves that depend on the base computed from `weight`, its base from now on.
 
     The same program computes them wherever an adapter meets a base: on the same base they have the same bits.
+
+    - banks: the leaves of the banks that it reads, by the bank's name.
     """
-    return _rebase(weight, node) if node.method.rewrites_base or reads_base(node.method) else node
+    return _rebase(weight, node, dict(banks or {})) if node.method.rewrites_base or reads_base(node.method) else node
 
 
 @jax.jit
-def _rebase(weight: Weight, node: Adapter) -> Adapter:
+def _rebase(weight: Weight, node: Adapter, banks: dict[str, Leaves]) -> Adapter:
     def frozen_of_layer(kernel: Any, adapter: Adapter) -> Leaves:
-        return _rebase_layer(*replicate((kernel, adapter))).frozen
+        return _rebase_layer(*replicate((kernel, adapter, banks))).frozen
 
     stack = stack_of(node)
     with jax.default_matmul_precision("highest"):
@@ -114,10 +118,15 @@ def _rebase(weight: Weight, node: Adapter) -> Adapter:
     return dataclasses.replace(node, frozen=frozen)
 
 
-def _rebase_layer(weight: Weight, node: Adapter) -> Adapter:
+def _rebase_layer(weight: Weight, node: Adapter, banks: Mapping[str, Leaves]) -> Adapter:
     if isinstance(node.method, AbstractComposite):
-        return with_parts(node, [_rebase_layer(weight, child) for child, _ in node.method.children(node)])
-    leaves = {name: leaf(weight, node.frozen) for name, leaf in node.method.base_leaves.items()}
+        return with_parts(node, [_rebase_layer(weight, child, banks) for child, _ in node.method.children(node)])
+    known = node.frozen
+    if isinstance(node.method, AbstractBanked) and node.method.base_leaves:
+        known = {**banks.get(node.method.bank_name, {}), **known}
+        if not node.method.bank_leaves <= known.keys():
+            raise SboraxError(f"{type(node.method).__name__} reads a bank, which these adapters lack")
+    leaves = {name: leaf(weight, known) for name, leaf in node.method.base_leaves.items()}
     if _knows_base(node.method):
         leaves[LEFT] = _left(weight, node)
     return dataclasses.replace(node, frozen={**node.frozen, **leaves})

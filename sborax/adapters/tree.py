@@ -144,6 +144,14 @@ def attach(
     Raises SboraxError as `plan` does, and for a kernel, a gradient or a statistic that is not finite.
     """
     resolved = rules if isinstance(rules, Plan) else plan(params, rules, hints=hints)
+    params, adapters = fit_plan(key, params, resolved, hints)
+    return params, settle(params, adapters)
+
+
+def fit_plan(
+    key: Key[Array, ""], params: Params, resolved: Plan, hints: Mapping[str, Hint] | None = None
+) -> tuple[Params, dict[str, Adapter]]:
+    """What `attach` returns, by path and before `settle`, for code that gives the leaves other values first."""
     leaves = flatten(params)
     adapters, rewritten = {}, {}
     for site in resolved.sites:
@@ -153,7 +161,29 @@ def attach(
             rewritten[site.path] = rewrite(leaves[site.path], node)
             check_finite(site.path, rewritten[site.path])
     params = replace_leaves(params, rewritten)
-    return params, rebase(params, nest(bank.settle(adapters)))
+    return params, adapters
+
+
+def settle(params: Params, adapters: Mapping[str, Adapter]) -> Adapters:
+    """The tree of adapters that were made one by one, with what depends on several of them, or on the base.
+
+    - params: the base that they are used with, as their methods left it.
+    - adapters: all of them, by path, as `fit` made them.
+    """
+    leaves = flatten(params)
+
+    def weight(path: str, position: int) -> Float[Array, "in out"]:
+        return _weight(weight_at(path, leaves), position, stack_of(adapters[path]), adapters[path].in_axes)
+
+    return rebase(params, nest(bank.settle(adapters, weight)))
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "in_axes"))
+def _weight(weight: Any, position: Any, stack: tuple[int, ...], in_axes: int) -> Float[Array, "in out"]:
+    """The weight at a position of a flattened stack, float32 and dense."""
+    place = jnp.unravel_index(position, stack) if stack else ()
+    layer = jax.tree.map(lambda leaf: leaf[place], as_matrix(weight, len(stack), in_axes))
+    return dense(replicate(layer)).astype(jnp.float32)
 
 
 def rebase(params: Params, adapters: PyTree) -> PyTree:
@@ -166,13 +196,13 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
     - params: the parameters that the adapters are used with from now on.
     - adapters: a tree of adapters. Those whose kernel is not in `params` stay as they are.
     """
-    leaves = flatten(params)
+    leaves, by_path = flatten(params), nodes(adapters)
 
     def rebased(path: str, node: Adapter) -> Adapter:
         weight = weight_at(path, leaves)
-        return node if weight is None else rebase_node(weight, node)
+        return node if weight is None else rebase_node(weight, node, bank.leaves_of(path, node, by_path))
 
-    return nest({path: rebased(path, node) for path, node in nodes(adapters).items()})
+    return nest({path: rebased(path, node) for path, node in by_path.items()})
 
 
 def fit(key: Key[Array, ""], weight: Weight | None, site: Site, hint: Hint) -> Adapter:

@@ -78,13 +78,13 @@ class Tensors:
         """Shapes and dtypes by name."""
         return {name: self.file.get_slice(key) for name, key in self.names.items()}
 
-    def compare(self, expected: Mapping[str, tuple[int, ...]], places: tuple[str, ...] = ()) -> None:
+    def compare(self, expected: Mapping[str, tuple[int, ...]], indices: Collection[str] = ()) -> None:
         """Raise SboraxError unless these are the expected tensors, with their shapes and a legal dtype.
 
         Tensors that are made of others are not compared.
 
         - expected: shapes by name.
-        - places: endings of the names of tensors that hold indices.
+        - indices: names of tensors that hold indices.
         """
         wanted, held = expected.keys() - self.made.keys(), self.names.keys()
         missing, surplus = sorted(wanted - held), sorted(held - wanted)
@@ -99,7 +99,7 @@ class Tensors:
                 raise SboraxError(
                     f"{name} has shape {tuple(header.get_shape())}, config and model say {expected[name]}"
                 )
-            if header.get_dtype() not in ((*FLOATS, *INTEGERS) if name.endswith(places) else FLOATS):
+            if header.get_dtype() not in ((*FLOATS, *INTEGERS) if name in indices else FLOATS):
                 raise SboraxError(f"{name} is of dtype {header.get_dtype()}, not a floating one")
 
 

@@ -16,7 +16,7 @@ from sborax.adapters.core import AbstractMethod, AbstractWeight, Adapter, Sborax
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Plan, Site, bank_sites, bias_path, kernels
 from sborax.adapters.tables import why_no_table
-from sborax.adapters.tree import attach, link, nodes
+from sborax.adapters.tree import fit_plan, link, nodes, rebase
 from sborax.interop.peft_base import Kind, kind_of
 from sborax.interop.peft_biases import added_biases, check_saved, stored_biases
 from sborax.interop.peft_embeddings import BARE, OF_ADAPTER, OF_ROWS, check_size, repeated, stored_layers
@@ -110,7 +110,7 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         expected |= {name: shape for name, (_, _, shape) in added.items()}
         expected |= {PREFIX + key: shape for key, (_, shape) in base.items()}
         rest = rest.completed(_completed(row, config, fits, layout, rest))
-        rest.compare(expected, tuple(f".{tensor.suffix}" for tensor in row.tensors if tensor.places or tensor.into))
+        rest.compare(expected, _indices(row, fits, layout))
         copies.check(tensors, rest)
 
         new = _new_leaves(base, added, layout, rest) | tables_with_rows(rows, layout, rest.read)
@@ -118,13 +118,20 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
         adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
-        params, adapters = attach(jax.random.key(0), _replaced(params, layout, new), _plan(adapted, layout))
+        params, fitted = fit_plan(jax.random.key(0), _replaced(params, layout, new), _plan(adapted, layout))
+        banks = {
+            path: _filled_bank(node, path, row, adapted, layout, rest.read)
+            for path, node in fitted.items()
+            if isinstance(node.method, AbstractBank)
+        }
+        # Leaves that follow from the base may need the banks, and are needed by others.
+        adapters = rebase(params, nest({**fitted, **banks}))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
         if _differ(nodes(adapters), row, adapted, layout, rest.read):
             adapters = link(adapters)
         filled = {
-            path: _filled_bank(node, path, row, adapted, layout, rest.read)
+            path: node
             if isinstance(node.method, AbstractBank)
             else _filled(node, path, row, adapted, layout, rest.read)
             for path, node in nodes(adapters).items()
@@ -284,6 +291,12 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
     return expected | shared_shapes(row, next(iter(fits.values())).method, [shape for _, shape, _ in shapes])
 
 
+def _indices(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> set[str]:
+    """The names of the tensors that hold indices."""
+    numbers, held = layout.numbers(fits), [tensor for tensor in row.tensors if tensor.places or tensor.into]
+    return {tensor.key(module, numbers) for module in fits for tensor in held}
+
+
 def _completed(
     row: Row, config: Mapping[str, Any], fits: Mapping[str, Fit], layout: HFLayout, tensors: Tensors
 ) -> Completed:
@@ -438,6 +451,8 @@ def _filled_layers(
                 _check_places(name, value, layout.shape(path))
             if tensor.shared:
                 value = value[tuple(slice(size) for size in slot.shape)]
+            if tensor.over is not None:
+                value = value - leaves[tensor.over][... if layer is None else layer]
             slot[...] = 0.0
             slot[tuple(slice(size) for size in value.shape)] = value
         for name, value in fits[module].frozen.items():
@@ -451,17 +466,20 @@ def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], la
 
     There is a tensor for each leaf, or each module has its entries of the leaf, or those of a kind have copies of it.
     """
+    assert isinstance(node.method, AbstractBank)
     numbers, leaves = layout.numbers(fits), {}
     for name, leaf in {**node.train, **node.frozen}.items():
-        leaves[name] = np.zeros(leaf.shape, np.float32)
+        leaves[name] = np.zeros(leaf.shape, leaf.dtype)
         known = np.zeros(leaf.shape, bool)
-        for tensor in (tensor for tensor in row.tensors if tensor.leaf == name):
+        for tensor in (tensor for tensor in row.tensors if tensor.leaf == name and tensor.begins is None):
             if tensor.shared:
                 leaves[name][...] = tensor.inward(read(tensor.key("", numbers)), leaf.shape)
                 continue
             if tensor.at is None:
-                for slot, key in _copies(path, tensor, fits, layout):
+                for slot, key in dict.fromkeys(_copies(path, tensor, fits, layout)):
                     leaves[name][slot] = tensor.inward(read(key), leaves[name][slot].shape)
+                    if tensor.places:
+                        _check_places(key, leaves[name], node.method.shape)
                 continue
             indices = next(other for other in row.tensors if other.leaf == tensor.at)
             for module in fits:
@@ -476,6 +494,7 @@ def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], la
                 leaves[name][places], known[places] = values, True
                 if not (np.array_equal(before, values) and np.array_equal(leaves[name][places], values)):
                     raise SboraxError(f"{tensor.key(module, numbers)}: entries at one index of the vector differ")
+    leaves |= {} if row.derived is None else row.derived(leaves)
     train, frozen = ({name: jnp.asarray(leaves[name]) for name in half} for half in (node.train, node.frozen))
     return Adapter(train, frozen, node.method, node.in_axes)
 

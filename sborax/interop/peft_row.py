@@ -45,8 +45,10 @@ class Tensor(NamedTuple):
     - into: it holds indices into the leaf of this name in the bank.
     - at: it holds the entries of the leaf, which is the bank's, at the indices in the leaf of this name.
     - embedding: its name behind the embedding's; empty if PEFT does not adapt an embedding in this way.
-    - begins: what PEFT writes before training, of our leaf. Such a tensor holds what PEFT saw last in training. It
-      changes no function, so it is not read.
+    - begins: what PEFT writes before training, of our leaf. Such a tensor holds what PEFT saw last in training, or what
+      follows from shapes. It changes no function, so it is not read.
+    - of_kind: the file has one tensor for the modules of a kind, such as the q_proj of all layers, as the bank here.
+    - over: a frozen leaf that PEFT adds to the tensor. It follows from the base.
     """
 
     suffix: str
@@ -61,11 +63,15 @@ class Tensor(NamedTuple):
     at: str | None = None
     embedding: str = ""
     begins: Callable[[np.ndarray], np.ndarray] | None = None
+    of_kind: bool = False
+    over: str | None = None
 
     def key(self, module: str, numbers: Mapping[str, int]) -> str:
         """The tensor's name in the file. numbers: those of the adapted modules, see `HFLayout.numbers`."""
         if self.numbered:
             return f"{ROOT}{self.suffix}.{numbers[module]}"
+        if self.of_kind:
+            return f"{ROOT}{self.suffix}.{kind_of(module)}"
         suffix = self.embedding if module == EMBEDDING else self.suffix
         return ROOT + suffix if self.shared else f"{PREFIX}{module}.{suffix}"
 
@@ -93,6 +99,8 @@ class Tensor(NamedTuple):
         leaf = np.asarray(leaves[self.leaf], np.int32 if self.places or self.into else np.float32)
         if self.begins is not None:
             leaf = self.begins(leaf)
+        if self.over is not None:
+            leaf = leaf + np.asarray(leaves[self.over], np.float32)
         if self.at is not None:
             leaf = leaf[np.asarray(leaves[self.at])]
         if self.times is not None:
@@ -105,6 +113,12 @@ class Tensor(NamedTuple):
         for size, held in zip(value.shape, self._held(), strict=True):
             sizes += [shape[axis] for axis in held] if len(held) > 1 else [size] * len(held)
         return np.transpose(value.reshape(sizes), np.argsort(self._order()))
+
+
+def kind_of(module: str) -> str:
+    """What PEFT calls the modules that do the same in different layers: the last two names, `self_attn_q_proj`."""
+    names = module.split(".")[-2:]
+    return names[-1] if names[0].isdecimal() else "_".join(names)
 
 
 class Fit(NamedTuple):
@@ -156,6 +170,7 @@ class Row:
     - layered: whether the config can choose layers by number.
     - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
     - drawn: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
+    - derived: (leaves of a bank that are in the file) -> those that follow from them.
     - completed: (fields, {module: (in, out)} in the order of transformers' model, a function that reads a tensor) ->
       what a file of another form of the kind has instead of its tensors.
     """
@@ -182,6 +197,7 @@ class Row:
     layered: bool = True
     keeps_base: bool = False
     drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
+    derived: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
     completed: Callable[[Fields, Mapping[str, tuple[int, int]], Callable[[str], np.ndarray]], Completed] | None = None
 
     def adapts(self, module: str) -> bool:

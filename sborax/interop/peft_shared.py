@@ -1,4 +1,4 @@
-"""Rows of the kinds whose modules share trained tensors: VBLORA, UNILORA, LILY."""
+"""Rows of the kinds whose modules share tensors: VBLORA, UNILORA, LILY, FROD."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,11 +18,12 @@ from sborax.interop.peft_row import (
     Tensor,
     decimal_of,
     dropout_of,
+    kind_of,
     number_field,
     rank_field,
     whole_field,
 )
-from sborax.methods import Lily, UniLoRA, VBLoRA
+from sborax.methods import FRoD, Lily, UniLoRA, VBLoRA
 
 START = "of the start of a trained tensor, which is in the file"
 
@@ -156,6 +157,58 @@ def _tied_in_lily(config: Fields, shapes: Mapping[str, tuple[int, int]]) -> list
     return groups
 
 
+def _read_frod(fields: Fields) -> Fit:
+    method = FRoD(
+        density=number_field(fields, "sparse_rate"),
+        ridge=number_field(fields, "regularization_alpha"),
+        dropout=number_field(fields, "frod_dropout"),
+        basis="peft",
+    )
+    if not 0.0 < method.density <= 1.0:
+        raise SboraxError(f"sparse_rate must lie in (0, 1], got {method.density}")
+    return Fit(method, {})
+
+
+def _write_frod(node: Adapter) -> dict[str, Any] | None:
+    method = node.method
+    assert isinstance(method, FRoD)
+    if method.basis != "peft":
+        raise SboraxError(
+            "FROD's files hold a basis that PEFT makes again, and only what PEFT makes in the same way fits it; begin "
+            "with a file of PEFT's, or use as_='lora' to truncate"
+        )
+    sizes = {"sparse_rate": method.density, "regularization_alpha": method.ridge}
+    return sizes | {"frod_dropout": dropout_of(node)}
+
+
+def _checked_frod(
+    fields: Fields, shapes: Mapping[str, tuple[int, int]], read: Callable[[str], np.ndarray]
+) -> Completed:
+    """Nothing: a file without a basis is refused, and kinds for which PEFT's U is made of rounding errors."""
+    if not fields["save_projection"]:
+        raise SboraxError(
+            "save_projection=False: the basis is not in the file, and another machine makes another; save it in PEFT "
+            "with save_projection=True"
+        )
+    outputs: dict[str, int] = {}
+    for module, (_, fan_out) in shapes.items():
+        outputs[kind_of(module)] = outputs.get(kind_of(module), 0) + fan_out
+    for module, (fan_in, _) in shapes.items():
+        if outputs[kind_of(module)] < fan_in:
+            raise SboraxError(
+                f"{module}: all layers of {kind_of(module)} have {outputs[kind_of(module)]} outputs together, fewer "
+                f"than their {fan_in} inputs; PEFT's U then has rows of rounding errors, which are in no file"
+            )
+    return Completed({}, frozenset())
+
+
+def _inverse(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    try:
+        return {"v_inv": np.linalg.inv(leaves["v"].astype(np.float64)).astype(np.float32)}
+    except np.linalg.LinAlgError:
+        raise SboraxError("frod_V is singular") from None
+
+
 SHARED = (
     Row(
         VBLoRA, "VBLORA", {},
@@ -190,5 +243,22 @@ SHARED = (
             Tensor("lily_router.weight", "router", TRANSPOSED),
         ),
         _read_lily, _write_lily, any_rank=True, constants=NO_BIAS, tied=_tied_in_lily,
+    ),
+    Row(
+        FRoD, "FROD", ANY_START,
+        {"sparse_rate": 0.01, "regularization_alpha": 1e-3, "frod_dropout": 0.0, "save_projection": True},
+        (
+            Tensor("frod_lambda_l", "l", (0,), over="l0"), Tensor("frod_lambda_s_values", "s", (0,)),
+            Tensor("frod_V", "v", (0, 1), of_kind=True),
+            Tensor("frod_s_indices", "idx", (0, 1), of_kind=True, places=True),
+            Tensor("frod_s_size", "v", (0,), of_kind=True, places=True, begins=lambda v: np.asarray(v.shape)),
+        ),
+        _read_frod, _write_frod, any_rank=True, derived=_inverse, completed=_checked_frod,
+        refused={"save_projection": "False: the file must hold the basis", "sparse_rate": "0: there is no S"},
+        inert={
+            "projection_prng_key": "of the places of S, which are in the file",
+            "progressbar": "of what PEFT prints",
+            "runtime_offload_base_weight": "where PEFT holds the base",
+        },
     ),
 )  # fmt: skip

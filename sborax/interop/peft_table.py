@@ -58,7 +58,6 @@ UNREAD = {
     "PSOFT": "the file lacks the base's singular vectors, whose signs depend on the machine; save it in PEFT as LoRA, "
     "with save_as_lora",
     "ADAMSS": "the file lacks the places of its outputs, which K-means and a random SVD make again",
-    "FROD": "it keeps a second matrix of the size of each weight",
 }
 """Kinds that are not read, with the reason."""
 

@@ -16,6 +16,7 @@ from sborax.methods.delora import DeLoRA as DeLoRA
 from sborax.methods.dora import DoRA as DoRA
 from sborax.methods.eva import EVA as EVA
 from sborax.methods.fourier_ft import FourierFT as FourierFT
+from sborax.methods.frod import FRoD as FRoD
 from sborax.methods.glora import GLoRA as GLoRA
 from sborax.methods.gralora import GraLoRA as GraLoRA
 from sborax.methods.hira import HiRA as HiRA

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from sborax.adapters.bank import AbstractBank
+from sborax.adapters.bank import AbstractBank, Load
 from sborax.adapters.core import Adapter, Axes, Fitted, Hint, SboraxError, Weight
 
 
@@ -41,5 +41,5 @@ class LilyExperts(AbstractBank):
         a = jax.random.uniform(key, (self.entries, self.fan_in, self.width), minval=-bound, maxval=bound)
         return Fitted({"a": a, "b": jnp.zeros((self.experts * self.width, self.fan_out))}, {})
 
-    def settle(self, bank: Adapter, readers: Sequence[Adapter]) -> Adapter:
+    def settle(self, bank: Adapter, readers: Sequence[Adapter], weights: Sequence[Load]) -> Adapter:
         return bank

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.bank import AbstractBank, AbstractBanked, bank_leaf
+from sborax.adapters.bank import AbstractBank, AbstractBanked, Load, bank_leaf
 from sborax.adapters.core import (
     AbstractFactored,
     Adapter,
@@ -121,7 +121,7 @@ class SharedVector(AbstractBank):
         theta = jax.random.uniform(key, (self.coefficients,), minval=-self.bound, maxval=self.bound)
         return Fitted({"theta": theta}, {"gain": jnp.ones(self.coefficients)})
 
-    def settle(self, bank: Adapter, readers: Sequence[Adapter]) -> Adapter:
+    def settle(self, bank: Adapter, readers: Sequence[Adapter], weights: Sequence[Load]) -> Adapter:
         counts = jnp.zeros(self.coefficients, jnp.int32)
         for places in jax.tree.leaves([(reader.frozen["idx_a"], reader.frozen["idx_b"]) for reader in readers]):
             counts = counts.at[places.reshape(-1)].add(1)

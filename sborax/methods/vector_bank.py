@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array, Key
 
-from sborax.adapters.bank import AbstractBank
+from sborax.adapters.bank import AbstractBank, Load
 from sborax.adapters.core import Adapter, Axes, Fitted, Hint, SboraxError, Weight, hyper
 
 
@@ -35,5 +35,5 @@ class VectorBank(AbstractBank):
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         return Fitted({"bank": jax.random.uniform(key, self.shape, minval=-self.bound, maxval=self.bound)}, {})
 
-    def settle(self, bank: Adapter, readers: Sequence[Adapter]) -> Adapter:
+    def settle(self, bank: Adapter, readers: Sequence[Adapter], weights: Sequence[Load]) -> Adapter:
         return bank

@@ -5,14 +5,13 @@ from typing import Any
 
 from jaxtyping import Array, Key
 
-from sborax.adapters.bank import settle
 from sborax.adapters.core import Adapter, Hint, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import Plan, Rule, Site, module_path
 from sborax.adapters.patterns import search
 from sborax.adapters.rebase import rewrite
 from sborax.adapters.tables import weight_at
-from sborax.adapters.tree import Adapters, Params, fit, rebase
+from sborax.adapters.tree import Adapters, Params, fit, settle
 from sborax.adapters.weight import check_finite
 from sborax.layout.state import flatten
 from sborax.models.load import is_layer_kernel
@@ -113,4 +112,4 @@ def adapt(
             check_finite(site.path, flat[site.path])
             flat[site.path] = _quantised(site.path, flat[site.path]) if quant is not None else flat[site.path]
     params = nest(flat)
-    return params, rebase(params, nest(settle(adapters)))
+    return params, settle(params, adapters)

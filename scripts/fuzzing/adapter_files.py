@@ -63,16 +63,16 @@ def _peft_tensors(config: Any, model: LanguageModel) -> bytes:
     return save(tensors)
 
 
-def _cached(attach: Callable[..., Any]) -> Callable[..., Any]:
-    """`attach` with a cache by plan, for one key and one base."""
+def _cached(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """`fit_plan` with a cache by plan, for one key and one base."""
     results: dict[Any, Any] = {}
 
-    def cached_attach(key: Any, params: Any, plan: Any) -> Any:
+    def cached_fit(key: Any, params: Any, plan: Any) -> Any:
         if plan not in results:
-            results[plan] = attach(key, params, plan)
+            results[plan] = fit(key, params, plan)
         return results[plan]
 
-    return cached_attach
+    return cached_fit
 
 
 def peft(home: Path) -> Prepare:
@@ -80,7 +80,7 @@ def peft(home: Path) -> Prepare:
     seeds = _peft_seeds(home)
     # Drawing and compiling for a plan is slow, and not what these cases try.
     quick = {
-        "attach": _cached(peft_load.attach),
+        "fit_plan": _cached(peft_load.fit_plan),
         "leaf_shapes": functools.lru_cache(4096)(peft_load.leaf_shapes),
     }
     extra = sorted({name for row in TABLE for name in (*row.defaults, *row.reads, *row.known_by)})
