@@ -137,3 +137,12 @@ def test_models_of_others(method):
         _, adapters = sx.attach(jax.random.key(1), {"kernel": module.kernel[...]}, [("", method)])
         with pytest.raises(sx.SboraxError, match="needs a model that knows it"):
             sx.adapt_nnx(module, adapters)
+
+
+def test_a_vector_longer_than_what_reads_it_is_refused():
+    """Entries that nothing reads would count as trained, and learn nothing."""
+    places = 2 * (3 * (16 + 24) + 3 * (24 + 16) + 16 + 32)
+    rules = [("up|down|head", sx.UniLoRA(rank=2, coefficients=places))]
+    assert sx.plan(PARAMS, rules).sites
+    with pytest.raises(sx.SboraxError, match=f"bank/theta: {places + 1} entries are more than the {places} that"):
+        sx.plan(PARAMS, [("up|down|head", sx.UniLoRA(rank=2, coefficients=places + 1))])
