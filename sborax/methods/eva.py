@@ -75,8 +75,7 @@ class EVA(AbstractFactored, AbstractInformed):
         return PAIR_AXES
 
     def check(self, shape: tuple[int, int]) -> None:
-        # A component more is no use beyond the inputs, but it may be beyond the outputs.
-        check_rank(self.rank, shape[0], "the inputs")
+        check_rank(self.rank, shape[0], "the inputs")  # A component more may be of use beyond the outputs.
         if not 1.0 <= self.rho or not 0.0 < self.tau < 1.0 or self.mean == 0:
             raise SboraxError(f"needs rho >= 1, tau in (0, 1), mean >= 1, got {self.rho}, {self.tau} and {self.mean}")
         check_repetitions("niter", self.niter, 0)
