@@ -1,5 +1,6 @@
 """Meshes and settings with which a step fits a chip, and what a plan says of it; by formulas, without a TPU."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from sborax.cli.plan import _bytes, _judged
 from sborax.layout.mesh import abstract_mesh, make_mesh
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import compiled, on_mesh, outline
+from sborax.plans.estimate import temporary_bytes
 from sborax.plans.fit import best_mesh, held_bytes, link_bytes, mending
 from sborax.plans.roofline import CHIPS, chip_of
 
@@ -97,6 +99,21 @@ def test_the_mesh_of_a_model_with_experts(model, chip, chips, settings, sizes):
     planned = outline(run(chips, remat="full", **settings), LlamaConfig.from_hf(SPARSE[model]), device="tpu")
     assert best_mesh(planned, chips, CHIPS[chip]) == sizes
     assert held_bytes(on_mesh(planned, abstract_mesh(sizes))) < CHIPS[chip].memory / 2
+
+
+@pytest.mark.parametrize(("tied", "copies"), [(True, 2), (False, 1)])
+def test_the_table_with_trained_vectors_is_held_beside_the_base(tied, copies):
+    """And its gradient, where the head is tied: as compiled, in float32, for which a CPU needs nothing more."""
+    config = dataclasses.replace(WIDE, vocab_size=65536, tie_word_embeddings=tied)
+    tokens = outline(run(4, train_tokens=(3, 5), precision="float32"), config, 32)
+    plain = outline(run(4, precision="float32"), config, 32)
+    table, vectors = 4 * 65536 * WIDE.hidden_size, 4 * 2 * WIDE.hidden_size
+    assert temporary_bytes(tokens) - temporary_bytes(plain) == copies * table + vectors
+    by_compiler = [compiled(each).memory_analysis().temp_size_in_bytes for each in (tokens, plain)]
+    assert by_compiler[0] - by_compiler[1] > 0.7 * copies * table
+    mesh = abstract_mesh({"fsdp": 2, "tensor": 2})
+    held = [temporary_bytes(on_mesh(each, mesh)) for each in (tokens, plain)]
+    assert held[0] - held[1] == copies * table // 4 + vectors
 
 
 def test_bytes_between_devices_by_the_formula():
