@@ -302,6 +302,10 @@ def test_what_cannot_be_mixed_is_refused_in_a_line(pair):
     refused("MoSARA has no single change", params, [*two, tree(sx.MoSARA(rank=2))], top_k=1)
     refused("Arrow has no single change", params, [sx.arrow(params, two, top_k=1)], top_k=1)
     refused("ranks 2 and 3; general", params, two, top_k=1, general=[tree(sx.LoRA(rank=3))])
+    # As the circulant changes of C3A, whose singular values come in pairs.
+    alike = jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.eye(*leaf.shape[-2:]), leaf.shape), sx.split(two[0])[0])
+    alike = sx.combine(alike, sx.split(two[0])[1])
+    refused("layers/proj/kernel: LoRA stretches two directions alike", params, [two[0], alike], top_k=1)
     refused("SBoRA is more than a pair of factors", params, two, top_k=1, general=[tree(sx.SBoRA(rank=2))])
     model = pair.ours
     table = sx.attach(jax.random.key(0), model.params, [("embed_tokens", sx.LoRA(rank=2))])[1]

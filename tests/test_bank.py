@@ -160,3 +160,12 @@ def test_a_bank_is_settled_with_the_weights_that_read_it_by_layer(monkeypatch):
     kernel = quantise(jnp.asarray(normal(3, 2, 64, 64)))
     sx.attach(jax.random.key(0), {"layers": {"up": {"kernel": kernel}}}, [("up", VECTORS)])
     np.testing.assert_allclose(np.stack(seen.pop()), np.asarray(kernel.dense()), rtol=1e-6)
+
+
+def test_a_vector_longer_than_what_reads_it_is_refused():
+    """Entries that nothing reads would count as trained, and learn nothing."""
+    places = 2 * (3 * (16 + 24) + 3 * (24 + 16) + 16 + 32)
+    rules = [("up|down|head", sx.UniLoRA(rank=2, coefficients=places))]
+    assert sx.plan(PARAMS, rules).sites
+    with pytest.raises(sx.SboraxError, match=f"bank/theta: {places + 1} entries are more than the {places} that"):
+        sx.plan(PARAMS, [("up|down|head", sx.UniLoRA(rank=2, coefficients=places + 1))])

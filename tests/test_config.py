@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import math
+import typing
 
 import pytest
+from cases import PROCEDURES
 
 import sborax as sx
+from sborax.adapters.combination import Combination
 from sborax.config.codec import decode, encode, override
+from sborax.train.optimizers import OPTIMIZERS
 
 EXPERIMENT = sx.Experiment(
     model="some/model",
@@ -119,6 +124,28 @@ def test_mistakes_are_one_line_that_names_the_key(change, words):
     with pytest.raises(sx.SboraxError, match=words) as caught:
         override(EXPERIMENT, [change])
     assert "\n" not in str(caught.value)
+
+
+OPTIONS = [
+    *(kind() for kind in OPTIMIZERS.values()),
+    *{type(procedure): procedure for procedure, _ in PROCEDURES.values()}.values(),
+    *(sx.KaSALoss(), sx.MonteCLoRALoss(), Combination("ties", 0.5)),
+    *(sx.SingularMass(0.5, 4), sx.LinearRanks(1, 2), sx.ShuffledRanks(sx.LinearRanks(1, 2))),
+    *(EXPERIMENT.optimizer, EXPERIMENT.data, sx.Eval(), sx.Save(), EXPERIMENT),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: type(options).__name__)
+def test_numbers_that_mean_nothing_are_refused(options):
+    """None of these options may be negative, infinite or NaN, alone or in a pair."""
+    for field in dataclasses.fields(options):
+        kinds = typing.get_args(field.type | None)
+        bad = [math.nan, math.inf, -1.0]
+        wrong = bad if float in kinds else [-1] if int in kinds else []
+        for value in [(number, number) for number in bad] if tuple[float, float] in kinds else wrong:
+            with pytest.raises(sx.SboraxError) as caught:
+                dataclasses.replace(options, **{field.name: value})
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["sgd", "lion", "adafactor"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 
 import chex
 import jax
@@ -345,6 +346,18 @@ def test_hyper_parameters_have_bounds_that_planning_keeps(case: Case):
                 sx.plan(params, [("proj", wrong)], hints=hints(case.method, True))
             with pytest.raises(sx.SboraxError, match=f"{field.name} must be above 0, got 0"):
                 sx.plan(params, [sx.Rule("proj", wrong, layers=(0,))], hints=hints(case.method, True))
+        kinds = typing.get_args(field.type | None)
+        wrongs = [(math.nan, "finite"), (math.inf, "finite")] if float in kinds else []
+        # A field in which a sign means something says so.
+        wrongs += (
+            [(-1.0 if float in kinds else -1, "")]
+            if {int, float} & {*kinds} and not field.metadata.get("signed")
+            else []
+        )
+        for value, says in wrongs:
+            wrong = dataclasses.replace(case.method, **{field.name: value})
+            with pytest.raises(sx.SboraxError, match=f"{field.name} must be .*{says}"):
+                sx.plan(params, [("proj", wrong)], hints=hints(case.method, True))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sborax.cli.plan import _bytes, _judged, _summed
 from sborax.layout.mesh import abstract_mesh, make_mesh
 from sborax.models import LlamaConfig
 from sborax.plans.ahead import compiled, on_mesh, outline
+from sborax.plans.estimate import temporary_bytes
 from sborax.plans.fit import best_mesh, held_bytes, link_bytes, mending, sums_kernels
 from sborax.plans.roofline import CHIPS, chip_of, sums_gathers, torus_of
 
@@ -191,6 +192,21 @@ def test_what_makes_a_step_fit_without_copies():
     assert mending(experiment, config, 2048, {"data": 16, "fsdp": 4}, "tpu", sum(laid.values()) // 2) == [
         "--mesh fsdp=64"
     ]
+
+
+@pytest.mark.parametrize(("tied", "copies"), [(True, 2), (False, 1)])
+def test_the_table_with_trained_vectors_is_held_beside_the_base(tied, copies):
+    """And its gradient, where the head is tied: as compiled, in float32, for which a CPU needs nothing more."""
+    config = dataclasses.replace(WIDE, vocab_size=65536, tie_word_embeddings=tied)
+    tokens = outline(run(4, train_tokens=(3, 5), precision="float32"), config, 32)
+    plain = outline(run(4, precision="float32"), config, 32)
+    table, vectors = 4 * 65536 * WIDE.hidden_size, 4 * 2 * WIDE.hidden_size
+    assert temporary_bytes(tokens) - temporary_bytes(plain) == copies * table + vectors
+    by_compiler = [compiled(each).memory_analysis().temp_size_in_bytes for each in (tokens, plain)]
+    assert by_compiler[0] - by_compiler[1] > 0.7 * copies * table
+    mesh = abstract_mesh({"fsdp": 2, "tensor": 2})
+    held = [temporary_bytes(on_mesh(each, mesh)) for each in (tokens, plain)]
+    assert held[0] - held[1] == copies * table // 4 + vectors
 
 
 def test_bytes_between_devices_by_the_formula():

@@ -177,6 +177,10 @@ def test_mistakes(pair):
     (batch, *_) = batches(rows=1, length=4)
     with pytest.raises(sx.SboraxError, match="no batch has as many tokens of answers as .* may have ranks, 8; use"):
         sx.input_hints(pair.ours, rules, [batch])
-    for wrong, said in ((sx.EVA(rho=0.5), "rho must be"), (sx.EVA(rank=64), "rank must lie in 1..32")):
+    for wrong, said in (
+        (sx.EVA(rho=0.5), "needs rho"),
+        (sx.EVA(mean=0), "needs rho"),
+        (sx.EVA(rank=64), "rank must lie in 1..32"),
+    ):
         with pytest.raises(sx.SboraxError, match=said):
             sx.plan(pair.ours.params, [("q_proj", wrong)], hints=sx.input_hints(pair.ours, rules, batches()))

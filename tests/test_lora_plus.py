@@ -391,6 +391,8 @@ def test_lora_fa_refuses_adapters_without_a_pair():
     _, adapters = adapted_stack(sx.Bone(rank=3))
     with pytest.raises(SboraxError, match="no adapter has a pair"):
         sx.split_lora_fa(adapters)
+    with pytest.raises(SboraxError, match="VeLoRA approximates the gradient of a, which is fixed here"):
+        sx.split_lora_fa(adapted_stack(sx.VeLoRA(rank=3, groups=4))[1])
     train, frozen = sx.split(adapters)
     tx = lora_fa(1e-3)
     with pytest.raises(SboraxError, match="no adapter has a pair"):

@@ -89,7 +89,12 @@ REFUSED = {
     "a saved embedding": ("untied", {"modules_to_save": ["embed_tokens"]}, "it is in modules_to_save, beside which"),
     "a tied head alone": ("tied", {FIELD: {"lm_head": ROWS}}, "the rows of lm_head are not those of the embedding"),
     "a tied head with others": ("tied", {FIELD: {"embed_tokens": ROWS, "lm_head": OTHERS}}, "the rows of lm_head are"),
-    "no such token": ("untied", {FIELD: [3, 64]}, f"{FIELD}: expected distinct tokens in 0..63"),
+    "no such token": ("untied", {FIELD: [3, -1]}, f"{FIELD}: expected distinct tokens in 0..63"),
+    "a larger vocabulary": (
+        "untied",
+        {FIELD: [3, 64, 5]},
+        f"{FIELD}: there is token 64, and this model has 64 tokens; give sx.resize_vocabulary(model, n)",
+    ),
     "a token twice": ("untied", {FIELD: [3, 3, 5]}, f"{FIELD}: expected distinct tokens"),
     "no tokens": ("untied", {FIELD: []}, f"{FIELD}: expected distinct tokens"),
     "another count": ("untied", {FIELD: ROWS[:2]}, "config and model say (2, 32)"),

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from tiny_model import write_data, write_model
 
@@ -191,6 +192,9 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
     assert "Projected(rank=4)" in prints(capsys, "plan", run, *with_file)
     changed = prints(capsys, "plan", run, "rules.0.method=made_projection:Projected", *with_file)
     assert "Projected(rank=8)" in changed
+    half = sys.modules["made_projection"].Projected(4.5)
+    with pytest.raises(sx.SboraxError, match="Projected: rank must be a whole number, got 4.5"):
+        sx.plan({"proj": {"kernel": jnp.ones((8, 8))}}, [("proj", half)])
     prints(capsys, "sweep", run, "optimizer.lr=1e-2,1e-3", "save.best=false", "--out", tmp_path / "two", *with_file)
     prints(capsys, "generate", tmp_path / "two" / "lr=1e-2", "--prompt", "1", "--max-new-tokens", "1", *with_file)
 

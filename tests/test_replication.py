@@ -65,6 +65,8 @@ def test_a_file_for_copies_is_refused_without_them(pair, deeper, tmp_path):
     _, adapters = sx.attach(jax.random.key(0), deeper.params, RULES)
     adapters = shaken(adapters)
     sx.save_peft(tmp_path, deeper, deeper.params, adapters, layer_replication=RANGES)
+    ranges = [list(pair) for pair in RANGES]
+    assert f"model = sx.replicate_layers(model, {ranges})" in (tmp_path / "README.md").read_text()
 
     def refused(says, run):
         with pytest.raises(sx.SboraxError) as caught:

@@ -19,6 +19,7 @@ from torch_pair import build, shake, shaken
 
 import sborax as sx
 from sborax.adapters.leaves import flatten, replace_leaves
+from sborax.cli.main import main
 from sborax.models.load import load_model
 from sborax.train.loop import train
 
@@ -180,6 +181,7 @@ def test_files_of_a_larger_vocabulary_both_ways(case, pairs, tmp_path):
     params, adapters = sx.load_peft(tmp_path / "theirs", larger)
     np.testing.assert_allclose(logits(larger, params, adapters), expected, rtol=0, atol=1e-4)
     sx.save_peft(tmp_path / "ours", larger, params, adapters, save_embedding_layers=True)
+    assert f"sx.resize_vocabulary(model, {SIZE})" in (tmp_path / "ours" / "README.md").read_text()
     np.testing.assert_allclose(in_peft(pair, tmp_path / "ours", seed=6), expected, rtol=0, atol=1e-4)
     params, adapters = sx.load_peft(tmp_path / "ours", sx.resize_vocabulary(pair.ours, SIZE))
     np.testing.assert_allclose(logits(larger, params, adapters), expected, rtol=0, atol=1e-4)
@@ -303,6 +305,15 @@ def test_added_tokens_are_trained_and_exported(tmp_path):
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
     ids = np.asarray([[5, 258, 40, 259, 7]], np.int32)
     np.testing.assert_allclose(jax.jit(again.apply)(params, adapters, ids), logits_of(theirs, ids), rtol=0, atol=1e-4)
+    # With the layers from the command line, the base's new rows may be any. The card says how to load both.
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "layers"), "--save-embedding-layers"]) == 0
+    tensors = load_file(tmp_path / "layers" / "adapter_model.safetensors")
+    assert tensors[f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight"].shape == (260, 32)
+    for name in ("peft", "layers"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "model.resize_token_embeddings(260)" in card and "sx.resize_vocabulary(model, 260)" in card
+    sx.save_peft(tmp_path / "plain", again, again.params, adapters)
+    assert "resize" not in (tmp_path / "plain" / "README.md").read_text()
 
 
 FAMILIES = {

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Key
 
 from sborax.adapters.arithmetic import by_layer, joined
 from sborax.adapters.compose import Scaled, Sum, part_context
@@ -35,6 +36,10 @@ from sborax.adapters.tables import TABLE, leaf_of
 from sborax.adapters.tree import Adapters, Params, link, nodes, tree_of
 
 _NO_START = "Arrow mixes adapters that are trained; attach and train each of them, then give them to sx.arrow"
+
+
+TIE = 1e-5
+"""The leading singular values are equal if they differ by less than this share. Rounding makes less than 1e-6 of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +146,9 @@ def arrow(
     The result has no merged form. Its trained leaves are those of the adapters; training them leaves prototypes as they
     are.
 
-    Raises SboraxError for no adapters, for options out of bounds, and for adapters that cannot be mixed.
+    Raises SboraxError for no adapters, for options out of bounds, and for adapters that cannot be mixed. Among them are
+    those whose two largest singular values are equal, since they have no prototype: rounding would choose among a plane
+    of directions. C3A's circulant changes mostly have their singular values in pairs.
     """
     for tree in (*adapters, *general):
         tree_of(tree, "arrow")
@@ -174,7 +181,13 @@ def _mixed(
         parts = _subtracted(path, nodes[:count], nodes[count:]) if len(nodes) > count else list(nodes)
         method = Arrow(tuple(part.method for part in parts), top_k, temperature)  # type: ignore[arg-type]
         train, frozen = ({str(i): getattr(part, half) for i, part in enumerate(parts)} for half in ("train", "frozen"))
-        frozen["prototypes"] = _prototypes(tuple(parts), shape, stack)
+        frozen["prototypes"], leads = _prototypes(tuple(parts), shape, stack)
+        for part, alone in zip(parts, jnp.moveaxis(leads, -1, 0), strict=True):
+            if not isinstance(alone, Tracer) and not bool(jnp.all(alone)):
+                raise SboraxError(
+                    f"{path}: {type(part.method).__name__} stretches two directions alike, so that neither is its "
+                    "prototype; leave that adapter out"
+                )
         frozen["temperature"] = jnp.full(stack, temperature, jnp.float32)
         return Adapter(train, frozen, structure(method), in_axes)
 
@@ -241,18 +254,19 @@ def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapte
 @functools.partial(jax.jit, static_argnames=("shape", "stack"))
 def _prototypes(
     parts: tuple[Adapter, ...], shape: tuple[int, int], stack: tuple[int, ...]
-) -> Float[Array, "*stack parts in"]:
-    """The prototype of every part, for every layer of a stack."""
+) -> tuple[Float[Array, "*stack parts in"], Bool[Array, "*stack parts"]]:
+    """The prototype of every part, for every layer of a stack, and whether its direction is the only one."""
 
-    def of_layer(parts: tuple[Adapter, ...]) -> Float[Array, "parts in"]:
-        return jnp.stack([_prototype(part, shape) for part in replicate(parts)])
+    def of_layer(parts: tuple[Adapter, ...]) -> tuple[Float[Array, "parts in"], Bool[Array, " parts"]]:
+        found = [_prototype(part, shape) for part in replicate(parts)]
+        return jnp.stack([direction for direction, _ in found]), jnp.stack([alone for _, alone in found])
 
     with jax.default_matmul_precision("highest"):
         return over_stack(of_layer, stack)(parts)
 
 
-def _prototype(part: Adapter, shape: tuple[int, int]) -> Float[Array, " in"]:
-    """The leading left singular vector of the (in, out) change; zeros if nothing changed."""
+def _prototype(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
+    """The leading left singular vector of the (in, out) change, zeros if nothing changed, and whether it leads."""
     factors = _factors(part, shape)
     if factors is None:
         method = part.method
@@ -263,7 +277,8 @@ def _prototype(part: Adapter, shape: tuple[int, int]) -> Float[Array, " in"]:
         core = rest @ factors[1].astype(jnp.float32)
     u, s, _ = jnp.linalg.svd(core, full_matrices=False)
     leading = u[:, 0] if basis is None else basis @ u[:, 0]
-    return jnp.where(s[0] > 0.0, leading, jnp.zeros_like(leading))
+    alone = (s[0] == 0.0) | (s[1] < (1.0 - TIE) * s[0]) if s.size > 1 else jnp.bool_(True)
+    return jnp.where(s[0] > 0.0, leading, jnp.zeros_like(leading)), alone
 
 
 def _factors(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]] | None:

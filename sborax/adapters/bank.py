@@ -62,6 +62,10 @@ class AbstractBanked(AbstractMethod):
     bank_entries: Mapping[str, int] = {}
     """Leaves of a bank of a kind with an entry for each of so many neighbouring layers, which read that entry alone."""
 
+    def reads(self, shape: tuple[int, int]) -> int | None:
+        """The largest number of entries of its bank that one weight reads; None if any weight may read all."""
+        return None
+
     @abc.abstractmethod
     def bank(self, shape: tuple[int, int], readers: int) -> AbstractBank:
         """The bank that planning places.
@@ -108,6 +112,23 @@ def banks(kernels: Sequence[Kernel]) -> dict[str, AbstractBank]:
                     "it"
                 )
     return placed
+
+
+def check_read(kernels: Sequence[Kernel]) -> None:
+    """Raise SboraxError for a bank with more entries than all its readers together read."""
+    most: dict[str, int] = {}
+    for path, method, stack, shape in kernels:
+        for part, positions in _acting(method, range(math.prod(stack))):
+            reads = part.reads(shape)
+            if reads is not None:
+                where = bank_path(part, path)
+                most[where] = most.get(where, 0) + reads * len(positions)
+    for where, bank in banks(kernels).items():
+        if where in most and bank.shape[1] > most[where]:
+            raise SboraxError(
+                f"{where}: {bank.shape[1]:,} entries are more than the {most[where]:,} that the adapted kernels have "
+                "places for; give fewer"
+            )
 
 
 def numbered(kernels: Iterable[tuple[str, AbstractMethod, int]]) -> dict[str, dict[tuple[str, int], int]]:

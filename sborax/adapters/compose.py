@@ -148,7 +148,7 @@ class Scaled(AbstractAdditive, AbstractComposite):
     paper = "composition"
     rank = 1
     part: AbstractAdditive
-    factor: float = hyper()
+    factor: float = hyper(signed=True)
 
     @property
     def members(self) -> tuple[AbstractMethod, ...]:

@@ -135,15 +135,21 @@ class RankPolicy(abc.ABC):
 Rank = int | RankPolicy | tuple[int, ...]
 
 
-def hyper(default: Any = dataclasses.MISSING, above: float | None = None) -> Any:
+def hyper(default: Any = dataclasses.MISSING, above: float | None = None, signed: bool = False) -> Any:
     """A field that `init` turns into an array leaf, so that it may differ inside one compiled program.
 
     The field is no part of a node's static structure (see `structure`): two values of it share a treedef, a compilation
     and a sweep.
 
     - above: values must be above this bound, else planning raises SboraxError. A scale of zero would never train.
+    - signed: whether a negative value means something. Planning refuses those of all other fields.
     """
-    return dataclasses.field(default=default, metadata={"hyper": True, "above": above})
+    return dataclasses.field(default=default, metadata={"hyper": True, "above": above, "signed": signed})
+
+
+def signed(default: Any) -> Any:
+    """A field in which a negative value means something. Planning refuses those of all other fields."""
+    return dataclasses.field(default=default, metadata={"signed": True})
 
 
 class AbstractMethod(abc.ABC):
@@ -487,6 +493,16 @@ def live(rank: Rank, hint: Hint) -> tuple[Float[Array, ""], Float[Array, " r"]]:
     columns = jnp.arange(width(rank))
     of_layer = jnp.asarray(rank)[hint.layer] if isinstance(rank, tuple) else jnp.asarray(rank)
     return of_layer.astype(jnp.float32), (columns < of_layer).astype(jnp.float32)
+
+
+UNROLLED = 100
+"""The largest number of repetitions that a program has one by one. More of them would take hours to compile."""
+
+
+def check_repetitions(name: str, count: int | None, least: int) -> None:
+    """Raise SboraxError unless count is None or least <= count <= `UNROLLED`."""
+    if count is not None and not least <= count <= UNROLLED:
+        raise SboraxError(f"{name} must lie in {least}..{UNROLLED}, got {count}")
 
 
 def check_rank(rank: Rank, limit: int, of: str) -> None:

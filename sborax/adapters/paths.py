@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from sborax.adapters.bank import Kernel, banks
+from sborax.adapters.bank import Kernel, banks, check_read
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import AbstractKernelless, AbstractMethod, RankPolicy, SboraxError, Use, dense
 from sborax.adapters.informed import AbstractInformed
@@ -320,6 +321,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
             f"the kernels are {', '.join(sorted({module_path(path)[0] for path in weights})) or 'none'}"
         )
+    check_read(_kernels(sites))
     return allotted(Plan((*sites, *_router_sites(sites, weights), *bank_sites(sites)), tuple(untouched)), hints or {})
 
 
@@ -384,8 +386,12 @@ def _router_sites(sites: Sequence[Site], weights: Mapping[str, Any]) -> list[Sit
 
 def bank_sites(sites: Sequence[Site]) -> list[Site]:
     """The banks of the methods at these sites. Raises SboraxError for methods that disagree about one."""
-    placed = banks([Kernel(site.path, site.method, site.stack, site.shape) for site in sites])
+    placed = banks(_kernels(sites))
     return [Site(path, method, (), method.shape, 1, 0) for path, method in placed.items()]
+
+
+def _kernels(sites: Sequence[Site]) -> list[Kernel]:
+    return [Kernel(site.path, site.method, site.stack, site.shape) for site in sites]
 
 
 def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any, kernel: Sequence[int]) -> None:
@@ -410,7 +416,10 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
 
 
 def _check_bounds(value: Any) -> None:
-    """Raise SboraxError for a hyper-parameter of a method, or of its parts, that is not above its bound."""
+    """Raise SboraxError for a number of a method, or of its parts, that means nothing.
+
+    It is not above its bound, negative in a field that is not `signed`, not finite, or not whole where it counts.
+    """
     if isinstance(value, tuple):
         for part in value:
             _check_bounds(part)
@@ -418,8 +427,17 @@ def _check_bounds(value: Any) -> None:
         return
     for field in dataclasses.fields(value):  # type: ignore[arg-type]
         chosen, bound = getattr(value, field.name), field.metadata.get("above")
-        if bound is not None and chosen is not None and not chosen > bound:
-            raise SboraxError(f"{type(value).__name__}: {field.name} must be above {bound:g}, got {chosen:g}")
+        name = f"{type(value).__name__}: {field.name}"
+        if isinstance(chosen, int | float | np.number) and not isinstance(chosen, bool):
+            kinds = typing.get_args(field.type) or (field.type,)
+            if not -math.inf < chosen < math.inf:
+                raise SboraxError(f"{name} must be a finite number, got {chosen}")
+            if int in kinds and float not in kinds and not isinstance(chosen, int | np.integer):
+                raise SboraxError(f"{name} must be a whole number, got {chosen}")
+            if bound is not None and not chosen > bound:
+                raise SboraxError(f"{name} must be above {bound:g}, got {chosen:g}")
+            if chosen < 0 and not field.metadata.get("signed"):
+                raise SboraxError(f"{name} must be 0 or more, got {chosen:g}")
         _check_bounds(chosen)
 
 

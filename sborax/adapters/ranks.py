@@ -75,11 +75,16 @@ class ShuffledRanks(RankPolicy):
     - policy: the policy whose ranks are shuffled.
     - seed: of the shuffle. Default 0.
 
-    Raises SboraxError for a kernel that is not stacked over layers, since there is nothing to shuffle.
+    Raises SboraxError for a negative seed, and for a kernel that is not stacked over layers, since there is nothing to
+    shuffle.
     """
 
     policy: RankPolicy
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise SboraxError(f"seed must be at least 0, got {self.seed}")
 
     def ranks(self, weights: Sequence[Reader], layers: Sequence[int], depth: int) -> tuple[int, ...]:
         """One rank per weight."""

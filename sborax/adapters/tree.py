@@ -284,8 +284,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """
     leaves = flatten(params)
     merged = {}
-    tree_of(adapters, "merge")
-    for path, node in nodes(link(adapters)).items():
+    for path, node in depth.link(bank.link(tree_of(adapters, "merge"))).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
         if leaf_of(path, leaves) != path:

@@ -33,7 +33,10 @@ def vectors_of(
     count = leaves[TABLE].shape[0]
     beyond = next((token for token in tokens if not 0 <= token < count), None)
     if beyond is not None:
-        raise SboraxError(f"train_tokens: the model has the tokens 0..{count - 1}, and not {beyond}")
+        raise SboraxError(
+            f"train_tokens: the model has the tokens 0..{count - 1}, and not {beyond}; train on a larger model, which "
+            "sx.resize_vocabulary makes and sx.save_hf writes"
+        )
     both = next((path for path in (TABLE, LOOKUP) if path in adapted), None)
     if both is not None:
         raise SboraxError(f"train_tokens: {both} has an adapter, too; leave one of the two out")

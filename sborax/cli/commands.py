@@ -76,12 +76,20 @@ def slim(run: str, out: str) -> None:
         )
 
 
-def export(run: str, out: str, form: Any, rank: int | None = None, overwrite: bool = False) -> None:
+def export(
+    run: str,
+    out: str,
+    form: Any,
+    rank: int | None = None,
+    overwrite: bool = False,
+    save_embedding_layers: bool = False,
+) -> None:
     """`sborax export`.
 
     - form: "native" or "lora".
     - rank: of what is truncated; None for the method's own.
     - overwrite: whether `out` may hold files; those of an earlier export are replaced.
+    - save_embedding_layers: whether the embedding and the head of the base are stored, too.
     """
     if rank is not None and (form == "native" or rank < 1):
         raise SboraxError(f"--rank {rank}: must be 1 or more, and goes with --as lora, which may truncate")
@@ -97,7 +105,7 @@ def export(run: str, out: str, form: Any, rank: int | None = None, overwrite: bo
     try:
         exported = save_peft(
             out, target.model, target.params, target.adapters, as_=form, rank=rank, base=target.experiment.model,
-            facts=facts(run),
+            facts=facts(run), save_embedding_layers=save_embedding_layers,
         )  # fmt: skip
     except SboraxError as error:
         # The options as the command line spells them.

@@ -223,6 +223,10 @@ def _add_conversion(commands: Commands) -> None:
         "--overwrite", action="store_true", help="replace an earlier export in OUT_DIR; its other files stay"
     )
     export.add_argument(
+        "--save-embedding-layers", action="store_true",
+        help="store the embedding and the head of the base, too, for a run on a model whose vocabulary was resized",
+    )  # fmt: skip
+    export.add_argument(
         "--rank", type=int, metavar="R", help="rank of what --as lora truncates (default: the method's own)"
     )
 
@@ -413,7 +417,8 @@ def _slim(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from sborax.cli.commands import export
 
-    export(arguments.run_dir, arguments.out_dir, arguments.form, arguments.rank, arguments.overwrite)
+    layers = arguments.save_embedding_layers
+    export(arguments.run_dir, arguments.out_dir, arguments.form, arguments.rank, arguments.overwrite, layers)
     return OK
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,17 +12,24 @@ from sborax.config.codec import LiveObject
 
 
 def at_least(least: int | float, **values: int | float | None) -> None:
-    """Raise SboraxError for a value below `least`."""
+    """Raise SboraxError for a value below `least`, and for one that is not finite."""
     for name, value in values.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise SboraxError(f"{name} must be at least {least}, got {value}")
+        _check_finite(name, value)
 
 
 def above(bound: int | float, **values: int | float | None) -> None:
-    """Raise SboraxError for a value at or below `bound`."""
+    """Raise SboraxError for a value at or below `bound`, and for one that is not finite."""
     for name, value in values.items():
         if value is not None and not value > bound:
             raise SboraxError(f"{name} must be above {bound}, got {value}")
+        _check_finite(name, value)
+
+
+def _check_finite(name: str, value: int | float | None) -> None:
+    if value == math.inf:
+        raise SboraxError(f"{name} must be a finite number, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)

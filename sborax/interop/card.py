@@ -9,6 +9,7 @@ from etils import epath
 from huggingface_hub import ModelCardData
 
 from sborax.adapters.core import SboraxError
+from sborax.interop.peft_replication import REPLICATION
 from sborax.interop.peft_tokens import TOKENS
 
 README = "README.md"
@@ -24,6 +25,7 @@ def adapter_card(
     errors: Mapping[str, float],
     base: str | None,
     facts: Mapping[str, str],
+    vocabulary: int | None = None,
 ) -> str:
     """The card of an adapter: what was trained, how exact the export is, and how to load it in PEFT and in sborax.
 
@@ -33,6 +35,8 @@ def adapter_card(
     - errors: relative Frobenius error of every truncated module; empty if the export is exact.
     - base: the base model, a hub id or a path; None if unknown.
     - facts: further lines, such as data and metrics.
+    - vocabulary: number of tokens of the base, if tensors depend on it; None (default) if not. A base with another
+      number has to be resized first.
     """
     name = base or "path/to/the/base/model"
     size = next((f", {word} {config[field]}" for field, word in SIZES.items() if config.get(field)), "")
@@ -45,20 +49,33 @@ def adapter_card(
         *([f"Layers: {config['layers_to_transform']}."] if "layers_to_transform" in config else []),
         *([f"Stored in full: {', '.join(config['modules_to_save'])}."] if "modules_to_save" in config else []),
         *(["Vectors of some tokens were trained: `trainable_token_indices`."] if config.get(TOKENS) else []),
+        *(
+            []
+            if vocabulary is None
+            else [f"Vocabulary: {vocabulary:,} tokens. A base with more or fewer is resized first."]
+        ),
         _exactness(errors),
         *(f"{key}: {value}" for key, value in facts.items()),
     ]
+    ranges = config.get(REPLICATION)
     in_peft = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
         f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+        *([] if vocabulary is None else [f"model.resize_token_embeddings({vocabulary})  # unless it has as many"]),
         'model = PeftModel.from_pretrained(model, "path/to/this/directory")',
     ]
     in_sborax = [
         "import sborax as sx",
         "",
         f"model = sx.load_model({name!r})",
+        *(
+            []
+            if vocabulary is None
+            else [f"model = sx.resize_vocabulary(model, {vocabulary})  # unless it has as many"]
+        ),
+        *([f"model = sx.replicate_layers(model, {ranges})"] if ranges else []),
         'params, adapters = sx.load_peft("path/to/this/directory", model)',
         "logits = model.apply(params, adapters, tokens)",
     ]

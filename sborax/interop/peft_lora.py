@@ -268,9 +268,18 @@ def _read_with_alpha(method: type[AbstractMethod]) -> Callable[[Fields], Fit]:
     return read
 
 
+PLAIN_START = (True, False, "gaussian", "orthogonal")
+"""Those of `BASE_UNTOUCHED` that need no data."""
+
+
+def _known_by(**others: Any) -> dict[str, tuple[Any, ...]]:
+    """`Row.known_by` of a variant by these fields: a LoRA that is no DoRA and no KaSA, on the base as it is."""
+    return {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,), **others}
+
+
 LORA = (
     Row(
-        LoRA, "LORA", {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,)}, LORA_FIELDS,
+        LoRA, "LORA", _known_by(), LORA_FIELDS,
         PAIR, _read_lora, _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS | {OF_LORA, FIELD},
         refused=VARIANTS | {
             "init_lora_weights": "a start that changes the base and that PEFT draws at random: save it with "
@@ -285,30 +294,18 @@ LORA = (
         _read_with_alpha(DoRA), _write_lora, LORA_PATTERNS, any_rank=True, reads=LORA_READS, refused=VARIANTS,
     ),
     Row(
-        QALoRA, "LORA",
-        {
-            "use_qalora": (True,), "use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-            "kasa_config": (None,),
-        },
+        QALoRA, "LORA", _known_by(use_qalora=(True,), init_lora_weights=PLAIN_START),
         LORA_FIELDS | {"qalora_group_size": 16}, PAIR, _read_qalora, _write_qalora, LORA_PATTERNS, any_rank=True,
         by_shape=_groups, reads=frozenset({REPLICATION, TOKENS}),
         refused={"qalora_group_size": "1, which PEFT's files on other bases cannot be told from"},
     ),
     Row(
-        Activated, "LORA",
-        {
-            INVOCATION: ([], list), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,),
-            "use_qalora": (False,),
-        },
+        Activated, "LORA", _known_by(use_qalora=(False,)) | {INVOCATION: ([], list)},
         LORA_FIELDS, OF_PART, _read_activated, _write_activated, LORA_PATTERNS, any_rank=True, reads=LORA_READS,
         by_module=_invocation, in_config=_common_invocation, refused=VARIANTS,
     ),
     Row(
-        BDLoRA, "LORA",
-        {
-            "use_bdlora": (BLOCKS, dict), "use_dora": (False,), "kasa_config": (None,),
-            "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-        },
+        BDLoRA, "LORA", _known_by(use_bdlora=(BLOCKS, dict), init_lora_weights=PLAIN_START),
         LORA_FIELDS,
         (
             Tensor("lora_A.weight", "a_i", ((0, 2), 1)), Tensor("lora_A.weight", "a", ((0, 2), 1)),
@@ -318,11 +315,7 @@ LORA = (
         by_module=_block_side, in_config=_list_block_sides, reads=LORA_READS,
     ),
     Row(
-        MonteCLoRA, "LORA",
-        {
-            "monteclora_config": (SAMPLER, dict), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED,
-            "kasa_config": (None,),
-        },
+        MonteCLoRA, "LORA", _known_by(monteclora_config=(SAMPLER, dict)),
         LORA_FIELDS,
         (
             *(Tensor(tensor.suffix, tensor.leaf, TRANSPOSED) for tensor in PAIR),
@@ -341,11 +334,7 @@ LORA = (
         by_module=_sampler, in_config=_list_sampler, reads=LORA_READS,
     ),
     Row(
-        VeLoRA, "LORA",
-        {
-            "velora_config": (SUB_TOKENS, dict), "use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED,
-            "kasa_config": (None,),
-        },
+        VeLoRA, "LORA", _known_by(velora_config=(SUB_TOKENS, dict)),
         LORA_FIELDS,
         (*(Tensor(tensor.suffix, tensor.leaf, TRANSPOSED) for tensor in PAIR), Tensor("lora_velora_embed", "v", (0,))),
         _read_velora, _write_velora, LORA_PATTERNS, any_rank=True,
@@ -358,7 +347,7 @@ LORA = (
     # PEFT truncates the base on loading, too.
     Row(
         KaSA, "LORA",
-        {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (KASA, dict)},
+        _known_by(kasa_config=(KASA, dict)),
         LORA_FIELDS, (*PAIR, Tensor("lora_diag", "e", (0,))),
         _read_with_alpha(KaSA), _write_lora, LORA_PATTERNS, reads=LORA_READS,
     ),

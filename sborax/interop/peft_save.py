@@ -172,7 +172,7 @@ def save_peft(
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     exported = Exported(row.peft_type, modules + len(of_experts), _size(tensors), errors)
     methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
-    _write(directory, config, tensors, methods, exported, base, facts)
+    _write(directory, config, tensors, methods, exported, base, facts, layout)
     return exported
 
 
@@ -274,7 +274,7 @@ def _save_changed(
     layers = written_layers(written.tensors, layout, layout.leaves) if save_embedding_layers else {}
     tensors = written.tensors | layers
     exported = Exported(kind.peft_type, len(written.tensors), _size(tensors), {})
-    _write(directory, config, tensors, [kind.peft_type], exported, base, facts)
+    _write(directory, config, tensors, [kind.peft_type], exported, base, facts, layout)
     return exported
 
 
@@ -290,13 +290,16 @@ def _write(
     exported: Exported,
     base: str | None,
     facts: Mapping[str, str] | None,
+    layout: HFLayout,
 ) -> None:
     """Write the files of a directory."""
     out = epath.Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     (out / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_card(out, adapter_card(methods, config, exported.errors, base, facts or {}))
+    tables = tuple(f"{PREFIX}{module}." for module in (EMBEDDING, HEAD_MODULE))
+    vocabulary = layout.leaves[TABLE].shape[0] if any(name.startswith(tables) for name in tensors) else None
+    write_card(out, adapter_card(methods, config, exported.errors, base, facts or {}, vocabulary))
 
 
 def _common(peft_type: str, base: str | None) -> dict[str, Any]:

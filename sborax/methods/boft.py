@@ -54,8 +54,8 @@ class BOFT(AbstractMethod):
         return {"d": (None, "in", None, None), "m": ("out",), "block_dropout": (), "dropped": ()}
 
     def check(self, shape: tuple[int, int]) -> None:
-        if self.factors < 1:
-            raise SboraxError(f"factors must be 1 or more, got {self.factors}")
+        if not 1 <= self.factors <= shape[0]:
+            raise SboraxError(f"factors must lie in 1..{shape[0]} (the inputs), got {self.factors}")
         widest = self.block * 2 ** (self.factors - 1)
         if self.block < 2 or shape[0] % widest or (self.factors > 1 and self.block % 2):
             even = "be even and " if self.factors > 1 else ""

@@ -19,6 +19,7 @@ from sborax.adapters.core import (
     SboraxError,
     Weight,
     check_rank,
+    check_repetitions,
     dropout_leaf,
     hyper,
     live,
@@ -42,8 +43,7 @@ class EVA(AbstractFactored, AbstractInformed):
     tau: components are found once a batch turns none in use by more than this cosine (default 0.99, PEFT's).
     whiten: divide each component by the root of its singular value; default False. PEFT divides again for every
         projection that shares the inputs, in place; here it is once.
-    niter: None (default) for exact decompositions, else subspace iterations of randomised ones of twice the width
-        (PEFT: 4, from torch's seed 42).
+    niter: None (default) for exact decompositions, else iterations of randomised ones of twice the width (PEFT: 4).
     dropout: rate on the adapter's input in training (default 0).
     mean: the rank by which alpha is divided, once the data have chosen the ranks; leave it None.
 
@@ -75,10 +75,10 @@ class EVA(AbstractFactored, AbstractInformed):
         return PAIR_AXES
 
     def check(self, shape: tuple[int, int]) -> None:
-        # A component more is no use beyond the inputs, but it may be beyond the outputs.
-        check_rank(self.rank, shape[0], "the inputs")
-        if not 1.0 <= self.rho or not 0.0 < self.tau < 1.0:
-            raise SboraxError(f"rho must be at least 1 and tau in (0, 1), got {self.rho} and {self.tau}")
+        check_rank(self.rank, shape[0], "the inputs")  # A component more may be of use beyond the outputs.
+        if not 1.0 <= self.rho or not 0.0 < self.tau < 1.0 or self.mean == 0:
+            raise SboraxError(f"needs rho >= 1, tau in (0, 1), mean >= 1, got {self.rho}, {self.tau} and {self.mean}")
+        check_repetitions("niter", self.niter, 0)
 
     def blank(self, shape: tuple[int, int]) -> Leaves:
         count = min(round(width(self.rank) * self.rho), shape[0])

@@ -13,9 +13,9 @@ from sborax.adapters.core import (
     Context,
     Fitted,
     Hint,
-    SboraxError,
     Weight,
     check_rank,
+    check_repetitions,
     dense,
     dropout_leaf,
     hyper,
@@ -59,8 +59,7 @@ class LoftQ(AbstractFactored):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.iterations < 1:
-            raise SboraxError(f"iterations must be at least 1, got {self.iterations}")
+        check_repetitions("iterations", self.iterations, 1)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide, scale = dense(weight).astype(jnp.float32), lowrank.scaling(self.alpha, self.rank, hint)

@@ -14,12 +14,14 @@ from sborax.adapters.core import (
     Context,
     Fitted,
     Hint,
+    SboraxError,
     Weight,
     cast,
     check_rank,
     dropout_leaf,
     hyper,
     output_dropout,
+    signed,
 )
 from sborax.methods.lowrank import scaling
 
@@ -49,7 +51,7 @@ class LoKr(AbstractAdditive):
 
     rank: int = 8
     alpha: float | None = hyper(None, above=0.0)
-    factor: int = -1
+    factor: int = signed(-1)
     both: bool = False
     rank_dropout: float = hyper(0.0)
     rank_dropout_scale: bool = False
@@ -63,6 +65,8 @@ class LoKr(AbstractAdditive):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
+        if self.factor != -1 and self.factor < 1:
+            raise SboraxError(f"factor must be -1 or at least 1, got {self.factor}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         (m, n), (p, k) = (divisors(side, self.factor) for side in weight.shape)

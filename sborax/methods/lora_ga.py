@@ -17,6 +17,7 @@ from sborax.adapters.core import (
     SboraxError,
     Weight,
     check_rank,
+    check_repetitions,
     dense,
     dropout_leaf,
     hyper,
@@ -70,6 +71,7 @@ class LoRAGA(AbstractFactored):
         chosen = (self.direction, self.scale, self.formula)
         if not all(option in known for option, known in zip(chosen, _KNOWN, strict=True)):
             raise SboraxError(f"direction, scale and formula must be of {_KNOWN}, got {chosen}")
+        check_repetitions("niter", self.niter, 0)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         assert hint.grad is not None

@@ -16,6 +16,7 @@ from sborax.adapters.core import (
     SboraxError,
     Weight,
     cast,
+    check_repetitions,
     dense,
     hyper,
     matmul,
@@ -62,6 +63,7 @@ class OFT(AbstractMethod):
             raise SboraxError(f"block must be at least 2 and divide {shape[0]} rows, got {self.block}")
         if self.terms is not None and self.terms != 2 and self.terms < 4:
             raise SboraxError(f"terms must be None, 2 or at least 4, got {self.terms}")
+        check_repetitions("terms", self.terms, 2)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         blocks = 1 if self.share else weight.shape[0] // self.block

@@ -19,6 +19,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     check_rank,
+    check_repetitions,
     dense,
     hyper,
     matmul,
@@ -64,8 +65,7 @@ class PEANuT(AbstractMethod):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.depth < 0:
-            raise SboraxError(f"depth must be 0 or more, got {self.depth}")
+        check_repetitions("depth", self.depth, 0)
         if self.activation not in ACTIVATIONS:
             raise SboraxError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 

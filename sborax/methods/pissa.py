@@ -12,9 +12,9 @@ from sborax.adapters.core import (
     Context,
     Fitted,
     Hint,
-    SboraxError,
     Weight,
     check_rank,
+    check_repetitions,
     dense,
     dropout_leaf,
     hyper,
@@ -61,8 +61,7 @@ class PiSSA(AbstractFactored):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.niter is not None and self.niter < 0:
-            raise SboraxError(f"niter must be None or at least 0, got {self.niter}")
+        check_repetitions("niter", self.niter, 0)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide = dense(weight).astype(jnp.float32)

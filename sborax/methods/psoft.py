@@ -17,6 +17,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     check_rank,
+    check_repetitions,
     dense,
     dropout,
     dropout_leaf,
@@ -63,6 +64,7 @@ class PSOFT(AbstractFactored):
             raise SboraxError(f"rank must be at least 2, got {self.rank}: there is nothing to rotate")
         if self.terms is not None and self.terms < 4:
             raise SboraxError(f"terms must be None or at least 4, got {self.terms}")
+        check_repetitions("terms", self.terms, 4)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         u, s, vt = principal(key, dense(weight).astype(jnp.float32), self.rank, None)

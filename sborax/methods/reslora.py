@@ -21,6 +21,7 @@ from sborax.adapters.core import (
     dropout,
     dropout_leaf,
     hyper,
+    signed,
 )
 from sborax.adapters.depth import AbstractLinked, Memory
 from sborax.methods.lora import lora_of
@@ -52,7 +53,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
 
     rank: int = 4
     shortcut: Literal["block", "input", "middle"] = "block"
-    pre_num: int = -1
+    pre_num: int = signed(-1)
     alpha: float | None = hyper(None, above=0.0)
     dropout: float = hyper(0.0)
 

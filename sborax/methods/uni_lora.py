@@ -62,13 +62,15 @@ class UniLoRA(AbstractFactored, AbstractBanked):
     def axes(self) -> Axes:
         return {"idx_a": ("in", "rank"), "idx_b": ("rank", "out"), "theta": (None,), "gain": (None,), "dropout": ()}
 
+    def reads(self, shape: tuple[int, int]) -> int | None:
+        return self.rank * sum(shape)
+
     def bank(self, shape: tuple[int, int], readers: int) -> AbstractBank:
         return SharedVector(self.coefficients, self.bound)
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.coefficients < 1:
-            raise SboraxError(f"coefficients must be at least 1, got {self.coefficients}")
+        self.bank(shape, 1).check(shape)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         of_places, of_names = jax.random.split(key)
@@ -85,8 +87,7 @@ class UniLoRA(AbstractFactored, AbstractBanked):
         return y + checkpoint_name(dropout(x, adapter, ctx) @ cast(a, x), HIDDEN) @ cast(b, x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        a, b = self.factors(adapter, (weight.shape[0], weight.shape[1]))
-        return weight + jnp.matmul(a, b, precision="highest")
+        return weight + jnp.matmul(*self.factors(adapter, (weight.shape[0], weight.shape[1])), precision="highest")
 
     def factors(
         self, adapter: Adapter, shape: tuple[int, int]
@@ -122,9 +123,8 @@ class SharedVector(AbstractBank):
         return Fitted({"theta": theta}, {"gain": jnp.ones(self.coefficients)})
 
     def settle(self, bank: Adapter, readers: Sequence[Adapter], weights: Sequence[Load]) -> Adapter:
-        counts = jnp.zeros(self.coefficients, jnp.int32)
-        for places in jax.tree.leaves([(reader.frozen["idx_a"], reader.frozen["idx_b"]) for reader in readers]):
-            counts = counts.at[places.reshape(-1)].add(1)
+        places = jnp.concatenate([reader.frozen[side].reshape(-1) for reader in readers for side in ("idx_a", "idx_b")])
+        counts = jnp.zeros(self.coefficients, jnp.int32).at[places].add(1)
         # Entries that no index names change nothing.
         gain = jnp.where(counts > 0, jax.lax.rsqrt(jnp.maximum(counts, 1).astype(jnp.float32)), 0.0)
         return dataclasses.replace(bank, frozen={"gain": gain})

@@ -79,8 +79,8 @@ class VeLoRA(AbstractBranched):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
-        if self.groups < 1:
-            raise SboraxError(f"groups must be at least 1, got {self.groups}")
+        if not 1 <= self.groups <= shape[0]:
+            raise SboraxError(f"groups must lie in 1..{shape[0]} (the inputs), got {self.groups}")
         if self.direction not in ("batch", "fixed"):
             raise SboraxError(f"direction must be 'batch' or 'fixed', got {self.direction!r}")
 

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from sborax.adapters.core import AbstractComposite, Adapter, Leaves, SboraxError, is_adapter
+from sborax.adapters.grouped import AbstractBranched
 from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.adapters.tables import LOOKUP, TABLE
 from sborax.adapters.tree import nodes, split
@@ -26,7 +27,8 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
         tx = optax.chain(optax.clip_by_global_norm(1.0), lora_fa(1e-3))  # clips by the gradient of b alone
 
     Raises SboraxError if no adapter has such a pair, for a pair that is not s a b or has trained numbers between a
-    and b, and for an embedding, where a is zero. arXiv:2308.03303
+    and b, for a method that differs from LoRA in the gradient of a alone, and for an embedding, where a is zero.
+    arXiv:2308.03303
     """
     for path in (TABLE, LOOKUP):
         if path in nodes(adapters):
@@ -64,6 +66,11 @@ def _check_product(path: str, node: Adapter) -> None:
             raise SboraxError(
                 f"lora_fa: {path}: the change by {type(method).__name__} is not s a b, which the projection of b is "
                 "for; use another optimizer"
+            )
+        if isinstance(method, AbstractBranched):
+            raise SboraxError(
+                f"lora_fa: {path}: {type(method).__name__} approximates the gradient of a, which is fixed here, and "
+                "is LoRA otherwise; use LoRA, or another optimizer"
             )
 
 

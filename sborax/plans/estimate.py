@@ -6,6 +6,8 @@ import jax
 
 from sborax.adapters.constraints import EXPERT, ROWS
 from sborax.adapters.core import HIDDEN, is_weight, width
+from sborax.adapters.tables import HEAD, TABLE
+from sborax.adapters.vectors import VECTORS
 from sborax.models.decoder import active_width, expert_rows
 from sborax.models.llama import kept_names
 from sborax.models.sharding import is_expert
@@ -16,11 +18,23 @@ from sborax.train.head_loss import CHUNK
 def temporary_bytes(planned: Outline) -> int:
     """An estimate of the bytes of temporaries on each device.
 
-    gradients, those that a procedure watches included, + values kept for the backward pass + one layer's workspace +
-    the head: the sizes of the arrays that exist at one time, without what a compiler adds or saves.
+    gradients, those that a procedure watches included, + a table with trained vectors + values kept for the backward
+    pass + one layer's workspace + the head: the sizes of the arrays that exist at one time, without what a compiler
+    adds or saves.
     """
     watched = device_bytes([planned.parts.base[path] for path in planned.prepared.differentiated])
-    return round(device_bytes(planned.state.train) + watched + _kept(planned) + _layer(planned) + _head(planned))
+    gradients = device_bytes(planned.state.train) + watched
+    return round(gradients + _table(planned) + _kept(planned) + _layer(planned) + _head(planned))
+
+
+def _table(planned: Outline) -> int:
+    """Bytes of the copy of the table in which vectors of tokens are trained, and of its gradient, which is as large.
+
+    Unless the head is tied, the copy is gone before the gradient is there.
+    """
+    if VECTORS not in planned.parts.trained_base:
+        return 0
+    return device_bytes(planned.parts.base[TABLE]) * (1 if HEAD in planned.parts.base else 2)
 
 
 def _cut(planned: Outline) -> tuple[int, int, int]:

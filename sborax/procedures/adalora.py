@@ -63,8 +63,10 @@ class AdaLoRABudget(AbstractInPlace):
     def __post_init__(self) -> None:
         if self.target < 1 or self.every < 1 or self.warmup < 0 or self.cooldown < 0:
             raise SboraxError("AdaLoRABudget: target and every must be at least 1, warmup and cooldown at least 0")
-        if not (0.0 < self.beta1 < 1.0 and 0.0 < self.beta2 < 1.0) or self.orthogonality < 0.0:
-            raise SboraxError("AdaLoRABudget: beta1 and beta2 must lie in (0, 1), orthogonality must not be negative")
+        if not (0.0 < self.beta1 < 1.0 and 0.0 < self.beta2 < 1.0) or not 0.0 <= self.orthogonality < math.inf:
+            raise SboraxError(
+                "AdaLoRABudget: beta1 and beta2 must lie in (0, 1), orthogonality be 0 or more, and finite"
+            )
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
         check_layers(self, run)

@@ -44,8 +44,10 @@ class XGBLoRA(AbstractSegmented):
     def __post_init__(self) -> None:
         if self.every < 1 or (self.layers is not None and self.layers < 1):
             raise SboraxError(f"XGBLoRA: every and layers must be at least 1, got {self.every} and {self.layers}")
-        if self.penalty < 0.0:
-            raise SboraxError(f"XGBLoRA: penalty must not be negative, got {self.penalty}")
+        if not 0.0 <= self.penalty < math.inf:
+            raise SboraxError(f"XGBLoRA: penalty must be 0 or more, and finite, got {self.penalty}")
+        if not 0.0 < self.rate < math.inf:
+            raise SboraxError(f"XGBLoRA: rate must be above 0, and finite, got {self.rate}: nothing else is boosted")
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
         check_segments(self, run, base, self.requantise)

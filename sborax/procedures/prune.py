@@ -61,7 +61,7 @@ class LoRAPrune(AbstractInPlace):
     def __post_init__(self) -> None:
         if not 0.0 <= self.initial <= self.ratio < 1.0:
             raise SboraxError(f"LoRAPrune: needs 0 <= initial <= ratio < 1, got {self.initial} and {self.ratio}")
-        if min(self.warmup, self.cooldown) < 0.0 or self.warmup + self.cooldown > 1.0:
+        if not (self.warmup >= 0.0 and self.cooldown >= 0.0 and self.warmup + self.cooldown <= 1.0):
             raise SboraxError(f"LoRAPrune: warmup {self.warmup} and cooldown {self.cooldown} do not fit into one run")
         if self.every < 1 or not 0.0 <= self.decay < 1.0 or not 0.0 <= self.protect < 1.0:
             raise SboraxError("LoRAPrune: needs every >= 1, decay and protect in [0, 1)")

@@ -159,8 +159,8 @@ class Experiment:
                 raise SboraxError(f"{name} must lie in 0..2**32 - 1, got {seed}")
         if (self.steps is None) == (self.epochs is None):
             raise SboraxError("give steps or epochs, and set the other to None")
-        if self.epochs is not None and self.epochs <= 0:
-            raise SboraxError(f"epochs must be positive, got {self.epochs}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise SboraxError(f"epochs must be positive and finite, got {self.epochs}")
         if len(set(self.train_tokens)) < len(self.train_tokens) or min(self.train_tokens, default=0) < 0:
             raise SboraxError(f"train_tokens: expected distinct ids of tokens, got {str(self.train_tokens)[:60]}")
         if self.train_tokens and (self.train_base or "embed_tokens" in self.train_also):
