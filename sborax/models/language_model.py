@@ -46,12 +46,16 @@ def decoder_of(
 
 def abstract(config: DecoderConfig, dtype: Any = "float32", *, scan: bool = True) -> Params:
     """The param tree as shapes and dtypes, from the config alone."""
-    return jax.tree.map(lambda leaf: leaf, _shapes(decoder_of(config, dtype, scan=scan)))
+    return _shapes(decoder_of(config, dtype, scan=scan))
+
+
+def _shapes(module: AbstractDecoder) -> Params:
+    """The param tree of a module, traced once for all callers. Each gets dicts of its own."""
+    return jax.tree.map(lambda leaf: leaf, _traced(module))  # pyright: ignore[reportArgumentType]
 
 
 @functools.cache
-def _shapes(module: AbstractDecoder) -> Params:
-    """The param tree of `module`, traced once for all who ask. Callers copy it or leave it unchanged."""
+def _traced(module: AbstractDecoder) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
 
