@@ -105,6 +105,7 @@ class Option:
     also_in: families in which it is for certain.
     stored: fields that are put into the saved config.
     prepare: allocates ranks of PEFT's model, in its `rank_pattern`, before it is saved.
+    vocabulary: tokens to which the base is resized. The files then have the embedding and the head.
     """
 
     tuner: str
@@ -117,6 +118,7 @@ class Option:
     also_in: Set[str] = frozenset()
     stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Callable[[Any], None] | None = None
+    vocabulary: int | None = None
 
     @property
     def rewrites_base(self) -> bool:
@@ -652,6 +654,26 @@ def of_copies() -> Iterator[Option]:
         yield Option(tuner, "copies of layers", {"layer_replication": [[0, 2], [1, 2]]}, **refused)
 
 
+def of_other_vocabularies() -> Iterator[Option]:
+    """Adapters of a resized base, of which the files have the embedding and the head."""
+    field = "trainable_token_indices"
+    for tuner in TUNERS:
+        yield Option(tuner, "more tokens", {}, vocabulary=70, everywhere=tuner == "LoRA")
+    yield Option("LoRA", "fewer tokens", {}, vocabulary=63, also_in=TIED | {"nf4"})
+    yield Option("LoRA", "as many tokens", {}, vocabulary=64, also_in=TIED)
+    yield Option("LoRA", "rows of more tokens", {field: [68, 17]}, vocabulary=70, also_in=TIED | {"nf4"})
+    both = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    apart = anywhere(TIED, "differs from the embedding, to which the head is tied here")
+    yield Option("LoRA", "both saved of more tokens", both, vocabulary=70, in_families=apart, also_in=TIED)
+    kept = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    yield Option("LoRA", "embedding saved of more tokens", kept, vocabulary=70, also_in=TIED)
+    yield Option("LoRA", "biases and more tokens", {"bias": "all"}, vocabulary=70, also_in=BIASED)
+    copied = {"layer_replication": [[0, 2], [1, 2]]}
+    yield Option("LoRA", "more tokens and copies of layers", copied, vocabulary=70, also_in=TIED)
+    yield Option("norms", "more tokens", {}, vocabulary=70, also_in=TIED)
+    yield Option("tokens", "more tokens", {"token_indices": [68, 17]}, vocabulary=70, also_in=TIED)
+
+
 STORED: dict[str, Any] = {
     "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
     "base_model_name_or_path": "another/model",
@@ -721,6 +743,7 @@ def options() -> Iterator[Option]:
         yield Option(tuner, " ".join(f"{name} {value}" for name, value in fields.items()), fields)
     yield from of_copies()
     yield from of_rows()
+    yield from of_other_vocabularies()
 
 
 OPTIONS = list(options())

@@ -4,9 +4,11 @@
 """
 
 import copy
+import dataclasses
 import json
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -17,10 +19,12 @@ from torch_pair import Pair, logits, torch_logits
 
 import sborax as sx
 from sborax.adapters.core import AbstractWeight
+from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_layout import layout_of
 from sborax.models.load import load_model
 from sborax.models.replication import replicate_layers
+from sborax.models.vocabulary import resize_vocabulary
 
 SIZES = {
     "vocab_size": 64,
@@ -74,9 +78,15 @@ def pair_of(tmp_path_factory):
     return get
 
 
-def base_of(pair, ranges):
-    """The torch model as PEFT gets it. Some families list their layers' kinds, which PEFT does not copy with these."""
-    model = copy.deepcopy(pair.torch)
+def base_of(pair, option, seed=0):
+    """The torch model as PEFT gets it. Some families list their layers' kinds, which PEFT does not copy with these.
+
+    seed: of the vectors of new tokens.
+    """
+    model, ranges = copy.deepcopy(pair.torch), copied_in(option)
+    if option.vocabulary is not None:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(option.vocabulary)
     kinds = getattr(model.config, "layer_types", None)
     if ranges is not None and kinds:
         model.config.layer_types = [kinds[layer] for start, end in ranges for layer in range(start, end)]
@@ -85,12 +95,13 @@ def base_of(pair, ranges):
 
 def saved_by_peft(pair, option, directory) -> None:
     """PEFT's adapter, every trained tensor moved from its start."""
+    base = base_of(pair, option)
     torch.manual_seed(1)
-    theirs = peft.get_peft_model(base_of(pair, copied_in(option)), option.config)
+    theirs = peft.get_peft_model(base, option.config)
     moved(theirs, 0.1, lambda name, parameter: parameter.requires_grad)
     if option.prepare is not None:
         option.prepare(theirs)
-    theirs.save_pretrained(directory)
+    theirs.save_pretrained(directory, save_embedding_layers=option.vocabulary is not None or "auto")
     file = directory / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **option.stored}))
 
@@ -100,8 +111,19 @@ def copied_in(option):
     return getattr(option.config, "layer_replication", None)
 
 
+def resized(model, base, size):
+    """`model` with the vectors of a torch base that was resized: of adapted modules alone, PEFT stores no other one."""
+    tables = {"embed_tokens/embedding": base.get_input_embeddings(), "lm_head/kernel": base.get_output_embeddings()}
+    larger = resize_vocabulary(model, size)
+    weights = {path: jnp.asarray(table.weight.detach().numpy()) for path, table in tables.items()}
+    new = {path: weight if "embed" in path else weight.T for path, weight in weights.items()}
+    params = replace_leaves(larger.params, {path: new[path] for path in new.keys() & flatten(larger.params).keys()})
+    return dataclasses.replace(larger, params=params)
+
+
 def in_peft(pair, option, directory) -> np.ndarray:
-    return torch_logits(peft.PeftModel.from_pretrained(base_of(pair, copied_in(option)), directory).eval())
+    """New vectors of the base are others than those of `saved_by_peft`: the file has these."""
+    return torch_logits(peft.PeftModel.from_pretrained(base_of(pair, option, 2), directory).eval())
 
 
 def refusal(message, run) -> None:
@@ -117,18 +139,21 @@ def outcome_as_declared(cell, pair_of, directory) -> None:
         # PEFT's advice and deprecations; each kind has its own.
         warnings.simplefilter("ignore")
         ranges = copied_in(option)
-        ours = pair.ours if ranges is None else replicate_layers(pair.ours, ranges)
+        ours, layers = pair.ours, option.vocabulary is not None
+        ours = ours if option.vocabulary is None else resized(ours, base_of(pair, option, 2), option.vocabulary)
+        ours = ours if ranges is None else replicate_layers(ours, ranges)
         saved_by_peft(pair, option, directory / "theirs")
         if cell.refused is not None:
             return refusal(cell.refused, lambda: load_peft(directory / "theirs", ours))
         expected = in_peft(pair, option, directory / "theirs")
         close = {"rtol": 0, "atol": max(1e-4, 1e-5 * float(np.abs(expected).max()))}
-        assert np.abs(expected - torch_logits(pair.torch)).max() > 100 * close["atol"]
+        assert np.abs(expected - torch_logits(base_of(pair, option))).max() > 100 * close["atol"]
         params, adapters = load_peft(directory / "theirs", ours)
         np.testing.assert_allclose(logits(ours, params, adapters), expected, **close)
         if option.unsaved is not None:
             return refusal(option.unsaved, lambda: save_peft(directory / "ours", ours, params, adapters))
-        save_peft(directory / "ours", ours, params, adapters, layer_replication=ranges)
+        options = {"layer_replication": ranges, "save_embedding_layers": layers}
+        save_peft(directory / "ours", ours, params, adapters, **options)
         np.testing.assert_allclose(in_peft(pair, option, directory / "ours"), expected, **close)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -124,8 +124,8 @@ def save_peft(
     - layer_replication: where `replicate_layers` made `model`, its ranges, for PEFT to do the same to the base when it
       loads the adapter. Default None: the adapter is for the deeper model itself, as `save_hf` writes it.
     - save_embedding_layers: store the embedding and the head of `model`, too, trained or not, as PEFT does after
-      `resize_token_embeddings`: for a `model` that `resize_vocabulary` made, whose new rows PEFT would draw again.
-      Default False: the base has them.
+      `resize_token_embeddings`: for a `model` that `resize_vocabulary` made, whose new rows PEFT would draw again. They
+      also hold what was trained of both where the kind has no other place for it. Default False: the base has them.
 
     Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """
@@ -150,7 +150,10 @@ def save_peft(
     experts = write_experts(of_experts, layout.leaves) if of_experts else None
     if experts is not None and row is not PLAIN:
         raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
-    trained, biases, rows = _trained_leaves(row, entries, layout, leaves, linked)
+    changed = _changed(layout, leaves, linked)
+    # As a layer of the base the file can have what this kind cannot say.
+    untold = {TABLE} & changed if save_embedding_layers and layout.tied and TYING not in row.reads else set()
+    trained, biases, rows = _trained_leaves(row, entries, layout, leaves, changed - untold)
     config = _config(row, entries, layout, base, trained, experts) | rows.config
     if layer_replication is not None:
         config[REPLICATION] = written_replication(row, layer_replication, model, biases.names)
@@ -167,7 +170,7 @@ def save_peft(
         fields = {module: entry.fields for module, entry in entries.items()}
         config, tensors, modules = put_together(config, tensors, fields, row, layout, fused)
     if save_embedding_layers:
-        held = leaves if row.method.rewrites_base and not row.keeps_base else layout.leaves
+        held = leaves if untold or (row.method.rewrites_base and not row.keeps_base) else layout.leaves
         tensors |= written_layers(tensors, layout, held)
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     exported = Exported(row.peft_type, modules + len(of_experts), _size(tensors), errors)
@@ -210,17 +213,19 @@ def _trained_leaves(
     entries: Mapping[str, _Entry],
     layout: HFLayout,
     leaves: Mapping[str, Any],
-    linked: Mapping[str, Adapter],
+    changed: Collection[str],
 ) -> tuple[list[str], Biases, TrainedRows]:
-    """What was trained beside the adapters: tensors of whole modules, biases that the config speaks of, and rows."""
-    changed = _changed(layout, leaves, linked)
+    """What was trained beside the adapters: tensors of whole modules, biases that the config speaks of, and rows.
+
+    - changed: paths of the trained leaves.
+    """
     # Kinds whose config has no `bias` store a bias with its module alone.
     biases = Biases("none", {})
     if BIAS in row.constants:
         biases = trained_biases(row.peft_type, layout, leaves, changed, entries)
     in_names = {layout.slots[name].path for name in biases.names.values()}
     rows = trained_rows(layout, leaves, changed, entries) if TOKENS in row.reads else TrainedRows({}, {}, frozenset())
-    return _trained_base(layout, changed - in_names - rows.paths, entries), biases, rows
+    return _trained_base(layout, set(changed) - in_names - rows.paths, entries), biases, rows
 
 
 def _with_tied_copies(
@@ -268,10 +273,14 @@ def _save_changed(
     save_embedding_layers: bool,
 ) -> Exported:
     """`save_peft` of leaves of the base that were trained without adapters. changed: their paths."""
+    changed = set(changed)
+    if save_embedding_layers:
+        # Embedding and head are in the file in any case.
+        changed = changed - {TABLE, HEAD} or changed & {TABLE} or changed
     kind = kind_for(changed)
     written = kind.written(changed, layout, leaves)
     config = {**_common(kind.peft_type, base), **written.config}
-    layers = written_layers(written.tensors, layout, layout.leaves) if save_embedding_layers else {}
+    layers = written_layers(written.tensors, layout, leaves) if save_embedding_layers else {}
     tensors = written.tensors | layers
     exported = Exported(kind.peft_type, len(written.tensors), _size(tensors), {})
     _write(directory, config, tensors, [kind.peft_type], exported, base, facts, layout)
