@@ -227,7 +227,7 @@ def test_overlap_and_strangers_are_refused():
     ("options", "message"),
     [
         ({"expert": 3}, "expert must lie in 0..2"),
-        ({"expert": -1}, "expert must lie in 0..2"),
+        ({"expert": -1}, "expert must be 0 or more, got -1"),
         ({"experts": 11, "expert": 0}, "11 experts of rank 4 need 44 directions, there are (40|36)"),
     ],
 )

@@ -463,7 +463,7 @@ REFUSED = {
     "layers": ([sx.Rule("mlp", sx.MiLoRA(rank=2), layers=(0,))], "drop `layers=`"),
     "top_k": ([("mlp", sx.MiLoRA(top_k=4))], r"layers/router \(64, 3\): top_k must lie in 1..3"),
     "none": ([("up_proj", sx.MiLoRA(top_k=0))], "top_k must lie in 1..1"),
-    "balance": ([("mlp", sx.MiLoRA(balance=-1.0))], "balance >= 0"),
+    "balance": ([("mlp", sx.MiLoRA(balance=-1.0))], "balance must be 0 or more"),
     "router": ([("mlp", PromptRouter(("a", "b"), 1, "mean", False, 0.0))], "is placed by the method"),
 }
 

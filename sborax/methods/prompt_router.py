@@ -35,10 +35,8 @@ class PromptRouter(AbstractRouter):
     def check(self, shape: tuple[int, int]) -> None:
         if not 1 <= self.top_k <= shape[1]:
             raise SboraxError(f"top_k must lie in 1..{shape[1]} (the layer's experts), got {self.top_k}")
-        if self.pooler not in ("attention", "mean", "max", "last") or self.balance < 0:
-            raise SboraxError(
-                f"needs pooler attention, mean, max or last and balance >= 0, got {self.pooler!r} and {self.balance}"
-            )
+        if self.pooler not in ("attention", "mean", "max", "last"):
+            raise SboraxError(f"pooler must be attention, mean, max or last, got {self.pooler!r}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         d, _ = weight.shape
