@@ -55,15 +55,15 @@ def test_the_basis_is_that_of_peft_but_for_signs():
 @pytest.mark.nightly
 def test_layers_that_are_left_out_are_not_in_the_basis():
     _, adapters = attached(sx.Rule("up", sx.FRoD(), layers=(1, 3)))
-    _, alone = attached(("up", sx.FRoD()), up=UP[[1, 3]])
-    np.testing.assert_allclose(nodes(adapters)[BANK].frozen["v"], nodes(alone)[BANK].frozen["v"], atol=1e-5)
+    _, pair = attached(("up", sx.FRoD()), up=UP[[1, 3]])
+    np.testing.assert_allclose(nodes(adapters)[BANK].frozen["v"], nodes(pair)[BANK].frozen["v"], atol=1e-5)
 
 
 def test_directions_that_weights_lack_change_nothing():
     """All layers together have 8 outputs, of 12 inputs: V is orthogonal, and four of its columns see no weight."""
     params, adapters = attached(("up", sx.FRoD(density=1.0)), up=UP[:1])
-    found = nodes(adapters)
-    node, v = found["layers/up/kernel"], found[BANK].frozen["v"]
+    by_path = nodes(adapters)
+    node, v = by_path["layers/up/kernel"], by_path[BANK].frozen["v"]
     np.testing.assert_allclose(v.T @ v, np.eye(12), atol=1e-5)
     assert np.count_nonzero(node.frozen["l0"]) == 8
     moved = shaken(adapters)

@@ -181,9 +181,9 @@ def _mixed(
         parts = _subtracted(path, nodes[:count], nodes[count:]) if len(nodes) > count else list(nodes)
         method = Arrow(tuple(part.method for part in parts), top_k, temperature)  # type: ignore[arg-type]
         train, frozen = ({str(i): getattr(part, half) for i, part in enumerate(parts)} for half in ("train", "frozen"))
-        frozen["prototypes"], leads = _prototypes(tuple(parts), shape, stack)
-        for part, alone in zip(parts, jnp.moveaxis(leads, -1, 0), strict=True):
-            if not isinstance(alone, Tracer) and not bool(jnp.all(alone)):
+        frozen["prototypes"], unique = _prototypes(tuple(parts), shape, stack)
+        for part, leads in zip(parts, jnp.moveaxis(unique, -1, 0), strict=True):
+            if not isinstance(leads, Tracer) and not bool(jnp.all(leads)):
                 raise SboraxError(
                     f"{path}: {type(part.method).__name__} stretches two directions alike, so that neither is its "
                     "prototype; leave that adapter out"
@@ -255,18 +255,18 @@ def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapte
 def _prototypes(
     parts: tuple[Adapter, ...], shape: tuple[int, int], stack: tuple[int, ...]
 ) -> tuple[Float[Array, "*stack parts in"], Bool[Array, "*stack parts"]]:
-    """The prototype of every part, for every layer of a stack, and whether its direction is the only one."""
+    """The prototype of every part, for every layer of a stack, and whether its direction is unique."""
 
     def of_layer(parts: tuple[Adapter, ...]) -> tuple[Float[Array, "parts in"], Bool[Array, " parts"]]:
-        found = [_prototype(part, shape) for part in replicate(parts)]
-        return jnp.stack([direction for direction, _ in found]), jnp.stack([alone for _, alone in found])
+        directions, unique = zip(*(_prototype(part, shape) for part in replicate(parts)), strict=True)
+        return jnp.stack(directions), jnp.stack(unique)
 
     with jax.default_matmul_precision("highest"):
         return over_stack(of_layer, stack)(parts)
 
 
 def _prototype(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
-    """The leading left singular vector of the (in, out) change, zeros if nothing changed, and whether it leads."""
+    """The leading left singular vector of the (in, out) change, zeros if nothing changed, and whether it is unique."""
     factors = _factors(part, shape)
     if factors is None:
         method = part.method
@@ -277,8 +277,8 @@ def _prototype(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, " in
         core = rest @ factors[1].astype(jnp.float32)
     u, s, _ = jnp.linalg.svd(core, full_matrices=False)
     leading = u[:, 0] if basis is None else basis @ u[:, 0]
-    alone = (s[0] == 0.0) | (s[1] < (1.0 - TIE) * s[0]) if s.size > 1 else jnp.bool_(True)
-    return jnp.where(s[0] > 0.0, leading, jnp.zeros_like(leading)), alone
+    unique = (s[0] == 0.0) | (s[1] < (1.0 - TIE) * s[0]) if s.size > 1 else jnp.bool_(True)
+    return jnp.where(s[0] > 0.0, leading, jnp.zeros_like(leading)), unique
 
 
 def _factors(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]] | None:

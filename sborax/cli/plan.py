@@ -235,8 +235,8 @@ def _summed(planned: Outline, topology: str) -> list[str]:
     if not sums_kernels(planned, torus):
         return []
     sizes = best_mesh(planned, torus, chip_of(topology))
-    other = sums_kernels(on_mesh(planned, abstract_mesh(sizes)), torus)
-    mend = "" if other else f"; try {mesh_option(sizes)}"
+    gathers = not sums_kernels(on_mesh(planned, abstract_mesh(sizes)), torus)
+    mend = f"; try {mesh_option(sizes)}" if gathers else ""
     return [f"kernels are sent as all-reduces, since they are cut over all dimensions of the torus{mend}"]
 
 

@@ -151,9 +151,9 @@ def save_peft(
     if experts is not None and row is not PLAIN:
         raise SboraxError(f"PEFT adapts experts by LoRA alone, and other kernels have {row.peft_type}; use as_='lora'")
     changed = _changed(layout, leaves, linked)
-    # As a layer of the base the file can have what this kind cannot say.
-    untold = {TABLE} & changed if save_embedding_layers and layout.tied and TYING not in row.reads else set()
-    trained, biases, rows = _trained_leaves(row, entries, layout, leaves, changed - untold)
+    # A trained table of which this kind cannot say that it is tied is stored among the embedding layers.
+    in_layers = {TABLE} & changed if save_embedding_layers and layout.tied and TYING not in row.reads else set()
+    trained, biases, rows = _trained_leaves(row, entries, layout, leaves, changed - in_layers)
     config = _config(row, entries, layout, base, trained, experts) | rows.config
     if layer_replication is not None:
         config[REPLICATION] = written_replication(row, layer_replication, model, biases.names)
@@ -170,7 +170,7 @@ def save_peft(
         fields = {module: entry.fields for module, entry in entries.items()}
         config, tensors, modules = put_together(config, tensors, fields, row, layout, fused)
     if save_embedding_layers:
-        held = leaves if untold or (row.method.rewrites_base and not row.keeps_base) else layout.leaves
+        held = leaves if in_layers or (row.method.rewrites_base and not row.keeps_base) else layout.leaves
         tensors |= written_layers(tensors, layout, held)
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     exported = Exported(row.peft_type, modules + len(of_experts), _size(tensors), errors)
@@ -275,8 +275,11 @@ def _save_changed(
     """`save_peft` of leaves of the base that were trained without adapters. changed: their paths."""
     changed = set(changed)
     if save_embedding_layers:
-        # Embedding and head are in the file in any case.
-        changed = changed - {TABLE, HEAD} or changed & {TABLE} or changed
+        # The file has the embedding and the head in any case. The kind needs something that was trained, though.
+        if changed - {TABLE, HEAD}:
+            changed -= {TABLE, HEAD}
+        elif TABLE in changed:
+            changed = {TABLE}
     kind = kind_for(changed)
     written = kind.written(changed, layout, leaves)
     config = {**_common(kind.peft_type, base), **written.config}

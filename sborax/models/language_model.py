@@ -50,7 +50,7 @@ def abstract(config: DecoderConfig, dtype: Any = "float32", *, scan: bool = True
 
 
 def _shapes(module: AbstractDecoder) -> Params:
-    """The param tree of a module, traced once for all callers. Each gets dicts of its own."""
+    """The param tree of a module, traced once for all callers. Each call makes new dicts."""
     return jax.tree.map(lambda leaf: leaf, _traced(module))  # pyright: ignore[reportArgumentType]
 
 
