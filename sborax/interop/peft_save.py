@@ -236,7 +236,8 @@ def _with_tied_copies(
     for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
         if TYING not in row.reads:
             raise SboraxError(
-                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
+                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; give "
+                "save_embedding_layers=True, use as_='lora', or merge"
             )
         copies[PREFIX + copy] = tensors[PREFIX + name]
     for copy, name in transposed_copies(layout, {**tensors, **copies}).items():
