@@ -465,9 +465,13 @@ def _common_row(entries: Mapping[str, _Entry]) -> Row:
     rows = {id(entry.row): (module, entry) for module, entry in entries.items()}
     if len(rows) > 1:
         (module, first), (other, second), *_ = rows.values()
+        kinds = [entry.method for entry in (first, second)]
+        if kinds[0] == kinds[1]:
+            # PEFT has the method for some modules alone, such as projections and no embedding.
+            kinds = [f"{entry.method} in the form of {entry.row.method.__name__}" for entry in (first, second)]
         raise SboraxError(
-            f"{module} has {first.method} and {other} has {second.method}: PEFT keeps one kind of adapter in a "
-            "directory; use as_='lora' to write both as plain LoRA"
+            f"{module} has {kinds[0]} and {other} has {kinds[1]}: PEFT keeps one kind of adapter in a directory; use "
+            "as_='lora' to write both as plain LoRA"
         )
     return next(iter(entries.values())).row
 
