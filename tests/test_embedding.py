@@ -391,6 +391,15 @@ def test_a_sweep(places, tmp_path):
         chex.assert_trees_all_close(member, alone, rtol=0, atol=1e-5)
 
 
+def test_a_form_that_peft_has_for_projections_alone_is_named(tied, tmp_path):
+    """PEFT's BD-LoRA is of projections: an embedding's adapter of the same method is plain LoRA there."""
+    params, adapters = sx.attach(
+        jax.random.key(0), tied.ours.params, [("q_proj|embed_tokens|lm_head", sx.BDLoRA(rank=2, blocks=2))]
+    )
+    with pytest.raises(sx.SboraxError, match="BDLoRA in the form of LoRA and lm_head has BDLoRA in the form of BDLoRA"):
+        save_peft(tmp_path, tied.ours, params, adapters)
+
+
 def test_optimisers_that_tell_factors_apart(tied):
     """LoRA+ has one rate for an embedding, and LoRA-FA, which would freeze a at zero, refuses it."""
     _, adapters = attached(tied, RULES["apart"][0])

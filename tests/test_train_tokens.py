@@ -18,7 +18,6 @@ from test_train import a_batch
 from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
-from sborax.adapters.vectors import TOKENS, VECTORS
 from sborax.cli.main import main
 from sborax.cli.targets import load_target
 from sborax.interop.peft import load_peft, save_peft
@@ -35,7 +34,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:Model has `tie_word_embeddings=True`:UserWarning",
 )
-TABLE = "embed_tokens/embedding"
+TABLE, HEAD = "embed_tokens/embedding", "lm_head/kernel"
+VECTORS, TOKENS = "embed_tokens/vectors", "embed_tokens/tokens"
 CHOSEN = (0, 40, 1)
 
 
@@ -99,6 +99,50 @@ def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
     assert config["trainable_token_indices"] == sorted(CHOSEN) and "modules_to_save" not in config
     theirs = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(place), tmp_path / "peft"
+    ).eval()
+    tokens = np.asarray([[*CHOSEN, 7, 99]], np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(model.apply(params, adapters, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+
+
+BOTH = {"embed_tokens": CHOSEN, "lm_head": (40, 7)}
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("untied") / "model", tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("chosen", nightly_unless([BOTH], [BOTH, {"lm_head": (40, 7)}]), ids=len)
+def test_vectors_of_a_head(chosen, untied, data, tmp_path, capsys):
+    """As the whole head in these columns, in a run, its files, and PEFT's."""
+    model = load_model(untied)
+    tx, batch = optax.sgd(1.0), a_batch(1, 4)
+
+    def after(**options):
+        parts = take_apart(*sx.attach(jax.random.key(0), model.params, [("q_proj", sx.LoRA(rank=4))]), **options)
+        return parts, make_step(model, tx, jax.random.key(1))(start(parts, tx), parts.frozen, parts.base, batch)[0]
+
+    parts, state = after(train_tokens=chosen)
+    head = put_together(parts.base, state.train["base"])["lm_head"]["kernel"]
+    whole, before = after(train_also=("lm_head",))[1].train["base"][HEAD], model.params["lm_head"]["kernel"]
+    columns = list(chosen["lm_head"])
+    np.testing.assert_allclose(head[:, columns], whole[:, columns], rtol=1e-5, atol=1e-6)
+    assert np.flatnonzero((head != before).any(axis=0)).tolist() == sorted(columns)
+    train(an_experiment(untied, data, train_tokens=chosen), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train_tokens"]["lm_head"] == columns
+    params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
+    assert np.flatnonzero((params["lm_head"]["kernel"] != before).any(axis=0)).tolist() == sorted(columns)
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert stored["base/lm_head/vectors"].shape == (2, 32) and f"base/{HEAD}" not in stored
+    assert main(["train", str(tmp_path / "run"), "--out", str(tmp_path / "run"), "--resume", "steps=5"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "peft")]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {module: sorted(ids) for module, ids in chosen.items()}
+    params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(untied), tmp_path / "peft"
     ).eval()
     tokens = np.asarray([[*CHOSEN, 7, 99]], np.int32)
     with torch.no_grad():
@@ -187,6 +231,9 @@ def test_a_step_on_a_mesh(sizes):
         np.testing.assert_allclose(ours, alone, rtol=0, atol=1e-5)
 
 
+HEADS = {"train_tokens": {"lm_head": (3,)}, "train_also": ("lm_head",)}
+
+
 def test_refused(place, data, tmp_path):
     def refusal(message, run):
         with pytest.raises(sx.SboraxError, match=message):
@@ -194,12 +241,16 @@ def test_refused(place, data, tmp_path):
 
     refusal("train_tokens: expected distinct ids", lambda: an_experiment(place, data, train_tokens=(3, 3)))
     refusal("train_tokens: expected distinct ids", lambda: an_experiment(place, data, train_tokens=(-1,)))
-    refusal("the whole embedding is trained", lambda: an_experiment(place, data, train_also=("embed_tokens",)))
+    refusal("not of 'wte'", lambda: an_experiment(place, data, train_tokens={"wte": (3,)}))
+    refusal("all vectors of lm_head are trained", lambda: an_experiment(place, data, **HEADS))
+    refusal("all vectors of embed_tokens are trained", lambda: an_experiment(place, data, train_also=("embed_tokens",)))
     params = load_model(place).params
     refusal("tokens 0..257, and not 258", lambda: take_apart(params, {}, train_tokens=(3, 258)))
+    if load_model(place).config.tie_word_embeddings:
+        refusal("no lm_head: it is tied to", lambda: take_apart(params, {}, train_tokens={"lm_head": (3,)}))
     refusal("no embed_tokens", lambda: take_apart({"layer": {"kernel": jnp.ones((2, 2))}}, {}, train_tokens=(1,)))
     adapted = sx.attach(jax.random.key(0), params, [("embed_tokens", sx.LoRA(rank=2))])
     refusal("embed_tokens/embedding has an adapter, too", lambda: take_apart(*adapted, train_tokens=(1,)))
     for vectors in ({VECTORS: jnp.ones((2, 32))}, {VECTORS: jnp.ones((1, 32)), TOKENS: jnp.asarray([258])}):
         save_adapter(tmp_path, {}, trained_base=vectors)
-        refusal("do not fit this model's embedding", lambda: load_adapter(tmp_path, params))
+        refusal("do not fit this model's embedding and head", lambda: load_adapter(tmp_path, params))

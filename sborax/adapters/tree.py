@@ -286,7 +286,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     merged = {}
     for path, node in depth.link(bank.link(tree_of(adapters, "merge"))).items():
         if node.method.no_merge:
-            raise SboraxError(f"{path}: {type(node.method).__name__} cannot be merged: {node.method.no_merge}")
+            raise SboraxError(f"{path}: {_unmerged(node.method)} cannot be merged: {node.method.no_merge}")
         if leaf_of(path, leaves) != path:
             raise SboraxError(
                 f"{path}: the head is tied to the embedding and does not have its adapter, so no single table is both"
@@ -300,6 +300,13 @@ def merge(params: Params, adapters: PyTree) -> Params:
         if node.method.adapts_bias and bias in leaves:
             merged[bias] = merge_bias(bias, leaves[bias], weight, node).astype(leaves[bias].dtype)
     return replace_leaves(params, merged)
+
+
+def _unmerged(method: AbstractMethod) -> str:
+    """The name of the method that does not merge: the part whose reason a composed method has."""
+    parts = method.members if isinstance(method, AbstractComposite) else ()
+    part = next((part for part in parts if part.no_merge == method.no_merge), None)
+    return type(method).__name__ if part is None else _unmerged(part)
 
 
 def check_base(path: str, weight: Weight, node: Adapter) -> None:

@@ -110,5 +110,6 @@ def export(
     except SboraxError as error:
         # The options as the command line spells them.
         message = str(error).replace("as_='lora'", "--as lora").replace("say rank=...", "say --rank N")
+        message = message.replace("give save_embedding_layers=True", "give --save-embedding-layers")
         raise SboraxError(message) from error
     say(f"{out}: {exported}")

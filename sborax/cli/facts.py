@@ -4,6 +4,7 @@ from typing import Any
 
 from sborax.adapters.core import AbstractComposite, AbstractMethod
 from sborax.adapters.paths import as_rules
+from sborax.adapters.vectors import by_module
 from sborax.cli.targets import find_run, is_best
 from sborax.config.codec import LiveObject
 from sborax.config.documents import read_object
@@ -67,7 +68,8 @@ def _training(experiment: Experiment) -> str:
     length = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
     rows = experiment.batch_size * experiment.accumulate
     beside = [*experiment.train_also]
-    beside += [f"the vectors of {len(experiment.train_tokens)} tokens"] if experiment.train_tokens else []
+    chosen = by_module(experiment.train_tokens)
+    beside += [f"the vectors of {len(tokens)} tokens in {module}" for module, tokens in chosen.items()]
     also = f", {', '.join(beside)} trained beside the adapters" if beside else ""
     quant = f" on a base in {experiment.quant}" if experiment.quant else ""
     return (

@@ -291,7 +291,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return value is None
     if origin is typing.Literal:
         return value in typing.get_args(kind)
-    if origin is tuple:
+    if origin is tuple or (origin is Sequence and in_words(kind)):
         return isinstance(value, list | tuple)
     if kind is slice:
         return isinstance(value, dict) and set(value) == {"slice"}

@@ -236,7 +236,8 @@ def _with_tied_copies(
     for copy, name in tied_copies(layout, config.get("modules_to_save", ())).items():
         if TYING not in row.reads:
             raise SboraxError(
-                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; use as_='lora', or merge"
+                f"{name}: the head is tied to it, which PEFT's {row.peft_type} cannot say; give "
+                "save_embedding_layers=True, use as_='lora', or merge"
             )
         copies[PREFIX + copy] = tensors[PREFIX + name]
     for copy, name in transposed_copies(layout, {**tensors, **copies}).items():
@@ -467,9 +468,13 @@ def _common_row(entries: Mapping[str, _Entry]) -> Row:
     rows = {id(entry.row): (module, entry) for module, entry in entries.items()}
     if len(rows) > 1:
         (module, first), (other, second), *_ = rows.values()
+        kinds = [entry.method for entry in (first, second)]
+        if kinds[0] == kinds[1]:
+            # PEFT has the method for some modules alone, such as projections and no embedding.
+            kinds = [f"{entry.method} in the form of {entry.row.method.__name__}" for entry in (first, second)]
         raise SboraxError(
-            f"{module} has {first.method} and {other} has {second.method}: PEFT keeps one kind of adapter in a "
-            "directory; use as_='lora' to write both as plain LoRA"
+            f"{module} has {kinds[0]} and {other} has {kinds[1]}: PEFT keeps one kind of adapter in a directory; use "
+            "as_='lora' to write both as plain LoRA"
         )
     return next(iter(entries.values())).row
 

@@ -14,9 +14,9 @@ from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import bias_path
 from sborax.adapters.rebase import reads_base
-from sborax.adapters.tables import TABLE, leaf_of
+from sborax.adapters.tables import leaf_of
 from sborax.adapters.tree import Adapters, Params, count, nodes, split
-from sborax.adapters.vectors import TOKENS, VECTORS, vectors_of, with_vectors
+from sborax.adapters.vectors import TABLES, TOKENS, Chosen, by_module, vectors_of, with_vectors
 
 Flat = dict[str, Any]
 """Leaves by path; a quantised weight is one leaf."""
@@ -58,8 +58,8 @@ class Parts:
 
     @property
     def tokens(self) -> dict[str, Array]:
-        """The leaf with the tokens whose vectors are trained, by its path; empty without any."""
-        return {TOKENS: self.base[TOKENS]} if TOKENS in self.base else {}
+        """The leaves with the tokens whose vectors are trained, by path; empty without any."""
+        return {path: self.base[path] for path in TOKENS if path in self.base}
 
     @property
     def count(self) -> int:
@@ -104,13 +104,13 @@ def take_apart(
     train_base: bool = False,
     train_also: Sequence[str] = (),
     halves: Halves = split,
-    train_tokens: Sequence[int] = (),
+    train_tokens: Chosen = (),
 ) -> Parts:
     """Split into trained and constant leaves. Trained base leaves move into float32 master copies.
 
     - train_base, train_also: which base leaves are trained, see `selected`.
     - halves: the split of the adapters. Some optimisers hold leaves fixed that a method trains.
-    - train_tokens: tokens whose vectors in the embedding are trained.
+    - train_tokens: tokens whose vectors in the embedding are trained, or those of embedding and head by module.
 
     Raises SboraxError as `selected` and `vectors_of` do, for a trained leaf that is quantised, and for one whose
     adapter keeps leaves that follow from it.
@@ -120,7 +120,7 @@ def take_apart(
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
-    changing = chosen | ({TABLE} if train_tokens else set())
+    changing = chosen | {TABLES[module] for module in by_module(train_tokens)}
     for path, node in nodes(adapters).items():
         if leaf_of(path, flat) in changing and reads_base(node.method):
             raise SboraxError(
@@ -131,9 +131,8 @@ def take_apart(
     # Leaves in float32 are copied too, because the step donates their buffers.
     masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
     base = {path: leaf for path, leaf in flat.items() if path not in chosen}
-    if train_tokens:
-        masters[VECTORS], base[TOKENS] = vectors_of(train_tokens, base, list(nodes(adapters)))
-    return Parts(train, frozen, base, masters)
+    vectors, tokens = vectors_of(train_tokens, base, list(nodes(adapters)))
+    return Parts(train, frozen, {**base, **tokens}, {**masters, **vectors})
 
 
 def put_together(base: Flat, trained_base: Mapping[str, Array], dtype: Any = None) -> Params:

@@ -28,13 +28,13 @@ def temporary_bytes(planned: Outline) -> int:
 
 
 def _table(planned: Outline) -> int:
-    """Bytes of the copy of the table in which vectors of tokens are trained, and of its gradient, which is as large.
+    """Bytes of copies of tables in which vectors of tokens are trained, and of their gradients, which are as large.
 
-    Unless the head is tied, the copy is gone before the gradient is there.
+    Where the embedding is not the head, its copy is gone before the gradient is there.
     """
-    if VECTORS not in planned.parts.trained_base:
-        return 0
-    return device_bytes(planned.parts.base[TABLE]) * (1 if HEAD in planned.parts.base else 2)
+    base = planned.parts.base
+    trained = {table for path, table in VECTORS.items() if path in planned.parts.trained_base}
+    return sum(device_bytes(base[table]) * (1 if table == TABLE and HEAD in base else 2) for table in trained)
 
 
 def _cut(planned: Outline) -> tuple[int, int, int]:

@@ -31,9 +31,9 @@ from sborax.adapters.depth import axes_leaves, stack_of
 from sborax.adapters.leaves import flatten, nest, replace_leaves
 from sborax.adapters.paths import Rule, RuleLike, as_rules
 from sborax.adapters.rebase import rewrite
-from sborax.adapters.tables import TABLE, tables
+from sborax.adapters.tables import tables
 from sborax.adapters.tree import Adapters, Params, nodes, rebase
-from sborax.adapters.vectors import TOKENS, VECTORS, with_vectors
+from sborax.adapters.vectors import TOKENS, VECTORS, vectors_fit, with_vectors
 from sborax.adapters.weight import check_finite
 from sborax.config.codec import decode, encode
 from sborax.config.documents import check_plain, read_object, shown
@@ -179,15 +179,6 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
     return Saved(_nested(str(place / PLAN), adapters), rules, plan["base"], trained_base, about)
 
 
-def _check_vectors(directory: Any, vectors: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
-    """Raise SboraxError unless the vectors of tokens in a file fit the table of the model. flat: its leaves by path."""
-    count, width = flat[TABLE].shape if TABLE in flat else (0, 0)
-    tokens, held = vectors.get(TOKENS, np.zeros(0)), vectors.get(VECTORS, np.zeros(0))
-    fits = jnp.issubdtype(tokens.dtype, jnp.integer) and held.shape == (tokens.size, width) == (*tokens.shape, width)
-    if not fits or bool(((tokens < 0) | (tokens >= count)).any()):
-        raise SboraxError(f"{directory}: trained vectors of tokens, which do not fit this model's embedding")
-
-
 def _check_values(place: epath.Path, leaves: Mapping[str, np.ndarray], digests: Any) -> None:
     """Raise SboraxError for a leaf that has changed since it was written, and for one that is not finite.
 
@@ -293,10 +284,15 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
         if node.method.rewrites_base:
             changed[path] = rewrite(flat[path], node)
             check_finite(f"{directory}: {path}, rewritten", changed[path])
-    vectors = {path: leaf for path, leaf in saved.trained_base.items() if path in (VECTORS, TOKENS)}
+    vectors = {path: leaf for path, leaf in saved.trained_base.items() if path in VECTORS or path in TOKENS}
+    if not vectors_fit(vectors, flat):
+        raise SboraxError(
+            f"{directory}: trained vectors of tokens, which do not fit this model's embedding and head; load the model "
+            "of the run"
+        )
     if vectors:
-        _check_vectors(directory, vectors, flat)
-        changed[TABLE] = with_vectors({TABLE: flat[TABLE], **vectors})[TABLE]
+        held = {table: flat[table] for path, table in VECTORS.items() if path in vectors}
+        changed |= with_vectors({**held, **vectors})
     for path, leaf in saved.trained_base.items():
         if path in vectors:
             continue

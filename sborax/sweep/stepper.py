@@ -91,7 +91,7 @@ class SweepStepper(AbstractStepper):
     def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:
         sites = self.prepared[0].plan.sites
         # Adapters and tokens that no sequence of the first batch has selected are not dead.
-        idle = {site.path for site in sites if selective(site.method)} | {VECTORS}
+        idle = {site.path for site in sites if selective(site.method)} | {*VECTORS}
         try:
             check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})
         except SboraxError as error:

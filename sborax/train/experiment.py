@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import RuleLike, as_rules
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.tree import split
+from sborax.adapters.vectors import OF_EMBEDDING, by_module
 from sborax.config.classes import EXPERIMENT, check_imported, execute, import_source
 from sborax.config.codec import LiveObject, decode, encode, override, sources
 from sborax.config.documents import read_object
@@ -109,7 +110,8 @@ class Experiment:
     - train_also: leaves of the base to train beside the adapters: "norm", "bias", "adapted_bias" (biases of adapted
         projections, in all layers of a stack), "router", "embed_tokens", "lm_head".
     - train_tokens: ids of tokens whose vectors in the embedding are trained beside the adapters, and no others. A tied
-        head shares them. The optimiser and the adapter's file hold these vectors alone.
+        head shares them. For those of another head, give the tokens by module: {"embed_tokens": (3, 5), "lm_head": (3,
+        5)}, or either. The optimiser and the adapter's file hold these vectors alone.
     - imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
         used in the experiment are added to them.
 
@@ -140,7 +142,7 @@ class Experiment:
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     train_base: bool = False
     train_also: Sequence[Also] = ()
-    train_tokens: Sequence[int] = ()
+    train_tokens: Sequence[int] | dict[str, Sequence[int]] = ()
     imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -150,7 +152,10 @@ class Experiment:
             object.__setattr__(self, "data", Data(self.data))
         object.__setattr__(self, "rules", as_rules(self.rules))
         object.__setattr__(self, "train_also", tuple(self.train_also))
-        object.__setattr__(self, "train_tokens", tuple(self.train_tokens))
+        tokens = by_module(self.train_tokens)
+        # As they were given: a list is of the embedding.
+        of_modules = isinstance(self.train_tokens, Mapping)
+        object.__setattr__(self, "train_tokens", tokens if of_modules else tokens.get(OF_EMBEDDING, ()))
         object.__setattr__(self, "imports", tuple(dict.fromkeys([*self.imports, *sources(self)])))
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
         at_least(1, hint_batches=self.hint_batches)
@@ -161,10 +166,9 @@ class Experiment:
             raise SboraxError("give steps or epochs, and set the other to None")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise SboraxError(f"epochs must be positive and finite, got {self.epochs}")
-        if len(set(self.train_tokens)) < len(self.train_tokens) or min(self.train_tokens, default=0) < 0:
-            raise SboraxError(f"train_tokens: expected distinct ids of tokens, got {str(self.train_tokens)[:60]}")
-        if self.train_tokens and (self.train_base or "embed_tokens" in self.train_also):
-            raise SboraxError("train_tokens: the whole embedding is trained; leave one of the two out")
+        both = next((module for module in tokens if self.train_base or module in self.train_also), None)
+        if both is not None:
+            raise SboraxError(f"train_tokens: all vectors of {both} are trained; leave one of the two out")
         if not (self.rules or self.train_base or self.train_also or self.train_tokens):
             raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
         if self.quant and (self.train_base or self.rules == ()):

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.routing import AbstractRouter
-from sborax.adapters.tables import TABLE
 from sborax.adapters.tree import combine, nodes
 from sborax.adapters.vectors import VECTORS
 from sborax.layout.state import Flat, TrainState, put_together
@@ -108,7 +107,7 @@ def _outputs(
         losses[BALANCE] = losses.get(BALANCE, jnp.float32(0)) + balance * collected.load.imbalance()
     if z_loss > 0:
         losses[Z_LOSS] = z_loss * collected.load.z_loss()
-    changed = frozenset(TABLE if path == VECTORS else path for path in train["base"])
+    changed = frozenset(VECTORS[path] if path in VECTORS else path for path in train["base"])
     return Outputs(hidden, batch, model, params, adapters, changed, key), collected, losses
 
 

@@ -121,7 +121,7 @@ class RunStepper(AbstractStepper):
             return problem
         if first:
             # Adapters and tokens that no sequence of the first batch has selected have no gradient, and are not dead.
-            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)} | {VECTORS}
+            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)} | {*VECTORS}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))
         self.progress.show(made.step, numbers["loss"], self.speed.mean() or made.tokens / made.seconds)

@@ -14,6 +14,7 @@ import numpy as np
 
 from sborax.adapters.core import AbstractComposite, AbstractMethod, SboraxError
 from sborax.adapters.paths import as_rules
+from sborax.adapters.vectors import by_module
 from sborax.evaluate.compare.rows import HELD_OUT, TRAINING, Measurement, Row, lower_is_better
 from sborax.evaluate.compare.statistics import (
     Interval,
@@ -440,8 +441,8 @@ def method_label(experiment: Experiment) -> str:
         parts.append("full fine-tuning")
     if experiment.train_also:
         parts.append(f"{', '.join(experiment.train_also)} trained")
-    if experiment.train_tokens:
-        parts.append(f"{len(experiment.train_tokens)} vectors of tokens trained")
+    if tokens := by_module(experiment.train_tokens):
+        parts.append(f"{sum(map(len, tokens.values()))} vectors of tokens trained")
     if experiment.procedure is not None:
         parts.append(type(experiment.procedure).__name__)
     return ", ".join(parts)
