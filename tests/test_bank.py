@@ -134,7 +134,7 @@ def test_models_of_others(method):
         got = sx.apply_linen(model, {"params": params}, adapters, x)
         wanted = model.apply({"params": sx.merge(params, adapters)}, x)
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
-        module = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+        module = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
         _, adapters = sx.attach(jax.random.key(1), {"kernel": module.kernel[...]}, [("", method)])
         with pytest.raises(sx.SboraxError, match="needs a model that knows it"):
             sx.adapt_nnx(module, adapters)

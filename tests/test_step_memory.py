@@ -27,9 +27,9 @@ RULES = (
 LAYERS = (2, 18)
 
 
-def outlines(quant):
+def outlines(quant, rules=RULES):
     """The same step of a few and of many layers, of so few tokens that weights outweigh activations."""
-    experiment = sx.Experiment("x", sx.Data("x", max_length=8), RULES, steps=10, batch_size=1, quant=quant)
+    experiment = sx.Experiment("x", sx.Data("x", max_length=8), rules, steps=10, batch_size=1, quant=quant)
     return [outline(experiment, dataclasses.replace(WIDE, num_hidden_layers=layers)) for layers in LAYERS]
 
 
@@ -55,6 +55,12 @@ def test_temporaries_do_not_grow_with_the_base(quant):
     few, many = outlines(quant)
     kernels, trained = more(few, many)
     assert growth(map(compiled, (few, many))) < 2 * trained + kernels / 4
+
+
+def test_temporaries_do_not_grow_with_a_basis_that_all_layers_share():
+    """What layers keep of activations is a quarter of the copies of two (in, in) matrices at most."""
+    copies = 2 * (LAYERS[1] - LAYERS[0]) * 4 * WIDE.hidden_size**2
+    assert growth(map(compiled, outlines(None, [("q_proj", sx.FRoD(density=1e-3))]))) < copies / 4
 
 
 @pytest.mark.nightly

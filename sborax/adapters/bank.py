@@ -1,9 +1,10 @@
 """Banks: leaves that the adapters of several kernels of a model share, and that are trained once for all of them.
 
 A bank is an adapter without a kernel, at the path `bank/NAME` if all kernels share it, or `bank/NAME/KIND` if those of
-a kind do, such as the q_proj of all layers. So it is split, saved, counted, decayed, clipped and
-vmapped once, like every other adapter. Before the adapters are used, `link` gives each of them a copy of the leaves of
-its bank, and the gradients of the copies add up in the bank.
+a kind do, such as the q_proj of all layers. So it is split, saved, counted, decayed, clipped and vmapped once, like
+every other adapter. Before the adapters are used, `link` gives each of them a copy of the leaves of its bank, and the
+gradients of the copies add up in the bank. Where one layer is computed at a time, as in our models and in merging,
+`separate` and `joined` do the same without a copy for each layer.
 """
 
 import abc
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 from sborax.adapters.compose import ByLayer, simple_parts, with_parts
 from sborax.adapters.core import AbstractComposite, AbstractKernelless, AbstractMethod, Adapter, Leaves, SboraxError
 from sborax.adapters.depth import stack_of
+from sborax.adapters.leaves import union
 
 BANK = "bank"
 """Name of the module that banks are under."""
@@ -162,48 +164,82 @@ def _acting(method: AbstractMethod, positions: Sequence[int]) -> Iterator[tuple[
         yield method, positions
 
 
+def separate(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], dict[str, Adapter]]:
+    """The adapters by path without banks, and by path the leaves of banks that all their layers read.
+
+    The first have the entries of a bank that only some layers read. The second have no stack axes, and are missing at
+    paths without such leaves. `joined` puts both together.
+
+    Raises SboraxError for an adapter whose bank is missing.
+    """
+    banks = {path: node for path, node in adapters.items() if isinstance(node.method, AbstractBank)}
+    readers = {path: (node, stack_of(node)) for path, node in adapters.items() if path not in banks}
+    numbers = numbered((path, node.method, math.prod(stack)) for path, (node, stack) in readers.items())
+    pairs = {path: _separated(path, node, banks, stack, numbers) for path, (node, stack) in readers.items()}
+    shared = {path: common for path, (_, common) in pairs.items() if jax.tree.leaves(common)}
+    return {path: node for path, (node, _) in pairs.items()}, shared
+
+
+def _separated(
+    path: str,
+    node: Adapter,
+    banks: Mapping[str, Adapter],
+    stack: tuple[int, ...],
+    numbers: Mapping[str, Mapping[tuple[str, int], int]],
+) -> tuple[Adapter, Adapter]:
+    method, nothing = node.method, Adapter({}, {}, node.method, node.in_axes)
+    if not banked_parts(method):
+        return node, nothing
+    if isinstance(method, AbstractComposite):
+        parts = [_separated(path, child, banks, stack, numbers) for child, _ in method.children(node)]
+        return with_parts(node, [part for part, _ in parts]), with_parts(nothing, [common for _, common in parts])
+    assert isinstance(method, AbstractBanked)
+    where = bank_path(method, path)
+    if where not in banks:
+        if method.bank_leaves <= {*node.train, *node.frozen}:
+            return node, nothing
+        raise SboraxError(f"{path}: {type(method).__name__} reads {where}, which these adapters lack")
+
+    def entries(leaves: Leaves) -> Leaves:
+        # Layers on which the method does not act have a copy that nothing uses.
+        of_weights = [numbers[where].get((path, position), 0) for position in range(math.prod(stack))]
+        return {
+            name: leaves[name][np.reshape(of_weights, stack) // neighbours]
+            for name, neighbours in method.bank_entries.items()
+            if name in leaves
+        }
+
+    def common(leaves: Leaves) -> Leaves:
+        return {name: leaf for name, leaf in leaves.items() if name not in method.bank_entries}
+
+    bank = banks[where]
+    train, frozen = {**node.train, **entries(bank.train)}, {**node.frozen, **entries(bank.frozen)}
+    return (
+        Adapter(train, frozen, method, node.in_axes),
+        Adapter(common(bank.train), common(bank.frozen), method, node.in_axes),
+    )
+
+
+def joined(adapter: Adapter, shared: Adapter | None) -> Adapter:
+    """The adapter with the leaves that it shares with others, copied for each layer of its stack.
+
+    - shared: what `separate` gives for the adapter, or for a layer of it.
+    """
+    if shared is None:
+        return adapter
+    stack = stack_of(adapter)
+    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), shared)
+    train, frozen = union(adapter.train, copies.train), union(adapter.frozen, copies.frozen)
+    return Adapter(train, frozen, adapter.method, adapter.in_axes)
+
+
 def link(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     """The adapters by path without banks; those that read one have a copy of its leaves in every layer.
 
     Raises SboraxError for an adapter whose bank is missing.
     """
-    shared = {path: node for path, node in adapters.items() if isinstance(node.method, AbstractBank)}
-    readers = {path: (node, stack_of(node)) for path, node in adapters.items() if path not in shared}
-    numbers = numbered((path, node.method, math.prod(stack)) for path, (node, stack) in readers.items())
-    return {path: _linked(path, node, shared, stack, numbers) for path, (node, stack) in readers.items()}
-
-
-def _linked(
-    path: str,
-    node: Adapter,
-    shared: Mapping[str, Adapter],
-    stack: tuple[int, ...],
-    numbers: Mapping[str, Mapping[tuple[str, int], int]],
-) -> Adapter:
-    method = node.method
-    if not banked_parts(method):
-        return node
-    if isinstance(method, AbstractComposite):
-        return with_parts(node, [_linked(path, child, shared, stack, numbers) for child, _ in method.children(node)])
-    assert isinstance(method, AbstractBanked)
-    where = bank_path(method, path)
-    if where not in shared:
-        if method.bank_leaves <= {*node.train, *node.frozen}:
-            return node
-        raise SboraxError(f"{path}: {type(method).__name__} reads {where}, which these adapters lack")
-
-    def copied(name: str, leaf: Array) -> Array:
-        if name not in method.bank_entries:
-            return jnp.broadcast_to(leaf, (*stack, *leaf.shape))
-        # Layers on which the method does not act have a copy that nothing uses.
-        of_weights = [numbers[where].get((path, position), 0) for position in range(math.prod(stack))]
-        return leaf[np.reshape(of_weights, stack) // method.bank_entries[name]]
-
-    train, frozen = (
-        {name: copied(name, leaf) for name, leaf in half.items()}
-        for half in (shared[where].train, shared[where].frozen)
-    )
-    return Adapter({**node.train, **train}, {**node.frozen, **frozen}, method, node.in_axes)
+    readers, shared = separate(adapters)
+    return {path: joined(node, shared.get(path)) for path, node in readers.items()}
 
 
 def bank_leaf(adapter: Adapter, name: str) -> Array:

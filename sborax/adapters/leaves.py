@@ -45,6 +45,12 @@ def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree, is_
     )
 
 
+def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of two nested dicts that have no leaf in common."""
+    both = {name: union(first[name], second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **both}
+
+
 def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """`tree` with other leaves at some paths."""
     return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree) if leaves else tree

@@ -45,7 +45,6 @@ from sborax.adapters.core import (
     Adapter,
     Fitted,
     Hint,
-    Leaves,
     SboraxError,
     Use,
     Weight,
@@ -55,7 +54,7 @@ from sborax.adapters.core import (
     structure,
 )
 from sborax.adapters.depth import axes_leaves, over_stack, stack_of
-from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves
+from sborax.adapters.leaves import flatten, map_with_path, nest, replace_leaves, union
 from sborax.adapters.paths import Plan, RuleLike, Site, bias_path, hint_of, plan, weight_keys
 from sborax.adapters.rebase import as_matrix, astray, rewrite
 from sborax.adapters.rebase import rebase as rebase_node
@@ -245,16 +244,10 @@ def combine(train: PyTree, frozen: PyTree) -> PyTree:
     """
 
     def joined(train_half: Adapter, frozen_half: Adapter) -> Adapter:
-        leaves = _union(frozen_half.train, train_half.train)
+        leaves = union(frozen_half.train, train_half.train)
         return Adapter(leaves, frozen_half.frozen, train_half.method, train_half.in_axes)
 
     return jax.tree.map(joined, train, frozen, is_leaf=is_adapter)
-
-
-def _union(first: Leaves, second: Leaves) -> Leaves:
-    """The leaves of two nested dicts that have no leaf in common."""
-    shared = {name: _union(first[name], second[name]) for name in first.keys() & second.keys()}
-    return {**first, **second, **shared}
 
 
 def link(adapters: PyTree) -> PyTree:
@@ -284,7 +277,8 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """
     leaves = flatten(params)
     merged = {}
-    for path, node in depth.link(bank.link(tree_of(adapters, "merge"))).items():
+    separate, shared = bank.separate(tree_of(adapters, "merge"))
+    for path, node in depth.link(separate).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {_unmerged(node.method)} cannot be merged: {node.method.no_merge}")
         if leaf_of(path, leaves) != path:
@@ -295,10 +289,10 @@ def merge(params: Params, adapters: PyTree) -> Params:
             raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
         weight = leaves[path]
         check_base(path, weight, node)
-        merged[path] = merged_node(weight, node)
+        merged[path] = merged_node(weight, node, shared.get(path))
         bias = bias_path(path)
         if node.method.adapts_bias and bias in leaves:
-            merged[bias] = merge_bias(bias, leaves[bias], weight, node).astype(leaves[bias].dtype)
+            merged[bias] = merge_bias(bias, leaves[bias], weight, node, shared.get(path)).astype(leaves[bias].dtype)
     return replace_leaves(params, merged)
 
 
@@ -322,20 +316,26 @@ def check_base(path: str, weight: Weight, node: Adapter) -> None:
         )
 
 
-def merged_node(weight: Weight, node: Adapter) -> Array:
-    """The merged kernel of one adapter, in the shape and dtype of `weight`."""
+def merged_node(weight: Weight, node: Adapter, shared: Adapter | None = None) -> Array:
+    """The merged kernel of one adapter, in the shape and dtype of `weight`.
+
+    - shared: leaves that all layers of a stack share, as `bank.separate` gives them.
+    """
     stack = stack_of(node)
     matrix = as_matrix(weight, len(stack), node.in_axes)
     with jax.default_matmul_precision("highest"):
-        merged = over_stack(lambda w, n: n.method.merge(w, n), stack)(matrix, node)
+        merged = over_stack(lambda w, n: n.method.merge(w, bank.joined(n, shared)), stack)(matrix, node)
     return merged.astype(weight.dtype).reshape(weight.shape)
 
 
-def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapter) -> Float[Array, "..."]:
+def merge_bias(
+    path: str, bias: Float[Array, "..."], weight: Weight, node: Adapter, shared: Adapter | None = None
+) -> Float[Array, "..."]:
     """The float32 bias that goes with the merged kernel, in the shape of `bias`.
 
     - path: where the bias is, for the error.
     - weight: the kernel before merging.
+    - shared: leaves that all layers of a stack share, as `bank.separate` gives them.
 
     Raises SboraxError for a bias that does not have one entry per output.
     """
@@ -348,7 +348,9 @@ def merge_bias(path: str, bias: Float[Array, "..."], weight: Weight, node: Adapt
         )
     matrix = as_matrix(weight, len(stack), node.in_axes)
     with jax.default_matmul_precision("highest"):
-        merged = over_stack(lambda b, w, n: n.method.merge_bias(b, w, n), stack)(bias.reshape(*stack, -1), matrix, node)
+        merged = over_stack(lambda b, w, n: n.method.merge_bias(b, w, bank.joined(n, shared)), stack)(
+            bias.reshape(*stack, -1), matrix, node
+        )
     return merged.reshape(bias.shape)
 
 

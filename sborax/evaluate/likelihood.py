@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sborax.adapters.core import Context
 from sborax.adapters.invocation import Invocations, continuation, find, invocations_of
-from sborax.adapters.tree import link, nodes
+from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.memory import run
+from sborax.models.memory import linked, run
 
 CHUNK = 256
 """Tokens whose logits are in memory at one time."""
@@ -34,7 +34,7 @@ def score_rows(
     - lengths: tokens of the prompt, at least 1.
     - counts: number of targets, at least 1.
     """
-    variables = {**variables, "adapters": link(variables["adapters"])}
+    variables = linked(variables)
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     prompt = (slots < lengths[:, None]).astype(jnp.int32)
     segments = (slots < (lengths + counts - 1)[:, None]).astype(jnp.int32)
@@ -62,7 +62,7 @@ def score_options(
 
     It does not work for adapters that a router weighs.
     """
-    variables = {**variables, "adapters": link(variables["adapters"])}
+    variables = linked(variables)
     slots = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None]
     segments = (slots < lengths[:, None]).astype(jnp.int32)
     masks = find(prompts, segments, invocations_of(nodes(variables["adapters"])))

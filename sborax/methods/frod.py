@@ -44,9 +44,8 @@ class FRoD(AbstractBanked):
     U is never formed: as U = L0^-1 V^-1 W, y = (x + d) W with d = (x V) (diag(l) + S) L0^-1 V^-1. So the change does
     not suffer from rounding in V, and a kernel keeps no second weight, as it does in PEFT. On SmolLM2-135M the
     condition number of V is 2 to 10, and the change is accurate to 5e-7 in float32 and 5e-3 in bfloat16, as if U were
-    held. A kind keeps V and V^-1, 8 in^2 bytes, and a forward pass has a copy of them for each layer of each kernel.
-    PEFT trains L = L0 + l, so weight decay draws to zero there and to the base here. Directions that a weight
-    lacks change nothing; in PEFT they have a random u, made of rounding errors.
+    held. A kind keeps V and V^-1, 8 in^2 bytes. PEFT trains L = L0 + l, so weight decay draws to zero there and to the
+    base here. Directions that a weight lacks change nothing; in PEFT they have a random u, made of rounding errors.
 
     PEFT makes V again from the base when it loads a file, and U from that, and then takes V from the file. Eigenvectors
     in V depend on the library, the number of threads and all else that rounds, so that only a V that came from PEFT

@@ -42,9 +42,8 @@ class Lily(AbstractAdditive, AbstractBanked):
     neighbours and on its own later tokens, microbatches matter, and in generation a new token is weighted by itself
     alone. By "token", no token's weights depend on another. PEFT's files are read, and written, with "batch": the same
     where nothing is padded.
-    a ~ U(-1/sqrt(in), 1/sqrt(in)), router ~ U(-1/sqrt(rank), 1/sqrt(rank)), b = 0. Identity at init. No merge. A
-    forward pass has a copy of the experts for each layer of each kernel. Trained parameters: rank experts for each
-    weight, and for each kind rank (in ceil(layers / stride) + out experts).
+    a ~ U(-1/sqrt(in), 1/sqrt(in)), router ~ U(-1/sqrt(rank), 1/sqrt(rank)), b = 0. Identity at init. No merge.
+    Trained parameters: rank experts for each weight, and for each kind rank (in ceil(layers / stride) + out experts).
     """
 
     paper = "Low-Rank Interconnected Adaptation across Layers, arXiv:2407.09946"

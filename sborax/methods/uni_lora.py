@@ -43,7 +43,7 @@ class UniLoRA(AbstractFactored, AbstractBanked):
     Each weight has every index equally often, or once more, at random places: the indices of a kernel depend on no
     other kernel, and gains on which kernels are adapted. PEFT deals indices out over all kernels at once, the paper
     draws each alone. Not the identity at init. Exact merge. The vector is one array for all kernels, so rules must
-    agree on coefficients and bound; a forward pass has a copy of it and of the gains for each layer of each kernel.
+    agree on coefficients and bound.
     Trained parameters: none for each weight, and coefficients once.
     """
 

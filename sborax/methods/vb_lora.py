@@ -42,7 +42,7 @@ class VBLoRA(AbstractFactored, AbstractBanked):
     dropout: rate on x; default 0.
 
     Not the identity at init, since neither factor is zero. Exact merge. The bank is one array for all kernels, so rules
-    must agree on vectors, length and bound; a forward pass has a copy of it for each layer of each kernel.
+    must agree on vectors, length and bound.
     Trained parameters: rank (in + out) / length * vectors for each weight, and vectors * length once.
     """
 

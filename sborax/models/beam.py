@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.invocation import continuation, find, invocations_of
 from sborax.adapters.routing import routed_parts
-from sborax.adapters.tree import link, nodes
+from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.generate import BUCKET, check_request, until_end
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.memory import run
+from sborax.models.memory import linked, run
 
 NEVER = -1e9
 """The score of a text that must not be chosen, or an addend of that."""
@@ -136,7 +136,7 @@ def _search(
     ends: Int[Array, " ends"],
 ) -> Int[Array, "batch new"]:
     rows, width = tokens.shape
-    variables = {**variables, "adapters": link(variables["adapters"])}
+    variables = linked(variables)
     # A router decides for each row, so each beam needs the prompt in a row of its own.
     before, after = (beams, 1) if routed else (1, beams)
     tokens, segments = (jnp.repeat(array, before, axis=0) for array in (tokens, segments))

@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import Context, SboraxError
 from sborax.adapters.invocation import Invocations, continuation, find, invocations_of
-from sborax.adapters.tree import link, nodes
+from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.memory import run
+from sborax.models.memory import linked, run
 
 BUCKET = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -158,7 +158,7 @@ def _prefill(
     lengths: Int[Array, " batch"],
 ) -> tuple[Texts, PromptState]:
     """The first token of each text, and what its prompt decides."""
-    variables = {**variables, "adapters": link(variables["adapters"])}
+    variables = linked(variables)
     masks = find(tokens, segments, invocations_of(nodes(variables["adapters"])))
     ctx = Context(prompt=segments, invocations=masks)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
@@ -184,7 +184,7 @@ def _decode(
 ) -> Texts:
     """The texts with `until` tokens each, or fewer if all have ended."""
     width = texts.live.shape[1] - texts.out.shape[1] + 1
-    variables = {**variables, **state.routing, "adapters": link(variables["adapters"])}
+    variables = linked({**variables, **state.routing})
     ctx = Context(invocations=state.invocations)
 
     def unfinished(texts: Texts) -> Bool[Array, ""]:

@@ -11,16 +11,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from sborax.adapters import core
 from sborax.adapters.bank import AbstractBank
-from sborax.adapters.bank import link as link_banks
 from sborax.adapters.invocation import invocations_of
-from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.leaves import flatten
 from sborax.adapters.paths import STACKED_UNDER, adaptable
 from sborax.adapters.paths import kernels as kernels_of
 from sborax.adapters.routing import ROUTER, layer_of
 from sborax.adapters.tree import nodes
 from sborax.models.decoder import AbstractDecoder, DecoderConfig, check_capacity
 from sborax.models.llama import Llama
-from sborax.models.memory import run, values_at
+from sborax.models.memory import linked, run, values_at
 from sborax.models.sparse import load_of
 
 Params = dict[str, Any]
@@ -231,6 +230,5 @@ class LanguageModel:
         variables = {"params": params, "adapters": adapters or {}}
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         if method == "head":
-            linked = {**variables, "adapters": nest(link_banks(nodes(variables["adapters"])))}
-            return self.module.apply(linked, *inputs, rngs=rngs, method=method)
+            return self.module.apply(linked(variables), *inputs, rngs=rngs, method=method)
         return run(self.module, variables, *inputs, rngs=rngs, method=method, **options)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters import core
+from sborax.adapters.bank import joined
 from sborax.adapters.depth import remember
 from sborax.adapters.routing import GATE, ROUTER
 from sborax.adapters.tables import look_up, tied_head
@@ -53,7 +54,7 @@ class Linear(nn.Module):
             self.put_variable("observations", "kernel", feature_norms(x, ctx.mask))
         if self.is_mutable_collection("rows") and not self.is_initializing():
             self.put_variable("rows", "kernel", x)
-        adapter, memory = self.get_variable("adapters", "kernel"), self.get_variable("memory", "kernel")
+        adapter, memory = adapter_of(self), self.get_variable("memory", "kernel")
         adapter = None if adapter is None else used_whole(adapter, self.path[-1])
         if adapter is not None and memory is not None:
             # A copy, since Flax merges a dict that is put into a collection into the one that was read from it.
@@ -69,6 +70,12 @@ class Linear(nn.Module):
         if self.is_mutable_collection("remembered"):
             flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
             self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, ctx.mask), flat))
+
+
+def adapter_of(layer: nn.Module, name: str = "kernel") -> core.Adapter | None:
+    """The adapter of a parameter of `layer`, with what it reads of banks; None if there is none."""
+    adapter = layer.get_variable("adapters", name)
+    return None if adapter is None else joined(adapter, layer.get_variable("bank", name))
 
 
 class GatedUnit(nn.Module):
@@ -171,7 +178,7 @@ class Embed(nn.Module):
         """The vectors of `tokens`, adapted or not."""
         vectors = jnp.take(self.embedding, tokens, axis=0)
         for name in ("embedding", "lookup"):
-            adapter = self.get_variable("adapters", name)
+            adapter = adapter_of(self, name)
             if adapter is not None:
                 vectors = vectors + look_up(tokens, self.embedding, used_whole(adapter, self.path[-1]))
         return vectors if self.factor is None else vectors * jnp.asarray(self.factor, vectors.dtype)
@@ -194,7 +201,7 @@ class TiedHead(nn.Module):
         """
         if self.has_rng("dropout"):
             ctx = dataclasses.replace(ctx, key=self.make_rng("dropout"))
-        adapter = self.get_variable("adapters", "kernel")
+        adapter = adapter_of(self)
         adapter = None if adapter is None else used_whole(adapter, self.path[-1])
         logits = core.linear(x, table.T, adapter, ctx)
         return logits if shared is None else logits + tied_head(x, table, used_whole(shared, "embed_tokens"), ctx)

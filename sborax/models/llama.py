@@ -16,7 +16,7 @@ from sborax.adapters.core import HIDDEN
 from sborax.models.backends import ATTENDED, attend
 from sborax.models.config import SLIDING, LlamaConfig, Rope
 from sborax.models.decoder import AbstractDecoder
-from sborax.models.layers import ACTIVATIONS, Embed, GatedUnit, Linear, RMSNorm, TiedHead, rotate, routed
+from sborax.models.layers import ACTIVATIONS, Embed, GatedUnit, Linear, RMSNorm, TiedHead, adapter_of, rotate, routed
 from sborax.models.memory import handed_on
 from sborax.models.sharding import over_rows
 from sborax.models.sparse import SparseMLP
@@ -264,6 +264,7 @@ class Llama(AbstractDecoder):
             self.layers = nn.scan(
                 block,
                 variable_axes=dict.fromkeys(("params", "adapters", "observations", "rows", "remembered", "routing"), 0),
+                variable_broadcast="bank",
                 variable_carry="memory",
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
@@ -318,7 +319,7 @@ class Llama(AbstractDecoder):
         """Logits of normed hidden states, float32."""
         if isinstance(self.lm_head, TiedHead):
             table = self.embed_tokens
-            logits = self.lm_head(hidden, table.embedding, table.get_variable("adapters", "embedding"), ctx)
+            logits = self.lm_head(hidden, table.embedding, adapter_of(table, "embedding"), ctx)
         else:
             logits = self.lm_head(hidden, ctx)
         logits = logits.astype(jnp.float32)

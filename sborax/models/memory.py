@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Int
 
+from sborax.adapters.bank import separate
 from sborax.adapters.core import Adapter, Context, SboraxError
-from sborax.adapters.depth import Memory, continues, remember, stack_of
+from sborax.adapters.depth import Memory, continues, link, remember, stack_of
 from sborax.adapters.invocation import find, invocations_of
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import kernels
-from sborax.adapters.tree import link, nodes
+from sborax.adapters.tree import nodes
 
 
 def run(
@@ -42,8 +43,8 @@ def run(
 
     Raises SboraxError for a call over a `past` whose context does not say what was invoked there.
     """
-    adapters = link(variables["adapters"])
-    variables = {**variables, "adapters": adapters}
+    variables = linked(variables)
+    adapters = variables["adapters"]
     missing = [wanted for wanted in invocations_of(nodes(adapters)) if wanted not in ctx.invocations]
     if missing:
         if "past" in options:
@@ -62,6 +63,18 @@ def run(
         {**variables, "memory": memory}, tokens, *inputs, mutable=[*mutable, "memory"], **options
     )
     return (out, {name: leaves for name, leaves in kept.items() if name != "memory"}) if mutable else out
+
+
+def linked(variables: dict[str, Any]) -> dict[str, Any]:
+    """The collections of a model with adapters that need no weights of other layers.
+
+    What all layers of a stack share goes into collection `bank`, from which `adapter_of` reads it: the scan over layers
+    does not cut it, so there is one copy. Linking twice changes nothing.
+    """
+    if "bank" in variables:
+        return variables
+    adapters, shared = separate(nodes(variables["adapters"]))
+    return {**variables, "adapters": nest(link(adapters)), "bank": nest(shared)}
 
 
 def _empty(params: Any, adapters: Any, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:

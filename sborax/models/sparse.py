@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sborax.adapters import core
 from sborax.adapters.constraints import ROWS, dividing
 from sborax.models.config import Experts
-from sborax.models.layers import GatedUnit
+from sborax.models.layers import GatedUnit, adapter_of
 from sborax.models.mixture import Mixture, Projection, mixed
 
 ROUTER_WEIGHT = "router/weight"
@@ -141,7 +141,7 @@ class GroupedLinear(nn.Module):
             shape = (self.experts, self.fan_in, self.features)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return Projection(kernel, self.get_variable("adapters", "kernel"), key, "/".join(self.path))
+        return Projection(kernel, adapter_of(self), key, "/".join(self.path))
 
     def observe(self, squares: Float[Array, "experts in"]) -> None:
         """Put the norms of the input features of each expert into collection `observations`."""
