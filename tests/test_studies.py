@@ -1,5 +1,6 @@
 """Studies: pieces are cached, killed ones go on, learning rates are extended, verdicts follow their rule."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -163,6 +164,17 @@ def test_no_piece_begins_that_would_not_end_in_time(tiny, tmp_path):
     store.seconds.append(100.0)
     assert command.run(tiny, store, tmp_path / "work", 99.0, echo=lines.append) == 0
     assert not (tmp_path / "work").exists() and "would take 120 s" in lines[0]
+
+
+def test_a_piece_that_another_process_runs_is_left_to_it(tiny, tmp_path):
+    store, work, lines = Store(tiny, tmp_path / "results"), tmp_path / "work", []
+    held = [work / "claims" / piece.digest for piece in pending(tiny, store)]
+    with contextlib.ExitStack() as stack:
+        for place in held:
+            place.mkdir(parents=True)
+            stack.enter_context(locked(epath.Path(place)))
+        assert command.run(tiny, store, work, float("inf"), echo=lines.append) == 0
+    assert lines == [f"the {len(held)} known pieces that are left are run by other processes"]
 
 
 def test_a_config_that_changes_is_another_piece(tiny):

@@ -1,9 +1,10 @@
 """Run studies of adapters, and write what they decide: python -m experiments.studies list | run | repeat | report
 
 `list` tells how many pieces of each study are done. `run` runs the pending pieces of a study in order, and stores a
-small file for each; it begins none that would not end in time. Models are found under $SBORAX_MODELS and data under
-$SBORAX_DATA, as by `sborax train`. `repeat NAME CLAIM` trains the arms of a claim again and says whether the difference
-lies in the stored intervals. `report` writes docs/RESULTS.md from the stored files alone.
+small file for each; it begins none that would not end in time. Several processes may run one study at once. Models are
+found under $SBORAX_MODELS and data under $SBORAX_DATA, as by `sborax train`. `repeat NAME CLAIM` trains the arms of a
+claim again and says whether the difference lies in the stored intervals. `report` writes docs/RESULTS.md from the
+stored files alone.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from experiments import studies
 from experiments.studies.pieces import measure_base, run_piece
@@ -25,6 +27,7 @@ from experiments.studies.store import RESULTS, Store
 from experiments.studies.study import Base, Study, settings
 from experiments.studies.tuning import pending
 from sborax.adapters.core import SboraxError
+from sborax.records.claim import InUse, locked
 from sborax.train.read import Echo, silent
 from sborax.train.stop import Stopped
 
@@ -63,6 +66,8 @@ def run(
 ) -> int:
     """Run pending pieces until there is none, or until the next would not end within `seconds`. Returns their number.
 
+    Pieces that another process runs over the same `work` are left to it, so several processes share a study.
+
     - setting: run the arms of this setting alone; None for all.
     - work: a folder for run directories, which are removed once their result is stored.
     - detail: gets the lines of each run.
@@ -73,8 +78,13 @@ def run(
             raise SboraxError(f"{setting}: no setting of {study.name}; it has {', '.join(settings(study))}")
         study = dataclasses.replace(study, arms=arms)
     began, count = time.monotonic(), 0
+    elsewhere: set[str] = set()
     while queue := pending(study, store):
-        piece, left = queue[0], seconds - (time.monotonic() - began)
+        free = [piece for piece in queue if piece.digest not in elsewhere]
+        if not free:
+            echo(f"the {len(queue)} known pieces that are left are run by other processes")
+            break
+        piece, left = free[0], seconds - (time.monotonic() - began)
         needed = MARGIN * max(store.seconds[-BEFORE:], default=0.0)
         if needed > left:
             echo(f"{len(queue)} pieces are pending; the next would take {needed:.0f} s, {max(left, 0):.0f} s are left")
@@ -83,13 +93,22 @@ def run(
         if base is not None and store.get(base) is None:
             store.add(base, measure_base(base))
             echo(f"{base.label}: measured")
+        claim = work / "claims" / piece.digest
+        claim.mkdir(parents=True, exist_ok=True)
         try:
-            result = run_piece(piece, work, detail)
+            with locked(epath.Path(claim)):
+                # Another process may have ended it since.
+                if store.get(piece):
+                    continue
+                result = run_piece(piece, work, detail)
+                store.add(piece, result)
+                shutil.rmtree(work / piece.digest)
+        except InUse:
+            elsewhere.add(piece.digest)
+            continue
         except Stopped:
             echo(f"{piece.label}: stopped; it goes on from there when it is run again")
             break
-        store.add(piece, result)
-        shutil.rmtree(work / piece.digest)
         count += 1
         best = min(result["members"], key=lambda member: member.get("items_loss", float("inf")))
         echo(

@@ -18,6 +18,7 @@ from experiments.studies.items import batches_of, digests, held_out, scorer
 from experiments.studies.study import Base, Held, Piece
 from sborax.cli.targets import Target, load_run
 from sborax.models import load_model
+from sborax.records.claim import InUse
 from sborax.records.report import Summary, git_revision
 from sborax.sweep.run import sweep
 from sborax.train.loop import train
@@ -38,8 +39,10 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
     place = work / piece.digest
     try:
         members = train_members(piece, place, place.exists(), echo)
+    except InUse:
+        raise
     except sx.SboraxError as error:
-        if not place.exists() or "in use by" in str(error):
+        if not place.exists():
             raise
         echo(f"{place}: begun again ({error})")
         shutil.rmtree(place)

@@ -93,12 +93,16 @@ def _remove(place: epath.Path, written: tuple[str, ...]) -> None:
             entry.unlink(missing_ok=True)
 
 
+class InUse(SboraxError):
+    """Another process holds the lock of a directory."""
+
+
 @contextlib.contextmanager
 def locked(place: epath.Path) -> Iterator[None]:
     """Lock a directory. The operating system releases the lock when the process ends, however it ends.
 
     Where there are no locks, as in a bucket, this does nothing.
-    Raises SboraxError naming the process that holds the lock.
+    Raises InUse, naming the process that holds the lock.
     """
     if not _is_local(place) or importlib.util.find_spec("fcntl") is None:
         yield
@@ -130,7 +134,7 @@ def _lock(file: Path) -> int | None:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
                 return None
-            raise SboraxError(
+            raise InUse(
                 f"{file.parent}: in use by {holder or 'another process'}; wait until it has ended, or end it"
             ) from None
         if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
