@@ -237,10 +237,10 @@ def main() -> None:
         heading = scene.described(model)
         blocks += [heading, "\n".join(table(arms, wanted, scene, model, args.data, written(heading)))]
     about = (
-        f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on `{args.data}`, in "
-        "float32 on a CPU, with all seven linears of every layer adapted. There is one seed and one learning rate for "
-        "each method. The tables show that each method trains through the same loop, and what its step costs. They do "
-        "not rank methods."
+        f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on "
+        f"`{Path(args.data).name}`, in float32 on a CPU, with all seven linears of every layer adapted. There is one "
+        "seed and one learning rate for each method. The tables show that each method trains through the same loop, "
+        "and what its step costs. They do not rank methods."
     )
     PAGE.write_text("\n\n".join(["# Every method in a run", about, *blocks]) + "\n")
 

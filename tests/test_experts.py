@@ -134,15 +134,15 @@ def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
     params = {"q": {"kernel": jnp.zeros((size, size))}}
 
     def block(basis, number, **more):
-        method = sx.OrthogonalAdaptation(rank=rank, side=side, expert=number, experts=40, basis=basis, **more)
+        method = sx.OrthogonalAdaptation(rank=rank, side=side, expert=number, experts=12, basis=basis, **more)
         (node,) = nodes(sx.attach(jax.random.key(number), params, [("q", method)])[1]).values()
         assert sx.count({"q": {"kernel": node}}) == rank * size
         return np.asarray(node.frozen["a"] if side == "in" else node.frozen["b"].T, np.float64)
 
-    trained = np.random.default_rng(0).normal(size=(40, rank, size))
+    trained = np.random.default_rng(0).normal(size=(12, rank, size))
 
     def crosstalk(basis):
-        blocks = [block(basis, number) for number in range(40)]
+        blocks = [block(basis, number) for number in range(12)]
         own = np.linalg.norm(blocks[0].T @ blocks[0] @ trained[0])
         others = [np.linalg.norm(blocks[0].T @ q @ b) for q, b in zip(blocks[1:], trained[1:], strict=True)]
         return np.mean(others) / own
@@ -150,11 +150,11 @@ def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
     assert crosstalk("orthogonal") < 1e-5
     assert 0.9 < crosstalk("gaussian") / np.sqrt(rank / size) < 1.1
     # E[q_i^T q_j] = 0 and E[q^T q] = 1; deviations by chance have size 1 / sqrt(size).
-    blocks = [block("gaussian", number) for number in range(40)]
+    blocks = [block("gaussian", number) for number in range(12)]
     cross = np.stack([blocks[0].T @ q for q in blocks[1:]])
     assert abs(cross.mean()) < 4 / np.sqrt(size * cross.size)
     assert 0.9 < cross.std() * np.sqrt(size) < 1.1
-    assert abs(np.mean([np.sum(q**2, axis=0) for q in blocks]) - 1) < 0.02
+    assert abs(np.mean([np.sum(q**2, axis=0) for q in blocks]) - 1) < 0.03
     np.testing.assert_allclose(block("gaussian", 3, sigma=0.5), 0.5 * np.sqrt(size) * blocks[3], rtol=1e-6)
     # Of the seed and the expert, not of the key or the number of experts.
     assert np.abs(block("gaussian", 3, basis_seed=1) - blocks[3]).max() > 0.1
