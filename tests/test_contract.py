@@ -43,7 +43,7 @@ from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.config import codec as config
-from sborax.records.adapter import read_adapter, save_adapter
+from sborax.records.adapter import check_leaves, read_adapter, save_adapter
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -395,6 +395,9 @@ def test_file_round_trip(case: Case, tmp_path):
     found = read_adapter(tmp_path / "adapter").adapters
     chex.assert_trees_all_equal_structs(found, adapters)
     chex.assert_trees_all_equal(found, adapters)
+    shape = dict(zip(("in", "out"), weight.shape[-2:], strict=True))
+    for half in (node.train, node.frozen):
+        check_leaves("proj", node.method, node.method.axes, half, shape)
 
 
 @by_few

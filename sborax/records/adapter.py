@@ -168,7 +168,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         where = f"{place / PLAN}: {path}"
         train, frozen = _nested(where, leaves_under(f"{path}/train/")), _nested(where, leaves_under(f"{path}/frozen/"))
         for half in (train, frozen):
-            _check_leaves(where, method, method.axes, half, None)
+            check_leaves(where, method, method.axes, half, None)
         adapters[path] = _with_parts(_with_scalars(Adapter(train, frozen, method, in_axes)))
     trained_base = leaves_under("base/")
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
@@ -230,24 +230,24 @@ def _with_parts(node: Adapter) -> Adapter:
     return with_parts(node, [_with_parts(child) for child, _ in method.children(node)])
 
 
-def _check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: Mapping[str, int] | None) -> None:
+def check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, sizes: Mapping[str, int] | None) -> None:
     """Raise SboraxError for a leaf that the method lacks, or whose shape does not fit the weight.
 
     - axes: names of each leaf's axes, as the method declares them.
-    - sizes: the weight's "in" and "out"; an axis of that name has this size or divides it (one entry a block). None if
-      not known.
+    - sizes: the weight's "in" and "out"; an axis of that name has this size, divides it (one entry a block) or is a
+      multiple of it (several entries a feature). None if not known.
     """
     for name, leaf in leaves.items():
         names = axes.get(name)
         if names is None or isinstance(names, dict) != isinstance(leaf, dict):
             raise SboraxError(f"{where}: {type(method).__name__} has no leaf {shown(name)}")
         if isinstance(leaf, dict):
-            _check_leaves(where, method, names, leaf, sizes)
+            check_leaves(where, method, names, leaf, sizes)
             continue
         if leaf.ndim < len(names):
             raise SboraxError(f"{where}: {name} has shape {leaf.shape}, which lacks an axis")
         for axis, size in zip(names, leaf.shape[leaf.ndim - len(names) :], strict=True):
-            if sizes is not None and axis in sizes and (size < 1 or sizes[axis] % size):
+            if sizes is not None and axis in sizes and (size < 1 or (sizes[axis] % size and size % sizes[axis])):
                 raise SboraxError(f"{where}: {name} has shape {leaf.shape}, the weight {sizes['in']} x {sizes['out']}")
 
 
@@ -280,7 +280,7 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
         sizes = weights[path].shape[len(stack_of(node)) :]
         weight = {"in": math.prod(sizes[: node.in_axes]), "out": math.prod(sizes[node.in_axes :])}
         for half in (node.train, node.frozen):
-            _check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
+            check_leaves(f"{directory}: {path}", node.method, node.method.axes, half, weight)
         if node.method.rewrites_base:
             changed[path] = rewrite(flat[path], node)
             check_finite(f"{directory}: {path}, rewritten", changed[path])
