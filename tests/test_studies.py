@@ -65,7 +65,8 @@ def test_a_study_runs_once(tiny, ran):
     store = Store(tiny, results)
     assert not pending(tiny, store) and len(files) == len(lines) == 4
     assert command.run(tiny, store, work, float("inf")) == 0
-    assert not [place for place in work.iterdir() if place.name != "programs"]
+    assert {place.name for place in work.iterdir()} <= {"programs", "claims"}
+    assert not [file for file in work.glob("claims/**/*") if file.is_file()]
     assert all(file.stat().st_size < 60_000 for file in files)
 
 
