@@ -154,7 +154,7 @@ def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
     cross = np.stack([blocks[0].T @ q for q in blocks[1:]])
     assert abs(cross.mean()) < 4 / np.sqrt(size * cross.size)
     assert 0.9 < cross.std() * np.sqrt(size) < 1.1
-    assert abs(np.mean([np.sum(q**2, axis=0) for q in blocks]) - 1) < 0.03
+    assert abs(np.mean([np.sum(q**2, axis=0) for q in blocks]) - 1) < 0.02
     np.testing.assert_allclose(block("gaussian", 3, sigma=0.5), 0.5 * np.sqrt(size) * blocks[3], rtol=1e-6)
     # Of the seed and the expert, not of the key or the number of experts.
     assert np.abs(block("gaussian", 3, basis_seed=1) - blocks[3]).max() > 0.1

@@ -39,6 +39,15 @@ VECTORS, TOKENS = "embed_tokens/vectors", "embed_tokens/tokens"
 CHOSEN = (0, 40, 1)
 
 
+def assert_equal_in_peft(apply, params, adapters, base, directory) -> None:
+    """Logits are those of PEFT with the adapter in `directory` over the model `base`."""
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), directory).eval()
+    tokens = np.asarray([[*CHOSEN, 7, 99]], np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(apply(params, adapters, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+
+
 @pytest.fixture(scope="module", params=nightly_unless(["tied"], ["tied", "untied"]))
 def place(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp(request.param) / "model", tie_word_embeddings=request.param == "tied")
@@ -97,13 +106,7 @@ def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "peft")]) == 0
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == sorted(CHOSEN) and "modules_to_save" not in config
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(place), tmp_path / "peft"
-    ).eval()
-    tokens = np.asarray([[*CHOSEN, 7, 99]], np.int32)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(model.apply(params, adapters, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+    assert_equal_in_peft(model.apply, params, adapters, place, tmp_path / "peft")
 
 
 BOTH = {"embed_tokens": CHOSEN, "lm_head": (40, 7)}
@@ -141,13 +144,7 @@ def test_vectors_of_a_head(chosen, untied, data, tmp_path, capsys):
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {module: sorted(ids) for module, ids in chosen.items()}
     params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(untied), tmp_path / "peft"
-    ).eval()
-    tokens = np.asarray([[*CHOSEN, 7, 99]], np.int32)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(model.apply(params, adapters, jnp.asarray(tokens)), expected, rtol=0, atol=1e-4)
+    assert_equal_in_peft(model.apply, params, adapters, untied, tmp_path / "peft")
 
 
 @pytest.mark.nightly

@@ -277,8 +277,8 @@ def merge(params: Params, adapters: PyTree) -> Params:
     """
     leaves = flatten(params)
     merged = {}
-    separate, shared = bank.separate(tree_of(adapters, "merge"))
-    for path, node in depth.link(separate).items():
+    readers, shared = bank.separate(tree_of(adapters, "merge"))
+    for path, node in depth.link(readers).items():
         if node.method.no_merge:
             raise SboraxError(f"{path}: {_unmerged(node.method)} cannot be merged: {node.method.no_merge}")
         if leaf_of(path, leaves) != path:
