@@ -9,7 +9,7 @@ They are leaves beside the table, with the tokens that they belong to:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,13 +17,31 @@ from jaxtyping import Array, Float, Int
 from sborax.adapters.core import AbstractWeight, SboraxError
 from sborax.adapters.tables import HEAD, LOOKUP, TABLE
 
+
+class Table(NamedTuple):
+    """A table of token vectors.
+
+    - path: of the leaf.
+    - axis: that of the tokens.
+    - adapted: the paths at which it may have an adapter.
+    """
+
+    path: str
+    axis: int
+    adapted: tuple[str, ...]
+
+    def at(self, tokens: Int[Array, " n"]) -> tuple[Any, ...]:
+        """The index of the vectors of `tokens`."""
+        return (slice(None),) * self.axis + (tokens,)
+
+
 OF_EMBEDDING, OF_HEAD = "embed_tokens", "lm_head"
-TABLES = {OF_EMBEDDING: TABLE, OF_HEAD: HEAD}
+TABLES = {OF_EMBEDDING: Table(TABLE, 0, (TABLE, LOOKUP)), OF_HEAD: Table(HEAD, 1, (HEAD,))}
 """The tables whose vectors may be trained, by their modules."""
-VECTORS = {f"{module}/vectors": table for module, table in TABLES.items()}
-"""The table of vectors, by their path."""
-TOKENS = {f"{module}/tokens": table for module, table in TABLES.items()}
-"""The table of tokens, by their path."""
+VECTORS = {f"{module}/vectors": table.path for module, table in TABLES.items()}
+"""The path of the table of vectors, by theirs."""
+TOKENS = {f"{module}/tokens": table.path for module, table in TABLES.items()}
+"""The path of the table of tokens, by theirs."""
 
 Chosen = Sequence[int] | Mapping[str, Sequence[int]]
 """Tokens of the embedding, or of each module in `TABLES`."""
@@ -57,18 +75,18 @@ def vectors_of(
     """
     vectors, places = {}, {}
     for module, ids in by_module(tokens).items():
-        table = leaves.get(TABLES[module])
-        if table is None:
+        table = TABLES[module]
+        leaf = leaves.get(table.path)
+        if leaf is None:
             tied = module == OF_HEAD and TABLE in leaves
             why = ": it is tied to the embedding, whose vectors it shares; leave it out" if tied else ""
             raise SboraxError(f"train_tokens: the model has no {module}{why}")
-        if isinstance(table, AbstractWeight):
-            raise SboraxError(f"train_tokens: {TABLES[module]} is quantised, and cannot be trained itself")
-        of_table = (TABLE, LOOKUP) if module == OF_EMBEDDING else (HEAD,)
-        both = next((path for path in of_table if path in adapted), None)
+        if isinstance(leaf, AbstractWeight):
+            raise SboraxError(f"train_tokens: {table.path} is quantised, and cannot be trained itself")
+        both = next((path for path in table.adapted if path in adapted), None)
         if both is not None:
             raise SboraxError(f"train_tokens: {both} has an adapter, too; leave one of the two out")
-        count = table.shape[0] if module == OF_EMBEDDING else table.shape[1]
+        count = leaf.shape[table.axis]
         beyond = next((token for token in ids if token >= count), None)
         if beyond is not None:
             raise SboraxError(
@@ -76,23 +94,18 @@ def vectors_of(
                 "which sx.resize_vocabulary makes and sx.save_hf writes"
             )
         rows = jnp.asarray(ids, jnp.int32)
-        vectors[f"{module}/vectors"] = _at(table, module, rows).astype(jnp.float32)
+        vectors[f"{module}/vectors"] = jnp.moveaxis(leaf[table.at(rows)], table.axis, 0).astype(jnp.float32)
         places[f"{module}/tokens"] = rows
     return vectors, places
-
-
-def _at(table: Float[Array, "_ _"], module: str, rows: Int[Array, " n"]) -> Float[Array, "n d"]:
-    return table[rows] if module == OF_EMBEDDING else table[:, rows].T
 
 
 def with_vectors(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """`leaves` by path, with trained vectors, if there are any, in their tables in place of beside them."""
     plain = {path: leaf for path, leaf in leaves.items() if path not in VECTORS and path not in TOKENS}
-    for module, path in TABLES.items():
+    for module, table in TABLES.items():
         if f"{module}/vectors" in leaves:
-            vectors, rows = leaves[f"{module}/vectors"].astype(plain[path].dtype), leaves[f"{module}/tokens"]
-            of_rows = plain[path].at[rows] if module == OF_EMBEDDING else plain[path].at[:, rows]
-            plain[path] = of_rows.set(vectors if module == OF_EMBEDDING else vectors.T)
+            leaf, vectors = plain[table.path], jnp.moveaxis(leaves[f"{module}/vectors"], 0, table.axis)
+            plain[table.path] = leaf.at[table.at(leaves[f"{module}/tokens"])].set(vectors.astype(leaf.dtype))
     return plain
 
 
@@ -101,10 +114,11 @@ def vectors_fit(vectors: Mapping[str, Any], leaves: Mapping[str, Any]) -> bool:
 
     def fits(module: str) -> bool:
         held, rows = vectors.get(f"{module}/vectors"), vectors.get(f"{module}/tokens")
-        table = leaves.get(TABLES[module])
-        if held is None or rows is None or table is None:
+        table = TABLES[module]
+        leaf = leaves.get(table.path)
+        if held is None or rows is None or leaf is None:
             return held is None and rows is None
-        count, width = table.shape if module == OF_EMBEDDING else table.shape[::-1]
+        count, width = leaf.shape[table.axis], leaf.shape[1 - table.axis]
         if not jnp.issubdtype(rows.dtype, jnp.integer) or not held.shape == (rows.size, width) == (*rows.shape, width):
             return False
         return bool(((rows >= 0) & (rows < count)).all())

@@ -120,7 +120,7 @@ def take_apart(
     quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
-    changing = chosen | {TABLES[module] for module in by_module(train_tokens)}
+    changing = chosen | {TABLES[module].path for module in by_module(train_tokens)}
     for path, node in nodes(adapters).items():
         if leaf_of(path, flat) in changing and reads_base(node.method):
             raise SboraxError(
