@@ -64,7 +64,7 @@ def test_halving_stops_the_higher_losses():
         ("g", 2),
     ]
     plain = Sweep(PLAIN, {"optimizer.lr": (1.0, 2.0)}).members()[0]
-    assert twice.going([dataclasses.replace(plain, name=name) for name in "abcdefg"]) == [1, 2, 4]
+    assert twice.running([dataclasses.replace(plain, name=name) for name in "abcdefg"]) == [1, 2, 4]
     last = twice.halved(8)
     assert last.best == "b" and sum(not (result.stopped or result.diverged) for result in last.members) == 1
     marks = [line.split("  ")[-1] for line in last.table()[1:]]
@@ -83,7 +83,7 @@ def test_automatic_rungs_double(count, steps, wanted):
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_a_step_computes_members_that_go_on(at_once):
     constants = MemberConstants([], 0, 0, 0)
-    stacked = StackedMembers(constants, [], lambda shared, frozen: frozen, (), 5, at_once, going=(1, 4))
+    stacked = StackedMembers(constants, [], lambda shared, frozen: frozen, (), 5, at_once, running=(1, 4))
     numbers = jnp.arange(5, dtype=jnp.float32)
     some = stacked.over(lambda number: 10 * number)(stacked.some(numbers))
     np.testing.assert_array_equal(some, jnp.array([10.0, 40.0]))

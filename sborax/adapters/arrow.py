@@ -273,8 +273,8 @@ def _prototype(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, " in
         assert isinstance(method, AbstractAdditive)
         basis, core = None, method.add_to_weight(jnp.zeros(shape, jnp.float32), part)
     else:
-        basis, rest = jnp.linalg.qr(factors[0].astype(jnp.float32))
-        core = rest @ factors[1].astype(jnp.float32)
+        basis, triangle = jnp.linalg.qr(factors[0].astype(jnp.float32))
+        core = triangle @ factors[1].astype(jnp.float32)
     u, s, _ = jnp.linalg.svd(core, full_matrices=False)
     leading = u[:, 0] if basis is None else basis @ u[:, 0]
     unique = (s[0] == 0.0) | (s[1] < (1.0 - TIE) * s[0]) if s.size > 1 else jnp.bool_(True)

@@ -174,8 +174,8 @@ def _largest(tensors: Float[Array, "parts rows columns"], density: float) -> Flo
     """The int(density size) entries of largest magnitude of each part; zero elsewhere."""
     parts, size = tensors.shape[0], math.prod(tensors.shape[1:])
     flat = tensors.reshape(parts, size)
-    _, kept = jax.lax.top_k(jnp.abs(flat), int(density * size))
-    mask = jax.vmap(lambda places: jnp.zeros(size, bool).at[places].set(True))(kept)
+    _, indices = jax.lax.top_k(jnp.abs(flat), int(density * size))
+    mask = jax.vmap(lambda places: jnp.zeros(size, bool).at[places].set(True))(indices)
     return jnp.where(mask, flat, jnp.zeros_like(flat)).reshape(tensors.shape)
 
 
@@ -186,8 +186,8 @@ def _dropped(
     if density == 1.0:
         return tensors
     keys = jax.random.split(key, tensors.shape[0])
-    kept = jnp.stack([jax.random.bernoulli(keys[i], density, tensors.shape[1:]) for i in range(tensors.shape[0])])
-    return jnp.where(kept, tensors / jnp.float32(density), jnp.zeros_like(tensors))
+    mask = jnp.stack([jax.random.bernoulli(keys[i], density, tensors.shape[1:]) for i in range(tensors.shape[0])])
+    return jnp.where(mask, tensors / jnp.float32(density), jnp.zeros_like(tensors))
 
 
 def _majority(tensors: Float[Array, "parts rows columns"], method: str) -> Bool[Array, "parts rows columns"]:

@@ -289,8 +289,8 @@ class Chain(AbstractMethod):
 
         weight = jax.ShapeDtypeStruct(shape, jnp.float32)
         train, frozen = jax.eval_shape(make, jax.random.key(0), weight)
-        kept = self.second.factors_frozen | {"dropout", *(TAKEN if self.first.rewrites_base else ())}
-        stray = sorted((set(train) ^ self.second.factors_trained) | (set(frozen) - kept))
+        allowed = self.second.factors_frozen | {"dropout", *(TAKEN if self.first.rewrites_base else ())}
+        stray = sorted((set(train) ^ self.second.factors_trained) | (set(frozen) - allowed))
         if stray:
             first, second = type(self.first).__name__, type(self.second).__name__
             if stray[0] in self.second.factors_trained:
@@ -358,8 +358,8 @@ class ByLayer(AbstractComposite):
             fitted = part.init(key, weight if part.rewrites_base else stored, hint)
             train[str(i)], frozen[str(i)] = fitted.train, fitted.frozen
             if fitted.weight is not None:
-                kept = dense(weight).astype(fitted.weight.dtype) if base is None else base
-                base = jnp.where(branch == i + 1, fitted.weight, kept)
+                original = dense(weight).astype(fitted.weight.dtype) if base is None else base
+                base = jnp.where(branch == i + 1, fitted.weight, original)
         return Fitted(train, frozen, base)
 
     def children(self, adapter: Adapter) -> list[tuple[Adapter, tuple[int, ...] | None]]:

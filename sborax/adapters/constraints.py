@@ -66,12 +66,12 @@ def cut(x: Shaped[Array, "..."], *entries: Any) -> Shaped[Array, "..."]:
     if not axes:
         return x
     only_ours = len(axes) == len(jax.sharding.get_abstract_mesh().axis_names)
-    rest = None if only_ours else jax.P.UNCONSTRAINED
+    default = None if only_ours else jax.P.UNCONSTRAINED
 
     def entry(size: int, names: Any) -> Any:
         if names is jax.P.UNCONSTRAINED:
             return names
-        return dividing(size, (names,) if isinstance(names, str) else names or ()) or rest
+        return dividing(size, (names,) if isinstance(names, str) else names or ()) or default
 
     return jax.lax.with_sharding_constraint(x, jax.P(*map(entry, x.shape, entries)))
 

@@ -460,8 +460,8 @@ def output_dropout(
             gains = gains / jnp.maximum(jnp.mean(gains), 1.0 / change.shape[1])
         change = change * cast(gains, change)[None, :]
     if "module_dropout" in adapter.frozen:
-        kept = jax.random.bernoulli(of_all, 1.0 - adapter.frozen["module_dropout"])
-        change = jnp.where(kept, change, jnp.zeros((), change.dtype))
+        keep_all = jax.random.bernoulli(of_all, 1.0 - adapter.frozen["module_dropout"])
+        change = jnp.where(keep_all, change, jnp.zeros((), change.dtype))
     return change
 
 

@@ -125,9 +125,9 @@ def over_chains(
     - beside: further arrays by path, with the leading axes of the adapter. Part 0 of a composite method gets the
       entries under "0".
     """
-    changed, given = dict(adapters), beside or {}
+    changed, extras = dict(adapters), beside or {}
     for run in _runs(adapters):
-        layers = [(adapters[path], given.get(path, {})) for path in run]
+        layers = [(adapters[path], extras.get(path, {})) for path in run]
         if stack := stack_of(layers[0][0]):
             ((node, arrays),) = layers
             changed[run[0]] = _over_parts(node, tuple(range(stack[0])), arrays, function)

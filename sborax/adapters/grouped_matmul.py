@@ -73,8 +73,8 @@ def tiles(sizes: Sizes, tile: int) -> tuple[Array, Any]:
     return last[-1], place
 
 
-def _leading_product(x: Float[Array, "tile in"], matrix: Float[Array, "in out"], wanted: Array) -> Array:
-    """x W of the first `wanted` rows. Of the others, whole parts of the tile are not multiplied and are zero."""
+def _leading_product(x: Float[Array, "tile in"], matrix: Float[Array, "in out"], count: Array) -> Array:
+    """x W of the first `count` rows. Of the others, whole parts of the tile are not multiplied and are zero."""
     tile = x.shape[0]
     part = tile // PARTS
     if part < LEAST_PART:
@@ -83,7 +83,7 @@ def _leading_product(x: Float[Array, "tile in"], matrix: Float[Array, "in out"],
     def leading(rows: int) -> Callable[[], Array]:
         return lambda: jnp.pad(x[:rows] @ matrix, ((0, tile - rows), (0, 0)))
 
-    parts = jnp.clip(-(-wanted // part), 1, PARTS)
+    parts = jnp.clip(-(-count // part), 1, PARTS)
     return jax.lax.switch(parts - 1, [leading(number * part) for number in range(1, PARTS + 1)])
 
 

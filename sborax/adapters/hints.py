@@ -87,8 +87,8 @@ def statistics(sites: Sequence[Site], observe: Observe) -> dict[str, Hint]:
         paths = dict.fromkeys(path for path, _ in methods)
         for group in [list(paths)] if kind.joint else [[path] for path in paths]:
             of_group = {place: method for place, method in methods.items() if place[0] in group}
-            for place, made in kind.gather(of_group, observe(group)).items():
-                gathered.setdefault(place, []).append(made)
+            for place, result in kind.gather(of_group, observe(group)).items():
+                gathered.setdefault(place, []).append(result)
     return {site.path.removesuffix("/kernel"): _stacked(site, gathered) for site in sites}
 
 
@@ -110,12 +110,12 @@ def _informed(site: Site, position: int) -> list[AbstractInformed]:
 def _stacked(site: Site, gathered: Mapping[Place, Sequence[Gathered]]) -> Hint:
     """The statistics of a site's weights, stacked. Weights without have zeros."""
     by_position = [gathered.get((site.path, position), ()) for position in range(math.prod(site.stack))]
-    leaves = [{name: leaf for made in of_weight for name, leaf in made.inputs.items()} for of_weight in by_position]
+    leaves = [{name: leaf for result in of_weight for name, leaf in result.inputs.items()} for of_weight in by_position]
     shapes = {name: np.shape(leaf) for of_weight in leaves for name, leaf in of_weight.items()}
     inputs = {}
     for name, shape in shapes.items():
         filled = [np.asarray(of_weight.get(name, np.zeros(shape)), np.float32) for of_weight in leaves]
         inputs[name] = np.stack(filled).reshape(*site.stack, *shape)
-    ranks = [next((made.rank for made in of_weight if made.rank is not None), 0) for of_weight in by_position]
-    chosen = any(made.rank is not None for of_weight in by_position for made in of_weight)
+    ranks = [next((result.rank for result in of_weight if result.rank is not None), 0) for of_weight in by_position]
+    chosen = any(result.rank is not None for of_weight in by_position for result in of_weight)
     return Hint(inputs=inputs, ranks=tuple(ranks) if chosen else None)

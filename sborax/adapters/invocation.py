@@ -52,14 +52,14 @@ def mask_of(method: AbstractInvoked, ctx: Context) -> Bool[Array, " tokens"]:
 
 
 def find(
-    tokens: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None, wanted: Iterable[Tokens]
+    tokens: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None, invocations: Iterable[Tokens]
 ) -> Invocations:
-    """For each of `wanted`, (batch, seq): True from the start of its last occurrence in a text on.
+    """For each of `invocations`, (batch, seq): True from the start of its last occurrence in a text on.
 
     Args:
     - tokens: token ids.
     - segment_ids: a text is a run of one segment; 0 is padding, which is no text. None: each row is one text.
-    - wanted: the tokens of each invocation.
+    - invocations: the tokens of each invocation.
     """
     segments = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
     slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -78,7 +78,7 @@ def find(
         last = jnp.take_along_axis(latest, end, axis=1)
         return (begin <= last) & (last <= slots)
 
-    return {invocation: since(invocation) for invocation in wanted}
+    return {invocation: since(invocation) for invocation in invocations}
 
 
 def continuation(masks: Invocations, seq: int = 1) -> Invocations:

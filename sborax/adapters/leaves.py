@@ -47,8 +47,8 @@ def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree, is_
 
 def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of two nested dicts that have no leaf in common."""
-    both = {name: union(first[name], second[name]) for name in first.keys() & second.keys()}
-    return {**first, **second, **both}
+    common = {name: union(first[name], second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **common}
 
 
 def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:

@@ -207,17 +207,17 @@ def as_rules(rules: Iterable[RuleLike]) -> tuple[Rule, ...]:
 def _axes(path: str, ndim: int, rule: Rule) -> tuple[int, int]:
     """How many leading axes are stack axes, and how many of the others are input axes."""
     stack = rule.stack_axes if rule.stack_axes is not None else stack_axes(path, ndim)
-    others = ndim - stack
-    if others < 2:
+    matrix_axes = ndim - stack
+    if matrix_axes < 2:
         raise SboraxError(f"{path}: a kernel of {ndim} axes has no (in, out) pair after {stack} stack axes")
-    if others > 2 and rule.in_axes is None:
+    if matrix_axes > 2 and rule.in_axes is None:
         raise SboraxError(
             f"{path}: {ndim} axes, {stack} of them stack axes: say which are input and output with "
             f"Rule({rule.pattern!r}, ..., in_axes=...) or stack_axes=..."
         )
     in_axes = rule.in_axes or 1
-    if not 0 < in_axes < others:
-        raise SboraxError(f"{path}: in_axes={in_axes} leaves no output axis among {others}")
+    if not 0 < in_axes < matrix_axes:
+        raise SboraxError(f"{path}: in_axes={in_axes} leaves no output axis among {matrix_axes}")
     return stack, in_axes
 
 

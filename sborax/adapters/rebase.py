@@ -121,12 +121,12 @@ def _rebase(weight: Weight, node: Adapter, banks: dict[str, Leaves]) -> Adapter:
 def _rebase_layer(weight: Weight, node: Adapter, banks: Mapping[str, Leaves]) -> Adapter:
     if isinstance(node.method, AbstractComposite):
         return with_parts(node, [_rebase_layer(weight, child, banks) for child, _ in node.method.children(node)])
-    known = node.frozen
+    frozen = node.frozen
     if isinstance(node.method, AbstractBanked) and node.method.base_leaves:
-        known = {**banks.get(node.method.bank_name, {}), **known}
-        if not node.method.bank_leaves <= known.keys():
+        frozen = {**banks.get(node.method.bank_name, {}), **frozen}
+        if not node.method.bank_leaves <= frozen.keys():
             raise SboraxError(f"{type(node.method).__name__} reads a bank, which these adapters lack")
-    leaves = {name: leaf(weight, known) for name, leaf in node.method.base_leaves.items()}
+    leaves = {name: leaf(weight, frozen) for name, leaf in node.method.base_leaves.items()}
     if _knows_base(node.method):
         leaves[LEFT] = _left(weight, node)
     return dataclasses.replace(node, frozen={**node.frozen, **leaves})

@@ -127,9 +127,9 @@ def routers(planned: Mapping[str, Expert], widths: Mapping[str, int], layers: st
                     "in some of them; drop `layers=`, or load the model with scan=False"
                 )
         read = Counter(width for path, width in widths.items() if path.startswith(f"{layer}/"))
-        (width, votes), *others = read.most_common(2)
-        if others and others[0][1] == votes:
-            raise SboraxError(f"{layer}: as many kernels read {width} as {others[0][0]} features: its width is unclear")
+        (width, votes), *rivals = read.most_common(2)
+        if rivals and rivals[0][1] == votes:
+            raise SboraxError(f"{layer}: as many kernels read {width} as {rivals[0][0]} features: its width is unclear")
         shape = (width, len(names))
         try:
             method.check(shape)

@@ -103,8 +103,8 @@ def by_row(trees: Sequence[Adapters]) -> Adapters:
         )
         return Adapter(train, frozen, ByRow(first.method, len(items)), first.in_axes)
 
-    listed = [link(nodes(tree)) for tree in trees]
-    return nest({path: joined(*(each[path] for each in listed)) for path in listed[0]})
+    linked = [link(nodes(tree)) for tree in trees]
+    return nest({path: joined(*(tree[path] for tree in linked)) for path in linked[0]})
 
 
 def together(params: Sequence[Params], adapters: Sequence[Adapters | None]) -> list[list[int]]:

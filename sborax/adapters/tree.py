@@ -368,13 +368,13 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
 
     def spec_at(path: str) -> tuple[Any, ...]:
         leaf = leaf_of(path, kernel_specs)
-        given = tuple(kernel_specs[leaf])
-        return (given + (None, None))[1::-1] if leaf != path == HEAD else given
+        spec = tuple(kernel_specs[leaf])
+        return (spec + (None, None))[1::-1] if leaf != path == HEAD else spec
 
     def node_specs(path: str, node: Adapter) -> Adapter:
-        given = () if isinstance(node.method, AbstractKernelless) else spec_at(path)
+        kernel_spec = () if isinstance(node.method, AbstractKernelless) else spec_at(path)
         stack = len(stack_of(node))
-        spec = given + (None,) * (stack + 2)
+        spec = kernel_spec + (None,) * (stack + 2)
         entries: dict[str | None, Any] = {"in": spec[stack], "out": spec[stack + 1], "rank": None, None: None}
 
         def leaf_spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:

@@ -52,14 +52,14 @@ def by_module(tokens: Chosen) -> dict[str, tuple[int, ...]]:
 
     Raises SboraxError for another module, and unless the tokens of each are distinct.
     """
-    given = tokens if isinstance(tokens, Mapping) else {OF_EMBEDDING: tokens}
-    for module, ids in given.items():
+    chosen = tokens if isinstance(tokens, Mapping) else {OF_EMBEDDING: tokens}
+    for module, ids in chosen.items():
         if module not in TABLES:
             raise SboraxError(f"train_tokens: there are vectors of {' and '.join(TABLES)}, not of {str(module)[:40]!r}")
         distinct = isinstance(ids, Sequence) and all(type(token) is int and token >= 0 for token in ids)
         if not distinct or len(set(ids)) < len(ids):
             raise SboraxError(f"train_tokens: expected distinct ids of tokens, got {str(ids)[:60]}")
-    return {module: tuple(ids) for module, ids in given.items() if ids}
+    return {module: tuple(ids) for module, ids in chosen.items() if ids}
 
 
 def vectors_of(
@@ -83,14 +83,14 @@ def vectors_of(
             raise SboraxError(f"train_tokens: the model has no {module}{why}")
         if isinstance(leaf, AbstractWeight):
             raise SboraxError(f"train_tokens: {table.path} is quantised, and cannot be trained itself")
-        both = next((path for path in table.adapted if path in adapted), None)
-        if both is not None:
-            raise SboraxError(f"train_tokens: {both} has an adapter, too; leave one of the two out")
+        adapter_path = next((path for path in table.adapted if path in adapted), None)
+        if adapter_path is not None:
+            raise SboraxError(f"train_tokens: {adapter_path} has an adapter, too; leave one of the two out")
         count = leaf.shape[table.axis]
-        beyond = next((token for token in ids if token >= count), None)
-        if beyond is not None:
+        unknown = next((token for token in ids if token >= count), None)
+        if unknown is not None:
             raise SboraxError(
-                f"train_tokens: the model has the tokens 0..{count - 1}, and not {beyond}; train on a larger model, "
+                f"train_tokens: the model has the tokens 0..{count - 1}, and not {unknown}; train on a larger model, "
                 "which sx.resize_vocabulary makes and sx.save_hf writes"
             )
         rows = jnp.asarray(ids, jnp.int32)

@@ -67,10 +67,10 @@ def check_finite(name: str, tree: PyTree) -> None:
     Traced leaves pass, since they have no values yet. Leaves on devices are reduced there, by all hosts with a share.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    known = [leaf for leaf in leaves if not isinstance(leaf, Tracer)]
+    concrete = [leaf for leaf in leaves if not isinstance(leaf, Tracer)]
     # Inside a trace, too, arrays that it closes over have values.
     with jax.ensure_compile_time_eval():
-        finite = [np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _finite(leaf) for leaf in known]
+        finite = [np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _finite(leaf) for leaf in concrete]
         if not all(finite):
             raise SboraxError(f"{name}: holds values that are not finite (NaN or infinite)")
 

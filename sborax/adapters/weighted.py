@@ -131,10 +131,10 @@ def unmerge(merged: Params, adapters: Adapters, params: Params) -> Params:
 
     Raises SboraxError where `merged` differs, with the largest difference.
     """
-    expected, given = flatten(merge(params, adapters)), flatten(merged)
-    _check_same_model(expected, given)
+    expected, merged_leaves = flatten(merge(params, adapters)), flatten(merged)
+    _check_same_model(expected, merged_leaves)
     for path, leaf in expected.items():
-        ours, theirs = np.asarray(_array(leaf)), np.asarray(_array(given[path]))
+        ours, theirs = np.asarray(_array(leaf)), np.asarray(_array(merged_leaves[path]))
         if ours.dtype != theirs.dtype or ours.tobytes() != theirs.tobytes():
             apart = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
             raise SboraxError(
@@ -235,7 +235,7 @@ def _thin_changes(
                 f"{path}: {combination.kind!r} needs adapters of one rank, got {ranks}; use 'svd' or 'cat'"
             )
         stack = stack_of(node)
-        weights, left, right = (jnp.stack(each, axis=len(stack)) for each in zip(*pairs, strict=True))
+        weights, left, right = (jnp.stack(layers, axis=len(stack)) for layers in zip(*pairs, strict=True))
 
         def combine(
             key: Key[Array, ""], weights: Float[Array, " parts"], left: Array, right: Array
@@ -298,12 +298,12 @@ def _product(change: ThinChange) -> Float[Array, "..."]:
     return jnp.matmul(change.a, change.b, precision="highest")
 
 
-def _check_same_model(leaves: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    for path in sorted(leaves.keys() | others.keys()):
-        if path not in leaves or path not in others:
+def _check_same_model(leaves: Mapping[str, Any], other_leaves: Mapping[str, Any]) -> None:
+    for path in sorted(leaves.keys() | other_leaves.keys()):
+        if path not in leaves or path not in other_leaves:
             raise SboraxError(f"{path}: in one of the two models only; adapters of another model do not fit this one")
-        if tuple(leaves[path].shape) != tuple(others[path].shape):
-            shapes = f"{tuple(leaves[path].shape)} and {tuple(others[path].shape)}"
+        if tuple(leaves[path].shape) != tuple(other_leaves[path].shape):
+            shapes = f"{tuple(leaves[path].shape)} and {tuple(other_leaves[path].shape)}"
             raise SboraxError(f"{path}: {shapes}; adapters of another model do not fit this one")
 
 

@@ -62,9 +62,9 @@ def slim(run: str, out: str) -> None:
     ):
         loss = loss_on(measured, params, adapters, batches)
         say(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
-    made = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
+    origin = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
     uniform = not small.config.model_type.startswith(UNEQUAL)
-    card = model_card(made, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=uniform)
+    card = model_card(origin, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=uniform)
     save_hf(out, small, small.params)
     write_card(out, card)
     if uniform:

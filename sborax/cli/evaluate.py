@@ -156,7 +156,7 @@ def tasks() -> str:
     from sborax.evaluate import GROUPS, every_task
 
     load_plugins()
-    listed = every_task()
-    width = max(len(name) for name in (*GROUPS, *(task.name for task in listed)))
-    lines = [f"{task.name:{width}}  {task.about}" for task in listed]
+    all_tasks = every_task()
+    width = max(len(name) for name in (*GROUPS, *(task.name for task in all_tasks)))
+    lines = [f"{task.name:{width}}  {task.about}" for task in all_tasks]
     return "\n".join([*lines, *(f"{name:{width}}  = {', '.join(members)}" for name, members in GROUPS.items())])

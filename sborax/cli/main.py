@@ -76,11 +76,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    arguments, rest = make_parser().parse_known_args(argv)
+    arguments, words = make_parser().parse_known_args(argv)
     # argparse leaves a `key=value` that follows an option unparsed.
-    changes = [word for word in rest if not word.startswith("-")]
-    if len(changes) < len(rest) or (changes and "changes" not in arguments):
-        unknown = next(word for word in rest if word.startswith("-") or "changes" not in arguments)
+    changes = [word for word in words if not word.startswith("-")]
+    if len(changes) < len(words) or (changes and "changes" not in arguments):
+        unknown = next(word for word in words if word.startswith("-") or "changes" not in arguments)
         raise SboraxError(f"unknown argument {unknown}; see sborax {arguments.command} --help")
     if changes:
         arguments.changes += changes

@@ -50,7 +50,7 @@ def merge(
         merged: Any = (
             merge_approximately(loaded, approximate) if approximate else merge_tree(loaded.params, loaded.adapters)
         )
-        made = f"{target} merged into its base{', approximately, by its ' + approximate if approximate else ''}"
+        origin = f"{target} merged into its base{', approximately, by its ' + approximate if approximate else ''}"
     elif approximate:
         raise SboraxError("--approximate merges one run; leave --add out")
     else:
@@ -60,22 +60,22 @@ def merge(
         parts += [_part(loaded, prints, target, name, weight) for name, weight in terms]
         merged = merge_weighted(loaded.model.params, parts, combination, jax.random.key(seed))
         terms = ([] if loaded.experiment is None else [(target, 1.0)]) + terms
-        made = "the base plus " + " plus ".join(f"{weight:g} times the change by {name}" for name, weight in terms)
-        made += "" if combination.kind == "cat" else f", combined by {combination.described}"
+        origin = "the base plus " + " plus ".join(f"{weight:g} times the change by {name}" for name, weight in terms)
+        origin += "" if combination.kind == "cat" else f", combined by {combination.described}"
     runs = [name for name in (target, *dict(terms)) if is_run(name) or is_best(name)]
-    card = _card(target if loaded.experiment is None else loaded.experiment.model, made, list(dict.fromkeys(runs)))
+    card = _card(target if loaded.experiment is None else loaded.experiment.model, origin, list(dict.fromkeys(runs)))
     save_hf(out, loaded.model, merged)
     write_card(out, card)
-    say(f"{out}: a dense model, {made}; transformers and `sborax generate {out}` load it")
+    say(f"{out}: a dense model, {origin}; transformers and `sborax generate {out}` load it")
 
 
-def _card(base: str, made: str, runs: Sequence[str]) -> str:
+def _card(base: str, origin: str, runs: Sequence[str]) -> str:
     names, lines = [], {}
     for run in runs:
         names += methods(find_run(run)[0])
         prefix = f"{run}: " if len(runs) > 1 else ""
         lines |= {f"{prefix}{title}": fact for title, fact in facts(run).items()}
-    return model_card(f"Made by `sborax merge`: {made}.", names, base, lines)
+    return model_card(f"Made by `sborax merge`: {origin}.", names, base, lines)
 
 
 def _term(word: str) -> tuple[str, float]:

@@ -28,9 +28,9 @@ def find(name: str) -> type[AbstractMethod]:
         return next(iter(named.values()))
     if named:
         raise SboraxError(f"{name!r} is the name of several methods: {', '.join(named)}; give the module, too")
-    known = {method.__name__.lower(): method for method in methods_by_label.values()} | labels
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(name_of(known[label]) for label in close)}?" if close else ""
+    by_name = {method.__name__.lower(): method for method in methods_by_label.values()} | labels
+    close = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(name_of(by_name[label]) for label in close)}?" if close else ""
     raise SboraxError(f"there is no method {name!r}; {hint or 'known: ' + ', '.join(methods_by_label)}")
 
 
@@ -41,10 +41,10 @@ def listed() -> dict[str, type[AbstractMethod]]:
     """
     load_plugins()
     builtin = {name: getattr(methods, name) for name in methods.__all__}
-    others = [
+    plugins = [
         method for method in foreign(AbstractMethod) if not issubclass(method, AbstractComposite | AbstractKernelless)
     ]
-    return builtin | {name_of(method): method for method in others}
+    return builtin | {name_of(method): method for method in plugins}
 
 
 def overview() -> str:

@@ -32,21 +32,21 @@ def expand(targets: Sequence[str]) -> list[str]:
 
     Raises SboraxError for a target that is given twice, and for a sweep without an adapter.
     """
-    listed: list[str] = []
+    paths: list[str] = []
     for target in targets:
         place = epath.Path(target)
         if not (place / SWEEP).exists():
-            listed.append(target)
+            paths.append(target)
             continue
         names = [member["name"] for member in read_members(place)]
         runs = [f"{target.rstrip('/')}/{name}" for name in names if (place / name / ADAPTER / PLAN).exists()]
         if not runs:
             raise SboraxError(f"{target}: none of its members has ended; `sborax sweep ... --resume` goes on")
-        listed += runs
-    repeated = next((target for number, target in enumerate(listed) if target in listed[:number]), None)
+        paths += runs
+    repeated = next((target for number, target in enumerate(paths) if target in paths[:number]), None)
     if repeated is not None:
         raise SboraxError(f"{repeated}: is given twice; leave it out once")
-    return listed
+    return paths
 
 
 def load_several(targets: Sequence[str]) -> list[Target]:
@@ -62,9 +62,9 @@ def load_several(targets: Sequence[str]) -> list[Target]:
             if left != right:
                 raise SboraxError(f"{target}: {name} is {right}, that of {targets[0]} is {left}; give runs of one base")
     # Kernels that any of them rewrites are loaded dense.
-    kept = [rewritten(as_rules(experiment.rules)) for experiment, _ in runs]
+    predicates = [rewritten(as_rules(experiment.rules)) for experiment, _ in runs]
     model = load_model(
-        first.model, first.precision, quant=first.quant, keep=lambda path: any(keep(path) for keep in kept)
+        first.model, first.precision, quant=first.quant, keep=lambda path: any(keep(path) for keep in predicates)
     )
     loaded = []
     for experiment, adapter in runs:

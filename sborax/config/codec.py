@@ -182,9 +182,9 @@ def _index(node: Any, part: str, done: list[str]) -> Any:
     return part
 
 
-def _unknown(where: str, name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+def _unknown(where: str, name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(names)) or 'none'}"
     return f"{where}: unknown key; {hint}"
 
 
@@ -325,8 +325,8 @@ def _decode_one_of(kind: type, value: Any, where: str, structural: bool) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         names = sorted(name_of(child) for child in concrete(kind) if is_offered(child))
         raise _wrong_type(where, f'an object with "type", one of {", ".join(names)}', value)
-    rest = {key: item for key, item in value.items() if key != "type"}
-    return _decode_fields(find_class(kind, value["type"], where), rest, where, structural)
+    fields = {key: item for key, item in value.items() if key != "type"}
+    return _decode_fields(find_class(kind, value["type"], where), fields, where, structural)
 
 
 def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
@@ -410,6 +410,6 @@ def _described(value: Any) -> str:
     return value.label() if isinstance(value, LiveObject) else shown(value)
 
 
-def _wrong_type(where: str, wanted: str, value: Any) -> SboraxError:
+def _wrong_type(where: str, expected: str, value: Any) -> SboraxError:
     text = value if isinstance(value, Literal) else json.dumps(value, default=_described)
-    return SboraxError(f"{where}: must be {wanted}, got {text}")
+    return SboraxError(f"{where}: must be {expected}, got {text}")

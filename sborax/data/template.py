@@ -32,9 +32,9 @@ NAMES = ("alpaca", "llm_adapters", "chat", "text")
 
 
 def _indented(prompt: str, after: str, line: Callable[[str], bool] | None) -> str:
-    first, rest = prompt.split("\n\n", 1)
+    first, body = prompt.split("\n\n", 1)
     margin = " " * 16
-    return f"{first}{after}\n\n{textwrap.indent(rest, margin, line)}{margin}"
+    return f"{first}{after}\n\n{textwrap.indent(body, margin, line)}{margin}"
 
 
 LLM_ADAPTERS = _indented(ALPACA, "  ", lambda line: True)
@@ -135,8 +135,8 @@ def prompt_of(template: str, record: Mapping[str, Any], tokenizer: Any) -> str:
     """
     if template == "chat":
         messages = _messages(record)
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return apply(tokenizer, asked, _tools(record), generate=True)
+        turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return apply(tokenizer, turns, _tools(record), generate=True)
     if template == "alpaca":
         return _fill(ALPACA_INPUT if record.get("input") else ALPACA, record)
     if template == "llm_adapters":

@@ -166,8 +166,8 @@ class Mmlu(AbstractTask):
             right[record["subject"]].append(float(item["chosen"] == item["gold"]))
         items = [{"subject": record["subject"], **item} for record, item in zip(units, measured.items, strict=True)]
         remarks = (f"{fewer:,} of {len(units):,} prompts hold fewer shots, to fit the context",)
-        each = {f"acc of {subject}": mean(values) for subject, values in sorted(right.items())}
-        metrics = {"acc over subjects": _macro(list(right.values())), "acc": measured.metrics["acc"], **each}
+        of_subjects = {f"acc of {subject}": mean(values) for subject, values in sorted(right.items())}
+        metrics = {"acc over subjects": _macro(list(right.values())), "acc": measured.metrics["acc"], **of_subjects}
         return Measured(metrics, items, measured.remarks + (remarks if fewer else ()))
 
     def _fitted_prompt(self, record: Record, answered: Sequence[Record], scorer: Scorer) -> tuple[str, int]:

@@ -176,8 +176,8 @@ def run_harness(
     for name, metrics in results["results"].items():
         scores = [f"{key} {_number(metrics, key)}" for key, value in metrics.items() if _is_score(key, value)]
         count = results["n-samples"].get(name, {})
-        drawn = f", --limit {limit}: the first ones" if limit is not None else ""
-        echo(f"{name}: {', '.join(scores)} (n {count.get('effective')} of {count.get('original')}, seed {seed}{drawn})")
+        note = f", --limit {limit}: the first ones" if limit is not None else ""
+        echo(f"{name}: {', '.join(scores)} (n {count.get('effective')} of {count.get('original')}, seed {seed}{note})")
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
         for name, items in results["samples"].items():

@@ -111,6 +111,6 @@ def blank(record: Record) -> Question:
     before, mark, after = sentence.partition("_")
     if not mark:
         raise SboraxError(f"no blank in the sentence {sentence[:60]!r}")
-    rest = f" {after.strip()}"
+    ending = f" {after.strip()}"
     prompts = tuple(before + option for option in options.values())
-    return Question(prompts, (rest,) * len(prompts), tuple(options.values()), _gold(record, tuple(options)))
+    return Question(prompts, (ending,) * len(prompts), tuple(options.values()), _gold(record, tuple(options)))

@@ -39,8 +39,8 @@ def score_rows(
     prompt = (slots < lengths[:, None]).astype(jnp.int32)
     segments = (slots < (lengths + counts - 1)[:, None]).astype(jnp.int32)
     masks = find(tokens, prompt, invocations_of(nodes(variables["adapters"])))
-    rest = continuation(masks, tokens.shape[1])
-    ctx = Context(prompt=prompt, invocations={key: jnp.where(prompt != 0, masks[key], rest[key]) for key in rest})
+    ahead = continuation(masks, tokens.shape[1])
+    ctx = Context(prompt=prompt, invocations={key: jnp.where(prompt != 0, masks[key], ahead[key]) for key in ahead})
     (hidden, _), _ = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     steps = jnp.arange(targets.shape[1], dtype=jnp.int32)[None]
     places = jnp.minimum((lengths - 1)[:, None] + steps, tokens.shape[1] - 1)
@@ -88,8 +88,8 @@ def score_options(
             return _token_logprobs(module, variables, states, option[:, 1:], continuation(masks))
 
         # The cache is not an argument of the mapped function, so options do not get copies of it, only of a layer's.
-        rest = jax.vmap(remaining_tokens, in_axes=1, out_axes=1)(targets, counts)
-        logprobs, likeliest = (jnp.concatenate(pair, axis=2) for pair in ((logprobs, rest[0]), (likeliest, rest[1])))
+        tail = jax.vmap(remaining_tokens, in_axes=1, out_axes=1)(targets, counts)
+        logprobs, likeliest = (jnp.concatenate(pair, axis=2) for pair in ((logprobs, tail[0]), (likeliest, tail[1])))
     return _sum_row(logprobs, likeliest, counts)
 
 

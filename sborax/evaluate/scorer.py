@@ -134,13 +134,13 @@ class Scorer:
         bare = prompt.rstrip()
         if bare:
             begin = self.encode(bare, special)
-            rest = self.encode(prompt + continuation, special)[len(begin) :]
+            ending = self.encode(prompt + continuation, special)[len(begin) :]
         else:
             begin, ids = self.prefix(), self.encode(prompt + continuation, False)
-            rest = ids[1:] if ids[:1] == begin else ids
-        if not rest:
+            ending = ids[1:] if ids[:1] == begin else ids
+        if not ending:
             raise SboraxError(f"{(prompt + continuation)[:40]!r}: its continuation has no token of its own")
-        return Pair(begin, rest)
+        return Pair(begin, ending)
 
     def prefix(self) -> list[int]:
         """The token that precedes a text without a prompt: the beginning-of-text token, or else the end-of-text token.
@@ -290,8 +290,8 @@ class Scorer:
         mesh = self.layout.mesh
         multiple = 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
         share *= 1 if self.mates is None else self.mates.count
-        listed = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))
-        return tqdm(listed, unit="batch", leave=False, disable=None)
+        requests = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))
+        return tqdm(requests, unit="batch", leave=False, disable=None)
 
     def _fit(self, pair: Pair) -> tuple[Pair, int]:
         """The pair with its prompt cut to fit the context, and how many tokens were cut."""
@@ -330,10 +330,10 @@ class Scorer:
 
 def _digest(name: str, arrays: Sequence[np.ndarray]) -> str:
     """What is asked of a program, in a few letters."""
-    asked = hashlib.sha256(name.encode())
+    digest = hashlib.sha256(name.encode())
     for array in arrays:
-        asked.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return asked.hexdigest()
+        digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def scorers(
@@ -348,13 +348,14 @@ def scorers(
 
     Raises SboraxError as `Scorer.of` does.
     """
-    listed = [Scorer.of(model, *pair, budget=budget) for pair in zip(params, adapters, strict=True)]
+    by_model = [Scorer.of(model, *pair, budget=budget) for pair in zip(params, adapters, strict=True)]
     for group in together(params, adapters):
         if len(group) > 1:
             mates = Batchmates(by_row([adapters[number] or {} for number in group]), len(group), {})
+            shared = params[group[0]]
             for place, number in enumerate(group):
-                listed[number] = dataclasses.replace(listed[number], params=params[group[0]], mates=mates, number=place)
-    return listed
+                by_model[number] = dataclasses.replace(by_model[number], params=shared, mates=mates, number=place)
+    return by_model
 
 
 def _rows(texts: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:

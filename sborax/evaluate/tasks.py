@@ -171,15 +171,15 @@ def chosen(names: str) -> list[AbstractTask]:
     Raises SboraxError for an unknown name.
     """
     tasks = {task.name: task for task in every_task()}
-    listed = [task for name in names.split(",") if name for task in GROUPS.get(name.strip(), (name.strip(),))]
-    if any(name not in tasks for name in listed) and load_plugins():
+    task_names = [task for name in names.split(",") if name for task in GROUPS.get(name.strip(), (name.strip(),))]
+    if any(name not in tasks for name in task_names) and load_plugins():
         tasks = {task.name: task for task in every_task()}
-    unknown = next((name for name in listed if name not in tasks), None)
-    if unknown is not None or not listed:
+    unknown = next((name for name in task_names if name not in tasks), None)
+    if unknown is not None or not task_names:
         close = difflib.get_close_matches(unknown or names, [*tasks, *GROUPS], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`sborax tasks` lists them"
         raise SboraxError(f"there is no task {unknown or names!r}; {hint}")
-    return [tasks[name] for name in dict.fromkeys(listed)]
+    return [tasks[name] for name in dict.fromkeys(task_names)]
 
 
 def every_task() -> list[AbstractTask]:

@@ -84,17 +84,17 @@ def adapter_card(
     return _page(front, "Adapter trained with sborax", lines, loads) + _errors(errors)
 
 
-def model_card(made: str, methods: Sequence[str], base: str | None, facts: Mapping[str, str], hf: bool = True) -> str:
+def model_card(origin: str, methods: Sequence[str], base: str | None, facts: Mapping[str, str], hf: bool = True) -> str:
     """The card of a dense model: how it was made, from what, and how to load it.
 
     Args:
-    - made: a sentence about how the model was made.
+    - origin: a sentence about how the model was made.
     - methods: class names of the methods that were trained.
     - base: the base model, a hub id or a path; None if unknown.
     - facts: further lines, such as data and metrics.
     - hf: whether transformers can load the model.
     """
-    lines = [f"Base model: {base or 'not recorded'}.", made, *(f"{key}: {value}" for key, value in facts.items())]
+    lines = [f"Base model: {base or 'not recorded'}.", origin, *(f"{key}: {value}" for key, value in facts.items())]
     in_transformers = [
         "from transformers import AutoModelForCausalLM",
         "",

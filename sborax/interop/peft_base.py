@@ -58,9 +58,9 @@ class Kind(NamedTuple):
         Raises SboraxError for other modules, and for none.
         """
         places, modules = self.places(layout), targeted(config, layout.modules)
-        others = [module for module in modules if module not in places]
-        if others or not modules:
-            raise SboraxError(f"{self.peft_type} of {others[0] if others else 'no module'}: only {self.of} can have it")
+        strays = [module for module in modules if module not in places]
+        if strays or not modules:
+            raise SboraxError(f"{self.peft_type} of {strays[0] if strays else 'no module'}: only {self.of} can have it")
         return {f"{PREFIX}{module}.{self.suffix}": places[module] for module in modules}
 
     def copies(self, targets: Iterable[str], layout: HFLayout) -> dict[str, str]:

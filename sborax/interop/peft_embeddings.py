@@ -59,10 +59,10 @@ def stored_layers(
     - saved: the modules of `modules_to_save`, of which the file has the trained weights.
     - form: those of `BARE`, `OF_ADAPTER` and `OF_ROWS` to look for.
     """
-    known, layers = set(names), {}
+    all_names, layers = set(names), {}
     for module in (EMBEDDING, HEAD):
-        suffix, table = _base_name(module, known, layout), _table(module, layout)
-        stored = suffix in form and f"{PREFIX}{module}.{suffix}" in known
+        suffix, table = _base_name(module, all_names, layout), _table(module, layout)
+        stored = suffix in form and f"{PREFIX}{module}.{suffix}" in all_names
         if stored and table not in saved and f"{table}.weight" in layout.slots:
             layers[f"{module}.{suffix}"] = f"{table}.weight"
     return layers
@@ -88,13 +88,13 @@ def written_layers(names: Iterable[str], layout: HFLayout, leaves: Mapping[str, 
 
     - leaves: of the base as PEFT has it, by our path.
     """
-    known, layers = set(names), {}
+    all_names, layers = set(names), {}
     for module in (EMBEDDING, HEAD):
         name = f"{_table(module, layout)}.weight"
-        if f"{PREFIX}{module}.weight" not in known:
+        if f"{PREFIX}{module}.weight" not in all_names:
             leaf = np.asarray(wide(tensor_in(layout, leaves, name)))
             table = leaf.T if layout.slots[name].transposed else leaf
-            layers[f"{PREFIX}{module}.{_base_name(module, known, layout)}"] = np.ascontiguousarray(table)
+            layers[f"{PREFIX}{module}.{_base_name(module, all_names, layout)}"] = np.ascontiguousarray(table)
     return layers
 
 
@@ -108,11 +108,11 @@ def _base_name(module: str, names: Collection[str], layout: HFLayout) -> str:
 
     def parts(module: str) -> set[str]:
         head = f"{PREFIX}{module}."
-        known = {name.removeprefix(head) for name in names if name.startswith(head)}
-        return known - {BARE, OF_ADAPTER, OF_ROWS}
+        suffixes = {name.removeprefix(head) for name in names if name.startswith(head)}
+        return suffixes - {BARE, OF_ADAPTER, OF_ROWS}
 
-    others = parts(module)
+    siblings = parts(module)
     rows = f"token_adapter.{DELTA}"
-    if rows in others or (not others and rows in parts(_table(module, layout))):
+    if rows in siblings or (not siblings and rows in parts(_table(module, layout))):
         return OF_ROWS
-    return OF_ADAPTER if others else BARE
+    return OF_ADAPTER if siblings else BARE

@@ -120,20 +120,20 @@ def _fuse(
     factors: list[tuple[np.ndarray, np.ndarray] | None], fan_in: int, widths: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """a (rank, in) and b (out, rank) of one expert's kernels, whose outputs lie one after the other."""
-    given = [pair for pair in factors if pair is not None]
-    if not given:
+    pairs = [pair for pair in factors if pair is not None]
+    if not pairs:
         return np.zeros((1, fan_in), np.float32), np.zeros((sum(widths), 1), np.float32)
-    shared = len(given) == len(factors) and all(np.array_equal(a, given[0][0]) for a, _ in given)
+    shared = len(pairs) == len(factors) and all(np.array_equal(a, pairs[0][0]) for a, _ in pairs)
     if shared:
-        return given[0][0].T, np.concatenate([b.T for _, b in given])
-    rank = sum(a.shape[1] for a, _ in given)
+        return pairs[0][0].T, np.concatenate([b.T for _, b in pairs])
+    rank = sum(a.shape[1] for a, _ in pairs)
     b, row, column = np.zeros((sum(widths), rank), np.float32), 0, 0
     for pair, width in zip(factors, widths, strict=True):
         if pair is not None:
             b[row : row + width, column : column + pair[1].shape[0]] = pair[1].T
             column += pair[1].shape[0]
         row += width
-    return np.concatenate([a.T for a, _ in given]), b
+    return np.concatenate([a.T for a, _ in pairs]), b
 
 
 def _stacked(experts: list[tuple[np.ndarray, np.ndarray]]) -> Pair:
@@ -165,16 +165,16 @@ def read_experts(config: Mapping[str, Any], params: Any, fit_of: Callable[[str],
 
     Raises SboraxError for parameters that are not experts, and for ranks that differ.
     """
-    given, leaves = config[FIELD], flatten(params)
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise SboraxError(f"{FIELD}: expected a list of names, got {str(given)[:60]}")
+    texts, leaves = config[FIELD], flatten(params)
+    if not isinstance(texts, list) or not all(isinstance(name, str) for name in texts):
+        raise SboraxError(f"{FIELD}: expected a list of names, got {str(texts)[:60]}")
     kernels = {path: leaf for path, leaf in leaves.items() if stacks_experts(path) and path.endswith("/kernel")}
-    parameters = [name for name in FUSED if any(_names(text, name) for text in given)]
-    unknown = [text for text in given if not any(_names(text, name) for name in FUSED)]
+    parameters = [name for name in FUSED if any(_names(text, name) for text in texts)]
+    unknown = [text for text in texts if not any(_names(text, name) for name in FUSED)]
     if config.get("fan_in_fan_out"):
         raise SboraxError(f"fan_in_fan_out: PEFT has no {FIELD} with it")
     if unknown or not kernels:
-        raise SboraxError(f"{FIELD}: this model has no parameter {str((unknown or given)[0])[:60]!r} of experts")
+        raise SboraxError(f"{FIELD}: this model has no parameter {str((unknown or texts)[0])[:60]!r} of experts")
     tops = sorted({path.removesuffix("/kernel").rpartition("/")[0] for path in kernels})
     fits: dict[str, Fit] = {}
     places: dict[tuple[str, str], tuple[list[str], tuple[int, ...]]] = {}
@@ -184,10 +184,10 @@ def read_experts(config: Mapping[str, Any], params: Any, fit_of: Callable[[str],
             paths = [f"{top}/{kernel}/kernel" for kernel in FUSED[name]]
             *stack, fan_in, _ = kernels[paths[0]].shape
             modules = _modules(paths[0], math.prod(stack[:-1]))
-            alike = [fit_of(f"{module}.{name}") for module in modules]
-            if any(fit.method != alike[0].method for fit in alike):
+            module_fits = [fit_of(f"{module}.{name}") for module in modules]
+            if any(fit.method != module_fits[0].method for fit in module_fits):
                 raise SboraxError(f"{FIELD}: experts of different layers have different ranks, which is not supported")
-            fits[name], rank = alike[0], alike[0].method.rank
+            fits[name], rank = module_fits[0], module_fits[0].method.rank
             assert isinstance(rank, int)
             places[top, name] = (modules, tuple(stack))
             out = sum(kernels[path].shape[-1] for path in paths)

@@ -32,12 +32,12 @@ class Tensors:
 
     - file: as `safetensors` opens it.
     - names: of every tensor that has not been read, its name in the file.
-    - made: tensors that the file has in another form.
+    - derived: tensors that the file has in another form.
     """
 
     file: Any
     names: Mapping[str, str]
-    made: Mapping[str, np.ndarray]
+    derived: Mapping[str, np.ndarray]
 
     @classmethod
     def of(cls, file: Any) -> "Tensors":
@@ -54,7 +54,7 @@ class Tensors:
 
     def completed(self, completed: Completed) -> "Tensors":
         """The tensors with what some of them are made of."""
-        return dataclasses.replace(self.without(completed.spent), made=completed.tensors)
+        return dataclasses.replace(self.without(completed.spent), derived=completed.tensors)
 
     def stored(self, name: str) -> np.ndarray:
         """A tensor in its dtype. Raises SboraxError if the file lacks it."""
@@ -64,8 +64,8 @@ class Tensors:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, float32 unless it holds integers."""
-        if name in self.made:
-            return self.made[name]
+        if name in self.derived:
+            return self.derived[name]
         tensor = self.stored(name)
         # A flat index may be larger than float32 can tell from the next one.
         return tensor if tensor.dtype.kind in "iu" else tensor.astype(np.float32)
@@ -86,8 +86,8 @@ class Tensors:
         - expected: shapes by name.
         - indices: names of tensors that hold indices.
         """
-        wanted, held = expected.keys() - self.made.keys(), self.names.keys()
-        missing, surplus = sorted(wanted - held), sorted(held - wanted)
+        required, held = expected.keys() - self.derived.keys(), self.names.keys()
+        missing, surplus = sorted(required - held), sorted(held - required)
         if missing:
             raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
         if surplus:

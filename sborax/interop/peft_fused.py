@@ -185,18 +185,18 @@ def put_together(
             sizes[module] = {name: fields[module][name] for name in row.patterns}
             continue
         _check_kind(module, parts, row, "use as_='lora', or merge")
-        given = {part: fields[part] for part in parts if part in fields}
-        alphas = {float(field["lora_alpha"]) / field["r"] for field in given.values()}
+        by_part = {part: fields[part] for part in parts if part in fields}
+        alphas = {float(field["lora_alpha"]) / field["r"] for field in by_part.values()}
         stored = {
             part: {
                 suffix: tensors.pop(name)
                 for suffix in (A, B, MAGNITUDE)
                 if (name := f"{PREFIX}{part}.{suffix}") in tensors
             }
-            for part in given
+            for part in by_part
         }
         if len(alphas) > 1:
-            for part, field in given.items():
+            for part, field in by_part.items():
                 stored[part][B] = stored[part][B] * np.float32(field["lora_alpha"] / field["r"])
         joined = _put_together(module, {part: _outputs(part, layout) for part in parts}, stored)
         tensors |= {f"{PREFIX}{module}.{suffix}": tensor for suffix, tensor in joined.items()}

@@ -102,25 +102,25 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         tensors = tensors.without(extra.unused)
         tied = _tied(config, layout, saved) | extra.copies
         copies = _copies_in(tensors, row, fits, tied, transposed_copies(layout, expected))
-        rest = tensors.without(copies.names)
+        originals = tensors.without(copies.names)
         added = added_biases(config, layout, fits)
-        base = _base_tensors(layout, saved, modules, rest.names, stored_biases(config, layout, modules))
+        base = _base_tensors(layout, saved, modules, originals.names, stored_biases(config, layout, modules))
         rows = rows_in(config, layout, fits, saved)
         expected |= row_shapes(rows, layout)
         expected |= {name: shape for name, (_, _, shape) in added.items()}
         expected |= {PREFIX + key: shape for key, (_, shape) in base.items()}
-        rest = rest.completed(_completed(row, config, fits, layout, rest))
-        rest.compare(expected, _indices(row, fits, layout))
-        copies.check(tensors, rest)
+        originals = originals.completed(_completed(row, config, fits, layout, originals))
+        originals.compare(expected, _indices(row, fits, layout))
+        copies.check(tensors, originals)
 
-        new = _new_leaves(base, added, layout, rest) | tables_with_rows(rows, layout, rest.read)
+        new = _new_leaves(base, added, layout, originals) | tables_with_rows(rows, layout, originals.read)
         rewritten = row.method.rewrites_base and not row.keeps_base and HEAD in modules
         residual = new.pop(f"{HEAD}.weight", None) if rewritten else None
         # An allocator may have pruned all ranks of a module. Its tensors are empty, and it gets no adapter.
         adapted = {module: fit for module, fit in fits.items() if fit.method.rank != 0}
         params, fitted = fit_plan(jax.random.key(0), _replaced(params, layout, new), _plan(adapted, layout))
         banks = {
-            path: _filled_bank(node, path, row, adapted, layout, rest.read)
+            path: _filled_bank(node, path, row, adapted, layout, originals.read)
             for path, node in fitted.items()
             if isinstance(node.method, AbstractBank)
         }
@@ -128,15 +128,15 @@ def _load(place: Path, model: LanguageModel) -> tuple[Any, Any]:
         adapters = rebase(params, nest({**fitted, **banks}))
         if residual is not None:
             _check_residual(residual, flatten(params)[layout.slots[f"{HEAD}.weight"].path])
-        if _differ(nodes(adapters), row, adapted, layout, rest.read):
+        if _differ(nodes(adapters), row, adapted, layout, originals.read):
             adapters = link(adapters)
         filled = {
             path: node
             if isinstance(node.method, AbstractBank)
-            else _filled(node, path, row, adapted, layout, rest.read)
+            else _filled(node, path, row, adapted, layout, originals.read)
             for path, node in nodes(adapters).items()
         }
-        filled |= experts.fill(rest.read) if experts else {}
+        filled |= experts.fill(originals.read) if experts else {}
     return params, nest(filled)
 
 
@@ -390,8 +390,8 @@ def _stacked(methods: Mapping[int, AbstractMethod], depth: int) -> AbstractMetho
     """One method for a stack of layers: ragged ranks where the method allows them, or else branches by layer."""
     groups: dict[AbstractMethod, dict[int, int]] = {}
     for layer, method in methods.items():
-        alike = dataclasses.replace(method, rank=1) if _takes_ranks(method) else method  # type: ignore[call-arg]
-        groups.setdefault(alike, {})[layer] = method.rank  # type: ignore[assignment]
+        uniform = dataclasses.replace(method, rank=1) if _takes_ranks(method) else method  # type: ignore[call-arg]
+        groups.setdefault(uniform, {})[layer] = method.rank  # type: ignore[assignment]
     parts, layers = [], []
     for method, ranks in groups.items():
         if _takes_ranks(method):
@@ -470,7 +470,7 @@ def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], la
     numbers, leaves = layout.numbers(fits), {}
     for name, leaf in {**node.train, **node.frozen}.items():
         leaves[name] = np.zeros(leaf.shape, leaf.dtype)
-        known = np.zeros(leaf.shape, bool)
+        filled = np.zeros(leaf.shape, bool)
         for tensor in (tensor for tensor in row.tensors if tensor.leaf == name and tensor.begins is None):
             if tensor.shared:
                 leaves[name][...] = tensor.inward(read(tensor.key("", numbers)), leaf.shape)
@@ -490,8 +490,8 @@ def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], la
                 if ((places < 0) | (places >= leaf.shape[0]) | (places % 1 != 0)).any():
                     raise SboraxError(f"{key}: an index lies outside the {leaf.shape[0]} entries of the shared vector")
                 places = places.astype(np.int64)
-                before = np.where(known[places], leaves[name][places], values)
-                leaves[name][places], known[places] = values, True
+                before = np.where(filled[places], leaves[name][places], values)
+                leaves[name][places], filled[places] = values, True
                 if not (np.array_equal(before, values) and np.array_equal(leaves[name][places], values)):
                     raise SboraxError(f"{tensor.key(module, numbers)}: entries at one index of the vector differ")
     leaves |= {} if row.derived is None else row.derived(leaves)
@@ -509,8 +509,8 @@ def _copies(path: str, tensor: Tensor, fits: Mapping[str, Fit], layout: HFLayout
     }
     copies = []
     for number, module in enumerate(sorted(readers, key=lambda module: numbers[module])):
-        every = readers[module].bank_entries.get(tensor.leaf)
-        copies.append((... if every is None else number // every, tensor.key(module, numbers)))
+        span = readers[module].bank_entries.get(tensor.leaf)
+        copies.append((... if span is None else number // span, tensor.key(module, numbers)))
     return copies
 
 
@@ -519,10 +519,10 @@ def _differ(adapters: Mapping[str, Adapter], row: Row, fits: Mapping[str, Fit], 
     copied = [tensor for tensor in row.tensors if not tensor.shared and tensor.at is None]
     for path, node in adapters.items():
         for tensor in copied if isinstance(node.method, AbstractBank) else []:
-            known: dict[Any, np.ndarray] = {}
+            by_slot: dict[Any, np.ndarray] = {}
             for slot, key in _copies(path, tensor, fits, layout) if tensor.leaf in node.train else []:
                 value = read(key)
-                if not np.array_equal(known.setdefault(slot, value), value):
+                if not np.array_equal(by_slot.setdefault(slot, value), value):
                     return True
     return False
 

@@ -93,8 +93,8 @@ def _read_lora(fields: Fields) -> Fit:
 
 def _common(modules: Mapping[str, Fields], name: str, field: str, advice: str = "use as_='lora'") -> Any:
     """The value that all modules have. field: where PEFT keeps it."""
-    (module, common), *others = ((module, fields[name]) for module, fields in modules.items())
-    for other, value in others:
+    (module, common), *remainder = ((module, fields[name]) for module, fields in modules.items())
+    for other, value in remainder:
         if value != common:
             raise SboraxError(
                 f"{name} is {common} for {module} and {value} for {other}: PEFT's {field} has one for all; {advice}"
@@ -154,19 +154,19 @@ def _write_activated(node: Adapter) -> dict[str, Any]:
 
 def _block_side(config: Fields, module: str) -> dict[str, Any]:
     """The block-diagonal factor of a module, for which PEFT looks for parts of the module's name."""
-    given = {**BLOCKS, **config["use_bdlora"]}
+    options = {**BLOCKS, **config["use_bdlora"]}
     chosen = {}
     for side, name in SIDES.items():
-        parts = given[name] or []
+        parts = options[name] or []
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise SboraxError(f"{name} of use_bdlora: expected a list of names, got {str(parts)[:60]}")
         chosen[side] = any(part in module for part in parts)
     if all(chosen.values()):
         raise SboraxError(f"use_bdlora: {module} is among {' and among '.join(SIDES.values())}")
-    if given["match_strict"] and not any(chosen.values()):
+    if options["match_strict"] and not any(chosen.values()):
         raise SboraxError(f"use_bdlora: {module} is in neither list, and match_strict is set")
     side = "in" if chosen["in"] else "out"
-    return {"side": side, "blocks": whole_field(given, "nblocks", 1, LARGEST_RANK) if any(chosen.values()) else 1}
+    return {"side": side, "blocks": whole_field(options, "nblocks", 1, LARGEST_RANK) if any(chosen.values()) else 1}
 
 
 def _list_block_sides(modules: Mapping[str, Fields]) -> dict[str, Any]:
@@ -208,10 +208,10 @@ def _write_bdlora(node: Adapter) -> dict[str, Any]:
 
 
 def _sampler(config: Fields, module: str) -> dict[str, Any]:
-    given = {**SAMPLER, **config["monteclora_config"]}
+    options = {**SAMPLER, **config["monteclora_config"]}
     return {
-        "samples": whole_field(given, "num_samples", 1, LARGEST_RANK),
-        "noise": number_field(given, "sample_scaler"),
+        "samples": whole_field(options, "num_samples", 1, LARGEST_RANK),
+        "noise": number_field(options, "sample_scaler"),
     }
 
 
@@ -231,11 +231,11 @@ def _write_monteclora(node: Adapter) -> dict[str, Any]:
 
 
 def _sub_tokens(config: Fields, module: str) -> dict[str, Any]:
-    given = {**SUB_TOKENS, **config["velora_config"]}
-    start, groups = given["init_type"], whole_field(given, "num_groups", 1, LARGEST_RANK)
+    options = {**SUB_TOKENS, **config["velora_config"]}
+    start, groups = options["init_type"], whole_field(options, "num_groups", 1, LARGEST_RANK)
     if start not in DIRECTIONS:
         raise SboraxError(f"init_type of velora_config must be among {', '.join(DIRECTIONS)}, got {str(start)[:40]}")
-    return {"groups": groups, "gain": number_field(given, "scale"), "direction": DIRECTIONS[start]}
+    return {"groups": groups, "gain": number_field(options, "scale"), "direction": DIRECTIONS[start]}
 
 
 def _list_sub_tokens(modules: Mapping[str, Fields]) -> dict[str, Any]:
@@ -272,9 +272,9 @@ PLAIN_START = (True, False, "gaussian", "orthogonal")
 """Those of `BASE_UNTOUCHED` that need no data."""
 
 
-def _known_by(**others: Any) -> dict[str, tuple[Any, ...]]:
+def _known_by(**fields: Any) -> dict[str, tuple[Any, ...]]:
     """`Row.known_by` of a variant by these fields: a LoRA that is no DoRA and no KaSA, on the base as it is."""
-    return {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,), **others}
+    return {"use_dora": (False,), "init_lora_weights": BASE_UNTOUCHED, "kasa_config": (None,), **fields}
 
 
 LORA = (

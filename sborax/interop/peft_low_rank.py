@@ -56,8 +56,8 @@ def _list_kept_ranks(modules: Mapping[str, Fields]) -> dict[str, Any]:
     alphas = {
         module: float(str(np.float32(float(fields["scale"]) * (first + 1e-5)))) for module, fields in modules.items()
     }
-    (module, common), *others = alphas.items()
-    for other, alpha in others:
+    (module, common), *remainder = alphas.items()
+    for other, alpha in remainder:
         if alpha != common:
             raise SboraxError(
                 f"lora_alpha is {common:g} for {module} and {alpha:g} for {other}: ADALORA has one for all; "
@@ -74,11 +74,11 @@ def _list_kept_ranks(modules: Mapping[str, Fields]) -> dict[str, Any]:
 
 
 def _read_adalora(fields: Fields) -> Fit:
-    first, kept = rank_field(fields, "init_r"), fields["kept"]
+    first, rank = rank_field(fields, "init_r"), fields["kept"]
     alpha = number_field(fields, "lora_alpha")
     # Without a positive alpha PEFT scales by the rank.
-    scale = (alpha if alpha > 0 else kept) / (first + 1e-5)
-    return Fit(AdaLoRA(rank=kept, dropout=number_field(fields, "lora_dropout")), {"scale": scale})
+    scale = (alpha if alpha > 0 else rank) / (first + 1e-5)
+    return Fit(AdaLoRA(rank=rank, dropout=number_field(fields, "lora_dropout")), {"scale": scale})
 
 
 def _write_adalora(node: Adapter) -> dict[str, Any]:

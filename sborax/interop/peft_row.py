@@ -169,7 +169,7 @@ class Row:
     - constants: fields that are always written.
     - layered: whether the config can choose layers by number.
     - keeps_base: whether PEFT leaves the base as it is where our method takes its start out of it.
-    - drawn: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
+    - seeded: (method, shape) -> the frozen leaves that PEFT draws from the config's seed and keeps in no file.
     - derived: (leaves of a bank that are in the file) -> those that follow from them.
     - completed: (fields, {module: (in, out)} in the order of transformers' model, a function that reads a tensor) ->
       what a file of another form of the kind has instead of its tensors.
@@ -196,7 +196,7 @@ class Row:
     constants: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"bias": "none"})
     layered: bool = True
     keeps_base: bool = False
-    drawn: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
+    seeded: Callable[[AbstractMethod, tuple[int, int]], dict[str, np.ndarray]] | None = None
     derived: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
     completed: Callable[[Fields, Mapping[str, tuple[int, int]], Callable[[str], np.ndarray]], Completed] | None = None
 
@@ -269,17 +269,17 @@ def leaf_shapes(method: AbstractMethod, shape: tuple[int, int], bias: bool = Fal
     bias: whether there is a bias beside the weight.
     """
 
-    def made(each: AbstractMethod, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def of_method(method: AbstractMethod, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         weight, hint = jax.ShapeDtypeStruct(size, jnp.float32), Hint(bias=bias)
-        fitted = jax.eval_shape(lambda kernel: each.init(jax.random.key(0), kernel, hint)[:2], weight)
+        fitted = jax.eval_shape(lambda kernel: method.init(jax.random.key(0), kernel, hint)[:2], weight)
         return {name: leaf.shape for half in fitted for name, leaf in flatten(half).items()}
 
-    shapes = made(method, shape)
+    shapes = of_method(method, shape)
     for part in banked_parts(method):
         bank = part.bank(shape, 1)
         # Of such a leaf a weight reads one entry.
         shapes |= {
-            name: size[1:] if name in part.bank_entries else size for name, size in made(bank, bank.shape).items()
+            name: size[1:] if name in part.bank_entries else size for name, size in of_method(bank, bank.shape).items()
         }
     return shapes
 

@@ -142,9 +142,9 @@ def save_peft(
             raise SboraxError(f"{REPLICATION} is for adapters, and there are none; leave it out")
         return _save_changed(directory, changed, layout, leaves, base, facts, save_embedding_layers)
     of_experts = {path: node for path, node in linked.items() if stacks_experts(path) and path in leaves}
-    others = {path: node for path, node in linked.items() if path not in of_experts}
+    of_kernels = {path: node for path, node in linked.items() if path not in of_experts}
     _check_adapters(layout, leaves, linked)
-    entries = _entries(others, layout, leaves, as_, rank)
+    entries = _entries(of_kernels, layout, leaves, as_, rank)
     layout = dataclasses.replace(layout, shared=LOOKUP not in linked)
     row = _common_row(entries) if entries else PLAIN
     experts = write_experts(of_experts, layout.leaves) if of_experts else None
@@ -387,7 +387,7 @@ def _entry(
 
 def _check_drawn(module: str, row: Row, node: Adapter, shape: tuple[int, int]) -> None:
     """Raise SboraxError unless PEFT would draw the frozen leaves that its file lacks as they are here."""
-    for leaf, value in ({} if row.drawn is None else row.drawn(node.method, shape)).items():
+    for leaf, value in ({} if row.seeded is None else row.seeded(node.method, shape)).items():
         if not np.array_equal(np.asarray(node.frozen[leaf]), value):
             raise SboraxError(
                 f"{module}: {leaf!r} is not what PEFT's {row.peft_type} draws from the seed, and its file cannot hold "
@@ -438,12 +438,12 @@ def _adapter_tensors(row: Row, entries: Mapping[str, _Entry], layout: HFLayout) 
 
 def _blanks(row: Row, entries: Mapping[str, _Entry]) -> dict[str, tuple[str, str]]:
     """The names of `Row.blanks` in the file, each with its module and its name behind the module's."""
-    known = {tensor.suffix for tensor in row.tensors}
+    suffixes = {tensor.suffix for tensor in row.tensors}
     return {
         f"{PREFIX}{module}.{suffix}": (module, suffix)
         for module, entry in entries.items()
         for suffix in entry.tensors
-        if suffix not in known
+        if suffix not in suffixes
     }
 
 
@@ -453,8 +453,8 @@ def _shared_tensor(key: str, shape: tuple[int, ...], entries: Mapping[str, _Entr
     for module, entry in entries.items():
         part = entry.tensors[key.removeprefix(ROOT)]
         place = tuple(slice(size) for size in part.shape)
-        known = filled[place]
-        if not np.array_equal(shared[place][known], part[known]):
+        mask = filled[place]
+        if not np.array_equal(shared[place][mask], part[mask]):
             raise SboraxError(
                 f"{module}: PEFT keeps one {key} for all modules, and this one has its own; give all of them the same "
                 "projection_seed, or use as_='lora'"
@@ -566,7 +566,7 @@ def _tied_apart(
         module: layout.shape(layout.place(module)[0]) for module in sorted(entries, key=lambda name: numbers[name])
     }
     groups = [] if row.tied is None else row.tied(config, shapes)
-    return any(not np.array_equal(tensors[first], tensors[name]) for first, *others in groups for name in others)
+    return any(not np.array_equal(tensors[first], tensors[name]) for first, *copies in groups for name in copies)
 
 
 def _check_keys(

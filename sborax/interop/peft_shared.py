@@ -149,10 +149,10 @@ def _tied_in_lily(config: Fields, shapes: Mapping[str, tuple[int, int]]) -> list
     for module, shape in shapes.items():
         target = targets if isinstance(targets, str) else [name for name in targets if module.endswith(name)][-1]
         kinds.setdefault((target, shape), []).append(PREFIX + module)
-    every = config["stride_A"]
+    stride = config["stride_A"]
     groups = [[f"{module}.lily_B.weight" for module in modules] for modules in kinds.values()]
     for modules in kinds.values():
-        blocks = (modules[start : start + every] for start in range(0, len(modules), every))
+        blocks = (modules[start : start + stride] for start in range(0, len(modules), stride))
         groups += [[f"{module}.lily_A.weight" for module in block] for block in blocks]
     return groups
 

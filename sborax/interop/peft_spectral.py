@@ -52,16 +52,16 @@ SPECTRAL = (
         FourierFT, "FOURIERFT", ANY_START, {"n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777},
         (Tensor("fourierft_spectrum", "c", (0,)),),
         lambda fields: Fit(FourierFT(**_sizes(fields)), _scale(fields)), _fields,
-        PATTERNS, pattern_form=r".*\.{}$", drawn=_places,
+        PATTERNS, pattern_form=r".*\.{}$", seeded=_places,
     ),
     Row(
         WaveFT, "WAVEFT", {"use_idwt": (True,), "wavelet_family": ("db1",), **ANY_START}, WAVELET_FIELDS, SPECTRUM,
-        lambda fields: Fit(WaveFT(**_sizes(fields)), _scale(fields)), _with_wavelet, PATTERNS, drawn=_places,
+        lambda fields: Fit(WaveFT(**_sizes(fields)), _scale(fields)), _with_wavelet, PATTERNS, seeded=_places,
         refused=PROPORTIONAL | {"wavelet_family": "other wavelets than db1"},
     ),
     Row(
         WaveFT, "WAVEFT", {"use_idwt": (False,), **ANY_START}, WAVELET_FIELDS, SPECTRUM,
         lambda fields: Fit(WaveFT(**_sizes(fields), wavelet=None), _scale(fields)), _fields, PATTERNS,
-        inert={"wavelet_family": "unused without a transform"}, refused=PROPORTIONAL, drawn=_places,
+        inert={"wavelet_family": "unused without a transform"}, refused=PROPORTIONAL, seeded=_places,
     ),
 )  # fmt: skip

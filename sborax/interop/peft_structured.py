@@ -68,9 +68,9 @@ def _bone(mini: bool) -> tuple[Callable[[Fields], Fit], Callable[[Adapter], dict
     return read, write
 
 
-def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` nearest to `wanted`, or the smaller of two, as PEFT's OFT adjusts its sizes."""
-    return min(_divisors(size), key=lambda number: (abs(number - wanted), number))
+def nearest_divisor(size: int, target: int) -> int:
+    """The divisor of `size` nearest to `target`, or the smaller of two, as PEFT's OFT adjusts its sizes."""
+    return min(_divisors(size), key=lambda number: (abs(number - target), number))
 
 
 @functools.cache
@@ -177,10 +177,10 @@ def _write_boft(node: Adapter) -> dict[str, Any]:
 
 
 def _read_osf(fields: Fields) -> Fit:
-    kept = fields["effective_rank"]
-    if kept is not None and number_field(fields, "effective_rank") > 1.0:
-        kept = int(kept)
-    return Fit(OSF(kept=kept), {"scale": 1.0})
+    rank = fields["effective_rank"]
+    if rank is not None and number_field(fields, "effective_rank") > 1.0:
+        rank = int(rank)
+    return Fit(OSF(kept=rank), {"scale": 1.0})
 
 
 def _write_osf(node: Adapter) -> dict[str, Any]:
@@ -297,8 +297,8 @@ def _read_glora(fields: Fields) -> Fit:
         raise SboraxError("config_A_B='none' is not supported: nothing is left to train where there is no bias")
     for name, form in forms.items():
         if form not in CHOICES[name]:
-            known = ", ".join(CHOICES[name])
-            raise SboraxError(f"config_{GLORA_FORMS[name]} must be among {known}, got {str(form)[:40]!r}")
+            choices = ", ".join(CHOICES[name])
+            raise SboraxError(f"config_{GLORA_FORMS[name]} must be among {choices}, got {str(form)[:40]!r}")
     return Fit(GLoRA(rank=rank_field(fields), **forms), {})
 
 
@@ -323,9 +323,9 @@ def _feedforward(config: Fields, module: str) -> dict[str, Any]:
 def _list_feedforward(modules: Mapping[str, Fields]) -> dict[str, Any]:
     chosen = [module for module, fields in modules.items() if fields["feedforward"]]
     kinds = {module.rpartition(".")[2] for module in chosen}
-    alike = all(fields["feedforward"] for module, fields in modules.items() if module.rpartition(".")[2] in kinds)
+    uniform = all(fields["feedforward"] for module, fields in modules.items() if module.rpartition(".")[2] in kinds)
     # A pattern and not a list: PEFT wants the names of a list to be literally among those of the targets.
-    pattern = rf".*\.({'|'.join(sorted(kinds))})" if alike else "|".join(re.escape(module) for module in chosen)
+    pattern = rf".*\.({'|'.join(sorted(kinds))})" if uniform else "|".join(re.escape(module) for module in chosen)
     return {"feedforward_modules": pattern if chosen else []}
 
 

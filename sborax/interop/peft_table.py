@@ -72,12 +72,12 @@ def row_for(config: Mapping[str, Any]) -> Row:
         raise SboraxError(f"peft_type {kind!r} is not supported: {UNREAD[kind]}")
     rows = [row for row in TABLE if row.peft_type == kind]
     if not rows:
-        known = ", ".join(sorted({row.peft_type for row in TABLE} | {kind.peft_type for kind in KINDS} | {"BONE"}))
-        raise SboraxError(f"peft_type {str(kind)[:40]!r} is not supported; known: {known}")
+        names = ", ".join(sorted({row.peft_type for row in TABLE} | {kind.peft_type for kind in KINDS} | {"BONE"}))
+        raise SboraxError(f"peft_type {str(kind)[:40]!r} is not supported; known: {names}")
 
     def is_of(row: Row, name: str) -> bool:
         value = config.get(name, KNOWN_BY_DEFAULTS[name])
-        return any(_is(value, known) for known in row.known_by[name])
+        return any(_is(value, meaning) for meaning in row.known_by[name])
 
     fitting = [row for row in rows if all(is_of(row, name) for name in row.known_by)]
     if not fitting:
@@ -93,9 +93,9 @@ def row_for(config: Mapping[str, Any]) -> Row:
     return row
 
 
-def _is(value: Any, known: Any) -> bool:
-    """Whether a field's value means a row: it is the known one, or one of the known class."""
-    return isinstance(value, known) if isinstance(known, type) else value == known and type(value) is type(known)
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a field has a value that means a row: an instance of `kind` if that is a class, else `kind` itself."""
+    return isinstance(value, kind) if isinstance(kind, type) else value == kind and type(value) is type(kind)
 
 
 def check_options(config: Mapping[str, Any], read: Collection[str], reasons: Mapping[str, str]) -> None:

@@ -73,8 +73,8 @@ def saved_modules(config: Mapping[str, Any], modules: Sequence[str]) -> list[str
 
 def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
     """The modules among `linear` that PEFT adapts under `config`, in the order given."""
-    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if not wanted:
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if not targets:
         raise SboraxError("target_modules is empty: the config does not say which modules are adapted")
     saved = _texts(config, "modules_to_save")
 
@@ -86,10 +86,10 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
             return False
         if any(f".{name}." in f".{module}." for name in saved):
             return False
-        if wanted == "all-linear":
+        if targets == "all-linear":
             return module not in (EMBEDDING, HEAD)
-        if isinstance(wanted, str):
-            return fullmatch(_checked(wanted, "target_modules"), module) is not None
+        if isinstance(targets, str):
+            return fullmatch(_checked(targets, "target_modules"), module) is not None
         names = _texts(config, "target_modules")
         # A module named in full is adapted whatever its layer.
         return module in names or (_named(module, names) and _layer_chosen(config, module))
@@ -99,9 +99,9 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
 
 def matched(config: Mapping[str, Any], field: str, module: str) -> bool:
     """Whether a field such as `feedforward_modules` chooses a module: it is a pattern, or a list of name endings."""
-    wanted = config.get(field) or []
-    if isinstance(wanted, str):
-        return fullmatch(_checked(wanted, field), module) is not None
+    targets = config.get(field) or []
+    if isinstance(targets, str):
+        return fullmatch(_checked(targets, field), module) is not None
     return any(module.endswith(name) for name in _texts(config, field))
 
 
@@ -124,19 +124,19 @@ def value_for(config: Mapping[str, Any], field: str, module: str, default: Any, 
     return patterns.get(module, default)
 
 
-def naming(wanted: Sequence[str], linear: Sequence[str], layered: bool = True) -> dict[str, Any]:
-    """The shortest config fields with which PEFT adapts exactly the modules `wanted` among `linear`.
+def naming(modules: Sequence[str], linear: Sequence[str], layered: bool = True) -> dict[str, Any]:
+    """The shortest config fields with which PEFT adapts exactly `modules` among `linear`.
 
     layered: whether the config may choose layers by number.
     """
-    short = sorted({module.rpartition(".")[2] for module in wanted})
-    layers = sorted({int(match[1]) for module in wanted if (match := NUMBERED.match(module))})
+    short = sorted({module.rpartition(".")[2] for module in modules})
+    layers = sorted({int(match[1]) for module in modules if (match := NUMBERED.match(module))})
     candidates: list[dict[str, Any]] = [
         {"target_modules": short},
         *([{"target_modules": short, "layers_to_transform": layers}] if layered else []),
-        {"target_modules": sorted(wanted)},
+        {"target_modules": sorted(modules)},
     ]
-    return next(fields for fields in candidates if set(targeted(fields, linear)) == set(wanted))
+    return next(fields for fields in candidates if set(targeted(fields, linear)) == set(modules))
 
 
 def pattern_for(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
@@ -150,9 +150,9 @@ def pattern_for(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
         kinds.setdefault(_kind(module), set()).add(value)
     exceptions = {}
     for module, value in values.items():
-        alike = kinds[_kind(module)] == {value}
+        uniform = kinds[_kind(module)] == {value}
         if value != default:
-            exceptions[_kind(module) if alike else module] = value
+            exceptions[_kind(module) if uniform else module] = value
     return default, exceptions
 
 

@@ -38,8 +38,8 @@ class TrainedRows(NamedTuple):
 
 def checked_indices(value: Any, field: str, count: int) -> list[int]:
     """`value`, the rows of a table of `count` rows. Raises SboraxError unless they are distinct and inside it."""
-    known = isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
-    if not known or not value or len(set(value)) != len(value):
+    valid = isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
+    if not valid or not value or len(set(value)) != len(value):
         raise SboraxError(f"{field}: expected distinct tokens in 0..{count - 1}, got {str(value)[:60]}")
     if max(value) >= count:
         raise SboraxError(

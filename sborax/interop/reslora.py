@@ -126,8 +126,8 @@ def by_weights(params: Params, adapters: Adapters) -> Adapters:
                 return sizes[n - k - 1] / sizes[n - 1] if reach > k else 1.0
 
             alphas = _alphas(method, reach, ratio)
-            others = [a[n] if method.shortcut == "input" else a[n - k] for k in range(1, len(alphas) + 1)]
-            merged.append(a[n] + sum(alpha * other for alpha, other in zip(alphas, others, strict=True)))
+            shortcuts = [a[n] if method.shortcut == "input" else a[n - k] for k in range(1, len(alphas) + 1)]
+            merged.append(a[n] + sum(alpha * other for alpha, other in zip(alphas, shortcuts, strict=True)))
             kernel = dense(jax.tree.map(lambda leaf, n=n: leaf[n], base["kernel"]))
             weight = kernel.astype(a.dtype).reshape(a.shape[1], -1)
             sizes.append(jnp.linalg.norm(weight + pair_weight(merged[n], b[n], scale[n])))

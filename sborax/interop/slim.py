@@ -41,11 +41,11 @@ def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageMo
     flat = flatten(merge(params, adapters))
     if any(stack_of(node) for node in masked.values()):
         flat, live = _unstacked(flat), _unstacked(live)
-    kept = {path: np.flatnonzero(mask) for path, mask in live.items()}
-    flat = {path: _cut(path, leaf, kept) for path, leaf in flat.items()}
+    indices = {path: np.flatnonzero(mask) for path, mask in live.items()}
+    flat = {path: _cut(path, leaf, indices) for path, leaf in flat.items()}
     if not isinstance(model.config, LlamaConfig):
         raise SboraxError(f"slim: cuts models with a LlamaConfig alone, not with a {type(model.config).__name__}")
-    config = _config(model.config, kept)
+    config = _config(model.config, indices)
     restacked = model.module.scan and not config.layer_sizes
     small = nest(_stacked(flat) if restacked else flat)
     return LanguageModel(model.module.clone(config=config), small, config, model.tokenizer)
@@ -55,8 +55,8 @@ def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves by path, with every layer of a stack under its number."""
     layers: dict[str, Any] = {}
     for path, leaf in flat.items():
-        top, _, rest = path.partition("/")
-        layers |= {f"{top}/{i}/{rest}": leaf[i] for i in range(len(leaf))} if top == STACKED_UNDER else {path: leaf}
+        top, _, tail = path.partition("/")
+        layers |= {f"{top}/{i}/{tail}": leaf[i] for i in range(len(leaf))} if top == STACKED_UNDER else {path: leaf}
     return layers
 
 
@@ -64,8 +64,8 @@ def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `_unstacked`, for layers in their order."""
     stacks: dict[str, list[Any]] = {}
     for path, leaf in flat.items():
-        top, _, rest = path.partition("/")
-        stack = f"{top}/{rest.partition('/')[2]}" if top == STACKED_UNDER else path
+        top, _, tail = path.partition("/")
+        stack = f"{top}/{tail.partition('/')[2]}" if top == STACKED_UNDER else path
         stacks.setdefault(stack, []).append(leaf)
     return {
         path: jnp.stack(layers) if path.startswith(f"{STACKED_UNDER}/") else layers[0]
@@ -73,22 +73,22 @@ def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cut(path: str, weight: Any, kept: Mapping[str, np.ndarray]) -> Any:
+def _cut(path: str, weight: Any, indices: Mapping[str, np.ndarray]) -> Any:
     """A kernel without masked outputs or the inputs that read them. Other leaves are returned unchanged."""
-    if path in kept:
-        return weight[:, kept[path]]
+    if path in indices:
+        return weight[:, indices[path]]
     *_, block, module, name = ("", "", *path.split("/"))
     if name != "kernel" or BLOCKS.get(block, {}).get(module) != "in":
         return weight
-    return weight[kept[f"{path.removesuffix(f'{module}/kernel')}{LEADER[block]}/kernel"]]
+    return weight[indices[f"{path.removesuffix(f'{module}/kernel')}{LEADER[block]}/kernel"]]
 
 
-def _config(config: LlamaConfig, kept: Mapping[str, np.ndarray]) -> LlamaConfig:
+def _config(config: LlamaConfig, indices: Mapping[str, np.ndarray]) -> LlamaConfig:
     """The config of the smaller model."""
 
     def size(layer: int, name: str) -> int:
         """The number of outputs that a projection keeps."""
-        return kept[f"{STACKED_UNDER}/{layer}/{name}/kernel"].size
+        return indices[f"{STACKED_UNDER}/{layer}/{name}/kernel"].size
 
     sizes = tuple(
         (

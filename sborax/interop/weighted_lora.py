@@ -34,9 +34,9 @@ def weighted_lora(
 
     Raises SboraxError as `merge_weighted`.
     """
-    made = {}
+    adapters = {}
     for path, change in thin_changes(params, parts, combination, key).items():
         method = structure(LoRA(rank=change.a.shape[-1]))
         scale = jnp.ones(change.a.shape[:-2], jnp.float32)
-        made[path] = Adapter({"a": change.a, "b": change.b}, {"scale": scale}, method, change.node.in_axes)
-    return nest(made)
+        adapters[path] = Adapter({"a": change.a, "b": change.b}, {"scale": scale}, method, change.node.in_axes)
+    return nest(adapters)

@@ -94,12 +94,12 @@ def held(tree: PyTree) -> tuple[int, int]:
     return sum(held_bytes(leaf) for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
 
 
-def asked_to_stop(asked: bool, step: int) -> bool:
+def asked_to_stop(request: bool, step: int) -> bool:
     """Whether the run ends after this step, because this process or any other of the run was asked to stop.
 
     JAX makes all processes agree on one step.
     """
-    return multihost_utils.reached_preemption_sync_point(step) if several() else asked
+    return multihost_utils.reached_preemption_sync_point(step) if several() else request
 
 
 def pass_on() -> None:

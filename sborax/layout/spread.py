@@ -26,9 +26,9 @@ def spread(
     - spec: the leaf's entries, those of its stack axes first.
     - stack: the number of stack axes.
     """
-    given = {name: axis for axis, entry in enumerate(spec) for name in mesh_axes(entry)}
+    axis_of = {name: axis for axis, entry in enumerate(spec) for name in mesh_axes(entry)}
     used = sorted(
-        (name for name in names if mesh.shape[name] > 1), key=lambda name: (name not in given, -mesh.shape[name])
+        (name for name in names if mesh.shape[name] > 1), key=lambda name: (name not in axis_of, -mesh.shape[name])
     )
     parts, chosen, split = list(shape), [list[str]() for _ in shape], dict[str, dict[str, int]]()
 
@@ -42,10 +42,10 @@ def spread(
         return axis is not None
 
     for name in used:
-        if not place(name, mesh.shape[name], given.get(name)):
+        if not place(name, mesh.shape[name], axis_of.get(name)):
             split[name] = {f"{name}/{i}": prime for i, prime in enumerate(_primes(mesh.shape[name]))}
             for factor, prime in split[name].items():
-                place(factor, prime, given.get(name))
+                place(factor, prime, axis_of.get(name))
     entries = [*spec[:stack], *(None,) * (stack - len(spec)), *map(_entry, chosen[stack:])]
     return NamedSharding(_finer(mesh, split), PartitionSpec(*entries))
 

@@ -44,8 +44,8 @@ def guard() -> None:
 
 def affected(version: str) -> bool:
     """Whether a jaxlib of this version computes wrong sums."""
-    first, beyond = AFFECTED
-    return first <= tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < beyond
+    first, fixed = AFFECTED
+    return first <= tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < fixed
 
 
 def has_computed() -> bool:

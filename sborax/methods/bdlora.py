@@ -92,12 +92,12 @@ class BDLoRA(AbstractFactored):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        kept, train = dropout(x, adapter, ctx), adapter.train
+        inputs, train = dropout(x, adapter, ctx), adapter.train
         scale = cast(adapter.frozen["scale"], x)
         if self.side == "out":
-            hidden = self._thin(scale * jnp.einsum("ti,nir->tnr", kept, cast(train["a"], x)))
+            hidden = self._thin(scale * jnp.einsum("ti,nir->tnr", inputs, cast(train["a"], x)))
             return y + jnp.einsum("tnr,nro->tno", hidden, cast(train["b_i"], x)).reshape(y.shape)
-        parts = kept.reshape(x.shape[0], self.blocks, -1)
+        parts = inputs.reshape(x.shape[0], self.blocks, -1)
         hidden = self._thin(scale * jnp.einsum("tni,nir->tnr", parts, cast(train["a_i"], x)))
         return y + jnp.einsum("tnr,nro->to", hidden, cast(train["b"], x))
 

@@ -27,7 +27,7 @@ from sborax.adapters.core import (
 )
 from sborax.adapters.informed import AbstractInformed, Gathered, Inputs, Place
 from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
-from sborax.methods.shared_ranks import Wanted, shared_ranks
+from sborax.methods.shared_ranks import Request, shared_ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +115,16 @@ class EVA(AbstractFactored, AbstractInformed):
     def gather(
         cls, methods: Mapping[Place, AbstractInformed], batches: Sequence[Callable[[], Inputs]]
     ) -> dict[Place, Gathered]:
-        wanted = {place: cast(EVA, method)._wanted(place[1]) for place, method in methods.items()}
-        return shared_ranks(wanted, batches)
+        requests = {place: cast(EVA, method)._request(place[1]) for place, method in methods.items()}
+        return shared_ranks(requests, batches)
 
     def with_ranks(self, ranks: Rank) -> "EVA":
         mean = self.rank if isinstance(self.rank, int) else self.mean
         return dataclasses.replace(self, rank=ranks, mean=mean, rho=1.0)
 
-    def _wanted(self, position: int) -> Wanted:
-        """What the weight at a position of the stack wants."""
+    def _request(self, position: int) -> Request:
+        """The request of the weight at a position of the stack."""
         if isinstance(self.rank, int):
-            return Wanted(self.rank, round(self.rank * self.rho), self.tau, self.niter)
+            return Request(self.rank, round(self.rank * self.rho), self.tau, self.niter)
         rank = self.rank[position] if isinstance(self.rank, tuple) else width(self.rank)
-        return Wanted(rank, rank, self.tau, self.niter)
+        return Request(rank, rank, self.tau, self.niter)

@@ -47,9 +47,9 @@ class FRoDBasis(AbstractBank):
             raise SboraxError(f"{self.fan_in}^2 places are more than an int32 index can name")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        others = self.fan_in - 1
-        places = jax.random.permutation(key, self.fan_in * others)[: self.entries].astype(jnp.int32)
-        rows, columns = places // others, places % others
+        off_diagonal = self.fan_in - 1
+        places = jax.random.permutation(key, self.fan_in * off_diagonal)[: self.entries].astype(jnp.int32)
+        rows, columns = places // off_diagonal, places % off_diagonal
         # Places are counted without the diagonal.
         idx = jnp.stack([jnp.where(columns >= rows, columns + 1, columns), rows])
         return Fitted({}, {"v": jnp.eye(self.fan_in), "v_inv": jnp.eye(self.fan_in), "idx": idx})

@@ -87,16 +87,16 @@ class GraLoRA(AbstractFactored):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        kept, train = dropout(x, adapter, ctx), adapter.train
+        inputs, train = dropout(x, adapter, ctx), adapter.train
         scale = cast(adapter.frozen["scale"], x)
-        hidden = jnp.einsum("tin,inr->tir", kept.reshape(x.shape[0], self.blocks, -1), cast(train["a_i"], x))
+        hidden = jnp.einsum("tin,inr->tir", inputs.reshape(x.shape[0], self.blocks, -1), cast(train["a_i"], x))
         hidden = checkpoint_name(scale * hidden, HIDDEN)
         # Part j of what a_i gives goes to b_j, whose part i it meets.
         parts = hidden.reshape(x.shape[0], self.blocks, self.blocks, -1).swapaxes(1, 2).reshape(hidden.shape)
         y = y + jnp.einsum("tjr,jro->tjo", parts, cast(train["b_j"], x)).reshape(y.shape)
         if not self.hybrid:
             return y
-        return y + checkpoint_name(scale * (kept @ cast(train["u"], x)), HIDDEN) @ cast(train["v"], x)
+        return y + checkpoint_name(scale * (inputs @ cast(train["u"], x)), HIDDEN) @ cast(train["v"], x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         a, b = self.factors(adapter, (weight.shape[0], weight.shape[1]))

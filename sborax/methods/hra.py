@@ -55,10 +55,10 @@ class HRA(AbstractMethod):
         check_rank(self.rank, shape[0], "rows of W")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
-        alike = 2 if self.identity_at_init else 1
-        columns = self.rank // alike
+        repeats = 2 if self.identity_at_init else 1
+        columns = self.rank // repeats
         u = jax.random.uniform(key, (weight.shape[0], columns), jnp.float32, -1.0, 1.0) / columns**0.5
-        return Fitted({"u": jnp.repeat(u, alike, axis=1)}, {})
+        return Fitted({"u": jnp.repeat(u, repeats, axis=1)}, {})
 
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context

@@ -37,26 +37,26 @@ class Spectrum:
 
 def empty(count: int, features: int) -> Spectrum:
     """`count` components before the first row."""
-    zero, each = jnp.zeros(()), jnp.zeros(count)
-    return Spectrum(jnp.zeros((count, features)), each, jnp.zeros(features), zero, zero, each)
+    zero, zeros = jnp.zeros(()), jnp.zeros(count)
+    return Spectrum(jnp.zeros((count, features)), zeros, jnp.zeros(features), zero, zero, zeros)
 
 
 @functools.partial(jax.jit, static_argnames="niter")
 def updated(
-    old: Spectrum, x: Float[Array, "rows features"], kept: Float[Array, " rows"], niter: int | None
+    old: Spectrum, x: Float[Array, "rows features"], mask: Float[Array, " rows"], niter: int | None
 ) -> Spectrum:
-    """The components of the rows so far and of those rows of `x` where `kept` is 1; else it is 0.
+    """The components of the rows so far and of those rows of `x` where `mask` is 1; else it is 0.
 
     What is known of earlier rows are their leading components, times their singular values (Ross et al. 2008).
 
     - niter: None for an exact decomposition, else subspace iterations of a randomised one of twice the width.
     """
     with jax.default_matmul_precision("highest"):
-        count, new = old.components.shape[0], jnp.sum(kept)
-        mean = kept @ x / new
-        centred = (x - mean[None]) * kept[:, None]
-        both = old.seen + new
-        between = jnp.sqrt(old.seen * new / both) * (old.mean - mean)
+        count, new = old.components.shape[0], jnp.sum(mask)
+        mean = mask @ x / new
+        centred = (x - mean[None]) * mask[:, None]
+        total = old.seen + new
+        between = jnp.sqrt(old.seen * new / total) * (old.mean - mean)
         rows = jnp.concatenate([old.singular[:, None] * old.components, centred, between[None]])
         _, singular, components = principal(jax.random.key(42), rows, min(2 * count, *rows.shape), niter)
         components, singular = components[:count], singular[:count]
@@ -67,8 +67,8 @@ def updated(
         return Spectrum(
             components,
             singular,
-            (old.seen * old.mean + new * mean) / both,
+            (old.seen * old.mean + new * mean) / total,
             old.spread + jnp.sum(centred**2) + jnp.sum(between**2),
-            both,
+            total,
             jnp.sum(components * old.components, axis=1) / jnp.maximum(lengths, 1e-8),
         )

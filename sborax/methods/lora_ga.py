@@ -69,7 +69,7 @@ class LoRAGA(AbstractFactored):
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape) // 2, "half the smaller side")
         chosen = (self.direction, self.scale, self.formula)
-        if not all(option in known for option, known in zip(chosen, _KNOWN, strict=True)):
+        if not all(option in allowed for option, allowed in zip(chosen, _KNOWN, strict=True)):
             raise SboraxError(f"direction, scale and formula must be of {_KNOWN}, got {chosen}")
         check_repetitions("niter", self.niter, 0)
 
@@ -95,8 +95,8 @@ class LoRAGA(AbstractFactored):
     def _pairs(self, key: Key[Array, ""]) -> tuple[Array, Array]:
         r, order = self.rank, jnp.arange(2 * self.rank)
         if self.direction == "random":
-            drawn = jax.random.permutation(key, order)[:r]
-            return drawn, drawn
+            indices = jax.random.permutation(key, order)[:r]
+            return indices, indices
         return {"ArB2r": (order[:r], order[r:]), "A2rBr": (order[r:], order[:r]), "ArBr": (order[1::2], order[::2])}[
             self.direction
         ]

@@ -87,8 +87,8 @@ class MonteCLoRA(AbstractFactored):
             of_z, of_v, of_p = jax.random.split(jax.random.fold_in(ctx.key, 1), 3)
             z = jax.random.normal(of_z, (self.samples, *train["a"].shape), jnp.float32)
             mean = jnp.einsum("n,nir->ir", proportions(of_p, train["g"]), z)
-            drawn = train["a"] + adapter.frozen["noise"] * mean * jnp.sqrt(variances(of_v, train["d"]))[None, :]
-            adapter = dataclasses.replace(adapter, train={**train, "a": drawn})
+            sample = train["a"] + adapter.frozen["noise"] * mean * jnp.sqrt(variances(of_v, train["d"]))[None, :]
+            adapter = dataclasses.replace(adapter, train={**train, "a": sample})
         return y + pair_delta(x, adapter, ctx)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:

@@ -105,15 +105,15 @@ class OrthogonalAdaptation(AbstractExpert):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        return y + pair_delta(x, _both(adapter), ctx)
+        return y + pair_delta(x, _with_frozen(adapter), ctx)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        both = _both(adapter)
-        return weight + pair_weight(both.train["a"], both.train["b"], both.frozen["scale"])
+        pair = _with_frozen(adapter)
+        return weight + pair_weight(pair.train["a"], pair.train["b"], pair.frozen["scale"])
 
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
-        both = _both(adapter)
-        return both.frozen["scale"] * both.train["a"], both.train["b"]
+        pair = _with_frozen(adapter)
+        return pair.frozen["scale"] * pair.train["a"], pair.train["b"]
 
     def overlaps(self, adapter: Adapter, other: Adapter) -> Bool[Array, ""]:
         assert isinstance(other.method, OrthogonalAdaptation)
@@ -124,5 +124,6 @@ class OrthogonalAdaptation(AbstractExpert):
         return jnp.max(jnp.abs(cross)) > 1e-4
 
 
-def _both(adapter: Adapter) -> Adapter:
+def _with_frozen(adapter: Adapter) -> Adapter:
+    """The adapter with both factors among its trained leaves, as the functions of pairs read them."""
     return dataclasses.replace(adapter, train={**adapter.frozen, **adapter.train})

@@ -52,19 +52,19 @@ class OSF(AbstractFactored):
         return {**pair, "e": ("rank",), **offset, "v": ("in", None), "u": (None, "out")}
 
     def check(self, shape: tuple[int, int]) -> None:
-        kept = self._kept(shape)
-        if not 1 <= kept < min(shape):
+        count = self._count(shape)
+        if not 1 <= count < min(shape):
             raise SboraxError(f"kept must leave 1..{min(shape) - 1} of {min(shape)} singular values, got {self.kept}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide = dense(weight).astype(jnp.float32)
         v, s, u = jnp.linalg.svd(wide, full_matrices=False)
-        kept = self._kept(wide.shape)
+        count = self._count(wide.shape)
         # The vectors of the longer side span no whole space, so what is orthogonal to those that stay needs them.
-        longer = {"v": v[:, :kept]} if wide.shape[0] > wide.shape[1] else {"u": u[:kept]}
+        longer = {"v": v[:, :count]} if wide.shape[0] > wide.shape[1] else {"u": u[:count]}
         longer = {} if wide.shape[0] == wide.shape[1] else longer
-        taken = taken_from_base(wide, v[:, kept:] * s[None, kept:], u[kept:], jnp.float32(1.0), longer)
-        return taken._replace(train={"a": v[:, kept:], "e": s[kept:], "b": u[kept:]})
+        taken = taken_from_base(wide, v[:, count:] * s[None, count:], u[count:], jnp.float32(1.0), longer)
+        return taken._replace(train={"a": v[:, count:], "e": s[count:], "b": u[count:]})
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
@@ -91,7 +91,7 @@ class OSF(AbstractFactored):
         b = _steered(adapter.train["b"].T, rows, "u" in frozen).T
         return a * adapter.train["e"][None, :], b
 
-    def _kept(self, shape: tuple[int, ...]) -> int:
+    def _count(self, shape: tuple[int, ...]) -> int:
         if self.kept is None:
             return min(shape) // 2
         return int(min(shape) * self.kept) if isinstance(self.kept, float) else self.kept

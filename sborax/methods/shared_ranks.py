@@ -16,8 +16,8 @@ MOST_BATCHES = 1000
 """PEFT takes batches until all components have settled, without a bound."""
 
 
-class Wanted(NamedTuple):
-    """What one weight wants.
+class Request(NamedTuple):
+    """The ranks that a weight asks for.
 
     - rank: what it adds to the budget that all weights share. It keeps this rank if `most` is no larger.
     - most: its largest rank.
@@ -31,14 +31,14 @@ class Wanted(NamedTuple):
     niter: int | None
 
 
-def shared_ranks(wanted: Mapping[Place, Wanted], batches: Sequence[Callable[[], Inputs]]) -> dict[Place, Gathered]:
+def shared_ranks(requests: Mapping[Place, Request], batches: Sequence[Callable[[], Inputs]]) -> dict[Place, Gathered]:
     """The components of the inputs of every weight, and its rank if any may differ from what it wants.
 
     Batches are taken one after another, again from the first one, until the components in use have settled.
 
     Raises SboraxError if no batch has enough tokens, or if components still turn after `MOST_BATCHES` batches.
     """
-    search, taken = _Search(wanted, batches[0]()), 0
+    search, taken = _Search(requests, batches[0]()), 0
     for number in itertools.cycle(range(len(batches))):
         active = search.unsettled()
         if not active:
@@ -60,24 +60,24 @@ def shared_ranks(wanted: Mapping[Place, Wanted], batches: Sequence[Callable[[], 
 class _Search:
     """Weights with equal inputs, as query, key and value of a layer have, share the search of the first: the leader."""
 
-    def __init__(self, wanted: Mapping[Place, Wanted], first: Inputs) -> None:
+    def __init__(self, requests: Mapping[Place, Request], first: Inputs) -> None:
         """- first: a batch, which tells which weights have equal inputs."""
-        self.wanted = wanted
+        self.requests = requests
         self.leaders: dict[Place, Place] = {}
         self.most: dict[Place, int] = {}
         self.spectra: dict[Place, Spectrum] = {}
         by_inputs: dict[bytes, Place] = {}
-        for place in wanted:
+        for place in requests:
             rows = np.asarray(first.rows[place[0]][place[1]])
             leader = by_inputs.setdefault(hashlib.sha256(rows.tobytes()).digest(), place)
             self.leaders[place] = leader
-            self.most[leader] = min(max(self.most.get(leader, 0), wanted[place].most), rows.shape[-1])
+            self.most[leader] = min(max(self.most.get(leader, 0), requests[place].most), rows.shape[-1])
         self.settled = {leader: np.zeros(most, bool) for leader, most in self.most.items()}
-        self.open = [place for place in wanted if wanted[place].most > wanted[place].rank]
+        self.open = [place for place in requests if requests[place].most > requests[place].rank]
         # The order decides between equal shares.
         self.open.sort(key=lambda place: self.leaders[place] != place)
         self.ranks = {place: self.most[leader] for place, leader in self.leaders.items()}
-        self.ranks |= {place: weight.rank for place, weight in wanted.items() if place not in self.open}
+        self.ranks |= {place: weight.rank for place, weight in requests.items() if place not in self.open}
 
     @property
     def complete(self) -> bool:
@@ -93,25 +93,25 @@ class _Search:
 
     def take(self, places: Sequence[Place], batch: Inputs) -> None:
         """Take the inputs of a batch into the components of some leaders, and deal out the ranks again."""
-        kept = jnp.asarray((batch.real & batch.answers).reshape(-1), jnp.float32)
+        mask = jnp.asarray((batch.real & batch.answers).reshape(-1), jnp.float32)
         for path, position in places:
             x = jnp.asarray(batch.rows[path][position], jnp.float32)
             x, place = x.reshape(-1, x.shape[-1]), (path, position)
-            if float(kept.sum()) < self.most[place]:
+            if float(mask.sum()) < self.most[place]:
                 continue
             before = self.spectra.get(place)
             old = empty(self.most[place], x.shape[-1]) if before is None else before
-            self.spectra[place] = updated(old, x, kept, self.wanted[place].niter)
+            self.spectra[place] = updated(old, x, mask, self.requests[place].niter)
             if before is not None:
-                self.settled[place] = np.asarray(self.spectra[place].turned) >= self.wanted[place].tau
+                self.settled[place] = np.asarray(self.spectra[place].turned) >= self.requests[place].tau
         if self.complete and self.open:
             self._deal()
 
     def _deal(self) -> None:
         """Give the ranks of the budget to the components that explain the largest shares."""
         shares = [np.asarray(self.spectra[self.leaders[place]].shares) for place in self.open]
-        owners = [place for place, own in zip(self.open, shares, strict=True) for _ in own]
-        budget = sum(self.wanted[place].rank for place in self.open)
+        owners = [place for place, share in zip(self.open, shares, strict=True) for _ in share]
+        budget = sum(self.requests[place].rank for place in self.open)
         self.ranks |= dict.fromkeys(self.open, 0)
         for number in np.argsort(-np.concatenate(shares), kind="stable")[:budget]:
             self.ranks[owners[number]] += 1

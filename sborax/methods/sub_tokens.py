@@ -37,13 +37,13 @@ def product(x: Float[Array, "tokens in"], a: Float[Array, "in rank"], v: Array, 
 
 
 def _product_forward(x: Array, a: Array, v: Array, gain: Array) -> tuple[Array, Any]:
-    kept = jnp.einsum("tgd,d->tg", sub_tokens(x, v.size), cast(v, x))
-    return x @ a, (kept, a, v, gain)
+    coefficients = jnp.einsum("tgd,d->tg", sub_tokens(x, v.size), cast(v, x))
+    return x @ a, (coefficients, a, v, gain)
 
 
 def _product_backward(saved: Any, slope: Float[Array, "tokens rank"]) -> tuple[Array | None, ...]:
-    kept, a, v, gain = saved
-    return slope @ a.T, _restored(kept.T @ slope, v, gain, a.shape[0]), None, None
+    coefficients, a, v, gain = saved
+    return slope @ a.T, _restored(coefficients.T @ slope, v, gain, a.shape[0]), None, None
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -59,13 +59,13 @@ def grouped_product(
 
 def _grouped_forward(x: Array, a: Array, v: Array, gain: Array, sizes: Sizes) -> tuple[Array, Any]:
     of_row = cast(v, x)[expert_of_row(sizes, x.shape[0])]
-    kept = jnp.einsum("tgd,td->tg", sub_tokens(x, v.shape[-1]), of_row)
-    return grouped_matmul(x, a, sizes), (kept, a, v, gain, sizes)
+    coefficients = jnp.einsum("tgd,td->tg", sub_tokens(x, v.shape[-1]), of_row)
+    return grouped_matmul(x, a, sizes), (coefficients, a, v, gain, sizes)
 
 
 def _grouped_backward(saved: Any, slope: Float[Array, "rows rank"]) -> tuple[Array | None, ...]:
-    kept, a, v, gain, sizes = saved
-    sums = sums_by_expert(kept, slope, sizes)
+    coefficients, a, v, gain, sizes = saved
+    sums = sums_by_expert(coefficients, slope, sizes)
     of_a = jax.vmap(_restored, in_axes=(0, 0, 0, None))(sums, v, gain, a.shape[1])
     return grouped_matmul(slope, jnp.swapaxes(a, 1, 2), sizes), of_a, None, None, None
 

@@ -69,16 +69,16 @@ def choose(name: str, device: str, dtype: Any, head_dim: int, plain: bool = True
     """
     if name == "auto":
         native: dict[str, Backend] = {"cuda": "cudnn", "tpu": "splash"}
-        wanted = native.get(device, "xla")
-        return wanted if plain and obstacle(wanted, device, dtype, head_dim) is None else "xla"
-    for known in BACKENDS:
-        if name == known:
-            why = obstacle(known, device, dtype, head_dim)
-            if known != "xla" and not plain:
+        preferred = native.get(device, "xla")
+        return preferred if plain and obstacle(preferred, device, dtype, head_dim) is None else "xla"
+    for backend in BACKENDS:
+        if name == backend:
+            why = obstacle(backend, device, dtype, head_dim)
+            if backend != "xla" and not plain:
                 why = "has neither windows nor caps of scores"
             if why is not None:
                 raise SboraxError(f"attention: {name} {why}; use auto or xla")
-            return known
+            return backend
     raise SboraxError(f"attention: {name!r} is not one of auto, {', '.join(BACKENDS)}")
 
 
@@ -160,15 +160,15 @@ def _on_each_device(kernel: Kernel) -> Kernel:
 
     @functools.wraps(kernel)
     def mapped(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
-        given = () if segments is None else (segments,)
+        optional = () if segments is None else (segments,)
 
-        def shard(query: Array, key: Array, value: Array, *given: Array) -> Array:
-            return kernel(query, key, value, *(given or (None,)))
+        def shard(query: Array, key: Array, value: Array, *optional: Array) -> Array:
+            return kernel(query, key, value, *(optional or (None,)))
 
         rows = dividing(query.shape[0], ROWS)
         heads = PartitionSpec(rows, None, dividing(math.gcd(query.shape[2], key.shape[2]), ("tensor",)), None)
-        specs = (heads, heads, heads, *(PartitionSpec(rows, None) for _ in given))
+        specs = (heads, heads, heads, *(PartitionSpec(rows, None) for _ in optional))
         sharded = jax.shard_map(shard, in_specs=specs, out_specs=heads, axis_names=free, check_vma=False)
-        return sharded(query, key, value, *given)
+        return sharded(query, key, value, *optional)
 
     return mapped

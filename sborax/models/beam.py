@@ -100,15 +100,15 @@ def _extend(
     """The beams with one more token, the `step`-th, and the beam that each running one continues."""
     rows, beams, vocab = logprobs.shape
     new = old.tokens.shape[2]
-    kept = min(max(2, 1 + ends.shape[0]) * beams, beams * vocab)
-    top, index = jax.lax.top_k((logprobs + old.scores[:, :, None]).reshape(rows, -1), kept)
+    candidates = min(max(2, 1 + ends.shape[0]) * beams, beams * vocab)
+    top, index = jax.lax.top_k((logprobs + old.scores[:, :, None]).reshape(rows, -1), candidates)
     parents, chosen = index // vocab, (index % vocab).astype(jnp.int32)
     texts = jax.lax.dynamic_update_slice_in_dim(_take(old.tokens, parents), chosen[:, :, None], step, axis=2)
     length = step + 1
     ended = jnp.any(chosen[:, :, None] == ends[None, None], axis=-1) | (length >= new)
     running, places = jax.lax.top_k(top + jnp.where(ended, NEVER, 0.0), beams)
     # Finished texts come from the best candidates alone; the others are there so that enough beams run on.
-    counted = ended & (jnp.arange(kept) < beams)[None]
+    counted = ended & (jnp.arange(candidates) < beams)[None]
     mean = top / length.astype(jnp.float32)
     mean = mean + jnp.where(old.hopeful, 0.0, NEVER)[:, None] + jnp.where(counted, 0.0, NEVER)
     done_scores, best = jax.lax.top_k(jnp.concatenate([old.done_scores, mean], axis=1), beams)

@@ -45,7 +45,7 @@ def generate_by_row(
         rows = [[row for row, chosen in enumerate(choice) if chosen == number] for number in numbers]
         most = max(map(len, rows))
         # Each adapter has as many rows; what is missing are copies of its last one.
-        places = np.concatenate([each + each[-1:] * (most - len(each)) for each in rows]).tolist()
+        places = np.concatenate([indices + indices[-1:] * (most - len(indices)) for indices in rows]).tolist()
         stacked = None if adapters[numbers[0]] is None else by_row([adapters[number] or {} for number in numbers])
         new = generate(
             model, params[numbers[0]], stacked, [prompts[row] for row in places], max_new_tokens, **options

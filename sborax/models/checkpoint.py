@@ -142,30 +142,30 @@ def open_safetensors(directory: Path, renamed: Mapping[str, str] | None = None) 
     Raises SboraxError for a missing, truncated or unlisted shard.
     """
     index, single = directory / INDEX, (directory / SINGLE).exists()
-    listed = _weight_map(index) if index.exists() and not single else None
+    weight_map = _weight_map(index) if index.exists() and not single else None
     if single and index.exists() and not _lists_only(index, SINGLE):
         say(f"{directory}: {SINGLE} is read, as by transformers; {INDEX} lists other files", file=sys.stderr)
-    shards = [SINGLE] if listed is None else sorted(set(listed.values()))
+    shards = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     entries: dict[str, Entry] = {}
     for shard in shards:
         if not (directory / shard).exists():
             raise SboraxError(f"{directory / shard}: missing; weights must be in safetensors format")
         entries |= _entries(directory / shard)
-    if listed is not None and (lost := sorted(listed.keys() - entries.keys())):
+    if weight_map is not None and (lost := sorted(weight_map.keys() - entries.keys())):
         raise SboraxError(f"{directory}: tensor {lost[0]!r} is in {INDEX} but in no shard")
     return Safetensors(str(directory), entries, renamed or {})
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The shard of every tensor, from an index."""
-    listed = read_object(index).get("weight_map")
-    if not isinstance(listed, dict):
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise SboraxError(f"{index}: not an index with a weight_map")
-    for shard in listed.values():
+    for shard in weight_map.values():
         # A name with a folder could lead out of the directory.
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise SboraxError(f"{index}: {shown(shard)} is not the name of a safetensors file beside it")
-    return listed
+    return weight_map
 
 
 def _lists_only(index: Path, shard: str) -> bool:
@@ -202,9 +202,9 @@ def load_params(
             if name not in available:
                 raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
             used.add(name)
-            given = tensors.shape(name)[:: -1 if row(path).transposed else 1]
-            if given != shape:
-                raise SboraxError(f"{tensors.where}: {name} gives {path} shape {given}, config says {shape}")
+            stored = tensors.shape(name)[:: -1 if row(path).transposed else 1]
+            if stored != shape:
+                raise SboraxError(f"{tensors.where}: {name} gives {path} shape {stored}, config says {shape}")
 
     # Check all leaves before memory is allocated for the shapes of a config.
     map_with_path(check_leaf, shapes)

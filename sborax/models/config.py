@@ -258,15 +258,15 @@ class LlamaConfig:
         family = family_of(kind, where)
         raw = _flat_rope(raw, where) if "rope_local_base_freq" in family.optional else raw
         for key, allowed in family.keys.items():
-            given = raw.get(key, allowed[0])
-            if any(value not in allowed for value in (given if isinstance(given, list | tuple) else [given])):
-                raise SboraxError(f"{where}: {key} = {str(given)[:80]} is not supported, only {allowed[0]}")
-        known = {field.name for field in dataclasses.fields(LlamaConfig)} - OPTIONAL | family.optional
-        known |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
-        known |= {family.full_every_key} - {""} | ({"partial_rotary_factor"} if family.partial else set())
-        known |= {"original_max_position_embeddings"} if "longrope" in family.ropes else set()
-        known = known - {"experts"} | (family.experts.keys if family.experts else frozenset())
-        unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
+            setting = raw.get(key, allowed[0])
+            if any(value not in allowed for value in (setting if isinstance(setting, list | tuple) else [setting])):
+                raise SboraxError(f"{where}: {key} = {str(setting)[:80]} is not supported, only {allowed[0]}")
+        known_keys = {field.name for field in dataclasses.fields(LlamaConfig)} - OPTIONAL | family.optional
+        known_keys |= INERT | family.inert | family.keys.keys() | {"rope_theta", "rope_scaling", "rope_parameters"}
+        known_keys |= {family.full_every_key} - {""} | ({"partial_rotary_factor"} if family.partial else set())
+        known_keys |= {"original_max_position_embeddings"} if "longrope" in family.ropes else set()
+        known_keys = known_keys - {"experts"} | (family.experts.keys if family.experts else frozenset())
+        unknown = sorted(key for key in raw if key not in known_keys and not key.startswith("_"))
         if unknown:
             raise SboraxError(f"{where}: unknown field {unknown[0]!r}; remove it if it does not change the model")
         read = _Reader({**family.defaults, **raw}, where)
@@ -277,7 +277,7 @@ class LlamaConfig:
         head_dim = read.optional_integer("head_dim") or width // heads
         # The first LLaMA's files say -1 for no padding token.
         pad = None if raw.get("pad_token_id") == -1 else next(iter(read.tokens("pad_token_id", vocabulary)), None)
-        given: dict[str, Any] = dict(
+        fields: dict[str, Any] = dict(
             vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=read.integer("intermediate_size"),
@@ -307,7 +307,7 @@ class LlamaConfig:
             layer_sizes=_read_sizes(raw, where),
         )
         try:
-            return LlamaConfig(**given, experts=_read_experts(read, family.experts))
+            return LlamaConfig(**fields, experts=_read_experts(read, family.experts))
         except SboraxError as error:
             raise SboraxError(f"{where}: {error}") from None
 
@@ -337,9 +337,9 @@ def ends(raw: Mapping[str, Any], where: str, vocabulary: int) -> tuple[int, ...]
     return _Reader(raw, where).tokens("eos_token_id", vocabulary)
 
 
-def _check_tokens(key: str, given: int | Sequence[int] | None, vocabulary: int) -> None:
+def _check_tokens(key: str, tokens: int | Sequence[int] | None, vocabulary: int) -> None:
     """Raise SboraxError for an id outside the vocabulary. As an index it would mean another token."""
-    for token in [] if given is None else [given] if isinstance(given, int) else given:
+    for token in [] if tokens is None else [tokens] if isinstance(tokens, int) else tokens:
         if not 0 <= token < vocabulary:
             raise SboraxError(f"{key}: {token} is no token of a vocabulary of {vocabulary:,}; correct it")
 
@@ -410,12 +410,12 @@ class _Reader:
 
 def _read_types(read: _Reader, family: Family) -> tuple[str, ...]:
     """The kind of attention of every layer. Its values have been checked."""
-    given, layers = read.raw.get("layer_types"), read.integer("num_hidden_layers")
-    if given is not None and not isinstance(given, list | tuple):
-        raise SboraxError(f"{read.where}: layer_types must be a list, got {shown(given)}")
+    types, layers = read.raw.get("layer_types"), read.integer("num_hidden_layers")
+    if types is not None and not isinstance(types, list | tuple):
+        raise SboraxError(f"{read.where}: layer_types must be a list, got {shown(types)}")
     period = read.optional_integer(family.full_every_key, family.full_every) or family.full_every
-    every = [SLIDING if (layer + 1) % period else "full_attention" for layer in range(min(layers, MOST_LAYERS))]
-    return tuple(given or every)
+    default = [SLIDING if (layer + 1) % period else "full_attention" for layer in range(min(layers, MOST_LAYERS))]
+    return tuple(types or default)
 
 
 def _read_experts(read: _Reader, keys: ExpertKeys | None) -> Experts | None:
@@ -499,10 +499,10 @@ def _read_rope(top: _Reader, family: Family, length: int, head_dim: int) -> Rope
     top: the fields of the config.
     """
     raw, where = top.raw, top.where
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        raise SboraxError(f"{where}: rope scaling must be an object, got {shown(given)}")
-    scaling = dict(given)
+    scaling_config = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling_config, dict):
+        raise SboraxError(f"{where}: rope scaling must be an object, got {shown(scaling_config)}")
+    scaling = dict(scaling_config)
     scaling.setdefault("rope_theta", raw.get("rope_theta") or 10_000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)

@@ -116,8 +116,8 @@ def _forward(query: Array, key: Array, value: Array, segments: Array) -> tuple[A
     return by_runs_or_mask(query, key, value, segments), (query, key, value, segments)
 
 
-def _backward(kept: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
-    *inputs, segments = kept
+def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    *inputs, segments = residuals
 
     def gradients(attend: Any, query: Array, key: Array, value: Array, g: Array) -> tuple[Array, ...]:
         return jax.vjp(attend, query, key, value)[1](g)

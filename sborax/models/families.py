@@ -331,8 +331,8 @@ def family_of(model_type: Any, where: str = "config") -> Family:
     name = str(model_type).removeprefix(UNEQUAL)
     family = FAMILIES.get(name) or _of_class(name) or (load_plugins() and _of_class(name)) or None
     if family is None:
-        known = UNSUPPORTED.get(name, f"known: {', '.join(FAMILIES)}")
-        raise SboraxError(f"{where}: model_type {model_type!r} is not supported; {known}")
+        hint = UNSUPPORTED.get(name, f"known: {', '.join(FAMILIES)}")
+        raise SboraxError(f"{where}: model_type {model_type!r} is not supported; {hint}")
     return family
 
 

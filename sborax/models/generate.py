@@ -142,8 +142,8 @@ def narrowed(
     return logits
 
 
-def _keep(logits: Float[Array, "batch vocab"], kept: Bool[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-    return jnp.where(kept, logits, -jnp.inf)
+def _keep(logits: Float[Array, "batch vocab"], mask: Bool[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+    return jnp.where(mask, logits, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -159,14 +159,14 @@ class GGUF(AbstractTensors):
         if lost is not None:
             raise SboraxError(f"{self.where}: the merge {shown(' '.join(lost))} is not of tokens in the vocabulary")
         # Llama 3 takes a word that is a token as one token, before any merge.
-        made = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama-bpe"))
+        bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama-bpe"))
         if cut in NORMALIZERS:
-            made.normalizer = NORMALIZERS[cut]
-        made.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[cut]))
-        made.decoder = decoders.ByteLevel()
+            bpe.normalizer = NORMALIZERS[cut]
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[cut]))
+        bpe.decoder = decoders.ByteLevel()
         for text, type_ in zip(texts, types, strict=True):
             if type_ in (CONTROL, USER_DEFINED):
-                made.add_tokens([AddedToken(text, normalized=False, special=type_ == CONTROL)])
+                bpe.add_tokens([AddedToken(text, normalized=False, special=type_ == CONTROL)])
         special = {
             f"{role}_token": self._token(key, texts)
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -174,14 +174,14 @@ class GGUF(AbstractTensors):
         }
         if self.field("tokenizer.ggml.add_bos_token", False):
             bos = self._token("bos", texts)
-            made.post_processor = processors.TemplateProcessing(
+            bpe.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
             )
         template, length = self.field("tokenizer.chat_template", None), self._architecture_field("context_length")
         if template is not None and not isinstance(template, str):
             raise SboraxError(f"{self.where}: tokenizer.chat_template is no text")
         return PreTrainedTokenizerFast(
-            tokenizer_object=made,
+            tokenizer_object=bpe,
             chat_template=template,
             model_max_length=length,
             clean_up_tokenization_spaces=False,

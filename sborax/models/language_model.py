@@ -203,15 +203,15 @@ class LanguageModel:
     def check_adapters(self, adapters: Params | None) -> None:
         """Raise SboraxError for an adapter at a path without a projection, and for tokens that the model lacks."""
         # Flax makes modules hashable.
-        known = projections(self._plain())  # pyright: ignore[reportArgumentType]
+        paths = projections(self._plain())  # pyright: ignore[reportArgumentType]
         for path, node in flatten(adapters or {}, is_leaf=core.is_adapter).items():
             is_bank = core.is_adapter(node) and isinstance(node.method, AbstractBank)
-            if path not in known and not is_bank:
+            if path not in paths and not is_bank:
                 raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
-        for wanted in invocations_of(nodes(adapters or {})):
-            if max(wanted) >= self.config.vocab_size:
+        for invocation in invocations_of(nodes(adapters or {})):
+            if max(invocation) >= self.config.vocab_size:
                 raise core.SboraxError(
-                    f"an adapter acts from the tokens {wanted} on, and the vocabulary ends at "
+                    f"an adapter acts from the tokens {invocation} on, and the vocabulary ends at "
                     f"{self.config.vocab_size - 1}; give ids of this model's tokenizer"
                 )
 

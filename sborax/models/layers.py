@@ -65,10 +65,10 @@ class Linear(nn.Module):
 
     def _remember(self, x: Float[Array, "batch seq in"], adapter: core.Adapter, ctx: core.Context) -> None:
         """Put what the next layer reads into collection `memory`, and the norms into `remembered` if it is mutable."""
-        kept = remember(x, adapter, ctx)
-        self.put_variable("memory", "kernel", kept)
+        memory = remember(x, adapter, ctx)
+        self.put_variable("memory", "kernel", memory)
         if self.is_mutable_collection("remembered"):
-            flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), kept)
+            flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), memory)
             self.put_variable("remembered", "kernel", jax.tree.map(lambda leaf: feature_norms(leaf, ctx.mask), flat))
 
 
@@ -217,7 +217,7 @@ def rotate(
     Features after the first 2 half are left as they are.
     """
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    first, second, unrotated = jnp.split(x, (half, 2 * half), axis=-1)
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+    return jnp.concatenate([*turned, unrotated] if unrotated.shape[-1] else turned, axis=-1)

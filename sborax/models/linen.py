@@ -115,8 +115,8 @@ def _is_plain_product(layer: nn.Module, x: Any, node: Adapter) -> bool:
 
 def are_last(axes: int | Sequence[int], count: int, ndim: int) -> bool:
     """Whether `axes`, one or several, are the last `count` of `ndim` axes, in order."""
-    listed = (axes,) if isinstance(axes, int) else axes
-    return tuple(axis % ndim for axis in listed) == tuple(range(ndim - count, ndim))
+    positions = (axes,) if isinstance(axes, int) else axes
+    return tuple(axis % ndim for axis in positions) == tuple(range(ndim - count, ndim))
 
 
 def _project(layer: Any, x: Float[Array, "..."], node: Adapter) -> Float[Array, "..."]:

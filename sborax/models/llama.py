@@ -158,7 +158,7 @@ class Unrolled(nn.Module):
         reach: Reach = Reach(None, None),
     ) -> tuple[Float[Array, "batch seq d"], Any]:
         """What the scanned stack returns. The cache of layers of unequal size is a tuple of stacks of one layer."""
-        kept = []
+        caches = []
         for layer in range(self.config.num_hidden_layers):
             if self.config.layer_sizes and past is not None:
                 before = jax.tree.map(lambda leaf: leaf[0], past[layer])
@@ -167,12 +167,12 @@ class Unrolled(nn.Module):
             options = (self.dtype, self.keep, self.attention, self.capacity)
             block = self.block(self.config.of_layer(layer), *options, name=str(layer))
             x, cache = block(x, rope, segments, ctx, before, jax.tree.map(lambda leaf, i=layer: leaf[i], reach))
-            kept.append(cache)
+            caches.append(cache)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
         if self.config.layer_sizes and self.keep:
-            return x, tuple(jax.tree.map(lambda leaf: leaf[None], cache) for cache in kept)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+            return x, tuple(jax.tree.map(lambda leaf: leaf[None], cache) for cache in caches)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
 
     def _hand_on(self, layer: int) -> None:
         """Hand the memory of the projections of `layer` to those of the next layer that continue their chain."""
@@ -310,8 +310,8 @@ class Llama(AbstractDecoder):
         if self.expert_capacity is not None and segment_ids is not None and ctx.mask is None:
             # Padding takes no place of an expert.
             ctx = dataclasses.replace(ctx, mask=segment_ids)
-        x, kept = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache, reach)
-        return self.norm(x), kept
+        x, caches = self.layers(over_rows(self.embed_tokens(tokens)), rope, segments, ctx, cache, reach)
+        return self.norm(x), caches
 
     def head(
         self, hidden: Float[Array, "batch seq d"], ctx: core.Context = core.Context()

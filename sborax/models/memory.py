@@ -45,7 +45,7 @@ def run(
     """
     variables = linked(variables)
     adapters = variables["adapters"]
-    missing = [wanted for wanted in invocations_of(nodes(adapters)) if wanted not in ctx.invocations]
+    missing = [invocation for invocation in invocations_of(nodes(adapters)) if invocation not in ctx.invocations]
     if missing:
         if "past" in options:
             raise SboraxError(
@@ -59,10 +59,10 @@ def run(
     memory = _empty(variables["params"], adapters, tokens)
     if not memory:
         return module.apply(variables, tokens, *inputs, mutable=list(mutable) or False, **options)
-    out, kept = module.apply(  # type: ignore[misc]
+    out, collected = module.apply(  # type: ignore[misc]
         {**variables, "memory": memory}, tokens, *inputs, mutable=[*mutable, "memory"], **options
     )
-    return (out, {name: leaves for name, leaves in kept.items() if name != "memory"}) if mutable else out
+    return (out, {name: leaves for name, leaves in collected.items() if name != "memory"}) if mutable else out
 
 
 def linked(variables: dict[str, Any]) -> dict[str, Any]:

@@ -152,8 +152,8 @@ class Mixture:
         outputs, squares = self.units(rows, sizes, per_row, projections)
         back = exchange.back(outputs.reshape(here, -1, outputs.shape[-1]))
         by_choice = back.reshape(experts * room, -1).at[place].get(mode="fill", fill_value=0)
-        wanted = tokens * chosen if ctx.mask is None else chosen * jnp.sum(ctx.mask != 0, dtype=jnp.int32)
-        dropped = (wanted - jnp.sum(place < experts * room, dtype=jnp.int32)).astype(jnp.float32)
+        total = tokens * chosen if ctx.mask is None else chosen * jnp.sum(ctx.mask != 0, dtype=jnp.int32)
+        dropped = (total - jnp.sum(place < experts * room, dtype=jnp.int32)).astype(jnp.float32)
         return jnp.einsum("tkd,tk->td", by_choice.reshape(tokens, chosen, -1), weights), squares, dropped
 
     def units(
@@ -226,16 +226,16 @@ class Mixture:
             device: Int[Array, " 1"], tokens: tuple[Array, Array, Array, Context], projections: Projections
         ) -> Mixed:
             share = device[0] // axes.get(SHARED, 1) % shares if shares > 1 else None
-            whole = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
+            gathered = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
             dropped = None
             if self.capacity is not None:
-                y, squares, dropped = self.limited(*tokens, whole, Exchange(shares, None if sent else share))
+                y, squares, dropped = self.limited(*tokens, gathered, Exchange(shares, None if sent else share))
             elif sent:
                 tokens = jax.tree.map(functools.partial(_gathered, axis=0, name=EXPERT), tokens)
-                y, squares = self.here(*tokens, whole, shares, share)
+                y, squares = self.here(*tokens, gathered, shares, share)
                 y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
             else:
-                y, squares = self.here(*tokens, whole, shares, share)
+                y, squares = self.here(*tokens, gathered, shares, share)
             if shares > 1 and not sent:
                 y = jax.lax.psum(y, EXPERT)
             return y, jax.lax.psum(squares, summed), jax.lax.psum(dropped, over)
@@ -353,10 +353,10 @@ def assigned(
     sizes = jnp.bincount(number, length=experts).astype(jnp.int32)
     # Choices of padding are sorted last, and are as if their expert was full.
     first = (jnp.cumsum(sizes) - sizes).at[number[order]].get(mode="fill", fill_value=-room)
-    every = jnp.arange(choices, dtype=jnp.int32)
-    before = jnp.zeros(choices, jnp.int32).at[order].set(every - first, unique_indices=True)
+    positions = jnp.arange(choices, dtype=jnp.int32)
+    before = jnp.zeros(choices, jnp.int32).at[order].set(positions - first, unique_indices=True)
     place = jnp.where(before < room, number * room + before, experts * room)
-    return place, jnp.full(experts * room, choices, jnp.int32).at[place].set(every, mode="drop")
+    return place, jnp.full(experts * room, choices, jnp.int32).at[place].set(positions, mode="drop")
 
 
 def mixed(

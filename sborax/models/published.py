@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def _llama(layers: int, hidden: int, wide: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+def _llama(layers: int, hidden: int, wide: int, heads: int, kv_heads: int, **fields: Any) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -20,7 +20,7 @@ def _llama(layers: int, hidden: int, wide: int, heads: int, kv_heads: int, **oth
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        **others,
+        **fields,
     }
 
 

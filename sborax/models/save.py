@@ -56,15 +56,15 @@ def save_hf(
     place.mkdir(parents=True, exist_ok=True)
     fused = fused_tensors(family_of(model.config.model_type).fused, params)
     shards = _shards(_joined(list(_tensors(model, params)), fused), shard_bytes)
-    listed = {}
+    weight_map = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(place / name, shard)
-        listed |= dict.fromkeys((tensor.name for tensor in shard), name)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
     if len(shards) > 1:
         total = sum(tensor.size for shard in shards for tensor in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": listed}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (place / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     raw = model.config.to_hf() | {"torch_dtype": model.module.dtype.name}
     (place / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -27,14 +27,14 @@ def _mesh_axes(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> t
     module, leaf = path.split("/")[-2:]
     if leaf == "embedding":
         # Whole vectors, since a look-up of cut vectors would have to gather them.
-        every, fully = _fully(sizes, "tensor"), _fully(sizes)
-        return (_dividing(shape[0], sizes, every, fully, ("tensor", "fsdp"), ("fsdp",), ("tensor",)), None)
+        all_axes, fully = _fully(sizes, "tensor"), _fully(sizes)
+        return (_dividing(shape[0], sizes, all_axes, fully, ("tensor", "fsdp"), ("fsdp",), ("tensor",)), None)
     if leaf == "kernel":
         if is_expert(path):
             return (EXPERT, *_split(module, "fsdp"))
         side = -1 if module in ROW_PARALLEL else -2
-        every = _fully(sizes)
-        fully = every if len(every) > 1 and _dividing(shape[side], sizes, every) else "fsdp"
+        all_axes = _fully(sizes)
+        fully = all_axes if len(all_axes) > 1 and _dividing(shape[side], sizes, all_axes) else "fsdp"
         if module == "lm_head":
             return (fully, _dividing(shape[1], sizes, ("tensor",)))
         return _split(module, fully)

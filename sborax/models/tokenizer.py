@@ -57,8 +57,8 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerFast | None":
         if not isinstance(failure, Exception) and not is_panic(failure):
             raise
         raise SboraxError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({failure})") from failure
-    given = tokenizer.chat_template
-    templates = given if isinstance(given, dict) else {} if given is None else {"default": given}
+    template = tokenizer.chat_template
+    templates = template if isinstance(template, dict) else {} if template is None else {"default": template}
     for name, text in templates.items():
         # Saving a tokenizer writes a file of this name.
         if not isinstance(text, str) or not re.fullmatch(r"[\w-]+", str(name)):

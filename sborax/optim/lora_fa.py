@@ -124,7 +124,7 @@ def project_lora_fa() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, *, frozen: PyTree = None, **others: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, *, frozen: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, optax.EmptyState]:
         if params is None or frozen is None:
             raise SboraxError("lora_fa: update needs params and frozen=, the frozen halves of the adapters")

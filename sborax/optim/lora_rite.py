@@ -81,12 +81,12 @@ def scale_by_lora_rite(
     Raises SboraxError for a rank above either side, for a tree without a pair, and without `params`.
     """
     pair = _pairs_alone(b1, b2, eps, clip, skip, escape, cap)
-    others = optax.scale_by_adam(b1, b2) if rest is None else rest
+    unpaired = optax.scale_by_adam(b1, b2) if rest is None else rest
 
     def labels(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda side: "rest" if side == "rest" else "pair", sides(tree))
 
-    return optax.partition({"pair": pair, "rest": others}, param_labels=labels)
+    return optax.partition({"pair": pair, "rest": unpaired}, param_labels=labels)
 
 
 def lora_rite(
@@ -170,7 +170,7 @@ def _pairs_alone(
             for path, pair in factors.items():
                 unmagnify = over_pairs(functools.partial(_unmagnify, skip=skip), pair[0].ndim - 2)
                 unmagnified[path] = unmagnify(grads[path], pair)
-            shrink = _clip_factor([side.grad for both in unmagnified.values() for side in both], clip)
+            shrink = _clip_factor([side.grad for group in unmagnified.values() for side in group], clip)
             directions, new_sides = {}, {}
             for path, (side_a, side_b) in unmagnified.items():
                 a, _ = factors[path]
@@ -223,9 +223,9 @@ def _decompose(
 ) -> tuple[Float[Array, "rows rank"], Float[Array, "rank rank"]]:
     """The basis of a QR decomposition and the pseudo-inverse of its triangle, both zero at padded ranks."""
     basis, triangle = jnp.linalg.qr(factor)
-    both = live[:, None] & live[None, :]
-    inverse = jnp.linalg.pinv(jnp.where(both, triangle, 0), rtol=factor.shape[1] * jnp.finfo(factor.dtype).eps)
-    return jnp.where(live[None, :], basis, 0), jnp.where(both, inverse, 0)
+    block = live[:, None] & live[None, :]
+    inverse = jnp.linalg.pinv(jnp.where(block, triangle, 0), rtol=factor.shape[1] * jnp.finfo(factor.dtype).eps)
+    return jnp.where(live[None, :], basis, 0), jnp.where(block, inverse, 0)
 
 
 def _clip_factor(grads: list[Array], clip: float | None) -> Float[Array, ""]:

@@ -24,7 +24,7 @@ def pairs(tree: PyTree) -> dict[str, Factors]:
         head, last = _parent(path)
         if last in ("a", "b"):
             factors.setdefault(head, {})[last] = leaf
-    return {head: (both["a"], both["b"]) for head, both in factors.items() if len(both) == 2 and agree(**both)}
+    return {head: (pair["a"], pair["b"]) for head, pair in factors.items() if len(pair) == 2 and agree(**pair)}
 
 
 def agree(a: Array, b: Array) -> bool:

@@ -85,8 +85,8 @@ def _layer(planned: Outline) -> float:
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     item = planned.model.module.dtype.itemsize
     # Other programs for attention hold no scores.
-    whole = planned.model.module.attention == "xla"
-    scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item) if whole else 0
+    quadratic = planned.model.module.attention == "xla"
+    scores = 2 * rows * config.num_attention_heads / tensor * length**2 * (4 + item) if quadratic else 0
     shares, capacity = _size(planned, EXPERT), planned.model.module.expert_capacity
     gated = 4 * rows * length * active_width(config, shares, capacity) / tensor * item
     gated += 3 * rows * length * expert_rows(config, shares, capacity) / tensor * config.hidden_size * item

@@ -32,8 +32,8 @@ def gathered_bytes(planned: Outline) -> dict[int, float]:
     assert planned.mesh is not None
     sizes, gathered = planned.mesh.shape, {}
     for path, leaf in planned.parts.base.items():
-        used, others = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
-        devices = sizes["fsdp"] * sizes[others]
+        used, unused = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
+        devices = sizes["fsdp"] * sizes[unused]
         if path.endswith("/kernel") and devices > 1:
             stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
             gathered[devices] = gathered.get(devices, 0) + stored / sizes[used]
@@ -129,12 +129,12 @@ def best_mesh(planned: Outline, torus: Sequence[int], chip: Chip) -> dict[str, i
         )
     fitting = [(sizes, laid) for sizes, laid in candidates if held_bytes(laid) <= chip.memory]
     if not fitting:
-        return min(candidates, key=lambda each: held_bytes(each[1]))[0]
+        return min(candidates, key=lambda candidate: held_bytes(candidate[1]))[0]
     flops = model_flops(planned.model.config, planned.parts) * accumulate * rows * length / devices
     for sizes, laid in fitting:
         if not sums_kernels(laid, torus) and link_bytes(laid, torus) / chip.links <= flops / chip.flops:
             return sizes
-    return min(fitting, key=lambda each: link_bytes(each[1], torus))[0]
+    return min(fitting, key=lambda candidate: link_bytes(candidate[1], torus))[0]
 
 
 def mending(

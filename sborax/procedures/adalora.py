@@ -101,7 +101,7 @@ class AdaLoRABudget(AbstractInPlace):
             return BudgetState(zeros(), zeros(), zeros(), kept)
 
         def update(
-            updates: PyTree, state: Any, params: PyTree | None = None, **others: Any
+            updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
         ) -> tuple[PyTree, BudgetState]:
             return updates, state._replace(grads=updates)
 

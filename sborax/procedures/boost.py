@@ -71,26 +71,26 @@ class XGBLoRA(AbstractSegmented):
             # If one of them were frozen, the other would train in layers that are not drawn, too.
             if not {"a", "b"} <= set(node.train):
                 raise SboraxError(f"XGBLoRA: {path}: {type(node.method).__name__} trains no pair a, b; use LoRA")
-        drawn = self._draw(key, run, boundary.adapters)
-        return dataclasses.replace(boundary, adapters=drawn, base=widened(boundary.base, run))
+        adapters = self._draw(key, run, boundary.adapters)
+        return dataclasses.replace(boundary, adapters=adapters, base=widened(boundary.base, run))
 
     def due(self, step: int, run: Run) -> bool:
         return step % self.every == 0 and step < run.steps
 
     def apply(self, key: Key[Array, ""], step: int, run: Run, boundary: Boundary) -> Boundary:
         base = fold(boundary.base, boundary.adapters, self.rate)
-        drawn = self._draw(jax.random.fold_in(key, 1), run, fresh(key, run, base))
-        return dataclasses.replace(boundary, adapters=drawn, base=base)
+        adapters = self._draw(jax.random.fold_in(key, 1), run, fresh(key, run, base))
+        return dataclasses.replace(boundary, adapters=adapters, base=base)
 
     def _draw(self, key: Key[Array, ""], run: Run, adapters: Adapters) -> Adapters:
         count = self.layers or math.ceil(depth(run) / 3)
         order = jax.random.permutation(key, depth(run))
-        drawn = jnp.zeros(depth(run), bool).at[order[:count]].set(True)
+        mask = jnp.zeros(depth(run), bool).at[order[:count]].set(True)
         sites = {site.path: site for site in run.plan.sites}
 
         def zero_others(path: str, node: Adapter) -> Adapter:
             layers = jnp.asarray(sites[path].layers).reshape(sites[path].stack)
-            return _only(drawn[layers], node)
+            return _only(mask[layers], node)
 
         return nest({path: zero_others(path, node) for path, node in nodes(adapters).items()})
 
@@ -100,11 +100,11 @@ def depth(run: Run) -> int:
     return 1 + max(max(site.layers) for site in run.plan.sites)
 
 
-def _only(drawn: Bool[Array, "*stack"], node: Adapter) -> Adapter:
+def _only(layers: Bool[Array, "*stack"], node: Adapter) -> Adapter:
     """The adapter with zeros in the layers that are not drawn."""
 
     def masked_leaf(leaf: Array) -> Array:
-        mask = drawn.reshape(*drawn.shape, *[1] * (leaf.ndim - drawn.ndim))
+        mask = layers.reshape(*layers.shape, *[1] * (leaf.ndim - layers.ndim))
         return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
     return dataclasses.replace(node, train=jax.tree.map(masked_leaf, node.train))

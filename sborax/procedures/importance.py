@@ -128,7 +128,7 @@ def watch_importance(
         frozen: Any = None,
         base: Any = None,
         base_grads: Any = None,
-        **others: Any,
+        **extra_args: Any,
     ) -> tuple[PyTree, LoRAPruneState]:
         train, grads = adapters_by_path(params), adapters_by_path(updates)
         adapters = {

@@ -28,7 +28,7 @@ class AbstractInPlace(AbstractProcedure):
         done: int,
         run: Run,
         boundary: Boundary,
-        kept: Callable[[int], Adapters],
+        adapters_after: Callable[[int], Adapters],
     ) -> Boundary:
         return self.settle(boundary)
 

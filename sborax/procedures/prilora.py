@@ -92,7 +92,7 @@ class PRILoRAPruning(AbstractInPlace):
             )
 
         def update(
-            updates: PyTree, state: Any, params: PyTree | None = None, *, norms: Any = None, **others: Any
+            updates: PyTree, state: Any, params: PyTree | None = None, *, norms: Any = None, **extra_args: Any
         ) -> tuple[PyTree, PruningState]:
             running = {path: ema(old, norms[path], self.beta) for path, old in state.norms.items()}
             return updates, state._replace(norms=running)

@@ -95,14 +95,14 @@ class AbstractProcedure(abc.ABC):
         done: int,
         run: Run,
         boundary: Boundary,
-        kept: Callable[[int], Adapters],
+        adapters_after: Callable[[int], Adapters],
     ) -> Boundary:
         """The frozen adapters and the base as they were after `done` steps, bit for bit.
 
         Args:
         - key_of: the key that `apply` had after a step.
         - boundary: that of `start`, with the restored state of the optimiser.
-        - kept: the adapters that `apply` was given after a step, if the procedure `resets`.
+        - adapters_after: the adapters that `apply` was given after a step, if the procedure `resets`.
         """
 
     def settle(self, boundary: Boundary) -> Boundary:

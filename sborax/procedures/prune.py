@@ -68,10 +68,10 @@ class LoRAPrune(AbstractInPlace):
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
         check_layers(self, run)
-        known: dict[str, dict[str, Site]] = {}
+        sites: dict[str, dict[str, Site]] = {}
         for path, site in _sites(run).items():
             parent, _, module = block_of(path)
-            known.setdefault(parent, {})[module] = site
+            sites.setdefault(parent, {})[module] = site
             name, pair = type(site.method).__name__, isinstance(site.method, AbstractFactored) and site.method.pair
             if banked_parts(site.method):
                 raise SboraxError(f"LoRAPrune: {path}: {name} shares what it trains with other kernels; use LoRA")
@@ -91,15 +91,15 @@ class LoRAPrune(AbstractInPlace):
                     f"LoRAPrune: {path}: groups are scored by the change s a b, and that of {name} is another; use "
                     "LoRA, or metric='magnitude'"
                 )
-        layers = {parent.rpartition("/")[0] for parent in known}
+        layers = {parent.rpartition("/")[0] for parent in sites}
         for parent in sorted(f"{layer}/{block}" for layer in layers for block in BLOCKS):
-            missing = sorted(BLOCKS[parent.rpartition("/")[2]].keys() - known.get(parent, {}).keys())
+            missing = sorted(BLOCKS[parent.rpartition("/")[2]].keys() - sites.get(parent, {}).keys())
             if missing:
                 raise SboraxError(f"LoRAPrune: {parent}/{missing[0]} is not adapted; all seven projections must be")
         if len({site.shape for path, site in _sites(run).items() if block_of(path)[2] == "k_proj"}) > 1:
             raise SboraxError("LoRAPrune: layers of unequal size cannot be pruned again; start from the whole model")
         biased = [path for path in base if path.split("/")[-1] == "bias"]
-        if not known or biased:
+        if not sites or biased:
             where = biased[0] if biased else "the rules"
             raise SboraxError(f"LoRAPrune: {where}: prunes LLaMA layers without biases, adapted by LoRA")
 

@@ -42,11 +42,11 @@ class AbstractSegmented(AbstractProcedure):
         done: int,
         run: Run,
         boundary: Boundary,
-        kept: Callable[[int], Adapters],
+        adapters_after: Callable[[int], Adapters],
     ) -> Boundary:
         for step in range(1, done + 1):
             if self.due(step, run):
-                before = dataclasses.replace(boundary, adapters=kept(step))
+                before = dataclasses.replace(boundary, adapters=adapters_after(step))
                 boundary = self.apply(key_of(step), step, run, before)
         return boundary
 

@@ -174,8 +174,8 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
     if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
     rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
-    known = ("format", "rules", "sites", "trained_base", "base", "digests")
-    about = {name: value for name, value in plan.items() if name not in known}
+    fields = ("format", "rules", "sites", "trained_base", "base", "digests")
+    about = {name: value for name, value in plan.items() if name not in fields}
     return Saved(_nested(str(place / PLAN), adapters), rules, plan["base"], trained_base, about)
 
 

@@ -106,7 +106,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: PyTree) -> PyTree:
-        wanted = flat(like)
+        flat_like = flat(like)
         try:
             about = self.manager.metadata(step)
             notes = about.custom_metadata
@@ -121,11 +121,11 @@ class Checkpoints:
         for name, expected in digests.items():
             if name not in leaves or digest(np.asarray(leaves[name])) != expected:
                 raise _Damaged(f"{name} has changed since it was written")
-        _compare(wanted, leaves, f"{self.manager.directory}: checkpoint {step}")
-        made = _steps_of(jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted]))
-        if made not in (None, step):
-            raise _Damaged(f"it holds the state after step {made}")
-        placed = [put(leaves[name], leaf.sharding) for name, leaf in wanted.items()]
+        _compare(flat_like, leaves, f"{self.manager.directory}: checkpoint {step}")
+        steps = _steps_of(jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flat_like]))
+        if steps not in (None, step):
+            raise _Damaged(f"it holds the state after step {steps}")
+        placed = [put(leaves[name], leaf.sharding) for name, leaf in flat_like.items()]
         return jax.tree.unflatten(jax.tree.structure(like), placed)
 
     def close(self) -> None:
@@ -189,12 +189,12 @@ def _steps_of(tree: PyTree) -> int | None:
     return max((int(np.max(node.step)) for node in leaves if isinstance(node, TrainState)), default=None)
 
 
-def _compare(wanted: dict[str, Any], stored: dict[str, Any], where: str) -> None:
-    """Raise SboraxError unless the leaves have the names, shapes and dtypes of those wanted."""
-    for name in sorted(wanted.keys() ^ stored.keys()):
-        what = "lacks" if name in wanted else "holds an unknown"
+def _compare(expected: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+    """Raise SboraxError unless the leaves have the names, shapes and dtypes of those expected."""
+    for name in sorted(expected.keys() ^ stored.keys()):
+        what = "lacks" if name in expected else "holds an unknown"
         raise SboraxError(f"{where} {what} {name}; resume with the config that the run was started with")
-    for name, leaf in wanted.items():
+    for name, leaf in expected.items():
         if stored[name].shape != leaf.shape or stored[name].dtype != leaf.dtype:
             raise SboraxError(
                 f"{where}: {name} is {stored[name].dtype}{list(stored[name].shape)}, this experiment has "

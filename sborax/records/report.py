@@ -74,8 +74,8 @@ class Metrics:
         if not any(shares):
             return None
         mean, most = sum(shares) / len(shares), max(shares)
-        listed = f"experts dropped {mean:.2%} of the choices of tokens, {most:.2%} in a step at most"
-        return f"{listed}; a larger expert_capacity drops fewer"
+        sentence = f"experts dropped {mean:.2%} of the choices of tokens, {most:.2%} in a step at most"
+        return f"{sentence}; a larger expert_capacity drops fewer"
 
     def losses(self) -> list[float]:
         """Every training loss so far."""
@@ -217,9 +217,9 @@ class Summary:
 
 def clock(seconds: float) -> str:
     """A time such as `1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{remainder:02}" if hours else f"{minutes}:{remainder:02}"
 
 
 def method_line(method: AbstractMethod) -> str:

@@ -113,9 +113,9 @@ class Sweep:
         """The grid, with the learning rates to begin with in place of "auto"."""
         values = {key: tuple(items) for key, items in self.grid.items()}
         if self.auto:
-            given = tuple(item for item in values[LR] if item != AUTO)
+            rates = tuple(item for item in values[LR] if item != AUTO)
             rate = getattr(self.experiment.optimizer, "lr", 0.0)
-            values[LR] = given or tuple(f"{each:g}" for each in (lower(rate), rate, higher(rate)))
+            values[LR] = rates or tuple(f"{lr:g}" for lr in (lower(rate), rate, higher(rate)))
         return values
 
     def members(self) -> tuple[Member, ...]:
@@ -123,7 +123,7 @@ class Sweep:
 
         Raises SboraxError as `override` does, for equal members, and for a key in which members may not differ.
         """
-        members = [self._member(dict(zip(self.grid, each, strict=True))) for each in product(*self.values.values())]
+        members = [self._member(dict(zip(self.grid, values, strict=True))) for values in product(*self.values.values())]
         _check(members)
         return tuple(members)
 
@@ -156,16 +156,16 @@ class Sweep:
         return Member(name.replace("/", "_"), changes, override(self.experiment, changes))
 
     def _check_auto(self) -> None:
-        given = [item for item in self.grid[LR] if item != AUTO]
+        rates = [item for item in self.grid[LR] if item != AUTO]
         rate = getattr(self.experiment.optimizer, "lr", None)
         if self.halving:
             raise SboraxError(f"{LR}=auto: tries rates one after the other, and halving compares members; use one")
-        if len(given) == 1:
+        if len(rates) == 1:
             raise SboraxError(
-                f"{LR}={given[0]},auto: one rate has no side on which to go on; give two or more, or auto alone, which "
+                f"{LR}={rates[0]},auto: one rate has no side on which to go on; give two or more, or auto alone, which "
                 "begins with the experiment's and one on each side of it"
             )
-        if not given and not (isinstance(rate, float) and rate > 0):
+        if not rates and not (isinstance(rate, float) and rate > 0):
             raise SboraxError(f"{LR}=auto: the experiment has no learning rate to begin with; give two, and then auto")
 
 
@@ -176,11 +176,11 @@ def member_rate(member: Member) -> float:
 
 def arms(members: Sequence[Member]) -> list[tuple[Member, ...]]:
     """Members that differ in learning rate and seeds alone, together."""
-    by_rest: dict[tuple[str, ...], list[Member]] = {}
+    by_changes: dict[tuple[str, ...], list[Member]] = {}
     for member in members:
-        rest = tuple(change for change in member.changes if change.partition("=")[0] not in (LR, *SEEDS))
-        by_rest.setdefault(rest, []).append(member)
-    return [tuple(arm) for arm in by_rest.values()]
+        changes = tuple(change for change in member.changes if change.partition("=")[0] not in (LR, *SEEDS))
+        by_changes.setdefault(changes, []).append(member)
+    return [tuple(arm) for arm in by_changes.values()]
 
 
 def tried(arm: Sequence[Member], losses: Mapping[str, float]) -> Sensitivity:
@@ -188,7 +188,7 @@ def tried(arm: Sequence[Member], losses: Mapping[str, float]) -> Sensitivity:
     by_rate: dict[float, list[float]] = {}
     for member in arm:
         by_rate.setdefault(member_rate(member), []).append(losses[member.name])
-    return sensitivity({rate: sum(each) / len(each) for rate, each in by_rate.items()}, lower=True)
+    return sensitivity({rate: sum(losses) / len(losses) for rate, losses in by_rate.items()}, lower=True)
 
 
 def read_grid(words: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
@@ -227,8 +227,8 @@ def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
 
 def varying(members: Sequence[Member]) -> list[str]:
     """Dotted keys at which some member differs from the first."""
-    first, *rest = (encode(member.experiment) for member in members)
-    return list(dict.fromkeys(key for other in rest for key in differences(first, other)))
+    first, *later = (encode(member.experiment) for member in members)
+    return list(dict.fromkeys(key for other in later for key in differences(first, other)))
 
 
 def _values(text: str) -> Iterator[str]:
@@ -310,11 +310,11 @@ def _check(members: Sequence[Member]) -> None:
 
 def _rewriting(experiment: Experiment) -> list[Any]:
     """Which kernels an experiment's methods rewrite: patterns and layers of its rules. Empty if they rewrite none."""
-    listed = [
+    rules = [
         [rule.pattern, encode(rule.layers), rule.method is not None and rule.method.rewrites_base]
         for rule in as_rules(experiment.rules)
     ]
-    return listed if rewrites_base(experiment) else []
+    return rules if rewrites_base(experiment) else []
 
 
 def rewrites_base(experiment: Experiment) -> bool:

@@ -68,7 +68,7 @@ class StackedMembers:
     - txs: an optax transformation for each of `optimizers`, without learning rates.
     - procedure: of one member; None without one.
     - loss: of all members.
-    - going: numbers of the members that a step computes; None for all. The others keep their state.
+    - running: numbers of the members that a step computes; None for all. The others keep their state.
     """
 
     constants: MemberConstants
@@ -80,7 +80,7 @@ class StackedMembers:
     txs: tuple[optax.GradientTransformation, ...] = ()
     procedure: ActiveProcedure | None = None
     loss: AbstractLoss = CrossEntropy()
-    going: tuple[int, ...] | None = None
+    running: tuple[int, ...] | None = None
 
     def tx(self, number: int) -> optax.GradientTransformation:
         """The optimiser of a member, without its learning rates."""
@@ -88,7 +88,7 @@ class StackedMembers:
 
     def over(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Map `function` of one member over all that go on, `at_once` at a time."""
-        count = self.count if self.going is None else len(self.going)
+        count = self.count if self.running is None else len(self.running)
         if self.at_once >= count:
             return jax.vmap(function)
         if self.at_once == 1:
@@ -97,15 +97,15 @@ class StackedMembers:
 
     def some(self, members: PyTree) -> PyTree:
         """The members that go on, out of leaves with a leading axis of all members."""
-        if self.going is None:
+        if self.running is None:
             return members
-        return jax.tree.map(lambda leaf: leaf[jnp.asarray(self.going, jnp.int32)], members)
+        return jax.tree.map(lambda leaf: leaf[jnp.asarray(self.running, jnp.int32)], members)
 
     def replaced(self, members: PyTree, some: PyTree) -> PyTree:
         """The inverse of `some`: all members, with those that go on replaced."""
-        if self.going is None:
+        if self.running is None:
             return some
-        return jax.tree.map(lambda leaf, part: leaf.at[jnp.asarray(self.going, jnp.int32)].set(part), members, some)
+        return jax.tree.map(lambda leaf, part: leaf.at[jnp.asarray(self.running, jnp.int32)].set(part), members, some)
 
 
 def rates(optimizer: AbstractOptimizer, steps: int) -> Float[Array, " steps"]:
@@ -228,9 +228,9 @@ def make_sweep_step(
             after, numbers = single(before, frozen, weights, batch)
             watched = jnp.stack([numbers[name] for name in WATCHED])
             finite = jnp.all(jnp.isfinite(watched))
-            going = (diverged == 0) & finite
-            kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), after, before)
-            return kept, jnp.where((diverged == 0) & ~finite, after.step, diverged), numbers
+            running = (diverged == 0) & finite
+            updated = jax.tree.map(lambda new, old: jnp.where(running, new, old), after, before)
+            return updated, jnp.where((diverged == 0) & ~finite, after.step, diverged), numbers
 
         *after, numbers = stacked.over(member_step)(stacked.some((state.run, state.diverged, constants)))
         return SweepState(*stacked.replaced((state.run, state.diverged), tuple(after))), numbers

@@ -44,8 +44,8 @@ class Result:
     @property
     def loss(self) -> float:
         """The loss to compare members by: on held-out data, else the last training loss; infinite without an end."""
-        known = self.last_loss if self.eval_loss is None else self.eval_loss
-        return math.inf if self.diverged or self.stopped or known is None else known
+        last = self.last_loss if self.eval_loss is None else self.eval_loss
+        return math.inf if self.diverged or self.stopped or last is None else last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Results:
         """The result of a member."""
         return next(result for result in self.members if result.name == member.name)
 
-    def going(self, members: Sequence[Member]) -> list[int]:
+    def running(self, members: Sequence[Member]) -> list[int]:
         """The numbers of those members that halving has not stopped."""
         return [number for number, member in enumerate(members) if not self.of_member(member).stopped]
 
-    def including(self, others: "Results") -> "Results":
-        """The results with members of `others` that are not among them."""
+    def including(self, other: "Results") -> "Results":
+        """The results with members of `other` that are not among them."""
         names = {result.name for result in self.members}
-        added = tuple(result for result in others.members if result.name not in names)
+        added = tuple(result for result in other.members if result.name not in names)
         return dataclasses.replace(self, members=(*self.members, *added))
 
     def updated(self, changed: Sequence[Result]) -> "Results":
@@ -97,8 +97,8 @@ class Results:
         member's is the lower one. Those that diverged have stopped by themselves.
         """
         count = math.ceil(len(self.members) / 2 ** (self.halving.index(rung) + 1))
-        going = [number for number, result in enumerate(self.members) if not (result.diverged or result.stopped)]
-        worse = sorted(going, key=lambda number: self.members[number].loss)[count:]
+        running = [number for number, result in enumerate(self.members) if not (result.diverged or result.stopped)]
+        worse = sorted(running, key=lambda number: self.members[number].loss)[count:]
         members = (
             dataclasses.replace(result, stopped=rung) if number in worse else result
             for number, result in enumerate(self.members)
@@ -197,12 +197,12 @@ def rate_lines(members: Sequence[Member], results: Results) -> list[str]:
     lines = []
     for arm in arms(members):
         rates = tried(arm, losses)
-        rest = ", ".join(change for change in arm[0].changes if change.partition("=")[0] not in (LR, *SEEDS))
+        changes = ", ".join(change for change in arm[0].changes if change.partition("=")[0] not in (LR, *SEEDS))
         if rates.best is None:
             says = "diverged at every learning rate"
         else:
             end = "lowest" if rates.best == rates.rates[0] else "highest"
             where = "interior" if rates.interior else f"the {end} that was tried, so not known to be the best"
             says = f"best learning rate {rates.best:g}, {where}"
-        lines.append(f"{rest}: {says}" if rest else says)
+        lines.append(f"{changes}: {says}" if changes else says)
     return lines

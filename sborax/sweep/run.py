@@ -150,11 +150,11 @@ def _train_all(
     shared = _read(members[0].experiment, place, resume, echo, stop, began)
     goals = shared.goals(groups)
     fresh = Results.of(members, groups, rungs(description.halving, goals))
-    known = read_results(place)
-    if known is not None and known.halving != fresh.halving:
-        what = f"with halving at {','.join(map(str, known.halving))}" if known.halving else "without halving"
+    stored = read_results(place)
+    if stored is not None and stored.halving != fresh.halving:
+        what = f"with halving at {','.join(map(str, stored.halving))}" if stored.halving else "without halving"
         raise SboraxError(f"{place}: holds a sweep {what}; resume it in the same way")
-    results = fresh if known is None else known.including(fresh)
+    results = fresh if stored is None else stored.including(fresh)
     more = True
     while more:
         results = _train_groups(description, groups, shared, results)
@@ -167,8 +167,8 @@ def _train_all(
             claim_runs(place, groups, claims)
             goals |= shared.goals(groups)
             results = results.including(Results.of(added, groups))
-    if known is None or not known.finished or results.members != known.members:
-        known = None
+    if stored is None or not stored.finished or results.members != stored.members:
+        stored = None
         results = dataclasses.replace(results, finished=not unfinished, seconds=time.monotonic() - began)
         write_results(place, members, results)
     if all(result.diverged for result in results.members):
@@ -178,7 +178,7 @@ def _train_all(
             "look at the data"
         )
     end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
-    end = end if known is None else f"already finished after step {max(goals.values()):,}: {place}"
+    end = end if stored is None else f"already finished after step {max(goals.values()):,}: {place}"
     for line in [*results.table(), *(rate_lines(members, results) if description.auto else ()), end]:
         echo(line)
     return results
@@ -194,12 +194,12 @@ def _train_groups(description: Sweep, groups: Sequence[Group], shared: Shared, r
         # With one program, and none to come, nothing needs the base as it was.
         last = None if results.halving or description.auto else groups[-1]
         for group in groups:
-            going, until = results.going(group.members), rung or shared.steps(group)
+            running, until = results.running(group.members), rung or shared.steps(group)
             if all(is_over(results, member, shared.place, until, rung is None) for member in group.members):
                 for member, run in zip(group.members, group.runs(shared.place), strict=True):
                     save_experiment(member.experiment, run)
             elif not shared.stop.asked.is_set():
-                trained = train_group(shared, group, going, at_once[group.number], until, group is last)
+                trained = train_group(shared, group, running, at_once[group.number], until, group is last)
                 results = results.updated(trained)
                 write_results(shared.place, (), results)
         if shared.stop.asked.is_set():
@@ -226,11 +226,11 @@ def is_over(results: Results, member: Member, place: epath.Path, until: int, end
 
 
 def train_group(
-    shared: Shared, group: Group, going: Sequence[int], at_once: int, until: int, last: bool
+    shared: Shared, group: Group, running: Sequence[int], at_once: int, until: int, last: bool
 ) -> list[Result]:
     """Train members of a group by one program, and write their run directories.
 
-    - going: numbers of the members that go on. The others have stopped, and keep their state.
+    - running: numbers of the members that go on. The others have stopped, and keep their state.
     - at_once: how many a step computes together.
     - until: the step after which they pause, or end.
     - last: whether no other program needs the base after it.
@@ -261,10 +261,10 @@ def train_group(
         ends.callback(checkpoints.close)
         ends.callback(progress.close)
         records = {}
-        for number in going:
+        for number in running:
             run, experiment = runs[number], members[number].experiment
             records[number] = Record(Metrics(run, done), step_figures, open_logs(experiment, run, done, ends))
-        stacked = dataclasses.replace(stacked, going=None if len(going) == len(members) else tuple(going))
+        stacked = dataclasses.replace(stacked, running=None if len(running) == len(members) else tuple(running))
         stepper = SweepStepper(members, prepared, stacked, state, base, records, progress)
         # The first step donates their buffers.
         del stacked, state
@@ -338,8 +338,8 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
     for number, record in stepper.records.items():
         member, prepared = stepper.members[number], stepper.prepared[number]
         run, (state, parts) = shared.place / member.name, stepper.member(number)
-        made, experiment, procedure = int(state.step), member.experiment, prepared.procedure
-        if made == steps:
+        done, experiment, procedure = int(state.step), member.experiment, prepared.procedure
+        if done == steps:
             save_adapter(
                 run / ADAPTER,
                 procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen),
@@ -350,13 +350,13 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
             )
         metrics, diverged = record.metrics, stepper.diverged.get(number)
         summary = Summary.of(
-            metrics, stepper.speed, shared.began, made == steps, made, trained, shared.size, shared.report, devices=1
+            metrics, stepper.speed, shared.began, done == steps, done, trained, shared.size, shared.report, devices=1
         )
         summary.write(run)
         dropped = metrics.dropped()
         if dropped is not None:
             shared.echo(f"{member.name}: {dropped}")
         results.append(
-            Result(member.name, member.changes, group.number, made, diverged, summary.last_loss, summary.eval_loss)
+            Result(member.name, member.changes, group.number, done, diverged, summary.last_loss, summary.eval_loss)
         )
     return results

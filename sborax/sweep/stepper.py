@@ -23,7 +23,7 @@ from sborax.sweep.members import (
     with_member,
 )
 from sborax.train.prepare import Prepared
-from sborax.train.record import Made, Record
+from sborax.train.record import DispatchedStep, Record
 from sborax.train.step import check_alive, not_finite
 from sborax.train.stepper import AbstractStepper
 
@@ -66,26 +66,26 @@ class SweepStepper(AbstractStepper):
     def programs(self) -> int:
         return self._step._cache_size()  # type: ignore[attr-defined]
 
-    def record(self, made: Made, first: bool) -> str | None:
+    def record(self, dispatched: DispatchedStep, first: bool) -> str | None:
         losses = []
         for row, place in enumerate(self.records):
             if place in self.diverged:
                 continue
             member = self.members[place]
-            numbers = jax.tree.map(lambda leaf, row=row: float(leaf[row]), made.numbers)
+            numbers = jax.tree.map(lambda leaf, row=row: float(leaf[row]), dispatched.numbers)
             problem = not_finite(numbers)
             if problem is not None:
-                self.diverged[place] = made.step
-                self.progress.say(f"step {made.step}: {member.name}: {problem}; the others go on")
+                self.diverged[place] = dispatched.step
+                self.progress.say(f"step {dispatched.step}: {member.name}: {problem}; the others go on")
                 continue
             if first:
                 self._check_alive(member, numbers["grad_norms"])
             losses.append(numbers["loss"])
-            self.records[place].add_step(made, numbers, float(self.rates[place, made.step - 1]))
+            self.records[place].add_step(dispatched, numbers, float(self.rates[place, dispatched.step - 1]))
         if not losses:
             return None
-        speed = self.speed.mean() or made.tokens / made.seconds
-        self.progress.show(made.step, min(losses), speed * len(losses))
+        speed = self.speed.mean() or dispatched.tokens / dispatched.seconds
+        self.progress.show(dispatched.step, min(losses), speed * len(losses))
         return None
 
     def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:

@@ -60,10 +60,10 @@ def rewritten(rules: Iterable[Rule]) -> Callable[[str], bool]:
 
     Such a kernel is loaded dense.
     """
-    listed = tuple(rules)
+    all_rules = tuple(rules)
 
     def is_rewritten(path: str) -> bool:
-        for rule in listed:
+        for rule in all_rules:
             if search(rule.pattern, module_path(path)[0]):
                 if rule.method is not None and rule.method.rewrites_base:
                     return True

@@ -41,8 +41,8 @@ def begin(
     """
     for line in ["adapting:"] * bool(prepared.plan.sites) + plan_lines(prepared.plan):
         echo(line)
-    for wanted in invocations(site.method for site in prepared.plan.sites):
-        echo(_invocation_line(wanted, batches.rows.samples))
+    for invocation in invocations(site.method for site in prepared.plan.sites):
+        echo(_invocation_line(invocation, batches.rows.samples))
     paths = sorted(site.path for site in prepared.plan.sites if site.method.needs)
     begun, hint, ranked = {}, None, {}
     if paths and (run / START / PLAN).exists():
@@ -65,31 +65,31 @@ def begin(
         # They are valid for this config alone, so it is written first.
         save_experiment(prepared.experiment, run)
         # Before the procedure's start, which a resumed run makes again.
-        made = {path: node for path, node in nodes(adapters).items() if path in paths}
+        start = {path: node for path, node in nodes(adapters).items() if path in paths}
         about = {RANKS: {path: hint.ranks for path, hint in ranked.items()}} if ranked else {}
-        save_adapter(run / START, nest(made), about=about)
+        save_adapter(run / START, nest(start), about=about)
     parts = prepared.take_apart(params, adapters)
     echo(f"trainable: {parts.count:,} parameters, {100 * parts.count / total:.3f} % of {total:,}")
     return prepared, parts
 
 
-def _invocation_line(wanted: Tokens, samples: Sequence[Sample]) -> str:
+def _invocation_line(invocation: Tokens, samples: Sequence[Sample]) -> str:
     """A line that tells how many samples have the tokens of an invocation. Raises SboraxError if there is none."""
     # The last token of a sample is a target only.
-    count = sum(_occurs(wanted, sample.tokens[:-1]) for sample in samples)
+    count = sum(_occurs(invocation, sample.tokens[:-1]) for sample in samples)
     if not count:
         raise SboraxError(
-            f"no sample of the data has the tokens {wanted}, from which an adapter would act: it would train nothing; "
-            "put their text into the template or the records, and take the ids that the tokenizer writes there"
+            f"no sample of the data has the tokens {invocation}, from which an adapter would act: it would train "
+            "nothing; put their text into the template or the records, and take the ids that the tokenizer writes there"
         )
-    others = "" if count == len(samples) else "; the others do not train its adapters"
-    return f"invocation {wanted}: in {count:,} of {len(samples):,} samples{others}"
+    note = "" if count == len(samples) else "; the others do not train its adapters"
+    return f"invocation {invocation}: in {count:,} of {len(samples):,} samples{note}"
 
 
-def _occurs(wanted: Tokens, tokens: Int32[np.ndarray, " length"]) -> bool:
-    if len(tokens) < len(wanted):
+def _occurs(invocation: Tokens, tokens: Int32[np.ndarray, " length"]) -> bool:
+    if len(tokens) < len(invocation):
         return False
-    return bool((np.lib.stride_tricks.sliding_window_view(tokens, len(wanted)) == wanted).all(axis=1).any())
+    return bool((np.lib.stride_tricks.sliding_window_view(tokens, len(invocation)) == invocation).all(axis=1).any())
 
 
 def _hints(
@@ -105,7 +105,7 @@ def _hints(
     def hint(params: Params, site: Site) -> Hint:
         needs, name = site.method.needs, site.path.removesuffix("/kernel")
         grad = gradient(params, site).grad if "grad" in needs else None
-        known = joint.get(name) or (inputs.of_site(params, site) if "inputs" in needs else Hint())
-        return Hint(grad=grad, inputs=known.inputs)
+        of_inputs = joint.get(name) or (inputs.of_site(params, site) if "inputs" in needs else Hint())
+        return Hint(grad=grad, inputs=of_inputs.inputs)
 
     return hint, {name: hint for name, hint in joint.items() if hint.ranks is not None}

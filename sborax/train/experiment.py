@@ -166,9 +166,9 @@ class Experiment:
             raise SboraxError("give steps or epochs, and set the other to None")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise SboraxError(f"epochs must be positive and finite, got {self.epochs}")
-        both = next((module for module in tokens if self.train_base or module in self.train_also), None)
-        if both is not None:
-            raise SboraxError(f"train_tokens: all vectors of {both} are trained; leave one of the two out")
+        trained = next((module for module in tokens if self.train_base or module in self.train_also), None)
+        if trained is not None:
+            raise SboraxError(f"train_tokens: all vectors of {trained} are trained; leave one of the two out")
         if not (self.rules or self.train_base or self.train_also or self.train_tokens):
             raise SboraxError("nothing to train: give rules, or train_base=True for full fine-tuning")
         if self.quant and (self.train_base or self.rules == ()):

@@ -97,7 +97,7 @@ class Figures:
         members: dict[str, list[float]] = {}
         for path, norm in norms.items():
             members.setdefault(self.groups[path], []).append(norm)
-        return {group: math.hypot(*listed) for group, listed in members.items()}
+        return {group: math.hypot(*values) for group, values in members.items()}
 
 
 def figures(config: DecoderConfig, parts: Parts, devices: int) -> Figures:

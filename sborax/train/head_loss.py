@@ -69,8 +69,8 @@ def head_loss(
 
     rows, replicated = PartitionSpec(axes), PartitionSpec()
     specs = (rows, replicated, rows, rows)
-    each = jax.shard_map(rows_loss, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)
-    return jnp.sum(each(hidden, table, targets, counts))
+    sharded = jax.shard_map(rows_loss, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)
+    return jnp.sum(sharded(hidden, table, targets, counts))
 
 
 def head_losses(
@@ -96,8 +96,8 @@ def head_losses(
 
     rows, replicated = PartitionSpec(axes), PartitionSpec()
     specs = (rows, replicated, rows, rows)
-    each = jax.shard_map(rows_losses, in_specs=specs, out_specs=(rows, rows), axis_names=set(axes), check_vma=False)
-    totals, terms = each(hidden, table, targets, counts)
+    sharded = jax.shard_map(rows_losses, in_specs=specs, out_specs=(rows, rows), axis_names=set(axes), check_vma=False)
+    totals, terms = sharded(hidden, table, targets, counts)
     return jnp.sum(totals), terms
 
 

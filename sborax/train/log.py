@@ -65,9 +65,9 @@ class WeightsAndBiases(AbstractLog):
     def __init__(self, run: epath.Path, config: Mapping[str, Any], done: int) -> None:
         wandb = importlib.import_module("wandb")
         self.note = run / "wandb.json"
-        known = read_object(self.note).get("id") if done and self.note.exists() else None
+        run_id = read_object(self.note).get("id") if done and self.note.exists() else None
         try:
-            self.run = wandb.init(dir=str(run), name=run.name, id=known, resume="allow", config=dict(config))
+            self.run = wandb.init(dir=str(run), name=run.name, id=run_id, resume="allow", config=dict(config))
         except wandb.Error as error:
             raise SboraxError(f"log: wandb did not start ({error}); `wandb login`, or WANDB_MODE=offline") from error
         replace(self.note, json.dumps({"id": self.run.id}) + "\n")

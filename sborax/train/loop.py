@@ -33,7 +33,7 @@ from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
-from sborax.train.record import Made, Record
+from sborax.train.record import DispatchedStep, Record
 from sborax.train.resume import check_config, check_steps, has_computed
 from sborax.train.stepper import AbstractStepper, RunStepper
 from sborax.train.stop import Stop, stopping
@@ -236,7 +236,7 @@ def loop(
     recorder = _Recorder(stepper, done, done or None)
     pending, rows = None, layout.rows(experiment.batch_size)
     source = stream(lambda number: batches.part(number, rows), done, steps)
-    with stop.in_good_order() as asked, source as arrays:
+    with stop.in_good_order() as request, source as arrays:
         for number, batch in enumerate(arrays, start=done):
             programs = stepper.programs()
             numbers = stepper.step(number, batch)
@@ -245,9 +245,9 @@ def loop(
                 recorder.finish(pending)
             now = number + 1
             epoch, row = batches.position(now)
-            pending = Made(now, numbers, batches.tokens(number), 0.0, stepper.programs() > programs, epoch)
+            pending = DispatchedStep(now, numbers, batches.tokens(number), 0.0, stepper.programs() > programs, epoch)
 
-            last = asked_to_stop(asked.is_set(), now) or now == steps
+            last = asked_to_stop(request.is_set(), now) or now == steps
             evaluate = bool(held_out) and (last or due(experiment.eval.every, now))
             save = last or due(experiment.save.every, now)
             act = stepper.due(now)
@@ -284,20 +284,20 @@ class _Recorder:
     saved: int | None
     mark: float = dataclasses.field(default_factory=time.monotonic)
 
-    def finish(self, pending: Made) -> None:
+    def finish(self, pending: DispatchedStep) -> None:
         """Wait for a step and record it. Raises SboraxError if the run cannot go on."""
         numbers = jax.device_get(pending.numbers)
         now = time.monotonic()
-        made = dataclasses.replace(pending, numbers=numbers, seconds=now - self.mark)
+        dispatched = dataclasses.replace(pending, numbers=numbers, seconds=now - self.mark)
         self.mark = now
-        if not made.compiled:
-            self.stepper.speed.add(made.tokens, made.seconds)
-        problem = self.stepper.record(made, first=made.step == self.done + 1)
+        if not dispatched.compiled:
+            self.stepper.speed.add(dispatched.tokens, dispatched.seconds)
+        problem = self.stepper.record(dispatched, first=dispatched.step == self.done + 1)
         if problem is not None:
-            kept = f"checkpoint {self.saved} is kept" if self.saved else "there is no checkpoint yet"
-            raise SboraxError(f"step {made.step}: {problem}; {kept}; lower optimizer.lr or look at the data")
+            fallback = f"checkpoint {self.saved} is kept" if self.saved else "there is no checkpoint yet"
+            raise SboraxError(f"step {dispatched.step}: {problem}; {fallback}; lower optimizer.lr or look at the data")
 
 
-def due(every: int | None, step: int) -> bool:
-    """Whether something that is done every `every` steps (None: never) is due after `step` steps."""
-    return every is not None and step % every == 0
+def due(interval: int | None, step: int) -> bool:
+    """Whether something that is done every `interval` steps (None: never) is due after `step` steps."""
+    return interval is not None and step % interval == 0

@@ -45,13 +45,13 @@ class AbstractScheduled(AbstractOptimizer):
     def rate(self, steps: int) -> optax.Schedule:
         """Linear warm-up from 0 to `lr`, then constant, linear or cosine decay over the rest of `steps`."""
         warmup = int(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
-        rest = max(1, steps - warmup)
+        decay = max(1, steps - warmup)
         if self.schedule == "constant":
             after = optax.constant_schedule(self.lr)
         elif self.schedule == "linear":
-            after = optax.linear_schedule(self.lr, self.final * self.lr, rest)
+            after = optax.linear_schedule(self.lr, self.final * self.lr, decay)
         else:
-            after = optax.cosine_decay_schedule(self.lr, rest, alpha=self.final)
+            after = optax.cosine_decay_schedule(self.lr, decay, alpha=self.final)
         if not warmup:
             return after
         # The first step moves: the ramp starts at lr / warmup, where transformers' starts at 0.
@@ -281,10 +281,10 @@ class Optimizer(AbstractOptimizer):
     def rule(self) -> AbstractScheduled:
         """The dataclass of this name, with these fields."""
         kind = OPTIMIZERS[self.name]
-        given = {**vars(self), "momentum": self.betas[0]}
+        options = {**vars(self), "momentum": self.betas[0]}
         if self.eps is None:
-            del given["eps"]
-        return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
+            del options["eps"]
+        return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options})
 
     def rate(self, steps: int) -> optax.Schedule:
         return self.rule.rate(steps)

@@ -12,7 +12,7 @@ from sborax.train.step import DROPPED, ROUTER_LOSSES
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class DispatchedStep:
     """A step that has been dispatched.
 
     - step: its number, from 1.
@@ -50,21 +50,21 @@ class Record:
         if self.metrics.writes:
             write_eval_losses(self.metrics.path.parent, losses)
 
-    def add_step(self, made: Made, numbers: Mapping[str, Any], lr: float | None) -> None:
+    def add_step(self, dispatched: DispatchedStep, numbers: Mapping[str, Any], lr: float | None) -> None:
         """Write the numbers of a step. lr: its learning rate; None if it is not known."""
         self.add(
             {
-                "step": made.step,
-                "epoch": made.epoch,
+                "step": dispatched.step,
+                "epoch": dispatched.epoch,
                 "loss": numbers["loss"],
                 **{name: value for name, value in numbers.items() if name in (*ROUTER_LOSSES, DROPPED)},
                 **({} if lr is None else {"lr": lr}),
                 "grad_norm": numbers["grad_norm"],
-                "tokens": made.tokens,
+                "tokens": dispatched.tokens,
                 "counted_tokens": int(numbers["tokens"]),
-                "seconds": round(made.seconds, 4),
-                "compiled": made.compiled,
-                **self.figures.of(numbers, made.tokens, made.seconds),
+                "seconds": round(dispatched.seconds, 4),
+                "compiled": dispatched.compiled,
+                **self.figures.of(numbers, dispatched.tokens, dispatched.seconds),
                 "grad_norms": numbers["grad_norms"],
             }
         )

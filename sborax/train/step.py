@@ -100,8 +100,8 @@ def _outputs(
     trained = any(path.endswith(ROUTER_WEIGHT) for path in train["base"])
     balance, z_loss = (share(model.config) if trained else 0.0 for share in (balance_share, z_share))
     load = balance > 0 or z_loss > 0 or model.module.expert_capacity is not None
-    wanted = ["balance"] * routed + ["load"] * load + ["inputs"] * observe
-    hidden, collected = model.collect(params, adapters, tokens, wanted, segment_ids=segments, dropout_key=key, ctx=ctx)
+    names = ["balance"] * routed + ["load"] * load + ["inputs"] * observe
+    hidden, collected = model.collect(params, adapters, tokens, names, segment_ids=segments, dropout_key=key, ctx=ctx)
     losses: dict[str, Any] = {BALANCE: collected.balance} if routed else {}
     if balance > 0:
         losses[BALANCE] = losses.get(BALANCE, jnp.float32(0)) + balance * collected.load.imbalance()
@@ -152,12 +152,12 @@ def forward_backward(
             return jax.tree.map(jnp.add, carry, grads), part_sums
 
         zero = jax.tree.map(jnp.zeros_like, (train, kernels))
-        grads, each = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
+        grads, parts = jax.lax.scan(body, zero, (jnp.arange(accumulate, dtype=jnp.int32), batch))
         total = Sums(
-            jax.tree.map(jnp.sum, each.losses),
-            jnp.sum(each.items, dtype=each.items.dtype),
-            jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), each.norms),
-            dropped=jax.tree.map(jnp.sum, each.dropped),
+            jax.tree.map(jnp.sum, parts.losses),
+            jnp.sum(parts.items, dtype=parts.items.dtype),
+            jax.tree.map(lambda leaf: jnp.linalg.norm(leaf, axis=0), parts.norms),
+            dropped=jax.tree.map(jnp.sum, parts.dropped),
         )
     share = 1 / total.items.astype(jnp.float32)
     grads, base_grads = jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads)
@@ -260,8 +260,8 @@ def not_finite(numbers: Mapping[str, float]) -> str | None:
     """An error message if one of the numbers in `WATCHED` is not finite, else None."""
     if all(math.isfinite(numbers[name]) for name in WATCHED):
         return None
-    listed = (f"{name.replace('_', ' ').replace('grad', 'gradient')} {numbers[name]}" for name in WATCHED)
-    return f"{', '.join(listed)}: not finite, stopped"
+    problems = (f"{name.replace('_', ' ').replace('grad', 'gradient')} {numbers[name]}" for name in WATCHED)
+    return f"{', '.join(problems)}: not finite, stopped"
 
 
 def check_alive(grad_norms: dict[str, float]) -> None:

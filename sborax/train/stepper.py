@@ -22,7 +22,7 @@ from sborax.records.report import Progress, Speed
 from sborax.records.trace import Trace
 from sborax.train.optimizer import schedule
 from sborax.train.prepare import Prepared
-from sborax.train.record import Made, Record
+from sborax.train.record import DispatchedStep, Record
 from sborax.train.step import check_alive, not_finite
 
 
@@ -48,7 +48,7 @@ class AbstractStepper(abc.ABC):
         """The number of programs compiled for steps so far."""
 
     @abc.abstractmethod
-    def record(self, made: Made, first: bool) -> str | None:
+    def record(self, dispatched: DispatchedStep, first: bool) -> str | None:
         """Check and write the numbers of a step that has ended.
 
         Returns an error message if the run cannot go on, else None.
@@ -114,8 +114,8 @@ class RunStepper(AbstractStepper):
     def programs(self) -> int:
         return self._step._cache_size()  # type: ignore[attr-defined]
 
-    def record(self, made: Made, first: bool) -> str | None:
-        numbers = jax.tree.map(float, made.numbers)
+    def record(self, dispatched: DispatchedStep, first: bool) -> str | None:
+        numbers = jax.tree.map(float, dispatched.numbers)
         problem = not_finite(numbers)
         if problem is not None:
             return problem
@@ -123,8 +123,10 @@ class RunStepper(AbstractStepper):
             # Adapters and tokens that no sequence of the first batch has selected have no gradient, and are not dead.
             idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)} | {*VECTORS}
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
-        self.records.add_step(made, numbers, None if self.rate is None else float(self.rate(made.step - 1)))
-        self.progress.show(made.step, numbers["loss"], self.speed.mean() or made.tokens / made.seconds)
+        self.records.add_step(dispatched, numbers, None if self.rate is None else float(self.rate(dispatched.step - 1)))
+        self.progress.show(
+            dispatched.step, numbers["loss"], self.speed.mean() or dispatched.tokens / dispatched.seconds
+        )
         return None
 
     def due(self, step: int) -> bool:

@@ -63,8 +63,8 @@ class Estimate:
     @property
     def differs(self) -> bool | None:
         """Whether every known interval of the difference excludes 0; None where no interval is known."""
-        known = [gap for gap in (self.gap_items, self.gap_seeds) if gap is not None and gap.low is not None]
-        return all(gap.excludes_zero for gap in known) if known else None
+        gaps = [gap for gap in (self.gap_items, self.gap_seeds) if gap is not None and gap.low is not None]
+        return all(gap.excludes_zero for gap in gaps) if gaps else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,8 +99,8 @@ class Group:
     @property
     def step_seconds(self) -> float | None:
         """The median over its runs; None where no run tells."""
-        known = [row.step_seconds for row in self.best if row.step_seconds is not None]
-        return statistics.median(known) if known else None
+        times = [row.step_seconds for row in self.best if row.step_seconds is not None]
+        return statistics.median(times) if times else None
 
     @property
     def diverged(self) -> int:
@@ -206,8 +206,8 @@ def _bases(rows: Sequence[Row]) -> list[str]:
     Methods that rewrite the base of a 4-bit run have fingerprints of more leaves than others. A run that diverged has
     none: its base is that of another run with the same model, or known by name.
     """
-    known = [row.prints for row in rows if row.prints]
-    common = sorted(set.intersection(*map(set, known))) if known else []
+    prints = [row.prints for row in rows if row.prints]
+    common = sorted(set.intersection(*map(set, prints))) if prints else []
 
     def digest(row: Row) -> str | None:
         if not row.prints:
@@ -217,16 +217,16 @@ def _bases(rows: Sequence[Row]) -> list[str]:
 
     digests = [digest(row) for row in rows]
     models = [str(row.config["model"]) for row in rows]
-    by_model = {model: each for model, each in zip(models, digests, strict=True) if each is not None}
-    return [each or by_model.get(model, model) for model, each in zip(models, digests, strict=True)]
+    by_model = {model: base for model, base in zip(models, digests, strict=True) if base is not None}
+    return [base or by_model.get(model, model) for model, base in zip(models, digests, strict=True)]
 
 
-def _title(rows: Sequence[Row], equal: Mapping[str, Any], differing: Sequence[str], others: Any) -> str:
+def _title(rows: Sequence[Row], equal: Mapping[str, Any], differing: Sequence[str], conditions: Any) -> str:
     """The conditions in which a setting differs from others."""
     parts = [f"{key}={_text(equal.get(key))}" for key in differing]
-    if len({other.get("base") for other in others}) > 1:
+    if len({other.get("base") for other in conditions}) > 1:
         parts.insert(0, f"model={rows[0].config['model']}")
-    if not parts and len({other.get("samples") for other in others}) > 1:
+    if not parts and len({other.get("samples") for other in conditions}) > 1:
         parts.append(f"data: {rows[0].samples}")
     return ", ".join(parts)
 
@@ -237,7 +237,7 @@ def _text(value: Any) -> str:
 
 def _setting(rows: Sequence[Row], prefixes: Sequence[str], conditions: Mapping[str, Any], title: str) -> Setting:
     notes: list[str] = []
-    rows = _told_apart(rows, notes)
+    rows = _shown_apart(rows, notes)
     members: dict[str, list[Row]] = collections.defaultdict(list)
     treatments: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -269,18 +269,18 @@ def _replicates(named: str, rows: Sequence[Row], notes: list[str]) -> list[Row]:
 
     Raises SboraxError for two rows with the same seeds and learning rate.
     """
-    kept: list[Row] = []
+    replicates: list[Row] = []
     for row in rows:
-        for other in kept:
+        for other in replicates:
             if (row.lr, row.seeds) == (other.lr, other.seeds):
                 raise SboraxError(f"{other.run} and {row.run} are the same run; leave one out")
-        same_rate = [other for other in kept if other.lr == row.lr]
-        alike = next((other for other in same_rate if row.losses and other.losses == row.losses), None)
-        if alike is None:
-            kept.append(row)
+        same_rate = [other for other in replicates if other.lr == row.lr]
+        twin = next((other for other in same_rate if row.losses and other.losses == row.losses), None)
+        if twin is None:
+            replicates.append(row)
         else:
-            notes.append(f"{named}: seeds {row.seeds} made the same losses as {alike.seeds}, so they count once")
-    return kept
+            notes.append(f"{named}: seeds {row.seeds} made the same losses as {twin.seeds}, so they count once")
+    return replicates
 
 
 def from_base(setting: Setting, base: Mapping[str, Measurement]) -> dict[str, dict[str, Interval]]:
@@ -296,10 +296,10 @@ def from_base(setting: Setting, base: Mapping[str, Measurement]) -> dict[str, di
     for measure, measured in base.items():
         for group in setting.groups:
             items = [
-                each.items
+                score.items
                 for row in group.best
-                for other, each in row.measurements.items()
-                if each.items is not None and _APART.sub(" ", other) == measure and each.identity == measured.identity
+                for other, score in row.measurements.items()
+                if score.items is not None and _APART.sub(" ", other) == measure and score.identity == measured.identity
             ]
             if measured.items is not None and items:
                 values = np.stack([measured.items, np.mean(items, axis=0)])
@@ -308,10 +308,10 @@ def from_base(setting: Setting, base: Mapping[str, Measurement]) -> dict[str, di
 
 
 _APART = re.compile(r" \(\d+\) ")
-"""What `_told_apart` puts into a name."""
+"""What `_shown_apart` puts into a name."""
 
 
-def _told_apart(rows: Sequence[Row], notes: list[str]) -> list[Row]:
+def _shown_apart(rows: Sequence[Row], notes: list[str]) -> list[Row]:
     """The rows with names of measurements that say of which items they are, where these differ among the rows."""
     identities: dict[str, dict[str, None]] = collections.defaultdict(dict)
     for row in rows:
@@ -319,9 +319,9 @@ def _told_apart(rows: Sequence[Row], notes: list[str]) -> list[Row]:
             # Runs of earlier versions did not keep the losses of held-out samples.
             if measured.identity:
                 identities[measure][measured.identity] = None
-    apart = {measure: list(each) for measure, each in identities.items() if len(each) > 1}
-    for measure, each in apart.items():
-        notes.append(f"{measure}: runs were scored in {len(each)} ways (items, data or protocol), shown apart")
+    apart = {measure: list(ways) for measure, ways in identities.items() if len(ways) > 1}
+    for measure, ways in apart.items():
+        notes.append(f"{measure}: runs were scored in {len(ways)} ways (items, data or protocol), shown apart")
 
     def renamed(measure: str, measured: Measurement) -> str:
         if measure not in apart or not measured.identity:
@@ -330,7 +330,7 @@ def _told_apart(rows: Sequence[Row], notes: list[str]) -> list[Row]:
         return f"{task} ({apart[measure].index(measured.identity) + 1}) {metric}"
 
     return [
-        dataclasses.replace(row, measurements={renamed(key, each): each for key, each in row.measurements.items()})
+        dataclasses.replace(row, measurements={renamed(key, score): score for key, score in row.measurements.items()})
         for row in rows
     ]
 
@@ -374,8 +374,8 @@ def _estimates(groups: Sequence[Sequence[Row]], measures: Sequence[str]) -> list
         measured = [number for number, values in enumerate(by_seed) if values]
         items, gaps = _over_items(by_seed, measured)
         for number in measured:
-            values = {seeds: each.value for seeds, each in by_seed[number].items()}
-            reference = {seeds: each.value for seeds, each in by_seed[0].items()}
+            values = {seeds: score.value for seeds, score in by_seed[number].items()}
+            reference = {seeds: score.value for seeds, score in by_seed[0].items()}
             gap = seed_difference(values, reference) if number and reference else None
             estimates[number][measure] = Estimate(
                 statistics.fmean(values.values()),
@@ -391,11 +391,11 @@ def _over_items(
     by_seed: Sequence[Mapping[tuple[int, int], Measurement]], measured: Sequence[int]
 ) -> tuple[dict[int, Interval], dict[int, Interval]]:
     """Intervals over items by group, and those of differences from the first group, where all have the same items."""
-    every = [each for number in measured for each in by_seed[number].values()]
-    if not every or any(each.items is None for each in every) or len({each.identity for each in every}) > 1:
+    scores = [score for number in measured for score in by_seed[number].values()]
+    if not scores or any(score.items is None for score in scores) or len({score.identity for score in scores}) > 1:
         return {}, {}
     values = np.stack([
-        np.mean([each.items for each in by_seed[number].values() if each.items is not None], axis=0)
+        np.mean([score.items for score in by_seed[number].values() if score.items is not None], axis=0)
         for number in measured
     ])  # fmt: skip
     means, gaps = over_items(values, reference=0 if measured[0] == 0 else None)
@@ -469,9 +469,9 @@ def _labels(rows: Sequence[Row], treatments: Sequence[Mapping[str, Any]], prefix
         ]
     for named, count in collections.Counter(labels).items():
         if count > 1:
-            alike = [number for number, other in enumerate(labels) if other == named]
-            for key in _varying([treatments[number] for number in alike]):
-                for number in alike:
+            numbers = [number for number, other in enumerate(labels) if other == named]
+            for key in _varying([treatments[number] for number in numbers]):
+                for number in numbers:
                     labels[number] = _joined(labels[number], f"{key}={_text(treatments[number].get(key))}")
     return [named or "all runs" for named in labels]
 

@@ -117,8 +117,8 @@ def _blocks(setting: Setting, base: Mapping[str, Measurement], key: str) -> Iter
         figures = [(f"{_numbered(setting, group)}: {_best(group)}", Markup(drawing)) for group, drawing in rates]
         yield Block(f"{_title(setting.chosen_by or '')} by learning rate", text, rates_table(setting), figures, True)
     for number, measure in enumerate(setting.measures[1:]):
-        drawn = [("", Markup(plots.scores_figure(setting, measure, f"{key}-m{number}")))] if _few(setting) else []
-        yield Block(_title(measure), table=scores_table(setting, measure), figures=drawn)
+        charts = [("", Markup(plots.scores_figure(setting, measure, f"{key}-m{number}")))] if _few(setting) else []
+        yield Block(_title(measure), table=scores_table(setting, measure), figures=charts)
 
 
 def _weight_blocks(setting: Setting, weights: Weights, key: str) -> Iterator[Block]:

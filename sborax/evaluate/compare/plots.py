@@ -215,8 +215,8 @@ def curve_figures(setting: Setting, key: str) -> list[tuple[Group, str]]:
     bands = {group: band for group, band in bands.items() if band[0].size}
     if not bands:
         return []
-    every = [losses for _, losses in bands.values()]
-    low, high = min(losses.min() for losses in every), max(np.median(losses[:, 0]) for losses in every)
+    all_losses = [losses for _, losses in bands.values()]
+    low, high = min(losses.min() for losses in all_losses), max(np.median(losses[:, 0]) for losses in all_losses)
     pad = 0.05 * (high - low) or 0.05
     figures = []
     for number, group in enumerate(setting.ranked):
@@ -256,7 +256,7 @@ def rate_figures(setting: Setting, key: str) -> list[tuple[Group, str]]:
     low, high = (min(tops), worst) if lower else (worst, max(tops))
     pad = 0.08 * (high - low) or 0.05
     edge = high + pad if lower else low - pad
-    every = sorted({each for rates, _ in lines.values() for each in rates})
+    all_rates = sorted({lr for rates, _ in lines.values() for lr in rates})
     figures = []
     for number, group in enumerate(swept):
         assert group.rates is not None
@@ -274,10 +274,10 @@ def rate_figures(setting: Setting, key: str) -> list[tuple[Group, str]]:
                 at = group.rates.rates.index(group.rates.best)
                 axes.plot(rates[at], scores[at], "o", markersize=8, markerfacecolor="none", markeredgecolor=FRONT)
             axes.set_xscale("log")
-            axes.set_xlim(every[0] / 1.5, every[-1] * 1.5)
+            axes.set_xlim(all_rates[0] / 1.5, all_rates[-1] * 1.5)
             axes.set_ylim(low - pad, high + pad)
-            axes.set_xticks([every[0], every[-1]], [rate(every[0]), rate(every[-1])])
-            axes.set_xticks(every, [""] * len(every), minor=True)
+            axes.set_xticks([all_rates[0], all_rates[-1]], [rate(all_rates[0]), rate(all_rates[-1])])
+            axes.set_xticks(all_rates, [""] * len(all_rates), minor=True)
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel("learning rate")
             axes.set_ylabel(setting.chosen_by.rpartition(" ")[2])

@@ -260,10 +260,10 @@ def _held_out(file: epath.Path, value: float) -> Measurement:
             f"{file}: its mean is {ratio:.6g}, {METRICS} ends with {value:.6g}; delete the file, then only means are "
             "compared"
         )
-    asked = json.dumps([sample[:2] for sample in samples])
+    questions = json.dumps([sample[:2] for sample in samples])
     # The bits of the value are those of the run; the samples are added up in another order.
     items = value + (losses - ratio * tokens) / tokens.mean()
-    return Measurement(value, items, hashlib.sha256(asked.encode()).hexdigest()[:16])
+    return Measurement(value, items, hashlib.sha256(questions.encode()).hexdigest()[:16])
 
 
 def _is_sample(line: Any) -> bool:
@@ -326,19 +326,19 @@ def _of_task(place: epath.Path, score: Mapping[str, Any]) -> dict[str, Measureme
     values = {name: metric.get("value") for name, metric in metrics.items() if isinstance(metric, dict)}
     protocol = {name: score.get(name) for name in ("data", "split", "protocol", "n", "limit", "seed")}
     items = list(_items(place / f"{task}.jsonl"))
-    asked = [{name: item[name] for name in ASKED if name in item} for item in items]
-    identity = hashlib.sha256(json.dumps([protocol, asked], sort_keys=True).encode()).hexdigest()[:16]
+    questions = [{name: item[name] for name in ASKED if name in item} for item in items]
+    identity = hashlib.sha256(json.dumps([protocol, questions], sort_keys=True).encode()).hexdigest()[:16]
     first = next(iter(metrics))
     measured = {}
     for name in dict.fromkeys((first, "acc", "loss", "answer loss")):
-        listed = _values(name, items)
+        item_values = _values(name, items)
         value = values.get(name)
-        if listed is not None:
-            mean = float(listed.mean())
+        if item_values is not None:
+            mean = float(item_values.mean())
             if is_number(value) and abs(mean - float(value)) > 1e-6 * max(1.0, abs(mean)):
                 file = place / f"{task}.jsonl"
                 raise SboraxError(f"{file}: its {name} is {mean:.6g}, {SCORES} says {value:.6g}; score the run anew")
-            measured[f"{task} {name}"] = Measurement(mean, listed, identity)
+            measured[f"{task} {name}"] = Measurement(mean, item_values, identity)
         elif is_number(value):
             measured[f"{task} {name}"] = Measurement(float(value), None, identity)
     # The loss says the same, by item.
@@ -351,10 +351,10 @@ def _values(name: str, items: Sequence[Item]) -> Float[np.ndarray, " items"] | N
     """The values of a measurement by item; None if the items do not tell it."""
     value = PER_ITEM.get(name, lambda item: float(item[name]))
     try:
-        listed = np.array([value(item) for item in items], np.float64)
+        values = np.array([value(item) for item in items], np.float64)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
         return None
-    return listed if listed.size and np.isfinite(listed).all() else None
+    return values if values.size and np.isfinite(values).all() else None
 
 
 def _items(file: epath.Path) -> Iterator[dict[str, Any]]:

@@ -69,8 +69,8 @@ def right_vectors(weight: Float[np.ndarray, "in out"], most: int | None = None) 
     gram = wide @ wide.T if by_inputs else wide.T @ wide
     count = len(gram)
     squares, vectors = linalg.eigh(gram, subset_by_index=(max(0, count - (most or count)), count - 1))
-    kept = squares > squares[-1] * count * np.finfo(np.float64).eps
-    squares, vectors = squares[kept][::-1], vectors[:, kept][:, ::-1]
+    nonzero = squares > squares[-1] * count * np.finfo(np.float64).eps
+    squares, vectors = squares[nonzero][::-1], vectors[:, nonzero][:, ::-1]
     return (wide.T @ (vectors / np.sqrt(squares))).T if by_inputs else vectors.T
 
 
@@ -225,7 +225,7 @@ def ranks(run: epath.Path, folder: str = ADAPTER) -> dict[str, tuple[int, ...]]:
         kernel = module_path(site["path"])[0].removesuffix("/kernel")
         for rank in _ranks(method):
             kinds.setdefault(kernel, []).extend(rank if isinstance(rank, tuple) else (rank,))
-    return {kernel: tuple(each) for kernel, each in kinds.items() if len(set(each)) > 1}
+    return {kernel: tuple(of_kernel) for kernel, of_kernel in kinds.items() if len(set(of_kernel)) > 1}
 
 
 def _ranks(method: AbstractMethod) -> Iterator[int | tuple[int, ...]]:

@@ -76,8 +76,8 @@ def over_items(
     ).bootstrap_distribution
     below = float(stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1.0 - LEVEL) / 2, count - 1)))
 
-    def intervals(centres: np.ndarray, drawn: np.ndarray) -> list[Interval]:
-        ends = np.quantile(drawn, (below, 1.0 - below), axis=-1).T
+    def intervals(centres: np.ndarray, resampled: np.ndarray) -> list[Interval]:
+        ends = np.quantile(resampled, (below, 1.0 - below), axis=-1).T
         return [
             Interval(float(centre), float(low), float(high), "items", count)
             for centre, (low, high) in zip(centres, ends, strict=True)
@@ -120,8 +120,8 @@ def seed_difference(values: Mapping[tuple[int, int], float], reference: Mapping[
     if min(counts) < 2:
         return Interval(gap, None, None, "seeds", min(counts))
     squares = [
-        float(np.var(list(each.values()), ddof=1)) / count
-        for each, count in zip((values, reference), counts, strict=True)
+        float(np.var(list(scores.values()), ddof=1)) / count
+        for scores, count in zip((values, reference), counts, strict=True)
     ]
     total = sum(squares)
     degrees = sum(square**2 / (count - 1) for square, count in zip(squares, counts, strict=True))
@@ -145,8 +145,8 @@ def front(scores: Sequence[float], costs: Sequence[int | float | None], lower: b
         None if cost is None or not math.isfinite(score) else (score if lower else -score, cost)
         for score, cost in zip(scores, costs, strict=True)
     ]
-    known = [point for point in points if point is not None]
+    priced = [point for point in points if point is not None]
     return [
-        point is not None and not any(o[0] <= point[0] and o[1] <= point[1] and o != point for o in known)
+        point is not None and not any(o[0] <= point[0] and o[1] <= point[1] and o != point for o in priced)
         for point in points
     ]

@@ -82,7 +82,7 @@ def fronts(setting: Setting) -> dict[str, list[bool]]:
         if cost != "trained" and not setting.same_device:
             continue
         costs = [value(group) for group in measured]
-        if any(each is not None for each in costs):
+        if any(cost is not None for cost in costs):
             flags = front([group.estimates[main].value for group in measured], costs, lower_is_better(main))
             on[cost] = [*flags, *[False] * (len(ranked) - len(measured))]
     return on
@@ -115,8 +115,8 @@ def scores_table(setting: Setting, measure: str) -> Table:
         row += [figure(estimate.value), *[ends(estimate.items)] * by_items, ends(estimate.seeds)]
         row += [str(estimate.seeds.draws)]
         if several:
-            known = "" if estimate.gap is None else figure(estimate.gap.value, sign=True)
-            row += ["reference" if group is setting.groups[0] else known]
+            gap = "" if estimate.gap is None else figure(estimate.gap.value, sign=True)
+            row += ["reference" if group is setting.groups[0] else gap]
             row += [*[ends(estimate.gap_items, sign=True)] * by_items, ends(estimate.gap_seeds, sign=True)]
             row += [verdict(estimate, measure)]
         rows.append(tuple(row))
@@ -144,14 +144,12 @@ def rates_table(setting: Setting) -> Table | None:
     swept = [group for group in setting.ranked if group.rates is not None and len(group.rates.rates) > 1]
     if not swept:
         return None
-    rates = sorted({each for group in swept if group.rates is not None for each in group.rates.rates})
+    rates = sorted({lr for group in swept if group.rates is not None for lr in group.rates.rates})
     rows = []
     for group in swept:
         assert group.rates is not None
         scores = dict(zip(group.rates.rates, group.rates.scores, strict=True))
-        cells = [
-            "" if each not in scores else _starred(figure(scores[each]), each == group.rates.best) for each in rates
-        ]
+        cells = ["" if lr not in scores else _starred(figure(scores[lr]), lr == group.rates.best) for lr in rates]
         rows.append((group.label, *cells))
     title = f"{setting.chosen_by} by learning rate"
     return Table(title, ("group", *map(rate, rates)), tuple(rows), (False, *[True] * len(rates)))
