@@ -54,19 +54,19 @@ Check = tuple[str, float, float]
 """What is compared, the difference, and its limit."""
 
 
-def relative(ours: Any, wanted: Any) -> float:
+def relative(ours: Any, theirs: Any) -> float:
     """The largest difference of two trees, leaf by leaf, over the largest entry of that leaf."""
     differences = [0.0]
-    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         left, right = (np.asarray(leaf, np.float32) for leaf in (left, right))
         differences.append(float(np.abs(left - right).max(initial=0) / max(np.abs(right).max(initial=0), 1e-30)))
     # A number that is not finite may not hide behind others.
     return max(differences) if np.all(np.isfinite(differences)) else float("inf")
 
 
-def differing(ours: Any, wanted: Any) -> float:
+def differing(ours: Any, theirs: Any) -> float:
     """The number of leaves that are not equal bit for bit."""
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True)
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return float(sum(np.asarray(left).tobytes() != np.asarray(right).tobytes() for left, right in pairs))
 
 
@@ -141,9 +141,9 @@ def check_method(name: str) -> Iterator[Check]:
         params = small_params(model)
         base, adapters = attached(name, params)
         adapters = moved(adapters)
-    (wanted,) = gradients(model, base, adapters, cpu)
+    (expected,) = gradients(model, base, adapters, cpu)
     ours, again = gradients(model, base, adapters, device, times=2)
-    yield "step", relative(ours, wanted), FLOAT32
+    yield "step", relative(ours, expected), FLOAT32
     yield "the step again", differing(again, ours), 0.0
     method = getattr(methods, name)
     with jax.default_device(device):
@@ -179,15 +179,15 @@ def check_attention() -> Iterator[Check]:
             def total(query: Any, key: Any, value: Any, slope: Any, by: str, segments: Any, seen: Any) -> Any:
                 out = attend(by, query, key, value, segments, segments)
                 # What padding attends to is nobody's concern.
-                kept = jnp.where(seen[:, :, None, None], out.astype(jnp.float32), 0.0)
-                return jnp.sum(kept * slope.astype(jnp.float32)), kept
+                masked = jnp.where(seen[:, :, None, None], out.astype(jnp.float32), 0.0)
+                return jnp.sum(masked * slope.astype(jnp.float32)), masked
 
             call = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True), static_argnums=4)
             (_, out), grads = call(*inputs, name, segments, seen)
             exact = [leaf.astype(jnp.float32) for leaf in inputs]
-            (_, wanted), slopes = call(*exact, "xla", segments, seen)
+            (_, expected), slopes = call(*exact, "xla", segments, seen)
             kind = f"{name}, heads of {head_dim}, {length} tokens, {'packed' if segments is not None else 'plain'}"
-            yield f"{kind}: output", relative(out, wanted), BFLOAT16
+            yield f"{kind}: output", relative(out, expected), BFLOAT16
             yield f"{kind}: gradients", relative(grads, slopes), BFLOAT16
 
 
@@ -235,9 +235,9 @@ def check_sweep() -> Iterator[Check]:
     for _ in range(3):
         state, _ = together(state, stacked.constants, stacked.shared, take_apart(params, {}).base, batch)
     # The singles have donated parts that the sweep does not share.
-    wanted = jax.tree.map(lambda *leaves: np.stack(leaves), *singles)
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *singles)
     # AdamW divides gradients by their size, those too that are rounding alone.
-    yield "adapters after three steps", relative(state.run.train, wanted), 1e-2
+    yield "adapters after three steps", relative(state.run.train, expected), 1e-2
 
 
 def check_bfloat16() -> Iterator[Check]:
@@ -249,10 +249,10 @@ def check_bfloat16() -> Iterator[Check]:
         base, adapters = attached("LoRA", params)
         adapters = moved(adapters)
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
-    (wanted,) = gradients(small_model(), wide, adapters, cpu)
+    (expected,) = gradients(small_model(), wide, adapters, cpu)
     (ours,) = gradients(narrow, base, adapters, device)
-    yield "loss", relative(ours["loss"], wanted["loss"]), BFLOAT16
-    yield "gradients", relative(ours["grads"], wanted["grads"]), 5 * BFLOAT16
+    yield "loss", relative(ours["loss"], expected["loss"]), BFLOAT16
+    yield "gradients", relative(ours["grads"], expected["grads"]), 5 * BFLOAT16
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
@@ -266,32 +266,32 @@ CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
 
 def results(names: list[str]) -> dict[str, Any]:
     """The checks of some subjects: names of methods or of `CHECKS`. A subject that fails has its error."""
-    found: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     for name in names:
         try:
             # TensorFloat-32, a GPU's default for float32, has 10 bits.
             with jax.default_matmul_precision("highest"):
-                found[name] = list(CHECKS[name]() if name in CHECKS else check_method(name))
+                outcomes[name] = list(CHECKS[name]() if name in CHECKS else check_method(name))
         except Exception as error:  # every subject is reported
-            found[name] = f"{type(error).__name__}: {str(error)[:400]}"
-    return found
+            outcomes[name] = f"{type(error).__name__}: {str(error)[:400]}"
+    return outcomes
 
 
 def check(workers: int, names: list[str]) -> dict[str, Any]:
     """The checks of all subjects, in several processes on one device."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     slices = [names[number::workers] for number in range(workers)]
-    found: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     with ThreadPoolExecutor(workers) as pool:
         for part in pool.map(lambda subjects: run(what="checks", names=subjects), filter(None, slices)):
-            found |= part
-    return {name: found[name] for name in names}
+            outcomes |= part
+    return {name: outcomes[name] for name in names}
 
 
-def failures(found: dict[str, Any]) -> list[str]:
+def failures(outcomes: dict[str, Any]) -> list[str]:
     """One line for every check over its limit, and for every subject that raised."""
     lines = []
-    for subject, checks in found.items():
+    for subject, checks in outcomes.items():
         if isinstance(checks, str):
             lines.append(f"{subject}: {checks}")
             continue
@@ -306,10 +306,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--only", default=";".join([*CHECKS, *methods.__all__]), help="subjects, by semicolons")
     args = parser.parse_args()
-    found = check(args.workers, args.only.split(";"))
-    print(json.dumps(found))
-    lines = failures(found)
-    print("\n".join([*lines, f"{len(found)} subjects, {len(lines)} failed"]))
+    outcomes = check(args.workers, args.only.split(";"))
+    print(json.dumps(outcomes))
+    lines = failures(outcomes)
+    print("\n".join([*lines, f"{len(outcomes)} subjects, {len(lines)} failed"]))
     raise SystemExit(bool(lines))
 
 

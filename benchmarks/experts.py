@@ -59,9 +59,9 @@ def runner(shape: LlamaConfig, method: Any, tokens: jax.Array) -> tuple[Runner, 
 def measure(method: str, steps: int) -> dict[str, Any]:
     """Time and temporaries of the step with experts, over those of the dense one."""
     tokens = jax.random.randint(jax.random.key(2), (ROWS, LENGTH), 0, VOCABULARY)
-    made = METHODS[method](RANK)
-    sparse, trained = runner(config(Experts(COUNT, CHOSEN, WIDTH, normalised=True), WIDTH), made, tokens)
-    dense, dense_trained = runner(config(None, CHOSEN * WIDTH), made, tokens)
+    adapter = METHODS[method](RANK)
+    sparse, trained = runner(config(Experts(COUNT, CHOSEN, WIDTH, normalised=True), WIDTH), adapter, tokens)
+    dense, dense_trained = runner(config(None, CHOSEN * WIDTH), adapter, tokens)
     return {
         "time": time_ratio(*in_turn(sparse, dense, steps)),
         "temporaries": sparse.temporaries / dense.temporaries,

@@ -85,14 +85,14 @@ def code() -> str:
 
 def card_name() -> str:
     """The first GPU, by the driver: JAX in this process would reserve the memory that is measured."""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    return listed.splitlines()[0].split(" (UUID")[0]
+    cards = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    return cards.splitlines()[0].split(" (UUID")[0]
 
 
-def show_checks(found: dict[str, Any]) -> None:
+def show_checks(outcomes: dict[str, Any]) -> None:
     """Print the checks that failed, and how many there were."""
-    lines = failures(found)
-    print("\n".join(["", *lines, f"checks of {len(found)} subjects, {len(lines)} failed"]), flush=True)
+    lines = failures(outcomes)
+    print("\n".join(["", *lines, f"checks of {len(outcomes)} subjects, {len(lines)} failed"]), flush=True)
 
 
 def show_steps(results: dict[str, Any], tasks: dict[str, dict[str, Any]], peak: float) -> None:

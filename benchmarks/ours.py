@@ -190,8 +190,8 @@ def unrolled(case: Case, layers: int) -> Any:
 
 def flops(case: Case) -> float:
     """FLOPs of the compiled step, from programs of one and two layers: XLA counts the body of a loop once."""
-    first, both = (unrolled(case, layers).cost_analysis()["flops"] for layers in (1, 2))
-    return first + (case.sizes["num_hidden_layers"] - 1) * (both - first)
+    first, second = (unrolled(case, layers).cost_analysis()["flops"] for layers in (1, 2))
+    return first + (case.sizes["num_hidden_layers"] - 1) * (second - first)
 
 
 def peak_gib() -> float:

@@ -90,10 +90,10 @@ def pods() -> list[Pod]:
     """All steps, in the order in which they are compiled."""
     return [
         Pod(shape, chip, method, *setting)
-        for wanted in SLICES
+        for kind in SLICES
         for method in METHODS
         for (shape, chip), setting in SETTINGS.items()
-        if chip == wanted
+        if chip == kind
     ]
 
 
@@ -209,11 +209,11 @@ def main() -> None:
 
         PAGE.write_text(page(stored()))
         return
-    known = stored()
+    lines = stored()
     for pod in (pod for pod in pods() if args.only in pod.name):
         outlined = planned(pod)
         program = lowered(outlined)
-        line, facts = known.get(pod.name, {}), about(pod, program)
+        line, facts = lines.get(pod.name, {}), about(pod, program)
         if all(line.get(name) == value for name, value in facts.items()) and not args.again:
             continue
         result = measure(pod, outlined, program)

@@ -105,8 +105,8 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
 
     - stored: the stored line of each step, by name.
     """
-    known = [(pod, stored[pod.name]["result"]) for pod in pods() if pod.name in stored]
-    done = [(pod, result) for pod, result in known if "refused" not in result]
+    results = [(pod, stored[pod.name]["result"]) for pod in pods() if pod.name in stored]
+    done = [(pod, result) for pod, result in results if "refused" not in result]
     rates = [
         [name, SLICES[name], f"{chip.flops / 1e12:.0f}", f"{chip.memory / GIB:.0f}", f"{chip.bandwidth / 1e9:,.0f}"]
         + [f"{chip.links / 1e9:.0f}"]
@@ -138,11 +138,11 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
         SENT,
         table(
             ["model", "slice", "method", "all-gather", "all-reduce", "others", "beside products"],
-            [_sent(*each) for each in done],
+            [_sent(*pair) for pair in done],
         ),
         OTHERS,
     ]
-    refused = [[*_names(pod), pod.remat, result["refused"]] for pod, result in known if "refused" in result]
+    refused = [[*_names(pod), pod.remat, result["refused"]] for pod, result in results if "refused" in result]
     if refused:
         parts += ["## What does not fit\n", table(["model", "slice", "method", "remat", "the compiler says"], refused)]
     missing: dict[str, list[str]] = {}
@@ -153,8 +153,8 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
     if missing:
         lines = [f"- {setting}: {', '.join(methods)}\n" for setting, methods in missing.items()]
         parts += ["## Not compiled yet\n", "".join(lines)]
-    made = {(line["versions"]["jax"], line["versions"]["libtpu"]) for line in stored.values()}
-    parts.append(f"Compiled with {'; '.join(f'jax {jax}, libtpu {libtpu}' for jax, libtpu in sorted(made))}.\n")
+    versions = {(line["versions"]["jax"], line["versions"]["libtpu"]) for line in stored.values()}
+    parts.append(f"Compiled with {'; '.join(f'jax {jax}, libtpu {libtpu}' for jax, libtpu in sorted(versions))}.\n")
     return "\n".join(parts)
 
 

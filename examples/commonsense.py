@@ -36,12 +36,12 @@ def write_training_data(tasks: Sequence[Choice], place: Path) -> int:
         for record in read(task.data, "train"):
             if record["instruction"] in tests:
                 continue
-            asked = task.ask(record)
+            question = task.ask(record)
             # `sborax eval` looks for test questions in the instruction.
             samples.append(
                 {
-                    "prompt": asked.prompts[0],
-                    "option": asked.options[asked.gold],
+                    "prompt": question.prompts[0],
+                    "option": question.options[question.gold],
                     "instruction": record["instruction"],
                 }
             )

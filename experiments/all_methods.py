@@ -193,11 +193,11 @@ HEAD = [
 ]
 
 
-def table(arms: list[Arm], wanted: list[str], scene: Scene, model: str, data: str, before: dict[str, str]) -> list[str]:
+def table(arms: list[Arm], names: list[str], scene: Scene, model: str, data: str, before: dict[str, str]) -> list[str]:
     """The lines of one table. Wanted rows are measured and printed as they come; the others are taken from `before`."""
     lines, reference = list(HEAD), None
     for arm in arms:
-        if arm.name not in wanted:
+        if arm.name not in names:
             lines += [before[arm.name]] if arm.name in before else []
             continue
         settings = experiment(arm, scene, model, data)
@@ -233,9 +233,9 @@ def main() -> None:
     args = parser.parse_args()
     blocks = []
     for arms, scene, model in ((ARMS, SMALL, args.small), (FOUR_BIT, LARGE, args.large)):
-        wanted = args.only.split(";") if args.only else [arm.name for arm in arms]
+        names = args.only.split(";") if args.only else [arm.name for arm in arms]
         heading = scene.described(model)
-        blocks += [heading, "\n".join(table(arms, wanted, scene, model, args.data, written(heading)))]
+        blocks += [heading, "\n".join(table(arms, names, scene, model, args.data, written(heading)))]
     about = (
         f"Made by `python -m experiments.all_methods` on {datetime.date.today().isoformat()}, on "
         f"`{Path(args.data).name}`, in float32 on a CPU, with all seven linears of every layer adapted. There is one "

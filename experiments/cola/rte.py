@@ -21,8 +21,8 @@ class RTE(AbstractTemplate):
     """The question of the task `rte`, then True or False."""
 
     def pieces(self, record: Mapping[str, Any], tokenizer: Any) -> list[Piece]:
-        asked = f"{record['sentence1'].strip()}\nQuestion: {record['sentence2'].strip()} True or False?\nAnswer:"
-        return [Piece(asked, False), Piece(WORDS[record["label"]], True)]
+        prompt = f"{record['sentence1'].strip()}\nQuestion: {record['sentence2'].strip()} True or False?\nAnswer:"
+        return [Piece(prompt, False), Piece(WORDS[record["label"]], True)]
 
 
 def experiment() -> sx.Experiment:

@@ -162,7 +162,7 @@ def main() -> int:
             study = declared(arguments.name)
             if arguments.command == "repeat":
                 again = repeat(study, claim_of(study, arguments.claim), Store(study), arguments.work, arguments.seeds)
-                return 0 if all(each.inside for each in again) else 1
+                return 0 if all(repeated.inside for repeated in again) else 1
             limit = 60 * arguments.minutes
             run(study, Store(study), arguments.work, limit, arguments.setting, lambda line: print(line, flush=True))
     except SboraxError as error:

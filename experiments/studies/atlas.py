@@ -149,14 +149,14 @@ def study() -> Study:
     claimed = {"full fine-tuning", *LIKE_LORA, *(name for claim in BEATS for name in (claim.arm, claim.other))}
     # Arms run in this order.
     first = [name for name in arms if name in claimed]
-    rest = [name for name in arms if name not in claimed]
+    unclaimed = [name for name in arms if name not in claimed]
     return Study(
         name="atlas",
         title="every method at its best learning rate, stories260k",
         protocol=__doc__ or "",
         arms=(
             *in_every_setting({name: arms[name] for name in first}),
-            *(arm("E2E", name, **arms[name]) for name in rest),
+            *(arm("E2E", name, **arms[name]) for name in unclaimed),
         ),
         **TUNING,
         claims=(

@@ -73,14 +73,14 @@ class AbstractClaim(abc.ABC):
         names = self.needs(tuple(arms))
         if not names:
             return None
-        tuned = {name: each for name in names if (each := arms[name]) is not None}
+        tuned = {name: arm for name in names if (arm := arms[name]) is not None}
         if len(tuned) < len(names):
             return Finding(setting, "not run yet", "")
-        if lost := [name for name, each in tuned.items() if each.rates.best is None]:
+        if lost := [name for name, arm in tuned.items() if arm.rates.best is None]:
             return Finding(setting, "undecided", f"diverged at every rate: {', '.join(lost)}")
         verdict, numbers = self.judge(tuned)
-        ends = [name for name, each in tuned.items() if not each.rates.interior]
-        few = min(len(each.seeds) for each in tuned.values())
+        ends = [name for name, arm in tuned.items() if not arm.rates.interior]
+        few = min(len(arm.seeds) for arm in tuned.values())
         if ends:
             verdict, numbers = "undecided", f"{numbers}; best rate at the end of the tried ones: {', '.join(ends)}"
         if few < SEEDS:
@@ -103,18 +103,22 @@ class Difference:
     @property
     def intervals(self) -> tuple[Interval, ...]:
         """Those that are known."""
-        return tuple(each for each in (self.items, self.seeds) if each.low is not None)
+        return tuple(interval for interval in (self.items, self.seeds) if interval.low is not None)
 
     def below(self, bound: float) -> bool:
         """Whether every interval lies below a number."""
-        return bool(self.intervals) and all(each.high is not None and each.high < bound for each in self.intervals)
+        return bool(self.intervals) and all(
+            interval.high is not None and interval.high < bound for interval in self.intervals
+        )
 
     def above(self, bound: float) -> bool:
         """Whether every interval lies above a number."""
-        return bool(self.intervals) and all(each.low is not None and each.low > bound for each in self.intervals)
+        return bool(self.intervals) and all(
+            interval.low is not None and interval.low > bound for interval in self.intervals
+        )
 
     def __str__(self) -> str:
-        ends = [f"{each.low:+.4f} .. {each.high:+.4f} over {each.over}" for each in self.intervals]
+        ends = [f"{interval.low:+.4f} .. {interval.high:+.4f} over {interval.over}" for interval in self.intervals]
         return f"{self.seeds.value:+.4f} ({', '.join(ends)})" if ends else f"{self.seeds.value:+.4f}"
 
 
@@ -217,11 +221,11 @@ class RateRatio(AbstractClaim):
     def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
         left, right = (arms[name].best_by_seed() for name in (self.arm, self.other))
         decades = np.array([[left[seed] - right[seed]] for seed in left if seed in right])
-        gap, wanted = Difference.of(decades), math.log10(self.ratio)
+        gap, target = Difference.of(decades), math.log10(self.ratio)
         numbers = f"{10**gap.seeds.value:.2g} times"
         if gap.seeds.low is not None and gap.seeds.high is not None:
             numbers += f" ({10**gap.seeds.low:.2g} .. {10**gap.seeds.high:.2g} over seeds)"
-        return in_band(gap, wanted - HALF_STEP, wanted + HALF_STEP), numbers
+        return in_band(gap, target - HALF_STEP, target + HALF_STEP), numbers
 
 
 @dataclasses.dataclass(frozen=True)

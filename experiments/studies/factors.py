@@ -44,14 +44,14 @@ def label(name: str, rank: int, batch: int) -> str:
 
 def arms() -> list[Arm]:
     """Every batch size at the middle rank, with full fine-tuning, then every other rank at the middle batch size."""
-    listed = []
+    every_arm = []
     for batch in BATCHES:
-        listed += [arm_at(name, MIDDLE, batch, **rules(method)) for name, method in at_rank(MIDDLE).items()]
-        listed.append(arm("E2E", f"full fine-tuning, batch {batch}", train_base=True, **steps(batch)))
+        every_arm += [arm_at(name, MIDDLE, batch, **rules(method)) for name, method in at_rank(MIDDLE).items()]
+        every_arm.append(arm("E2E", f"full fine-tuning, batch {batch}", train_base=True, **steps(batch)))
     for rank in RANKS:
         if rank != MIDDLE:
-            listed += [arm_at(name, rank, MIDDLE_BATCH, **rules(method)) for name, method in at_rank(rank).items()]
-    return listed
+            every_arm += [arm_at(name, rank, MIDDLE_BATCH, **rules(method)) for name, method in at_rank(rank).items()]
+    return every_arm
 
 
 def arm_at(name: str, rank: int, batch: int, **changes: Any) -> Arm:

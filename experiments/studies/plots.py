@@ -37,16 +37,16 @@ SIZE = (620, 320)
 def digest(arms: Sequence[Tuned]) -> str:
     """Sixteen digits for all numbers in the figures of some arms."""
     numbers = [
-        [each.arm.name, each.trained, *(f"{number:.6g}" for number in (*each.rates.rates, *each.rates.scores))]
-        + [f"{number:.6g}" for number in each.losses().mean(axis=0)]
-        for each in arms
+        [tuned.arm.name, tuned.trained, *(f"{number:.6g}" for number in (*tuned.rates.rates, *tuned.rates.scores))]
+        + [f"{number:.6g}" for number in tuned.losses().mean(axis=0)]
+        for tuned in arms
     ]
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 
 def rates_figure(arms: Sequence[Tuned]) -> str:
     """The loss of the selecting items by learning rate, a line each. arms: the best first, none without a best rate."""
-    lines = [(np.array(each.rates.rates), np.array(each.rates.scores)) for each in arms]
+    lines = [(np.array(tuned.rates.rates), np.array(tuned.rates.scores)) for tuned in arms]
     finite = np.concatenate([scores[np.isfinite(scores)] for _, scores in lines])
     low, high = float(finite.min()), max(float(np.quantile(finite, 0.75)), max(scores.min() for _, scores in lines))
     pad = 0.05 * (high - low) or 0.05

@@ -29,8 +29,8 @@ class Repeated:
         """Whether the mean of the second measurement lies in every interval of the first."""
         value = self.again.seeds.value
         return not any(
-            each.low is None or each.high is None or not each.low <= value <= each.high
-            for each in self.stored.intervals
+            interval.low is None or interval.high is None or not interval.low <= value <= interval.high
+            for interval in self.stored.intervals
         )
 
     def __str__(self) -> str:
@@ -48,8 +48,8 @@ def claim_of(study: Study, text: str) -> Beats:
     # A sentence that is the text itself goes before longer ones.
     claims = [claim for claim in claims if claim.sentence.lower() == text.lower()] or claims
     if len(claims) != 1:
-        known = "; ".join(claim.sentence for claim in claims or study.claims if isinstance(claim, Beats))
-        raise SboraxError(f"{text!r}: {'several claims' if claims else 'no claim'} of {study.name}: {known}")
+        sentences = "; ".join(claim.sentence for claim in claims or study.claims if isinstance(claim, Beats))
+        raise SboraxError(f"{text!r}: {'several claims' if claims else 'no claim'} of {study.name}: {sentences}")
     return claims[0]
 
 
@@ -73,11 +73,11 @@ def repeat(
     for setting in settings(study):
         arms = {arm.name: arm for arm in study.arms if arm.setting == setting}
         tuned = {name: progress(study, arms[name], store)[1] for name in claim.needs(tuple(arms))}
-        stored = [each for each in tuned.values() if each is not None and each.rates.best is not None]
+        stored = [entry for entry in tuned.values() if entry is not None and entry.rates.best is not None]
         if len(stored) < 2:
             continue
         chosen = tuple(seeds) or tuple(seed for seed in stored[0].seeds if seed in stored[1].seeds)
-        again = [_measured(each.arm, each.best, chosen, work, echo) for each in stored]
+        again = [_measured(entry.arm, entry.best, chosen, work, echo) for entry in stored]
         gaps = paired(stored[0], stored[1], claim.kind), paired(again[0], again[1], claim.kind)
         repeated.append(Repeated(setting, *gaps, chosen))
         echo(str(repeated[-1]))

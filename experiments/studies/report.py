@@ -48,14 +48,14 @@ class Outcome:
     def of(cls, study: Study, store: Store) -> "Outcome":
         """From the stored results."""
         arms: dict[str, dict[str, Tuned | None]] = collections.defaultdict(dict)
-        known = []
+        all_pieces = []
         for arm in study.arms:
             pieces, tuned = progress(study, arm, store)
-            known += pieces
+            all_pieces += pieces
             arms[arm.setting][arm.name] = tuned
-        results = [result for piece in known if (result := store.get(piece)) is not None]
+        results = [result for piece in all_pieces if (result := store.get(piece)) is not None]
         devices = tuple(sorted({result["device"] for result in results}))
-        return cls(study, arms, len(results), len(known), devices)
+        return cls(study, arms, len(results), len(all_pieces), devices)
 
     def answers(self) -> list[Answer]:
         """Every claim, judged in each setting that has its arms."""
@@ -97,12 +97,12 @@ def claims_table(outcomes: Sequence[Outcome]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for answer in [answer for outcome in outcomes for answer in outcome.answers()]:
-        known = [finding for finding in answer.findings if finding.verdict != "not run yet"]
-        verdict = overall([finding.verdict for finding in known])
-        numbers = "<br>".join(f"{finding.setting}: {finding.numbers} ({finding.verdict})" for finding in known)
+        findings = [finding for finding in answer.findings if finding.verdict != "not run yet"]
+        verdict = overall([finding.verdict for finding in findings])
+        numbers = "<br>".join(f"{finding.setting}: {finding.numbers} ({finding.verdict})" for finding in findings)
         left = [finding.setting for finding in answer.findings if finding.verdict == "not run yet"]
         if left:
-            verdict = f"{verdict}, so far" if known else verdict
+            verdict = f"{verdict}, so far" if findings else verdict
             command = f"`python -m experiments.studies run {answer.study.name}`"
             numbers += f"{'<br>' if numbers else ''}{', '.join(left)}: not run yet, {command}"
         paper = f"arXiv:{answer.claim.paper}" if answer.claim.paper else ""
@@ -113,7 +113,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> list[str]:
 def ranked(outcome: Outcome, setting: str) -> list[Tuned]:
     """The tuned arms of a setting that did not diverge at every rate, best first."""
     arms = (tuned for tuned in outcome.arms[setting].values() if tuned is not None and tuned.rates.best is not None)
-    return sorted(arms, key=lambda each: each.losses().mean())
+    return sorted(arms, key=lambda entry: entry.losses().mean())
 
 
 def figure_names(outcome: Outcome, setting: str) -> dict[str, str]:
@@ -133,29 +133,29 @@ def methods_table(outcome: Outcome, setting: str) -> list[str]:
     alive = ranked(outcome, setting)
     if not alive:
         return []
-    reference = next((each for each in alive if each.arm.name == outcome.study.reference), None)
+    reference = next((entry for entry in alive if entry.arm.name == outcome.study.reference), None)
     name = outcome.study.reference
-    lost = {each.arm.name: values for each in alive if (values := each.forgotten()) is not None}
+    lost = {entry.arm.name: values for entry in alive if (values := entry.forgotten()) is not None}
     rows = [
         f"| method | trained | best lr | interior | seeds | loss | minus {name}, over items | over seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     if lost:
         rows = [f"{rows[0]} forgotten, over items |", f"{rows[1]}---|"]
-    for each in alive:
+    for entry in alive:
         gaps = ["", ""]
-        if reference is not None and each is not reference:
-            gap = paired(each, reference)
+        if reference is not None and entry is not reference:
+            gap = paired(entry, reference)
             gaps = [signed(gap.items), signed(gap.seeds)]
-        inside = "yes" if each.rates.interior else "no"
-        inside += f", extended {each.extensions} x" if each.extensions else ""
-        forgotten = signed(Difference.of(lost[each.arm.name]).items) if each.arm.name in lost else ""
+        inside = "yes" if entry.rates.interior else "no"
+        inside += f", extended {entry.extensions} x" if entry.extensions else ""
+        forgotten = signed(Difference.of(lost[entry.arm.name]).items) if entry.arm.name in lost else ""
         rows.append(
-            f"| {each.arm.name} | {each.trained:,} | {each.best:g} | {inside} | {len(each.seeds)} "
-            f"| {each.losses().mean():.4f} | {gaps[0]} | {gaps[1]} |" + (f" {forgotten} |" if lost else "")
+            f"| {entry.arm.name} | {entry.trained:,} | {entry.best:g} | {inside} | {len(entry.seeds)} "
+            f"| {entry.losses().mean():.4f} | {gaps[0]} | {gaps[1]} |" + (f" {forgotten} |" if lost else "")
         )
     end = " | | | | |" + " |" * bool(lost)
-    rows += [f"| {each.arm.name} | | | diverged at every rate{end}" for each in arms if each.rates.best is None]
+    rows += [f"| {entry.arm.name} | | | diverged at every rate{end}" for entry in arms if entry.rates.best is None]
     return rows
 
 

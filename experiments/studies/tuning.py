@@ -84,8 +84,8 @@ def selected(members: Mapping[float, Mapping[int, Numbers]], seeds: Sequence[int
     """The mean loss of the selecting items by learning rate. A rate at which a seed diverged is infinitely bad."""
 
     def score(by_seed: Mapping[int, Numbers]) -> float:
-        known = [float(np.mean(by_seed[seed]["items"][::2])) for seed in seeds if "items" in by_seed[seed]]
-        return float(np.mean(known)) if len(known) == len(seeds) else math.inf
+        means = [float(np.mean(by_seed[seed]["items"][::2])) for seed in seeds if "items" in by_seed[seed]]
+        return float(np.mean(means)) if len(means) == len(seeds) else math.inf
 
     tried = {rate: by_seed for rate, by_seed in members.items() if all(seed in by_seed for seed in seeds)}
     return sensitivity({rate: score(by_seed) for rate, by_seed in tried.items()}, lower=True)
