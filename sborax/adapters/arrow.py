@@ -1,4 +1,4 @@
-"""Arrow: trained adapters of one base, mixed anew for every token by what each of them reads, without training."""
+"""Arrow: trained adapters of one base, mixed for every token by its input, without training."""
 
 import dataclasses
 import functools

@@ -27,7 +27,7 @@ Leaves = dict[str, Any]
 HIDDEN = "adapter_h"
 """Name of the thin activation (tokens, rank) for rematerialisation policies, since it is cheap to save."""
 Use = Literal["kernel", "lookup", "tied"]
-"""What an adapted weight is, see `Hint.use`."""
+"""The role of an adapted weight, see `Hint.use`."""
 Axes = Mapping[str, Any]
 """The logical axes of every leaf, without stack axes: `{"a": ("in", "rank"), ...}`, nested like `Leaves`."""
 
@@ -35,15 +35,15 @@ Axes = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a forward pass hands to an adapter beside `x`. Every field is optional; without a key nothing is dropped.
+    """The arguments of an adapter beside `x`, given by the model. All are optional; without a key nothing is dropped.
 
     - key: dropout key of this projection, or None.
     - rows: arrays with one entry per sequence, `(batch, ...)`, such as routing weights. If the name is a path, it
       is for the projection at that path alone.
     - prompt: `(batch, seq)`, nonzero at the tokens that routers read: neither padding nor answer.
     - mask: `(batch, seq)`, zero at padding.
-    - memory: arrays `(batch, seq, ...)` by name, what the previous layer remembered of each token (see `depth`). The
-      parts of a composed method have theirs one level deeper, under their number.
+    - memory: arrays `(batch, seq, ...)` by name, the values of each token that the previous layer kept (see `depth`).
+      The parts of a composed method have theirs one level deeper, under their number.
     - invocations: `(batch, seq)` by a tuple of token ids, True from the last occurrence of these tokens in its text on
       (see `invocation`).
     """
@@ -91,15 +91,15 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hint:
-    """What `init` knows beyond the weight. A method's `needs` names the fields that must be given.
+    """The arguments of `init` beside the weight. A method's `needs` names the fields that must be given.
 
     - layer: position of the weight in its stack, which is flattened; 0 without a stack. Indexes a tuple of ranks.
     - grad: gradient of the loss in the un-adapted weight, of the weight's shape. A NumPy array uses no device memory
       until it is needed.
     - inputs: statistics of the weight's inputs by name, as `AbstractInformed.gather` makes them, after the stack axes.
     - ranks: the rank that these statistics give each weight of the flattened stack, 0 for no adapter. See `allotted`.
-    - use: what the weight is: "kernel"; "lookup", a table (vocab, d) whose rows are looked up; or "tied", a table that
-      is the head's kernel, too.
+    - use: the role of the weight: "kernel"; "lookup", a table (vocab, d) whose rows are looked up; or "tied", a table
+      that is the head's kernel, too.
     - bias: whether the projection has a bias, for methods with leaves that only change a bias.
     """
 
@@ -112,7 +112,7 @@ class Hint:
 
 
 class Fitted(NamedTuple):
-    """What `init` made of one weight. `weight` is what it left of the base; None if it left the base as it was."""
+    """The result of `init`: leaves of one weight. `weight` is the new base weight; None if the base stays as it is."""
 
     train: Leaves
     frozen: Leaves
@@ -175,20 +175,20 @@ class AbstractMethod(abc.ABC):
     materialises: str = ""
     """Empty, or the reason why `apply` must form an (in, out) value that depends on a trained leaf."""
     approximates: str = ""
-    """Empty, or what `apply` approximates in the backward pass. A merged weight gives the same values, but not the same
+    """Empty, or the part of the backward pass that `apply` approximates. A merged weight has the same values, but other
     gradients."""
     ragged: bool = False
     """Layers of one stack may have different ranks: leaves are padded with zeros, which stay zero in training."""
     needs: frozenset[str] = frozenset()
     """Fields of `Hint` that `init` requires."""
     of_quantised: str = ""
-    """Empty, or what the start is made of that only a base in 4 bits has."""
+    """Empty, or the property of a 4-bit base from which the method starts. A dense base lacks it."""
     sends: str = ""
-    """Empty, or what devices that share a projection send beyond `summed`, the leaves and their gradients."""
+    """Empty, or the traffic between devices that share a projection beyond `summed`, leaves and their gradients."""
     draws: str = ""
-    """Empty, or what a call with a key draws at random beside dropout. Without a key it is left out."""
+    """Empty, or the random numbers of a call with a key, beside dropout. A call without a key draws none."""
     batch_gradient: str = ""
-    """Empty, or what of all rows of a call is in the gradient of trained leaves: parts of a batch give another one."""
+    """Empty, or statistics of all rows of a call in the gradient of trained leaves. Accumulation is then inexact."""
     group_b: frozenset[str] = frozenset()
     """Trained leaves whose learning rate LoRA+ (arXiv:2402.12354) multiplies. As in PEFT, if it has the method."""
     linked: bool = False
@@ -411,7 +411,7 @@ def linear(
     - x: inputs, any float dtype, which is that of the result.
     - weight: the base weight, a plain array or a quantised one.
     - adapter: the adapter of this weight; None for the base projection.
-    - ctx: dropout key and what else the adapter reads. Default: nothing, hence no dropout.
+    - ctx: the dropout key and other values that the adapter reads. Default: none, hence no dropout.
     - bias: give it here rather than add it to the result, because some methods adapt it, too (IA3 scales it).
     """
     batch = x.shape[:-1]

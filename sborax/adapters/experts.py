@@ -1,4 +1,4 @@
-"""Experts that are trained separately and combined: each has a subspace of a kernel that no other expert touches."""
+"""Experts that are trained separately and combined. Each has a subspace of a kernel that no other expert changes."""
 
 import abc
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Methods that start from the inputs of their weights on some data: what they are given, and what they make of it."""
+"""Methods that start from statistics of the inputs of their weights on some data."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence

@@ -119,7 +119,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `attach` will do.
+    """The kernels that `attach` will adapt.
 
     - sites: the kernels to adapt, then routers and banks.
     - untouched: paths of the kernels that no rule covers.

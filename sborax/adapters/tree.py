@@ -253,7 +253,7 @@ def combine(train: PyTree, frozen: PyTree) -> PyTree:
 def link(adapters: PyTree) -> PyTree:
     """Equivalent adapters in which every layer has a copy of the weights that it needs of other layers and of banks.
 
-    Only methods whose layers are linked (ResLoRA) and methods with a bank (VB-LoRA) change, and banks are left out.
+    Only methods with linked layers (ResLoRA) or a bank (VB-LoRA, Uni-LoRA, Lily, FRoD) change; banks are left out.
     Call it in models of your own, before the adapters are used; `LanguageModel`, `merge`, `apply_linen` and `save_peft`
     do it themselves. Differentiable; linking twice changes nothing.
 

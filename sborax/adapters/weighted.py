@@ -22,7 +22,7 @@ from sborax.adapters.tree import Adapters, Params, check_base, link, merge, merg
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """One term of `merge_weighted`: what a training made of a base, times `weight`.
+    """One term of `merge_weighted`: the change of a base by training, times `weight`.
 
     - weight: the factor of the change.
     - adapters: a tree of adapters.

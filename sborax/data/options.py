@@ -37,26 +37,27 @@ class Data:
     """A data set, and how its records become tokens.
 
     Args:
-    - name: a file or directory (JSON, JSONL, CSV, parquet, text), a name under `$SBORAX_DATA`, or a hub id. Cells of
-      CSV stay text; numbers and truth values of JSON and parquet are written as Python writes them, and null as an
+    - name: a file or directory (JSON, JSONL, CSV, TSV, parquet, text), a name under `$SBORAX_DATA`, or a hub id. Cells
+      of CSV stay text; numbers and truth values of JSON and parquet become text as Python prints them, and null the
       empty text. In Python also a list of records, each a dict of columns, which a `config.json` cannot hold.
     - template: how a record becomes text:
       - "alpaca": Stanford Alpaca's prompt; columns instruction, output, and maybe input.
       - "llm_adapters": the same columns in exactly the prompt that LLM-Adapters train on (arXiv:2304.01933); they also
         have loss_on="all", max_length=256, overlong="truncate".
-      - "chat": the tokenizer's chat template; columns messages, with all their keys, and maybe tools, or the columns of
-        alpaca. A template that ignores tools or tool_calls is refused.
+      - "chat": the tokenizer's chat template; columns messages, with all their keys, and maybe tools, or a pair of
+        columns: instruction and output, prompt and completion, question and answer. A template that ignores tools or
+        tool_calls is refused.
       - "text": column text, with loss on all of it.
       - a prompt of your own, with columns in braces, such as "Q: {question}\\nA: ".
       - the name of a class of yours that extends `sborax.data.template.AbstractTemplate`.
     - answer: the text after a prompt of your own, with columns in braces.
-    - split: the split to read, or the file of a directory.
+    - split: the split to read; of a directory with several data files, the name of the file.
     - max_length: the longest sample, in tokens, at least 3.
     - overlong: whether longer samples are dropped, truncated, or split into windows. Their number is printed.
     - loss_on: the tokens that enter the loss: the answer's, or all.
     - packing: put several samples into a row. They stay separate segments, which do not attend to each other.
     - buckets: row lengths to pad to, in tokens; empty (default) for quarters of the longest row.
-    - limit: use only the first so many samples; None (default) for all.
+    - limit: the number of samples to use, from the first on; None (default) for all.
 
     Raises SboraxError for a value out of range, and for records that are no dicts.
     """

@@ -1,1 +1,1 @@
-"""Other libraries' file formats, and smaller or approximately merged models."""
+"""PEFT's file format, and smaller or approximately merged models."""

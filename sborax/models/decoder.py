@@ -1,4 +1,4 @@
-"""What the package needs of a decoder and of its config. `Llama` and `LlamaConfig` are one such pair."""
+"""The interface of a decoder and of its config. `Llama` and `LlamaConfig` implement it."""
 
 import abc
 import math
@@ -13,7 +13,7 @@ from sborax.adapters import core
 
 @runtime_checkable
 class DecoderConfig(Protocol):
-    """What the package reads of a decoder's config. Hashable, because programs are compiled for it.
+    """The parts of a decoder's config that the package reads. Hashable, because programs are compiled for it.
 
     The names are those of Hugging Face's `config.json`, except for:
 

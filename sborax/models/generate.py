@@ -43,8 +43,8 @@ def generate(
     - top_k, top_p: sample among the k likeliest (0: all), then among the likeliest that together reach p.
     - eos: ids that end a text; by default the config's.
     - padding: "left" or "right", the side on which shorter prompts are padded. The result does not depend on it.
-    - finished: called with the tokens of every text after each STRIDE of them; says which texts need no more. Writing
-      stops when all have ended, so that a finished text may go on while others do.
+    - finished: a function of the tokens of every text, called every STRIDE tokens. It returns which texts are done.
+      Generation stops when all are, so a finished text may go on while others do.
 
     Raises SboraxError for an empty prompt, an id outside the vocabulary, and text beyond the model's context.
     """

@@ -1,7 +1,7 @@
 """Calls of models whose adapters read more than their input.
 
-Values of the previous layer: collection `memory` is handed from layer to layer. Tokens from which they act: these are
-found before the call, since they have to be looked for in the whole text. Padding, which is left out of means.
+Such adapters may read values of the previous layer, in the collection `memory`; the places from which they act, which
+are found in the whole text before the call; and the mask of padding, which is left out of means.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """The weighted sum of the experts of each token, on one device and on a mesh.
 
-A mesh has an axis for experts: each of its devices has some of the experts of every layer. `mixed` is the same sum on
-any mesh, whatever the load of the experts, since no token is dropped.
-
-With a capacity an expert takes a bounded number of the rows of each device, and the choices beyond it are dropped.
+The devices along the mesh axis for experts each hold some of the experts of every layer. Without a capacity, `mixed`
+drops no token and is the same sum on any mesh, whatever the load of the experts. With a capacity, an expert takes a
+bounded number of the rows of each device, and choices beyond it are dropped.
 """
 
 import dataclasses

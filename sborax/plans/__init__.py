@@ -1,1 +1,1 @@
-"""What a run needs, before there are any devices."""
+"""The memory and traffic of a run, without its devices."""

@@ -1,4 +1,4 @@
-"""What a compiled program computes, moves and sends between devices, read from its HLO text."""
+"""FLOPs, memory traffic and collectives of a compiled program, read from its HLO text."""
 
 import collections
 import math

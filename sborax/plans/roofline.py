@@ -1,4 +1,4 @@
-"""The least time of a step on a TPU chip, from what its program computes, moves and sends."""
+"""The least time of a step on a TPU chip, from the FLOPs and bytes of its program."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: chains, boosting, budgets, pruning."""
+"""Procedures act between the steps of a run: chains, boosting, budgets, pruning."""
 
 from sborax.procedures.adalora import AdaLoRABudget
 from sborax.procedures.boost import XGBLoRA

@@ -1,4 +1,4 @@
-"""What a group of weights is worth: criteria by which structured pruning chooses, compared in arXiv:2305.18403."""
+"""Importance of groups of weights: the criteria for structured pruning that arXiv:2305.18403 compares."""
 
 import abc
 import dataclasses

@@ -1,4 +1,4 @@
-"""What happens between two steps of a run: merges, fresh starts, pruning. Pure functions at steps known on the host."""
+"""The interface of procedures, which act between two steps of a run: pure functions at steps known on the host."""
 
 import abc
 import dataclasses
@@ -15,7 +15,7 @@ from sborax.adapters.tree import Adapters
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a procedure knows of a run: its plan, its number of steps, the model's key-value heads."""
+    """The properties of a run that a procedure reads: its plan, its number of steps, the model's key-value heads."""
 
     plan: Plan
     steps: int

@@ -1,1 +1,1 @@
-"""What a run directory holds: adapters, checkpoints, metrics, locks."""
+"""Files of a run directory: adapters, checkpoints, metrics, locks."""

@@ -254,8 +254,8 @@ def check_leaves(where: str, method: AbstractMethod, axes: Any, leaves: Any, siz
 def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Params, Adapters]:
     """`(params, adapters)` as they were when the adapter was saved.
 
-    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as `attach` did. Leaves that follow from the
-    base, such as DoRA's norms, are computed from `params`, which may be in other bits (4, say) than in training.
+    A base that the method rewrote is rewritten again, W <- W - s a0 b0, as by `attach`. Leaves that depend on the base,
+    such as DoRA's norms, are computed from `params`, which may have another precision than in training, such as NF4.
 
     Args:
     - directory: an adapter directory, such as `adapter/` or `best/` of a run.

@@ -1,4 +1,4 @@
-"""What a run reports: lines and a progress bar on the terminal, `metrics.jsonl` and `summary.json` on disk."""
+"""Reports of a run: lines and a progress bar on the terminal, `metrics.jsonl` and `summary.json` on disk."""
 
 import dataclasses
 import functools

@@ -59,11 +59,11 @@ class Sweep:
     """Several runs over one base that share model and data. Those that are alike share a program (`groups.grouped`).
 
     Args:
-    - experiment: what all members have in common.
+    - experiment: the experiment that the grid changes.
     - grid: values by dotted key, `{"optimizer.lr": (1e-4, 3e-4), "seed_adapter": (0, 1)}`; every combination is a
       member. A text is read as on the command line.
-    - at_once: how many members of a program a step computes together, by `vmap`; so many at a time follow one another,
-      by `lax.map`. More need more memory for activations. None (default): one on a CPU, all elsewhere.
+    - at_once: the number of members of a program that a step computes together, by `vmap`; such groups follow one
+      another, by `lax.map`. Larger groups need more memory. None (default): one on a CPU, all elsewhere.
     - halving: rungs of successive halving (arXiv:1502.07943): at each of these steps the half of the members with the
       higher held-out loss stops. "auto" for as many rungs as leave one member, each at twice the step of the one
       before and the last in the middle of the run. Empty (default) for none.

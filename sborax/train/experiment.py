@@ -31,7 +31,7 @@ Also = Literal["norm", "bias", "adapted_bias", "router", "embed_tokens", "lm_hea
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What a run is measured on.
+    """Held-out data and tasks of a run.
 
     Args:
     - data: held-out data; its loss is measured at the end of the run. None (default) for none.
@@ -49,7 +49,7 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """When a run is saved.
+    """Checkpoints of a run, and its best adapter.
 
     Args:
     - every: steps between two checkpoints (default 100); another is made at the end.
@@ -76,18 +76,18 @@ class Experiment:
     - optimizer: an optimiser such as `AdamW(lr=1e-4)`, an `Optimizer`, which picks one by name, a class of yours that
         extends `AbstractOptimizer`, or an optax transformation, which no `config.json` holds: a run with one is
         repeated and resumed from Python alone.
-    - loss: what is minimised, a `CrossEntropy` or a class of yours that extends `AbstractLoss`.
+    - loss: the loss to minimise, a `CrossEntropy` or a class of yours that extends `AbstractLoss`.
     - steps, epochs: length of the run, in optimiser steps or in passes over the data. Give one of them.
     - batch_size: rows of one forward pass (default 4).
-    - accumulate: forward passes of one step (default 1), which is exactly that of a batch so many times as large.
-    - precision: of the base and of activations; trained leaves are float32.
+    - accumulate: forward passes of one step (default 1). The step equals that of one batch with all their rows.
+    - precision: dtype of the base and of activations; trained leaves are float32.
     - quant: "nf4" for a 4-bit base.
     - mesh: sizes of the axes "data", "fsdp", "expert" and "tensor" over which the devices of all processes are laid
         out, such as {"fsdp": 4, "tensor": 2}; None (default) for one device. Rows of a batch lie on data, fsdp and
         expert, and experts of a mixture on expert. "slices" is the number of device groups with a slow network between
         them; the other sizes are then those within a group.
-    - remat: what the backward pass recomputes of a layer: "cheap" (all but the results of matmuls: less memory, and
-        faster on a CPU), "none", "full", or a list of names to keep while all else is recomputed, such as
+    - remat: the values of a layer that the backward pass recomputes: "cheap" (all but the results of matmuls: less
+        memory, and faster on a CPU), "none", "full", or a list of names to keep while all else is recomputed, such as
         "attended,offload:gate_up" (`offload:` keeps the value in the host's memory).
     - attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
         TPUs, or "auto" (default) for the one that suits the device. Each keeps packed samples apart.
@@ -98,20 +98,20 @@ class Experiment:
         computed without dropping any.
     - eval: held-out loss and tasks, an `Eval`.
     - save: checkpoints, a `Save`.
-    - procedure: what happens between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`,
-        `PRILoRAPruning`; None (default) for nothing.
+    - procedure: acts between steps: `COLA(every=...)`, `XGBLoRA`, `LoRAPrune`, `AdaLoRABudget`, `PRILoRAPruning`; None
+        (default) for no procedure.
     - hint_batches: microbatches of the run's own data for methods that start from data: from gradients, as LoRAGA
         (default 8; its authors: 8 of one sample, later 64 of two), or from inputs, as EVA and CorDA (PEFT advises 256
         samples for CorDA).
     - seed_data: order of the data, in [0, 2^32).
     - seed_adapter: initial adapters, dropout, and draws of the procedure, in [0, 2^32).
-    - log: where numbers go beside `metrics.jsonl`: "tensorboard", "wandb".
+    - log: logs beside `metrics.jsonl`: "tensorboard", "wandb".
     - train_base: train all leaves of the base: full fine-tuning.
     - train_also: leaves of the base to train beside the adapters: "norm", "bias", "adapted_bias" (biases of adapted
         projections, in all layers of a stack), "router", "embed_tokens", "lm_head".
     - train_tokens: ids of tokens whose vectors in the embedding are trained beside the adapters, and no others. A tied
-        head shares them. For those of another head, give the tokens by module: {"embed_tokens": (3, 5), "lm_head": (3,
-        5)}, or either. The optimiser and the adapter's file hold these vectors alone.
+        head shares them. For an untied head give the tokens by module: {"embed_tokens": (3, 5), "lm_head": (3, 5)}, or
+        either. The optimiser and the adapter's file hold these vectors alone.
     - imports: modules, or paths of `.py` files, with classes of yours, as `--import` takes them. Those of the classes
         used in the experiment are added to them.
 

@@ -36,7 +36,7 @@ def input_hints(
       next token belongs to an answer. By default nothing is padding, and every token is an answer's. They are held in
       a list.
 
-    Raises SboraxError as `plan` does, for no batch, and for kernels whose inputs the model does not show: of experts.
+    Raises SboraxError as `plan` does, for no batch, and for kernels of experts, whose inputs are not collected.
     """
     planned = plan(model.params, rules, hints=promised(model.params))
     return _hints(model, model.params, _sites(planned), list(batches))

@@ -1,4 +1,4 @@
-"""What an optimiser is, and how it becomes the optax transformation of a run."""
+"""The interface of an optimiser, and the optax transformation that a run makes of it."""
 
 import abc
 from typing import Any, Protocol, runtime_checkable
@@ -50,7 +50,7 @@ class AbstractOptimizer(abc.ABC):
 
 
 AnyOptimizer = AbstractOptimizer | LiveObject | optax.GradientTransformation
-"""What an experiment takes: an optax transformation becomes a `LiveObject`."""
+"""The optimisers that an experiment takes. An optax transformation becomes a `LiveObject`."""
 
 
 def halves(optimizer: AnyOptimizer) -> Halves:
@@ -65,7 +65,7 @@ def schedule(optimizer: AnyOptimizer, steps: int) -> optax.Schedule | None:
 
 @runtime_checkable
 class Hooks(Protocol):
-    """What an optimiser calls of a run's procedure, which is an `ActiveProcedure`."""
+    """The functions of a run's procedure, an `ActiveProcedure`, that an optimiser calls."""
 
     def regularise(self, grads: PyTree, train: PyTree) -> PyTree: ...
 

@@ -43,7 +43,7 @@ class AbstractScheduled(AbstractOptimizer):
         at_least(1, b_ratio=self.b_ratio)
 
     def rate(self, steps: int) -> optax.Schedule:
-        """Linear warm-up from 0 to `lr`, then constant, linear or cosine decay over the rest of `steps`."""
+        """Linear warm-up from `lr / warmup` to `lr`, then constant, linear or cosine decay over the rest of `steps`."""
         warmup = int(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
         decay = max(1, steps - warmup)
         if self.schedule == "constant":

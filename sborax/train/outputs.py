@@ -1,4 +1,4 @@
-"""A model at one microbatch, as a loss sees it."""
+"""A model at one microbatch: the argument of a loss."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

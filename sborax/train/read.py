@@ -75,7 +75,7 @@ def read_rows(data: Data, model: LanguageModel, echo: Echo, what: str = "data") 
 
 
 def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple[Batches, str]:
-    """The batches of a run, and a line that tells how many of its records are used."""
+    """The batches of a run, and a line with the number of records that are used."""
     rows, report = read_rows(experiment.data, model, echo)
     return shuffled(rows, experiment.batch_size, experiment.accumulate, experiment.seed_data), report
 

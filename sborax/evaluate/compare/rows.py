@@ -1,4 +1,4 @@
-"""Runs as rows: what the directories of runs and sweeps say, without loading a model."""
+"""Runs as rows, read from the directories of runs and sweeps without loading a model."""
 
 import dataclasses
 import hashlib

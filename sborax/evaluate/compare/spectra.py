@@ -1,4 +1,4 @@
-"""What training changed in each weight matrix: spectrum, intruder dimensions, regions; and the ranks of adapters.
+"""The changes of each weight matrix by training: spectrum, intruder dimensions, regions; and the ranks of adapters.
 
 Nothing here knows a method: changes are differences of merged and original kernels, and ranks are those that methods
 declare.
