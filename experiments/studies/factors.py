@@ -6,6 +6,9 @@ chosen on half of the items with three seeds, the other half reported. The penal
 rows a step minus that at 4. arXiv:2602.09492 sees one in LoRA; the question is whether it is smaller for methods that
 train one factor. The best learning rate does not depend on the rank if its slope is below a twentieth of a decade a
 doubling.
+
+LoRA's scale is 1 at every rank, unless an arm has an alpha. The arms with alpha = 8, whose scale is 8 / rank, were
+added once the slope of the others was known.
 """
 
 from typing import Any
@@ -24,6 +27,10 @@ MIDDLE = 8
 """The rank at which batch sizes are compared."""
 MIDDLE_BATCH = 16
 """The batch size at which ranks are compared."""
+SLOPES = ("LoRA", "SBoRA-FA", "Bone")
+"""The methods whose best learning rate is followed over ranks."""
+FALLING = "LoRA with alpha 8"
+"""LoRA with a scale that falls with the rank, and is 1 at the middle one."""
 
 
 def at_rank(rank: int) -> dict[str, AbstractMethod]:
@@ -43,7 +50,7 @@ def label(name: str, rank: int, batch: int) -> str:
 
 
 def arms() -> list[Arm]:
-    """Every batch size at the middle rank, with full fine-tuning, then every other rank at the middle batch size."""
+    """Batch sizes at the middle rank, with full fine-tuning, then the other ranks, and LoRA with a falling scale."""
     every_arm = []
     for batch in BATCHES:
         every_arm += [arm_at(name, MIDDLE, batch, **rules(method)) for name, method in at_rank(MIDDLE).items()]
@@ -51,6 +58,11 @@ def arms() -> list[Arm]:
     for rank in RANKS:
         if rank != MIDDLE:
             every_arm += [arm_at(name, rank, MIDDLE_BATCH, **rules(method)) for name, method in at_rank(rank).items()]
+    every_arm += [
+        arm_at(FALLING, rank, MIDDLE_BATCH, **rules(sx.LoRA(rank=rank, alpha=float(MIDDLE))))
+        for rank in RANKS
+        if rank != MIDDLE
+    ]
     return every_arm
 
 
@@ -77,13 +89,15 @@ def study() -> Study:
         for name in ("SBoRA-FA", "SBoRA-FB", "Bone", "DoRA")
     ]
     full = (f"full fine-tuning, batch {many}", f"full fine-tuning, batch {few}")
+    at_scale_one = {name: {rank: label(name, rank, MIDDLE_BATCH) for rank in RANKS} for name in SLOPES}
+    falling = {rank: label(FALLING, rank, MIDDLE_BATCH) for rank in RANKS} | {MIDDLE: at_scale_one["LoRA"][MIDDLE]}
     slopes = [
         RateSlope(
             f"the best learning rate of {name} does not depend on the rank",
             "",
-            tuple((label(name, rank, MIDDLE_BATCH), rank) for rank in RANKS),
+            tuple((arm_name, rank) for rank, arm_name in by_rank.items()),
         )
-        for name in ("LoRA", "SBoRA-FA", "Bone")
+        for name, by_rank in {**at_scale_one, FALLING: falling}.items()
     ]
     batches = (label("LoRA", MIDDLE, few), label("LoRA", MIDDLE, many))
     return Study(
