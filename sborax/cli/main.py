@@ -113,7 +113,7 @@ def _add_training(commands: Commands) -> None:
     train.add_argument(
         "--compile-cache",
         metavar="DIR",
-        help="keep all compiled programs in DIR (default: those that took a second to compile, in the user's cache)",
+        help="keep all compiled programs in DIR (default: those that took 0.05 s to compile, in the user's cache)",
     )
     launcher.add_arguments(train)
 
