@@ -45,7 +45,9 @@ class Result:
     def loss(self) -> float:
         """The loss to compare members by: on held-out data, else the last training loss; infinite without an end."""
         known = self.last_loss if self.eval_loss is None else self.eval_loss
-        return math.inf if self.diverged or self.stopped or known is None else known
+        # The last update may have made a model whose held-out loss is no number, which compares with nothing.
+        lost = self.diverged or self.stopped or known is None or not math.isfinite(known)
+        return math.inf if lost or known is None else known
 
 
 @dataclasses.dataclass(frozen=True)
