@@ -1,4 +1,4 @@
-"""Checks that a resumed run has the config it had before."""
+"""Checks that a resumed run has the config it had before, and what becomes of files that no longer fit it."""
 
 from etils import epath
 
@@ -6,8 +6,10 @@ from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.records.checkpoint import CHECKPOINTS
 from sborax.records.claim import START
-from sborax.records.disk import CONFIG
+from sborax.records.disk import CONFIG, SCORE_FOLDER, writing
+from sborax.records.report import Summary
 from sborax.train.experiment import Experiment, load_experiment
+from sborax.train.read import Echo
 
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """Fields that a resumed run may change: they do not affect what the steps so far have computed."""
@@ -31,6 +33,29 @@ def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> Non
             f"{run}: {changed[0]} differs from the run to resume; only {', '.join(may)} may change, "
             "start another run for anything else"
         )
+
+
+def check_held_out(run: epath.Path, experiment: Experiment, remedy: str) -> None:
+    """Raise SboraxError if the losses of a run are of other held-out data than that of `experiment`.
+
+    Args:
+    - remedy: what to do instead, for the message.
+    """
+    old, new = (encode(each)["eval"]["data"] for each in (load_experiment(str(run / CONFIG)), experiment))
+    if old != new:
+        raise SboraxError(f"{run}: eval.data differs from that of the losses it has; {remedy}")
+
+
+def drop_scores(run: epath.Path, steps: int, echo: Echo) -> None:
+    """Remove the scores in a run directory, unless the run had ended after `steps` steps before.
+
+    They are of the adapter that is about to be replaced. Raises SboraxError if they cannot be removed.
+    """
+    place, summary = run / SCORE_FOLDER, Summary.read(run)
+    if place.exists() and not (summary is not None and summary.finished and summary.steps == steps):
+        with writing(place):
+            place.rmtree()
+        echo(f"{place}: removed, the scores were of an earlier adapter")
 
 
 def check_steps(place: epath.Path, done: int, steps: int) -> None:
