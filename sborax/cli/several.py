@@ -43,7 +43,9 @@ def expand(targets: Sequence[str]) -> list[str]:
         if not runs:
             raise SboraxError(f"{target}: none of its members has ended; `sborax sweep ... --resume` goes on")
         listed += runs
-    repeated = next((target for number, target in enumerate(listed) if target in listed[:number]), None)
+    # However a path is written, it is one run.
+    places = [epath.Path(target).resolve() for target in listed]
+    repeated = next((target for number, target in enumerate(listed) if places[number] in places[:number]), None)
     if repeated is not None:
         raise SboraxError(f"{repeated}: is given twice; leave it out once")
     return listed
