@@ -46,7 +46,7 @@ def write_run(
     metrics: dict[str, dict[str, float]] | None = None,
     held_out: list[tuple[int, float]] | None = None,
 ) -> Path:
-    """A run whose held-out loss falls from twice `loss` to `loss`.
+    """A run whose held-out loss falls from about twice `loss` to `loss`.
 
     - scores: items by task, as a task's JSONL file has them. metrics: of each task.
     - base: fingerprints in `adapter/plan.json`; None for a run without an adapter.
@@ -56,16 +56,17 @@ def write_run(
     run = epath.Path(place)
     save_experiment(described, run)
     lines = []
-    for step in range(1, STEPS + 1):
-        height = loss * (1.0 + (STEPS - step) / STEPS)
+    steps = described.steps or STEPS
+    for step in range(1, steps + 1):
+        height = loss * (1.0 + (steps - step) / steps)
         lines.append(
             {"step": step, "loss": 1.1 * height, "seconds": 9.0 if step == 1 else seconds, "compiled": step == 1}
         )
-        if step % 10 == 0:
+        if step % 10 == 0 or step == steps:
             lines.append({"step": step, "eval_loss": height})
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = Summary(
-        finished=finished, steps=STEPS if finished else STEPS // 2, trainable_parameters=trained, base_parameters=10**6,
+        finished=finished, steps=steps if finished else steps // 2, trainable_parameters=trained, base_parameters=10**6,
         first_loss=2.0, last_loss=1.0, eval_loss=loss, tokens_per_second=100.0, seconds=20.0, peak_memory=memory,
         samples=samples, device=device, versions={"python": "3"}, git_revision=None,
     )  # fmt: skip

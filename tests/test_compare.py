@@ -6,12 +6,15 @@ import math
 
 import numpy as np
 import pytest
+from etils import epath
 from runs_on_disk import BASE, answers, experiment, write_run, write_sweep
 
 import sborax as sx
 from sborax.adapters.core import SboraxError
 from sborax.evaluate.compare.groups import compare, method_label
 from sborax.evaluate.compare.rows import read_rows
+from sborax.evaluate.compare.tables import interior, rates_table
+from sborax.train.experiment import save_experiment
 
 pytestmark = pytest.mark.quick
 
@@ -50,6 +53,15 @@ def test_the_held_out_loss_has_its_samples(tmp_path):
     # Nine nats over six tokens; the mean of three means would be 1.78.
     np.testing.assert_allclose(measured.items, [1.5 + 1.5 / 2, 1.5 - 1 / 2, 1.5 - 0.5 / 2])
     assert measured.value == 1.5 and measured.items.mean() == pytest.approx(1.5) and measured.identity
+
+
+def test_a_held_out_loss_is_that_of_the_end(tmp_path):
+    """A run that went on without held-out data has one of an earlier adapter."""
+    run = write_run(tmp_path / "run", experiment(eval=sx.Eval()))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.dumps(line) for line in lines if "loss" in line or line["step"] < 40]
+    (run / "metrics.jsonl").write_text("\n".join(kept))
+    assert list(read(run)[0].measurements) == ["training loss"]
 
 
 def test_a_sweep_is_all_its_members(tmp_path):
@@ -154,6 +166,15 @@ def test_what_is_no_ended_run_is_refused(tmp_path):
     stopped = write_run(tmp_path / "stopped", experiment(), finished=False)
     with pytest.raises(SboraxError, match="was stopped after step 20"):
         read(stopped)
+    # Runs that ended, and went on until they were killed: nothing says how many steps so many epochs are.
+    longer = write_run(tmp_path / "longer", experiment())
+    save_experiment(experiment(steps=80), epath.Path(longer))
+    killed = write_run(tmp_path / "killed", experiment(steps=None, epochs=2.0))
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "loss": 0.9}\n')
+    for run in (longer, killed):
+        with pytest.raises(SboraxError, match="ended after step 40, has gone on since and not ended again"):
+            read(run)
     sweep = write_sweep(tmp_path / "sweep", sx.LoRA(rank=4), {(1e-3, 0): 1.0})
     with pytest.raises(SboraxError, match="is given twice"):
         read(sweep, sweep / "lr=0.001,seed_adapter=0")
@@ -267,6 +288,57 @@ def test_a_best_learning_rate_at_an_end_is_told(tmp_path):
     (setting,) = compare(read(other))
     assert setting.groups[0].rates.interior is False
     assert any("is the highest that was tried; extend the sweep" in note for note in setting.notes)
+
+
+def test_a_learning_rate_that_was_not_scored_was_not_tried(tmp_path):
+    """Scores of some rates alone: the others are neither worse nor diverged."""
+    items, metrics = answers([True, False], [1.0, 2.0])
+    settings = {"eval": sx.Eval()}
+    rows = []
+    for number, (lr, right) in enumerate({1e-4: None, 1e-3: True, 1e-2: None}.items()):
+        score = {"scores": {"arc_easy": items}, "metrics": {"arc_easy": metrics}} if right else {}
+        run = write_run(tmp_path / f"run{number}", experiment(lr=lr, **settings), **score)
+        lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "eval_loss" not in line]
+        (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        rows += read(run)
+    (setting,) = compare(rows)
+    (group,) = setting.groups
+    assert setting.chosen_by == "arc_easy acc" and group.lr == 1e-3 and len(group.best) == 1
+    assert group.rates.rates == (1e-3,) and group.rates.interior is None
+    assert interior(group) == "one scored" and rates_table(setting) is None
+
+
+def test_a_group_without_the_main_score_keeps_its_others(tmp_path):
+    items, metrics = answers([True, False], [1.0, 2.0])
+    scores = {"scores": {"arc_easy": items}, "metrics": {"arc_easy": metrics}}
+    rows = [
+        *runs(tmp_path, (experiment(), 1.0), base=None, **scores),
+        *runs(tmp_path, (experiment(sx.Bone(rank=4)), 2.0), (experiment(sx.Bone(rank=4), 1e-2), 1.5), base=None),
+    ]
+    # As of runs before the held-out loss had a place.
+    rows[0] = dataclasses.replace(rows[0], measurements={"arc_easy acc": rows[0].measurements["arc_easy acc"]})
+    extra = [dataclasses.replace(rows[0], config=rows[0].config | {"seed_data": seed}, losses=()) for seed in (1, 2)]
+    (setting,) = compare([*rows, *extra])
+    scored, other = setting.groups
+    assert setting.chosen_by == "arc_easy acc" and list(scored.estimates) == ["arc_easy acc"]
+    assert (other.lr, other.rates) == (1e-2, None) and other.estimates["held-out loss"].value == 1.5
+    assert (
+        "Bone(rank=4): has no arc_easy acc, so that its learning rate was chosen by its held-out loss" in setting.notes
+    )
+
+
+def test_learning_rates_are_compared_on_the_seeds_that_all_have(tmp_path):
+    """Tuned with the first seed, and run with others at the best rate: these say nothing about the other rates."""
+    losses = {1e-4: (1.3,), 1e-3: (1.0, 1.2, 1.4), 1e-2: (1.1,)}
+    each = [(experiment(lr=lr, seed=seed), loss) for lr, of_rate in losses.items() for seed, loss in enumerate(of_rate)]
+    (setting,) = compare(runs(tmp_path, *each))
+    (group,) = setting.groups
+    assert (group.lr, group.rates.scores, group.rates.interior) == (1e-3, (1.3, 1.0, 1.1), True)
+    assert len(group.best) == 3 and group.estimates["held-out loss"].value == pytest.approx(1.2)
+    # Without a seed in common, all of them count.
+    apart = [(experiment(sx.Bone(rank=4), lr, seed), loss) for lr, seed, loss in ((1e-3, 0, 1.0), (1e-2, 1, 0.9))]
+    (setting,) = compare(runs(tmp_path, *apart))
+    assert setting.groups[0].lr == 1e-2
 
 
 def scored(tmp_path, number, method, seed, right, losses, loss=1.0, protocol=None):

@@ -121,6 +121,7 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
     wrong = ["--tasks", "arc_easy", "--data", f"arc_easy={data}", "--out", tmp_path / "out"]
     assert "arc_easy: record 0: not an instruction of LLM-Adapters'" in fails(capsys, model, *wrong)
     assert "--limit 0: at least 1" in fails(capsys, model, *wrong, "--limit", "0")
+    assert "--seed -1: must lie in 0..2**32 - 1" in fails(capsys, model, *wrong, "--limit", "2", "--seed", "-1")
     (tmp_path / "out" / "scores.json").write_text("{}")
     assert "scores.json: exists; choose another --out" in fails(capsys, model, *wrong)
     text = tmp_path / "text.txt"
@@ -180,6 +181,17 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, t
     (out / "scores" / "scores.json").write_text(scores)
     assert main([*named, "--resume"]) == 0
     assert "is scored already" in capsys.readouterr().out
+    # Scores of an adapter that was replaced are none of the next one.
+    measured = f'eval.data={{"name": "{made / "train.json"}"}}'
+    assert main([*named, measured, "--resume"]) == 2
+    assert "eval.data differs from that of the losses it has; the run has ended" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["eval"]["data"] is None
+    assert main([*named, "steps=2", "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert f"{out / 'scores'}: renamed to earlier-scores-1, since these scores are of an earlier adapter" in told
+    assert (out / "earlier-scores-1" / "scores.json").read_text() == scores
+    assert "is scored already" not in told and "arc_easy: acc " in told
+    scores, named = (out / "scores" / "scores.json").read_text(), [*named, "steps=2"]
     # Scores that were cut short are made again.
     (out / "scores" / "scores.json").unlink()
     assert main([*named, "--resume"]) == 0

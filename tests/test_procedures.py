@@ -1,5 +1,6 @@
 """Chains and boosters: continuous at the seams, of bounded rank, exact when resumed; and inside whole runs."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -12,7 +13,7 @@ import optax
 import pytest
 from cases import PROCEDURES
 from nightly import nightly_unless
-from tiny_model import write_data, write_model
+from tiny_model import WIDE, write_data, write_model
 
 import sborax as sx
 from sborax.adapters.core import SboraxError, linear
@@ -20,6 +21,7 @@ from sborax.adapters.leaves import nest
 from sborax.adapters.tree import nodes
 from sborax.config.codec import decode, encode
 from sborax.models import load_model
+from sborax.models.language_model import LanguageModel, abstract, decoder_of
 from sborax.models.nf4 import quantise
 from sborax.procedures import (
     COLA,
@@ -37,6 +39,7 @@ from sborax.procedures.segment import fold, fresh
 from sborax.records.adapter import LEAVES, load_adapter, read_adapter
 from sborax.train.active import restarted
 from sborax.train.loop import train
+from sborax.train.prepare import prepare
 
 PATH = "layers/p/kernel"
 LAYERS, IN, OUT = 4, 64, 12
@@ -217,6 +220,22 @@ def test_ranks_by_layer_of_a_stack():
     assert nodes(joined(procedure, trail))[PATH].method.parts[0].rank == (4, 1, 4, 4)
 
 
+def test_ranks_of_kernels_without_a_stack():
+    """Layers by number, as in a model of unequal layers, have the links of a stack, and so do tables their own."""
+    procedure, links = COLA(every=4, ranks=(2, 1)), []
+    numbered = {f"layers/{layer}/p/kernel": kernel for layer, kernel in enumerate(KERNEL)}
+    for base in ({PATH: KERNEL}, numbered):
+        run = Run(sx.plan(nest(base), [("p", sx.LoRA(rank=2))]), 8, 1)
+        adapters = sx.attach(jax.random.key(3), nest(base), run.plan)[1]
+        links.append(nodes(procedure.apply(jax.random.key(1), 4, run, Boundary(adapters, base)).adapters))
+    for layer in range(LAYERS):
+        stacked, alone = links[0][PATH], links[1][f"layers/{layer}/p/kernel"]
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, layer=layer: leaf[layer], (stacked.train, stacked.frozen)),
+            (alone.train, alone.frozen),
+        )
+
+
 @pytest.mark.parametrize(
     ("procedure", "method", "message"),
     [
@@ -347,6 +366,10 @@ def test_mistakes_are_told():
     run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.LoRA(rank=2))]), 4, 1)
     with pytest.raises(SboraxError, match="only 4 layers"):
         XGBLoRA(layers=5).check(run, {PATH: KERNEL})
+    table = {"embed_tokens": {"embedding": KERNEL[0]}} | nest({PATH: KERNEL})
+    run = Run(sx.plan(table, [("p|embed_tokens", sx.LoRA(rank=1))]), 4, 1)
+    with pytest.raises(SboraxError, match="embed_tokens/embedding: draws layers, and this weight is in none of them"):
+        XGBLoRA().check(run, {site.path: KERNEL for site in run.plan.sites})
     with pytest.raises(SboraxError, match="trained itself"):
         COLA(every=1).check(run, {})
     for ranks in ((), (2, 4), (2, 0)):
@@ -479,6 +502,53 @@ def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
     assert np.isfinite(model.apply(params, adapters, jnp.zeros((1, 4), jnp.int32))).all()
     with pytest.raises(SboraxError, match="steps differs"):
         train(dataclasses.replace(experiment, steps=9), tmp_path / "run", resume=True, echo=lambda _: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class BesideBase(sx.AbstractLoss):
+    """A loss with the base as a reference."""
+
+    def __call__(self, outputs):
+        return -jnp.sum(outputs.log_probs() - outputs.base_log_probs()), jnp.int32(1)
+
+
+@pytest.mark.parametrize("procedure", [None, COLA(every=2), XGBLoRA(every=2)], ids=str)
+def test_a_base_that_is_merged_into_is_no_reference(procedure):
+    """After the first knot it would be the trained model."""
+    rules = [("up_proj", sx.LoRA(rank=1))]
+    experiment = sx.Experiment("m", sx.Data("d"), rules, loss=BesideBase(), steps=4, procedure=procedure)
+    prepared = prepare(experiment, LanguageModel(decoder_of(WIDE), abstract(WIDE), WIDE, None), 4)
+    parts = jax.eval_shape(prepared.adapt, abstract(WIDE))
+    state = jax.eval_shape(prepared.start, parts)
+    batch = {name: jnp.ones((2, 4), jnp.int32) for name in ("tokens", "targets", "segments")}
+    batch["counts"] = batch["tokens"] > 0
+    step, evaluation = prepared.make_step(), prepared.make_evaluation()
+    stacked = jax.tree.map(lambda leaf: leaf[None], batch)
+    message = "up_proj/kernel: changes in this run, so that the base is no reference"
+    for function, *arguments in (
+        (step, state, parts.frozen, parts.base, stacked),
+        (evaluation, state.train, parts.frozen, parts.base, batch),
+    ):
+        with contextlib.nullcontext() if procedure is None else pytest.raises(SboraxError, match=message):
+            jax.eval_shape(function, *arguments)
+
+
+def test_a_layer_that_was_not_drawn_is_not_dead(tmp_path):
+    """In a model of unequal layers every layer has adapters of its own, and those of some are zero in a segment."""
+    model = write_model(
+        tmp_path / "model", layer_sizes=((2, 1, 24), (4, 2, 48)), model_type="sborax_llama", num_hidden_layers=2
+    )
+    file = str(write_data(tmp_path / "data.jsonl"))
+    experiment = sx.Experiment(
+        model=str(model),
+        data=sx.Data(file, template="{instruction}", answer=" {output}", max_length=32, buckets=(32,)),
+        rules=[("up_proj", sx.LoRA(rank=1))],
+        procedure=XGBLoRA(every=2, layers=1),
+        steps=1,
+    )
+    train(experiment, tmp_path / "run", echo=lambda _: None)
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(norm > 0 for norm in line["grad_norms"].values()) == [False, True]
 
 
 @pytest.mark.parametrize("procedure", nightly_unless([], [Shrinking(0.9), Bare(0.9), Halves()]), ids=str)

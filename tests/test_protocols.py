@@ -223,6 +223,8 @@ def test_items_are_looked_for_in_the_training_data():
     trained = [{"question": longer, "answer": "3"}, {"question": "Short?"}]
     units = [{"instruction": longer.upper().replace("?", " !")}, {"instruction": "Short?"}, {"instruction": longer[4:]}]
     assert overlap(units, trained) == 1
+    # Windows of a corpus, and training data that is one, have no questions to know them by.
+    assert overlap([{"window": 0}], trained) is None and overlap(units, [{"text": longer}]) is None
 
 
 def test_names_of_tasks():

@@ -219,6 +219,8 @@ def fails(capsys, *words):
 def test_mistakes_are_one_line(place, capsys, tmp_path):
     model = place / "model"
     assert f"{model}: is given twice" in fails(capsys, "generate", model, model, "--prompt", "x")
+    slashed = fails(capsys, "generate", model, f"{place}/./model/", "--prompt", "x")
+    assert f"{place}/./model/: is given twice" in slashed
     assert "--chat: is for one target" in fails(capsys, "generate", model, "a", "--chat")
     assert "--adapter: is for one target" in fails(capsys, "generate", model, "a", "--prompt", "x", "--adapter", "p")
     assert "--mesh: is for one target" in fails(capsys, "eval", model, "a", "--tasks", "boolq", "--mesh", "data=2")

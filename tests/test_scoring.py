@@ -9,9 +9,11 @@ import pytest
 import torch
 from sborax_models import make
 from tiny_model import tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import sborax as sx
 from sborax.adapters.core import AbstractWeight, is_weight
+from sborax.cli.chat import encode
 from sborax.evaluate import Pair, Scorer
 from sborax.evaluate.shapes import batches, padded
 from sborax.models import load_model
@@ -199,3 +201,20 @@ def test_a_prompt_and_its_continuation_are_tokenised_as_one_text(model):
     assert scorer.pair("", "c") == Pair([0], scorer.encode("c"))
     with pytest.raises(sx.SboraxError, match="no token of its own"):
         scorer.pair("ab", "")
+
+
+def test_nothing_follows_the_token_that_ends_a_text(model):
+    """A tokenizer that appends it to every text does not put it between a prompt and its continuation."""
+    ending = tokenizer()
+    template = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 0), ("<|im_end|>", 1)]
+    )
+    ending.backend_tokenizer.post_processor = template
+    assert ending("ab")["input_ids"][::3] == [0, 1]
+    scorer = Scorer.of(dataclasses.replace(model, tokenizer=ending), model.params)
+    text = ending("a b", add_special_tokens=False)["input_ids"]
+    assert scorer.pair("a", " b") == Pair([0, text[0]], text[1:])
+    assert scorer.encode("a b") == encode("a b", None, ending) == [0, *text]
+    assert scorer.encode("a b", special=False) == text
+    # A text that ends with it by itself keeps it.
+    assert scorer.encode("a<|im_end|>") == [0, text[0], 1]

@@ -1,5 +1,6 @@
 """Sweeps whose members differ in more than arrays: each group of alike members has a program, all over one base."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -11,11 +12,12 @@ from etils import epath
 import sborax as sx
 from sborax.cli.main import main
 from sborax.records.adapter import LEAVES
+from sborax.records.checkpoint import CHECKPOINTS
 from sborax.sweep import run as module
 from sborax.sweep.grid import Sweep
 from sborax.sweep.groups import grouped
 from sborax.sweep.results import read_results
-from sborax.sweep.run import sweep
+from sborax.sweep.run import claim_runs, sweep
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
@@ -119,6 +121,22 @@ def test_a_finished_sweep_is_left_as_it_is(swept, places):
     assert sweep(Sweep(mixed(places), GRID), out, resume=True, echo=lines.append) == results
     assert content(out) == before and len(bases) == programs
     assert lines[-1] == f"already finished after step 4: {out}"
+
+
+def test_a_sweep_keeps_its_held_out_data(places, tmp_path):
+    """Losses of other data, or of the training data, would be compared with those that are there."""
+    place = epath.Path(tmp_path)
+    (place / CHECKPOINTS / "1").mkdir(parents=True)
+    for member in Sweep(mixed(places), GRID).members():
+        (place / member.name).mkdir()
+        save_experiment(member.experiment, place / member.name)
+    plain = mixed(places).eval
+    same = dataclasses.replace(plain, every=1)
+    for measured in (same, sx.Eval(), sx.Eval(dataclasses.replace(plain.data, limit=2))):
+        groups = grouped(Sweep(mixed(places, eval=measured), GRID).members())
+        refused = pytest.raises(sx.SboraxError, match="eval.data differs .*; members are compared on the same data")
+        with contextlib.nullcontext() if measured is same else refused, contextlib.ExitStack() as claims:
+            claim_runs(place, groups, claims)
 
 
 @pytest.mark.nightly

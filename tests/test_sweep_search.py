@@ -46,6 +46,19 @@ def losses(run):
 # Halving
 
 
+def test_a_loss_that_is_no_number_is_the_highest():
+    """The last update may have ruined a member that never had a loss or a gradient that is not finite."""
+    lost, *others = (
+        Result(name, (), 1, 2, None, 1.0, loss)
+        for name, loss in zip("abcd", (float("nan"), 3.0, 1.0, 2.0), strict=True)
+    )
+    for members in ((lost, *others), (*others[:1], lost, *others[1:]), (*others, lost)):
+        results = Results(False, 0.0, members, (2,))
+        assert results.best == "c"
+        assert {result.name for result in results.halved(2).members if result.stopped} == {"a", "b"}
+    assert Results(False, 0.0, (lost,)).best is None
+
+
 def test_halving_stops_the_higher_losses():
     members = [
         Result(name, (), 1, 2, None, 1.0, loss)

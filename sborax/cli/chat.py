@@ -19,7 +19,7 @@ from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
 from sborax.models import generate as write
 from sborax.models.by_row import generate_by_row
-from sborax.models.tokenizer import finished, text_of, tokens_of, until
+from sborax.models.tokenizer import finished, prompt_tokens, text_of, tokens_of, until
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -83,11 +83,11 @@ def encode(prompt: str, template: str | None, tokenizer: Any) -> list[int]:
     Raises SboraxError for a template that does not fit the tokenizer.
     """
     if template is None:
-        return tokens_of(tokenizer, prompt)["input_ids"]
+        return prompt_tokens(tokenizer, prompt)
     if template not in NAMES and "{instruction}" not in template and not is_known(AbstractTemplate, template):
         raise SboraxError(f"--template {template!r}: is not one of {', '.join(NAMES)} and has no {{instruction}} in it")
     text = prompt_of(template, {"instruction": prompt, "input": "", "output": "", "text": prompt}, tokenizer)
-    return tokens_of(tokenizer, text, add_special_tokens=takes_special(template))["input_ids"]
+    return prompt_tokens(tokenizer, text, takes_special(template))
 
 
 def chat(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,10 @@ from sborax.config.terminal import say
 from sborax.data.samples import load_samples
 from sborax.data.source import find, read
 from sborax.evaluate import AbstractTask, Scorer, chosen, evaluate
-from sborax.evaluate.run import SCORE_FOLDER, read_scores
+from sborax.evaluate.run import read_scores
 from sborax.evaluate.scorer import scorers
 from sborax.layout.hosts import several
+from sborax.records.disk import SCORE_FOLDER
 from sborax.train.experiment import Experiment
 from sborax.train.read import end_token
 

@@ -9,8 +9,9 @@ from sborax.cli.targets import find_run, is_best
 from sborax.config.codec import LiveObject
 from sborax.config.documents import read_object
 from sborax.data.options import Data
-from sborax.evaluate.run import SCORE_FOLDER, in_words, read_scores
+from sborax.evaluate.run import in_words, read_scores
 from sborax.records.adapter import read_adapter
+from sborax.records.disk import SCORE_FOLDER
 from sborax.records.report import SUMMARY, method_line
 from sborax.train.experiment import Experiment
 from sborax.train.optimizer import AbstractOptimizer

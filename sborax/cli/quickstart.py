@@ -15,7 +15,7 @@ from sborax.data.source import read
 from sborax.data.template import prompt_of, takes_special
 from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
-from sborax.models.tokenizer import text_of, tokens_of
+from sborax.models.tokenizer import prompt_tokens, text_of
 from sborax.records.adapter import load_adapter
 from sborax.records.report import METRICS, SUMMARY, clock
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save
@@ -93,7 +93,7 @@ def _answers(
 ) -> list[str]:
     tokenizer = model.tokenizer
     texts = [prompt_of(template, record, tokenizer) for record in questions]
-    prompts = [tokens_of(tokenizer, text, add_special_tokens=takes_special(template))["input_ids"] for text in texts]
+    prompts = [prompt_tokens(tokenizer, text, takes_special(template)) for text in texts]
     written = generate(model, params, adapters, prompts, NEW_TOKENS)
     shown = [" ".join(text_of(tokenizer, new).split()) for new in written]
     return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]

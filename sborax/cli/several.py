@@ -43,7 +43,9 @@ def expand(targets: Sequence[str]) -> list[str]:
         if not runs:
             raise SboraxError(f"{target}: none of its members has ended; `sborax sweep ... --resume` goes on")
         paths += runs
-    repeated = next((target for number, target in enumerate(paths) if target in paths[:number]), None)
+    # However a path is written, it is one run.
+    places = [epath.Path(target).resolve() for target in paths]
+    repeated = next((target for number, target in enumerate(paths) if places[number] in places[:number]), None)
     if repeated is not None:
         raise SboraxError(f"{repeated}: is given twice; leave it out once")
     return paths

@@ -21,7 +21,7 @@ from sborax.adapters.core import SboraxError
 from sborax.config.terminal import say
 from sborax.data.template import apply
 from sborax.evaluate.scorer import Pair, Scorer
-from sborax.models.tokenizer import text_of, tokens_of
+from sborax.models.tokenizer import prompt_tokens, text_of
 
 NEW_TOKENS = 256
 """Tokens to generate where a task sets no number (the default of the harness' Hugging Face models)."""
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         """Token ids of a text. A beginning-of-text token that it has already is not added again."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.scorer.prefix()))
-        return tokens_of(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
+        return prompt_tokens(self.tokenizer, string, add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's chat template renders it."""

@@ -18,8 +18,6 @@ from sborax.evaluate.task import AbstractTask, Metric, Record
 from sborax.records.report import versions
 
 SCORES = "scores.json"
-SCORE_FOLDER = "scores"
-"""The folder of a run directory with the scores of its last adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +105,16 @@ def texts_of(record: Record) -> Iterable[str]:
     return [normalised(text) for text in texts if isinstance(text, str) and len(text) > 40]
 
 
-def overlap(units: Sequence[Record], trained_on: Iterable[Record]) -> int:
-    """How many units contain a text of the training data, capitals and punctuation aside."""
+def overlap(units: Sequence[Record], trained_on: Iterable[Record]) -> int | None:
+    """How many units contain a text of the training data, capitals and punctuation aside.
+
+    None where units or training data have no text to know them by, such as windows of a corpus.
+    """
     trained_texts = {text for record in trained_on for text in texts_of(record)}
-    return sum(any(text in trained_texts for text in texts_of(unit)) for unit in units)
+    asked = [list(texts_of(unit)) for unit in units]
+    if not trained_texts or not any(asked):
+        return None
+    return sum(any(text in trained_texts for text in texts) for texts in asked)
 
 
 def evaluate(
@@ -136,10 +140,13 @@ def evaluate(
     - about: further entries of `scores.json`.
     - echo: prints a score.
 
-    Raises SboraxError for a limit below 1, for a directory with scores in it, and as the tasks do.
+    Raises SboraxError for a limit below 1, a seed outside of [0, 2^32), a directory with scores in it, and as the tasks
+    do.
     """
     if limit is not None and limit < 1:
         raise SboraxError(f"--limit {limit}: at least 1")
+    if not 0 <= seed < 2**32:
+        raise SboraxError(f"--seed {seed}: must lie in 0..2**32 - 1")
     place = None if out is None else _claim(epath.Path(out), tasks)
     scores: list[Score] = []
     for task in tasks:

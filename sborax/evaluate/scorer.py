@@ -25,7 +25,7 @@ from sborax.layout.sharding import Layout
 from sborax.models.beam import beam_search
 from sborax.models.generate import generate
 from sborax.models.language_model import LanguageModel, Params
-from sborax.models.tokenizer import finished, tokens_of
+from sborax.models.tokenizer import finished, prompt_tokens
 
 BUDGET = 4096
 """Tokens of one forward pass, by default."""
@@ -118,11 +118,11 @@ class Scorer:
         return Scorer(model, params, adapters, layout, budget)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text, to which something is appended.
 
         - special: whether to add the tokenizer's special tokens; text of a chat template has them already.
         """
-        return tokens_of(self.model.tokenizer, text, add_special_tokens=special)["input_ids"]
+        return prompt_tokens(self.model.tokenizer, text, special)
 
     def pair(self, prompt: str, continuation: str, special: bool = True) -> Pair:
         """A prompt and its continuation as tokens, divided where lm-evaluation-harness divides them.

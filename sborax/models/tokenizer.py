@@ -75,6 +75,26 @@ def tokens_of(tokenizer: "PreTrainedTokenizerFast", text: str | list[str], **opt
         return tokenizer(text, verbose=False, **options)
 
 
+def prompt_tokens(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool = True) -> list[int]:
+    """The tokens of a text that something follows: with the tokenizer's special tokens before it, but none after it.
+
+    Some tokenizers append the token that ends a text. A model would go on after it, and nothing follows it in training.
+
+    - special: whether to add special tokens at all.
+
+    Raises SboraxError as `tokens_of` does.
+    """
+    ids = list(tokens_of(tokenizer, text, add_special_tokens=special)["input_ids"])
+    if not special:
+        return ids
+    # Of any text, so of a short one.
+    with_special, bare = (tokens_of(tokenizer, "a", add_special_tokens=each)["input_ids"] for each in (True, False))
+    places = range(len(with_special) - len(bare) + 1)
+    start = next((place for place in places if with_special[place : place + len(bare)] == bare), None)
+    after = 0 if start is None else len(with_special) - len(bare) - start
+    return ids[: len(ids) - after]
+
+
 def text_of(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int]) -> str:
     """The text of tokens, without special ones.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Key, PyTree
 from sborax.adapters.compose import ByLayer
 from sborax.adapters.core import Adapter, SboraxError
 from sborax.adapters.leaves import nest
+from sborax.adapters.paths import module_path
 from sborax.adapters.tree import Adapters, nodes
 from sborax.optim.pairs import sides
 from sborax.procedures.procedure import Boundary, Run
@@ -34,6 +35,7 @@ class XGBLoRA(AbstractSegmented):
     """
 
     paper = "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs, arXiv:2410.19694"
+    rests = True
 
     every: int = 8
     layers: int | None = None
@@ -57,6 +59,10 @@ class XGBLoRA(AbstractSegmented):
                 raise SboraxError(f"XGBLoRA: {site.path}: draws the layers itself; leave layers= out of {names}'s rule")
             if not {"a", "b"} <= set(site.method.axes):
                 raise SboraxError(f"XGBLoRA: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA")
+            if not site.stack and module_path(site.path)[1] is None:
+                raise SboraxError(
+                    f"XGBLoRA: {site.path}: draws layers, and this weight is in none of them; leave it out of the rules"
+                )
         if self.layers is not None and self.layers > depth(run):
             raise SboraxError(f"XGBLoRA: layers={self.layers}, but only {depth(run)} layers are adapted")
 

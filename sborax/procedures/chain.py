@@ -105,7 +105,9 @@ def _padded(node: Adapter, wide: Adapter) -> Adapter:
     """`node` with zeros behind its leaves, up to the shapes of `wide`, and with the structure of `wide`."""
 
     def pad(leaf: Array, like: jax.ShapeDtypeStruct) -> Array:
-        return jnp.pad(leaf, [(0, size - length) for length, size in zip(leaf.shape, like.shape, strict=True)])
+        # A scalar, such as the scale of a weight without a stack, has nothing to pad.
+        widths = [(0, size - length) for length, size in zip(leaf.shape, like.shape, strict=True)]
+        return jnp.pad(leaf, widths or 0)
 
     train, frozen = (jax.tree.map(pad, *pair) for pair in ((node.train, wide.train), (node.frozen, wide.frozen)))
     return Adapter(train, frozen, wide.method, wide.in_axes)

@@ -45,6 +45,8 @@ class AbstractProcedure(abc.ABC):
     """`apply` makes the adapters anew: the optimiser restarts, and the adapters so far are kept as a segment."""
     folds: bool = False
     """`apply` changes the adapted kernels of the base, so that members of a sweep cannot share them."""
+    rests: bool = False
+    """Adapters that are zero stay zero until the next `apply`: one without a gradient is not dead."""
     observes: bool = False
     """`watch` is given `norms=`, those of every projection's input features over the step's tokens, by path."""
 

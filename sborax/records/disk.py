@@ -13,6 +13,9 @@ from sborax.adapters.core import SboraxError
 CONFIG = "config.json"
 """The file of a run directory that holds its experiment."""
 
+SCORE_FOLDER = "scores"
+"""The folder of a run directory with the scores of its last adapter."""
+
 _CODE = re.compile(r"os_error_code='(\d+)'")
 """How tensorstore's messages quote the operating system's error number."""
 

@@ -214,6 +214,7 @@ def make_sweep_step(
     """
     observe = stacked.procedure is not None and stacked.procedure.method.observes
     differentiated = () if stacked.procedure is None else stacked.procedure.differentiated
+    folded = tuple(stacked.constants.base)
 
     def step(
         state: SweepState, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]
@@ -224,7 +225,7 @@ def make_sweep_step(
             before, diverged, of_member = member
             tx = make_member_optimizer(stacked.optimizers, of_member.lr, of_member.optimizer, stacked.procedure)
             frozen, weights = stacked.join(shared, of_member.frozen), {**base, **of_member.base}
-            single = make_step(model, tx, of_member.key, observe, None, stacked.loss, differentiated)
+            single = make_step(model, tx, of_member.key, observe, None, stacked.loss, differentiated, folded)
             after, numbers = single(before, frozen, weights, batch)
             watched = jnp.stack([numbers[name] for name in WATCHED])
             finite = jnp.all(jnp.isfinite(watched))
@@ -245,7 +246,7 @@ def make_sweep_evaluation(
 
     `(train, constants, shared, base, batch) -> (sums of losses, items, terms)`, as `make_evaluation` gives them.
     """
-    evaluation = make_evaluation(model, stacked.loss)
+    evaluation = make_evaluation(model, stacked.loss, tuple(stacked.constants.base))
 
     @jax.jit
     def evaluate(train: PyTree, constants: MemberConstants, shared: list[Array], base: Flat, batch: dict[str, Array]):

@@ -45,7 +45,10 @@ class Result:
     def loss(self) -> float:
         """The loss to compare members by: on held-out data, else the last training loss; infinite without an end."""
         last = self.last_loss if self.eval_loss is None else self.eval_loss
-        return math.inf if self.diverged or self.stopped or last is None else last
+        # The last update may have made a model whose held-out loss is no number, which compares with nothing.
+        if self.diverged or self.stopped or last is None or not math.isfinite(last):
+            return math.inf
+        return last
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import fingerprint, save_adapter
 from sborax.records.checkpoint import CHECKPOINTS, open_checkpoints
 from sborax.records.claim import claimed, locked
+from sborax.records.disk import CONFIG
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
 from sborax.sweep.groups import Group, grouped
@@ -43,7 +44,7 @@ from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import HELD_OUT, Echo, preflight, read_model, read_rows, silent
 from sborax.train.record import Record
-from sborax.train.resume import check_config, check_steps, has_computed
+from sborax.train.resume import check_config, check_held_out, check_steps, has_computed, set_scores_aside
 from sborax.train.stop import Stop, stopping
 
 
@@ -295,13 +296,18 @@ def members_at_once(at_once: int | None, count: int, attention: str) -> int:
 def claim_runs(place: epath.Path, groups: Sequence[Group], claims: contextlib.ExitStack) -> None:
     """Make the run directories of the members in `place`, locked until `claims` ends.
 
-    Raises SboraxError if one is in use, or if its config differs in a field that a resumed run may not change.
+    Raises SboraxError if one is in use, or if its config differs in a field that a resumed run may not change, or in
+    the held-out data.
     """
     for group in groups:
         for run, member in zip(group.runs(place), group.members, strict=True):
             run.mkdir(parents=True, exist_ok=True)
             claims.enter_context(locked(run))
-            check_config(run, member.experiment, has_computed(group.place(place)) or has_computed(run))
+            computed = has_computed(group.place(place)) or has_computed(run)
+            check_config(run, member.experiment, computed)
+            if computed and (run / CONFIG).exists():
+                remedy = "members are compared on the same data, so begin a new sweep"
+                check_held_out(run, member.experiment, remedy)
 
 
 def begin_members(
@@ -340,6 +346,7 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
         run, (state, parts) = shared.place / member.name, stepper.member(number)
         done, experiment, procedure = int(state.step), member.experiment, prepared.procedure
         if done == steps:
+            set_scores_aside(run, steps, shared.echo)
             save_adapter(
                 run / ADAPTER,
                 procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen),

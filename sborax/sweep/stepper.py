@@ -79,7 +79,7 @@ class SweepStepper(AbstractStepper):
                 self.progress.say(f"step {dispatched.step}: {member.name}: {problem}; the others go on")
                 continue
             if first:
-                self._check_alive(member, numbers["grad_norms"])
+                self._check_alive(place, numbers["grad_norms"])
             losses.append(numbers["loss"])
             self.records[place].add_step(dispatched, numbers, float(self.rates[place, dispatched.step - 1]))
         if not losses:
@@ -88,14 +88,16 @@ class SweepStepper(AbstractStepper):
         self.progress.show(dispatched.step, min(losses), speed * len(losses))
         return None
 
-    def _check_alive(self, member: Member, grad_norms: dict[str, float]) -> None:
-        sites = self.prepared[0].plan.sites
+    def _check_alive(self, number: int, grad_norms: dict[str, float]) -> None:
+        sites, procedure = self.prepared[0].plan.sites, self.prepared[number].procedure
         # Adapters and tokens that no sequence of the first batch has selected are not dead.
         idle = {site.path for site in sites if selective(site.method)} | {*VECTORS}
+        if procedure is not None:
+            idle |= procedure.resting(self.member(number)[0].train["adapters"])
         try:
             check_alive({path: norm for path, norm in grad_norms.items() if path not in idle})
         except SboraxError as error:
-            raise SboraxError(f"{member.name}: {error}") from None
+            raise SboraxError(f"{self.members[number].name}: {error}") from None
 
     def due(self, step: int) -> bool:
         procedure = self.prepared[0].procedure
@@ -140,5 +142,6 @@ class SweepStepper(AbstractStepper):
                 self.records[place].add({"step": step, "eval_loss": value})
                 if losses[place]:
                     self.records[place].add_eval_losses(losses[place])
-        best = min((value, place) for place, value in values.items() if place not in self.diverged)
+        known = {place: value if np.isfinite(value) else np.inf for place, value in values.items()}
+        best = min((value, place) for place, value in known.items() if place not in self.diverged)
         self.progress.say(f"step {step:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")

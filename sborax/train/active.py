@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 from etils import epath
 from jaxtyping import Array, Key, PyTree
 
-from sborax.adapters.tree import Adapters, combine, split
+from sborax.adapters.tree import Adapters, combine, nodes, split
 from sborax.layout.hosts import gathered, on_first
 from sborax.layout.sharding import Layout
 from sborax.layout.state import Halves, Parts, TrainState
@@ -57,6 +58,15 @@ class ActiveProcedure:
     def due(self, step: int) -> bool:
         """Whether the procedure acts after `step` steps."""
         return self.method.due(step, self.run)
+
+    def resting(self, trained: PyTree) -> set[str]:
+        """Paths of the adapters that train nothing until the procedure acts again.
+
+        - trained: the trained halves of all adapters.
+        """
+        if not self.method.rests:
+            return set()
+        return {path for path, node in nodes(trained).items() if not any(map(jnp.any, jax.tree.leaves(node.train)))}
 
     def start(self, parts: Parts) -> Parts:
         """The run before its first step.

@@ -34,7 +34,7 @@ from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import DispatchedStep, Record
-from sborax.train.resume import check_config, check_steps, has_computed
+from sborax.train.resume import check_config, check_held_out, check_steps, has_computed, set_scores_aside
 from sborax.train.stepper import AbstractStepper, RunStepper
 from sborax.train.stop import Stop, stopping
 
@@ -107,9 +107,12 @@ def _train(
     checkpoints = open_checkpoints(run, experiment.save.keep)
     state, done = _restore(checkpoints, state, run, resume, echo)
     check_steps(run, done, steps)
+    summary = ending(run, steps) if done == steps else None
+    if summary is not None:
+        remedy = "the run has ended: measure on other data with `sborax eval`, or make more steps"
+        on_first(lambda: check_held_out(run, experiment, remedy))
     # A changed config replaces that of the run once nothing can refuse it.
     on_first(lambda: save_experiment(experiment, run))
-    summary = ending(run, steps) if done == steps else None
     if summary is not None:
         checkpoints.close()
         echo(f"already finished after step {done:,}: {run}")
@@ -141,6 +144,7 @@ def _train(
     step = int(stepper.state.step)
     finished = step == steps
     if finished:
+        on_first(lambda: set_scores_aside(run, steps, echo))
         write(stepper.state, stepper.parts, run / ADAPTER)
     summary = Summary.of(
         metrics, stepper.speed, began, finished, step, trainable, total, samples=report, devices=layout.devices

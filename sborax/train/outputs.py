@@ -23,6 +23,7 @@ class Outputs:
         `segments` (0 is padding), and anything else that the run's batches hold.
     - trained: paths of the base leaves that are trained.
     - key: of dropout; None for no dropout.
+    - folded: paths of the kernels of the base that a procedure changes between steps.
     """
 
     hidden: Float[Array, "batch length d"]
@@ -32,6 +33,7 @@ class Outputs:
     adapters: Adapters
     trained: frozenset[str] = frozenset()
     key: Key[Array, ""] | None = None
+    folded: frozenset[str] = frozenset()
 
     def cross_entropy(self) -> Float[Array, ""]:
         """sum_t counts_t (-log p(target_t)), in nats. No (tokens, vocab) array is kept."""
@@ -57,11 +59,12 @@ class Outputs:
     def base_log_probs(self) -> Float[Array, "batch length"]:
         """`log_probs` of the base without adapters and without dropout; its gradient is zero.
 
-        Raises SboraxError if the base changes in the run: if leaves of it are trained, or a method rewrites it.
+        Raises SboraxError if the base changes in the run: if leaves of it are trained, a method rewrites it, or a
+        procedure merges into it.
         """
-        rewriting = sorted(path for path, node in nodes(self.adapters).items() if node.method.rewrites_base)
-        if self.trained or rewriting:
-            path = min(self.trained or rewriting)
+        rewriting = {path for path, node in nodes(self.adapters).items() if node.method.rewrites_base}
+        if changing := self.trained or rewriting or self.folded:
+            path = min(changing)
             raise SboraxError(f"{path}: changes in this run, so that the base is no reference; load a model of its own")
         segments = self.batch["segments"]
         hidden = self.model.hidden(self.params, None, self.batch["tokens"], segment_ids=segments)

@@ -65,6 +65,11 @@ class Prepared:
         """Paths of the base kernels whose gradients the procedure needs."""
         return () if self.procedure is None else self.procedure.differentiated
 
+    @property
+    def folded(self) -> list[str]:
+        """Paths of the base kernels that the procedure changes."""
+        return [] if self.procedure is None else self.procedure.folded
+
     def replanned(self, hints: Mapping[str, Hint]) -> "Prepared":
         """The run with the ranks that hints give."""
         chosen, procedure = allotted(self.plan, hints), self.procedure
@@ -118,11 +123,11 @@ class Prepared:
     def make_step(self, shardings: TrainState | None = None) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
         """The compiled step, see `sborax.train.step.make_step`."""
         key, loss = self.streams.dropout, self.experiment.loss
-        return make_step(self.model, self.tx, key, self.observe, shardings, loss, self.differentiated)
+        return make_step(self.model, self.tx, key, self.observe, shardings, loss, self.differentiated, self.folded)
 
     def make_evaluation(self) -> Callable[..., tuple[Any, Any, Any]]:
         """The compiled evaluation, see `sborax.train.step.make_evaluation`."""
-        return make_evaluation(self.model, self.experiment.loss)
+        return make_evaluation(self.model, self.experiment.loss, self.folded)
 
 
 def prepare(

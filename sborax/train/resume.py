@@ -1,4 +1,6 @@
-"""Checks that a resumed run has the config it had before."""
+"""Checks that a resumed run has the config it had before, and what becomes of files that no longer fit it."""
+
+import itertools
 
 from etils import epath
 
@@ -6,8 +8,10 @@ from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.records.checkpoint import CHECKPOINTS
 from sborax.records.claim import START
-from sborax.records.disk import CONFIG
+from sborax.records.disk import CONFIG, SCORE_FOLDER, writing
+from sborax.records.report import Summary
 from sborax.train.experiment import Experiment, load_experiment
+from sborax.train.read import Echo
 
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """Fields that a resumed run may change: they do not affect what the steps so far have computed."""
@@ -31,6 +35,31 @@ def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> Non
             f"{run}: {changed[0]} differs from the run to resume; only {', '.join(may)} may change, "
             "start another run for anything else"
         )
+
+
+def check_held_out(run: epath.Path, experiment: Experiment, remedy: str) -> None:
+    """Raise SboraxError if the losses of a run are of other held-out data than that of `experiment`.
+
+    Args:
+    - remedy: what to do instead, for the message.
+    """
+    old, new = (encode(config)["eval"]["data"] for config in (load_experiment(str(run / CONFIG)), experiment))
+    if old != new:
+        raise SboraxError(f"{run}: eval.data differs from that of the losses it has; {remedy}")
+
+
+def set_scores_aside(run: epath.Path, steps: int, echo: Echo) -> None:
+    """Rename the scores in a run directory, unless the run had ended after `steps` steps before.
+
+    They are of the adapter that is about to be replaced. Raises SboraxError if they cannot be renamed.
+    """
+    place, summary = run / SCORE_FOLDER, Summary.read(run)
+    if place.exists() and not (summary is not None and summary.finished and summary.steps == steps):
+        names = (run / f"earlier-{SCORE_FOLDER}-{number}" for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        with writing(place):
+            place.rename(aside)
+        echo(f"{place}: renamed to {aside.name}, since these scores are of an earlier adapter")
 
 
 def check_steps(place: epath.Path, done: int, steps: int) -> None:

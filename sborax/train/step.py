@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,9 +68,14 @@ def sums(
     key: Key[Array, ""] | None,
     loss: AbstractLoss = CrossEntropy(),
     observe: bool = False,
+    folded: Collection[str] = (),
 ) -> Sums:
-    """The sums of one microbatch of arrays (batch, length). key: of dropout; None for no dropout."""
-    outputs, collected, of_routers = _outputs(model, train, frozen, base, batch, key, observe)
+    """The sums of one microbatch of arrays (batch, length).
+
+    - key: of dropout; None for no dropout.
+    - folded: paths of kernels in `base` that change between steps.
+    """
+    outputs, collected, of_routers = _outputs(model, train, frozen, base, batch, key, observe, folded)
     total, items = loss(outputs)
     losses = {"loss": total}
     losses |= {name: value * items.astype(jnp.float32) for name, value in of_routers.items()}
@@ -90,6 +95,7 @@ def _outputs(
     batch: dict[str, Array],
     key: Key[Array, ""] | None,
     observe: bool = False,
+    folded: Collection[str] = (),
 ) -> tuple[Outputs, Any, dict[str, Array]]:
     """The model at a microbatch, what it collected, and the losses of its routers by name."""
     params = put_together(base, train["base"], model.module.dtype)
@@ -108,7 +114,8 @@ def _outputs(
     if z_loss > 0:
         losses[Z_LOSS] = z_loss * collected.load.z_loss()
     changed = frozenset(VECTORS[path] if path in VECTORS else path for path in train["base"])
-    return Outputs(hidden, batch, model, params, adapters, changed, key), collected, losses
+    outputs = Outputs(hidden, batch, model, params, adapters, changed, key, frozenset(folded))
+    return outputs, collected, losses
 
 
 def forward_backward(
@@ -121,12 +128,14 @@ def forward_backward(
     loss: AbstractLoss = CrossEntropy(),
     observe: bool = False,
     differentiated: Sequence[str] = (),
+    folded: Collection[str] = (),
 ) -> tuple[Sums, PyTree]:
     """The sums of a batch of arrays (accumulate, batch, length), and the gradient of (sum of losses) / items.
 
     The gradient is that of one batch as large as all microbatches together, and norms are over all of them.
 
     - differentiated: paths of kernels in `base`, whose gradients are among the sums, in the kernels' precision.
+    - folded: paths of kernels in `base` that change between steps.
     """
     kernels = {path: base[path] for path in differentiated}
     batch = jax.tree.map(jnp.asarray, batch)
@@ -137,7 +146,7 @@ def forward_backward(
 
         def objective(trees: tuple[PyTree, Flat]) -> tuple[Array, Sums]:
             train, kernels = trees
-            part_sums = sums(model, train, frozen, {**base, **kernels}, part, part_key, loss, observe)
+            part_sums = sums(model, train, frozen, {**base, **kernels}, part, part_key, loss, observe, folded)
             return jax.tree.reduce(jnp.add, part_sums.losses), part_sums
 
         (_, part_sums), grads = jax.value_and_grad(objective, has_aux=True)((train, kernels))
@@ -179,6 +188,7 @@ def make_step(
     shardings: TrainState | None = None,
     loss: AbstractLoss = CrossEntropy(),
     differentiated: Sequence[str] = (),
+    folded: Collection[str] = (),
 ) -> Callable[[TrainState, PyTree, Flat, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """The compiled step: `step(state, frozen, base, batch) -> (state, numbers)`.
 
@@ -188,6 +198,7 @@ def make_step(
     - shardings: on a mesh, of the state, before and after the step.
     - loss: what is minimised.
     - differentiated: paths of base kernels; give `tx` their gradients by path, as `base_grads=`.
+    - folded: paths of base kernels that a procedure changes between steps.
 
     The step takes a batch of arrays (accumulate, batch, length), one microbatch after the other, and follows the
     gradient of (sum of losses) / items over all of them. Only `state` is donated. Its numbers are `loss` (the mean over
@@ -202,7 +213,7 @@ def make_step(
         step_key = jax.random.fold_in(key, state.step)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             total, grads = forward_backward(
-                model, state.train, frozen, base, batch, step_key, loss, observe, differentiated
+                model, state.train, frozen, base, batch, step_key, loss, observe, differentiated, folded
             )
             share = 1 / total.items.astype(jnp.float32)
         # optax mixes integers and floats.
@@ -238,12 +249,12 @@ def make_loss(
 
 
 def make_evaluation(
-    model: LanguageModel, loss: AbstractLoss = CrossEntropy()
+    model: LanguageModel, loss: AbstractLoss = CrossEntropy(), folded: Collection[str] = ()
 ) -> Callable[..., tuple[Float[Array, ""], Num[Array, ""], Float[Array, "batch length"] | None]]:
     """The compiled evaluation of a run, without dropout and without a capacity of experts.
 
     `(train, frozen, base, batch) -> (sum of losses, items, terms)`, with the sum's terms by token as
-    `AbstractLoss.by_token` gives them.
+    `AbstractLoss.by_token` gives them. folded: as in `make_step`.
     """
 
     model = model.dropless()
@@ -251,7 +262,7 @@ def make_evaluation(
     @jax.jit
     def evaluate(train: PyTree, frozen: PyTree, base: Flat, batch: dict[str, Array]):
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            return loss.by_token(_outputs(model, train, frozen, base, batch, None)[0])
+            return loss.by_token(_outputs(model, train, frozen, base, batch, None, folded=folded)[0])
 
     return evaluate
 

@@ -122,6 +122,8 @@ class RunStepper(AbstractStepper):
         if first:
             # Adapters and tokens that no sequence of the first batch has selected have no gradient, and are not dead.
             idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)} | {*VECTORS}
+            if self.prepared.procedure is not None:
+                idle |= self.prepared.procedure.resting(self.state.train["adapters"])
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})
         self.records.add_step(dispatched, numbers, None if self.rate is None else float(self.rate(dispatched.step - 1)))
         self.progress.show(

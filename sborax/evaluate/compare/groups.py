@@ -137,7 +137,7 @@ class Setting:
 
         def order(group: Group) -> float:
             estimate = group.estimates.get(main)
-            return math.inf if estimate is None else sign * estimate.value
+            return math.inf if estimate is None or math.isnan(estimate.value) else sign * estimate.value
 
         return sorted(self.groups, key=order)
 
@@ -251,16 +251,23 @@ def _setting(rows: Sequence[Row], prefixes: Sequence[str], conditions: Mapping[s
     replicates = [_replicates(named, group, notes) for named, group in zip(labels, members.values(), strict=True)]
     measures = _measures([row for group in replicates for row in group])
     chosen_by = measures[0] if measures else None
-    chosen = [_choose(group, chosen_by) for group in replicates]
+    chosen = [_choose(group, measures) for group in replicates]
     best = [
         tuple(row for row in group if row.lr == lr and row.diverged is None)
-        for group, (lr, _) in zip(replicates, chosen, strict=True)
+        for group, (lr, _, _) in zip(replicates, chosen, strict=True)
     ]
     estimates = _estimates(best, measures)
     groups = tuple(
-        Group(named, tuple(group), lr, at_best, rates, values)
-        for named, group, (lr, rates), at_best, values in zip(labels, replicates, chosen, best, estimates, strict=True)
+        Group(named, tuple(group), lr, at_best, rates if by == chosen_by else None, values)
+        for named, group, (lr, rates, by), at_best, values in zip(
+            labels, replicates, chosen, best, estimates, strict=True
+        )
     )
+    notes += [
+        f"{group.label}: has no {chosen_by}, so that its learning rate was chosen by its {by}"
+        for group, (_, rates, by) in zip(groups, chosen, strict=True)
+        if by != chosen_by and rates is not None and len(rates.rates) > 1
+    ]
     return Setting(title, conditions, groups, tuple(measures), chosen_by, (*notes, *_remarks(groups, chosen_by)))
 
 
@@ -346,22 +353,33 @@ def _measures(rows: Sequence[Row]) -> list[str]:
     return sorted(counts, key=lambda measure: (-counts[measure], measure != HELD_OUT))
 
 
-def _choose(rows: Sequence[Row], measure: str | None) -> tuple[float | None, Sensitivity | None]:
-    """The best learning rate of a group, and the scores by which it is that."""
+def _choose(rows: Sequence[Row], measures: Sequence[str]) -> tuple[float | None, Sensitivity | None, str | None]:
+    """The best learning rate of a group, the scores by which it is the best, and the measurement of these scores.
+
+    The measurement is the first of `measures` that a run of the group has. A rate counts as tried if it has a score, or
+    a seed that diverged. Rates are compared on the seeds that all of them have, if there are any.
+    """
     rates = dict.fromkeys(row.lr for row in rows)
+    scored = (name for name in measures if any(name in row.measurements for row in rows))
+    measure = next(scored, measures[0] if measures and any(row.diverged is not None for row in rows) else None)
     if None in rates or measure is None:
-        return rows[0].lr, None
+        return (rows[0].lr if len(rates) == 1 else None), None, None
     lower = lower_is_better(measure)
-    scores = {}
-    for rate in rates:
-        assert rate is not None
-        at_rate = [row for row in rows if row.lr == rate]
-        values = [row.measurements[measure].value for row in at_rate if measure in row.measurements]
-        # A rate at which a seed diverged is no rate to recommend.
-        stopped = any(row.diverged is not None for row in at_rate) or not values
-        scores[rate] = (math.inf if lower else -math.inf) if stopped else statistics.fmean(values)
-    rates = sensitivity(scores, lower)
-    return rates.best, rates
+    tried: dict[float, dict[tuple[int, int], float]] = collections.defaultdict(dict)
+    for row in rows:
+        if row.lr is not None and row.diverged is not None:
+            # A rate at which a seed diverged is no rate to recommend.
+            tried[row.lr][row.seeds] = math.inf if lower else -math.inf
+        elif row.lr is not None and measure in row.measurements:
+            tried[row.lr][row.seeds] = row.measurements[measure].value
+    common = set.intersection(*map(set, tried.values()))
+    scores = {
+        rate: statistics.fmean(value for seeds, value in by_seed.items() if seeds in common or not common)
+        for rate, by_seed in tried.items()
+    }
+    lost = {rate for rate, by_seed in tried.items() if not all(map(math.isfinite, by_seed.values()))}
+    rates = sensitivity(scores | dict.fromkeys(lost, math.inf if lower else -math.inf), lower)
+    return rates.best, rates, measure
 
 
 def _estimates(groups: Sequence[Sequence[Row]], measures: Sequence[str]) -> list[dict[str, Estimate]]:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.config.documents import check_plain, is_number, parse, read_object, shown
-from sborax.evaluate.run import SCORE_FOLDER, SCORES, read_scores
+from sborax.evaluate.run import SCORES, read_scores
 from sborax.records.adapter import PLAN
-from sborax.records.disk import CONFIG
+from sborax.records.disk import CONFIG, SCORE_FOLDER
 from sborax.records.eval_losses import EVAL_LOSSES
 from sborax.records.report import METRICS, SUMMARY, Summary
 from sborax.sweep.rates import LR, SEEDS
@@ -159,6 +159,12 @@ def _read_row(run: epath.Path, member: Mapping[str, Any] | None) -> Row:
     if not summary.finished and diverged is None:
         raise SboraxError(f"{run}: was stopped after step {summary.steps:,}; --resume goes on with it, or leave it out")
     lines = list(_metrics(run))
+    last_step = max((line["step"] for line in lines), default=summary.steps)
+    if diverged is None and (last_step > summary.steps or experiment.steps not in (None, summary.steps)):
+        raise SboraxError(
+            f"{run}: ended after step {summary.steps:,}, has gone on since and not ended again; --resume goes on with "
+            "it, or leave it out"
+        )
     alone = member is None
     return Row(
         run=str(run),
@@ -174,7 +180,7 @@ def _read_row(run: epath.Path, member: Mapping[str, Any] | None) -> Row:
         held_out=_curve(lines, "eval_loss"),
         diverged=diverged,
         prints=_prints(run),
-        measurements={} if diverged is not None else _measurements(run, lines),
+        measurements={} if diverged is not None else _measurements(run, lines, summary.steps),
     )
 
 
@@ -229,9 +235,11 @@ def _prints(run: epath.Path) -> dict[str, str]:
     return prints
 
 
-def _measurements(run: epath.Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, Measurement]:
+def _measurements(run: epath.Path, lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Measurement]:
     measured = {}
-    if held_out := _curve(lines, "eval_loss"):
+    held_out = _curve(lines, "eval_loss")
+    # A run that went on without held-out data has losses of an earlier adapter alone.
+    if held_out and held_out[-1][0] == steps:
         measured[HELD_OUT] = _held_out(run / EVAL_LOSSES, held_out[-1][1])
     measured |= read_measurements(run / SCORE_FOLDER)
     if losses := _curve(lines, "loss")[-LAST:]:

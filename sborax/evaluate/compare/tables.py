@@ -221,11 +221,13 @@ def rate(lr: float | None) -> str:
 
 def interior(group: Group) -> str:
     """Where the best learning rate lies among those that were tried."""
-    if group.rates is None or group.rates.best is None or group.rates.interior is None:
-        return "one tried" if group.lr is not None else ""
-    if group.rates.interior:
+    rates = group.rates
+    if rates is None or rates.best is None or rates.interior is None:
+        several = len({row.lr for row in group.rows}) > 1
+        return "" if group.lr is None or (several and rates is None) else "one scored" if several else "one tried"
+    if rates.interior:
         return "interior"
-    return "the lowest tried" if group.rates.best == group.rates.rates[0] else "the highest tried"
+    return "the lowest tried" if rates.best == rates.rates[0] else "the highest tried"
 
 
 def amount(cost: str, value: int | float | None) -> str:
