@@ -16,12 +16,14 @@ import pytest
 from cases import DENSE, PROCEDURES
 from etils import epath
 from nightly import nightly_unless
+from safetensors import numpy
 from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax import procedures
 from sborax.models.config import Experts
 from sborax.procedures import AbstractProcedure
+from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
 
@@ -142,6 +144,34 @@ def test_fewer_steps_than_were_made_are_refused_and_more_are_made(places, tmp_pa
     whole = files(tmp_path / "run")
     assert train(more, tmp_path / "run", resume=True, echo=quiet).steps == 4
     assert files(tmp_path / "run")["adapter/adapter.safetensors"] == whole["adapter/adapter.safetensors"]
+
+
+@pytest.mark.parametrize("start", [train, sweep], ids=["run", "sweep"])
+def test_a_base_or_data_that_changed_under_its_name_is_refused(start, tmp_path):
+    here = {"tiny": str(write_model(tmp_path / "tiny")), "data": str(write_data(tmp_path / "data.jsonl"))}
+    changes = {"optimizer": sx.Optimizer(lr=1e-2, schedule="constant"), "eval": sx.Eval(), "save": sx.Save()}
+    rules = [("mlp", sx.LoRA(rank=2))]
+    experiments = [an_experiment(here, "tiny", rules, steps=steps, **changes) for steps in (1, 2)]
+    first, longer = [sx.Sweep(item, {"seed_adapter": (0, 1)}) if start is sweep else item for item in experiments]
+    run, data, base = tmp_path / "run", Path(here["data"]), Path(here["tiny"]) / "model.safetensors"
+    start(first, run, echo=quiet)
+    for place, change in ((data, _without_a_record), (base, _scaled)):
+        before = place.read_bytes()
+        change(place)
+        with pytest.raises(sx.SboraxError, match=f"the {'data' if place == data else 'base'} of the run has changed"):
+            start(longer, run, resume=True, echo=quiet)
+        # A run that has nothing left to do reads neither again.
+        start(first, run, resume=True, echo=quiet)
+        place.write_bytes(before)
+    assert start(longer, run, resume=True, echo=quiet)
+
+
+def _without_a_record(place):
+    place.write_text("".join(place.read_text().splitlines(keepends=True)[1:]))
+
+
+def _scaled(place):
+    numpy.save_file({name: 2 * leaf for name, leaf in numpy.load_file(place).items()}, place)
 
 
 def test_every_procedure_has_a_row():

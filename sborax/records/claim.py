@@ -15,7 +15,7 @@ from etils import epath
 from sborax.adapters.core import SboraxError
 from sborax.records.best import BEST
 from sborax.records.checkpoint import CHECKPOINTS
-from sborax.records.disk import CONFIG
+from sborax.records.disk import CONFIG, SOURCES
 from sborax.records.report import METRICS
 from sborax.records.trace import PROFILE
 
@@ -23,7 +23,7 @@ LOCK = ".lock"
 """A file that the writing process locks; its content names that process."""
 START = "start"
 """The first state of adapters whose initialisation depends on data, such as LoRA-GA's."""
-WRITTEN = (CONFIG, METRICS, CHECKPOINTS, START, BEST, PROFILE, "tensorboard", "wandb", "wandb.json")
+WRITTEN = (CONFIG, SOURCES, METRICS, CHECKPOINTS, START, BEST, PROFILE, "tensorboard", "wandb", "wandb.json")
 """What a run may have written before the end of its first step."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """Errors of file systems without locks."""

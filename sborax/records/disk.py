@@ -13,6 +13,9 @@ from sborax.adapters.core import SboraxError
 CONFIG = "config.json"
 """The file of a run directory that holds its experiment."""
 
+SOURCES = "sources.json"
+"""The file of a run directory with digests of its base and its data."""
+
 SCORE_FOLDER = "scores"
 """The folder of a run directory with the scores of its last adapter."""
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
@@ -19,7 +19,7 @@ from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import fingerprint, save_adapter
 from sborax.records.checkpoint import CHECKPOINTS, open_checkpoints
 from sborax.records.claim import claimed, locked
-from sborax.records.disk import CONFIG
+from sborax.records.disk import CONFIG, SOURCES
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
 from sborax.sweep.groups import Group, grouped
@@ -44,7 +44,14 @@ from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import HELD_OUT, Echo, preflight, read_model, read_rows, silent
 from sborax.train.record import Record
-from sborax.train.resume import check_config, check_held_out, check_steps, has_computed, set_scores_aside
+from sborax.train.resume import (
+    check_config,
+    check_held_out,
+    check_sources,
+    check_steps,
+    has_computed,
+    set_scores_aside,
+)
 from sborax.train.stop import Stop, stopping
 
 
@@ -77,7 +84,7 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
     with contextlib.ExitStack() as claims:
         folders = [entry.place(place).name for entry in groups[1:]]
         names = [member.name for member in members]
-        claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, CHECKPOINTS, *folders, *names)))
+        claims.enter_context(claimed(place, resume, SWEEP, (SWEEP, SOURCES, CHECKPOINTS, *folders, *names)))
         if (place / SWEEP).exists():
             check_same(place, members, description.auto)
         else:
@@ -156,12 +163,14 @@ def _train_all(
         what = f"with halving at {','.join(map(str, stored.halving))}" if stored.halving else "without halving"
         raise SboraxError(f"{place}: holds a sweep {what}; resume it in the same way")
     results = fresh if stored is None else stored.including(fresh)
+    if unfinished(results, goals):
+        places = [place for group in groups for place in (group.place(shared.place), *group.runs(shared.place))]
+        check_sources(shared.place, shared.prints, shared.rows.samples, any(map(has_computed, places)))
     more = True
     while more:
         results = _train_groups(description, groups, shared, results)
         losses = {result.name: result.loss for result in results.members}
-        unfinished = any(not result.over(goals[result.name]) for result in results.members if result.name in goals)
-        added = description.extended(members, losses) if description.auto and not unfinished else ()
+        added = description.extended(members, losses) if description.auto and not unfinished(results, goals) else ()
         if more := bool(added):
             echo(f"{len(added)} more, since the best learning rate is at an end: {', '.join(m.name for m in added)}")
             groups, members = grouped(added, groups[-1].number), (*members, *added)
@@ -170,7 +179,8 @@ def _train_all(
             results = results.including(Results.of(added, groups))
     if stored is None or not stored.finished or results.members != stored.members:
         stored = None
-        results = dataclasses.replace(results, finished=not unfinished, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        results = dataclasses.replace(results, finished=not unfinished(results, goals), seconds=seconds)
         write_results(place, members, results)
     if all(result.diverged for result in results.members):
         last = max(result.diverged or 0 for result in results.members)
@@ -183,6 +193,11 @@ def _train_all(
     for line in [*results.table(), *(rate_lines(members, results) if description.auto else ()), end]:
         echo(line)
     return results
+
+
+def unfinished(results: Results, goals: Mapping[str, int]) -> bool:
+    """Whether a member has steps left to make, by the goals of the members that this process trains."""
+    return any(not result.over(goals[result.name]) for result in results.members if result.name in goals)
 
 
 def _train_groups(description: Sweep, groups: Sequence[Group], shared: Shared, results: Results) -> Results:

@@ -34,7 +34,14 @@ from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
 from sborax.train.record import DispatchedStep, Record
-from sborax.train.resume import check_config, check_held_out, check_steps, has_computed, set_scores_aside
+from sborax.train.resume import (
+    check_config,
+    check_held_out,
+    check_sources,
+    check_steps,
+    has_computed,
+    set_scores_aside,
+)
 from sborax.train.stepper import AbstractStepper, RunStepper
 from sborax.train.stop import Stop, stopping
 
@@ -83,7 +90,7 @@ def claim(run: epath.Path, experiment: Experiment, resume: bool) -> Iterator[Non
 def _train(
     experiment: Experiment, run: epath.Path, resume: bool, layout: Layout, echo: Echo, profile: bool, stop: Stop
 ) -> Summary:
-    began = time.monotonic()
+    began, computed = time.monotonic(), has_computed(run)
 
     # Read the base and the data.
     model = _read_base(experiment, layout, echo)
@@ -111,6 +118,8 @@ def _train(
     if summary is not None:
         remedy = "the run has ended: measure on other data with `sborax eval`, or make more steps"
         on_first(lambda: check_held_out(run, experiment, remedy))
+    else:
+        on_first(lambda: check_sources(run, prints, batches.rows.samples, computed))
     # A changed config replaces that of the run once nothing can refuse it.
     on_first(lambda: save_experiment(experiment, run))
     if summary is not None:

@@ -1,14 +1,19 @@
-"""Checks that a resumed run has the config it had before, and what becomes of files that no longer fit it."""
+"""Checks that a resumed run has the config, base and data it had before, and sets aside files that no longer fit it."""
 
+import hashlib
 import itertools
+import json
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
+from sborax.config.documents import read_object
+from sborax.data.samples import Sample
 from sborax.records.checkpoint import CHECKPOINTS
 from sborax.records.claim import START
-from sborax.records.disk import CONFIG, SCORE_FOLDER, writing
+from sborax.records.disk import CONFIG, SCORE_FOLDER, SOURCES, replace, writing
 from sborax.records.report import Summary
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.read import Echo
@@ -35,6 +40,36 @@ def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> Non
             f"{run}: {changed[0]} differs from the run to resume; only {', '.join(may)} may change, "
             "start another run for anything else"
         )
+
+
+def check_sources(run: epath.Path, prints: Mapping[str, str], samples: Sequence[Sample], computed: bool) -> None:
+    """Record the base and the data of a run or a sweep; of one that is resumed, check that they are the recorded ones.
+
+    Args:
+    - prints: `fingerprint` of the base.
+    - samples: of the training data, in order.
+    - computed: whether anything of the run is kept that was computed; if not, both may change.
+
+    Raises SboraxError for another base or other samples. Runs of earlier versions have no record, and get one.
+    """
+    place, new = run / SOURCES, {"base": dict(prints), "data": _digest(samples)}
+    if computed and place.exists():
+        old = read_object(place)
+        for what in new:
+            if old.get(what) != new[what]:
+                raise SboraxError(
+                    f"{run}: the {what} of the run has changed since it began, though its name is the same; bring back "
+                    "what was there, or start another run"
+                )
+    replace(place, json.dumps(new, indent=2) + "\n")
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """Sixteen digits for samples in their order: their tokens, and which of them count."""
+    state = hashlib.sha256()
+    for sample in samples:
+        state.update(len(sample.tokens).to_bytes(8, "little") + sample.tokens.tobytes() + sample.counts.tobytes())
+    return state.hexdigest()[:16]
 
 
 def check_held_out(run: epath.Path, experiment: Experiment, remedy: str) -> None:
