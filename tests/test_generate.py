@@ -206,6 +206,7 @@ ERRORS = {
     "vocabulary": ({"prompts": [[1, 512]]}, "outside the vocabulary of"),
     "context": ({"prompts": [[1] * 500]}, "500 tokens and 64 new ones do not fit the context of 512"),
     "key": ({"temperature": 0.5}, "give a key"),
+    "temperature": ({"temperature": float("nan")}, "temperature nan"),
     "top_p": ({"top_p": 0.0}, "top_p 0.0"),
     "padding": ({"padding": "middle"}, "left or right"),
 }

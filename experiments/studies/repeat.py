@@ -93,5 +93,7 @@ def _measured(arm: Arm, rate: float, seeds: Sequence[int], work: Path, echo: Cal
         piece = Piece(arm, (rate,), seed)
         result = run_piece(piece, work, lambda _: None)
         members[seed], digests = result["members"][0], result["items_digests"]
+        if "items_loss" not in members[seed]:
+            raise SboraxError(f"{piece.label}: diverged at the rate {rate:g}, which had been the best")
         echo(f"{piece.label}: {result['seconds']:.0f} s, loss {members[seed].get('items_loss')}")
     return Tuned(arm, {rate: members}, tuple(seeds), 0, digests)

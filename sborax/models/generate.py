@@ -1,6 +1,7 @@
 """Text from a model: one prefill, then one token at a time over a cache of keys and values."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -249,7 +250,9 @@ def check_request(
     longest = max(len(prompt) for prompt in prompts)
     if new < 1 or longest + new > context:
         raise SboraxError(f"a prompt of {longest} tokens and {new} new ones do not fit the context of {context}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise SboraxError(f"temperature {temperature}, top_k {top_k} and top_p {top_p}: need >= 0, >= 0, and in (0, 1]")
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+        raise SboraxError(
+            f"temperature {temperature}, top_k {top_k} and top_p {top_p}: need finite and >= 0, >= 0, and in (0, 1]"
+        )
     if padding not in ("left", "right"):
         raise SboraxError(f"padding must be left or right, got {padding!r}")
