@@ -27,8 +27,8 @@ MIDDLE = 8
 """The rank at which batch sizes are compared."""
 MIDDLE_BATCH = 16
 """The batch size at which ranks are compared."""
-SLOPES = ("LoRA", "SBoRA-FA", "Bone")
-"""The methods whose best learning rate is followed over ranks."""
+SLOPES = {"LoRA": "LoRA with scale 1", "SBoRA-FA": "SBoRA-FA", "Bone": "Bone"}
+"""The methods whose best learning rate is followed over ranks, and their names in claims."""
 FALLING = "LoRA with alpha 8"
 """LoRA with a scale that falls with the rank, and is 1 at the middle one."""
 
@@ -89,15 +89,16 @@ def study() -> Study:
         for name in ("SBoRA-FA", "SBoRA-FB", "Bone", "DoRA")
     ]
     full = (f"full fine-tuning, batch {many}", f"full fine-tuning, batch {few}")
-    at_scale_one = {name: {rank: label(name, rank, MIDDLE_BATCH) for rank in RANKS} for name in SLOPES}
-    falling = {rank: label(FALLING, rank, MIDDLE_BATCH) for rank in RANKS} | {MIDDLE: at_scale_one["LoRA"][MIDDLE]}
+    by_method = {words: {rank: label(name, rank, MIDDLE_BATCH) for rank in RANKS} for name, words in SLOPES.items()}
+    falling = {rank: label(FALLING, rank, MIDDLE_BATCH) for rank in RANKS}
+    by_method[FALLING] = falling | {MIDDLE: label("LoRA", MIDDLE, MIDDLE_BATCH)}
     slopes = [
         RateSlope(
             f"the best learning rate of {name} does not depend on the rank",
             "",
             tuple((arm_name, rank) for rank, arm_name in by_rank.items()),
         )
-        for name, by_rank in {**at_scale_one, FALLING: falling}.items()
+        for name, by_rank in by_method.items()
     ]
     batches = (label("LoRA", MIDDLE, few), label("LoRA", MIDDLE, many))
     return Study(
