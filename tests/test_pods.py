@@ -94,6 +94,32 @@ def test_products_and_traffic_are_counted_by_the_turns_of_loops():
     assert hlo.matmul_flops(open_ended) == product
 
 
+CONVOLUTION = """HloModule step
+
+ENTRY %main (x: f32[8,16,{length}], w: f32[16,{size},4]) -> f32[8,{outputs},4] {{
+  %x = f32[8,16,{length}] parameter(0)
+  %w = f32[16,{size},4] parameter(1)
+  ROOT %c = f32[8,{outputs},4] convolution(%x, %w), window={{{window}}}, dim_labels=bf0_i0o->b0f
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "outputs", "window", "products"),
+    [
+        (1, 1, 1, "size=1", 1),
+        # Two products side by side: at each output, one entry of the window lies on padding.
+        (1, 2, 2, "size=2 pad=1_1 rhs_reversal=1", 2),
+        # A batched product: at each output, one entry of the window lies in no gap of the dilated input.
+        (5, 5, 5, "size=5 stride=4 lhs_dilate=5", 5),
+    ],
+    ids=["alone", "side by side", "batched"],
+)
+def test_products_on_padding_and_in_gaps_do_not_count(length, size, outputs, window, products):
+    text = CONVOLUTION.format(length=length, size=size, outputs=outputs, window=window)
+    assert hlo.matmul_flops(text) == products * 2 * 8 * 16 * 4
+
+
 BESIDE = """
 %begin (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
   %p = bf16[1,8]{1,0} parameter(0)

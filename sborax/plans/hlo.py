@@ -203,22 +203,43 @@ def _called(line: str) -> list[str]:
 
 
 def _product_flops(result: str, rest: str, shapes: dict[str, str]) -> int:
-    """2 x entries of the result x length of the sum, of a `dot` or of a `convolution` that stands for one."""
+    """2 x products that are summed, of a `dot` or of a `convolution` that stands for one."""
     names = _operands(rest)
     left, right = (_sides(shapes.get(name, "")) for name in names[:2])
-    labels = re.search(r"dim_labels=\w+_(\w+)->", rest)
-    if labels:
-        # A dilated window runs over the batch of a batched product, of which one entry belongs to each result.
-        dilated = "lhs_dilate" in rest
-        summed = [
-            side
-            for side, label in zip(right, labels.group(1), strict=True)
-            if label == "i" or (label.isdigit() and not dilated)
-        ]
-    else:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    if labels is None:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
         summed = [left[int(axis)] for axis in axes.group(1).split(",") if axis] if axes else []
-    return 2 * math.prod(_sides(result)) * math.prod(summed)
+        return 2 * math.prod(_sides(result)) * math.prod(summed)
+    inputs, kernel, outputs = (
+        dict(zip(axes, sides, strict=True))
+        for axes, sides in zip(labels.groups(), (left, right, _sides(result)), strict=True)
+    )
+    places = [
+        _meetings(inputs[axis], kernel[axis], outputs[axis], int(axis), rest) for axis in kernel if axis.isdigit()
+    ]
+    return 2 * outputs["b"] * outputs["f"] * kernel["i"] * math.prod(places)
+
+
+def _meetings(length: int, size: int, outputs: int, axis: int, rest: str) -> int:
+    """The pairs of an output and an entry of the window at which a convolution has an input, on one axis.
+
+    Padding and the gaps of a dilated input have none. Products in batches, and several at once, are written so.
+
+    - length, size, outputs: of the input, the window and the result on this axis.
+    """
+
+    def option(name: str, default: str) -> list[int]:
+        match = re.search(rf"\b{name}=([\d_x-]+)", rest)
+        return [int(number) for number in (match.group(1).split("x")[axis] if match else default).split("_")]
+
+    (stride,), (gap,), (step,) = option("stride", "1"), option("lhs_dilate", "1"), option("rhs_dilate", "1")
+    before = option("pad", "0_0")[0]
+    return sum(
+        place % gap == 0 and 0 <= place <= (length - 1) * gap
+        for output in range(outputs)
+        for place in range(output * stride - before, output * stride - before + size * step, step)
+    )
 
 
 def _operands(rest: str) -> list[str]:
