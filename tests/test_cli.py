@@ -52,7 +52,7 @@ def made(tmp_path_factory) -> Path:
 def test_a_run_is_written_whole(made):
     run = made / "run"
     assert sorted(path.name for path in run.iterdir()) == [
-        "adapter", "checkpoints", "config.json", "metrics.jsonl", "summary.json",
+        "adapter", "checkpoints", "config.json", "metrics.jsonl", "sources.json", "summary.json",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
