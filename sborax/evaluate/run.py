@@ -93,7 +93,7 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
-def texts_of(record: Record) -> Iterable[str]:
+def texts_of(record: Record) -> list[str]:
     """The texts that identify a record, normalised: columns of questions, or user turns, of more than 40 letters.
 
     A shorter text may be in two data sets by coincidence.
@@ -111,10 +111,10 @@ def overlap(units: Sequence[Record], trained_on: Iterable[Record]) -> int | None
     None where units or training data have no text to know them by, such as windows of a corpus.
     """
     trained_texts = {text for record in trained_on for text in texts_of(record)}
-    asked = [list(texts_of(unit)) for unit in units]
-    if not trained_texts or not any(asked):
+    unit_texts = [texts_of(unit) for unit in units]
+    if not trained_texts or not any(unit_texts):
         return None
-    return sum(any(text in trained_texts for text in texts) for texts in asked)
+    return sum(any(text in trained_texts for text in texts) for texts in unit_texts)
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """Tokenizers: the fast ones of transformers."""
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -85,14 +86,16 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerFast", text: str, special: bool
     Raises SboraxError as `tokens_of` does.
     """
     ids = list(tokens_of(tokenizer, text, add_special_tokens=special)["input_ids"])
-    if not special:
-        return ids
-    # Of any text, so of a short one.
-    with_special, bare = (tokens_of(tokenizer, "a", add_special_tokens=each)["input_ids"] for each in (True, False))
+    return ids[: len(ids) - _appended(tokenizer)] if special else ids
+
+
+@functools.lru_cache(maxsize=8)
+def _appended(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The number of special tokens that a tokenizer puts after a text, whichever it is."""
+    with_special, bare = (tokens_of(tokenizer, "a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
     places = range(len(with_special) - len(bare) + 1)
     start = next((place for place in places if with_special[place : place + len(bare)] == bare), None)
-    after = 0 if start is None else len(with_special) - len(bare) - start
-    return ids[: len(ids) - after]
+    return 0 if start is None else len(with_special) - len(bare) - start
 
 
 def text_of(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int]) -> str:

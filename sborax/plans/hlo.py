@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
@@ -235,11 +237,8 @@ def _meetings(length: int, size: int, outputs: int, axis: int, rest: str) -> int
 
     (stride,), (gap,), (step,) = option("stride", "1"), option("lhs_dilate", "1"), option("rhs_dilate", "1")
     before = option("pad", "0_0")[0]
-    return sum(
-        place % gap == 0 and 0 <= place <= (length - 1) * gap
-        for output in range(outputs)
-        for place in range(output * stride - before, output * stride - before + size * step, step)
-    )
+    places = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * step - before
+    return int(np.sum((places % gap == 0) & (places >= 0) & (places <= (length - 1) * gap)))
 
 
 def _operands(rest: str) -> list[str]:

@@ -261,7 +261,7 @@ def train_group(
     del model
     procedure, trained = prepared[0].procedure, parts[0].count
     stacked, state = gather(members, parts, steps, at_once, procedure)
-    folded = procedure.folded if procedure is not None else ()
+    folded = prepared[0].folded
     base = {path: leaf for path, leaf in parts[0].base.items() if path not in folded}
     step_figures = figures(prepared[0].model.config, parts[0], 1)
     del parts

@@ -142,6 +142,6 @@ class SweepStepper(AbstractStepper):
                 self.records[place].add({"step": step, "eval_loss": value})
                 if losses[place]:
                     self.records[place].add_eval_losses(losses[place])
-        known = {place: value if np.isfinite(value) else np.inf for place, value in values.items()}
-        best = min((value, place) for place, value in known.items() if place not in self.diverged)
+        finite = {place: value if np.isfinite(value) else np.inf for place, value in values.items()}
+        best = min((value, place) for place, value in finite.items() if place not in self.diverged)
         self.progress.say(f"step {step:,}: lowest held-out loss {best[0]:.4f}, of {self.members[best[1]].name}")
