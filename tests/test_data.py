@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import threading
 
 import datasets
@@ -65,6 +66,13 @@ def test_names_under_sborax_data_and_splits(tmp_path, monkeypatch):
     assert read("set/test.jsonl")[0] == {"a": 2}
     with pytest.raises(SboraxError, match="no file is named like split 'dev'; name one: test.jsonl, train.jsonl"):
         read("set", "dev")
+    # Several directories, the first before the others.
+    (tmp_path / "more" / "set").mkdir(parents=True)
+    (tmp_path / "more" / "other").mkdir()
+    write(tmp_path / "more" / "set", [{"a": 3}], "train.jsonl")
+    write(tmp_path / "more" / "other", [{"a": 4}], "train.jsonl")
+    monkeypatch.setenv("SBORAX_DATA", os.pathsep.join((str(tmp_path), str(tmp_path / "more"))))
+    assert (read("set")[0], read("other")[0]) == ({"a": 1}, {"a": 4})
 
 
 @pytest.mark.parametrize(

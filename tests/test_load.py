@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: what comes back, and what is refused."""
 
 import json
+import os
 import shutil
 
 import chex
@@ -69,9 +70,11 @@ def test_bfloat16_and_the_tokenizer_survive_saving(llama, tmp_path):
         assert tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
 
 
-def test_models_are_found_by_name(original, monkeypatch):
+def test_models_are_found_by_name(original, monkeypatch, tmp_path):
     place, _ = original
     monkeypatch.setenv("SBORAX_MODELS", str(place.parent))
+    assert find(place.name) == place
+    monkeypatch.setenv("SBORAX_MODELS", os.pathsep.join((str(tmp_path), str(place.parent))))
     assert find(place.name) == place
     assert load_config(place.name) == load_model(place).config
 

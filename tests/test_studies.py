@@ -15,7 +15,7 @@ from tiny_model import write_data, write_model
 import sborax as sx
 from benchmarks.shapes import EPS, SHAPES
 from experiments.studies import __main__ as command
-from experiments.studies import atlas, pieces, real
+from experiments.studies import atlas, commonsense, pieces, real
 from experiments.studies.claims import Beats, Difference, LessGrowth, RateRatio, RateSlope, Within, overall
 from experiments.studies.items import held_out
 from experiments.studies.matching import STORED, matched, sized, trained
@@ -25,6 +25,7 @@ from experiments.studies.report import FIGURES, PAGE, Outcome, figure_names, pag
 from experiments.studies.store import Store
 from experiments.studies.study import Arm, Base, Held, Piece, Study, settings, sparse
 from experiments.studies.tuning import Tuned, pending, progress
+from sborax.data.source import read
 from sborax.models.config import LlamaConfig
 from sborax.records.claim import locked
 from sborax.sweep.rates import half_decades, higher, lower
@@ -447,3 +448,24 @@ def test_the_page_is_that_of_the_results(tiny, ran):
     text = page([Outcome.of(small, Store(small, ran[0]))])
     assert re.search(r"\| Bone beats LoRA \| arXiv:2409.15371 \| tiny \| \*\*undecided\*\* \| sums: [-+]0", text)
     assert text.count("| LoRA | 256 |") == 1 and "2 seeds" in text
+
+
+def test_the_joint_questions_have_equal_shares(tmp_path, monkeypatch):
+    """Of sets with 5, 6, 7 and, after balancing, 4 records; a second process leaves the files as they are."""
+    for size, name in zip((5, 6, 7, 9), commonsense.SETS, strict=True):
+        (tmp_path / name).mkdir()
+        answers = ["true" if number % 4 else "false" for number in range(size)][:8]
+        records = [{"instruction": f"{name} {number}", "answer": answer} for number, answer in enumerate(answers)]
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.json").write_text(json.dumps(records))
+    monkeypatch.setenv("SBORAX_DATA", str(tmp_path))
+    study = real.study()
+    command.provide(study, tmp_path / "work")
+    train, test = (read(f"{commonsense.FOLDER}/{split}.json") for split in ("train", "test"))
+    of_sets = [[record["instruction"].split()[0] for record in records] for records in (train, test)]
+    assert of_sets == [list(commonsense.SETS) * 4, [name for name in commonsense.SETS for _ in range(4)]]
+    assert [record["answer"] for record in test[-4:]] == ["true", "false"] * 2
+    file = tmp_path / "work" / "data" / commonsense.FOLDER / "train.json"
+    file.write_text("[]")
+    command.provide(study, tmp_path / "work")
+    assert file.read_text() == "[]"

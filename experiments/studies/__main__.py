@@ -10,6 +10,7 @@ stored files alone.
 import argparse
 import dataclasses
 import importlib
+import os
 import pkgutil
 import shutil
 import sys
@@ -118,6 +119,14 @@ def run(
     return count
 
 
+def provide(study: Study, work: Path) -> None:
+    """Let a study write its data sets below `work`, and add their folder to `$SBORAX_DATA`."""
+    if study.prepare is not None:
+        folder = work.absolute() / "data"
+        study.prepare(folder)
+        os.environ["SBORAX_DATA"] = os.pathsep.join([*filter(None, [os.environ.get("SBORAX_DATA")]), str(folder)])
+
+
 def outcomes(results: Path = RESULTS) -> list[Outcome]:
     """Every study with its stored results."""
     studies = [declared(name) for name in names()]
@@ -160,6 +169,7 @@ def main() -> int:
             jax.config.update("jax_compilation_cache_dir", str(arguments.work.absolute() / "programs"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             study = declared(arguments.name)
+            provide(study, arguments.work)
             if arguments.command == "repeat":
                 again = repeat(study, claim_of(study, arguments.claim), Store(study), arguments.work, arguments.seeds)
                 return 0 if all(repeated.inside for repeated in again) else 1

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sborax as sx
@@ -67,6 +68,7 @@ class Study:
     - extensions: how often half a decade may be added on the side where the best rate is the last.
     - reference: the name of the arm that others of its setting are compared to.
     - claims: what the results decide.
+    - prepare: writes data sets that its arms name, below a folder. None where all are under `$SBORAX_DATA`.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Study:
     extensions: int = 3
     reference: str = "LoRA"
     claims: "tuple[AbstractClaim, ...]" = ()
+    prepare: Callable[[Path], None] | None = None
 
     @property
     def tuning(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import fsspec
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import LiveObject
 from sborax.config.documents import check_plain
+from sborax.config.places import candidates
 
 LONGEST = 1 << 24
 """The most letters of a record in JSON, JSONL or CSV, more than fit any model's context."""
@@ -41,8 +42,7 @@ def find(name: str, split: str) -> Path | None:
     A directory means its only data file, or else the file named like the split.
     Raises SboraxError for a path that is missing or ambiguous.
     """
-    home = os.environ.get("SBORAX_DATA")
-    for place in (Path(name).expanduser(), *([Path(home) / name] if home else [])):
+    for place in candidates(name, "SBORAX_DATA"):
         if place.is_dir():
             return _choose(place, split)
         if place.exists():
@@ -50,7 +50,8 @@ def find(name: str, split: str) -> Path | None:
                 raise SboraxError(f"{place}: unknown kind of data; known: {', '.join(READERS)}")
             return place
     if name.startswith((".", "/", "~")) or Path(name).suffix in READERS or name.count("/") > 1:
-        raise SboraxError(f"{name}: no such data file or directory" + ("" if home else " ($SBORAX_DATA is not set)"))
+        unset = "" if os.environ.get("SBORAX_DATA") else " ($SBORAX_DATA is not set)"
+        raise SboraxError(f"{name}: no such data file or directory{unset}")
     return None
 
 

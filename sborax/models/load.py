@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from sborax.adapters.core import SboraxError
 from sborax.config.documents import read_object
+from sborax.config.places import candidates
 from sborax.models.backends import choose, platform
 from sborax.models.checkpoint import load_params, open_safetensors
 from sborax.models.config import LlamaConfig, ends
@@ -37,8 +38,7 @@ def find(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     Raises SboraxError if there is no such model.
     """
     text = os.fspath(source)
-    home = os.environ.get("SBORAX_MODELS")
-    for place in (Path(text).expanduser(), *([Path(home) / text] if home else [])):
+    for place in candidates(text, "SBORAX_MODELS"):
         if place.is_file() and place.suffix != ".gguf":
             raise SboraxError(f"{place}: not a model; give a directory, a .gguf file or a hub id")
         if place.exists():
