@@ -203,6 +203,52 @@ def test_what_is_sent_beside_products_is_read_from_the_schedule():
     assert not any(hlo.overlapped_bytes(alone).values())
 
 
+GOES_ON = """
+HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[1,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %part = bf16[4,8]{1,0} all-gather(%p), channel_id=1, frontend_attributes={chain_id="7"}, backend_config=FIRST
+}
+
+%beside (p: bf16[1,8], x: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %piece = bf16[4,8]{1,0} all-gather(%p), channel_id=1, frontend_attributes={chain_id="7"}, backend_config=NEXT
+  ROOT %y = bf16[4,8]{1,0} convolution(%x, %x), dim_labels=bf_oi->bf
+}
+
+%body (s: (bf16[1,8], bf16[4,8])) -> (bf16[1,8], bf16[4,8]) {
+  %s = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) parameter(0)
+  %p = bf16[1,8]{1,0} get-tuple-element(%s), index=0
+  %x = bf16[4,8]{1,0} get-tuple-element(%s), index=1
+  %y = bf16[4,8]{1,0} fusion(%p, %x), kind=kOutput, calls=%beside
+  ROOT %t = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) tuple(%p, %y)
+}
+
+%end (p: bf16[1,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %part = bf16[4,8]{1,0} all-gather(%p), channel_id=1, frontend_attributes={chain_id="7"}, backend_config=NEXT
+}
+
+ENTRY %main (p: bf16[1,8], s: (bf16[1,8], bf16[4,8])) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %s = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) parameter(1)
+  %first = bf16[4,8]{1,0} fusion(%p), kind=kCustom, calls=%begin
+  %t = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) while(%s), body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  ROOT %last = bf16[4,8]{1,0} fusion(%p), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_gather_that_goes_on_in_a_loop_is_sent_once():
+    flags = '{"async_collective_fusion_config":{"flag_start":"%d","flag_end":"8"}}'
+    text, size = GOES_ON.replace("FIRST", flags % -1).replace("NEXT", flags % 2), 2 * 4 * 8
+    assert hlo.collective_bytes(text) == hlo.overlapped_bytes(text) == {"all-gather": size}
+    # One that begins and ends in the loop is sent in every turn.
+    assert hlo.collective_bytes(text.replace(flags % 2, flags % -1)) == {"all-gather": 5 * size}
+
+
 OFFLOADED = """
 HloModule jit_step, is_scheduled=true
 

@@ -17,6 +17,8 @@ _NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast",
 _SLICES = ("dynamic-slice", "slice", "gather")
 _INSIDE = ("fusion", "async-start", "custom-call-start")
 """Operations that are one with those of the computations that they run."""
+_GOES_ON = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
+"""In a collective that a TPU runs in pieces beside products: all pieces but the first, whose flag is -1."""
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -117,7 +119,7 @@ def _collectives(text: str, measure: Callable[[str, int], int]) -> dict[str, int
             if not operation:
                 continue
             shape, opcode = operation.groups()
-            if opcode.removesuffix("-start") in KINDS:
+            if opcode.removesuffix("-start") in KINDS and not _GOES_ON.search(line):
                 kind, channel = opcode.removesuffix("-start"), re.search(r"channel_id=(\d+)", line)
                 place = f"{scope}:{channel.group(1)}" if channel else computation
                 key = (kind, f"{place}:{seen[kind, place]}")
