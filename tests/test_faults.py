@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nightly import nightly_unless
 
 import sborax as sx
+from sborax.cli.facts import facts
 from sborax.cli.targets import load_run
 from sborax.data.batches import Batches
 from sborax.data.samples import load_samples
@@ -389,3 +390,23 @@ def test_a_crash_while_a_batch_is_made_ends_the_run_and_it_goes_on(experiment, w
     train(experiment, tmp_path / "run", resume=True, echo=said.append)
     assert "resuming after step 3" in said
     same_ends(whole[1], tmp_path / "run")
+
+
+def test_a_run_that_went_on_and_did_not_end_says_which_adapter_it_has(experiment, whole, tmp_path, capsys):
+    _, ended = whole
+    out = tmp_path / "run"
+    shutil.copytree(ended, out)
+    # The signal is seen after the step that is computed by then.
+    signalled = just_before(report.Metrics, "add", lambda *_: signal.raise_signal(signal.SIGTERM), at_step(STEPS + 1))
+    with signalled:
+        assert not train(dataclasses.replace(experiment, steps=STEPS + 3), out, resume=True, echo=quiet).finished
+    capsys.readouterr()
+    load_run(str(out))
+    said = f"{out}: has gone on to step {STEPS + 2} and has not ended; its adapter is that of step {STEPS}"
+    assert capsys.readouterr().out.startswith(said)
+    # The summary is of the later steps.
+    assert "Metrics" not in facts(str(out)) and "Metrics" in facts(str(out / "best"))
+    # The best adapter is that of all steps, and a run that ended says nothing.
+    for target in (out / "best", ended):
+        load_run(str(target))
+        assert capsys.readouterr().out == ""

@@ -5,7 +5,7 @@ from typing import Any
 from sborax.adapters.core import AbstractComposite, AbstractMethod
 from sborax.adapters.paths import as_rules
 from sborax.adapters.vectors import by_module
-from sborax.cli.targets import find_run, is_best
+from sborax.cli.targets import find_run, has_gone_on, is_best
 from sborax.config.codec import LiveObject
 from sborax.config.documents import read_object
 from sborax.data.options import Data
@@ -49,7 +49,7 @@ def facts(run: str) -> dict[str, str]:
         lines["Metrics"] = (
             f"held-out loss {about['eval_loss']:.4f}, the lowest of the run, after step {about['step']:,}."
         )
-    elif summary.exists():
+    elif summary.exists() and has_gone_on(adapter) is None:
         lines["Metrics"] = _metrics(read_object(summary))
     if not is_best(run):
         lines |= {

@@ -10,7 +10,7 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import as_rules
 from sborax.adapters.rows import together
 from sborax.adapters.tree import rebase
-from sborax.cli.targets import Target, find_run
+from sborax.cli.targets import Target, find_run, has_gone_on
 from sborax.config.terminal import say
 from sborax.models import load_model
 from sborax.records.adapter import PLAN, load_adapter
@@ -70,6 +70,8 @@ def load_several(targets: Sequence[str]) -> list[Target]:
     )
     loaded = []
     for experiment, adapter in runs:
+        if note := has_gone_on(adapter):
+            say(note)
         params, adapters = load_adapter(adapter, model.params)
         params = quantise_base(params, first.quant)
         loaded.append(Target(model, params, rebase(params, adapters), experiment))

@@ -9,11 +9,14 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import as_rules
 from sborax.adapters.tree import rebase
 from sborax.config.documents import read_object
+from sborax.config.terminal import say
 from sborax.interop.peft import load_peft
 from sborax.models import LanguageModel, load_model
 from sborax.records.adapter import PLAN, load_adapter
 from sborax.records.best import BEST
+from sborax.records.checkpoint import newest
 from sborax.records.disk import CONFIG
+from sborax.records.report import Summary
 from sborax.train.base import quantise_base, rewritten
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.loop import ADAPTER
@@ -78,12 +81,29 @@ def find_run(run: str) -> tuple[Experiment, epath.Path]:
     return experiment, adapter
 
 
+def has_gone_on(adapter: epath.Path) -> str | None:
+    """A line about a run that has gone on since it ended and wrote its adapter, and has not ended again; else None.
+
+    - adapter: `adapter/` of the run, or `best/`, which is that of all steps.
+    """
+    run, written = adapter.parent, read_object(adapter / PLAN).get("step")
+    if adapter.name != ADAPTER or type(written) is not int:
+        return None
+    summary = Summary.read(run)
+    step = max(newest(run), 0 if summary is None else summary.steps)
+    if step <= written:
+        return None
+    return f"{run}: has gone on to step {step:,} and has not ended; its adapter is that of step {written:,}"
+
+
 def load_run(run: str) -> Target:
     """The base model of a run with the last adapter, or, for RUN_DIR/best, with the best one.
 
     Raises SboraxError as `find_run` does.
     """
     experiment, adapter = find_run(run)
+    if note := has_gone_on(adapter):
+        say(note)
     # Kernels that a method rewrites are loaded dense, rewritten again, then quantised.
     keep = rewritten(as_rules(experiment.rules))
     model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)

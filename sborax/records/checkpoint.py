@@ -44,6 +44,13 @@ def flat(tree: PyTree) -> dict[str, Any]:
     return {path.replace("/", "."): leaf for path, leaf in flatten(tree, is_leaf=None).items()}
 
 
+def newest(run: epath.Path) -> int:
+    """The step of the newest checkpoint of a run, damaged or not; 0 without one."""
+    place = run / CHECKPOINTS
+    names = [entry.name for entry in place.iterdir()] if place.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run."""

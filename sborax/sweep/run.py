@@ -368,7 +368,12 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
                 rules=experiment.rules,
                 base=shared.prints,
                 trained_base={**state.train["base"], **parts.tokens},
-                about={"model": experiment.model, "precision": experiment.precision, "quant": experiment.quant},
+                about={
+                    "model": experiment.model,
+                    "precision": experiment.precision,
+                    "quant": experiment.quant,
+                    "step": done,
+                },
             )
         metrics, diverged = record.metrics, stepper.diverged.get(number)
         summary = Summary.of(

@@ -154,7 +154,7 @@ def _train(
     finished = step == steps
     if finished:
         on_first(lambda: set_scores_aside(run, steps, echo))
-        write(stepper.state, stepper.parts, run / ADAPTER)
+        write(stepper.state, stepper.parts, run / ADAPTER, step=step)
     summary = Summary.of(
         metrics, stepper.speed, began, finished, step, trainable, total, samples=report, devices=layout.devices
     )
