@@ -50,6 +50,7 @@ SETTINGS = {
         Held(dataclasses.replace(QUESTIONS, name=f"{commonsense.FOLDER}/test.json", limit=None)),
     ),
 }
+STEPS = 60
 KEPT = Held(sx.Data("wikitext-2/test.txt", template="text", max_length=128, overlong="split"), items=32)
 TUNING: dict[str, Any] = {"rates": half_decades(1e-3, 4), "seeds": (0, 1, 2), "tuned": (0,), "extensions": 6}
 """Learning rates and seeds, here and in the studies that share them."""
@@ -58,7 +59,7 @@ TUNING: dict[str, Any] = {"rates": half_decades(1e-3, 4), "seeds": (0, 1, 2), "t
 def arm(setting: str, name: str, optimizer: dict[str, Any] | None = None, **changes: Any) -> Arm:
     """An arm of the common experiment with some fields changed."""
     data, held = SETTINGS[setting]
-    common: dict[str, Any] = {"steps": 60, "batch_size": 4, "save": sx.Save(every=30, keep=1)}
+    common: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "save": sx.Save(every=30, keep=1)}
     experiment = sx.Experiment(MODEL, data, optimizer=sx.Optimizer(**(optimizer or {})), **{**common, **changes})
     return Arm(name, setting, experiment, held, KEPT)
 
@@ -67,7 +68,8 @@ def study() -> Study:
     """The study."""
     arms: dict[str, dict[str, Any]] = {name: rules(method) for name, method in METHODS.items()}
     arms["LoRA-RITE"] = {**rules(METHODS["LoRA"]), "optimizer": OPTIMIZERS["LoRA-RITE"]}
-    arms["full fine-tuning"] = {"train_base": True}
+    # Four members with their moments are 6 GB, and so is a copy for a checkpoint: it is made at the end alone.
+    arms["full fine-tuning"] = {"train_base": True, "save": sx.Save(every=STEPS, keep=1)}
     shared = [claim for claim in BEATS if {claim.arm, claim.other} <= arms.keys()]
     return Study(
         name="real",
