@@ -311,6 +311,19 @@ def test_learning_rates_are_extended_where_the_best_is_the_last(tmp_path):
     assert Beats("", "", "middle", "far").find("none", arms).verdict == "undecided"
 
 
+def test_learning_rates_are_refined_around_the_best(tmp_path):
+    study = synthetic("LoRA", "between", "far", tuned=(0, 1), refined=True)
+    best = {"LoRA": 1e-3, "between": 5e-3, "far": 1e3}
+    arms = tuned_arms(study, made_up(study, tmp_path, lambda arm, rate, seed: 3 + valley(best[arm])(rate)))
+    lora, between, far = (arms[name] for name in best)
+    assert (lora.best, lora.rates.rates) == (1e-3, (1e-4, 3e-4, 5.5e-4, 1e-3, 1.7e-3, 3e-3, 1e-2))
+    assert (between.best, between.rates.interior, between.seeds) == (5.5e-3, True, (0, 1, 2, 3))
+    # The best of all seeds is a parabola's minimum as before.
+    np.testing.assert_allclose(10 ** between.best_by_seed()[0], 5e-3, rtol=0.05)
+    # A best rate at the end has nothing on one side.
+    assert far.extensions == 3 and not far.rates.interior
+
+
 def test_a_rate_at_which_a_seed_diverges_is_not_chosen(tmp_path):
     study = synthetic("LoRA")
 

@@ -66,6 +66,7 @@ class Study:
     - seeds: each sets the order of the data and the start of the adapters.
     - tuned: the seeds with which all rates are tried; the others run at the best rate alone. Empty for all seeds.
     - extensions: how often half a decade may be added on the side where the best rate is the last.
+    - refined: whether the two rates halfway between an interior best one and those beside it are tried as well.
     - reference: the name of the arm that others of its setting are compared to.
     - claims: what the results decide.
     - prepare: writes data sets that its arms name, below a folder. None where all are under `$SBORAX_DATA`.
@@ -79,6 +80,7 @@ class Study:
     seeds: tuple[int, ...]
     tuned: tuple[int, ...] = ()
     extensions: int = 3
+    refined: bool = False
     reference: str = "LoRA"
     claims: "tuple[AbstractClaim, ...]" = ()
     prepare: Callable[[Path], None] | None = None

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from experiments.studies.store import Store
 from experiments.studies.study import Arm, Base, Piece, Study
-from sborax.sweep.rates import Sensitivity, extension, sensitivity
+from sborax.sweep.rates import Sensitivity, extension, midpoints, sensitivity
 
 Numbers = Mapping[str, Any]
 """What a result holds of a member."""
@@ -120,6 +120,11 @@ def progress(study: Study, arm: Arm, store: Store) -> tuple[list[Piece], Tuned |
         extensions += 1
     else:
         return pieces, None
+    if study.refined and (between := midpoints(rates)):
+        pieces += [Piece(arm, between, seed) for seed in study.tuning]
+        if not all(store.get(piece) for piece in pieces):
+            return pieces, None
+        rates = selected(_members(pieces, store), study.tuning)
     if rates.best is not None:
         pieces += [Piece(arm, (rates.best,), seed) for seed in study.seeds if seed not in study.tuning]
     results = [store.get(piece) for piece in pieces]

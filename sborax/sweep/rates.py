@@ -1,6 +1,7 @@
 """Learning rates: which of those that were tried is the best, and which to try next."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -53,6 +54,18 @@ def extension(tried: Sensitivity) -> float | None:
     if tried.best is None or tried.interior:
         return None
     return lower(tried.rates[0]) if tried.best == tried.rates[0] else higher(tried.rates[-1])
+
+
+def midpoints(tried: Sensitivity) -> tuple[float, ...]:
+    """The rates halfway, in decades, between the best one and the two beside it, with two digits: 1.7e-3, 5.5e-3.
+
+    Empty where the best is not interior.
+    """
+    if tried.best is None or not tried.interior:
+        return ()
+    place = tried.rates.index(tried.best)
+    pairs = itertools.pairwise(tried.rates[place - 1 : place + 2])
+    return tuple(float(f"{math.sqrt(low * high):.1e}") for low, high in pairs)
 
 
 def half_decades(low: float, count: int) -> tuple[float, ...]:
