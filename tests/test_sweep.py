@@ -24,7 +24,7 @@ from sborax.models import load_model
 from sborax.records.adapter import read_adapter
 from sborax.sweep import run as module
 from sborax.sweep import stepper as sweep_stepper
-from sborax.sweep.grid import Sweep, read_grid
+from sborax.sweep.grid import LONGEST, Sweep, read_grid
 from sborax.sweep.members import (
     MemberConstants,
     StackedMembers,
@@ -369,6 +369,15 @@ def test_values_and_names():
         "rules.0.method.alpha=1.0",
         "rules.0.method.alpha=2.0",
     ]
+
+
+def test_a_name_too_long_for_a_directory_is_cut():
+    patterns = [json.dumps([[f"({'|'.join(30 * ['q_proj'])}){last}", {"type": "LoRA"}]]) for last in "ab"]
+    plain = sx.Experiment("m", sx.Data("d"), RULES, steps=1)
+    members = Sweep(plain, {"rules": patterns, "seed_adapter": (0, 1)}).members()
+    names = [member.name for member in members]
+    assert len(set(names)) == 4 and {len(name) for name in names} == {LONGEST}
+    assert [member.changes[0] for member in members[::2]] == [f"rules={pattern}" for pattern in patterns]
 
 
 WRONG = [

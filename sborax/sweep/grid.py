@@ -1,6 +1,7 @@
 """A sweep: an experiment, and a grid of values for some of its fields. Every combination is a member."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ MAY_VARY = (
 
 MOST = 512
 """The most members that a sweep may have."""
+LONGEST = 200
+"""The most bytes of a member's name; file systems allow 255."""
 AUTO = "auto"
 """In place of learning rates, or after them: more are tried until the best is neither the lowest nor the highest."""
 
@@ -153,7 +156,7 @@ class Sweep:
         changes = tuple(f"{key}={text}" for key, text in texts.items())
         several = [key for key, items in self.values.items() if len(items) > 1]
         name = ",".join(f"{_short(key, self.grid)}={_label(texts[key])}" for key in several)
-        return Member(name.replace("/", "_"), changes, override(self.experiment, changes))
+        return Member(_directory(name), changes, override(self.experiment, changes))
 
     def _check_auto(self) -> None:
         rates = [item for item in self.grid[LR] if item != AUTO]
@@ -270,6 +273,15 @@ def _label(text: str) -> str:
         return text
     options = ",".join(f"{name}={json.dumps(item)}" for name, item in value.items() if name != "type")
     return f"{value['type']}({options})" if options else value["type"]
+
+
+def _directory(name: str) -> str:
+    """The name of a member as that of its directory. A long one is cut and ends in a digest of all of it."""
+    plain = name.replace("/", "_")
+    if len(plain.encode()) <= LONGEST:
+        return plain
+    end = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain.encode()[: LONGEST - len(end)].decode(errors="ignore") + end
 
 
 def _short(key: str, keys: Mapping[str, Any]) -> str:
