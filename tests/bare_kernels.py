@@ -87,11 +87,11 @@ def standalone(adapters) -> Adapter:
 def trained(node: Adapter, seed: int = 3) -> Adapter:
     """The same adapter with every trained leaf moved at random: zero starts hide mistakes. Padding stays zero."""
     leaves, treedef = jax.tree.flatten(node.train)
-    moved = [
+    values = [
         jnp.asarray(np.asarray(leaf) + np.float32(0.2) * normal(seed + 100 * i, *leaf.shape) * live)
         for i, (leaf, live) in enumerate(zip(leaves, jax.tree.leaves(padding(node)), strict=True))
     ]
-    return Adapter(jax.tree.unflatten(treedef, moved), node.frozen, node.method, node.in_axes)
+    return Adapter(jax.tree.unflatten(treedef, values), node.frozen, node.method, node.in_axes)
 
 
 def padding(node: Adapter):

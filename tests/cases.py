@@ -36,13 +36,13 @@ class Case:
     """Those that all weights of this shape share."""
 
 
-def kronecker(fan_in: int, fan_out: int, rank: int, both: bool = False) -> int:
+def kronecker(fan_in: int, fan_out: int, rank: int, left_pair: bool = False) -> int:
     """Trained parameters of LoKr: each of the two factors is whole where a pair of this rank would not be smaller."""
     (m, n), (p, k) = (
         max((d, side // d) for d in range(1, side + 1) if d * d <= side and side % d == 0) for side in (fan_in, fan_out)
     )
-    left = rank * (m + p) if both and 2 * rank < max(m, p) else m * p
-    return left + (rank * (n + k) if 2 * rank < max(n, k) else n * k)
+    left_size = rank * (m + p) if left_pair and 2 * rank < max(m, p) else m * p
+    return left_size + (rank * (n + k) if 2 * rank < max(n, k) else n * k)
 
 
 METHODS = [
@@ -100,7 +100,7 @@ METHODS = [
     Case("HRA-odd", sx.HRA(rank=5), lambda i, o: 5 * i),
     Case("LoHa", sx.LoHa(rank=3, alpha=6.0), lambda i, o: 2 * 3 * (i + o)),
     Case("LoKr", sx.LoKr(rank=4, alpha=8.0), lambda i, o: kronecker(i, o, 4)),
-    Case("LoKr-both", sx.LoKr(rank=2, both=True), lambda i, o: kronecker(i, o, 2, both=True)),
+    Case("LoKr-both", sx.LoKr(rank=2, both=True), lambda i, o: kronecker(i, o, 2, left_pair=True)),
     Case("IA3", sx.IA3(), lambda i, o: o),
     Case("IA3-in", sx.IA3(side="in"), lambda i, o: i),
     Case("SHiRA", sx.SHiRA(rank=4), lambda i, o: 4 * (i + o)),
@@ -177,7 +177,9 @@ def hint_for(method: AbstractMethod, grad: Any, stack_axes: int) -> sx.Hint:
 
 def context_for(methods: Iterable[AbstractMethod], x: Any, key: Any = None) -> sx.Context:
     """What methods read beside `x` (..., in): those that act on some tokens alone act on all of them here."""
-    return sx.Context(key, invocations={wanted: jnp.ones(x.shape[:-1], bool) for wanted in invocations(methods)})
+    return sx.Context(
+        key, invocations={invocation: jnp.ones(x.shape[:-1], bool) for invocation in invocations(methods)}
+    )
 
 
 @functools.cache
@@ -222,13 +224,13 @@ DECLARED = (
 
 def varied(cases: list[Case]) -> list[Case]:
     """The first rows that have every declaration of a method both ways, where there is a method that has."""
-    chosen, seen = [], set()
+    rows, declarations = [], set()
     for case in cases:
         declared = {(name, bool(getattr(case.method, name))) for name in DECLARED}
-        if not declared <= seen:
-            chosen.append(case)
-            seen |= declared
-    return chosen
+        if not declared <= declarations:
+            rows.append(case)
+            declarations |= declared
+    return rows
 
 
 FEW = varied(METHODS)

@@ -61,12 +61,12 @@ def compiled_fully():
 def compiled_once(tmp_path_factory):
     """Runs of the module that are alike share their compiled programs."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
+    settings = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield
-    for name, value in zip(names, before, strict=True):
+    for name, value in zip(names, settings, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
 

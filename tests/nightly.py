@@ -6,6 +6,6 @@ from typing import Any
 import pytest
 
 
-def nightly_unless(kept: Container[Any], values: Iterable[Any]) -> list[Any]:
-    """`values` for `pytest.mark.parametrize`, those that are not `kept` marked `nightly`."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+def nightly_unless(subset: Container[Any], values: Iterable[Any]) -> list[Any]:
+    """`values` for `pytest.mark.parametrize`, those that are not in `subset` marked `nightly`."""
+    return [value if value in subset else pytest.param(value, marks=pytest.mark.nightly) for value in values]

@@ -130,9 +130,9 @@ def try_command(line: str, run: bool) -> None:
     elif program == "pip":
         _pip(arguments)
     elif program in TOOLS and run:
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        print(done.stdout)
+        process = subprocess.run(words, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        print(process.stdout)
     elif program in LAUNCHERS:
         assert "sborax" in arguments or any((ROOT / word).is_file() for word in arguments), line
     else:
@@ -151,8 +151,8 @@ def _sborax(arguments: list[str], run: bool) -> None:
 def _python(arguments: list[str]) -> None:
     """Check that a program has the options that it is given."""
     module = arguments[0] == "-m"
-    program, *rest = arguments[1:] if module else arguments
-    options = [word for word in rest if word.startswith("--")]
+    program, *words = arguments[1:] if module else arguments
+    options = [word for word in words if word.startswith("--")]
     source = ROOT / (f"{program.replace('.', '/')}/__main__.py" if module else program)
     source = source if source.is_file() else ROOT / f"{program.replace('.', '/')}.py"
     assert source.is_file(), f"there is no {program}"
@@ -163,14 +163,14 @@ def _python(arguments: list[str]) -> None:
 
 def _pip(arguments: list[str]) -> None:
     """Check that the extras to install exist."""
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extras in re.findall(r"\[([\w,]+)\]", " ".join(word for word in arguments if "jax[" not in word)):
-        assert set(extras.split(",")) <= set(known), extras
+        assert set(extras.split(",")) <= set(groups), extras
 
 
 def build_site(place: Path) -> None:
     """Build the site in `place`. Raises AssertionError with the first warning or error."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", f"{place}/trees", DOCS, place / "html"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert process.returncode == 0, process.stderr

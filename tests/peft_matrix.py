@@ -174,7 +174,7 @@ THIN = (
 LAYERS = {f"model.layers.{i}.self_attn.q_proj": 2 + i for i in range(2)}
 
 
-def kept(*flags: str) -> Callable[[Any], None]:
+def allocation(*flags: str) -> Callable[[Any], None]:
     """Ranks that AdaLoRA's allocator leaves to q_proj, and to down_proj, of layers 0 and 1."""
 
     def prepare(model: Any) -> None:
@@ -188,7 +188,7 @@ def kept(*flags: str) -> Callable[[Any], None]:
     return prepare
 
 
-ALLOCATED = kept("0111", "1010", "1111", "0100")
+ALLOCATED = allocation("0111", "1010", "1111", "0100")
 
 
 def of_loras() -> Iterator[Option]:
@@ -633,8 +633,8 @@ def of_rows() -> Iterator[Option]:
     yield Option("LoRA", "rows everywhere", {field: [40, 5, 17]}, everywhere=True)
     yield Option("LoRA", "rows by name", {field: {"embed_tokens": [17]}, "ensure_weight_tying": True}, also_in=TIED)
     yield Option("LoRA", "rows of both", {field: dict.fromkeys(["embed_tokens", "lm_head"], [32, 17])}, also_in=TIED)
-    other = anywhere(TIED, "the rows of lm_head are not those of the embedding")
-    yield Option("LoRA", "rows of the head", {field: {"lm_head": [3, 5]}}, in_families=other, also_in=TIED)
+    families = anywhere(TIED, "the rows of lm_head are not those of the embedding")
+    yield Option("LoRA", "rows of the head", {field: {"lm_head": [3, 5]}}, in_families=families, also_in=TIED)
     yield Option("LoRA", "rows beside an adapted head", {field: [32], "target_modules": ["lm_head"]}, also_in=TIED)
     yield Option("LoRA", "rows beside norms", {field: [32, 17], "modules_to_save": ["layernorm"]})
     yield Option("LoRA", "rows beside biases", {field: [32, 17], "bias": "all"}, also_in=BIASED)
@@ -662,11 +662,11 @@ def of_other_vocabularies() -> Iterator[Option]:
     yield Option("LoRA", "fewer tokens", {}, vocabulary=63, also_in=TIED | {"nf4"})
     yield Option("LoRA", "as many tokens", {}, vocabulary=64, also_in=TIED)
     yield Option("LoRA", "rows of more tokens", {field: [68, 17]}, vocabulary=70, also_in=TIED | {"nf4"})
-    both = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    tables = {"modules_to_save": ["embed_tokens", "lm_head"]}
     apart = anywhere(TIED, "differs from the embedding, to which the head is tied here")
-    yield Option("LoRA", "both saved of more tokens", both, vocabulary=70, in_families=apart, also_in=TIED)
-    kept = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    yield Option("LoRA", "embedding saved of more tokens", kept, vocabulary=70, also_in=TIED)
+    yield Option("LoRA", "both saved of more tokens", tables, vocabulary=70, in_families=apart, also_in=TIED)
+    embedding = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    yield Option("LoRA", "embedding saved of more tokens", embedding, vocabulary=70, also_in=TIED)
     yield Option("LoRA", "biases and more tokens", {"bias": "all"}, vocabulary=70, also_in=BIASED)
     copied = {"layer_replication": [[0, 2], [1, 2]]}
     yield Option("LoRA", "more tokens and copies of layers", copied, vocabulary=70, also_in=TIED)
@@ -731,8 +731,8 @@ def options() -> Iterator[Option]:
     yield from of_loras()
     yield from of_one_tuner()
     yield Option("AdaLoRA", "allocated", {}, prepare=ALLOCATED)
-    yield Option("AdaLoRA", "layers without a rank", {}, prepare=kept("0000", "1010", "1111", "0000"))
-    yield Option("AdaLoRA", "a kernel without a rank", {}, prepare=kept("0000", "0000", "1101", "1110"))
+    yield Option("AdaLoRA", "layers without a rank", {}, prepare=allocation("0000", "1010", "1111", "0000"))
+    yield Option("AdaLoRA", "a kernel without a rank", {}, prepare=allocation("0000", "0000", "1101", "1110"))
     zero = {"lora_alpha": 0}
     yield Option("AdaLoRA", "ranks as scales", zero, unsaved="has one for all", prepare=ALLOCATED)
     yield from of_biases()

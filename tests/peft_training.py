@@ -85,12 +85,10 @@ def of_peft(pair: Pair, case: "Case", batches: Sequence[Batch], directory: Path)
 def of_file(pair: Pair, model: Any, directory: Path) -> dict[str, Any]:
     """The trained leaves of PEFT's model, which we read from its files."""
     params, adapters = read(pair, model, directory)
-    before, after = flatten(pair.ours.params), flatten(params)
+    start, end = flatten(pair.ours.params), flatten(params)
     # Beside adapters, biases alone: a method may have changed kernels, too.
     changed = {
-        path: leaf
-        for path, leaf in after.items()
-        if leaf is not before[path] and (not adapters or path.endswith("/bias"))
+        path: leaf for path, leaf in end.items() if leaf is not start[path] and (not adapters or path.endswith("/bias"))
     }
     return {**leaves_of(adapters), **changed}
 
@@ -245,5 +243,5 @@ def curves(pair: Pair, case: Case, directory: Path) -> tuple[Curve, Curve]:
     batches = [sequence[step] for step in range(STEPS)]
     model, params, adapters = case.start(pair, case, batches, directory / "start")
     losses = their_losses(model, case.recipe, batches)
-    after = case.leaves(pair, model, directory / "trained")
-    return our_curve(prepared(pair, case), params, adapters, batches), Curve(losses, after)
+    leaves = case.leaves(pair, model, directory / "trained")
+    return our_curve(prepared(pair, case), params, adapters, batches), Curve(losses, leaves)

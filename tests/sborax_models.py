@@ -40,10 +40,10 @@ def write_letters(directory):
     fields = {"vocab_size": len(words), "hidden_size": 64, "max_position_embeddings": 512, "initializer_range": 0.3}
     model = make("llama", directory, **fields)
     letters = words.convert_tokens_to_ids([*string.ascii_lowercase, "Ġ", ",", "."])
-    others = torch.ones(len(words), dtype=torch.bool)
-    others[letters] = False
+    mask = torch.ones(len(words), dtype=torch.bool)
+    mask[letters] = False
     with torch.no_grad():
-        model.lm_head.weight[others] = 0  # never the largest logit
+        model.lm_head.weight[mask] = 0  # never the largest logit
     model.save_pretrained(directory)
     words.save_pretrained(directory)
     return directory

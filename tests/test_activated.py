@@ -103,14 +103,14 @@ def logits_of(pair):
 # Where an adapter acts
 
 
-def reference(tokens, segments, wanted):
+def reference(tokens, segments, invocation):
     """`find` for one row, token by token."""
     mask, start = np.zeros(len(tokens), bool), 0
     for stop in range(1, len(tokens) + 1):
         if stop < len(tokens) and segments[stop] == segments[start]:
             continue
         text = tuple(tokens[start:stop])
-        places = [i for i in range(len(text)) if text[i : i + len(wanted)] == wanted]
+        places = [i for i in range(len(text)) if text[i : i + len(invocation)] == invocation]
         if segments[start] and places:
             mask[start + places[-1] : stop] = True
         start = stop
@@ -124,11 +124,11 @@ def test_places_are_those_of_a_search_text_by_text():
     # Padding on the right, on both sides, and between texts.
     segments[:16] = segments[:16, ::-1]
     segments[16:32, 9:11] = 0
-    wanted = [(1,), (0, 0), (1, 2), (2, 0, 1), (1,) * 18]
-    found = jax.jit(find, static_argnums=2)(jnp.asarray(tokens), jnp.asarray(segments), tuple(wanted))
-    for invocation in wanted:
+    invocations = [(1,), (0, 0), (1, 2), (2, 0, 1), (1,) * 18]
+    masks = jax.jit(find, static_argnums=2)(jnp.asarray(tokens), jnp.asarray(segments), tuple(invocations))
+    for invocation in invocations:
         mask = np.stack([reference(*row, invocation) for row in zip(tokens.tolist(), segments, strict=True)])
-        np.testing.assert_array_equal(found[invocation], mask)
+        np.testing.assert_array_equal(masks[invocation], mask)
         assert mask.any() == (len(invocation) < 18)
 
 
@@ -144,12 +144,12 @@ def test_keys_and_values_before_the_invocation_are_the_bases_own(pair, ours):
     """Bit for bit: one cache serves the base and all such adapters."""
     module, params = pair.ours.module.clone(keep=True), pair.ours.params
     tokens, segments = padded(TEXTS)
-    found = find(tokens, segments, [TOKENS])
+    masks = find(tokens, segments, [TOKENS])
 
     @jax.jit
     def cache(adapters):
         variables = {"params": params, "adapters": adapters}
-        ctx = sx.Context(invocations=found)
+        ctx = sx.Context(invocations=masks)
         return module.apply(variables, tokens, segments, None, ctx, method="hidden")[1]
 
     for base, adapted in zip(cache({}), cache(ours), strict=True):
@@ -229,11 +229,11 @@ def test_adapters_of_two_invocations_are_added(pair, logits_of):
         for seed, tokens in enumerate([TOKENS, (8,)])
     )
     tokens, segments = padded([*TEXTS, [1, 8, 2]])
-    both = logits_of(sx.add(first, second), tokens, segments)
-    np.testing.assert_allclose(both[2], logits_of(first, tokens, segments)[2], **CLOSE)
-    np.testing.assert_allclose(both[3], logits_of(second, tokens, segments)[3], **CLOSE)
+    total = logits_of(sx.add(first, second), tokens, segments)
+    np.testing.assert_allclose(total[2], logits_of(first, tokens, segments)[2], **CLOSE)
+    np.testing.assert_allclose(total[3], logits_of(second, tokens, segments)[3], **CLOSE)
     half = logits_of(sx.scale(second, 0.5), tokens, segments)
-    assert np.abs(half[3, 1:3] - both[3, 1:3]).max() > 1e-3
+    assert np.abs(half[3, 1:3] - total[3, 1:3]).max() > 1e-3
     np.testing.assert_array_equal(half[0], logits_of(None, tokens, segments)[0])
 
 
@@ -254,12 +254,12 @@ def prompts(pair, everywhere):
     """Prompts with a token, of which one makes the adapter write it again, and one whose base writes it."""
     write = [*([token, 7] for token in range(2, VOCAB))]
     texts = sx.generate(pair.ours, pair.ours.params, everywhere, write, NEW, eos=[])
-    token, again = next((row[0], row) for row, text in zip(write, texts, strict=True) if row[0] in text[:-1])
+    token, prompt = next((row[0], row) for row, text in zip(write, texts, strict=True) if row[0] in text[:-1])
     starts = [[start, 7] for start in range(2, VOCAB) if start != token]
     texts = sx.generate(pair.ours, pair.ours.params, None, starts, NEW, eos=[])
     without = next((row for row, text in zip(starts, texts, strict=True) if token in text[:-1]), None)
     assert without is not None
-    return token, [again, without, [3, 8, 11, token, 4, 2], [11, token, 3, token, 9]]
+    return token, [prompt, without, [3, 8, 11, token, 4, 2], [11, token, 3, token, 9]]
 
 
 def with_tokens(adapters, tokens):
@@ -273,24 +273,24 @@ def with_tokens(adapters, tokens):
 
 def test_greedy_text_is_that_of_peft(pair, theirs, ours, prompts):
     """Also where the adapter, or the base in a text without them, writes the tokens again."""
-    token, asked = prompts
+    token, rows = prompts
     settings = theirs.peft_config["default"]
     adapters = with_tokens(ours, (token,))
-    texts = sx.generate(pair.ours, pair.ours.params, adapters, asked, NEW, eos=[])
-    settings.alora_invocation_tokens, before = [token], settings.alora_invocation_tokens
-    expected = [greedy(theirs, prompt) for prompt in asked]
-    settings.alora_invocation_tokens = before
+    texts = sx.generate(pair.ours, pair.ours.params, adapters, rows, NEW, eos=[])
+    settings.alora_invocation_tokens, initial = [token], settings.alora_invocation_tokens
+    expected = [greedy(theirs, prompt) for prompt in rows]
+    settings.alora_invocation_tokens = initial
     assert texts == expected
-    base = sx.generate(pair.ours, pair.ours.params, None, asked, NEW, eos=[])
+    base = sx.generate(pair.ours, pair.ours.params, None, rows, NEW, eos=[])
     assert token in texts[0] and token in texts[1] and texts[1] == base[1]
     assert all(texts[row] != base[row] for row in (0, 2, 3))
-    assert texts == sx.generate(pair.ours, pair.ours.params, adapters, asked, NEW, eos=[], padding="right")
+    assert texts == sx.generate(pair.ours, pair.ours.params, adapters, rows, NEW, eos=[], padding="right")
 
 
 @pytest.mark.nightly
 def test_beams_share_the_invocation_of_their_prompt(pair, ours, everywhere, prompts):
-    token, asked = prompts
-    search = lambda adapters: beam_search(pair.ours, pair.ours.params, adapters, asked[:2], NEW, 3, eos=[])  # noqa: E731
+    token, rows = prompts
+    search = lambda adapters: beam_search(pair.ours, pair.ours.params, adapters, rows[:2], NEW, 3, eos=[])  # noqa: E731
     texts = search(with_tokens(ours, (token,)))
     assert texts[0] == search(everywhere)[0] and texts[1] == search(None)[1]
     assert texts[0] != search(None)[0] and texts[1] != search(everywhere)[1]
@@ -330,9 +330,9 @@ def test_scores_are_those_of_logits(pair, headed):
     logits = jax.jit(lambda: model.apply(model.params, headed, rows, ctx=ctx))()
     places = np.repeat(np.asarray(lengths), 2)[:, None] - 1 + np.arange(4)[None]
     chances = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits, axis=-1)), places[:, :, None], axis=1)
-    wanted = np.take_along_axis(chances, np.asarray(of_rows[1])[:, :, None], axis=2).sum(axis=(1, 2))
-    np.testing.assert_allclose(scores, wanted, **CLOSE)
-    np.testing.assert_allclose(together.reshape(6), wanted, **CLOSE)
+    expected = np.take_along_axis(chances, np.asarray(of_rows[1])[:, :, None], axis=2).sum(axis=(1, 2))
+    np.testing.assert_allclose(scores, expected, **CLOSE)
+    np.testing.assert_allclose(together.reshape(6), expected, **CLOSE)
 
 
 # Training
@@ -353,9 +353,9 @@ def test_the_loss_of_an_adapted_head_is_that_of_logits(pair, headed):
         return Outputs(hidden, batch, pair.ours, pair.ours.params, adapters)
 
     train_half, frozen = sx.split(headed)
-    wanted, slopes = jax.jit(jax.value_and_grad(of_logits))(train_half, frozen)
+    expected, slopes = jax.jit(jax.value_and_grad(of_logits))(train_half, frozen)
     got, grads = jax.jit(jax.value_and_grad(lambda *halves: outputs(*halves).cross_entropy()))(train_half, frozen)
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, slopes)
 
 
@@ -363,7 +363,7 @@ def test_the_loss_of_an_adapted_head_is_that_of_logits(pair, headed):
 def test_other_losses_of_an_adapted_head_are_those_of_logits(pair, logits_of, headed):
     tokens, segments = padded(TEXTS)
     batch = {"tokens": tokens, "segments": segments, "targets": jnp.roll(tokens, -1, axis=1), "counts": segments > 0}
-    wanted = -optax.softmax_cross_entropy_with_integer_labels(logits_of(headed, tokens, segments), batch["targets"])
+    expected = -optax.softmax_cross_entropy_with_integer_labels(logits_of(headed, tokens, segments), batch["targets"])
 
     @jax.jit
     def losses():
@@ -373,9 +373,9 @@ def test_other_losses_of_an_adapted_head_are_those_of_logits(pair, logits_of, he
 
     total, terms, chances = losses()
     real = np.asarray(segments, bool)
-    np.testing.assert_allclose(total, -np.sum(wanted, where=real), rtol=1e-5)
-    np.testing.assert_allclose(terms[real], -wanted[real], **CLOSE)
-    np.testing.assert_allclose(chances[real], wanted[real], **CLOSE)
+    np.testing.assert_allclose(total, -np.sum(expected, where=real), rtol=1e-5)
+    np.testing.assert_allclose(terms[real], -expected[real], **CLOSE)
+    np.testing.assert_allclose(chances[real], expected[real], **CLOSE)
 
 
 def test_losses_of_training_are_those_of_peft(pair, theirs, ours):
@@ -383,7 +383,7 @@ def test_losses_of_training_are_those_of_peft(pair, theirs, ours):
     tokens, segments = padded(TEXTS)
     model, real = copy.deepcopy(theirs).train(), np.asarray(segments, bool)
     labels = np.where(real, np.asarray(tokens), -100)
-    ids, mask, wanted = (torch.tensor(np.asarray(array, np.int64)) for array in (tokens, segments, labels))
+    ids, mask, targets = (torch.tensor(np.asarray(array, np.int64)) for array in (tokens, segments, labels))
     optimizer = torch.optim.Adam([leaf for leaf in model.parameters() if leaf.requires_grad], lr=1e-2)
     train_half, frozen = sx.split(ours)
     tx = optax.adam(1e-2)
@@ -402,7 +402,7 @@ def test_losses_of_training_are_those_of_peft(pair, theirs, ours):
 
     state, losses = tx.init(train_half), []
     for _ in range(20):
-        theirs_loss = model(input_ids=ids, attention_mask=mask, labels=wanted).loss
+        theirs_loss = model(input_ids=ids, attention_mask=mask, labels=targets).loss
         optimizer.zero_grad()
         theirs_loss.backward()
         optimizer.step()
@@ -552,9 +552,9 @@ def test_ranks_by_layer_go_to_peft_and_back(pair, logits_of, tmp_path):
     tokens, segments = padded(TEXTS)
     expected = logits_of(adapters, tokens, segments)
     assert np.abs(expected - logits_of(None, tokens, segments)).max() > 1e-2
-    again = load_peft(tmp_path, pair.ours)[1]
-    assert sx.count(again) == sx.count(adapters)
-    np.testing.assert_allclose(logits_of(again, tokens, segments), expected, **CLOSE)
+    second = load_peft(tmp_path, pair.ours)[1]
+    assert sx.count(second) == sx.count(adapters)
+    np.testing.assert_allclose(logits_of(second, tokens, segments), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(

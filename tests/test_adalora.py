@@ -37,8 +37,8 @@ def run_of(method, weights=2):
 def stacked(theirs, read):
     """Our leaves of both layers from PEFT's parameters: `read` is given each."""
     layers = [layer["proj"] for layer in theirs.base_model.model["layers"]]
-    held = {leaf: [read(getattr(layer, name)["default"]) for layer in layers] for leaf, name in LEAVES.items()}
-    return {leaf: jnp.asarray(np.stack([np.squeeze(t.T) for t in tensors])) for leaf, tensors in held.items()}
+    leaves = {leaf: [read(getattr(layer, name)["default"]) for layer in layers] for leaf, name in LEAVES.items()}
+    return {leaf: jnp.asarray(np.stack([np.squeeze(t.T) for t in tensors])) for leaf, tensors in leaves.items()}
 
 
 def test_same_singular_values_zeroed_as_in_peft(theirs):
@@ -52,26 +52,26 @@ def test_same_singular_values_zeroed_as_in_peft(theirs):
         return {"layers": {"proj": {"kernel": Adapter(leaves, {}, node.method)}}}
 
     opt = (watch.init(sx.split(adapters)[0]), optax.EmptyState())
-    generator, left = torch.Generator().manual_seed(1), []
+    generator, counts = torch.Generator().manual_seed(1), []
     for step in range(1, STEPS + 1):
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-        before = stacked(theirs, lambda p: p.detach().numpy().copy())
+        initial = stacked(theirs, lambda p: p.detach().numpy().copy())
         grads = filled(stacked(theirs, lambda p: p.grad.numpy().copy()))
         theirs.base_model.update_and_allocate(step)
-        after = stacked(theirs, lambda p: p.detach().numpy().copy())
+        expected = stacked(theirs, lambda p: p.detach().numpy().copy())
 
-        _, seen = watch.update(grads, opt[0], filled(before))
+        _, state = watch.update(grads, opt[0], filled(initial))
         assert procedure.due(step, run)
-        moved = procedure.apply(jax.random.key(0), step, run, Boundary(filled(before), {}, (seen, opt[1])))
-        opt = moved.opt
-        ours = nodes(moved.adapters)[PATH].train
+        boundary = procedure.apply(jax.random.key(0), step, run, Boundary(filled(initial), {}, (state, opt[1])))
+        opt = boundary.opt
+        ours = nodes(boundary.adapters)[PATH].train
         for leaf in LEAVES:
-            np.testing.assert_array_equal(ours[leaf], after[leaf], err_msg=f"{leaf} after step {step}")
-        left.append(int(np.count_nonzero(ours["e"])))
-    assert left[:2] == [12, 12] and left[-4:] == [4, 4, 4, 4] and 4 < left[3] < 12, left
+            np.testing.assert_array_equal(ours[leaf], expected[leaf], err_msg=f"{leaf} after step {step}")
+        counts.append(int(np.count_nonzero(ours["e"])))
+    assert counts[:2] == [12, 12] and counts[-4:] == [4, 4, 4, 4] and 4 < counts[3] < 12, counts
 
 
 def test_budget_as_in_peft(theirs):
@@ -94,9 +94,9 @@ def test_regulariser_as_in_peft(theirs):
     tree = {"layers": {"proj": {"kernel": Adapter(stacked(theirs, lambda p: p.detach().numpy()), {}, node.method)}}}
     np.testing.assert_allclose(orthogonality(tree), total.item(), rtol=1e-5)
     updates = AdaLoRABudget(orthogonality=0.5).regularise(jax.tree.map(jnp.zeros_like, tree), tree)
-    wanted = stacked(theirs, lambda p: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy())
+    expected = stacked(theirs, lambda p: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy())
     for leaf in LEAVES:
-        np.testing.assert_allclose(nodes(updates)[PATH].train[leaf], 0.5 * wanted[leaf], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(nodes(updates)[PATH].train[leaf], 0.5 * expected[leaf], rtol=1e-4, atol=1e-6)
 
 
 def test_padding_neither_counts_nor_competes():
@@ -105,15 +105,15 @@ def test_padding_neither_counts_nor_competes():
     (node,) = nodes(adapters).values()
     live = np.arange(RANK)[None] < np.array([3, RANK])[:, None]
     shapes = {"a": live[:, None, :], "b": live[:, :, None], "e": live}
-    moved = {name: jax.random.normal(jax.random.key(1), node.train[name].shape) * mask for name, mask in shapes.items()}
-    tree = {"layers": {"proj": {"kernel": Adapter(moved, {}, node.method)}}}
+    train = {name: jax.random.normal(jax.random.key(1), node.train[name].shape) * mask for name, mask in shapes.items()}
+    tree = {"layers": {"proj": {"kernel": Adapter(train, {}, node.method)}}}
     procedure = AdaLoRABudget(target=2, orthogonality=0.0)
     watch = procedure.watch(run)
     _, state = watch.update(tree, watch.init(tree), tree)
-    after = procedure.apply(jax.random.key(0), STEPS - 1, run, Boundary(tree, {}, state))
-    assert np.count_nonzero(nodes(after.adapters)[PATH].train["e"]) == procedure.budget(STEPS - 1, STEPS, 9, 2) == 4
+    boundary = procedure.apply(jax.random.key(0), STEPS - 1, run, Boundary(tree, {}, state))
+    assert np.count_nonzero(nodes(boundary.adapters)[PATH].train["e"]) == procedure.budget(STEPS - 1, STEPS, 9, 2) == 4
     square = jnp.eye(10, RANK)[None] * shapes["a"]
-    orthonormal = Adapter({**moved, "a": square, "b": square[:, :8].mT}, {}, node.method)
+    orthonormal = Adapter({**train, "a": square, "b": square[:, :8].mT}, {}, node.method)
     assert float(orthogonality({"kernel": orthonormal})) < 1e-6
 
 

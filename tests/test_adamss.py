@@ -43,7 +43,7 @@ def test_the_start_spans_what_is_largest_in_each_subspace():
     rows = np.asarray(weight.T @ node.frozen["p"])
     rows = rows / np.linalg.norm(rows, axis=0)
     for k in range(3):
-        own, a = rows[np.asarray(node.frozen["idx"]) == k], np.asarray(node.train["a"][:, k])
+        subspace, a = rows[np.asarray(node.frozen["idx"]) == k], np.asarray(node.train["a"][:, k])
         np.testing.assert_allclose(a.T @ a, np.eye(2), atol=1e-5)
-        wanted = np.sqrt(np.square(np.linalg.svd(own, compute_uv=False)[:2]).sum())
-        np.testing.assert_allclose(np.linalg.norm(own @ a), wanted, rtol=1e-4)
+        expected = np.sqrt(np.square(np.linalg.svd(subspace, compute_uv=False)[:2]).sum())
+        np.testing.assert_allclose(np.linalg.norm(subspace @ a), expected, rtol=1e-4)

@@ -40,13 +40,13 @@ def base(dtype, seed=0):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", RULES)
 def test_round_trip_is_exact(tmp_path, name, dtype):
-    before = base(dtype)
-    params, adapters = sx.attach(jax.random.key(1), before, RULES[name])
+    weights = base(dtype)
+    params, adapters = sx.attach(jax.random.key(1), weights, RULES[name])
     # What training would leave in the trained leaves.
     adapters = sx.combine(jax.tree.map(lambda leaf: leaf + 1, sx.split(adapters)[0]), sx.split(adapters)[1])
-    save_adapter(tmp_path, adapters, rules=RULES[name], base=fingerprint(before), about={"model": "m"})
-    restored, same = load_adapter(tmp_path, base(dtype))
-    chex.assert_trees_all_equal(same, adapters)
+    save_adapter(tmp_path, adapters, rules=RULES[name], base=fingerprint(weights), about={"model": "m"})
+    restored, copy = load_adapter(tmp_path, base(dtype))
+    chex.assert_trees_all_equal(copy, adapters)
     chex.assert_trees_all_equal(restored, params)
     saved = read_adapter(tmp_path)
     assert saved.rules == tuple(rule if isinstance(rule, sx.Rule) else sx.Rule(*rule) for rule in RULES[name])
@@ -63,15 +63,15 @@ def test_trained_base_leaves_come_back(tmp_path):
 
 
 def test_another_base_is_refused_and_another_precision_is_not(tmp_path):
-    before = base(jnp.bfloat16)
-    _, adapters = sx.attach(jax.random.key(1), before, RULES["lora"])
-    save_adapter(tmp_path, adapters, base=fingerprint(before))
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)
+    weights = base(jnp.bfloat16)
+    _, adapters = sx.attach(jax.random.key(1), weights, RULES["lora"])
+    save_adapter(tmp_path, adapters, base=fingerprint(weights))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
     chex.assert_trees_all_equal(load_adapter(tmp_path, wide), (wide, adapters))
     with pytest.raises(sx.SboraxError, match="trained on another base model .* differs"):
         load_adapter(tmp_path, base(jnp.bfloat16, seed=1))
     with pytest.raises(sx.SboraxError, match="norm/scale, which this model lacks"):
-        load_adapter(tmp_path, {"layers": before["layers"]})
+        load_adapter(tmp_path, {"layers": weights["layers"]})
 
 
 def test_damaged_directories(tmp_path):
@@ -79,36 +79,36 @@ def test_damaged_directories(tmp_path):
         read_adapter(tmp_path)
     _, adapters = sx.attach(jax.random.key(1), base(jnp.float32), RULES["lora"])
     save_adapter(tmp_path, adapters)
-    whole = (tmp_path / LEAVES).read_bytes()
-    (tmp_path / LEAVES).write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / LEAVES).read_bytes()
+    (tmp_path / LEAVES).write_bytes(content[: len(content) // 2])
     with pytest.raises(sx.SboraxError, match="not a readable adapter"):
         read_adapter(tmp_path)
-    (tmp_path / LEAVES).write_bytes(whole)
+    (tmp_path / LEAVES).write_bytes(content)
     (tmp_path / PLAN).write_text((tmp_path / PLAN).read_text().replace('"sites": [', '"sites": [], "old": ['))
     with pytest.raises(sx.SboraxError, match="do not belong together"):
         read_adapter(tmp_path)
 
 
 def test_a_quantised_base_is_what_the_adapters_stand_on(tmp_path):
-    before = base(jnp.float32)
+    weights = base(jnp.float32)
     rules = [("mlp", sx.PiSSA(rank=8)), ("attn", sx.DoRA(rank=4))]
-    plan = sx.plan(before, rules)
-    params, adapters = adapt(jax.random.key(1), before, plan, "nf4")
+    plan = sx.plan(weights, rules)
+    params, adapters = adapt(jax.random.key(1), weights, plan, "nf4")
     assert isinstance(params["layers"]["mlp"]["kernel"], NF4Array) and isinstance(params["norm"]["scale"], jax.Array)
     # PiSSA took its part from the dense weight: what is left is the quantised residual of the dense one.
-    residual, dense = sx.attach(jax.random.key(1), before, rules)
+    residual, dense = sx.attach(jax.random.key(1), weights, rules)
     chex.assert_trees_all_equal(params["layers"]["mlp"], quantise_base(residual, "nf4")["layers"]["mlp"])
     chex.assert_trees_all_equal(split(adapters)[0]["layers"]["mlp"], split(dense)[0]["layers"]["mlp"])
-    taken, wanted = (tree["layers"]["mlp"]["kernel"].frozen for tree in (adapters, dense))
-    chex.assert_trees_all_equal(*({name: tree[name] for name in ("a0", "b0", "scale")} for tree in (taken, wanted)))
+    factors, expected = (tree["layers"]["mlp"]["kernel"].frozen for tree in (adapters, dense))
+    chex.assert_trees_all_equal(*({name: tree[name] for name in ("a0", "b0", "scale")} for tree in (factors, expected)))
     # DoRA's norms are those of the quantised weight.
-    _, other = sx.attach(jax.random.key(1), quantise_base(before, "nf4"), rules[1:])
-    chex.assert_trees_all_equal(adapters["layers"]["attn"], other["layers"]["attn"])
-    save_adapter(tmp_path, adapters, base=fingerprint(before))
-    restored, same = load_adapter(tmp_path, base(jnp.float32))
+    _, dora = sx.attach(jax.random.key(1), quantise_base(weights, "nf4"), rules[1:])
+    chex.assert_trees_all_equal(adapters["layers"]["attn"], dora["layers"]["attn"])
+    save_adapter(tmp_path, adapters, base=fingerprint(weights))
+    restored, copy = load_adapter(tmp_path, base(jnp.float32))
     restored = quantise_base(restored, "nf4")
     chex.assert_trees_all_equal(restored, params)
-    chex.assert_trees_all_equal(sx.rebase(restored, same), adapters)
+    chex.assert_trees_all_equal(sx.rebase(restored, copy), adapters)
 
 
 def test_a_kernel_that_cannot_be_quantised_is_named():
@@ -118,23 +118,23 @@ def test_a_kernel_that_cannot_be_quantised_is_named():
 
 
 def test_the_fingerprint_sees_a_changed_weight():
-    before, after = base(jnp.float32), base(jnp.float32)
-    after["norm"]["scale"] = after["norm"]["scale"].at[3].set(9.0)
-    changed = {path for path, print_ in fingerprint(before).items() if fingerprint(after)[path] != print_}
+    start, end = base(jnp.float32), base(jnp.float32)
+    end["norm"]["scale"] = end["norm"]["scale"].at[3].set(9.0)
+    changed = {path for path, print_ in fingerprint(start).items() if fingerprint(end)[path] != print_}
     assert changed == {"norm/scale"}
-    np.testing.assert_equal(fingerprint(before), fingerprint(base(jnp.float32)))
+    np.testing.assert_equal(fingerprint(start), fingerprint(base(jnp.float32)))
 
 
-def written(tmp_path):
+def leaves_and_plan(tmp_path):
     """The leaves by name and the plan of a saved adapter, and how to write them back."""
-    before = base(jnp.float32)
-    _, adapters = sx.attach(jax.random.key(1), before, [("mlp", sx.PiSSA(rank=3)), ("attn", sx.SBoRA(rank=4))])
-    save_adapter(tmp_path, adapters, base=fingerprint(before), trained_base={"norm/scale": before["norm"]["scale"]})
+    weights = base(jnp.float32)
+    _, adapters = sx.attach(jax.random.key(1), weights, [("mlp", sx.PiSSA(rank=3)), ("attn", sx.SBoRA(rank=4))])
+    save_adapter(tmp_path, adapters, base=fingerprint(weights), trained_base={"norm/scale": weights["norm"]["scale"]})
     return load_file(tmp_path / LEAVES), json.loads((tmp_path / PLAN).read_text())
 
 
 def test_any_flipped_bit_is_found_and_its_leaf_named(tmp_path):
-    leaves, _ = written(tmp_path)
+    leaves, _ = leaves_and_plan(tmp_path)
     for name, leaf in leaves.items():
         damaged = np.array(leaf)
         damaged.reshape(-1).view(np.uint8)[-1] ^= 1
@@ -149,20 +149,20 @@ def test_any_flipped_bit_is_found_and_its_leaf_named(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("digests", [True, False])
 def test_leaves_that_are_not_finite_are_named(tmp_path, value, digests):
-    before = base(jnp.float32)
-    _, adapters = sx.attach(jax.random.key(1), before, RULES["lora"])
+    weights = base(jnp.float32)
+    _, adapters = sx.attach(jax.random.key(1), weights, RULES["lora"])
     node = adapters["layers"]["attn"]["kernel"]
     node.train["b"] = node.train["b"].at[0, 1, 2].set(value)
-    save_adapter(tmp_path, adapters, base=fingerprint(before))
+    save_adapter(tmp_path, adapters, base=fingerprint(weights))
     if not digests:
         plan = json.loads((tmp_path / PLAN).read_text())
-        (tmp_path / PLAN).write_text(json.dumps({name: one for name, one in plan.items() if name != "digests"}))
+        (tmp_path / PLAN).write_text(json.dumps({name: entry for name, entry in plan.items() if name != "digests"}))
     with pytest.raises(sx.SboraxError, match="layers/attn/kernel/train/b is not finite"):
         read_adapter(tmp_path)
 
 
 def test_files_without_digests_are_read_and_digests_of_other_leaves_are_not(tmp_path):
-    leaves, plan = written(tmp_path)
+    leaves, plan = leaves_and_plan(tmp_path)
     digests = plan.pop("digests")
     assert digests.keys() == leaves.keys()
     (tmp_path / PLAN).write_text(json.dumps(plan))

@@ -35,13 +35,13 @@ def led(adapters, seed, ratio=0.1):
     """Adapters with random factors, each column of a shorter than the one before: one direction leads clearly."""
     rng = np.random.default_rng(seed)
 
-    def drawn(node):
+    def draw(node):
         train = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), node.train)
         if "a" in train:
             train["a"] = 3 * train["a"] * np.float32(ratio) ** np.arange(train["a"].shape[-1], dtype=np.float32)
         return sx.Adapter(jax.tree.map(jnp.asarray, train), node.frozen, node.method, node.in_axes)
 
-    return nest({path: drawn(node) for path, node in nodes(adapters).items()})
+    return nest({path: draw(node) for path, node in nodes(adapters).items()})
 
 
 def trees_of(params, rules, ratio=0.1):
@@ -53,10 +53,10 @@ def padded(adapters, rank):
 
     def wider(node):
         a, b = node.train["a"], node.train["b"]
-        more = rank - a.shape[-1]
+        padding = rank - a.shape[-1]
         train = {
-            "a": jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]),
-            "b": jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, more), (0, 0)]),
+            "a": jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padding)]),
+            "b": jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, padding), (0, 0)]),
         }
         return sx.Adapter(train, node.frozen, sx.LoRA(rank=rank), node.in_axes)
 
@@ -81,22 +81,22 @@ def test_logits_are_those_of_peft(pair, general, tmp_path):
     ranks = (4, 4, 4) if general else (2, 4, 3)
     rules = [[(targets, sx.LoRA(rank=rank, alpha=alpha))] for rank, alpha in zip(ranks, (4.0, 6.0, 1.5), strict=True)]
     trees = trees_of(model.params, rules)
-    others = trees_of(model.params, [[(targets, sx.LoRA(rank=4, alpha=8.0))]] * 5)[3 : 3 + general]
+    general_trees = trees_of(model.params, [[(targets, sx.LoRA(rank=4, alpha=8.0))]] * 5)[3 : 3 + general]
     places = [tmp_path / str(i) for i in range(3 + general)]
-    for place, tree in zip(places, [*trees, *others], strict=True):
+    for place, tree in zip(places, [*trees, *general_trees], strict=True):
         sx.save_peft(place, model, model.params, padded(tree, 4))
     names = [str(place) for place in places]
     expected = torch_logits(in_peft(pair, names[:3], 2, 0.5, names[3:]))
-    got = logits(model, model.params, sx.arrow(model.params, trees, 2, 0.5, others))
+    got = logits(model, model.params, sx.arrow(model.params, trees, 2, 0.5, general_trees))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
     if general:
         read = [sx.load_peft(place, model)[1] for place in places]
-        again = sx.arrow(model.params, read[:3], top_k=2, temperature=0.5, general=read[3:])
-        np.testing.assert_allclose(logits(model, model.params, again), expected, rtol=0, atol=1e-4)
+        mixture = sx.arrow(model.params, read[:3], top_k=2, temperature=0.5, general=read[3:])
+        np.testing.assert_allclose(logits(model, model.params, mixture), expected, rtol=0, atol=1e-4)
     # It is neither the base nor a fixed mix.
-    alike = sx.arrow(model.params, trees, 3, 1e6, others)
-    for other in (None, alike):
-        assert np.abs(logits(model, model.params, other) - expected).max() > 0.05
+    alike = sx.arrow(model.params, trees, 3, 1e6, general_trees)
+    for adapters in (None, alike):
+        assert np.abs(logits(model, model.params, adapters) - expected).max() > 0.05
 
 
 def test_a_router_that_peft_has_saved_is_refused_and_its_adapters_are_read(pair, tmp_path):
@@ -168,16 +168,16 @@ def test_it_is_an_adapter_like_any_other(tmp_path):
     weight, (node,) = params["layers"]["proj"]["kernel"], nodes(adapters).values()
     x, y = inputs(), forward(inputs(), weight, node)
     save_adapter(tmp_path, adapters, base=fingerprint(params))
-    again = load_adapter(tmp_path, params)[1]
-    chex.assert_trees_all_equal_structs(again, adapters)
-    chex.assert_trees_all_equal(again, adapters)
+    twin = load_adapter(tmp_path, params)[1]
+    chex.assert_trees_all_equal_structs(twin, adapters)
+    chex.assert_trees_all_equal(twin, adapters)
     with pytest.raises(sx.SboraxError, match="layers/proj/kernel: Arrow cannot be merged: it mixes its parts anew"):
         sx.merge(params, adapters)
-    other = sx.arrow(params, trees, top_k=2, temperature=5.0)
-    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), adapters, other)
-    beside = jax.jit(jax.vmap(lambda node: forward(x, weight, node)))(*nodes(both).values())
+    second = sx.arrow(params, trees, top_k=2, temperature=5.0)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), adapters, second)
+    beside = jax.jit(jax.vmap(lambda node: forward(x, weight, node)))(*nodes(stack).values())
     assert_close(beside[0], y, 1e-5)
-    assert_close(beside[1], forward(x, weight, *nodes(other).values()), 1e-5)
+    assert_close(beside[1], forward(x, weight, *nodes(second).values()), 1e-5)
     assert np.abs(host(beside[0] - beside[1])).max() > 0.05
     plain = np.einsum("ti,lio->lto", host(x), host(weight))
     (double,) = nodes(sx.add(adapters, sx.scale(adapters, -0.5))).values()
@@ -186,8 +186,8 @@ def test_it_is_an_adapter_like_any_other(tmp_path):
 
     def unstacked(tree):
         (node,) = nodes(tree).values()
-        own = {str(i): {"proj": {"kernel": jax.tree.map(lambda leaf, i=i: leaf[i], node)}} for i in range(LAYERS)}
-        return {"layers": own}
+        layers = {str(i): {"proj": {"kernel": jax.tree.map(lambda leaf, i=i: leaf[i], node)}} for i in range(LAYERS)}
+        return {"layers": layers}
 
     singles = nodes(sx.arrow(flat, [unstacked(tree) for tree in trees], top_k=2, temperature=0.7))
     for i in range(LAYERS):

@@ -30,7 +30,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "dtype", "head_dim", "found"),
+    ("name", "device", "dtype", "head_dim", "backend"),
     [
         ("auto", "cpu", "float32", 64, "xla"),
         ("auto", "cuda", "bfloat16", 128, "cudnn"),
@@ -43,8 +43,8 @@ def interpreted(monkeypatch):
         ("cudnn", "cuda", "float16", 64, "cudnn"),
     ],
 )
-def test_auto_suits_the_device(name, device, dtype, head_dim, found):
-    assert choose(name, device, dtype, head_dim) == found
+def test_auto_suits_the_device(name, device, dtype, head_dim, backend):
+    assert choose(name, device, dtype, head_dim) == backend
 
 
 @pytest.mark.parametrize(
@@ -96,28 +96,28 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch, padded):
     """Outputs and gradients, with a last block that is not full; padding may fill whole blocks."""
     inputs = arrays(2, 150)
     segments = jnp.asarray(SEGMENTS[[0, 2]]) if padded else None
-    whole = with_gradients(attention, *inputs, segments)
+    expected = with_gradients(attention, *inputs, segments)
     monkeypatch.setattr("sborax.models.attention.BLOCK", 16)
     # 19 queries each.
-    for got, want in zip(with_gradients(attention, *inputs, segments), whole, strict=True):
+    for got, want in zip(with_gradients(attention, *inputs, segments), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6)
 
 
 def test_blocks_behind_a_cache(monkeypatch):
     """The last 40 of 150 tokens as queries: the same rows as of all of them."""
     query, key, value, _ = arrays(2, 150)
-    whole = attention(query, key, value)[:, 110:]
+    expected = attention(query, key, value)[:, 110:]
     monkeypatch.setattr("sborax.models.attention.BLOCK", 16)
-    np.testing.assert_allclose(attention(query[:, 110:], key, value), whole, atol=2e-6)
+    np.testing.assert_allclose(attention(query[:, 110:], key, value), expected, atol=2e-6)
 
 
 def test_long_rows_cost_little_more_than_the_half_that_is_seen():
     """FLOPs of both products for 2,048 tokens: 9/16 of the square, by eight blocks."""
     query, key, value, _ = arrays(1, 2048)
-    found = jax.jit(attention).lower(query, key, value).compile().cost_analysis()
+    cost = jax.jit(attention).lower(query, key, value).compile().cost_analysis()
     square = 4 * 2048**2 * 4 * 16
     # What softmax and mask cost is counted too.
-    assert 9 / 16 < found["flops"] / square < 0.7
+    assert 9 / 16 < cost["flops"] / square < 0.7
 
 
 def test_splash_on_a_mesh_equals_splash_alone(interpreted):
@@ -136,8 +136,8 @@ def test_a_cache_is_left_to_xla():
 
 def with_cudnn(monkeypatch, by_runs):
     """A cuDNN of some version on a GPU that is not here, which takes rows as runs or not."""
-    found = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", found)
+    versions = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", versions)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "takes_runs", lambda heads, kv_heads: by_runs)
 
@@ -156,13 +156,13 @@ def with_cudnn(monkeypatch, by_runs):
 )
 def test_runs_of_a_row(segments, starts, lengths, fit):
     """A segment that goes on behind another one is no run, and a fourth run is one too many."""
-    found = cudnn.runs(jnp.array([segments], jnp.int32), 3)
-    for got, want in zip(found, ([starts], [lengths], fit), strict=True):
+    runs = cudnn.runs(jnp.array([segments], jnp.int32), 3)
+    for got, want in zip(runs, ([starts], [lengths], fit), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("most", [3, 2], ids=["by runs", "too many runs"])
-def test_runs_and_masks_give_the_same(monkeypatch, most):
+@pytest.mark.parametrize("limit", [3, 2], ids=["by runs", "too many runs"])
+def test_runs_and_masks_give_the_same(monkeypatch, limit):
     """Outputs and gradients of real tokens. In place of cuDNN: XLA, and NaN where cuDNN writes nothing."""
 
     def by_runs(query, key, value, offsets, lengths):
@@ -174,7 +174,7 @@ def test_runs_and_masks_give_the_same(monkeypatch, most):
         return jnp.where((ids > 0)[:, :, None, None], out, jnp.nan)
 
     took = []
-    monkeypatch.setattr(cudnn, "RUNS", most)
+    monkeypatch.setattr(cudnn, "RUNS", limit)
     monkeypatch.setattr(cudnn, "by_runs", by_runs)
     monkeypatch.setattr(
         cudnn, "by_mask", lambda query, key, value, segments: attention(query, key, value, segments, segments)
@@ -226,9 +226,9 @@ def test_cudnn_gets_a_mask_of_the_segments(monkeypatch, sizes):
         traced = jax.jit(gradients).trace(query, key, value, slope, segments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     rows, heads, kv = (4 // 4, 4 // 2, 2 // 2) if sizes else (4, 4, 2)
-    own, shared = f"tensor<{rows}x34x{heads}x16xbf16>", f"tensor<{rows}x34x{kv}x16xbf16>"
+    queries, shared = f"tensor<{rows}x34x{heads}x16xbf16>", f"tensor<{rows}x34x{kv}x16xbf16>"
     forward = next(line for line in text.splitlines() if "@__cudnn$fmhaScaleBiasSoftmax(" in line)
-    assert f"({own}, {shared}, {shared}, tensor<{rows}x1x34x34xbf16>)" in forward
+    assert f"({queries}, {shared}, {shared}, tensor<{rows}x1x34x34xbf16>)" in forward
     assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
 
 
@@ -244,8 +244,8 @@ def test_what_remat_keeps_of_splash_is_not_computed_again(remat, times):
 
     traced = jax.jit(gradient).trace(abstract(config), tokens, tokens)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    found = [text.count(f'kernel_name = "splash_mha_{kernel}_segmented') for kernel in ("fwd", "dkv", "dq")]
-    assert found == [times, 1, 1]
+    counts = [text.count(f'kernel_name = "splash_mha_{kernel}_segmented') for kernel in ("fwd", "dkv", "dq")]
+    assert counts == [times, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +263,14 @@ def adapted():
 LENGTHS = (9, 14, 5, 8)
 
 
-def row(samples, segments, length, left=0):
-    """One row of these samples, one after the other from place `left` on."""
+def row(samples, segments, length, place=0):
+    """One row of these samples, one after the other from `place` on."""
     tokens, targets, counts, ids = (np.zeros((1, length), np.int32) for _ in range(4))
     for sample, segment in zip(samples, segments, strict=True):
-        own = slice(left, left + len(sample) - 1)
-        tokens[0, own], targets[0, own], ids[0, own] = sample[:-1], sample[1:], segment
-        counts[0, own] = np.arange(len(sample) - 1) >= 2
-        left = own.stop
+        slots = slice(place, place + len(sample) - 1)
+        tokens[0, slots], targets[0, slots], ids[0, slots] = sample[:-1], sample[1:], segment
+        counts[0, slots] = np.arange(len(sample) - 1) >= 2
+        place = slots.stop
     return {"tokens": tokens, "targets": targets, "counts": counts > 0, "segments": ids}
 
 
@@ -298,10 +298,10 @@ def test_packed_equals_alone_padded_on_either_side(adapted, interpreted, backend
     for number, sample in enumerate(samples):
         # Alternately against the left and the right end of the row.
         size = len(sample) - 1
-        left = 0 if number % 2 else length - size
-        alone, one, own = run(row([sample], (1,), length, left))
-        assert relative(logits[0, start : start + size], alone[0, left : left + size]) < 1e-5
-        start, total, summed = start + size, total + one, jax.tree.map(jnp.add, summed, own)
+        place = 0 if number % 2 else length - size
+        alone, term, gradient = run(row([sample], (1,), length, place))
+        assert relative(logits[0, start : start + size], alone[0, place : place + size]) < 1e-5
+        start, total, summed = start + size, total + term, jax.tree.map(jnp.add, summed, gradient)
     np.testing.assert_allclose(loss, total, rtol=1e-6)
     chex.assert_trees_all_equal_structs(grads, summed)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(summed), strict=True):

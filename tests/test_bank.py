@@ -34,14 +34,14 @@ def bank_of(adapters):
 
 
 def change(adapters):
-    return jax.tree.map(lambda after, before: after - before, sx.merge(PARAMS, adapters), PARAMS)
+    return jax.tree.map(lambda end, start: end - start, sx.merge(PARAMS, adapters), PARAMS)
 
 
 @by_one
 def test_gradients_of_all_copies_add_up(method):
     """Rules of other ranks share the bank, and so do layers that a rule leaves out, which have no part in it."""
-    other = type(method)(**{**vars(method), "rank": 3})
-    adapters = attached(sx.Rule("up", method, layers=(0, 2)), ("down", other), ("head", method))
+    second = type(method)(**{**vars(method), "rank": 3})
+    adapters = attached(sx.Rule("up", method, layers=(0, 2)), ("down", second), ("head", method))
     train, frozen = sx.split(adapters)
 
     def loss(adapters):
@@ -50,14 +50,14 @@ def test_gradients_of_all_copies_add_up(method):
     grads = jax.grad(lambda train: loss(sx.combine(train, frozen)))(train)
     linked = sx.link(adapters)
     assert list(nodes(linked)) == ["head/kernel", "layers/down/kernel", "layers/up/kernel"]
-    copies, kept = sx.split(linked)
-    of_copies = jax.grad(lambda copies: loss(sx.combine(copies, kept)))(copies)
+    copies, constants = sx.split(linked)
+    of_copies = jax.grad(lambda copies: loss(sx.combine(copies, constants)))(copies)
     for name, leaf in bank_of(grads).train.items():
         of_up = np.asarray(of_copies["layers"]["up"]["kernel"].train["0"][name])
         assert not of_up[1].any() and of_up[0].any()
-        rest = (of_copies[path]["kernel"] if path == "head" else of_copies["layers"][path]["kernel"]
-                for path in ("head", "down"))  # fmt: skip
-        total = of_up.sum(axis=0) + sum(np.asarray(node.train[name]).reshape(-1, *leaf.shape).sum(0) for node in rest)
+        parts = (of_copies[path]["kernel"] if path == "head" else of_copies["layers"][path]["kernel"]
+                 for path in ("head", "down"))  # fmt: skip
+        total = of_up.sum(axis=0) + sum(np.asarray(node.train[name]).reshape(-1, *leaf.shape).sum(0) for node in parts)
         np.testing.assert_allclose(leaf, total, rtol=1e-5, atol=1e-6)
 
 
@@ -79,19 +79,19 @@ def test_adapters_are_used_with_their_bank_or_not_at_all(method):
 
 
 def test_rules_agree_about_a_bank():
-    other = sx.VBLoRA(rank=2, vectors=7, length=8, bound=0.5)
+    variant = sx.VBLoRA(rank=2, vectors=7, length=8, bound=0.5)
     with pytest.raises(sx.SboraxError, match="up/kernel: VBLoRA has one bank/vectors for the whole model; give all"):
-        attached(("head|down", VECTORS), ("up", other))
-    found = nodes(attached(("head", VECTORS), ("up", THETA)))
-    assert {path for path in found if path.startswith("bank/")} == {"bank/vectors", "bank/theta"}
+        attached(("head|down", VECTORS), ("up", variant))
+    by_path = nodes(attached(("head", VECTORS), ("up", THETA)))
+    assert {path for path in by_path if path.startswith("bank/")} == {"bank/vectors", "bank/theta"}
 
 
 @pytest.mark.nightly
 @by_method
 def test_sums_and_multiples(method):
     lora = sx.LoRA(rank=2, init_a="gaussian")
-    both, plain = attached((".*", sx.add(method, lora))), attached((".*", method))
-    assert sx.count(both) == sx.count(plain) + sx.count(attached((".*", lora)))
+    total, plain = attached((".*", sx.add(method, lora))), attached((".*", method))
+    assert sx.count(total) == sx.count(plain) + sx.count(attached((".*", lora)))
     chex.assert_trees_all_close(
         change(sx.scale(plain, 0.5)), jax.tree.map(lambda leaf: 0.5 * leaf, change(plain)), atol=1e-6
     )
@@ -104,9 +104,9 @@ def test_theta_is_mapped_to_all_factors_by_an_isometry():
     """Also where layers are left out: each of all entries of the factors counts."""
     linked = sx.link(attached(sx.Rule("up", THETA, layers=(1,)), ("head", THETA)))
     up, head = linked["layers"]["up"]["kernel"], linked["head"]["kernel"]
-    ((one, _),) = up.method.children(up)
+    ((child, _),) = up.method.children(up)
     factors = [
-        *THETA.factors(jax.tree.map(lambda leaf: leaf[1], one), (16, 24)),
+        *THETA.factors(jax.tree.map(lambda leaf: leaf[1], child), (16, 24)),
         *THETA.factors(head, (16, 32)),
     ]
     assert sum(factor.size for factor in factors) == 2 * (16 + 24) + 2 * (16 + 32)
@@ -132,8 +132,8 @@ def test_models_of_others(method):
         params = model.init(jax.random.key(0), x)["params"]
         params, adapters = sx.attach(jax.random.key(1), params, [("layers", method)])
         got = sx.apply_linen(model, {"params": params}, adapters, x)
-        wanted = model.apply({"params": sx.merge(params, adapters)}, x)
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+        expected = model.apply({"params": sx.merge(params, adapters)}, x)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
         module = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
         _, adapters = sx.attach(jax.random.key(1), {"kernel": module.kernel[...]}, [("", method)])
         with pytest.raises(sx.SboraxError, match="needs a model that knows it"):
@@ -142,24 +142,24 @@ def test_models_of_others(method):
 
 def test_a_bank_is_settled_with_the_weights_that_read_it_by_layer(monkeypatch):
     """Dense ones, of layers on which the method acts alone, and of a rounded base as it is."""
-    seen = []
+    calls = []
 
     def settle(self, bank, readers, weights):
-        seen.append([np.asarray(load()) for load in weights])
+        calls.append([np.asarray(load()) for load in weights])
         return bank
 
     monkeypatch.setattr(type(VECTORS.bank((1, 1), 0)), "settle", settle)
     attached(sx.Rule("up", VECTORS, layers=(2, 0)), ("head", VECTORS))
     up, head = KERNELS["layers"]["up"], KERNELS["head"]
-    chex.assert_trees_all_equal(seen.pop(), [head, up[0], up[2]])
+    chex.assert_trees_all_equal(calls.pop(), [head, up[0], up[2]])
     numbered = {
         "layers": {str(layer): {"up": {"kernel": PARAMS["layers"]["up"]["kernel"][layer]}} for layer in range(3)}
     }
     sx.attach(jax.random.key(0), numbered, [("up", VECTORS)])
-    chex.assert_trees_all_equal(seen.pop(), list(up))
+    chex.assert_trees_all_equal(calls.pop(), list(up))
     kernel = quantise(jnp.asarray(normal(3, 2, 64, 64)))
     sx.attach(jax.random.key(0), {"layers": {"up": {"kernel": kernel}}}, [("up", VECTORS)])
-    np.testing.assert_allclose(np.stack(seen.pop()), np.asarray(kernel.dense()), rtol=1e-6)
+    np.testing.assert_allclose(np.stack(calls.pop()), np.asarray(kernel.dense()), rtol=1e-6)
 
 
 def test_a_vector_longer_than_what_reads_it_is_refused():

@@ -18,7 +18,7 @@ NEW = 12
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def models(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     return make("llama", place, num_hidden_layers=2), load_model(place)
 
@@ -41,24 +41,24 @@ def theirs(reference, prompt, beams, eos):
 
 
 @pytest.mark.parametrize(("beams", "eos"), [(4, [5, 17, 40, 61, 80, 90]), (4, [33]), (2, [17, 5])])
-def test_texts_equal_transformers(both, prompts, beams, eos):
-    reference, model = both
-    found = beam_search(model, model.params, None, prompts, NEW, beams, eos=eos)
-    assert found == [theirs(reference, prompt, beams, eos) for prompt in prompts]
+def test_texts_equal_transformers(models, prompts, beams, eos):
+    reference, model = models
+    texts = beam_search(model, model.params, None, prompts, NEW, beams, eos=eos)
+    assert texts == [theirs(reference, prompt, beams, eos) for prompt in prompts]
 
 
-def test_a_router_decides_for_each_row(both, prompts):
-    model = dataclasses.replace(both[1])
+def test_a_router_decides_for_each_row(models, prompts):
+    model = dataclasses.replace(models[1])
     params, adapters = sx.attach(jax.random.key(0), model.params, [("self_attn|mlp", sx.MiLoRA(rank=2, top_k=2))])
     train, frozen = sx.split(adapters)
     rng = np.random.default_rng(0)
     train = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype), train)
-    whole = sx.combine(train, frozen)
-    together = beam_search(model, params, whole, prompts[:3], NEW, 4, eos=[33])
-    assert together == [beam_search(model, params, whole, [prompt], NEW, 4, eos=[33])[0] for prompt in prompts[:3]]
+    tuned = sx.combine(train, frozen)
+    together = beam_search(model, params, tuned, prompts[:3], NEW, 4, eos=[33])
+    assert together == [beam_search(model, params, tuned, [prompt], NEW, 4, eos=[33])[0] for prompt in prompts[:3]]
     assert together != beam_search(model, params, None, prompts[:3], NEW, 4, eos=[33])
 
 
-def test_one_beam_is_no_search(both):
+def test_one_beam_is_no_search(models):
     with pytest.raises(sx.SboraxError, match="2 beams or more, got 1"):
-        beam_search(both[1], both[1].params, None, [[3]], NEW, 1)
+        beam_search(models[1], models[1].params, None, [[3]], NEW, 1)

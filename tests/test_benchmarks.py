@@ -38,8 +38,8 @@ def test_flops_stay_near_the_least_possible(method):
 
 @pytest.mark.parametrize("method", nightly_unless([], ["SBoRA-FA", "Bone"]))
 def test_no_frozen_projection_keeps_its_input(method):
-    held = [compiled(name).memory_analysis().temp_size_in_bytes for name in (method, "LoRA")]
-    assert held[0] < held[1]
+    sizes = [compiled(name).memory_analysis().temp_size_in_bytes for name in (method, "LoRA")]
+    assert sizes[0] < sizes[1]
 
 
 def test_the_least_possible_is_that_of_the_shape():
@@ -61,27 +61,27 @@ def test_a_second_step_compiles_nothing():
 
 def test_bytes_between_devices_are_counted_by_the_turns_of_loops():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, whole = (jax.sharding.PartitionSpec(*names) for names in (("x",), ()))
+    rows, copies = (jax.sharding.PartitionSpec(*names) for names in (("x",), ()))
 
     def program(x, w):
         gathered = jax.lax.all_gather(w, "x", tiled=True)
         return jax.lax.fori_loop(0, 3, lambda _, y: jax.lax.psum(y @ gathered, "x") / 8, x)
 
-    mapped = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False))
+    mapped = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(copies, rows), out_specs=copies, check_vma=False))
     text = mapped.lower(jnp.ones((4, 16)), jnp.ones((16, 16))).compile().as_text()
     assert collective_bytes(text) == {"all-gather": 16 * 16 * 4, "all-reduce": 3 * 4 * 16 * 4}
 
 
 def test_checks_over_their_limit_are_told():
-    found = {"a": [("near", 1e-6, 1e-5), ("far", 1e-4, 1e-5), ("not a number", math.nan, 1.0)], "b": "ValueError: no"}
-    assert failures(found) == ["a, far: 0.0001 > 1e-05", "a, not a number: nan > 1", "b: ValueError: no"]
+    results = {"a": [("near", 1e-6, 1e-5), ("far", 1e-4, 1e-5), ("not a number", math.nan, 1.0)], "b": "ValueError: no"}
+    assert failures(results) == ["a, far: 0.0001 > 1e-05", "a, not a number: nan > 1", "b: ValueError: no"]
 
 
 @pytest.mark.nightly
 def test_methods_step_the_same_on_the_cpu_as_on_the_cpu():
     """The program of the checks, where the device is the reference itself."""
-    found = checks.results(["donation", "SBoRA"])
-    assert not failures(found) and len(found["SBoRA"]) == 3
+    results = checks.results(["donation", "SBoRA"])
+    assert not failures(results) and len(results["SBoRA"]) == 3
 
 
 @pytest.mark.nightly

@@ -48,13 +48,13 @@ def outputs(capacity):
 
 def kept_choices(numbers, room, counted=None):
     """Which choices experts take, one after the other."""
-    taken, kept = np.zeros(COUNT, int), np.zeros(numbers.shape, bool)
+    load, mask = np.zeros(COUNT, int), np.zeros(numbers.shape, bool)
     for token, choice in np.ndindex(*numbers.shape):
         expert = numbers[token, choice]
         if counted is None or counted[token]:
-            kept[token, choice] = taken[expert] < room
-            taken[expert] += 1
-    return kept
+            mask[token, choice] = load[expert] < room
+            load[expert] += 1
+    return mask
 
 
 # What is dropped
@@ -67,12 +67,12 @@ def test_choices_beyond_the_room_of_an_expert_are_dropped(room):
     for mask in (None, counted):
         mask_array = None if mask is None else jnp.asarray(mask)
         place, choice = map(np.asarray, assigned(jnp.asarray(numbers), COUNT, room, mask_array))
-        kept = kept_choices(numbers, room, mask).reshape(-1)
-        np.testing.assert_array_equal(place < COUNT * room, kept)
-        np.testing.assert_array_equal(place[kept] // room, numbers.reshape(-1)[kept])
+        survivors = kept_choices(numbers, room, mask).reshape(-1)
+        np.testing.assert_array_equal(place < COUNT * room, survivors)
+        np.testing.assert_array_equal(place[survivors] // room, numbers.reshape(-1)[survivors])
         # Each of the two is the other's inverse.
-        np.testing.assert_array_equal(choice[place[kept]], np.flatnonzero(kept))
-        assert (choice < numbers.size).sum() == kept.sum()
+        np.testing.assert_array_equal(choice[place[survivors]], np.flatnonzero(survivors))
+        assert (choice < numbers.size).sum() == survivors.sum()
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_the_sum_is_over_the_choices_that_are_kept(sizes, tokens, strict):
     arguments, projections = [leaf[:tokens] for leaf in routed()], a_mixture()
     devices = math.gcd(math.prod((sizes or {}).values()), tokens)
     parts = np.asarray(arguments[2]).reshape(devices, -1, CHOSEN)
-    kept = np.concatenate([kept_choices(part, capacity_rows(SMALL, len(part), CHOSEN, COUNT)) for part in parts])
+    survivors = np.concatenate([kept_choices(part, capacity_rows(SMALL, len(part), CHOSEN, COUNT)) for part in parts])
 
     def summed(x, weights, numbers, projections):
-        return by_expert(x, jnp.where(kept, weights, 0), numbers, projections)
+        return by_expert(x, jnp.where(survivors, weights, 0), numbers, projections)
 
-    wanted = gradients_of(summed, projections, tokens)
+    expected = gradients_of(summed, projections, tokens)
     with jax.set_mesh(make_mesh(sizes or {"data": 1})):
         got = gradients_of(outputs(SMALL), projections, tokens)
         dropped = jax.jit(limited(SMALL))(*arguments, projections)[2]
-    assert int(dropped) == (~kept).sum() > 0
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert int(dropped) == (~survivors).sum() > 0
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_close(mine, theirs, 1e-5)
 
 
@@ -114,11 +114,11 @@ CASES = {
 def test_an_ample_capacity_changes_nothing(name, strict):
     method, quantised = CASES[name]
     projections = a_mixture(method, quantised)
-    wanted = gradients_of(by_expert, projections)
+    expected = gradients_of(by_expert, projections)
     for sizes in (None, {"expert": 8}):
         with jax.set_mesh(make_mesh(sizes or {"data": 1})):
             got = gradients_of(outputs(AMPLE), projections)
-        compared = got, wanted
+        compared = got, expected
         if method.batch_gradient:
             # The loop hands every expert all tokens.
             compared = ((y, grads[:2]) for y, grads in compared)
@@ -131,11 +131,11 @@ def test_an_ample_capacity_changes_nothing(name, strict):
 def test_squares_of_inputs_are_over_the_rows_that_are_kept(strict):
     x, weights, numbers = routed()
     projections = a_mixture()
-    _, wanted, _ = mixed(x, weights, numbers, sx.Context(), projections, Mixture(jax.nn.silu, True))
+    _, expected, _ = mixed(x, weights, numbers, sx.Context(), projections, Mixture(jax.nn.silu, True))
     with jax.set_mesh(make_mesh({"expert": 8})):
         _, squares, dropped = jax.jit(limited(AMPLE, True))(x, weights, numbers, projections)
     assert dropped == 0
-    for name, sums in wanted.items():
+    for name, sums in expected.items():
         assert_close(squares[name], sums, 1e-5)
 
 
@@ -176,10 +176,10 @@ def lines_of(run):
 def test_a_run_says_what_it_dropped(tmp_path):
     experiment = an_experiment(tmp_path)
     for capacity, dropping in ((3, False), (0.25, True)):
-        run, said = tmp_path / str(capacity), []
-        train(dataclasses.replace(experiment, expert_capacity=capacity), run, echo=said.append)
+        run, lines = tmp_path / str(capacity), []
+        train(dataclasses.replace(experiment, expert_capacity=capacity), run, echo=lines.append)
         shares = [line["dropped"] for line in lines_of(run)]
-        assert any(line.startswith("experts dropped") for line in said) == dropping
+        assert any(line.startswith("experts dropped") for line in lines) == dropping
         assert all(0.2 < share < 1 for share in shares) if dropping else shares == [0, 0]
 
 
@@ -189,9 +189,9 @@ def test_a_run_on_a_mesh_with_an_ample_capacity_is_one_without(tmp_path):
     train(experiment, tmp_path / "alone")
     cut = dataclasses.replace(experiment, expert_capacity=3, mesh={"expert": 2, "fsdp": 2, "tensor": 2})
     train(cut, tmp_path / "mesh")
-    wanted, got = lines_of(tmp_path / "alone"), lines_of(tmp_path / "mesh")
-    assert not any("dropped" in line for line in wanted) and [line["dropped"] for line in got] == [0] * 4
-    np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in wanted], rtol=1e-5)
+    expected, got = lines_of(tmp_path / "alone"), lines_of(tmp_path / "mesh")
+    assert not any("dropped" in line for line in expected) and [line["dropped"] for line in got] == [0] * 4
+    np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in expected], rtol=1e-5)
 
 
 def test_padding_takes_no_place_and_counts_for_nothing():

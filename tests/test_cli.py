@@ -37,7 +37,7 @@ def experiment():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """A folder with a model, data, an experiment, and a run of it."""
     folder = tmp_path_factory.mktemp("made")
     write_model(folder / "model")
@@ -49,8 +49,8 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.mark.quick
-def test_a_run_is_written_whole(made):
-    run = made / "run"
+def test_a_run_is_written_whole(workspace):
+    run = workspace / "run"
     assert sorted(path.name for path in run.iterdir()) == [
         "adapter", "checkpoints", "config.json", "metrics.jsonl", "sources.json", "summary.json",
     ]  # fmt: skip
@@ -59,50 +59,50 @@ def test_a_run_is_written_whole(made):
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
-def test_changes_stand_before_and_after_options(made, capsys, tmp_path):
-    config = made / "run" / "config.json"
+def test_changes_stand_before_and_after_options(workspace, capsys, tmp_path):
+    config = workspace / "run" / "config.json"
     words = [config, "steps=1", "--out", tmp_path / "run", "save.every=1", "rules.0.pattern=self_attn/[qv]_proj"]
     prints(capsys, "train", *words)
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (written["steps"], written["save"]["every"]) == (1, 1)
-    assert written["rules"][0]["pattern"] == "self_attn/[qv]_proj"
+    fields = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (fields["steps"], fields["save"]["every"]) == (1, 1)
+    assert fields["rules"][0]["pattern"] == "self_attn/[qv]_proj"
 
 
-def test_resume_goes_on(made, capsys, tmp_path):
-    source, out = made / "small.py", tmp_path / "run"
+def test_resume_goes_on(workspace, capsys, tmp_path):
+    source, out = workspace / "small.py", tmp_path / "run"
     prints(capsys, "train", source, "steps=2", "--out", out)
     assert "resuming after step 2" in prints(capsys, "train", source, "--out", out, "--resume")
     assert json.loads((out / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.quick
-def test_merge_writes_what_the_run_computes(made, capsys, tmp_path):
-    prints(capsys, "merge", made / "run", tmp_path / "merged")
-    base, merged = load_model(made / "model"), load_model(tmp_path / "merged")
-    params, adapters = sx.load_adapter(made / "run" / "adapter", base.params)
+def test_merge_writes_what_the_run_computes(workspace, capsys, tmp_path):
+    prints(capsys, "merge", workspace / "run", tmp_path / "merged")
+    base, merged = load_model(workspace / "model"), load_model(tmp_path / "merged")
+    params, adapters = sx.load_adapter(workspace / "run" / "adapter", base.params)
     tokens = jnp.arange(24).reshape(2, 12) + 2
     want = base.apply(params, adapters, tokens)
     np.testing.assert_allclose(merged.apply(merged.params, None, tokens), want, rtol=1e-4, atol=1e-5)
     assert np.abs(want - base.apply(base.params, None, tokens)).max() > 1e-3
 
 
-def test_export_is_an_adapter_for_the_model(made, capsys, tmp_path):
-    assert "exact" in prints(capsys, "export", made / "run", tmp_path / "peft")
+def test_export_is_an_adapter_for_the_model(workspace, capsys, tmp_path):
+    assert "exact" in prints(capsys, "export", workspace / "run", tmp_path / "peft")
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 3
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(made / "model")
-    base = load_model(made / "model")
-    run, export = sx.load_adapter(made / "run" / "adapter", base.params), sx.load_peft(tmp_path / "peft", base)
+    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(workspace / "model")
+    base = load_model(workspace / "model")
+    run, export = sx.load_adapter(workspace / "run" / "adapter", base.params), sx.load_peft(tmp_path / "peft", base)
     tokens = jnp.arange(24).reshape(2, 12) + 2
     np.testing.assert_allclose(base.apply(*export, tokens), base.apply(*run, tokens), rtol=1e-4, atol=1e-5)
     words = ["--prompt", "1 plus 1?", "--max-new-tokens", "6"]
-    with_adapter = prints(capsys, "generate", made / "model", "--adapter", tmp_path / "peft", *words)
-    assert with_adapter == prints(capsys, "generate", made / "run", *words)
+    with_adapter = prints(capsys, "generate", workspace / "model", "--adapter", tmp_path / "peft", *words)
+    assert with_adapter == prints(capsys, "generate", workspace / "run", *words)
 
 
-def test_generate_repeats_itself_and_keeps_the_prompt(made, capsys):
-    words = ["generate", made / "run", "--prompt", "3 plus 3?", "--prompt", "4", "--max-new-tokens", "5"]
+def test_generate_repeats_itself_and_keeps_the_prompt(workspace, capsys):
+    words = ["generate", workspace / "run", "--prompt", "3 plus 3?", "--prompt", "4", "--max-new-tokens", "5"]
     first = prints(capsys, *words)
     assert first.startswith("3 plus 3?") and first == prints(capsys, *words)
     sampled = [prints(capsys, *words, "--temperature", "2", "--seed", seed) for seed in ("1", "1", "2")]
@@ -110,50 +110,50 @@ def test_generate_repeats_itself_and_keeps_the_prompt(made, capsys):
     assert "plus" not in prints(capsys, *words[:4], "--template", "chat", "--max-new-tokens", "3")
 
 
-def test_plan_counts_what_training_trains(made, capsys):
-    told = prints(capsys, "plan", made / "small.py")
-    summary = json.loads((made / "run" / "summary.json").read_text())
-    assert f"trainable: {summary['trainable_parameters']:,} parameters" in told
+def test_plan_counts_what_training_trains(workspace, capsys):
+    output = prints(capsys, "plan", workspace / "small.py")
+    summary = json.loads((workspace / "run" / "summary.json").read_text())
+    assert f"trainable: {summary['trainable_parameters']:,} parameters" in output
     # Two layers: 8 rows of 32 and of 16 columns; (32 + 48) x 4.
     for module, size in (("self_attn/q_proj", 512), ("self_attn/v_proj", 256), ("mlp/up_proj", 640)):
-        (line,) = (line for line in told.splitlines() if line.startswith(f"layers/{module}"))
+        (line,) = (line for line in output.splitlines() if line.startswith(f"layers/{module}"))
         assert f" {size} " in line and "rank=" in line
-    leaves = load_file(made / "run" / "adapter" / "adapter.safetensors")
+    leaves = load_file(workspace / "run" / "adapter" / "adapter.safetensors")
     trained = sum(leaf.nbytes for name, leaf in leaves.items() if "/train/" in name)
-    assert f"trained {trained:,}" in " ".join(told.split())
-    assert prints(capsys, "plan", made / "run") == told
+    assert f"trained {trained:,}" in " ".join(output.split())
+    assert prints(capsys, "plan", workspace / "run") == output
 
 
-def test_plan_reads_no_weights(made, capsys, tmp_path):
-    (tmp_path / "config.json").write_text((made / "model" / "config.json").read_text())
-    told = prints(capsys, "plan", tmp_path)
-    assert "layers/mlp/gate_proj" in told and f"{2 * 32 * 48:,}" in told
-    changed = prints(capsys, "plan", made / "small.py", f"model={tmp_path}", "train_also=['norm']")
+def test_plan_reads_no_weights(workspace, capsys, tmp_path):
+    (tmp_path / "config.json").write_text((workspace / "model" / "config.json").read_text())
+    output = prints(capsys, "plan", tmp_path)
+    assert "layers/mlp/gate_proj" in output and f"{2 * 32 * 48:,}" in output
+    changed = prints(capsys, "plan", workspace / "small.py", f"model={tmp_path}", "train_also=['norm']")
     assert "trained in the base itself: 160 parameters" in changed
 
 
 @pytest.mark.quick
 def test_methods_tells_of_every_method(capsys):
-    told = prints(capsys, "methods")
-    names = [line for line in told.splitlines() if line and not line.startswith(" ")]
+    output = prints(capsys, "methods")
+    names = [line for line in output.splitlines() if line and not line.startswith(" ")]
     # Classes that other tests have defined are listed with their module.
     assert [name for name in names if ":" not in name] == methods.__all__
-    for paragraph in told.split("\n\n"):
+    for paragraph in output.split("\n\n"):
         for fact in ("options:", "paper:", "merge:", "PEFT:"):
             assert fact in paragraph
-    one = prints(capsys, "methods", "sbora")
-    assert "rank=64" in one and "x W + s x[idx] b" in one and "plain LoRA (exact)" in one and "alpha: s = " in one
+    text = prints(capsys, "methods", "sbora")
+    assert "rank=64" in text and "x W + s x[idx] b" in text and "plain LoRA (exact)" in text and "alpha: s = " in text
     assert "use_dora=True" in prints(capsys, "methods", "DoRA")
     assert "did you mean SBoRA" in fails(capsys, "methods", "SBRA")
 
 
-def test_quickstart_on_a_model_that_is_at_hand(made, capsys, tmp_path, monkeypatch):
+def test_quickstart_on_a_model_that_is_at_hand(workspace, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "smollm2", lambda: pytest.fail("fetched"))
     monkeypatch.setattr(quickstart, "conversations", lambda: pytest.fail("fetched"))
-    model, data = f"model={made / 'model'}", f"data.name={made / 'data.jsonl'}"
+    model, data = f"model={workspace / 'model'}", f"data.name={workspace / 'data.jsonl'}"
     rank = "rules.0.method.rank=4"
-    told = prints(capsys, "quickstart", model, data, rank, "steps=2", "--out", tmp_path / "run")
-    assert told.count("before:") == told.count("after:") == 3 and "loss" in told
+    output = prints(capsys, "quickstart", model, data, rank, "steps=2", "--out", tmp_path / "run")
+    assert output.count("before:") == output.count("after:") == 3 and "loss" in output
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").exists()
 
 
@@ -245,11 +245,11 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("name", BAD_INPUT)
 @pytest.mark.quick
-def test_bad_input(name, made, capsys, tmp_path):
+def test_bad_input(name, workspace, capsys, tmp_path):
     spoil, changes, says = BAD_INPUT[name]
     write_model(tmp_path / "model") if spoil else None
     write_data(tmp_path / "data.jsonl")
-    model = tmp_path / "model" if spoil else made / "model"
+    model = tmp_path / "model" if spoil else workspace / "model"
     text = EXPERIMENT.format(model=str(model), data=str(tmp_path / "data.jsonl"))
     (tmp_path / "small.py").write_text(text)
     if spoil:
@@ -258,49 +258,49 @@ def test_bad_input(name, made, capsys, tmp_path):
     assert all(part in line for part in says), line
 
 
-def test_some_too_long_are_dropped_and_counted(made, capsys, tmp_path):
+def test_some_too_long_are_dropped_and_counted(workspace, capsys, tmp_path):
     with write_data(tmp_path / "data.jsonl").open("a") as file:
         file.write(json.dumps({"instruction": "x" * 200, "output": "y"}) + "\n")
     words = [f"data.name={tmp_path / 'data.jsonl'}", "steps=1", "--out", tmp_path / "run"]
-    assert "24 samples of 25 records, 1 too long (dropped)" in prints(capsys, "train", made / "small.py", *words)
+    assert "24 samples of 25 records, 1 too long (dropped)" in prints(capsys, "train", workspace / "small.py", *words)
 
 
-def test_nothing_is_lost_when_the_loss_is_not_finite(made, capsys, tmp_path):
+def test_nothing_is_lost_when_the_loss_is_not_finite(workspace, capsys, tmp_path):
     """The step that breaks comes after a checkpoint, which stays good."""
     out = tmp_path / "run"
     changes = ["optimizer.name=lion", "optimizer.lr=4e17", "optimizer.clip=null", "save.every=1", "save.keep=9"]
-    line = fails(capsys, "train", made / "small.py", *changes, "steps=40", "--out", out)
+    line = fails(capsys, "train", workspace / "small.py", *changes, "steps=40", "--out", out)
     assert "loss" in line and "step" in line
     saved = sorted(int(folder.name) for folder in (out / "checkpoints").iterdir())
     assert saved and saved[0] == 1
     # What was saved is finite, so the run can be taken up again; it breaks again where it broke.
-    assert fails(capsys, "train", made / "small.py", *changes, "steps=40", "--out", out, "--resume") == line
+    assert fails(capsys, "train", workspace / "small.py", *changes, "steps=40", "--out", out, "--resume") == line
 
 
-def test_a_run_is_never_overwritten(made, capsys):
-    before = {path: path.read_bytes() for path in (made / "run").rglob("*") if path.is_file()}
-    assert "not empty" in fails(capsys, "train", made / "small.py", "--out", made / "run")
-    assert "already holds a model" in fails(capsys, "merge", made / "run", made / "model")
-    assert before == {path: path.read_bytes() for path in (made / "run").rglob("*") if path.is_file()}
+def test_a_run_is_never_overwritten(workspace, capsys):
+    contents = {path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+    assert "not empty" in fails(capsys, "train", workspace / "small.py", "--out", workspace / "run")
+    assert "already holds a model" in fails(capsys, "merge", workspace / "run", workspace / "model")
+    assert contents == {path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
 
 
-def test_an_unwritable_place_is_an_error(made, capsys):
-    assert "data.jsonl" in fails(capsys, "train", made / "small.py", "--out", made / "data.jsonl")
-    assert "data.jsonl" in fails(capsys, "merge", made / "run", made / "data.jsonl" / "below")
+def test_an_unwritable_place_is_an_error(workspace, capsys):
+    assert "data.jsonl" in fails(capsys, "train", workspace / "small.py", "--out", workspace / "data.jsonl")
+    assert "data.jsonl" in fails(capsys, "merge", workspace / "run", workspace / "data.jsonl" / "below")
 
 
-def test_prompts_that_do_not_fit(made, capsys):
-    assert "context of 128" in fails(capsys, "generate", made / "run", "--prompt", "x" * 200)
-    assert "at least one token" in fails(capsys, "generate", made / "run", "--prompt", "")
-    assert "--adapter" in fails(capsys, "generate", made / "run", "--adapter", "p", "--prompt", "x")
+def test_prompts_that_do_not_fit(workspace, capsys):
+    assert "context of 128" in fails(capsys, "generate", workspace / "run", "--prompt", "x" * 200)
+    assert "at least one token" in fails(capsys, "generate", workspace / "run", "--prompt", "")
+    assert "--adapter" in fails(capsys, "generate", workspace / "run", "--adapter", "p", "--prompt", "x")
     bad = ["--template", "story", "--prompt", "x"]
-    assert "--template 'story'" in fails(capsys, "generate", made / "run", *bad)
+    assert "--template 'story'" in fails(capsys, "generate", workspace / "run", *bad)
 
 
 def test_debug_adds_the_traceback(capsys):
     assert main(["plan", "/no/where", "--debug"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("Traceback") and told.splitlines()[-1].startswith("error: ")
+    output = capsys.readouterr().err
+    assert output.startswith("Traceback") and output.splitlines()[-1].startswith("error: ")
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
@@ -316,9 +316,10 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
 def test_python_dash_m(tmp_path):
     """In a process of its own: the exit code, and a reader that goes away."""
     run = [sys.executable, "-m", "sborax"]
-    done = subprocess.run([*run, "plan", "nowhere.py"], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([*run, "plan", "nowhere.py"], capture_output=True, text=True, cwd=tmp_path)
     assert (
-        done.returncode == 2 and done.stderr == "error: " + done.stderr.removeprefix("error: ").splitlines()[0] + "\n"
+        result.returncode == 2
+        and result.stderr == "error: " + result.stderr.removeprefix("error: ").splitlines()[0] + "\n"
     )
     piped = subprocess.run(f"{sys.executable} -m sborax methods | head -1", shell=True, capture_output=True, text=True)
     assert (piped.stdout, piped.stderr) == (f"{methods.__all__[0]}\n", "")

@@ -31,10 +31,10 @@ TOKENS = ROWS_OF * LENGTH // SIZES["fsdp"]
 
 
 def shaped(tree, mesh, where):
-    def one(leaf, spec):
+    def shape(leaf, spec):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, tree, where)
+    return jax.tree.map(shape, tree, where)
 
 
 def projection(method, module, quant=False):
@@ -44,12 +44,12 @@ def projection(method, module, quant=False):
 
     hints = {} if method is None else {module: hint_for(method, jnp.ones((IN, OUT)), 0)}
 
-    def made():
+    def build():
         weight = jnp.zeros((IN, OUT))
         params = {module: {"kernel": quantise(weight) if quant else weight}}
         return (params, {}) if method is None else sx.attach(jax.random.key(0), params, [(module, method)], hints)
 
-    params, adapters = jax.eval_shape(made)
+    params, adapters = jax.eval_shape(build)
     kernel = params[module]["kernel"]
     kernel = shaped(kernel, mesh, quantised_specs(kernel, spec) if quant else spec)
     train, frozen = (shaped(half, mesh, specs(half, {module: {"kernel": spec}})) for half in sx.split(adapters))
@@ -58,8 +58,8 @@ def projection(method, module, quant=False):
 
     def program(x_, kernel, train, frozen, slope):
         def forward(x_, train):
-            found = link(nodes(sx.combine(train, frozen))).values()
-            node = next((used_whole(node, module) for node in found), None)
+            candidates = link(nodes(sx.combine(train, frozen))).values()
+            node = next((used_whole(node, module) for node in candidates), None)
             ctx = context_for([] if node is None else [node.method], x_)
             return jax.lax.with_sharding_constraint(linear(x_, sent_packed(kernel, module), node, ctx), y)
 
@@ -93,25 +93,25 @@ def leaf_bytes(tree, natural=None):
 
     - natural: specs of the leaves as their kernels are cut; by default as they lie.
     """
-    used = gathered = 0
+    total = gathered = 0
     specs_of = [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
     for leaf, spec in zip(
         jax.tree.leaves(tree), specs_of if natural is None else jax.tree.leaves(natural), strict=True
     ):
         shared = any("tensor" in mesh_axes(entry) for entry in spec)
         size = leaf.size * leaf.dtype.itemsize // (SIZES["tensor"] if shared else 1)
-        used += size
+        total += size
         if math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize < size:
             gathered += size
-    return used, gathered
+    return total, gathered
 
 
 def declared(method, train, frozen):
     """Gradients summed over rows, thin values summed over devices that share a projection, leaves put together."""
-    used, gathered = leaf_bytes(train)
+    gradients, gathered = leaf_bytes(train)
     # What the base was rewritten by is kept, and not used.
     read = [{k: v for k, v in node.frozen.items() if k not in ("a0", "b0")} for node in nodes(frozen).values()]
-    return used + 4 * TOKENS * method.summed, gathered + leaf_bytes(read)[1]
+    return gradients + 4 * TOKENS * method.summed, gathered + leaf_bytes(read)[1]
 
 
 THIN = [case for case in METHODS if not (case.method.sends or case.method.materialises)]
@@ -132,9 +132,9 @@ def on_its_own(case):
 def test_a_projection_sends_what_its_method_declares(case, module):
     sent, train, frozen = projection(case.method, module)
     summed, gathered = declared(case.method, train, frozen)
-    own = base(module, False)
-    assert sent.get("all-reduce", 0) == own.get("all-reduce", 0) + summed
-    assert sent.get("all-gather", 0) == own.get("all-gather", 0) + gathered
+    baseline = base(module, False)
+    assert sent.get("all-reduce", 0) == baseline.get("all-reduce", 0) + summed
+    assert sent.get("all-gather", 0) == baseline.get("all-gather", 0) + gathered
     assert set(sent) <= {"all-reduce", "all-gather"}
 
 
@@ -144,9 +144,9 @@ def test_block_diagonal_factors_sum_no_activations(module, side):
     method = sx.BDLoRA(rank=8, side=side, blocks=SIZES["tensor"])
     sent, train, frozen = projection(method, module)
     gradients, gathered = declared(method, train, frozen)
-    own = base(module, False)
-    assert sent["all-reduce"] == own["all-reduce"] + gradients
-    assert sent["all-gather"] == own["all-gather"] + gathered + 4 * TOKENS * method.rank
+    baseline = base(module, False)
+    assert sent["all-reduce"] == baseline["all-reduce"] + gradients
+    assert sent["all-gather"] == baseline["all-gather"] + gathered + 4 * TOKENS * method.rank
     assert set(sent) <= {"all-reduce", "all-gather"}
 
 
@@ -155,11 +155,11 @@ def test_a_quantised_projection_sends_what_its_method_declares(module):
     method = sx.LoRA(rank=4)
     sent, train, frozen = projection(method, module, True)
     summed, gathered = declared(method, train, frozen)
-    own = base(module, True)
-    assert sent.get("all-reduce", 0) == own.get("all-reduce", 0) + summed
-    assert sent.get("all-gather", 0) == own.get("all-gather", 0) + gathered
+    baseline = base(module, True)
+    assert sent.get("all-reduce", 0) == baseline.get("all-reduce", 0) + summed
+    assert sent.get("all-gather", 0) == baseline.get("all-gather", 0) + gathered
     assert {kind: size for kind, size in sent.items() if kind not in ("all-reduce", "all-gather")} == {
-        kind: size for kind, size in own.items() if kind not in ("all-reduce", "all-gather")
+        kind: size for kind, size in baseline.items() if kind not in ("all-reduce", "all-gather")
     }
 
 
@@ -183,10 +183,10 @@ RULES = (
 )
 
 
-def dx_alone(one):
+def dx_alone(outlined):
     """Bytes by kind of the same model without adapters, from its loss and the gradient in the embedded tokens."""
-    rows = NamedSharding(one.mesh, PartitionSpec(ROWS))
-    _, count, length = one.batch["tokens"].shape
+    rows = NamedSharding(outlined.mesh, PartitionSpec(ROWS))
+    _, count, length = outlined.batch["tokens"].shape
     shift = jax.ShapeDtypeStruct((count, length, WIDE.hidden_size), jnp.float32, sharding=rows)
 
     def loss(shift, base, batch):
@@ -197,28 +197,28 @@ def dx_alone(one):
 
         part = jax.tree.map(lambda leaf: leaf[0], batch)
         with nn.intercept_methods(shifted):
-            return sums(one.model, {"adapters": {}, "base": {}}, {}, base, part, None).losses["loss"]
+            return sums(outlined.model, {"adapters": {}, "base": {}}, {}, base, part, None).losses["loss"]
 
     program = jax.jit(jax.value_and_grad(loss), out_shardings=(None, rows))
-    with jax.set_mesh(one.mesh):
-        return collective_bytes(program.lower(shift, one.parts.base, one.batch).compile().as_text())
+    with jax.set_mesh(outlined.mesh):
+        return collective_bytes(program.lower(shift, outlined.parts.base, outlined.batch).compile().as_text())
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_a_step_sends_what_its_methods_declare(quant):
     experiment = sx.Experiment("x", sx.Data("x", max_length=32), RULES, steps=10, batch_size=8, quant=quant)
-    one = on_mesh(outline(experiment, WIDE), make_mesh(SIZES))
-    sent, own = collective_bytes(compiled(one).as_text()), dx_alone(one)
+    outlined = on_mesh(outline(experiment, WIDE), make_mesh(SIZES))
+    sent, baseline = collective_bytes(compiled(outlined).as_text()), dx_alone(outlined)
     tokens, layers = 8 * 32 // SIZES["fsdp"], WIDE.num_hidden_layers
-    base = base_specs(nest(one.parts.base), SIZES)
-    train, frozen = (specs(half, base) for half in (one.parts.adapters, one.parts.frozen))
-    used, gathered = leaf_bytes(one.parts.adapters, train)
+    base = base_specs(nest(outlined.parts.base), SIZES)
+    train, frozen = (specs(half, base) for half in (outlined.parts.adapters, outlined.parts.frozen))
+    gradients, gathered = leaf_bytes(outlined.parts.adapters, train)
     thin = 4 * tokens * layers * sum(method.summed for _, method in RULES)
     # Put together in the forward pass and again in the backward one.
-    again = 2 * (gathered + leaf_bytes(one.parts.frozen, frozen)[1])
-    assert sent["all-gather"] == own["all-gather"] + again
+    gathers = 2 * (gathered + leaf_bytes(outlined.parts.frozen, frozen)[1])
+    assert sent["all-gather"] == baseline["all-gather"] + gathers
     # Of each leaf the sums of squares for four reported norms, of gradients and updates, along up to two axes of the
     # mesh; and how many tokens count.
-    numbers = sent["all-reduce"] - own["all-reduce"] - used - thin
-    assert 0 <= numbers <= 4 * (2 * 4 * len(jax.tree.leaves(one.state.train)) + 4)
-    assert set(sent) == set(own)
+    numbers = sent["all-reduce"] - baseline["all-reduce"] - gradients - thin
+    assert 0 <= numbers <= 4 * (2 * 4 * len(jax.tree.leaves(outlined.state.train)) + 4)
+    assert set(sent) == set(baseline)

@@ -59,8 +59,8 @@ def test_a_held_out_loss_is_that_of_the_end(tmp_path):
     """A run that went on without held-out data has one of an earlier adapter."""
     run = write_run(tmp_path / "run", experiment(eval=sx.Eval()))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [json.dumps(line) for line in lines if "loss" in line or line["step"] < 40]
-    (run / "metrics.jsonl").write_text("\n".join(kept))
+    subset = [json.dumps(line) for line in lines if "loss" in line or line["step"] < 40]
+    (run / "metrics.jsonl").write_text("\n".join(subset))
     assert list(read(run)[0].measurements) == ["training loss"]
 
 
@@ -190,8 +190,8 @@ def runs(tmp_path, *described, **settings):
     """Runs of (experiment, loss), read."""
     start = len(list(tmp_path.iterdir()))
     places = [
-        write_run(tmp_path / f"run{start + number}", each, loss, **settings)
-        for number, (each, loss) in enumerate(described)
+        write_run(tmp_path / f"run{start + number}", description, loss, **settings)
+        for number, (description, loss) in enumerate(described)
     ]
     return read(*places)
 
@@ -201,8 +201,8 @@ def test_seeds_and_learning_rates_make_one_group(tmp_path):
     losses = {1e-4: (1.5, 1.6, 1.7), 1e-3: (1.0, 1.1, 1.2), 1e-2: (2.0, 2.1, 2.2)}
     rows = runs(
         tmp_path,
-        *((experiment(lora, lr, seed), loss) for lr, each in losses.items() for seed, loss in enumerate(each)),
-        *((experiment(bone, lr, seed), loss - 0.5) for lr, each in losses.items() for seed, loss in enumerate(each)),
+        *((experiment(lora, lr, seed), loss) for lr, row in losses.items() for seed, loss in enumerate(row)),
+        *((experiment(bone, lr, seed), loss - 0.5) for lr, row in losses.items() for seed, loss in enumerate(row)),
     )
     (setting,) = compare(rows)
     assert setting.title == "" and setting.measures == ("held-out loss",) == (setting.chosen_by,)
@@ -234,7 +234,7 @@ def test_unequal_runs_are_shown_apart(tmp_path, change):
     first, second = compare(rows)
     key = next(iter(change))
     assert key in first.title and key in second.title and first.title != second.title
-    assert [group.estimates["held-out loss"].value for each in (first, second) for group in each.groups] == [1.0, 2.0]
+    assert [group.estimates["held-out loss"].value for part in (first, second) for group in part.groups] == [1.0, 2.0]
 
 
 def test_other_bases_and_other_samples_are_shown_apart(tmp_path):
@@ -243,8 +243,8 @@ def test_other_bases_and_other_samples_are_shown_apart(tmp_path):
     other_samples = runs(tmp_path, (experiment(seed=2), 1.0), samples="99 samples")
     assert len(compare([*rows, *other_base])) == 2 and len(compare([*rows, *other_samples])) == 2
     # One base under two names, and with some leaves quantised.
-    moved = runs(tmp_path, (experiment(seed=3, model="elsewhere/tiny"), 1.0), base=dict([next(iter(BASE.items()))]))
-    assert len(compare([*rows, *moved])) == 1
+    alias = runs(tmp_path, (experiment(seed=3, model="elsewhere/tiny"), 1.0), base=dict([next(iter(BASE.items()))]))
+    assert len(compare([*rows, *alias])) == 1
 
 
 def test_what_changes_no_number_keeps_runs_together(tmp_path):
@@ -284,8 +284,8 @@ def test_a_best_learning_rate_at_an_end_is_told(tmp_path):
     (setting,) = compare(read(place))
     (group,) = setting.groups
     assert (group.lr, group.rates.interior, group.diverged) == (1e-2, True, 1)
-    other = write_sweep(tmp_path / "other", sx.LoRA(rank=4), {(1e-3, 0): 2.0, (1e-2, 0): 1.0})
-    (setting,) = compare(read(other))
+    second = write_sweep(tmp_path / "other", sx.LoRA(rank=4), {(1e-3, 0): 2.0, (1e-2, 0): 1.0})
+    (setting,) = compare(read(second))
     assert setting.groups[0].rates.interior is False
     assert any("is the highest that was tried; extend the sweep" in note for note in setting.notes)
 
@@ -319,9 +319,9 @@ def test_a_group_without_the_main_score_keeps_its_others(tmp_path):
     rows[0] = dataclasses.replace(rows[0], measurements={"arc_easy acc": rows[0].measurements["arc_easy acc"]})
     extra = [dataclasses.replace(rows[0], config=rows[0].config | {"seed_data": seed}, losses=()) for seed in (1, 2)]
     (setting,) = compare([*rows, *extra])
-    scored, other = setting.groups
+    scored, plain = setting.groups
     assert setting.chosen_by == "arc_easy acc" and list(scored.estimates) == ["arc_easy acc"]
-    assert (other.lr, other.rates) == (1e-2, None) and other.estimates["held-out loss"].value == 1.5
+    assert (plain.lr, plain.rates) == (1e-2, None) and plain.estimates["held-out loss"].value == 1.5
     assert (
         "Bone(rank=4): has no arc_easy acc, so that its learning rate was chosen by its held-out loss" in setting.notes
     )
@@ -330,8 +330,10 @@ def test_a_group_without_the_main_score_keeps_its_others(tmp_path):
 def test_learning_rates_are_compared_on_the_seeds_that_all_have(tmp_path):
     """Tuned with the first seed, and run with others at the best rate: these say nothing about the other rates."""
     losses = {1e-4: (1.3,), 1e-3: (1.0, 1.2, 1.4), 1e-2: (1.1,)}
-    each = [(experiment(lr=lr, seed=seed), loss) for lr, of_rate in losses.items() for seed, loss in enumerate(of_rate)]
-    (setting,) = compare(runs(tmp_path, *each))
+    cases = [
+        (experiment(lr=lr, seed=seed), loss) for lr, of_rate in losses.items() for seed, loss in enumerate(of_rate)
+    ]
+    (setting,) = compare(runs(tmp_path, *cases))
     (group,) = setting.groups
     assert (group.lr, group.rates.scores, group.rates.interior) == (1e-3, (1.3, 1.0, 1.1), True)
     assert len(group.best) == 3 and group.estimates["held-out loss"].value == pytest.approx(1.2)
@@ -363,12 +365,12 @@ def test_items_are_paired_where_they_are_the_same(tmp_path):
             places.append(scored(tmp_path, 2 * number + seed, method, seed, right, losses, 1.0 + seed))
     (setting,) = compare(read(*places))
     assert setting.measures == ("held-out loss", "arc_easy acc", "arc_easy answer loss")
-    reference, other = (group.estimates["arc_easy answer loss"] for group in setting.groups)
+    reference, second = (group.estimates["arc_easy answer loss"] for group in setting.groups)
     assert reference.interval.over == "items" and reference.interval.draws == 60 and reference.seeds.draws == 2
-    assert other.gap.over == "items" and other.gap.value == pytest.approx(0.1, abs=0.02)
+    assert second.gap.over == "items" and second.gap.value == pytest.approx(0.1, abs=0.02)
     # Two thirds of a nat apart by hardness, and told apart all the same.
-    assert other.gap.high - other.gap.low < 0.1 * (other.interval.high - other.interval.low)
-    assert other.gap.excludes_zero
+    assert second.gap.high - second.gap.low < 0.1 * (second.interval.high - second.interval.low)
+    assert second.gap.excludes_zero
 
 
 def test_held_out_losses_are_paired_by_sample(tmp_path):
@@ -384,25 +386,25 @@ def test_held_out_losses_are_paired_by_sample(tmp_path):
             places.append(write_run(run, experiment(method, seed=seed), mean, held_out=held_out))
     rows = read(*places)
     (setting,) = compare(rows)
-    reference, other = (group.estimates["held-out loss"] for group in setting.groups)
-    assert reference.items.draws == other.items.draws == 80 and reference.items.value == pytest.approx(reference.value)
+    reference, second = (group.estimates["held-out loss"] for group in setting.groups)
+    assert reference.items.draws == second.items.draws == 80 and reference.items.value == pytest.approx(reference.value)
     # Far more samples than a difference as small as that needs are hard or easy for both.
-    assert other.gap_items.value == pytest.approx(0.05, abs=0.005) and other.gap_items.excludes_zero
-    assert other.gap_items.high - other.gap_items.low < 0.05 * (other.items.high - other.items.low)
+    assert second.gap_items.value == pytest.approx(0.05, abs=0.005) and second.gap_items.excludes_zero
+    assert second.gap_items.high - second.gap_items.low < 0.05 * (second.items.high - second.items.low)
     # The interval of a ratio of sums, and not that of a mean of ratios.
-    drawn = random.integers(0, 80, (4000, 80))
-    low, high = np.quantile(hard[drawn].sum(1) / tokens[drawn].sum(1), (0.025, 0.975))
+    draws = random.integers(0, 80, (4000, 80))
+    low, high = np.quantile(hard[draws].sum(1) / tokens[draws].sum(1), (0.025, 0.975))
     assert reference.items.high - reference.items.low == pytest.approx(high - low, rel=0.1)
 
 
 def test_runs_with_and_without_samples_are_compared_by_their_means(tmp_path):
-    kept = write_run(tmp_path / "kept", experiment(), 1.5, held_out=[(1, 1.0), (1, 2.0)])
+    first = write_run(tmp_path / "kept", experiment(), 1.5, held_out=[(1, 1.0), (1, 2.0)])
     earlier = write_run(tmp_path / "earlier", experiment(sx.Bone(rank=4)), 1.0)
-    (setting,) = compare(read(kept, earlier))
+    (setting,) = compare(read(first, earlier))
     assert [group.estimates["held-out loss"].value for group in setting.groups] == [1.5, 1.0]
     assert all(group.estimates["held-out loss"].items is None for group in setting.groups)
-    other = write_run(tmp_path / "other", experiment(sx.HRA(rank=4)), 2.0, held_out=[(1, 1.0), (2, 5.0)])
-    (setting,) = compare(read(kept, other))
+    second = write_run(tmp_path / "other", experiment(sx.HRA(rank=4)), 2.0, held_out=[(1, 1.0), (2, 5.0)])
+    (setting,) = compare(read(first, second))
     assert any("held-out loss: runs were scored in 2 ways" in note for note in setting.notes)
 
 

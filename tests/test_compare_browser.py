@@ -91,9 +91,9 @@ def browse(text, place, width, dark):
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={place / 'profile'}",
     ]  # fmt: skip
     command = [str(CHROMIUM), *options, "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    answer = re.search(r'<pre id="answer">(.+?)</pre>', done.stdout, re.DOTALL)
-    assert answer, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    answer = re.search(r'<pre id="answer">(.+?)</pre>', result.stdout, re.DOTALL)
+    assert answer, result.stderr
     return json.loads(html.unescape(answer[1]))
 
 

@@ -177,7 +177,9 @@ def test_the_page_has_two_schemes_and_fits_a_narrow_screen(text):
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     # No colour of a figure is fixed but that of pictures.
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    colours = collections.Counter(colour for each in drawings for colour in re.findall(r"#[0-9a-fA-F]{6}\b", each))
+    colours = collections.Counter(
+        colour for drawing in drawings for colour in re.findall(r"#[0-9a-fA-F]{6}\b", drawing)
+    )
     assert not colours, colours
     widths = [float(width) for width in re.findall(r'viewBox="0 0 ([\d.]+)', text)]
     assert widths and max(widths) <= 400
@@ -214,11 +216,11 @@ def test_names_of_strangers_are_text(tmp_path):
     rules = (sx.Rule(f"mlp|{re.escape(EVIL)}", sx.LoRA(rank=4)), sx.Rule("self_attn", sx.Bone(rank=4)))
     run = write_run(tmp_path / "run", experiment(rules=rules), 1.0)
     rows = read_rows([str(run)])
-    made = compare(rows)
-    assert "<script" in made[0].groups[0].label
-    text = page.page(made, [NOTHING])
+    comparison = compare(rows)
+    assert "<script" in comparison[0].groups[0].label
+    text = page.page(comparison, [NOTHING])
     assert not [tag for tag, _ in elements(text) if tag == "script"]
-    assert "<script" not in markdown(made, [NOTHING]).replace("\\<", "")
+    assert "<script" not in markdown(comparison, [NOTHING]).replace("\\<", "")
 
 
 def test_a_single_run_and_a_run_without_scores_have_a_page(tmp_path):
@@ -272,8 +274,8 @@ def test_compare_writes_the_report(trained, tmp_path, capsys):
     assert {line["group"]: line["runs"] for line in lines} == {
         "LoRA(rank=LinearRanks(first=2, last=4))": "1", "full fine-tuning": "1", "SBoRA(rank=4)": "4"
     }  # fmt: skip
-    written = (out / "report.html").read_text()
-    labels = [attributes["aria-label"] for tag, attributes in elements(written) if tag == "svg"]
+    document = (out / "report.html").read_text()
+    labels = [attributes["aria-label"] for tag, attributes in elements(document) if tag == "svg"]
     # Four rows of 32 moved, and two of SBoRA's kernels have a map; LoRA's ranks grow; all have a spectrum.
     assert sum("rows, 12.5 % moved" in label for label in labels) == 2
     assert sum(label.endswith("6 in all") for label in labels) == 2
@@ -337,11 +339,11 @@ def test_published_scores_stand_beside_those_of_the_runs(settings, tmp_path):
         ("published: OLoRA", "", "61", "[2]", "contaminated"),
     )
     weights = [NOTHING, NOTHING]
-    written = markdown(settings, weights, beside=beside), page.page(settings, weights, beside=beside)
+    reports = markdown(settings, weights, beside=beside), page.page(settings, weights, beside=beside)
     for words in ("published: LoRA, stabilised", "paper", "Broken: the mean is not that of its row.", "another table"):
-        assert all(words in text for text in written), words
+        assert all(words in text for text in reports), words
     # They enter no statistic: all else in the report stays as it is.
-    assert set(markdown(settings, weights).splitlines()) < set(written[0].splitlines())
+    assert set(markdown(settings, weights).splitlines()) < set(reports[0].splitlines())
 
 
 def test_published_scores_that_cannot_be_shown_are_one_clear_line(tmp_path, capsys):

@@ -28,8 +28,8 @@ LAYERS, FAN_IN, FAN_OUT = 3, 24, 40
 def kernels(seed=0):
     keys = jax.random.split(jax.random.key(seed))
     shapes = {"q_proj": (LAYERS, FAN_IN, FAN_OUT), "down_proj": (LAYERS, FAN_OUT, FAN_IN)}
-    made = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
-    return {"layers": {name: {"kernel": kernel} for name, kernel in made.items()}}
+    leaves = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {"layers": {name: {"kernel": kernel} for name, kernel in leaves.items()}}
 
 
 def trained(method, params):
@@ -39,8 +39,8 @@ def trained(method, params):
     def move(leaf, flag):
         return leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape) if flag else leaf
 
-    moved = jax.tree.map(move, adapters, sx.trainable(adapters))
-    return params, moved
+    tuned = jax.tree.map(move, adapters, sx.trainable(adapters))
+    return params, tuned
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)])
@@ -48,9 +48,9 @@ def test_decompositions_are_numpys(shape):
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     _, singular, vectors = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(singular_values(matrix), singular, rtol=1e-6)
-    for most in (None, 5):
-        computed = right_vectors(matrix, most)
-        np.testing.assert_allclose(np.abs(np.sum(computed * vectors[: most or 24], axis=1)), 1.0, atol=1e-6)
+    for count in (None, 5):
+        computed = right_vectors(matrix, count)
+        np.testing.assert_allclose(np.abs(np.sum(computed * vectors[: count or 24], axis=1)), 1.0, atol=1e-6)
 
 
 def test_vectors_of_a_thin_matrix_are_as_many_as_its_rank():
@@ -62,16 +62,16 @@ def test_vectors_of_a_thin_matrix_are_as_many_as_its_rank():
 def test_intruders_are_new_directions():
     random = np.random.default_rng(2)
     weight = random.normal(size=(40, 24))
-    before = right_vectors(weight)
+    directions = right_vectors(weight)
     # The same vectors with other singular values, in another order.
     u, s, v = np.linalg.svd(weight, full_matrices=False)
-    assert intruders(before, u @ np.diag(s[::-1]) @ v) == 0
+    assert intruders(directions, u @ np.diag(s[::-1]) @ v) == 0
     # A large change in directions between all of the old ones.
     between = np.ones(24) @ v / np.sqrt(24)
     across = (np.resize([1.0, -1.0], 24) @ v) / np.sqrt(24)
     for count, new in ((1, [between]), (2, [between, across])):
         large = sum(1000.0 * (k + 1) * np.outer(u[:, k], direction) for k, direction in enumerate(new))
-        assert intruders(before, weight + large, leading=count) == count
+        assert intruders(directions, weight + large, leading=count) == count
 
 
 def test_a_change_is_that_of_the_merged_weights():
@@ -84,10 +84,10 @@ def test_a_change_is_that_of_the_merged_weights():
     merged = sx.merge(base, adapters)["layers"]["q_proj"]["kernel"]
     weight = np.asarray(params["layers"]["q_proj"]["kernel"])
     for layer, change in enumerate(changes[LAYERS:]):
-        moved = np.asarray(merged[layer]) - weight[layer]
+        delta = np.asarray(merged[layer]) - weight[layer]
         norm = np.linalg.norm(weight[layer])
-        assert change.size == pytest.approx(np.linalg.norm(moved) / norm, rel=1e-4)
-        np.testing.assert_allclose(change.singular[:4], np.linalg.svd(moved, compute_uv=False)[:4] / norm, rtol=1e-3)
+        assert change.size == pytest.approx(np.linalg.norm(delta) / norm, rel=1e-4)
+        np.testing.assert_allclose(change.singular[:4], np.linalg.svd(delta, compute_uv=False)[:4] / norm, rtol=1e-3)
         assert change.rank <= 4 and change.rows.all() and change.columns.all()
     means = summary(changes)
     assert means.matrices == 2 * LAYERS and means.spectrum.shape == (FAN_IN,) and means.moved_rows == 1.0
@@ -109,11 +109,11 @@ def test_regions_are_those_that_the_adapter_names(variant, side):
     maps = regions(list(Spectra(params).changes(base, adapters)))
     assert sorted(maps) == [f"layers/{name}, {side}" for name in ("down_proj", "q_proj")]
     for path, node in nodes(adapters).items():
-        moved = maps[f"{path.removesuffix('/kernel')}, {side}"]
-        expected = np.zeros_like(moved)
+        region = maps[f"{path.removesuffix('/kernel')}, {side}"]
+        expected = np.zeros_like(region)
         for layer, idx in enumerate(np.asarray(node.frozen["idx"])):
             expected[layer, idx] = True
-        np.testing.assert_array_equal(moved, expected)
+        np.testing.assert_array_equal(region, expected)
 
 
 def test_full_fine_tuning_has_changes_without_adapters():

@@ -103,8 +103,8 @@ def test_differences_over_seeds_are_paired_where_seeds_are_the_same():
     order = random.normal(0.0, 1.0, 5)
     reference = {(seed, seed): float(order[seed]) for seed in range(5)}
     values = {(seed, seed): float(order[seed] - 0.5 + random.normal(0.0, 0.05)) for seed in range(5)}
-    others = {(seed + 5, seed): value for (seed, _), value in values.items()}
-    paired, apart = seed_difference(values, reference), seed_difference(others, reference)
+    disjoint_values = {(seed + 5, seed): value for (seed, _), value in values.items()}
+    paired, apart = seed_difference(values, reference), seed_difference(disjoint_values, reference)
     assert paired.value == pytest.approx(apart.value)
     assert paired.excludes_zero and not apart.excludes_zero
 

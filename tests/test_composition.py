@@ -32,8 +32,8 @@ def tuned(rules, seed=0, params=None):
     train, frozen = sx.split(adapters)
     leaves, treedef = jax.tree.flatten(train)
     keys = jax.random.split(jax.random.key(seed + 9), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return params, sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+    trained = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return params, sx.combine(jax.tree.unflatten(treedef, trained), frozen)
 
 
 def kernel(params):
@@ -109,8 +109,8 @@ def test_a_multiple_is_one_of_the_change_since_the_original_base(method, factor)
         kernel(base()) + 0.5 * (want - kernel(base())),
     )
     # As a method it is the same function of the same leaves.
-    again, attached = sx.attach(KEY, base(), [("proj", sx.scale(method, factor))])
-    close(kernel(sx.merge(again, attached)), kernel(base()))
+    second, attached = sx.attach(KEY, base(), [("proj", sx.scale(method, factor))])
+    close(kernel(sx.merge(second, attached)), kernel(base()))
     chex.assert_trees_all_equal_structs(attached, scaled)
 
 
@@ -128,18 +128,21 @@ def test_a_node_without_what_is_put_back_computes_as_it_was_trained():
 
 def test_a_sum_with_one_tree_that_rewrote_its_base_stands_on_that():
     params, adapters = tuned([("proj", sx.PiSSA(rank=3))])
-    _, other = tuned([("proj", sx.LoRA(rank=2))], seed=1)
-    both = sx.add(adapters, other)
-    close(change(params, both), change(params, adapters) + change(base(), other))
-    close(applied(params, both), kernel(sx.merge(params, both)))
+    _, lora = tuned([("proj", sx.LoRA(rank=2))], seed=1)
+    total = sx.add(adapters, lora)
+    close(change(params, total), change(params, adapters) + change(base(), lora))
+    close(applied(params, total), kernel(sx.merge(params, total)))
 
 
 def test_a_sum_of_trees_that_each_rewrote_their_base_is_refused():
-    (one, first), (two, second) = tuned([("proj", sx.PiSSA(rank=3))]), tuned([("proj", sx.OLoRA(rank=3))], seed=1)
+    (first_base, first), (second_base, second) = (
+        tuned([("proj", sx.PiSSA(rank=3))]),
+        tuned([("proj", sx.OLoRA(rank=3))], seed=1),
+    )
     with pytest.raises(sx.SboraxError, match="layers/proj/kernel: add: PiSSA and OLoRA each took .* merge_weighted"):
         sx.add(first, second)
-    merged = sx.merge_weighted(base(), [sx.Weighted(1.0, first, one), sx.Weighted(1.0, second, two)])
-    close(kernel(merged) - kernel(base()), change(one, first) + change(two, second))
+    merged = sx.merge_weighted(base(), [sx.Weighted(1.0, first, first_base), sx.Weighted(1.0, second, second_base)])
+    close(kernel(merged) - kernel(base()), change(first_base, first) + change(second_base, second))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "nf4"])
@@ -155,21 +158,21 @@ def test_a_sum_of_trees_that_each_rewrote_their_base_is_refused():
     ids=["PiSSA", "chain", "sum", "by layer", "LoRA-GA"],
 )
 def test_the_base_of_before_is_noticed(rules, dtype):
-    def held(params):
+    def cast(params):
         return jax.tree.map(quantise if dtype == "nf4" else lambda leaf: leaf.astype(dtype), params)
 
     hints = {"layers/proj": sx.Hint(grad=jax.random.normal(jax.random.key(5), (LAYERS, IN, OUT)))}
     params, adapters = sx.attach(KEY, base(), rules, hints)
-    right = sx.merge(held(params), adapters)
+    right = sx.merge(cast(params), adapters)
     for wrong in (
-        lambda: sx.merge(held(base()), adapters),
-        lambda: sx.merge_weighted(held(base()), [sx.Weighted(1.0, adapters)]),
-        lambda: sx.unmerge(right, adapters, held(base())),
+        lambda: sx.merge(cast(base()), adapters),
+        lambda: sx.merge_weighted(cast(base()), [sx.Weighted(1.0, adapters)]),
+        lambda: sx.unmerge(right, adapters, cast(base())),
     ):
         with pytest.raises(sx.SboraxError, match="layers/proj/kernel: .* took its start out of the base"):
             wrong()
     # A trace has no values to look at.
-    jax.eval_shape(sx.merge, held(base()), adapters)
+    jax.eval_shape(sx.merge, cast(base()), adapters)
 
 
 def test_layers_are_scaled_and_summed_each_with_its_own():
@@ -179,12 +182,12 @@ def test_layers_are_scaled_and_summed_each_with_its_own():
         tuned([sx.Rule("proj", sx.Bone(rank=4), layers=(0, 1))], seed=1),
         tuned([("proj", sx.LoRA(rank=3))], seed=2),
     ]
-    for chosen in ([0, 1], [1, 0], [0, 2], [2, 1], [0, 1, 2]):
-        adapters = [trees[number][1] for number in chosen]
-        both = sx.add(*adapters)
-        close(change(base(), both), sum(change(base(), own) for own in adapters))
-        close(applied(base(), both), kernel(sx.merge(base(), both)), 1e-5)
-        assert sx.count(both) == sum(sx.count(own) for own in adapters)
+    for numbers in ([0, 1], [1, 0], [0, 2], [2, 1], [0, 1, 2]):
+        adapters = [trees[number][1] for number in numbers]
+        total = sx.add(*adapters)
+        close(change(base(), total), sum(change(base(), tree) for tree in adapters))
+        close(applied(base(), total), kernel(sx.merge(base(), total)), 1e-5)
+        assert sx.count(total) == sum(sx.count(tree) for tree in adapters)
     for params, adapters in trees:
         half = sx.scale(adapters, 0.5)
         close(change(params, half), 0.5 * change(params, adapters))
@@ -225,20 +228,20 @@ def test_a_column_of_zeros_stays_finite(method):
     close(applied(params, adapters), merged, 1e-5)
 
 
-@pytest.mark.parametrize("left", [0.5, 0.1, 3e-2, 1e-2, 1e-3, 1e-4, 0.0])
-def test_a_column_that_nearly_cancels_is_applied_as_it_merges(left):
-    """W + s a b shrinks one column to `left` of its length."""
+@pytest.mark.parametrize("share", [0.5, 0.1, 3e-2, 1e-2, 1e-3, 1e-4, 0.0])
+def test_a_column_that_nearly_cancels_is_applied_as_it_merges(share):
+    """W + s a b shrinks one column to `share` of its length."""
     params, adapters = sx.attach(KEY, base(), [("proj", sx.DoRA(rank=2))])
     (node,) = nodes(adapters).values()
     weight = params["layers"]["proj"]["kernel"]
     a = node.train["a"].at[:, :, 0].set(weight[:, :, 3])
-    train = {**node.train, "a": a, "b": jnp.zeros_like(node.train["b"]).at[:, 0, 3].set(left - 1.0)}
-    moved = {"layers": {"proj": {"kernel": sx.Adapter(train, node.frozen, node.method)}}}
-    merged = kernel(sx.merge(params, moved))
+    train = {**node.train, "a": a, "b": jnp.zeros_like(node.train["b"]).at[:, 0, 3].set(share - 1.0)}
+    adapters = {"layers": {"proj": {"kernel": sx.Adapter(train, node.frozen, node.method)}}}
+    merged = kernel(sx.merge(params, adapters))
     assert np.isfinite(merged).all()
     # Beside the direction of the column, what is left of it is known to the rounding of W.
-    np.testing.assert_allclose(applied(params, moved), merged, rtol=0, atol=2e-3 * np.abs(merged).max())
-    if left >= 1e-2:
+    np.testing.assert_allclose(applied(params, adapters), merged, rtol=0, atol=2e-3 * np.abs(merged).max())
+    if share >= 1e-2:
         lengths = np.linalg.norm(merged[:, :, 3], axis=1)
         np.testing.assert_allclose(lengths, node.train["m"][:, 3], rtol=2e-3)
 
@@ -250,19 +253,19 @@ def test_a_column_that_nearly_cancels_is_applied_as_it_merges(left):
 )
 def test_rebase_reaches_the_parts_of_a_composed_method(method):
     params, adapters = tuned([sx.Rule("proj", method, layers=(0, 2)), sx.Rule("proj", sx.DoRA(rank=2))])
-    held = jax.tree.map(quantise, params)
-    again = sx.rebase(held, adapters)
-    chex.assert_trees_all_equal_structs(again, adapters)
-    chex.assert_trees_all_equal(sx.split(again)[0], sx.split(adapters)[0])
-    (weight,) = jax.tree.leaves(held, is_leaf=is_weight)
+    quantised = jax.tree.map(quantise, params)
+    rebased = sx.rebase(quantised, adapters)
+    chex.assert_trees_all_equal_structs(rebased, adapters)
+    chex.assert_trees_all_equal(sx.split(rebased)[0], sx.split(adapters)[0])
+    (weight,) = jax.tree.leaves(quantised, is_leaf=is_weight)
 
     def gap(tree):
         (node,) = nodes(tree).values()
         got = jax.jit(jax.vmap(lambda w, n: sx.linear(jnp.eye(IN), w, n)))(weight, node)
-        return np.abs(got - kernel(sx.merge(held, tree))).max()
+        return np.abs(got - kernel(sx.merge(quantised, tree))).max()
 
-    assert gap(again) < 2e-5 < 1e-3 < gap(adapters)
-    chex.assert_trees_all_equal(sx.rebase(params, again), sx.rebase(params, adapters))
+    assert gap(rebased) < 2e-5 < 1e-3 < gap(adapters)
+    chex.assert_trees_all_equal(sx.rebase(params, rebased), sx.rebase(params, adapters))
     chex.assert_trees_all_equal(sx.rebase(params, adapters), adapters)
 
 
@@ -302,6 +305,6 @@ def test_a_part_without_frozen_leaves_is_read_as_it_was_written(tmp_path):
     rules = [sx.Rule("proj", sx.scale(sx.add(part, part), 0.5), layers=(0, 2)), ("proj", part)]
     _, adapters = tuned(rules)
     sx.save_adapter(tmp_path, adapters)
-    _, loaded = sx.load_adapter(tmp_path, base())
-    chex.assert_trees_all_equal(loaded, adapters)
-    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
+    _, copy = sx.load_adapter(tmp_path, base())
+    chex.assert_trees_all_equal(copy, adapters)
+    assert jax.tree.structure(copy) == jax.tree.structure(adapters)

@@ -175,7 +175,7 @@ def test_an_optimiser_without_a_type_is_ours():
 def test_a_class_that_a_file_would_not_tell_apart_is_refused():
     @dataclasses.dataclass(frozen=True)
     class Mine(sx.Data):
-        more: int = 1
+        extra: int = 1
 
     with pytest.raises(sx.SboraxError, match="a config cannot hold test_config:Mine: Data is not to be extended"):
         encode(dataclasses.replace(EXPERIMENT, data=Mine("d")))

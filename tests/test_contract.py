@@ -87,13 +87,13 @@ def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
     if case.method.no_merge or case.method.linked or set(node.train) != {"a", "b"} or "scale" not in node.frozen:
         assert not declared
         return
-    moved = trained(node)
-    a, b, scale = moved.train["a"], moved.train["b"], moved.frozen["scale"]
+    tuned = trained(node)
+    a, b, scale = tuned.train["a"], tuned.train["b"], tuned.frozen["scale"]
     if a.shape[-2] != weight.shape[-2]:
         assert not declared
         return
-    wanted = weight + jnp.matmul(scale[:, None, None] * a, b, precision="highest")
-    assert declared == bool(jnp.allclose(merged(weight, moved), wanted, rtol=0, atol=1e-5 * largest(wanted)))
+    expected = weight + jnp.matmul(scale[:, None, None] * a, b, precision="highest")
+    assert declared == bool(jnp.allclose(merged(weight, tuned), expected, rtol=0, atol=1e-5 * largest(expected)))
 
 
 @by_setting
@@ -109,11 +109,11 @@ def test_identity_at_init(case: Case, dtype, stacked, quantised):
         plain = np.einsum("ti,...io->...to", host(x), host(dense(weight)))
         assert_close(forward(x, weight, node), plain, tolerance(dtype))
         return
-    moved = largest(host(merged(weight, node)) - host(original))
+    change = largest(host(merged(weight, node)) - host(original))
     if case.method.identity_at_init:
-        assert moved <= tolerance(dtype) * largest(original)
+        assert change <= tolerance(dtype) * largest(original)
     else:
-        assert moved > 0
+        assert change > 0
 
 
 @by_setting
@@ -164,8 +164,8 @@ def test_never_materialises_a_weight(case: Case, quantised):
         return linear(x, weight, Adapter(train, node.frozen, node.method)).sum()
 
     closed = jax.make_jaxpr(jax.grad(loss))(node.train)
-    found = depends_on(closed.jaxpr, set(closed.jaxpr.invars))
-    assert found == bool(case.method.materialises)
+    dependence = depends_on(closed.jaxpr, set(closed.jaxpr.invars))
+    assert dependence == bool(case.method.materialises)
 
 
 def loss_of(train, frozen, weight, x):
@@ -187,15 +187,15 @@ def test_one_step_moves_the_trained_leaves_alone(case: Case):
     with jax.numpy_dtype_promotion("standard"):
         state = tx.init(train)
         updates, _ = tx.update(grads, state, train)
-        after = optax.apply_updates(train, updates)
+        final = optax.apply_updates(train, updates)
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert sum(leaf.size for leaf in floats) == 2 * sum(leaf.size for leaf in jax.tree.leaves(train))
-    chex.assert_trees_all_equal_shapes_and_dtypes(train, after)
-    for before, now, live in zip(
-        jax.tree.leaves(train), jax.tree.leaves(after), jax.tree.leaves(padding(node)), strict=True
+    chex.assert_trees_all_equal_shapes_and_dtypes(train, final)
+    for start, end, live in zip(
+        jax.tree.leaves(train), jax.tree.leaves(final), jax.tree.leaves(padding(node)), strict=True
     ):
-        assert not np.array_equal(before, now)
-        assert not np.any(np.asarray(now)[np.asarray(live) == 0]), "padding left zero"
+        assert not np.array_equal(start, end)
+        assert not np.any(np.asarray(end)[np.asarray(live) == 0]), "padding left zero"
 
 
 @pytest.mark.parametrize(
@@ -207,11 +207,11 @@ def test_only_what_draws_depends_on_the_key(case: Case):
     weight, node = fitted(case.method, stacked=False)
     node, x = trained(node), inputs()
     run = jax.jit(lambda key: linear(x, weight, node, key))
-    one, same, other = (host(run(jax.random.key(seed))) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one, same)
-    assert (largest(one - other) > 1e-3) == bool(case.method.draws)
+    first, repeat, second = (host(run(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, repeat)
+    assert (largest(first - second) > 1e-3) == bool(case.method.draws)
     if not case.method.draws:
-        assert_close(one, forward(x, weight, node), 1e-5)
+        assert_close(first, forward(x, weight, node), 1e-5)
 
 
 @by_few
@@ -220,14 +220,14 @@ def test_masked_combined_tree_trains_like_the_train_tree(case: Case):
     node = trained(node)
     x = inputs()
     train, frozen = sx.split(node)
-    both = {"base": weight, "adapters": node}
+    variables = {"base": weight, "adapters": node}
 
     def combined_loss(tree):
         return loss_of(*sx.split(tree["adapters"]), tree["base"], x)
 
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
-    tx = optax.partition({"train": inner, "freeze": optax.set_to_zero()}, sx.labels(both))
-    alone, masked = train, both
+    tx = optax.partition({"train": inner, "freeze": optax.set_to_zero()}, sx.labels(variables))
+    alone, masked = train, variables
     with jax.numpy_dtype_promotion("standard"):
         state_alone, state_masked = inner.init(alone), tx.init(masked)
 
@@ -236,16 +236,16 @@ def test_masked_combined_tree_trains_like_the_train_tree(case: Case):
             updates, state_alone = inner.update(jax.grad(loss_of)(alone, frozen, weight, x), state_alone, alone)
             value, grads = sx.value_and_grad(combined_loss)(masked)
             chex.assert_trees_all_equal_shapes_and_dtypes(grads, masked)
-            more, state_masked = tx.update(grads, state_masked, masked)
-            return optax.apply_updates(alone, updates), state_alone, optax.apply_updates(masked, more), state_masked
+            deltas, state_masked = tx.update(grads, state_masked, masked)
+            return optax.apply_updates(alone, updates), state_alone, optax.apply_updates(masked, deltas), state_masked
 
         for _ in range(2):
             alone, state_alone, masked, state_masked = step(alone, state_alone, masked, state_masked)
-    got, kept = sx.split(masked["adapters"])
+    got, frozen_leaves = sx.split(masked["adapters"])
     chex.assert_trees_all_close(got, alone, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_equal(kept, frozen)
+    chex.assert_trees_all_equal(frozen_leaves, frozen)
     chex.assert_trees_all_equal(masked["base"], weight)
-    assert jax.tree.leaves(sx.trainable(both)).count(True) == len(jax.tree.leaves(train))
+    assert jax.tree.leaves(sx.trainable(variables)).count(True) == len(jax.tree.leaves(train))
 
 
 @by_case
@@ -254,8 +254,8 @@ def test_stack_equals_its_layers(case: Case):
     if isinstance(node.method.rank, tuple):
         pytest.fail("ragged methods are compared in their own test")
     flat = {"layers": {str(i): {"proj": {"kernel": base()[i]}} for i in range(LAYERS)}}
-    own = hints(case.method, True)
-    hint = {f"layers/{i}/proj": hint_of_layer(own["layers/proj"], i) for i in range(LAYERS)} if own else None
+    source = hints(case.method, True)
+    hint = {f"layers/{i}/proj": hint_of_layer(source["layers/proj"], i) for i in range(LAYERS)} if source else None
     params, adapters = sx.attach(jax.random.key(0), flat, [("proj", case.method)], hint)
     singles = link(nodes(adapters))
     assert list(singles) == [f"layers/{i}/proj/kernel" for i in range(LAYERS)]
@@ -271,11 +271,11 @@ def test_stack_equals_its_layers(case: Case):
 def test_adding_a_rule_leaves_other_adapters_alone(case: Case):
     kernel = base()
     params = {"layers": {"proj": {"kernel": kernel}, "other": {"kernel": kernel}}}
-    own = hints(case.method, True)
-    both = {**own, "layers/other": own["layers/proj"]} if own else None
-    _, one = sx.attach(jax.random.key(0), params, [("proj", case.method)], both)
-    _, two = sx.attach(jax.random.key(0), params, [("other", case.method), ("proj", case.method)], both)
-    chex.assert_trees_all_equal(one["layers"]["proj"], two["layers"]["proj"])
+    hint = hints(case.method, True)
+    all_hints = {**hint, "layers/other": hint["layers/proj"]} if hint else None
+    _, first = sx.attach(jax.random.key(0), params, [("proj", case.method)], all_hints)
+    _, second = sx.attach(jax.random.key(0), params, [("other", case.method), ("proj", case.method)], all_hints)
+    chex.assert_trees_all_equal(first["layers"]["proj"], second["layers"]["proj"])
 
 
 @by_few
@@ -288,9 +288,9 @@ def test_second_step_compiles_nothing(case: Case):
     def step(train, frozen):
         return jax.tree.map(lambda p, g: p - 0.1 * g, train, jax.grad(loss_of)(train, frozen, weight, x))
 
-    after = step(train, frozen)
-    chex.assert_trees_all_equal_structs(train, after)
-    step(after, frozen)
+    result = step(train, frozen)
+    chex.assert_trees_all_equal_structs(train, result)
+    step(result, frozen)
     assert step._cache_size() == 1
 
 
@@ -311,8 +311,8 @@ def test_count_is_the_closed_form(case: Case):
 
 @by_case
 def test_config_round_trip(case: Case):
-    written = json.loads(json.dumps(config.encode(case.method)))
-    assert config.decode(AbstractMethod, written) == case.method
+    encoding = json.loads(json.dumps(config.encode(case.method)))
+    assert config.decode(AbstractMethod, encoding) == case.method
     assert hash(structure(case.method)) == hash(fitted(case.method)[1].method)
 
 
@@ -392,9 +392,9 @@ def test_file_round_trip(case: Case, tmp_path):
     weight, node = fitted(case.method)
     adapters = {"layers": {"proj": {"kernel": trained(node)}}}
     save_adapter(tmp_path / "adapter", adapters)
-    found = read_adapter(tmp_path / "adapter").adapters
-    chex.assert_trees_all_equal_structs(found, adapters)
-    chex.assert_trees_all_equal(found, adapters)
+    copy = read_adapter(tmp_path / "adapter").adapters
+    chex.assert_trees_all_equal_structs(copy, adapters)
+    chex.assert_trees_all_equal(copy, adapters)
     shape = dict(zip(("in", "out"), weight.shape[-2:], strict=True))
     for half in (node.train, node.frozen):
         check_leaves("proj", node.method, node.method.axes, half, shape)
@@ -425,13 +425,13 @@ def test_unselected_layers_keep_the_base_bit_for_bit(case: Case):
 def test_any_shape_works_or_is_refused_at_planning(case: Case, fan_in, fan_out):
     kernel = jnp.asarray(normal(5, fan_in, fan_out))
     params = {"proj": {"kernel": kernel}}
-    own = {"proj": hint_for(case.method, kernel, 0)} if case.method.needs else None
+    hint = {"proj": hint_for(case.method, kernel, 0)} if case.method.needs else None
     try:
-        sx.plan(params, [("proj", case.method)], hints=own)
+        sx.plan(params, [("proj", case.method)], hints=hint)
     except sx.SboraxError as error:
         assert "proj" in str(error) and "\n" not in str(error)
         return
-    params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], own)
+    params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], hint)
     node = trained(standalone(adapters))
     x = jnp.asarray(normal(6, 3, fan_in))
     y = projected(x, params["proj"]["kernel"], node)

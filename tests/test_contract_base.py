@@ -31,10 +31,10 @@ def only(params):
 
 
 def saved(case: Case, directory, quantised: bool, rule=None):
-    before = tree(quantised)
-    params, adapters = sx.attach(jax.random.key(0), before, [rule or ("proj", case.method)], hints(case.method, True))
+    start = tree(quantised)
+    params, adapters = sx.attach(jax.random.key(0), start, [rule or ("proj", case.method)], hints(case.method, True))
     adapters = {"layers": {"proj": {"kernel": trained(standalone(adapters))}}}
-    save_adapter(directory, adapters, base=fingerprint(before))
+    save_adapter(directory, adapters, base=fingerprint(start))
     return params, adapters
 
 
@@ -51,22 +51,22 @@ def test_an_adapter_on_another_base_is_still_what_it_merges_to(case: Case, quant
 @by_few
 def test_on_the_same_base_every_bit_comes_back(case: Case, quantised, tmp_path):
     params, adapters = saved(case, tmp_path, quantised)
-    again, same = load_adapter(tmp_path, tree(quantised))
-    chex.assert_trees_all_equal_structs(same, adapters)
-    chex.assert_trees_all_equal(same, adapters)
-    chex.assert_trees_all_equal(again, params)
+    second, copy = load_adapter(tmp_path, tree(quantised))
+    chex.assert_trees_all_equal_structs(copy, adapters)
+    chex.assert_trees_all_equal(copy, adapters)
+    chex.assert_trees_all_equal(second, params)
 
 
 @by_few
 def test_unselected_layers_keep_their_codes(case: Case):
-    before = tree(True)
+    start = tree(True)
     rule = sx.Rule("proj", case.method, layers=(0, -1))
-    params, adapters = sx.attach(jax.random.key(0), before, [rule], hints(case.method, True))
+    params, adapters = sx.attach(jax.random.key(0), start, [rule], hints(case.method, True))
     node, weight = trained(standalone(adapters)), only(params)
     assert isinstance(weight, NF4Array)
-    chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf: leaf[1], held) for held in (weight, only(before))))
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf: leaf[1], kernel) for kernel in (weight, only(start))))
     y = forward(inputs(), weight, node)
-    chex.assert_trees_all_equal(y[1], forward(inputs(), only(before), node)[1])
+    chex.assert_trees_all_equal(y[1], forward(inputs(), only(start), node)[1])
     assert LAYERS == 3 and not np.array_equal(y[0], y[1])
 
 

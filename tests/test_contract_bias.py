@@ -49,11 +49,11 @@ def biased(x, weight, node, bias):
 def added_after(x, weight, node, bias):
     """The projection, and then the bias: what a method does that leaves the bias alone."""
 
-    def one(w, n, b):
+    def project(w, n, b):
         y = linear(x, w, n)
         return y + jnp.broadcast_to(b, y.shape)
 
-    return over_stack(one, stack_of(node))(weight, node, bias)
+    return over_stack(project, stack_of(node))(weight, node, bias)
 
 
 @pytest.mark.usefixtures("strict")
@@ -82,15 +82,15 @@ def test_unselected_layers_keep_their_bias_bit_for_bit(case: Case):
     params = {"layers": {"proj": {"kernel": base(), "bias": biases("float32", True)}}}
     rule = sx.Rule("proj", case.method, layers=(0, -1))
     params, adapters = sx.attach(jax.random.key(0), params, [rule], hints(case.method, True))
-    own, node, x = params["layers"]["proj"], trained(standalone(adapters)), inputs()
-    y = biased(x, own["kernel"], node, own["bias"])
-    plain = jax.jit(lambda: jax.lax.map(lambda layer: sx.linear(x, layer[0], bias=layer[1]), (base(), own["bias"])))()
+    proj, node, x = params["layers"]["proj"], trained(standalone(adapters)), inputs()
+    y = biased(x, proj["kernel"], node, proj["bias"])
+    plain = jax.jit(lambda: jax.lax.map(lambda layer: sx.linear(x, layer[0], bias=layer[1]), (base(), proj["bias"])))()
     chex.assert_trees_all_equal(y[1], plain[1])
     assert not np.array_equal(y[0], plain[0]) and not np.array_equal(y[2], plain[2])
     if not case.method.no_merge:
-        after = sx.merge(params, {"layers": {"proj": {"kernel": node}}})["layers"]["proj"]
-        chex.assert_trees_all_equal(after["bias"][1], own["bias"][1])
-        assert_close(y, host(x) @ host(after["kernel"]) + host(after["bias"])[:, None], 2e-5)
+        dense = sx.merge(params, {"layers": {"proj": {"kernel": node}}})["layers"]["proj"]
+        chex.assert_trees_all_equal(dense["bias"][1], proj["bias"][1])
+        assert_close(y, host(x) @ host(dense["kernel"]) + host(dense["bias"])[:, None], 2e-5)
 
 
 @pytest.mark.usefixtures("strict")
@@ -100,9 +100,9 @@ def test_a_foreign_bias_of_several_axes_is_adapted_and_a_misshapen_one_named():
     params = {"query": {"kernel": kernel, "bias": bias}}
     params, adapters = sx.attach(jax.random.key(0), params, [sx.Rule("query", sx.IA3(), in_axes=1)])
     adapters = shaken(adapters)
-    after, x = sx.merge(params, adapters)["query"], jnp.asarray(normal(3, 5, 16))
+    dense, x = sx.merge(params, adapters)["query"], jnp.asarray(normal(3, 5, 16))
     y = sx.linear(x, kernel.reshape(16, 12), adapters["query"]["kernel"], bias=bias.reshape(-1))
-    assert_close(y, host(x) @ host(after["kernel"]).reshape(16, 12) + host(after["bias"]).reshape(-1), 2e-5)
+    assert_close(y, host(x) @ host(dense["kernel"]).reshape(16, 12) + host(dense["bias"]).reshape(-1), 2e-5)
     with pytest.raises(sx.SboraxError, match=r"^query/bias: IA3 adapts the bias, which has shape \(12,\) here"):
         sx.merge({"query": {"kernel": kernel, "bias": jnp.zeros(12)}}, adapters)
 
@@ -139,8 +139,8 @@ def test_peft_and_every_merge_agree_on_a_biased_model(kind, pair, tmp_path):
         return
     dense = sx.merge(params, adapters)
     np.testing.assert_allclose(logits(pair.ours, dense, {}), expected, rtol=0, atol=1e-4)
-    again = sx.merge_weighted(base, [sx.Weighted(0.25, adapters, params), sx.Weighted(0.75, adapters, params)])
-    np.testing.assert_allclose(logits(pair.ours, again, {}), expected, rtol=0, atol=1e-4)
+    average = sx.merge_weighted(base, [sx.Weighted(0.25, adapters, params), sx.Weighted(0.75, adapters, params)])
+    np.testing.assert_allclose(logits(pair.ours, average, {}), expected, rtol=0, atol=1e-4)
     assert sx.unmerge(dense, adapters, params) is params
     save_hf(tmp_path / "merged", pair.ours, dense)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()

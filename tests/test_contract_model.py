@@ -67,9 +67,9 @@ def grouped_form(method) -> str:
     return "tiles" if method.no_merge else "thin" if isinstance(method, AbstractFactored) else "merged"
 
 
-def rows(cases, few):
-    """Parameters with ids, those that are not `few` nightly."""
-    marks = {case.name: () if case in few else (pytest.mark.nightly,) for case in cases}
+def rows(cases, subset):
+    """Parameters with ids, those outside `subset` nightly."""
+    marks = {case.name: () if case in subset else (pytest.mark.nightly,) for case in cases}
     return [pytest.param(case, id=case.name, marks=marks[case.name]) for case in cases]
 
 
@@ -138,9 +138,9 @@ def step(model, base, adapters, batch=BATCH):
 
 def layers_of(tree):
     """A stack of layers as numbered ones."""
-    rest = {name: leaf for name, leaf in tree.items() if name != "layers"}
+    remainder = {name: leaf for name, leaf in tree.items() if name != "layers"}
     apart = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(LAYERS)}
-    return rest | {"layers": apart}
+    return remainder | {"layers": apart}
 
 
 @by_case
@@ -148,22 +148,22 @@ def test_a_step_is_the_same_unrolled_recomputed_and_in_parts(case, model_of, ada
     base, adapters = adapted
     losses, grads = step(model_of(), base, adapters)
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(grads))
-    others = {
+    variants = {
         "recomputed": step(model_of(remat="full"), base, adapters),
         "recomputed but for thin values": step(model_of(remat="adapter_h"), base, adapters),
     }
     if not case.method.draws:
         # A key belongs to a layer's place in the module, and to a microbatch.
-        others["unrolled"] = step(model_of(scan=False), layers_of(base), layers_of(adapters))
+        variants["unrolled"] = step(model_of(scan=False), layers_of(base), layers_of(adapters))
     inexact = case.method.draws or case.method.batch_gradient or case.method.token_mean
     if not routed_parts(case.method) and not inexact:
         # What routers add is a mean over microbatches, and other means are over each.
         halves = {name: array.reshape(2, 2, 8) for name, array in BATCH.items()}
-        others["in parts"] = step(model_of(), base, adapters, halves)
-    for name, (again, slopes) in others.items():
-        wanted = layers_of(grads) if name == "unrolled" else grads
-        chex.assert_trees_all_close(again, losses, rtol=1e-5, atol=1e-6, custom_message=name)
-        chex.assert_trees_all_close(slopes, wanted, rtol=1e-4, atol=1e-5, custom_message=name)
+        variants["in parts"] = step(model_of(), base, adapters, halves)
+    for name, (values, slopes) in variants.items():
+        expected = layers_of(grads) if name == "unrolled" else grads
+        chex.assert_trees_all_close(values, losses, rtol=1e-5, atol=1e-6, custom_message=name)
+        chex.assert_trees_all_close(slopes, expected, rtol=1e-4, atol=1e-5, custom_message=name)
 
 
 @by([FEW_ON_EXPERTS["thin"]])
@@ -176,8 +176,8 @@ def test_a_step_on_four_bits_is_one_on_what_they_mean(case, model_of, adapted):
     plain = jax.tree.map(lambda leaf: dense(leaf) if is_weight(leaf) else leaf, packed, is_leaf=is_weight)
     adapters = sx.rebase(plain, adapted[1])
     losses, grads = step(model_of(), packed, sx.rebase(packed, adapted[1]))
-    wanted, slopes = step(model_of(), plain, adapters)
-    chex.assert_trees_all_close(losses, wanted, rtol=1e-5)
+    expected, slopes = step(model_of(), plain, adapters)
+    chex.assert_trees_all_close(losses, expected, rtol=1e-5)
     chex.assert_trees_all_close(grads, slopes, rtol=1e-3, atol=1e-5)
 
 
@@ -185,17 +185,17 @@ def test_a_step_on_four_bits_is_one_on_what_they_mean(case, model_of, adapted):
 def test_adapters_side_by_side_are_each_alone(case, model_of, adapted):
     base, adapters = adapted
     train, frozen = sx.split(adapters)
-    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), train)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), train)
     model = model_of()
     ctx = sx.Context(prompt=BATCH["counts"][0] == 0)
 
     def hidden(train):
         return model.hidden(base, sx.combine(train, frozen), BATCH["tokens"][0], ctx=ctx)
 
-    both = jax.jit(jax.vmap(hidden))(twice)
+    outputs = jax.jit(jax.vmap(hidden))(stack)
     for number in range(2):
-        alone = jax.jit(hidden)(jax.tree.map(lambda leaf, number=number: leaf[number], twice))
-        np.testing.assert_allclose(both[number], alone, rtol=1e-4, atol=1e-5)
+        alone = jax.jit(hidden)(jax.tree.map(lambda leaf, number=number: leaf[number], stack))
+        np.testing.assert_allclose(outputs[number], alone, rtol=1e-4, atol=1e-5)
 
 
 @by_case
@@ -203,7 +203,7 @@ def test_text_with_a_cache_is_text_without(case, model_of, adapted):
     base, adapters = adapted
     model = dataclasses.replace(model_of(), params=base)
     prompt = [int(token) for token in TOKENS[0, 0, :5]]
-    (made,) = generate(model, base, adapters, [prompt], 4)
+    (output,) = generate(model, base, adapters, [prompt], 4)
     text = list(prompt)
     mask = jnp.arange(9) < len(prompt)
     for _ in range(4):
@@ -212,4 +212,4 @@ def test_text_with_a_cache_is_text_without(case, model_of, adapted):
         ctx = sx.Context(prompt=mask[None])
         logits = model.apply(base, adapters, padded, segment_ids=segments, ctx=ctx)
         text.append(int(logits[0, len(text) - 1].argmax()))
-    assert list(made)[-4:] == text[-4:]
+    assert list(output)[-4:] == text[-4:]

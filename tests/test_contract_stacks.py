@@ -66,16 +66,16 @@ def test_random_starts_differ_from_weight_to_weight(case: Case):
     trees = [[node for path, node in nodes(tree).items() if path.endswith("/kernel")] for tree in (first, second)]
     leaves = [jax.tree.leaves((node.train, node.frozen)) for tree in trees for node in tree]
     for together in zip(*leaves, strict=True):
-        drawn = np.stack([np.asarray(leaf) for leaf in together]).reshape(2, LAYERS * EXPERTS, -1)
-        if drawn.shape[2] < 4 or not apart(drawn[0, 0], drawn[1, 0]):
+        draws = np.stack([np.asarray(leaf) for leaf in together]).reshape(2, LAYERS * EXPERTS, -1)
+        if draws.shape[2] < 4 or not apart(draws[0, 0], draws[1, 0]):
             continue
-        for one, other in itertools.combinations(drawn[0], 2):
-            assert apart(one, other)
+        for a, b in itertools.combinations(draws[0], 2):
+            assert apart(a, b)
 
 
-def apart(one: np.ndarray, other: np.ndarray) -> bool:
+def apart(a: np.ndarray, b: np.ndarray) -> bool:
     """By more than rounding."""
-    return float(np.abs(one - other).max()) > 1e-3 * float(np.abs(one).max())
+    return float(np.abs(a - b).max()) > 1e-3 * float(np.abs(a).max())
 
 
 @by_few
@@ -91,12 +91,12 @@ def test_layers_of_a_stack_of_two_axes_are_chosen_with_all_of_their_experts(case
     assert sx.count(adapters) == 2 * EXPERTS * case.count(IN, OUT) + case.shared(IN, OUT)
     node = trained(node)
     y, plain = forward(inputs(), kernel, node), np.einsum("ti,leio->leto", host(inputs()), weight)
-    moved = np.abs(host(y) - plain).max(axis=(2, 3)) > 1e-3
-    assert moved.tolist() == [[True] * EXPERTS, [False] * EXPERTS, [True] * EXPERTS]
+    mask = np.abs(host(y) - plain).max(axis=(2, 3)) > 1e-3
+    assert mask.tolist() == [[True] * EXPERTS, [False] * EXPERTS, [True] * EXPERTS]
     if not case.method.no_merge:
-        after = sx.merge(params, {"layers": {"experts": {"kernel": node}}})["layers"]["experts"]["kernel"]
-        np.testing.assert_array_equal(after[1], weight[1])
-        assert_close(y, np.einsum("ti,leio->leto", host(inputs()), host(after)), 2e-5)
+        merged = sx.merge(params, {"layers": {"experts": {"kernel": node}}})["layers"]["experts"]["kernel"]
+        np.testing.assert_array_equal(merged[1], weight[1])
+        assert_close(y, np.einsum("ti,leio->leto", host(inputs()), host(merged)), 2e-5)
 
 
 def spectra(ranks) -> jax.Array:
@@ -138,8 +138,8 @@ def test_planned_ranks_land_on_the_weights_they_were_planned_for(case: Case, sta
             columns = np.asarray(leaf).reshape(len(ranks), *leaf.shape[leaf.ndim - len(names) :])
             if "rank" in names:
                 columns = np.moveaxis(columns, 1 + names.index("rank"), 1).reshape(*live.shape, -1)
-                used = (columns != 0).any(axis=2)
-                assert (used == live).all() or not used.any(), name
+                support = (columns != 0).any(axis=2)
+                assert (support == live).all() or not support.any(), name
             if name in node.train:
                 total += int(live.sum()) * columns.shape[2] if "rank" in names else leaf.size
     assert sx.count(adapters) == total

@@ -52,8 +52,8 @@ def test_sources_agree(tmp_path):
         writer.writerows(records)
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "x.parquet")
     for name in ("x.jsonl", "x.json", "lines.json", "x.csv", "x.parquet"):
-        found = read(str(tmp_path / name))
-        assert [dict(found[i]) for i in range(len(found))] == records, name
+        rows = read(str(tmp_path / name))
+        assert [dict(rows[i]) for i in range(len(rows))] == records, name
 
 
 def test_names_under_sborax_data_and_splits(tmp_path, monkeypatch):
@@ -105,13 +105,13 @@ def test_only_the_answer_and_its_end_count(tmp_path, words):
     (sample,), report = load_samples(Data(name, **PLAIN), words, END, 512)
     assert words.decode(sample.tokens.tolist()) == "why?because<|im_end|>"
     assert answer(sample, words) == "because<|im_end|>"
-    (whole,), _ = load_samples(Data(name, loss_on="all", **PLAIN), words, END, 512)
-    assert whole.counts.all()
+    (full,), _ = load_samples(Data(name, loss_on="all", **PLAIN), words, END, 512)
+    assert full.counts.all()
     assert (report.records, report.samples, report.too_long) == (1, 1, 0)
 
 
 def test_alpaca_with_and_without_input(tmp_path, words):
-    records = [{"instruction": "Add.", "input": given, "output": "Done"} for given in ("", "1 and 2")]
+    records = [{"instruction": "Add.", "input": context, "output": "Done"} for context in ("", "1 and 2")]
     name = write(tmp_path, records)
     samples, _ = load_samples(Data(name, max_length=400), words, END, 512)
     texts = [words.decode(sample.tokens.tolist()) for sample in samples]
@@ -134,15 +134,15 @@ def test_llm_adapters_to_the_letter(words):
     assert prompt_of("llm_adapters", plain, words) == (
         f"{first}. {write_it} \n\n{margin}### Instruction:\n{margin}Add.\n\n{margin}### Response:\n{margin}"
     )
-    given = plain | {"input": "1 and 2"}
+    record = plain | {"input": "1 and 2"}
     paired = f"{first}, paired with an input that provides further context. {write_it}"
-    prompt, answer = render("llm_adapters", "", given, words).pieces
+    prompt, answer = render("llm_adapters", "", record, words).pieces
     assert (answer.text, answer.answer, prompt.answer) == ("Done", True, False)
     assert prompt.text == (
         f"{paired} \n\n{margin}### Instruction:\n{margin}Add.\n{margin}\n"
         f"{margin}### Input:\n{margin}1 and 2\n{margin}\n{margin}### Response:\n{margin}"
     )
-    assert prompt_of("llm_adapters", given, words) == (
+    assert prompt_of("llm_adapters", record, words) == (
         f"{paired}\n\n{margin}### Instruction:\n{margin}Add.\n\n"
         f"{margin}### Input:\n{margin}1 and 2\n\n{margin}### Response:\n{margin}"
     )
@@ -153,8 +153,8 @@ def test_chat_counts_every_assistant_turn(tmp_path, words):
     name = write(tmp_path, [{"messages": [{"role": role, "content": text} for role, text in turns]}])
     (sample,), _ = load_samples(Data(name, template="chat"), words, END, 512)
     assert answer(sample, words) == "hello<|im_end|>so long<|im_end|>"
-    asked = [{"role": "user", "content": "hi"}]
-    assert prompt_of("chat", {"messages": asked}, words) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    messages = [{"role": "user", "content": "hi"}]
+    assert prompt_of("chat", {"messages": messages}, words) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_long_samples_are_dropped_cut_or_split_and_always_counted(tmp_path, word
     def load(overlong):
         return load_samples(Data(name, max_length=10, overlong=overlong, **PLAIN), words, END, 128)
 
-    kept, report = load("drop")
-    assert [len(sample.tokens) for sample in kept] == [6, 7] and report.too_long == 1
+    short, report = load("drop")
+    assert [len(sample.tokens) for sample in short] == [6, 7] and report.too_long == 1
     assert "2 samples of 3 records, 1 too long (dropped)" in str(report)
     cut, report = load("truncate")
     assert [len(sample.tokens) for sample in cut] == [6, 10, 7] and report.too_long == 1
@@ -248,13 +248,13 @@ def test_row_lengths_are_few():
 
 def test_order_is_a_function_of_seed_and_step():
     rows = arrange(some_samples([4] * 10), Data("x", max_length=16))
-    first, again, other = (shuffled(rows, 2, 2, seed) for seed in (0, 0, 1))
+    first, second, third = (shuffled(rows, 2, 2, seed) for seed in (0, 0, 1))
     places = [[first.order[i] for i in range(start, start + 10)] for start in (0, 10)]
     assert sorted(places[0]) == sorted(places[1]) == list(range(10)) and places[0] != places[1]
     for step in (7, 3):
         for name, array in first[step].items():
-            np.testing.assert_array_equal(array, again[step][name])
-    assert [other.order[i] for i in range(10)] != places[0]
+            np.testing.assert_array_equal(array, second[step][name])
+    assert [third.order[i] for i in range(10)] != places[0]
     assert first[0]["tokens"].shape == (2, 2, rows.buckets[0])
     assert first.steps(1.0) == 3 and first.position(3) == (1, 2)
 
@@ -262,8 +262,8 @@ def test_order_is_a_function_of_seed_and_step():
 def test_batches_made_ahead_are_those_of_their_steps():
     rows = arrange(some_samples(range(2, 30)), Data("x", max_length=32, packing=True))
     batches = shuffled(rows, 3, 2, 0)
-    with stream(batches.__getitem__, 5, 45) as found:
-        for step, batch in enumerate(found, start=5):
+    with stream(batches.__getitem__, 5, 45) as queue:
+        for step, batch in enumerate(queue, start=5):
             for name, array in batches[step].items():
                 np.testing.assert_array_equal(batch[name], array)
     assert step == 44
@@ -275,10 +275,10 @@ def test_a_batch_that_cannot_be_made_stops_its_step_and_no_earlier_one():
             raise SboraxError("sample 7 cannot be read")
         return {"tokens": np.full(1, step)}
 
-    with stream(make, 0, 9) as found:
-        assert [next(found)["tokens"][0] for _ in range(3)] == [0, 1, 2]
+    with stream(make, 0, 9) as queue:
+        assert [next(queue)["tokens"][0] for _ in range(3)] == [0, 1, 2]
         with pytest.raises(SboraxError, match="^sample 7 cannot be read$"):
-            next(found)
+            next(queue)
     for thread in threading.enumerate():
         if thread.name.startswith("grain-prefetch"):
             thread.join(timeout=10)
@@ -301,8 +301,8 @@ def test_packing_halves_the_rows_of_alpaca():
 def write_alpaca(file):
     """999 records in Alpaca's format, 974 of them as long as Alpaca's by SmolLM2's tokenizer, the others longer."""
     lengths = np.rint(np.quantile(ALPACA_LENGTHS, np.linspace(0, 1, 974))).astype(int)
-    wanted = np.random.default_rng(0).permutation([*lengths, *[600] * 25])
-    pairs = [{"instruction": "Go on.", "input": "", "output": "on" + " and" * (n - PROMPT)} for n in wanted.tolist()]
+    sizes = np.random.default_rng(0).permutation([*lengths, *[600] * 25])
+    pairs = [{"instruction": "Go on.", "input": "", "output": "on" + " and" * (n - PROMPT)} for n in sizes.tolist()]
     file.write_text(json.dumps(pairs))
     return file
 
@@ -337,11 +337,11 @@ def test_packing_halves_the_rows_of_alpaca_records(real, smollm2, tmp_path):
 def test_limit_is_a_number_of_samples(tmp_path, words, overlong, lengths, limit, samples, records):
     file = write(tmp_path, [{"text": "x" * length} for length in lengths])
     data = Data(file, template="text", max_length=20, overlong=overlong, limit=limit)
-    found, report = load_samples(data, words, END, 128)
-    assert (len(found), report.samples, report.records) == (samples, samples, records)
+    subset, report = load_samples(data, words, END, 128)
+    assert (len(subset), report.samples, report.records) == (samples, samples, records)
     everything, _ = load_samples(Data(file, template="text", max_length=20, overlong=overlong), words, END, 128)
-    for one, other in zip(found, everything, strict=False):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
+    for sample, expected in zip(subset, everything, strict=False):
+        np.testing.assert_array_equal(sample.tokens, expected.tokens)
 
 
 def test_records_in_memory(words):
@@ -367,6 +367,6 @@ def test_samples_are_those_of_smaller_groups(tmp_path, words, monkeypatch):
     monkeypatch.setattr(samples, "_LETTERS", 12)
     in_groups, _ = load_samples(Data(name, **PLAIN), words, END, 2048)
     assert sizes[0] == 9 == sum(sizes[1:]) and len(sizes) > 4
-    for left, right in zip(at_once, in_groups, strict=True):
-        np.testing.assert_array_equal(left.tokens, right.tokens)
-        np.testing.assert_array_equal(left.counts, right.counts)
+    for sample, expected in zip(at_once, in_groups, strict=True):
+        np.testing.assert_array_equal(sample.tokens, expected.tokens)
+        np.testing.assert_array_equal(sample.counts, expected.counts)

@@ -59,12 +59,12 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x, segments, past, ctx):
-        kept = []
+        caches = []
         for number in range(self.count):
             earlier = None if past is None else past[number]
             x, values = Layer(self.dtype, name=str(number))(x, segments, earlier, ctx)
-            kept.append(values)
-        return x, jnp.stack(kept)
+            caches.append(values)
+        return x, jnp.stack(caches)
 
 
 class Averaging(AbstractDecoder):
@@ -81,8 +81,8 @@ class Averaging(AbstractDecoder):
             cache, earlier = past
             queries = jnp.ones(tokens.shape, earlier.dtype) if segment_ids is None else segment_ids
             segments = queries, jnp.concatenate([earlier, queries], axis=1)
-        x, kept = self.layers(self.embed_tokens(tokens), segments, cache, ctx)
-        return self.norm(x), kept if self.keep else None
+        x, values = self.layers(self.embed_tokens(tokens), segments, cache, ctx)
+        return self.norm(x), values if self.keep else None
 
     def head(self, hidden, ctx=Context()):
         return 6 * jnp.tanh((hidden @ self.embed_tokens.embedding.T).astype(jnp.float32) / 6)
@@ -162,8 +162,8 @@ def test_adapters_reach_the_projections(model, adapters):
 
 
 def test_text_over_the_cache(model, adapters):
-    wanted = [greedy(model, model.params, adapters, prompt, 6) for prompt in PROMPTS]
-    assert sx.generate(model, model.params, adapters, PROMPTS, 6) == wanted
+    expected = [greedy(model, model.params, adapters, prompt, 6) for prompt in PROMPTS]
+    assert sx.generate(model, model.params, adapters, PROMPTS, 6) == expected
     assert len(beam_search(model, model.params, adapters, PROMPTS, 6, 2)[0]) == 6
 
 
@@ -171,13 +171,13 @@ def test_continuations_are_scored(model, adapters):
     variables, prompt, targets = {"params": model.params, "adapters": adapters}, PROMPTS[0], [7, 8]
     logits = model.apply(model.params, adapters, jnp.array([[*prompt, *targets]]))
     log_probs = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
-    wanted = float(log_probs[0, targets[0]] + log_probs[1, targets[1]])
+    expected = float(log_probs[0, targets[0]] + log_probs[1, targets[1]])
     length, count = jnp.array([len(prompt)]), jnp.array([2])
     row = jnp.array([[*prompt, targets[0]]])
     by_itself, _ = score_rows(model.module, variables, row, length, jnp.array([targets]), count)
-    np.testing.assert_allclose(by_itself, [wanted], rtol=1e-4)
+    np.testing.assert_allclose(by_itself, [expected], rtol=1e-4)
     of_one, _ = score_options(model.module, variables, jnp.array([prompt]), length, jnp.array([[targets]]), count[None])
-    np.testing.assert_allclose(of_one, [[wanted]], rtol=1e-4)
+    np.testing.assert_allclose(of_one, [[expected]], rtol=1e-4)
 
 
 def test_a_step_lowers_the_loss(model):
@@ -193,31 +193,31 @@ def test_a_step_lowers_the_loss(model):
     assert losses[-1] < losses[0] - 0.1
     # The loss is that of the decoder's head, which is more than a product.
     logits = model.apply(model.params, None, tokens[0, :, :-1])
-    wanted = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[0, :, 1:]).mean()
-    np.testing.assert_allclose(losses[0], wanted, rtol=1e-5)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[0, :, 1:]).mean()
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
 
 
 def test_a_family_names_its_decoder(tmp_path):
     """From a directory: a plan, a run of the same experiment, and its text."""
     place = write_model(tmp_path / "model", model_type="averaging")
     config = load_config(place)
-    loaded = sx.load_model(place)
-    assert isinstance(loaded.module, Averaging) and config.decoder is Averaging
-    assert jax.tree.map(jnp.shape, loaded.params) == jax.tree.map(lambda leaf: leaf.shape, abstract(config))
+    language_model = sx.load_model(place)
+    assert isinstance(language_model.module, Averaging) and config.decoder is Averaging
+    assert jax.tree.map(jnp.shape, language_model.params) == jax.tree.map(lambda leaf: leaf.shape, abstract(config))
     data = sx.Data(
         str(write_data(tmp_path / "data.jsonl")), template="{instruction} ", answer="{output}", max_length=64
     )
     experiment = sx.Experiment(str(place), data, RULES, steps=2, batch_size=2)
     planned = outline(experiment, config)
     assert isinstance(planned.model.module, Averaging)
-    prepared = sx.prepare(experiment, loaded, 2)
-    parts = prepared.adapt(loaded.params)
+    prepared = sx.prepare(experiment, language_model, 2)
+    parts = prepared.adapt(language_model.params)
     shapes = jax.tree.map(jnp.shape, parts.train)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, planned.parts.train)
-    batches, _ = sx.read_data(experiment, loaded, print)
+    batches, _ = sx.read_data(experiment, language_model, print)
     _, numbers = prepared.make_step()(prepared.start(parts), parts.frozen, parts.base, batches[0])
     assert np.isfinite(numbers["loss"])
-    params, adapters = sx.attach(jax.random.key(0), loaded.params, RULES)
-    assert sx.generate(loaded, params, adapters, PROMPTS, 4) == [
-        greedy(loaded, params, adapters, prompt, 4) for prompt in PROMPTS
+    params, adapters = sx.attach(jax.random.key(0), language_model.params, RULES)
+    assert sx.generate(language_model, params, adapters, PROMPTS, 4) == [
+        greedy(language_model, params, adapters, prompt, 4) for prompt in PROMPTS
     ]

@@ -74,10 +74,10 @@ def workshop(compiled_once, tmp_path_factory):
     (place / THIRTY).mkdir(parents=True)
     (place / THIRTY / "config.json").write_text(json.dumps(SPARSE["Qwen3-30B-A3B"]))
     rows = [instruction(*question) for question in QUESTIONS]
-    asked = (
+    prompt = (
         "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"
     )
-    yes_no = [{"instruction": asked, "input": "", "output": "the correct answer is true", "answer": "true"}] * 4
+    yes_no = [{"instruction": prompt, "input": "", "output": "the correct answer is true", "answer": "true"}] * 4
     for name in ("ARC-Easy/test.json", "commonsense_170k/train.json", "commonsense_170k/validation.json"):
         write_json(place / "data" / name, rows)
     for name in ("boolq/train.json", "boolq/test.json"):
@@ -181,10 +181,10 @@ def rows_of(page: Path) -> list[list[str]]:
 
 @pytest.mark.nightly
 def test_the_site_has_every_method_to_the_letter(site):
-    shown, source = text_of(site / "methods.html"), (site / "methods.html").read_text()
+    text, source = text_of(site / "methods.html"), (site / "methods.html").read_text()
     for name in methods.__all__:
         assert f'id="{name.lower()}"' in source, name
-        assert " ".join(describe(name).partition("\n")[2].split()) in shown, name
+        assert " ".join(describe(name).partition("\n")[2].split()) in text, name
 
 
 def test_the_site_has_tables_of_every_method(site):
@@ -206,27 +206,27 @@ def test_the_site_has_every_public_name(site):
 
 
 def test_the_site_has_every_option_of_every_command(site):
-    shown = text_of(site / "cli.html")
+    text = text_of(site / "cli.html")
     commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
     for name, parser in commands.items():
-        section = shown.partition(f" {name}¶ ")[2].partition("¶")[0]
+        section = text.partition(f" {name}¶ ")[2].partition("¶")[0]
         for action in parser._actions:
             if action.help != "==SUPPRESS==" and action.dest not in ("help", "debug", "imports"):
-                written = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
-                assert written in section, f"{name} {written}"
-    assert "--import MODULE" in shown and "--debug" in shown
+                option = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+                assert option in section, f"{name} {option}"
+    assert "--import MODULE" in text and "--debug" in text
 
 
 @pytest.mark.parametrize(
-    ("page", "before", "after", "missing"),
+    ("page", "old", "new", "missing"),
     [("api", " attach ", " ", "attach"), ("cli", "<!-- options: merge -->", "", "sborax merge")],
 )
-def test_a_name_without_a_page_is_an_error(page, before, after, missing, tmp_path):
+def test_a_name_without_a_page_is_an_error(page, old, new, missing, tmp_path):
     conf = runpy.run_path(str(DOCS / "conf.py"))
     app = type("App", (), {"srcdir": str(tmp_path)})()
     for name in ("api", "methods", "cli"):
         text = (DOCS / f"{name}.md").read_text()
-        (tmp_path / f"{name}.md").write_text(text.replace(before, after) if name == page else text)
+        (tmp_path / f"{name}.md").write_text(text.replace(old, new) if name == page else text)
     with pytest.raises(conf["ExtensionError"], match=f"not on exactly one page of docs/: {missing}$"):
         conf["check"](app)
 
@@ -236,18 +236,18 @@ def test_every_page_is_in_the_tree_and_nothing_is_fetched(site):
     for page in PAGES:
         assert page.stem == "index" or f'href="{page.stem}.html"' in first, page
     for page in site.glob("*.html"):
-        loaded = re.findall(
+        addresses = re.findall(
             r"<(?:script|link|img|iframe|object)\b[^>]*?(?:src|href|data)=\"([^\"]+)\"", page.read_text()
         )
-        assert loaded and not [address for address in loaded if re.match(r"(https?:)?//", address)], page
+        assert addresses and not [address for address in addresses if re.match(r"(https?:)?//", address)], page
 
 
 def test_a_run_directory_has_the_drawn_files(workshop):
     drawing = (DOCS / "concepts.md").read_text().partition("    runs/one/\n")[2].partition("\n\n")[0]
-    drawn = set(re.findall(r"[├└]── ([\w.]+)", drawing))
+    entries = set(re.findall(r"[├└]── ([\w.]+)", drawing))
     run = workshop / "runs" / "one"
-    assert {entry.name for entry in run.iterdir()} <= drawn
-    assert {entry.name for entry in (run / "adapter").iterdir()} <= drawn
+    assert {entry.name for entry in run.iterdir()} <= entries
+    assert {entry.name for entry in (run / "adapter").iterdir()} <= entries
 
 
 def test_kinds_of_adapters_are_those_of_the_table():

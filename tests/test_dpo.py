@@ -51,9 +51,9 @@ def beside_trl(tmp_path_factory):
         loss = trainer._compute_loss(trainer.model.eval(), inputs, False)
         loss.backward()
         slopes = copy.deepcopy(trainer.model)
-    for own, slope in zip(slopes.parameters(), trainer.model.parameters(), strict=True):
+    for parameter, slope in zip(slopes.parameters(), trainer.model.parameters(), strict=True):
         if slope.grad is not None:
-            own.data = slope.grad.clone()
+            parameter.data = slope.grad.clone()
     slopes.save_pretrained(place / "slopes")
     ours = pair.ours
     params, adapters = load_peft(place / "adapter", ours)
@@ -72,15 +72,15 @@ def test_loss_and_gradient_are_those_of_trl(beside_trl):
     loss, slopes, model, params, adapters, inputs = beside_trl
     batch = alternating(inputs)
     parts = take_apart(params, adapters)
-    made, grads = jax.jit(
+    sums, grads = jax.jit(
         lambda train: sx.forward_backward(
             model, train, parts.frozen, parts.base, batch, jax.random.key(0), DPO(beta=0.3)
         )
     )(parts.train)
     assert abs(loss - np.log(2)) > 1e-3
-    np.testing.assert_allclose(made.losses["loss"] / made.items, loss, rtol=1e-4)
-    wanted = jax.tree.leaves(sx.split(slopes)[0])
-    for ours, theirs in zip(jax.tree.leaves(grads["adapters"]), wanted, strict=True):
+    np.testing.assert_allclose(sums.losses["loss"] / sums.items, loss, rtol=1e-4)
+    expected = jax.tree.leaves(sx.split(slopes)[0])
+    for ours, theirs in zip(jax.tree.leaves(grads["adapters"]), expected, strict=True):
         assert np.abs(theirs).max() > 1e-4
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 

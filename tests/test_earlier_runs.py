@@ -40,9 +40,9 @@ def test_its_adapter_computes_the_same(earlier):
 
 
 def test_it_goes_on(earlier):
-    before = (earlier / "metrics.jsonl").read_text().splitlines()
-    again = sx.load_experiment("run", ["steps=6"])
-    summary = train(again, earlier, resume=True, echo=lambda _: None)
-    after = (earlier / "metrics.jsonl").read_text().splitlines()
+    initial = (earlier / "metrics.jsonl").read_text().splitlines()
+    experiment = sx.load_experiment("run", ["steps=6"])
+    summary = train(experiment, earlier, resume=True, echo=lambda _: None)
+    final = (earlier / "metrics.jsonl").read_text().splitlines()
     assert summary.finished and summary.steps == 6
-    assert after[:4] == before and [json.loads(line)["step"] for line in after] == [1, 2, 3, 4, 5, 6]
+    assert final[:4] == initial and [json.loads(line)["step"] for line in final] == [1, 2, 3, 4, 5, 6]

@@ -85,8 +85,8 @@ def test_files_of_peft(name, request, tmp_path):
     save_peft(tmp_path / "ours", pair.ours, params, adapters)
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, **CLOSE)
     print(f"{name}: logits within {np.abs(logits(pair.ours, params, adapters) - expected).max():.1e}")
-    again, same = load_peft(tmp_path / "ours", pair.ours)
-    np.testing.assert_array_equal(logits(pair.ours, again, same), logits(pair.ours, params, adapters))
+    base, copy = load_peft(tmp_path / "ours", pair.ours)
+    np.testing.assert_array_equal(logits(pair.ours, base, copy), logits(pair.ours, params, adapters))
 
 
 def test_files_that_disagree(tied, tmp_path):
@@ -136,8 +136,8 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_rules(name, tied, untied):
-    rules, *both = RULES[name]
-    for pair, paths in zip((tied, untied), both, strict=True):
+    rules, *expected = RULES[name]
+    for pair, paths in zip((tied, untied), expected, strict=True):
         planned = sx.plan(pair.ours.abstract(), rules)
         assert {site.path for site in planned.sites if not site.path.startswith("layers/")} == paths
         assert {site.shape for site in planned.sites if site.path in (TABLE, LOOKUP)} <= {(64, 32)}
@@ -246,10 +246,10 @@ def test_the_loss_sees_the_adapter(where, request):
         return outputs(pair, params, sx.combine(train, frozen)).cross_entropy()
 
     def by_logits(train):
-        given = outputs(pair, params, sx.combine(train, frozen))
-        scores = jax.nn.log_softmax(pair.ours.apply(params, sx.combine(train, frozen), given.batch["tokens"]))
-        chosen = jnp.take_along_axis(scores, given.batch["targets"][..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(given.batch["counts"], chosen, 0.0))
+        result = outputs(pair, params, sx.combine(train, frozen))
+        scores = jax.nn.log_softmax(pair.ours.apply(params, sx.combine(train, frozen), result.batch["tokens"]))
+        log_probs = jnp.take_along_axis(scores, result.batch["targets"][..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(result.batch["counts"], log_probs, 0.0))
 
     ours, expected = (jax.jit(jax.value_and_grad(loss))(train) for loss in (in_chunks, by_logits))
     chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -290,9 +290,9 @@ def test_a_decoder_that_does_not_read_them(tied):
 def test_saved_adapters(name, tied, tmp_path):
     params, adapters = attached(tied, RULES[name][0])
     save_adapter(tmp_path, adapters, rules=RULES[name][0], base=fingerprint(tied.ours.params))
-    restored, same = load_adapter(tmp_path, tied.ours.params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(same, adapters)
-    chex.assert_trees_all_equal((restored, same), (params, adapters))
+    restored, copy = load_adapter(tmp_path, tied.ours.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(copy, adapters)
+    chex.assert_trees_all_equal((restored, copy), (params, adapters))
     # Earlier versions wrote scalars with an axis.
     file, plan = tmp_path / "adapter.safetensors", tmp_path / "plan.json"
     save_file({name: leaf.reshape(leaf.shape or 1) for name, leaf in load_file(file).items()}, file)
@@ -304,9 +304,9 @@ def test_sums_that_no_file_of_peft_holds(tied, tmp_path):
     trees = [attached(tied, RULES[name][0])[1] for name in ("shared", "head")]
     with pytest.raises(sx.SboraxError, match="no PEFT adapter is such a sum"):
         save_peft(tmp_path, tied.ours, tied.ours.params, sx.add(*trees))
-    both = sx.add(trees[0], attached(tied, [("embed_tokens", sx.LoRA(rank=2))], seed=1)[1])
-    save_peft(tmp_path, tied.ours, tied.ours.params, both)
-    expected = logits(tied.ours, tied.ours.params, both)
+    total = sx.add(trees[0], attached(tied, [("embed_tokens", sx.LoRA(rank=2))], seed=1)[1])
+    save_peft(tmp_path, tied.ours, tied.ours.params, total)
+    expected = logits(tied.ours, tied.ours.params, total)
     np.testing.assert_allclose(torch_logits(reloaded(tied, tmp_path)), expected, **CLOSE)
 
 

@@ -32,13 +32,13 @@ def lines(file):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     """A tiny model, and a run of it that was trained on two of the questions."""
     place = tmp_path_factory.mktemp("eval")
     write_model(place / "model", max_position_embeddings=512)
     (place / "arc.json").write_text(json.dumps([instruction(*question) for question in QUESTIONS]))
-    own = json.loads((place / "arc.json").read_text())[:2]
-    (place / "train.json").write_text(json.dumps(own))
+    subset = json.loads((place / "arc.json").read_text())[:2]
+    (place / "train.json").write_text(json.dumps(subset))
     (place / "run.py").write_text(
         "import sborax as sx\n\n\ndef experiment():\n"
         f"    data = sx.Data({str(place / 'train.json')!r}, max_length=512)\n"
@@ -49,45 +49,45 @@ def made(tmp_path_factory):
     return place
 
 
-def test_a_run_is_scored_and_its_training_data_are_looked_through(made, capsys, tmp_path):
-    data = f"arc_easy_labels={made / 'arc.json'}"
+def test_a_run_is_scored_and_its_training_data_are_looked_through(folder, capsys, tmp_path):
+    data = f"arc_easy_labels={folder / 'arc.json'}"
     words = ["--tasks", "arc_easy_labels", "--data", data, "--batch-tokens", "2048"]
-    told = run(capsys, made / "run", *words, "--out", tmp_path / "all")
-    assert "2 of 5 items are in the data that the run was trained on" in told
+    output = run(capsys, folder / "run", *words, "--out", tmp_path / "all")
+    assert "2 of 5 items are in the data that the run was trained on" in output
     items = lines(tmp_path / "all" / "arc_easy_labels.jsonl")
     assert [item["item"] for item in items] == [0, 1, 2, 3, 4]
     assert items[0]["prompt"].startswith("Below is an instruction") and len(items[4]["logprobs"]) == 5
-    limited = run(capsys, made / "run", *words, "--out", tmp_path / "some", "--limit", "2", "--seed", "1")
+    limited = run(capsys, folder / "run", *words, "--out", tmp_path / "some", "--limit", "2", "--seed", "1")
     assert "note: --limit 2: 2 of 5 items, drawn with seed 1" in limited and "(n 2, seed 1)" in limited
     (score,) = json.loads((tmp_path / "some" / "scores.json").read_text())["scores"]
     assert (score["n"], score["items"], score["limit"], score["seed"]) == (2, 5, 2, 1)
-    drawn = lines(tmp_path / "some" / "arc_easy_labels.jsonl")
-    for item in drawn:
+    sample = lines(tmp_path / "some" / "arc_easy_labels.jsonl")
+    for item in sample:
         np.testing.assert_allclose(item["logprobs"], items[item["item"]]["logprobs"], rtol=1e-4)
-    other = run(capsys, made / "run", *words, "--out", tmp_path / "chat", "--template", "chat")
-    assert other != told and "<|im_start|>" in lines(tmp_path / "chat" / "arc_easy_labels.jsonl")[0]["prompt"]
+    chat = run(capsys, folder / "run", *words, "--out", tmp_path / "chat", "--template", "chat")
+    assert chat != output and "<|im_start|>" in lines(tmp_path / "chat" / "arc_easy_labels.jsonl")[0]["prompt"]
 
 
 @pytest.mark.nightly
-def test_answers_are_written_and_looked_for(made, capsys, tmp_path):
+def test_answers_are_written_and_looked_for(folder, capsys, tmp_path):
     (tmp_path / "sums.json").write_text(
         json.dumps([{"instruction": f"{n} plus {n}?", "answer": f"{2 * n}.0"} for n in range(3)])
     )
     data = [
         "--data",
-        f"llm_adapters_arc_easy={made / 'arc.json'}",
+        f"llm_adapters_arc_easy={folder / 'arc.json'}",
         "--data",
         f"llm_adapters_svamp={tmp_path / 'sums.json'}",
     ]
     words = ["--tasks", "llm_adapters_arc_easy,llm_adapters_svamp", *data, "--limit", "3", "--out", tmp_path / "out"]
-    told = run(capsys, made / "model", *words)
-    assert "the first answer in at most 32 tokens, 4 beams" in told
+    output = run(capsys, folder / "model", *words)
+    assert "the first answer in at most 32 tokens, 4 beams" in output
     items = lines(tmp_path / "out" / "llm_adapters_svamp.jsonl")
     assert items[0]["prompt"].endswith("### Response:\n                ") and len(items) == 3
     assert all(set(item) == {"item", "prompt", "text", "answer", "gold", "right"} for item in items)
 
 
-def test_mmlu_and_e2e_run(made, capsys, tmp_path):
+def test_mmlu_and_e2e_run(folder, capsys, tmp_path):
     home = tmp_path / "mmlu"
     home.mkdir()
     subjects = ("astronomy", "virology")
@@ -100,16 +100,16 @@ def test_mmlu_and_e2e_run(made, capsys, tmp_path):
         'mr,ref\n"name[A], food[B]",A serves B.\n"name[A], food[B]",B at A.\nname[C],C.\n'
     )
     data = ["--data", f"mmlu={home}", "--data", f"e2e_nlg={tmp_path / 'e2e.csv'}"]
-    told = run(capsys, made / "model", "--tasks", "mmlu,e2e_nlg", *data, "--out", tmp_path / "out")
-    assert "mmlu: acc over subjects " in told and "e2e_nlg: BLEU " in told and "CIDEr is absent" in told
+    output = run(capsys, folder / "model", "--tasks", "mmlu,e2e_nlg", *data, "--out", tmp_path / "out")
+    assert "mmlu: acc over subjects " in output and "e2e_nlg: BLEU " in output and "CIDEr is absent" in output
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
     assert {"acc of astronomy", "acc of virology"} <= scores[0]["metrics"].keys() and scores[1]["n"] == 2
     assert lines(tmp_path / "out" / "e2e_nlg.jsonl")[0]["references"] == ["A serves B.", "B at A."]
 
 
-def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("SBORAX_DATA", raising=False)
-    model = made / "model"
+    model = folder / "model"
     assert "give --tasks, --harness, or both" in fails(capsys, model)
     assert "no task 'arc'" in fails(capsys, model, "--tasks", "arc")
     assert "--data piqa=x: write TASK=PATH" in fails(capsys, model, "--tasks", "arc_easy", "--data", "piqa=x")
@@ -132,17 +132,17 @@ def test_mistakes_are_one_line(made, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_the_example_compares_a_run_with_its_base(made, capsys, tmp_path, monkeypatch):
-    asked = [instruction(*question) for question in QUESTIONS]
+def test_the_example_compares_a_run_with_its_base(folder, capsys, tmp_path, monkeypatch):
+    questions = [instruction(*question) for question in QUESTIONS]
     yes = {"instruction": "Please answer with true or false, question: is it?\n\nAnswer format: true/false"}
     for name in ("ARC-Easy", "boolq"):
         (tmp_path / name).mkdir()
-        for split, some in (("train", slice(0, 3)), ("test", slice(2, 5))):
-            records = [{**yes, "answer": "true"}] * 2 if name == "boolq" else asked[some]
+        for split, part in (("train", slice(0, 3)), ("test", slice(2, 5))):
+            records = [{**yes, "answer": "true"}] * 2 if name == "boolq" else questions[part]
             (tmp_path / name / f"{split}.json").write_text(json.dumps(records))
     out = tmp_path / "out"
-    given = {"--data": tmp_path, "--out": out, "--steps": 1, "--tasks": "arc_easy,boolq"}
-    words = [str(made / "model"), *(str(word) for pair in given.items() for word in pair)]
+    options = {"--data": tmp_path, "--out": out, "--steps": 1, "--tasks": "arc_easy,boolq"}
+    words = [str(folder / "model"), *(str(word) for pair in options.items() for word in pair)]
     monkeypatch.setenv("SBORAX_DATA", "")
     monkeypatch.setattr("sys.argv", ["commonsense.py", *words])
     runpy.run_path(str(EXAMPLES / "commonsense.py"), run_name="__main__")
@@ -150,20 +150,20 @@ def test_the_example_compares_a_run_with_its_base(made, capsys, tmp_path, monkey
     samples = lines(out / "train.jsonl")
     assert samples[0]["prompt"] == "Question: Which of these melts in the sun?\nAnswer:"
     assert samples[0]["option"] == " an ice cube"
-    *rows, whole = (out / "table.md").read_text().splitlines()[2:]
+    *rows, mean = (out / "table.md").read_text().splitlines()[2:]
     assert [row.split()[1] for row in rows] == ["arc_easy", "boolq"]
-    assert whole.startswith("| mean |")
+    assert mean.startswith("| mean |")
 
 
-def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, tmp_path, monkeypatch):
+def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(folder, capsys, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    words = ["train", str(made / "run.py"), "--out", str(out)]
+    words = ["train", str(folder / "run.py"), "--out", str(out)]
     monkeypatch.setenv("SBORAX_DATA", str(tmp_path))
-    for wrong, said in (("arc", "there is no task 'arc'"), ("piqa", "piqa: not under $SBORAX_DATA")):
+    for wrong, message in (("arc", "there is no task 'arc'"), ("piqa", "piqa: not under $SBORAX_DATA")):
         assert main([*words, f"eval.tasks=['{wrong}']"]) == 2
-        assert said in capsys.readouterr().err and not out.exists()
+        assert message in capsys.readouterr().err and not out.exists()
     (tmp_path / "ARC-Easy").mkdir()
-    (tmp_path / "ARC-Easy" / "test.json").write_text((made / "arc.json").read_text())
+    (tmp_path / "ARC-Easy" / "test.json").write_text((folder / "arc.json").read_text())
     named = [*words, "eval.tasks=['arc_easy']"]
     assert main(named) == 0
     assert "arc_easy: acc " in capsys.readouterr().out
@@ -182,27 +182,27 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(made, capsys, t
     assert main([*named, "--resume"]) == 0
     assert "is scored already" in capsys.readouterr().out
     # Scores of an adapter that was replaced are none of the next one.
-    measured = f'eval.data={{"name": "{made / "train.json"}"}}'
+    measured = f'eval.data={{"name": "{folder / "train.json"}"}}'
     assert main([*named, measured, "--resume"]) == 2
     assert "eval.data differs from that of the losses it has; the run has ended" in capsys.readouterr().err
     assert json.loads((out / "config.json").read_text())["eval"]["data"] is None
     assert main([*named, "steps=2", "--resume"]) == 0
-    told = capsys.readouterr().out
-    assert f"{out / 'scores'}: renamed to earlier-scores-1, since these scores are of an earlier adapter" in told
+    output = capsys.readouterr().out
+    assert f"{out / 'scores'}: renamed to earlier-scores-1, since these scores are of an earlier adapter" in output
     assert (out / "earlier-scores-1" / "scores.json").read_text() == scores
-    assert "is scored already" not in told and "arc_easy: acc " in told
+    assert "is scored already" not in output and "arc_easy: acc " in output
     scores, named = (out / "scores" / "scores.json").read_text(), [*named, "steps=2"]
     # Scores that were cut short are made again.
     (out / "scores" / "scores.json").unlink()
     assert main([*named, "--resume"]) == 0
-    again = json.loads((out / "scores" / "scores.json").read_text())["scores"][0]["metrics"]
-    assert again == json.loads(scores)["scores"][0]["metrics"]
+    second = json.loads((out / "scores" / "scores.json").read_text())["scores"][0]["metrics"]
+    assert second == json.loads(scores)["scores"][0]["metrics"]
 
 
 def test_tasks_are_listed(capsys):
     assert main(["tasks"]) == 0
-    told = capsys.readouterr().out
-    assert "arc_easy_labels " in told
+    output = capsys.readouterr().out
+    assert "arc_easy_labels " in output
     assert any(
-        line.split()[:3] == ["llm_adapters_commonsense", "=", "llm_adapters_boolq,"] for line in told.splitlines()
+        line.split()[:3] == ["llm_adapters_commonsense", "=", "llm_adapters_boolq,"] for line in output.splitlines()
     )

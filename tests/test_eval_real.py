@@ -38,8 +38,8 @@ def logprobs(reference, prompt, continuation):
     """ln p of each token of a continuation, from transformers."""
     ids = torch.tensor([[*prompt, *continuation]])
     with torch.no_grad():
-        each = torch.log_softmax(reference(ids).logits[0, len(prompt) - 1 : -1].float(), -1)
-    return each.gather(1, ids[0, len(prompt) :, None])[:, 0].double().numpy()
+        table = torch.log_softmax(reference(ids).logits[0, len(prompt) - 1 : -1].float(), -1)
+    return table.gather(1, ids[0, len(prompt) :, None])[:, 0].double().numpy()
 
 
 def test_arc_and_wikitext_score_as_in_transformers(smollm2, home, capsys, tmp_path, monkeypatch):
@@ -51,8 +51,8 @@ def test_arc_and_wikitext_score_as_in_transformers(smollm2, home, capsys, tmp_pa
     save_hf(target, model, model.params)
     words = ["--tasks", "arc_easy,wikitext2_128", "--batch-tokens", "768", "--out", tmp_path / "out"]
     assert main(["eval", *map(str, (target, *words))]) == 0
-    told = capsys.readouterr().out
-    scores = {one["task"]: one for one in json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]}
+    output = capsys.readouterr().out
+    scores = {score["task"]: score for score in json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]}
     reference = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
     items = [json.loads(line) for line in (tmp_path / "out" / "arc_easy.jsonl").read_text().splitlines()]
@@ -80,5 +80,5 @@ def test_arc_and_wikitext_score_as_in_transformers(smollm2, home, capsys, tmp_pa
     compared = capsys.readouterr().out
     assert f"arc_easy: acc {np.mean(right):.6f} here, {np.mean(right):.6f} by transformers, n 5;" in compared
     assert f"by transformers, n {len(losses)};" in compared
-    assert f"arc_easy: acc {np.mean(right):.4f} ± " in told and "(n 5, seed 0)" in told
-    assert "this copy has 5 items, the published set 2,376: not its score" in told
+    assert f"arc_easy: acc {np.mean(right):.4f} ± " in output and "(n 5, seed 0)" in output
+    assert "this copy has 5 items, the published set 2,376: not its score" in output

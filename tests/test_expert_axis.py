@@ -77,8 +77,8 @@ alone = functools.cache(lambda: gradients(None)[0])
 @pytest.mark.parametrize("sizes", [{"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_a_model_on_an_axis_of_experts_is_one_on_one_device(sizes):
     (losses, grads), parts = gradients(sizes)
-    wanted, slopes = alone()
-    chex.assert_trees_all_close(losses, wanted, rtol=1e-5)
+    expected, slopes = alone()
+    chex.assert_trees_all_close(losses, expected, rtol=1e-5)
     for mine, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(slopes), strict=True):
         assert largest(theirs) > 0
         assert_close(mine, theirs, 1e-5)
@@ -182,13 +182,13 @@ def with_gradients(form, projections, tokens=TOKENS):
     trees = {name: leaf.adapter.train for name, leaf in projections.items() if leaf.adapter}
 
     def loss(x, weights, trees):
-        moved = {
+        tuned = {
             name: dataclasses.replace(leaf, adapter=dataclasses.replace(leaf.adapter, train=trees[name]))
             if leaf.adapter
             else leaf
             for name, leaf in projections.items()
         }
-        y = form(x, weights, numbers, moved)
+        y = form(x, weights, numbers, tuned)
         return jnp.sum(y * normal(9, TOKENS, IN)[:tokens]), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(x, weights, trees)
@@ -199,10 +199,10 @@ def with_gradients(form, projections, tokens=TOKENS):
 def test_tokens_that_devices_do_not_divide(tokens):
     """As when text is generated: devices along an axis that does not divide them have the same tokens."""
     projections = a_mixture(sx.LoRA(rank=4))
-    wanted = with_gradients(by_expert, projections, tokens)
+    expected = with_gradients(by_expert, projections, tokens)
     with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
         got = with_gradients(together, projections, tokens)
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_close(mine, theirs, 1e-5)
 
 
@@ -211,13 +211,13 @@ def test_tokens_that_devices_do_not_divide(tokens):
 @pytest.mark.parametrize("case", ON_EXPERTS, ids=lambda case: case.name)
 def test_a_method_on_an_axis_of_experts_is_a_loop_over_experts(case: Case, quantised, strict):
     projections = a_mixture(case.method, quantised)
-    wanted = with_gradients(by_expert, projections)
+    expected = with_gradients(by_expert, projections)
     with jax.set_mesh(make_mesh({"expert": 8})):
         got = with_gradients(together, projections)
     if case.method.batch_gradient:
         # The loop hands every expert all tokens.
-        got, wanted = ((y, grads[:2]) for y, grads in (got, wanted))
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        got, expected = ((y, grads[:2]) for y, grads in (got, expected))
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         # Without a key, leaves of draws alone have no gradient.
         assert largest(theirs) > 0 or case.method.draws
         assert_close(mine, theirs, 1e-5)
@@ -248,18 +248,18 @@ def compiled_layers(sizes, quantised, method=sx.LoRA(rank=4), tokens=256, form=t
     trees = {name: leaf.adapter.train for name, leaf in projections.items() if leaf.adapter}
 
     def loss(x, trees, weights, numbers, projections):
-        moved = {
+        tuned = {
             name: dataclasses.replace(leaf, adapter=dataclasses.replace(leaf.adapter, train=trees[name]))
             if leaf.adapter
             else leaf
             for name, leaf in projections.items()
         }
-        y, _ = jax.lax.scan(lambda x, layer: (x + form(x, weights, numbers, layer), None), x, moved)
+        y, _ = jax.lax.scan(lambda x, layer: (x + form(x, weights, numbers, layer), None), x, tuned)
         return jnp.sum(jax.lax.with_sharding_constraint(y, rows))
 
     arguments = [
-        jax.ShapeDtypeStruct((tokens, *rest), dtype, sharding=rows)
-        for rest, dtype in (((IN,), jnp.float32), ((CHOSEN,), jnp.float32), ((CHOSEN,), jnp.int32))
+        jax.ShapeDtypeStruct((tokens, *shape), dtype, sharding=rows)
+        for shape, dtype in (((IN,), jnp.float32), ((CHOSEN,), jnp.float32), ((CHOSEN,), jnp.int32))
     ]
     where = (rows, jax.tree.map(lambda leaf: leaf.sharding, trees))
     with jax.set_mesh(mesh):

@@ -27,13 +27,13 @@ by_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 def expert_of(method, number, pattern="q|k", seed=None):
     """An expert attached under a key of its own, its factor moved away from zero."""
-    own = dataclasses.replace(method, expert=number)
-    _, adapters = sx.attach(jax.random.key(number if seed is None else seed), PARAMS, [(pattern, own)])
+    of_number = dataclasses.replace(method, expert=number)
+    _, adapters = sx.attach(jax.random.key(number if seed is None else seed), PARAMS, [(pattern, of_number)])
     train, frozen = sx.split(adapters)
     leaves, treedef = jax.tree.flatten(train)
     keys = jax.random.split(jax.random.key(100 + number), len(leaves))
-    moved = [leaf + jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+    tuned = [leaf + jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return sx.combine(jax.tree.unflatten(treedef, tuned), frozen)
 
 
 def merged(adapters):
@@ -56,34 +56,34 @@ def test_blocks_are_orthonormal_disjoint_and_shared(method):
     gram = jnp.einsum("lir,lis->lrs", together, together)
     chex.assert_trees_all_close(gram, jnp.broadcast_to(jnp.eye(4 * EXPERTS)[None], gram.shape), atol=1e-5)
     # The attach key, the module and the layer change nothing; the basis seed does.
-    again = expert_of(method, 1, seed=99)
-    chex.assert_trees_all_close(block_of(again), blocks[1], atol=0)
-    chex.assert_trees_all_close(block_of(again, "layers/k/kernel"), blocks[1], atol=0)
+    second = expert_of(method, 1, seed=99)
+    chex.assert_trees_all_close(block_of(second), blocks[1], atol=0)
+    chex.assert_trees_all_close(block_of(second, "layers/k/kernel"), blocks[1], atol=0)
     chex.assert_trees_all_close(blocks[1][0], blocks[1][1], atol=0)
-    other = block_of(expert_of(dataclasses.replace(method, basis_seed=1), 1))
-    assert float(jnp.abs(other - blocks[1]).max()) > 0.1
+    of_seed = block_of(expert_of(dataclasses.replace(method, basis_seed=1), 1))
+    assert float(jnp.abs(of_seed - blocks[1]).max()) > 0.1
 
 
 @by_method
 def test_an_expert_does_not_depend_on_how_many_there_are(method):
     """So that a fourth can be trained later."""
-    few, many = (block_of(expert_of(dataclasses.replace(method, experts=n), 1)) for n in (2, 8))
-    chex.assert_trees_all_close(few, many, atol=1e-6)
+    small, large = (block_of(expert_of(dataclasses.replace(method, experts=n), 1)) for n in (2, 8))
+    chex.assert_trees_all_close(small, large, atol=1e-6)
 
 
 @by_method
 def test_removal_is_exact_to_the_bit(method):
     experts = [expert_of(method, e) for e in range(EXPERTS)]
     everyone = sx.combine_experts(experts)
-    for gone in range(EXPERTS):
-        rest = [expert for e, expert in enumerate(experts) if e != gone]
-        left = sx.remove_expert(everyone, experts[gone])
-        never = sx.combine_experts(rest)
-        chex.assert_trees_all_equal(left, never)
-        chex.assert_trees_all_equal(merged(left), merged(never))
-        alone = sx.remove_expert(left, rest[0])
-        chex.assert_trees_all_equal(alone, rest[1])
-        assert sx.remove_expert(alone, rest[1]) == {}
+    for number in range(EXPERTS):
+        subset = [expert for e, expert in enumerate(experts) if e != number]
+        remainder = sx.remove_expert(everyone, experts[number])
+        never = sx.combine_experts(subset)
+        chex.assert_trees_all_equal(remainder, never)
+        chex.assert_trees_all_equal(merged(remainder), merged(never))
+        alone = sx.remove_expert(remainder, subset[0])
+        chex.assert_trees_all_equal(alone, subset[1])
+        assert sx.remove_expert(alone, subset[1]) == {}
     assert sx.count(everyone) == sum(sx.count(expert) for expert in experts)
     grown = sx.combine_experts([sx.combine_experts(experts[:2]), experts[2]])
     chex.assert_trees_all_equal(grown, everyone)
@@ -103,8 +103,8 @@ def test_every_entry_is_one_experts_or_the_bases_to_the_bit(variant):
     experts = [expert_of(METHODS[variant], e) for e in range(EXPERTS)]
     together, alone = np.asarray(merged(sx.combine_experts(experts))), [np.asarray(merged(e)) for e in experts]
     untouched = np.ones(WEIGHT.shape, bool)
-    for own, weight in zip(experts, alone, strict=True):
-        for layer, idx in enumerate(np.asarray(nodes(own)["layers/q/kernel"].frozen["idx"])):
+    for expert, weight in zip(experts, alone, strict=True):
+        for layer, idx in enumerate(np.asarray(nodes(expert)["layers/q/kernel"].frozen["idx"])):
             index = (layer, idx) if variant == "FA" else (layer, slice(None), idx)
             np.testing.assert_array_equal(together[index], weight[index])
             assert (together[index] != np.asarray(WEIGHT)[index]).all()
@@ -118,8 +118,8 @@ def test_each_expert_is_recovered_from_the_sum(method):
     """What Orthogonal Adaptation promises, and what a sum of plain LoRAs does not."""
     experts = [expert_of(method, e) for e in range(EXPERTS)]
     delta = np.asarray(merged(sx.combine_experts(experts)) - WEIGHT, np.float64)
-    for own in experts:
-        node, q = nodes(own)["layers/q/kernel"], np.asarray(block_of(own), np.float64)
+    for expert in experts:
+        node, q = nodes(expert)["layers/q/kernel"], np.asarray(block_of(expert), np.float64)
         scale = np.asarray(node.frozen["scale"])[:, None, None]
         if "b" in node.train:
             np.testing.assert_allclose(np.swapaxes(q, 1, 2) @ delta, scale * node.train["b"], atol=3e-5)
@@ -133,8 +133,8 @@ def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
     size, rank = 400, 4
     params = {"q": {"kernel": jnp.zeros((size, size))}}
 
-    def block(basis, number, **more):
-        method = sx.OrthogonalAdaptation(rank=rank, side=side, expert=number, experts=12, basis=basis, **more)
+    def block(basis, number, **options):
+        method = sx.OrthogonalAdaptation(rank=rank, side=side, expert=number, experts=12, basis=basis, **options)
         (node,) = nodes(sx.attach(jax.random.key(number), params, [("q", method)])[1]).values()
         assert sx.count({"q": {"kernel": node}}) == rank * size
         return np.asarray(node.frozen["a"] if side == "in" else node.frozen["b"].T, np.float64)
@@ -143,9 +143,9 @@ def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
 
     def crosstalk(basis):
         blocks = [block(basis, number) for number in range(12)]
-        own = np.linalg.norm(blocks[0].T @ blocks[0] @ trained[0])
-        others = [np.linalg.norm(blocks[0].T @ q @ b) for q, b in zip(blocks[1:], trained[1:], strict=True)]
-        return np.mean(others) / own
+        signal = np.linalg.norm(blocks[0].T @ blocks[0] @ trained[0])
+        interference = [np.linalg.norm(blocks[0].T @ q @ b) for q, b in zip(blocks[1:], trained[1:], strict=True)]
+        return np.mean(interference) / signal
 
     assert crosstalk("orthogonal") < 1e-5
     assert 0.9 < crosstalk("gaussian") / np.sqrt(rank / size) < 1.1
@@ -158,8 +158,8 @@ def test_gaussian_experts_interfere_as_much_as_the_docstring_says(side):
     np.testing.assert_allclose(block("gaussian", 3, sigma=0.5), 0.5 * np.sqrt(size) * blocks[3], rtol=1e-6)
     # Of the seed and the expert, not of the key or the number of experts.
     assert np.abs(block("gaussian", 3, basis_seed=1) - blocks[3]).max() > 0.1
-    few = sx.OrthogonalAdaptation(rank=rank, side=side, expert=3, experts=4, basis="gaussian")
-    (node,) = nodes(sx.attach(jax.random.key(77), params, [("q", few)])[1]).values()
+    small = sx.OrthogonalAdaptation(rank=rank, side=side, expert=3, experts=4, basis="gaussian")
+    (node,) = nodes(sx.attach(jax.random.key(77), params, [("q", small)])[1]).values()
     np.testing.assert_array_equal(node.frozen["a"] if side == "in" else node.frozen["b"].T, blocks[3])
 
 
@@ -172,13 +172,13 @@ def test_gaussian_experts_are_summed_but_not_combined():
         ) as e:
             mistake()
         assert "\n" not in str(e.value)
-    both = merged(sx.add(*experts)) - WEIGHT
-    chex.assert_trees_all_close(both, sum(merged(expert) - WEIGHT for expert in experts), atol=2e-5)
+    change = merged(sx.add(*experts)) - WEIGHT
+    chex.assert_trees_all_close(change, sum(merged(expert) - WEIGHT for expert in experts), atol=2e-5)
     # More experts than fit side by side; but not one beyond their number.
-    many = dataclasses.replace(method, experts=100, expert=99)
-    assert sx.plan(PARAMS, [("q", many)])
+    large = dataclasses.replace(method, experts=100, expert=99)
+    assert sx.plan(PARAMS, [("q", large)])
     for wrong, message in (
-        (dataclasses.replace(many, expert=100), "expert must lie in 0..99"),
+        (dataclasses.replace(large, expert=100), "expert must lie in 0..99"),
         (dataclasses.replace(method, sigma=0.0), "sigma"),
         (dataclasses.replace(METHODS["in"], sigma=0.1), "sigma=0.1 is of basis='gaussian'"),
     ):
@@ -188,11 +188,11 @@ def test_gaussian_experts_are_summed_but_not_combined():
 
 def test_experts_may_adapt_different_kernels():
     method = METHODS["FA"]
-    one, two = expert_of(method, 0, "q"), expert_of(method, 1)
-    both = sx.combine_experts([one, two])
-    assert set(nodes(both)) == {"layers/q/kernel", "layers/k/kernel"}
-    chex.assert_trees_all_equal(sx.remove_expert(both, one), two)
-    chex.assert_trees_all_equal(sx.remove_expert(both, two), one)
+    first, second = expert_of(method, 0, "q"), expert_of(method, 1)
+    union = sx.combine_experts([first, second])
+    assert set(nodes(union)) == {"layers/q/kernel", "layers/k/kernel"}
+    chex.assert_trees_all_equal(sx.remove_expert(union, first), second)
+    chex.assert_trees_all_equal(sx.remove_expert(union, second), first)
 
 
 def test_overlap_and_strangers_are_refused():

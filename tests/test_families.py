@@ -147,8 +147,8 @@ def test_the_loss_equals_transformers(pair):
     sums, _ = sx.forward_backward(pair.ours, trained, parts.frozen, parts.base, batch, jax.random.key(1))
     ids = torch.tensor(np.asarray(tokens), dtype=torch.long)
     with torch.no_grad():
-        wanted = float(pair.torch(ids, labels=ids).loss)
-    assert math.isclose(float(sums.losses["loss"] / sums.items), wanted, rel_tol=1e-5)
+        expected = float(pair.torch(ids, labels=ids).loss)
+    assert math.isclose(float(sums.losses["loss"] / sums.items), expected, rel_tol=1e-5)
 
 
 def test_the_load_of_experts_equals_transformers(pair):
@@ -193,10 +193,10 @@ def test_the_losses_of_a_trained_router_equal_transformers(pair):
     entropy = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten())
     loss = entropy + 0.3 * out.aux_loss + 0.2 * router_z_loss_func(torch.stack(out.router_logits))
     weights = [parameter for name, parameter in pair.torch.named_parameters() if name.endswith("mlp.gate.weight")]
-    wanted = np.stack([grad.numpy().T for grad in torch.autograd.grad(loss, weights)])
+    expected = np.stack([grad.numpy().T for grad in torch.autograd.grad(loss, weights)])
     assert math.isclose(float(sum(sums.losses.values()) / sums.items), float(loss.detach()), rel_tol=1e-5)
     assert set(sums.losses) == {"loss", "balance_loss", "z_loss"}
-    assert relative(grads["base"]["layers/mlp/router/weight"], wanted) < TOLERANCE
+    assert relative(grads["base"]["layers/mlp/router/weight"], expected) < TOLERANCE
 
 
 @pytest.mark.usefixtures("strict")
@@ -367,13 +367,13 @@ def test_plans_count_what_transformers_builds(name, tmp_path, capsys):
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     assert main(["plan", str(tmp_path / "config.json"), "--mesh", "fsdp=64", "--length", "512"]) == 0
-    told = capsys.readouterr().out
-    assert f"{theirs.num_parameters():,} parameters" in told and "bytes on each of 64 devices" in told
+    output = capsys.readouterr().out
+    assert f"{theirs.num_parameters():,} parameters" in output and "bytes on each of 64 devices" in output
     config = load_config(tmp_path)
-    whole = outline(sx.Experiment("x", sx.Data("x"), ALL, steps=1), config)
+    plan = outline(sx.Experiment("x", sx.Data("x"), ALL, steps=1), config)
     d, wide = config.hidden_size, config.num_attention_heads * config.head_dim
     of_layer = 2 * d * (wide + config.num_key_value_heads * config.head_dim) + 3 * d * active_width(config)
-    assert model_flops(config, whole.parts) == 4 * (config.num_hidden_layers * of_layer + d * config.vocab_size)
+    assert model_flops(config, plan.parts) == 4 * (config.num_hidden_layers * of_layer + d * config.vocab_size)
 
 
 def test_keys_that_files_leave_out_are_those_of_transformers():
@@ -470,11 +470,11 @@ def test_every_option_of_a_router_is_read_or_refused(kind):
         with pytest.raises(sx.SboraxError, match=f"config.json: {field} = ") as caught:
             LlamaConfig.from_hf(raw | {field: value})
         assert "\n" not in str(caught.value)
-    before = LlamaConfig.from_hf(raw)
+    default = LlamaConfig.from_hf(raw)
     for field, value in read.items():
-        after = LlamaConfig.from_hf(raw | {field: value})
-        assert after.experts != before.experts and LlamaConfig.from_hf(after.to_hf()) == after, field
-    assert LlamaConfig.from_hf(raw | {"output_router_logits": True}) == before
+        config = LlamaConfig.from_hf(raw | {field: value})
+        assert config.experts != default.experts and LlamaConfig.from_hf(config.to_hf()) == config, field
+    assert LlamaConfig.from_hf(raw | {"output_router_logits": True}) == default
 
 
 @pytest.mark.nightly
@@ -482,9 +482,9 @@ def test_every_option_of_a_router_is_read_or_refused(kind):
 @pytest.mark.parametrize("kind", [kind for kind in ROUTED if kind != "mixtral"])
 def test_weights_of_experts_that_add_up_to_one_or_not(kind, tmp_path):
     """The other value than in `FIELDS`, of two experts a token."""
-    other = not FIELDS[kind].get("norm_topk_prob", False)
+    value = not FIELDS[kind].get("norm_topk_prob", False)
     fields = {**FIELDS[kind], "num_hidden_layers": 1, "eos_token_id": ENDS}
-    fields |= {"norm_topk_prob": other, "num_experts_per_tok": 2}
+    fields |= {"norm_topk_prob": value, "num_experts_per_tok": 2}
     theirs, ours = make(kind, tmp_path, **fields), load_model(tmp_path)
     tokens = tokens_of(ours, 2, 9)
     assert relative(jax.jit(ours.apply)(ours.params, None, tokens), torch_logits(theirs, tokens)) < TOLERANCE
@@ -502,8 +502,8 @@ def test_longrope_ends_with_the_pretraining():
     assert math.isclose(phi.rope_magnitude, math.sqrt(1 + math.log(32) / math.log(4096)))
     scaling = PUBLISHED["Phi-4-mini"]["rope_scaling"]
     for fields in ({"factor": 32.0}, {"attention_factor": phi.rope_magnitude}):
-        same = LlamaConfig.from_hf(PUBLISHED["Phi-4-mini"] | {"rope_scaling": scaling | fields})
-        assert same.rope_magnitude == phi.rope_magnitude and LlamaConfig.from_hf(same.to_hf()) == same
+        config = LlamaConfig.from_hf(PUBLISHED["Phi-4-mini"] | {"rope_scaling": scaling | fields})
+        assert config.rope_magnitude == phi.rope_magnitude and LlamaConfig.from_hf(config.to_hf()) == config
 
 
 def test_gemma3_files_of_either_form_say_the_same():
@@ -531,17 +531,17 @@ def test_the_text_part_of_a_gemma_3_with_images(tmp_path):
         mm_tokens_per_image=4,
     )
     torch.manual_seed(0)
-    both = transformers.Gemma3ForConditionalGeneration(config).eval()
-    both.save_pretrained(tmp_path / "both")
+    composite = transformers.Gemma3ForConditionalGeneration(config).eval()
+    composite.save_pretrained(tmp_path / "both")
     with pytest.raises(sx.SboraxError, match="save its text part as gemma3_text"):
         load_model(tmp_path / "both")
-    both = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "both")
-    text = transformers.Gemma3ForCausalLM(both.config.text_config)
-    text.model, text.lm_head = both.model.language_model, both.lm_head
+    composite = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "both")
+    text = transformers.Gemma3ForCausalLM(composite.config.text_config)
+    text.model, text.lm_head = composite.model.language_model, composite.lm_head
     text.save_pretrained(tmp_path / "text")
     ours = load_model(tmp_path / "text")
     tokens = tokens_of(ours, 2, 9)
-    assert relative(jax.jit(ours.apply)(ours.params, None, tokens), torch_logits(both, tokens)) < TOLERANCE
+    assert relative(jax.jit(ours.apply)(ours.params, None, tokens), torch_logits(composite, tokens)) < TOLERANCE
 
 
 def test_a_window_is_a_limit():
@@ -574,18 +574,18 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
 def test_lora_and_norms_go_to_peft(tmp_path):
     """Qwen3's norms of heads, trained beside an adapter, travel as modules_to_save, there and back."""
     base = tmp_path / "base"
-    own = Pair(make("qwen3", base, num_hidden_layers=2, head_dim=12), load_model(base), base)
-    params, adapters = sx.attach(jax.random.key(0), own.ours.params, ALL)
-    chosen = selected(list(flatten(params)), False, ("norm",))
-    assert {"layers/self_attn/q_norm/scale", "layers/self_attn/k_norm/scale", "norm/scale"} < set(chosen)
+    qwen = Pair(make("qwen3", base, num_hidden_layers=2, head_dim=12), load_model(base), base)
+    params, adapters = sx.attach(jax.random.key(0), qwen.ours.params, ALL)
+    paths = selected(list(flatten(params)), False, ("norm",))
+    assert {"layers/self_attn/q_norm/scale", "layers/self_attn/k_norm/scale", "norm/scale"} < set(paths)
     scale = params["layers"]["self_attn"]["q_norm"]["scale"]
-    moved = {**params["layers"]["self_attn"], "q_norm": {"scale": scale + jnp.linspace(0, 0.5, 12)[None]}}
-    params = {**params, "layers": {**params["layers"], "self_attn": moved}}
-    save_peft(tmp_path / "peft", own.ours, params, shaken(adapters))
-    theirs = reloaded(own, tmp_path / "peft")
-    ours = jax.jit(own.ours.apply)(*load_peft(tmp_path / "peft", own.ours), TOKENS)
+    attention = {**params["layers"]["self_attn"], "q_norm": {"scale": scale + jnp.linspace(0, 0.5, 12)[None]}}
+    params = {**params, "layers": {**params["layers"], "self_attn": attention}}
+    save_peft(tmp_path / "peft", qwen.ours, params, shaken(adapters))
+    theirs = reloaded(qwen, tmp_path / "peft")
+    ours = jax.jit(qwen.ours.apply)(*load_peft(tmp_path / "peft", qwen.ours), TOKENS)
     assert relative(ours, pair_logits(theirs)) < TOLERANCE
-    assert relative(ours, pair_logits(own.torch)) > 1e-2
+    assert relative(ours, pair_logits(qwen.torch)) > 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -604,11 +604,11 @@ def test_a_step_in_four_bits_with_norms(tmp_path):
     tx = optax.sgd(1e-2)
     row = {"tokens": jnp.arange(16)[None, None], "targets": jnp.arange(1, 17)[None, None]}
     ones = {"counts": jnp.ones((1, 1, 16), bool), "segments": jnp.ones((1, 1, 16), jnp.int32)}
-    before = start(parts, tx)
-    after, numbers = make_step(model, tx, jax.random.key(0))(before, parts.frozen, parts.base, row | ones)
+    initial = start(parts, tx)
+    final, numbers = make_step(model, tx, jax.random.key(0))(initial, parts.frozen, parts.base, row | ones)
     assert len(numbers["grad_norms"]) == 7 + 5
     assert all(norm > 0 for norm in numbers["grad_norms"].values())
-    assert all((after.train["base"][path] != leaf).any() for path, leaf in parts.trained_base.items())
+    assert all((final.train["base"][path] != leaf).any() for path, leaf in parts.trained_base.items())
 
 
 TURNS = (

@@ -61,7 +61,7 @@ def experiment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(experiment, tmp_path_factory):
+def reference(experiment, tmp_path_factory):
     """The same run, undisturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return train(experiment, out, echo=quiet), out
@@ -71,13 +71,13 @@ def quiet(_):
     """Says nothing."""
 
 
-def same_ends(whole, out):
+def same_ends(expected, out):
     """Adapters, the best ones too, and every loss, bit for bit."""
     for name in ("adapter", "best"):
-        assert (whole / name / LEAVES).read_bytes() == (out / name / LEAVES).read_bytes(), name
+        assert (expected / name / LEAVES).read_bytes() == (out / name / LEAVES).read_bytes(), name
     losses = [
         [line["loss"] for line in report.Metrics(epath.Path(run), STEPS).lines if "loss" in line]
-        for run in (whole, out)
+        for run in (expected, out)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
@@ -100,9 +100,9 @@ class Disk:
 
 @pytest.fixture
 def disk():
-    own = Disk()
-    yield own
-    own.free()
+    drive = Disk()
+    yield drive
+    drive.free()
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def at_step(number):
 
 def save_at(number):
     """For `Checkpoints.save`."""
-    return lambda _, step, *rest: step == number
+    return lambda _, step, *arguments: step == number
 
 
 FULL = {
@@ -138,9 +138,9 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("what", nightly_unless(["adapter"], FULL))
-def test_a_full_disk_stops_a_run_that_later_goes_on(what, experiment, whole, disk, tmp_path, monkeypatch):
-    owner, name, when, problem, kept = FULL[what]
+@pytest.mark.parametrize("case", nightly_unless(["adapter"], FULL))
+def test_a_full_disk_stops_a_run_that_later_goes_on(case, experiment, reference, disk, tmp_path, monkeypatch):
+    owner, name, when, problem, step = FULL[case]
     opened = []
     monkeypatch.setattr(
         loop, "open_checkpoints", lambda *args: opened.append(checkpoint.open_checkpoints(*args)) or opened[-1]
@@ -155,10 +155,10 @@ def test_a_full_disk_stops_a_run_that_later_goes_on(what, experiment, whole, dis
         train(experiment, tmp_path / "run", echo=quiet)
     disk.free()
     assert "(File too large); make room, then --resume" in str(caught.value) and "\n" not in str(caught.value)
-    said = []
-    train(experiment, tmp_path / "run", resume=True, echo=said.append)
-    assert f"resuming after step {kept}" in said
-    same_ends(whole[1], tmp_path / "run")
+    lines = []
+    train(experiment, tmp_path / "run", resume=True, echo=lines.append)
+    assert f"resuming after step {step}" in lines
+    same_ends(reference[1], tmp_path / "run")
 
 
 # Damaged checkpoints
@@ -174,7 +174,7 @@ def two(tmp_path_factory):
     for step, tree in enumerate(trees, start=1):
         checkpoints.save(step, tree, {"epoch": 0, "row": step})
     checkpoints.close()
-    return trees, place, sorted(one.relative_to(place) for one in Path(place / "checkpoints" / "2").rglob("*"))
+    return trees, place, sorted(path.relative_to(place) for path in Path(place / "checkpoints" / "2").rglob("*"))
 
 
 @pytest.mark.nightly
@@ -197,12 +197,12 @@ def test_whatever_happens_to_a_checkpoint_no_wrong_number_is_read(two, data):
         where = data.draw(st.integers(0, len(content) - 1))
         content[where] ^= data.draw(st.integers(1, 255))
         victim.write_bytes(bytes(content if kind == "flip" else content[:where]))
-    said = []
+    lines = []
     checkpoints = checkpoint.open_checkpoints(copy, 3)
-    tree, step = checkpoints.restore(trees[0], said.append)
+    tree, step = checkpoints.restore(trees[0], lines.append)
     checkpoints.close()
     # Bytes that nobody reads do not matter.
-    assert said == [] if step == 2 else len(said) == 1 and said[0].startswith("checkpoint 2 is damaged (")
+    assert lines == [] if step == 2 else len(lines) == 1 and lines[0].startswith("checkpoint 2 is damaged (")
     chex.assert_trees_all_equal(tree, trees[step - 1])
 
 
@@ -238,12 +238,12 @@ def send(*numbers):
         os.kill(os.getpid(), number)
 
 
-def test_sigterm_in_every_phase_of_a_run(experiment, whole, tmp_path):
-    out, said = tmp_path / "run", []
+def test_sigterm_in_every_phase_of_a_run(experiment, reference, tmp_path):
+    out, lines = tmp_path / "run", []
 
     def loading(text):
-        if text.startswith(("loading", "compiling")) and text not in said:
-            said.append(text)
+        if text.startswith(("loading", "compiling")) and text not in lines:
+            lines.append(text)
             send(signal.SIGTERM)
 
     for resume in (False, True):
@@ -261,46 +261,46 @@ def test_sigterm_in_every_phase_of_a_run(experiment, whole, tmp_path):
         assert (out / "adapter").exists() == summary.finished
     with just_before(loop, "save_adapter", lambda *_: send(signal.SIGTERM)):
         assert train(experiment, out, resume=True, echo=quiet).finished
-    same_ends(whole[1], out)
+    same_ends(reference[1], out)
 
 
 # Python only reports an exception that a signal raises inside a finaliser.
-def test_sigterm_at_random_moments(experiment, whole, tmp_path):
+def test_sigterm_at_random_moments(experiment, reference, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     delays, out = random.Random(seed), tmp_path / "run"
     out.mkdir()
     for _ in range(3):
-        timer = threading.Timer(delays.uniform(0, 1.5 * whole[0].seconds), send, (signal.SIGTERM,))
+        timer = threading.Timer(delays.uniform(0, 1.5 * reference[0].seconds), send, (signal.SIGTERM,))
         with contextlib.suppress(stop.Stopped), stop_after(timer):
             train(experiment, out, resume=True, echo=quiet)
     train(experiment, out, resume=True, echo=quiet)
-    same_ends(whole[1], out)
+    same_ends(reference[1], out)
 
 
 @contextlib.contextmanager
 def stop_after(timer):
     """The timer's signal comes in this block or not at all."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
         timer.join()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
 
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_path):
+def test_a_second_signal_is_answered_as_before_the_run(experiment, reference, tmp_path):
     def kill(*_):
         raise Killed
 
     (tmp_path / "run").mkdir()
     # A process that was begun in the background ignores Ctrl-C.
-    before = {
+    handlers = {
         number: signal.signal(number, handler)
         for number, handler in ((signal.SIGTERM, kill), (signal.SIGINT, signal.default_int_handler))
     }
@@ -314,12 +314,12 @@ def test_a_second_signal_is_answered_as_before_the_run(experiment, whole, tmp_pa
                 train(experiment, tmp_path / "run", resume=True, echo=quiet)
             assert signal.getsignal(signal.SIGTERM) is kill
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    said = []
-    train(experiment, tmp_path / "run", resume=True, echo=said.append)
-    assert "resuming after step 2" in said
-    same_ends(whole[1], tmp_path / "run")
+    lines = []
+    train(experiment, tmp_path / "run", resume=True, echo=lines.append)
+    assert "resuming after step 2" in lines
+    same_ends(reference[1], tmp_path / "run")
 
 
 # The best adapter
@@ -336,10 +336,10 @@ def test_the_best_adapter_is_the_one_with_the_lowest_held_out_loss(experiment, t
     assert max(losses, key=losses.get) == 1 and len(losses) == STEPS
     for name, step in (("best", 1), ("", STEPS)):
         target = load_run(str(tmp_path / "run" / name))
-        found = loss_on(target.model, target.params, target.adapters, read_held_out(often, target.model, quiet))
-        assert found == pytest.approx(losses[step], rel=1e-6), name
-        kept = (tmp_path / "run" / name / "eval_losses.jsonl").read_text().splitlines()
-        samples = [json.loads(line) for line in kept]
+        value = loss_on(target.model, target.params, target.adapters, read_held_out(often, target.model, quiet))
+        assert value == pytest.approx(losses[step], rel=1e-6), name
+        rows = (tmp_path / "run" / name / "eval_losses.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in rows]
         mean = sum(sample["loss"] for sample in samples) / sum(sample["tokens"] for sample in samples)
         assert mean == pytest.approx(losses[step], rel=1e-6), name
 
@@ -358,10 +358,10 @@ def test_the_best_survives_a_crash_and_other_data_begin_anew(tmp_path):
     assert best.best_so_far(run, "other data", quiet).loss == float("inf")
     (run / "best").rename(run / ".best.old")
     assert best.best_so_far(run, "data", quiet).loss == 1.0
-    said = []
+    lines = []
     (run / "best" / "plan.json").write_text("{")
-    assert best.best_so_far(run, "data", said.append).loss == float("inf")
-    assert "not JSON" in said[0] and "starting without a best adapter" in said[0]
+    assert best.best_so_far(run, "data", lines.append).loss == float("inf")
+    assert "not JSON" in lines[0] and "starting without a best adapter" in lines[0]
 
 
 def test_the_best_needs_losses_to_compare(experiment):
@@ -374,26 +374,26 @@ def test_the_best_needs_losses_to_compare(experiment):
 # A crash of the thread that makes batches
 
 
-def test_a_crash_while_a_batch_is_made_ends_the_run_and_it_goes_on(experiment, whole, tmp_path, monkeypatch):
+def test_a_crash_while_a_batch_is_made_ends_the_run_and_it_goes_on(experiment, reference, tmp_path, monkeypatch):
     part = Batches.part
 
-    def crash(batches, step, own):
+    def crash(batches, step, rows):
         if step == 3:
             raise RuntimeError("the thread is gone")
-        return part(batches, step, own)
+        return part(batches, step, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "part", crash)
         with pytest.raises(RuntimeError, match="the thread is gone"):
             train(experiment, tmp_path / "run", echo=quiet)
-    said = []
-    train(experiment, tmp_path / "run", resume=True, echo=said.append)
-    assert "resuming after step 3" in said
-    same_ends(whole[1], tmp_path / "run")
+    lines = []
+    train(experiment, tmp_path / "run", resume=True, echo=lines.append)
+    assert "resuming after step 3" in lines
+    same_ends(reference[1], tmp_path / "run")
 
 
-def test_a_run_that_went_on_and_did_not_end_says_which_adapter_it_has(experiment, whole, tmp_path, capsys):
-    _, ended = whole
+def test_a_run_that_went_on_and_did_not_end_says_which_adapter_it_has(experiment, reference, tmp_path, capsys):
+    _, ended = reference
     out = tmp_path / "run"
     shutil.copytree(ended, out)
     # The signal is seen after the step that is computed by then.
@@ -402,8 +402,8 @@ def test_a_run_that_went_on_and_did_not_end_says_which_adapter_it_has(experiment
         assert not train(dataclasses.replace(experiment, steps=STEPS + 3), out, resume=True, echo=quiet).finished
     capsys.readouterr()
     load_run(str(out))
-    said = f"{out}: has gone on to step {STEPS + 2} and has not ended; its adapter is that of step {STEPS}"
-    assert capsys.readouterr().out.startswith(said)
+    message = f"{out}: has gone on to step {STEPS + 2} and has not ended; its adapter is that of step {STEPS}"
+    assert capsys.readouterr().out.startswith(message)
     # The summary is of the later steps.
     assert "Metrics" not in facts(str(out)) and "Metrics" in facts(str(out / "best"))
     # The best adapter is that of all steps, and a run that ended says nothing.

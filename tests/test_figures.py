@@ -62,9 +62,9 @@ def test_norms_are_told_by_method_and_add_up(lines):
     for line in lines[1]:
         assert set(line["methods"]) == {"LoRA", "SBoRA", "base"}
         for name in ("grad_norm", "update_norm"):
-            assert math.hypot(*(own[name] for own in line["methods"].values())) == pytest.approx(line[name], rel=1e-5)
-        for own in (line, *line["methods"].values()):
-            assert own["update_norm"] == pytest.approx(RATE * own["grad_norm"], rel=1e-5)
+            assert math.hypot(*(row[name] for row in line["methods"].values())) == pytest.approx(line[name], rel=1e-5)
+        for row in (line, *line["methods"].values()):
+            assert row["update_norm"] == pytest.approx(RATE * row["grad_norm"], rel=1e-5)
         assert line["methods"]["SBoRA"]["grad_norm"] == pytest.approx(
             math.hypot(*(norm for path, norm in line["grad_norms"].items() if "_proj" in path and "self_attn" in path))
         )
@@ -131,16 +131,16 @@ def test_tensorboard_gets_every_number(experiment, tmp_path):
     short = dataclasses.replace(experiment, steps=2, log=("tensorboard",))
     train(short, tmp_path / "run", echo=quiet)
     train(dataclasses.replace(short, steps=3), tmp_path / "run", resume=True, echo=quiet)
-    found, restarts = {}, []
+    scalars, restarts = {}, []
     for file in (tmp_path / "run" / "tensorboard").iterdir():
         for event in events(file, Event):
             restarts += [event.step] if event.HasField("session_log") else []
-            found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            scalars |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
     assert restarts == [3]
     for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
-        assert found[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-6)
+        assert scalars[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-6)
         norm = line["methods"]["SBoRA"]["update_norm"]
-        assert found[line["step"], "methods/SBoRA/update_norm"] == pytest.approx(norm, rel=1e-6)
+        assert scalars[line["step"], "methods/SBoRA/update_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 def test_weights_and_biases_offline(experiment, tmp_path, monkeypatch):
@@ -149,18 +149,18 @@ def test_weights_and_biases_offline(experiment, tmp_path, monkeypatch):
     short = dataclasses.replace(experiment, steps=2, log=("wandb",))
     train(short, tmp_path / "run", echo=quiet)
     name = json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
-    (written,) = (tmp_path / "run" / "wandb").rglob(f"run-{name}.wandb")
-    content = written.read_bytes()
+    (file,) = (tmp_path / "run" / "wandb").rglob(f"run-{name}.wandb")
+    content = file.read_bytes()
     assert b"methods/SBoRA/update_norm" in content and b"tokens_per_second" in content
 
 
 @pytest.fixture
 def other_programs():
     """The folder of compiled programs as it was before."""
-    before = jax.config.jax_compilation_cache_dir
+    folder = jax.config.jax_compilation_cache_dir
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()
 
 

@@ -47,9 +47,9 @@ def test_attach_names_the_kernel(case: Case, value):
 @by_case
 def test_attach_names_the_gradient(case: Case, grad):
     if "grad" in case.method.needs:
-        given = hints(case, grad(np.asarray(spoilt(np.nan))))
+        site_hints = hints(case, grad(np.asarray(spoilt(np.nan))))
         with pytest.raises(sx.SboraxError, match=rf"^{WHERE}: its gradient: holds values that are not finite"):
-            sx.attach(jax.random.key(0), tree(jnp.asarray(KERNEL)), [("proj", case.method)], given)
+            sx.attach(jax.random.key(0), tree(jnp.asarray(KERNEL)), [("proj", case.method)], site_hints)
 
 
 @by_case
@@ -57,9 +57,9 @@ def test_attach_names_the_statistics_of_inputs(case: Case):
     if "inputs" in case.method.needs:
         (hint,) = hints(case).values()
         wrong = {name: np.full_like(leaf, np.nan) for name, leaf in hint.inputs.items()}
-        given = {"layers/proj": sx.Hint(grad=KERNEL, inputs=wrong)}
+        site_hints = {"layers/proj": sx.Hint(grad=KERNEL, inputs=wrong)}
         with pytest.raises(sx.SboraxError, match=rf"^{WHERE}: the statistics of its inputs: holds values that are not"):
-            sx.attach(jax.random.key(0), tree(jnp.asarray(KERNEL)), [("proj", case.method)], given)
+            sx.attach(jax.random.key(0), tree(jnp.asarray(KERNEL)), [("proj", case.method)], site_hints)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -68,9 +68,9 @@ def test_nf4_refuses_what_would_spoil_the_whole_weight(value, dtype):
     for route in (quantise, lambda weight: quantise_numpy(np.asarray(weight))):
         with pytest.raises(sx.SboraxError, match=r"a weight of shape .* holds values that are not finite"):
             route(spoilt(value, dtype))
-    rest = {"layers": {"mlp": {"kernel": spoilt(value, dtype)}, **tree(jnp.asarray(KERNEL))["layers"]}}
+    params = {"layers": {"mlp": {"kernel": spoilt(value, dtype)}, **tree(jnp.asarray(KERNEL))["layers"]}}
     with pytest.raises(sx.SboraxError, match=r"^quant: layers/mlp/kernel: .* not finite"):
-        quantise_base(rest, "nf4")
+        quantise_base(params, "nf4")
     for method in (sx.LoRA(2), sx.PiSSA(2)):
         plan = sx.plan(tree(spoilt(value, dtype)), [("proj", method)])
         with pytest.raises(sx.SboraxError, match=rf"{WHERE}: .*not finite"):
@@ -78,10 +78,10 @@ def test_nf4_refuses_what_would_spoil_the_whole_weight(value, dtype):
 
 
 def test_a_4_bit_weight_with_a_spoilt_scale_is_named():
-    held = quantise(jnp.asarray(KERNEL))
-    held = NF4Array(held.codes, held.absmax, held.nested, held.offset.at[1].set(jnp.nan), dtype=held.dtype)
+    weight = quantise(jnp.asarray(KERNEL))
+    weight = NF4Array(weight.codes, weight.absmax, weight.nested, weight.offset.at[1].set(jnp.nan), dtype=weight.dtype)
     with pytest.raises(sx.SboraxError, match=rf"^{WHERE}: holds values that are not finite"):
-        sx.attach(jax.random.key(0), tree(held), [("proj", sx.LoRA(2))])
+        sx.attach(jax.random.key(0), tree(weight), [("proj", sx.LoRA(2))])
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
@@ -108,12 +108,12 @@ def test_shapes_alone_are_planned_without_values():
     assert jax.eval_shape(quantise, jnp.asarray(KERNEL)).shape == KERNEL.shape
     # What a trace closes over is no shape alone.
     for value, problem in [(1.0, None), (np.nan, "not finite")]:
-        held = spoilt(value)
+        kernel = spoilt(value)
         if problem is None:
-            jax.eval_shape(lambda held=held: sx.attach(jax.random.key(0), tree(held), rules))
+            jax.eval_shape(lambda kernel=kernel: sx.attach(jax.random.key(0), tree(kernel), rules))
             continue
         with pytest.raises(sx.SboraxError, match=problem):
-            jax.eval_shape(lambda held=held: sx.attach(jax.random.key(0), tree(held), rules))
+            jax.eval_shape(lambda kernel=kernel: sx.attach(jax.random.key(0), tree(kernel), rules))
 
 
 def test_arrays_cut_over_devices_are_reduced_where_they_lie():

@@ -55,7 +55,7 @@ FITTING = [
 
 
 @pytest.mark.parametrize(
-    ("chips", "rows", "words"), [FITTING[0], *(pytest.param(*each, marks=pytest.mark.nightly) for each in FITTING[1:])]
+    ("chips", "rows", "words"), [FITTING[0], *(pytest.param(*case, marks=pytest.mark.nightly) for case in FITTING[1:])]
 )
 def test_what_makes_a_step_fit(chips, rows, words):
     experiment, config = run(rows), config_of("LLaMA-3.1-70B")
@@ -64,23 +64,23 @@ def test_what_makes_a_step_fit(chips, rows, words):
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "message"),
     [
         ("RESOURCE_EXHAUSTED: Ran out\nUsed 20.1G of 15.75G hbm. Exceeded", "does not fit: Used 20.1G of 15.75G hbm"),
         ("RESOURCE_EXHAUSTED: VmemOom:\nRan out of memory in memory space vmem", None),
     ],
 )
-def test_what_libtpu_does_not_compile_is_said_in_a_line(failure, said, monkeypatch):
+def test_what_libtpu_does_not_compile_is_said_in_a_line(failure, message, monkeypatch):
     def fail(_):
         raise jax.errors.JaxRuntimeError(failure)
 
     monkeypatch.setattr("sborax.cli.plan.compiled", fail)
     planned = outline(run(1), LlamaConfig(16, 16, 16, 1, 1, 1, 16, 2048, 1e-5))
-    if said is None:
+    if message is None:
         with pytest.raises(sx.SboraxError, match="libtpu does not compile this step: .*VmemOom: Ran out .* vmem$"):
             _bytes(planned, "v9:1x1")
     else:
-        assert said in "\n".join(_bytes(planned, "v9:1x1"))
+        assert message in "\n".join(_bytes(planned, "v9:1x1"))
 
 
 def test_a_chip_without_known_rates_is_not_judged():
@@ -111,7 +111,7 @@ MESHES_OF_EXPERTS = [
 
 @pytest.mark.parametrize(
     ("model", "chip", "torus", "settings", "sizes"),
-    [MESHES_OF_EXPERTS[0], *(pytest.param(*each, marks=pytest.mark.nightly) for each in MESHES_OF_EXPERTS[1:])],
+    [MESHES_OF_EXPERTS[0], *(pytest.param(*case, marks=pytest.mark.nightly) for case in MESHES_OF_EXPERTS[1:])],
 )
 def test_the_mesh_of_a_model_with_experts(model, chip, torus, settings, sizes):
     """Few experts whose kernels are gathered, or many tokens that are sent: the least of both that fits."""
@@ -157,13 +157,13 @@ TORI = [
 
 @pytest.mark.parametrize(
     ("chip", "torus", "rows", "sizes"),
-    [each if each in TORI[::6] else pytest.param(*each, marks=pytest.mark.nightly) for each in TORI],
+    [case if case in TORI[::6] else pytest.param(*case, marks=pytest.mark.nightly) for case in TORI],
 )
 def test_the_mesh_on_a_torus_gathers(chip, torus, rows, sizes):
     planned = seven(rows)
-    chosen = best_mesh(planned, torus, CHIPS[chip])
-    assert chosen == {"tensor": 1, **sizes}
-    assert not sums_kernels(on_mesh(planned, abstract_mesh(chosen)), torus)
+    mesh = best_mesh(planned, torus, CHIPS[chip])
+    assert mesh == {"tensor": 1, **sizes}
+    assert not sums_kernels(on_mesh(planned, abstract_mesh(mesh)), torus)
 
 
 def test_copies_along_data_take_memory_and_sums_twice_the_bytes():
@@ -202,11 +202,11 @@ def test_the_table_with_trained_vectors_is_held_beside_the_base(tied, copies):
     plain = outline(run(4, precision="float32"), config, 32)
     table, vectors = 4 * 65536 * WIDE.hidden_size, 4 * 2 * WIDE.hidden_size
     assert temporary_bytes(tokens) - temporary_bytes(plain) == copies * table + vectors
-    by_compiler = [compiled(each).memory_analysis().temp_size_in_bytes for each in (tokens, plain)]
+    by_compiler = [compiled(step).memory_analysis().temp_size_in_bytes for step in (tokens, plain)]
     assert by_compiler[0] - by_compiler[1] > 0.7 * copies * table
     mesh = abstract_mesh({"fsdp": 2, "tensor": 2})
-    held = [temporary_bytes(on_mesh(each, mesh)) for each in (tokens, plain)]
-    assert held[0] - held[1] == copies * table // 4 + vectors
+    shares = [temporary_bytes(on_mesh(step, mesh)) for step in (tokens, plain)]
+    assert shares[0] - shares[1] == copies * table // 4 + vectors
 
 
 def test_bytes_between_devices_by_the_formula():
@@ -214,8 +214,8 @@ def test_bytes_between_devices_by_the_formula():
     kernels, trained = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000, step.parts.count
     assert link_bytes(on_mesh(step, abstract_mesh({"fsdp": 256}))) == 4 * kernels + 12 * trained
     shared = 2 * 4 * 32 * 2 * 2048 * 4096 * 2
-    both = link_bytes(on_mesh(step, abstract_mesh({"fsdp": 128, "tensor": 2})))
-    assert both == 2 * kernels + shared + 12 * trained
+    total = link_bytes(on_mesh(step, abstract_mesh({"fsdp": 128, "tensor": 2})))
+    assert total == 2 * kernels + shared + 12 * trained
 
 
 def test_a_compiled_step_is_judged():

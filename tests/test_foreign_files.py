@@ -121,13 +121,13 @@ def test_an_added_token_in_the_data_that_the_model_never_knew(model, tmp_path):
     good, bad = write_data(tmp_path / "good.jsonl"), tmp_path / "bad.jsonl"
     bad.write_text(good.read_text() + json.dumps({"instruction": "Say <more>", "output": "no"}) + "\n")
     words = {"max_length": 120, "template": "{instruction}", "answer": "{output}"}
-    for data, held in ((bad, good), (good, bad)):
+    for data, held_out in ((bad, good), (good, bad)):
         experiment = sx.Experiment(
             str(model),
             sx.Data(str(data), **words),
             [("mlp", sx.LoRA(rank=1))],
             steps=1,
-            eval=sx.Eval(sx.Data(str(held), **words), every=1),
+            eval=sx.Eval(sx.Data(str(held_out), **words), every=1),
         )
         with pytest.raises(
             sx.SboraxError, match=r"bad.jsonl: sample 24 has token 258 \('<more>'\), the model only 258"
@@ -142,8 +142,8 @@ TYPED = 'instruction,output\na,007\nb,NA\nc,\nd,true\ne,1e5\nf,"x,y\r\nz"\n\ng,1
 def test_cells_are_text(tmp_path, separator):
     file = tmp_path / ("x.csv" if separator == "," else "x.tsv")
     file.write_bytes(b"\xef\xbb\xbf" + TYPED.replace(",", separator).encode())
-    found = [record["output"] for record in read(str(file))]
-    assert found == ["007", "NA", "", "true", "1e5", f"x{separator}y\r\nz", "1.0", ""]
+    cells = [record["output"] for record in read(str(file))]
+    assert cells == ["007", "NA", "", "true", "1e5", f"x{separator}y\r\nz", "1.0", ""]
 
 
 def test_cells_of_the_hub_are_text(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_cells_of_the_hub_are_text(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.csv").write_text("instruction,output\na,007\nb,NA\nc,\nd,true\n")
-    assert [one["output"] for one in source._from_hub(str(tmp_path / "set"), "train")] == ["007", "NA", "", "true"]
+    assert [row["output"] for row in source._from_hub(str(tmp_path / "set"), "train")] == ["007", "NA", "", "true"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def made(name):
+def build(name):
     module, inputs, rules = MODELS[name]
     params = jax.jit(module.init)(jax.random.key(0), inputs)["params"]
     # Biases and scales that start at 0 and 1 would hide what is done with them.
@@ -87,7 +87,7 @@ def made(name):
 
 @pytest.mark.parametrize("name", nightly_unless(["gpt2"], MODELS))
 def test_a_linen_model_computes_what_the_merged_one_does(name):
-    module, inputs, params, adapters = made(name)
+    module, inputs, params, adapters = build(name)
     train, frozen = sx.split(adapters)
 
     def inside(train):
@@ -158,7 +158,7 @@ NNX = {
 def test_an_nnx_model_computes_what_the_merged_one_does(name):
     kind, inputs, rules = NNX[name]
     model = kind(nnx.Rngs(0))
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, variables = nnx.split(model, nnx.Param, ...)
     plain = nnx.to_pure_dict(state)
     plain = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), plain)
     params, adapters = sx.attach(jax.random.key(2), plain, rules)
@@ -167,7 +167,7 @@ def test_an_nnx_model_computes_what_the_merged_one_does(name):
     def filled(params):
         full = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(full, params)
-        return nnx.merge(graph, full, rest)
+        return nnx.merge(graph, full, variables)
 
     train, frozen = sx.split(adapters)
     adapted = sx.adapt_nnx(filled(params), adapters)
@@ -180,16 +180,18 @@ def test_an_nnx_model_computes_what_the_merged_one_does(name):
 
     with jax.default_matmul_precision("highest"):
         loss, slope = nnx.jit(nnx.value_and_grad(inside, argnums=nnx.DiffState(0, sx.Trained)))(adapted)
-        wanted, wanted_slope = jax.jit(jax.value_and_grad(merged))(train)
-    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+        expected, expected_slope = jax.jit(jax.value_and_grad(merged))(train)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
     learnt = nodes(sx.adapters_nnx(adapted))
     assert learnt.keys() == nodes(adapters).keys()
     chex.assert_trees_all_equal(sx.split(sx.adapters_nnx(adapted))[0], train)
     slopes = sorted((str(leaf.shape), np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(slope))
-    others = sorted((str(leaf.shape), np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(wanted_slope))
-    for (shape, one), (other_shape, other) in zip(slopes, others, strict=True):
-        assert shape == other_shape
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    expected_slopes = sorted(
+        (str(leaf.shape), np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(expected_slope)
+    )
+    for (shape, size), (expected_shape, expected_size) in zip(slopes, expected_slopes, strict=True):
+        assert shape == expected_shape
+        np.testing.assert_allclose(size, expected_size, rtol=1e-4, atol=1e-6)
     # Split and merged as any NNX model, the adapted one is the same.
     np.testing.assert_allclose(nnx.merge(*nnx.split(adapted))(inputs), adapted(inputs), rtol=1e-6)
 

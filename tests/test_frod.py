@@ -45,8 +45,8 @@ def test_the_basis_is_that_of_peft_but_for_signs():
     _, adapters = attached(("up", sx.FRoD()), up=up)
     bank = nodes(adapters)[BANK].frozen
     theirs = peft.tuners.frod.model._projection_from_weights([torch.tensor(w.T.copy()) for w in up], 1e-3).numpy()
-    turned = np.abs(np.linalg.solve(theirs, np.asarray(bank["v"])))
-    np.testing.assert_allclose(turned, np.eye(12), atol=2e-3)
+    rotation = np.abs(np.linalg.solve(theirs, np.asarray(bank["v"])))
+    np.testing.assert_allclose(rotation, np.eye(12), atol=2e-3)
     np.testing.assert_allclose(bank["v"] @ bank["v_inv"], np.eye(12), atol=1e-5)
     # Lengths of all layers belong to orthonormal columns.
     np.testing.assert_allclose(np.square(nodes(adapters)["layers/up/kernel"].frozen["l0"]).sum(0), 1.0, rtol=1e-4)
@@ -66,12 +66,12 @@ def test_directions_that_weights_lack_change_nothing():
     node, v = by_path["layers/up/kernel"], by_path[BANK].frozen["v"]
     np.testing.assert_allclose(v.T @ v, np.eye(12), atol=1e-5)
     assert np.count_nonzero(node.frozen["l0"]) == 8
-    moved = shaken(adapters)
-    train = nodes(moved)["layers/up/kernel"].train
+    tuned = shaken(adapters)
+    train = nodes(tuned)["layers/up/kernel"].train
     lacking = np.flatnonzero(np.asarray(node.frozen["l0"])[0] == 0.0)
-    merged = sx.merge(params, moved)["layers"]["up"]["kernel"]
+    merged = sx.merge(params, tuned)["layers"]["up"]["kernel"]
     train["l"] = train["l"].at[0, lacking].add(1.0)
-    chex.assert_trees_all_equal(sx.merge(params, moved)["layers"]["up"]["kernel"], merged)
+    chex.assert_trees_all_equal(sx.merge(params, tuned)["layers"]["up"]["kernel"], merged)
 
 
 def test_weights_that_leave_out_an_input_are_refused():
@@ -94,8 +94,8 @@ def test_a_basis_of_rounded_weights_is_theirs():
     rounded = nodes(sx.rebase(params, attached(*rules, up=up)[1]))
     chex.assert_trees_all_equal(rounded[BANK], dense[BANK])
     v_inv = np.asarray(dense[BANK].frozen["v_inv"])
-    wanted = np.linalg.norm(v_inv @ np.asarray(packed.dense(), np.float32), axis=-1)
-    np.testing.assert_allclose(rounded["layers/up/kernel"].frozen["l0"], wanted, rtol=1e-4)
+    expected = np.linalg.norm(v_inv @ np.asarray(packed.dense(), np.float32), axis=-1)
+    np.testing.assert_allclose(rounded["layers/up/kernel"].frozen["l0"], expected, rtol=1e-4)
     with pytest.raises(sx.SboraxError, match="FRoD reads a bank, which these adapters lack"):
         sx.rebase(params, {"layers": adapters["layers"]})
 
@@ -107,8 +107,8 @@ def test_peft_makes_its_basis_again(pair, tmp_path, monkeypatch):
     expected = torch_logits(theirs)
     np.testing.assert_allclose(logits(pair.ours, *load_peft(tmp_path, pair.ours)), expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path)), expected, rtol=0, atol=1e-4)
-    made = peft.tuners.frod.model._projection_from_weights
-    monkeypatch.setattr(peft.tuners.frod.model, "_projection_from_weights", lambda *given: -made(*given))
+    basis_of = peft.tuners.frod.model._projection_from_weights
+    monkeypatch.setattr(peft.tuners.frod.model, "_projection_from_weights", lambda *args: -basis_of(*args))
     assert np.abs(torch_logits(reloaded(pair, tmp_path)) - expected).max() > 0.1
 
 

@@ -34,8 +34,8 @@ def test_parts_are_the_rows_of_the_module_also_in_four_bits(place):
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), stored.T)
     up = packed.params["layers"]["mlp"]["up_proj"]["kernel"]
     assert isinstance(up, NF4Array)
-    wanted = quantise(model.params["layers"]["mlp"]["up_proj"]["kernel"])
-    chex.assert_trees_all_equal(np.asarray(dense(up)), np.asarray(dense(wanted)))
+    expected = quantise(model.params["layers"]["mlp"]["up_proj"]["kernel"])
+    chex.assert_trees_all_equal(np.asarray(dense(up)), np.asarray(dense(expected)))
 
 
 def test_layers_of_unequal_size_go_both_ways(tmp_path):
@@ -47,9 +47,9 @@ def test_layers_of_unequal_size_go_both_ways(tmp_path):
     save_hf(tmp_path, LanguageModel(Llama(config), params, config, None), params)
     shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     assert shapes[QKV] == (16 + 16 + 16, 32) and shapes["model.layers.0.mlp.gate_up_proj.weight"] == (80, 32)
-    again = load_model(tmp_path)
-    assert dataclasses.replace(again.config, bos_token_id=None) == config
-    chex.assert_trees_all_equal(again.params, params)
+    copy = load_model(tmp_path)
+    assert dataclasses.replace(copy.config, bos_token_id=None) == config
+    chex.assert_trees_all_equal(copy.params, params)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_layers_of_unequal_size_go_both_ways(tmp_path):
 )
 def test_modules_that_do_not_fit(change, message, place, tmp_path):
     tensors = load_file(place / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if name != QKV}
-    save_file(kept | change(tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    subset = {name: tensor for name, tensor in tensors.items() if name != QKV}
+    save_file(subset | change(tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((place / "config.json").read_text())
     with pytest.raises(sx.SboraxError, match=message) as caught:
         load_model(tmp_path)

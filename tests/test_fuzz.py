@@ -147,7 +147,7 @@ def gguf_with(place, **changes):
 
 def field(name, kind, value):
     """The fields of the sound file, with one in another's place."""
-    return [one for one in describe()["fields"] if one[0] != name] + [[name, kind, value]]
+    return [row for row in describe()["fields"] if row[0] != name] + [[name, kind, value]]
 
 
 def test_a_gguf_array_of_more_values_than_the_file_has_bytes(tmp_path):
@@ -196,9 +196,9 @@ def test_gguf_tokenizers_that_lie(tmp_path, name, kind, value, match):
 
 def test_a_sound_gguf_is_read(tmp_path):
     """What the cases above are made from."""
-    found = open_gguf(gguf_with(tmp_path))
-    assert found.config().num_hidden_layers == 1 and len(found.tokenizer()) == 32
-    assert all(found.read(name).shape == found.shape(name) for name in found.names())
+    file = open_gguf(gguf_with(tmp_path))
+    assert file.config().num_hidden_layers == 1 and len(file.tokenizer()) == 32
+    assert all(file.read(name).shape == file.shape(name) for name in file.names())
 
 
 @pytest.mark.parametrize(
@@ -292,9 +292,9 @@ def test_a_column_may_have_any_name():
 def test_chat_templates_that_fail(template, match, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sborax.data.renderer.SECONDS", 0.2)
-    made = copy.deepcopy(tokenizer())
-    made.chat_template = template
-    refused(lambda: prompt_of("chat", {"messages": [{"role": "user", "content": "Hi"}]}, made), match)
+    chat_tokenizer = copy.deepcopy(tokenizer())
+    chat_tokenizer.chat_template = template
+    refused(lambda: prompt_of("chat", {"messages": [{"role": "user", "content": "Hi"}]}, chat_tokenizer), match)
     assert not list(tmp_path.iterdir())
 
 
@@ -318,17 +318,17 @@ def test_tokenizers_that_point_elsewhere(tmp_path, about):
 
 def test_a_tokenizer_with_several_templates_is_saved(tmp_path):
     """Of the others, files in a folder are made."""
-    made = copy.deepcopy(tokenizer())
-    made.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
-    save_hf(tmp_path, dataclasses.replace(tiny(), tokenizer=made), tiny().params)
-    assert read_tokenizer(tmp_path).chat_template == made.chat_template
+    chat_tokenizer = copy.deepcopy(tokenizer())
+    chat_tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    save_hf(tmp_path, dataclasses.replace(tiny(), tokenizer=chat_tokenizer), tiny().params)
+    assert read_tokenizer(tmp_path).chat_template == chat_tokenizer.chat_template
 
 
 @pytest.fixture(scope="module")
 def adapter_files(tmp_path_factory):
     place = tmp_path_factory.mktemp("adapter")
-    _, made = sx.attach(jax.random.key(0), tiny().params, [("q_proj", sx.LoRA(rank=1))])
-    save_adapter(place, made)
+    _, adapters = sx.attach(jax.random.key(0), tiny().params, [("q_proj", sx.LoRA(rank=1))])
+    save_adapter(place, adapters)
     return place
 
 
@@ -388,11 +388,11 @@ def test_every_reader(reader, tmp_path):
     """New cases with a fixed seed, in this process."""
     jail = tmp_path / "jail"
     furnish(jail)
-    before = os.getcwd()
+    folder = os.getcwd()
     try:
         tally = cases(reader, 1, jail, range(CASES))
     finally:
-        os.chdir(before)
+        os.chdir(folder)
     assert tally.wrong == [] and tally.done == CASES
     # Neither all nor none: the harmed files reach what lies behind the first check.
     assert tally.fine and len(tally.lines) > 2

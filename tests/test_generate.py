@@ -65,9 +65,9 @@ def test_the_side_of_the_padding_does_not_matter(model, prompts, greedy):
 def test_each_row_ends_at_its_own_end_token(model, prompts, greedy):
     first, last = greedy[0][4], greedy[1][-1]
     cut = generate(model, model.params, None, prompts, NEW, eos=[first, last])
-    for row, whole in zip(cut, greedy, strict=True):
-        ends = [place for place, token in enumerate(whole) if token in (first, last)]
-        assert row == whole[: ends[0] + 1 if ends else NEW]
+    for row, full in zip(cut, greedy, strict=True):
+        ends = [place for place, token in enumerate(full) if token in (first, last)]
+        assert row == full[: ends[0] + 1 if ends else NEW]
     assert len({len(row) for row in cut}) > 1
     assert generate(model, model.params, None, prompts[:1], 1) == [greedy[0][:1]]
 
@@ -106,8 +106,8 @@ def test_tokens_are_drawn_as_transformers_would(top_k, top_p):
     draw = jax.jit(
         jax.vmap(lambda key: choose(jnp.asarray(logits), Choice(False, top_k, top_p), jnp.float32(1.5), key))
     )
-    drawn = np.asarray(draw(keys))
-    got = np.stack([np.bincount(drawn[:, row], minlength=9) / len(keys) for row in range(2)])
+    tokens = np.asarray(draw(keys))
+    got = np.stack([np.bincount(tokens[:, row], minlength=9) / len(keys) for row in range(2)])
     assert ((got > 0) == (want > 0)).all()
     np.testing.assert_allclose(got, want, atol=0.03)
 
@@ -140,39 +140,39 @@ def test_stop_strings_end_each_row(llama, model, prompts, texts):
         ended = model.tokenizer.decode(theirs[0, len(prompt) :], skip_special_tokens=True)
         assert until(text, stop) == until(ended, stop)
         lengths.append((len(until(text, stop)), len(text)))
-    assert len({cut for cut, _ in lengths}) == 3 and any(cut < whole for cut, whole in lengths), lengths
+    assert len({cut for cut, _ in lengths}) == 3 and any(cut < full for cut, full in lengths), lengths
     assert until("a, b. c", ["c", ", ", "."]) == "a" and until("abc", []) == until("abc", [""]) == "abc"
     assert finished(model.tokenizer, [""])(prompts) == [False] * 3
 
 
 def test_texts_are_looked_at_while_they_are_written(model, prompts, greedy):
     """The look says which are finished; all end once each is, at the stride after the last or at its end token."""
-    seen = []
+    sizes = []
 
     def look(at):
         def finished(texts):
-            seen.append([len(text) for text in texts])
+            sizes.append([len(text) for text in texts])
             return [len(text) >= enough for text, enough in zip(texts, at, strict=True)]
 
         return finished
 
     cut = generate(model, model.params, None, prompts, NEW, finished=look((1, 2 * STRIDE + 1, STRIDE)))
-    assert cut == [row[: 3 * STRIDE] for row in greedy] and seen == [[n * STRIDE] * 3 for n in (1, 2, 3)]
+    assert cut == [row[: 3 * STRIDE] for row in greedy] and sizes == [[n * STRIDE] * 3 for n in (1, 2, 3)]
     assert generate(model, model.params, None, prompts, NEW, finished=look((NEW + 1,) * 3)) == greedy
     end = greedy[0][4]
     ended = generate(model, model.params, None, prompts, NEW, eos=[end])
     assert generate(model, model.params, None, prompts[:1], NEW, eos=[end], finished=look((NEW,))) == ended[:1]
-    seen.clear()
+    sizes.clear()
     odd = STRIDE + 3
     assert generate(model, model.params, None, prompts, odd, finished=look((odd,) * 3)) == [row[:odd] for row in greedy]
-    assert seen == [[STRIDE] * 3, [odd] * 3]
+    assert sizes == [[STRIDE] * 3, [odd] * 3]
 
 
 def test_stop_strings_end_what_a_scorer_writes(model, prompts, greedy, texts):
     stop = [text[5] for text in texts]
-    written = Scorer.of(model, model.params).write(prompts, NEW, stop=stop)
-    for new, whole, text in zip(written, greedy, texts, strict=True):
-        assert new == whole[: len(new)] and len(new) < NEW
+    rows = Scorer.of(model, model.params).write(prompts, NEW, stop=stop)
+    for new, full, text in zip(rows, greedy, texts, strict=True):
+        assert new == full[: len(new)] and len(new) < NEW
         assert until(model.tokenizer.decode(new, skip_special_tokens=True), stop) == until(text, stop)
 
 
@@ -185,8 +185,8 @@ def test_an_answer_is_shown_as_it_grows(model, greedy, texts, stops, capsys):
         answer = until(model.tokenizer.decode(tokens, skip_special_tokens=True), stop)
         printer = AnswerPrinter(model.tokenizer, stop)
         for size in range(1, len(tokens) + 1):
-            whole = model.tokenizer.decode(tokens[:size], skip_special_tokens=True)
-            assert printer([tokens[:size]]) == [any(mark in whole for mark in stop)]
+            text = model.tokenizer.decode(tokens[:size], skip_special_tokens=True)
+            assert printer([tokens[:size]]) == [any(mark in text for mark in stop)]
         printed = capsys.readouterr().out
         assert len(printed) == printer.length and printed + answer[printer.length :] == answer
         assert (
@@ -197,8 +197,8 @@ def test_an_answer_is_shown_as_it_grows(model, greedy, texts, stops, capsys):
 def test_prompts_of_similar_length_share_a_compilation(model, prompts, greedy):
     assert generate(model, model.params, None, prompts, NEW) == greedy
     compiled = _decode._cache_size()
-    other = generate(model, model.params, None, [prompt[:-1] for prompt in prompts], NEW)
-    assert other != greedy and _decode._cache_size() == compiled > 0
+    second = generate(model, model.params, None, [prompt[:-1] for prompt in prompts], NEW)
+    assert second != greedy and _decode._cache_size() == compiled > 0
 
 
 ERRORS = {

@@ -54,8 +54,10 @@ def by_expert(x, weight, node=None):
     for expert, (end, size) in enumerate(zip(ends, SIZES, strict=True)):
         if not size:
             continue
-        matrix, own = jax.tree.map(lambda leaf, expert=expert: leaf[expert], (weight, node))
-        outputs.append(linear(x[end - size : end], matrix, own) if own else sx.linear(x[end - size : end], matrix))
+        matrix, adapter = jax.tree.map(lambda leaf, expert=expert: leaf[expert], (weight, node))
+        outputs.append(
+            linear(x[end - size : end], matrix, adapter) if adapter else sx.linear(x[end - size : end], matrix)
+        )
     return jnp.concatenate(outputs)
 
 
@@ -88,10 +90,10 @@ def test_grouped_rows_equal_a_loop_over_experts(case: Case, quantised):
     weight, node = fitted(case.method, quantised=quantised)
     node, cotangent = trained(node), jnp.asarray(normal(8, ROWS, OUT))
     ours, theirs = (with_gradients(product, rows(), weight, node, cotangent) for product in (grouped, by_expert))
-    for mine, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # Without a key, leaves of draws alone have no gradient.
-        assert largest(wanted) > 0 or case.method.draws
-        assert_close(mine, wanted, 1e-5)
+        assert largest(expected) > 0 or case.method.draws
+        assert_close(mine, expected, 1e-5)
 
 
 COMPOSED = {
@@ -115,7 +117,7 @@ def test_parts_of_composed_methods_have_the_gradients_that_they_have_alone(name)
     weight, node = fitted(method)
     node, cotangent = trained(node), jnp.asarray(normal(8, ROWS, OUT))
     ours, theirs = (with_gradients(product, rows(), weight, node, cotangent) for product in (grouped, by_expert))
-    jax.tree.map(lambda mine, wanted: assert_close(mine, wanted, 2e-5), ours, theirs)
+    jax.tree.map(lambda mine, expected: assert_close(mine, expected, 2e-5), ours, theirs)
 
 
 DRAWING = [case for case in METHODS if case.method.draws or hasattr(case.method, "dropout")]
@@ -135,11 +137,11 @@ def test_what_is_drawn_is_drawn_in_rows_of_experts_too(case: Case):
     def product(key):
         return grouped_linear(rows(), weight, sizes_of(SIZES), node, sx.Context(key=key))
 
-    first, again, other, without = map(
+    first, second, third, without = map(
         jax.jit(product), (jax.random.key(1), jax.random.key(1), jax.random.key(2), None)
     )
-    assert jnp.array_equal(first, again)
-    changed = np.abs(np.asarray(first - other)).max(axis=1) > 1e-4
+    assert jnp.array_equal(first, second)
+    changed = np.abs(np.asarray(first - third)).max(axis=1) > 1e-4
     assert changed.all() and largest(first - without) > 1e-4
 
 
@@ -155,9 +157,9 @@ def test_other_dropouts_drop_in_rows_of_experts_too(method):
     def product(key):
         return grouped_linear(rows(), weight, sizes_of(SIZES), node, sx.Context(key=key))
 
-    without, *drawn = (product(key) for key in (None, *jax.random.split(jax.random.key(0), 6)))
-    assert any(largest(without - y) > 1e-4 for y in drawn)
-    assert any(largest(y - drawn[0]) > 1e-4 for y in drawn)
+    without, *outputs = (product(key) for key in (None, *jax.random.split(jax.random.key(0), 6)))
+    assert any(largest(without - y) > 1e-4 for y in outputs)
+    assert any(largest(y - outputs[0]) > 1e-4 for y in outputs)
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["f32", "nf4"])
@@ -193,13 +195,13 @@ def test_the_kernels_of_a_tpu_equal_tiles(counts, rows, fan_in, fan_out, dtype):
     x, g = (jnp.asarray(normal(seed, rows, side), dtype) for seed, side in ((1, fan_in), (2, fan_out)))
     weight = jnp.asarray(normal(3, len(counts), fan_in, fan_out), dtype)
     kernel = functools.partial(grouped_tpu.product, weight=weight, sizes=sizes.rows, interpret=True)
-    for made, wanted in (
+    for output, expected in (
         (kernel(x)[:live], _tiled_product(x, weight, sizes, False)[:live]),
         (kernel(g, transposed=True)[:live], _tiled_product(g, weight, sizes, True)[:live]),
         (grouped_tpu.outer(x, g, sizes.rows, interpret=True), _tiled_outer(x, g, sizes)),
     ):
-        assert made.dtype == wanted.dtype
-        assert_close(made.astype(jnp.float32), wanted.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
+        assert output.dtype == expected.dtype
+        assert_close(output.astype(jnp.float32), expected.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
 def test_members_of_a_sweep_may_route_their_rows_apart():
@@ -241,7 +243,7 @@ def test_branches_equal_what_they_read_and_add():
     def live(*arrays):
         return sum(jnp.sum(jnp.sin(array[:ROWS]) * (1 + number)) for number, array in enumerate(arrays))
 
-    def wanted(x, y, weight):
+    def reference(x, y, weight):
         product = jnp.einsum("ri,rio->ro", x[:ROWS], weight[experts])
         read = jnp.einsum("ri,rik->rk", x[:ROWS], spread[experts])
         added = jnp.einsum("rk,rik->ri", x[:ROWS, :2], spread[experts])
@@ -255,7 +257,7 @@ def test_branches_equal_what_they_read_and_add():
             add_columns(y, x[:, :2], columns, sizes),
         )
 
-    pairs = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, weight) for loss in (ours, wanted))
+    pairs = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, weight) for loss in (ours, reference))
     for mine, target in zip(*map(jax.tree.leaves, pairs), strict=True):
         assert largest(target) > 0
         assert_close(mine, target, 1e-5)

@@ -45,7 +45,7 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A torch model with a tokenizer, and a directory of tasks over items of many lengths."""
     place = tmp_path_factory.mktemp("harness")
     make("llama", place / "model", vocab_size=258, eos_token_id=1, bos_token_id=0)
@@ -69,14 +69,14 @@ def made(tmp_path_factory):
     data = place / "items.json"
     data.write_text(json.dumps(items))
     (place / "tasks").mkdir()
-    for name, own in TASKS.items():
+    for name, fields in TASKS.items():
         common = COMMON.format(data=data).replace("{{question}}", "" if "rolling" in name else "{{question}}")
-        (place / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{common}{own}")
+        (place / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{common}{fields}")
     return place
 
 
 @pytest.fixture(scope="module")
-def results(made):
+def results(workspace):
     """The harness on its own model, and on ours."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -85,28 +85,32 @@ def results(made):
     from sborax.evaluate.harness import run_harness
 
     theirs = simple_evaluate(
-        model=HFLM(pretrained=str(made / "model"), dtype="float32", device="cpu", batch_size=4),
+        model=HFLM(pretrained=str(workspace / "model"), dtype="float32", device="cpu", batch_size=4),
         tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(made / "tasks"), include_defaults=False),
+        task_manager=TaskManager(include_path=str(workspace / "tasks"), include_defaults=False),
         bootstrap_iters=100,
     )
-    model = load_model(made / "model")
-    told = []
+    model = load_model(workspace / "model")
+    lines = []
     ours = run_harness(
-        list(TASKS), Scorer.of(model, model.params), include=str(made / "tasks"), out=made / "out", echo=told.append
+        list(TASKS),
+        Scorer.of(model, model.params),
+        include=str(workspace / "tasks"),
+        out=workspace / "out",
+        echo=lines.append,
     )
-    return theirs, ours, told
+    return theirs, ours, lines
 
 
 def test_every_score_is_that_of_the_hugging_face_model(results):
-    theirs, ours, told = results
+    theirs, ours, lines = results
     for name in TASKS:
-        kept = [{k: v for k, v in one["results"][name].items() if isinstance(v, float)} for one in (theirs, ours)]
-        assert kept[0].keys() == kept[1].keys() and kept[0]
-        for key, value in kept[0].items():
+        scores = [{k: v for k, v in run["results"][name].items() if isinstance(v, float)} for run in (theirs, ours)]
+        assert scores[0].keys() == scores[1].keys() and scores[0]
+        for key, value in scores[0].items():
             if "stderr" not in key:
-                assert kept[1][key] == pytest.approx(value, rel=1e-4), key
-    assert any(line.startswith("tiny_choice: acc,none ") and "(n 6 of 6, seed 0)" in line for line in told)
+                assert scores[1][key] == pytest.approx(value, rel=1e-4), key
+    assert any(line.startswith("tiny_choice: acc,none ") and "(n 6 of 6, seed 0)" in line for line in lines)
 
 
 def test_every_answer_is_that_of_the_hugging_face_model(results):
@@ -114,34 +118,34 @@ def test_every_answer_is_that_of_the_hugging_face_model(results):
     for name in TASKS:
         pairs = list(zip(theirs["samples"][name], ours["samples"][name], strict=True))
         assert len(pairs) == 6
-        for one, other in pairs:
+        for expected, output in pairs:
             if name == "tiny_written":
-                assert one["resps"] == other["resps"]
+                assert expected["resps"] == output["resps"]
             elif name == "tiny_rolling":
-                np.testing.assert_allclose(other["resps"], one["resps"], rtol=1e-4)
+                np.testing.assert_allclose(output["resps"], expected["resps"], rtol=1e-4)
             else:
-                got, want = ([response[0] for response in sample["resps"]] for sample in (other, one))
+                got, want = ([response[0] for response in sample["resps"]] for sample in (output, expected))
                 assert [bool(greedy) for _, greedy in got] == [bool(greedy) for _, greedy in want]
                 np.testing.assert_allclose([v for v, _ in got], [v for v, _ in want], rtol=1e-4)
-    texts = [one["resps"][0][0] for one in ours["samples"]["tiny_written"]]
+    texts = [sample["resps"][0][0] for sample in ours["samples"]["tiny_written"]]
     assert len(set(texts)) > 1 and not any("e" in text for text in texts)
 
 
-def test_items_are_saved_and_results_never_overwritten(results, made):
+def test_items_are_saved_and_results_never_overwritten(results, workspace):
     from sborax.evaluate.harness import run_harness
 
-    assert len((made / "out" / "tiny_choice.jsonl").read_text().splitlines()) == 6
-    assert set(json.loads((made / "out" / "harness.json").read_text())["results"]) == set(TASKS)
-    model = load_model(made / "model")
+    assert len((workspace / "out" / "tiny_choice.jsonl").read_text().splitlines()) == 6
+    assert set(json.loads((workspace / "out" / "harness.json").read_text())["results"]) == set(TASKS)
+    model = load_model(workspace / "model")
     scorer = Scorer.of(model, model.params)
     with pytest.raises(sx.SboraxError, match=r"harness\.json: exists"):
-        run_harness(["tiny_choice"], scorer, out=made / "out")
+        run_harness(["tiny_choice"], scorer, out=workspace / "out")
 
 
-def test_an_adapter_is_scored_with_its_model(results, made):
+def test_an_adapter_is_scored_with_its_model(results, workspace):
     from sborax.evaluate.harness import HarnessModel
 
-    model = load_model(made / "model")
+    model = load_model(workspace / "model")
     params, adapters = sx.attach(jax.random.key(0), model.params, [("q_proj|up_proj", sx.LoRA(rank=2))])
     train, frozen = sx.split(adapters)
     adapters = sx.combine(jax.tree.map(lambda leaf: leaf + jnp.float32(0.05), train), frozen)
@@ -150,10 +154,10 @@ def test_an_adapter_is_scored_with_its_model(results, made):
     class Request:
         args: tuple
 
-    asked = [Request(("apple", " be")), Request(("", "cat door"))]
+    requests = [Request(("apple", " be")), Request(("", "cat door"))]
     plain, adapted, merged = (
-        HarnessModel(Scorer.of(model, *own)).loglikelihood(asked, disable_tqdm=True)
-        for own in ((model.params,), (params, adapters), (sx.merge(params, adapters),))
+        HarnessModel(Scorer.of(model, *arguments)).loglikelihood(requests, disable_tqdm=True)
+        for arguments in ((model.params,), (params, adapters), (sx.merge(params, adapters),))
     )
     np.testing.assert_allclose([v for v, _ in adapted], [v for v, _ in merged], rtol=1e-4)
     assert abs(adapted[0][0] - plain[0][0]) > 1e-3

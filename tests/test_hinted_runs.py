@@ -59,15 +59,15 @@ def quiet(_):
 
 @pytest.fixture(scope="module")
 def run(places, tmp_path_factory):
-    out, said = tmp_path_factory.mktemp("runs") / "whole", []
-    return out, train(an_experiment(places), out, echo=said.append), said
+    out, lines = tmp_path_factory.mktemp("runs") / "whole", []
+    return out, train(an_experiment(places), out, echo=lines.append), lines
 
 
 def test_it_just_trains(run):
-    _, summary, said = run
+    _, summary, lines = run
     assert summary.finished and summary.last_loss < summary.first_loss
-    told = [line for line in said if line.startswith("gradient of")]
-    assert told == [
+    gradients = [line for line in lines if line.startswith("gradient of")]
+    assert gradients == [
         "gradient of layers/mlp/down_proj over 3 batches (1 of 3)",
         "gradient of layers/mlp/up_proj over 3 batches (2 of 3)",
         "gradient of layers/self_attn/q_proj over 3 batches (3 of 3)",
@@ -80,20 +80,20 @@ def test_the_start_is_that_of_the_gradient_of_the_data(run, places):
     out, experiment = run[0], an_experiment(places)
     model = load_model(places[0])
     batches, _ = read_data(experiment, model, quiet)
-    held = first_batches(batches, 3)
-    assert [batch["tokens"].shape for batch in held] == [(2, held[0]["tokens"].shape[1])] * 3
-    whole = [batches[step]["tokens"] for step in (0, 1)]
-    for number, batch in enumerate(held):
-        own = whole[number // 2][number % 2]
-        np.testing.assert_array_equal(batch["tokens"][:, : own.shape[1]], own)
-        assert not batch["counts"][:, own.shape[1] :].any()
+    parts = first_batches(batches, 3)
+    assert [batch["tokens"].shape for batch in parts] == [(2, parts[0]["tokens"].shape[1])] * 3
+    tokens = [batches[step]["tokens"] for step in (0, 1)]
+    for number, batch in enumerate(parts):
+        rows = tokens[number // 2][number % 2]
+        np.testing.assert_array_equal(batch["tokens"][:, : rows.shape[1]], rows)
+        assert not batch["counts"][:, rows.shape[1] :].any()
 
     def loss(params, batch):
         logits = model.apply(params, None, batch["tokens"], segment_ids=batch["segments"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return jnp.sum(losses * batch["counts"]) / jnp.sum(batch["counts"])
 
-    hints = sx.gradient_hints(loss, model.params, "mlp/|q_proj", held)
+    hints = sx.gradient_hints(loss, model.params, "mlp/|q_proj", parts)
     params, adapters = sx.attach(jax.random.key(0), model.params, RULES, hints)
     begun = nodes(read_adapter(out / START).adapters)
     assert set(begun) == {f"layers/{name}/kernel" for name in ("mlp/down_proj", "mlp/up_proj", "self_attn/q_proj")}
@@ -102,42 +102,42 @@ def test_the_start_is_that_of_the_gradient_of_the_data(run, places):
         pairs = [(node.frozen, nodes(adapters)[path].frozen)]
         if "q_proj" in path:
             pairs = [tuple(half["1"] for half in pairs[0])]
-        for ours, wanted in pairs:
+        for ours, expected in pairs:
             for name in ("a0", "b0"):
-                square = [leaf @ leaf.mT if name == "a0" else leaf.mT @ leaf for leaf in (ours[name], wanted[name])]
+                square = [leaf @ leaf.mT if name == "a0" else leaf.mT @ leaf for leaf in (ours[name], expected[name])]
                 chex.assert_trees_all_close(*square, rtol=0, atol=1e-3 * float(jnp.abs(square[1]).max()))
     base, trained = load_adapter(out / "adapter", model.params)
     frozen = nodes(trained)["layers/mlp/up_proj/kernel"].frozen
     chex.assert_trees_all_equal(frozen, begun["layers/mlp/up_proj/kernel"].frozen)
-    moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), base["layers"], model.params["layers"])
-    assert moved["mlp"]["up_proj"]["kernel"] > 1e-2 and moved["mlp"]["gate_proj"]["kernel"] == 0
+    distance = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), base["layers"], model.params["layers"])
+    assert distance["mlp"]["up_proj"]["kernel"] > 1e-2 and distance["mlp"]["gate_proj"]["kernel"] == 0
 
 
-def cut(run, copy, after):
-    """The run as if it had been killed after step `after`."""
+def cut(run, copy, step):
+    """The run as if it had been killed after `step`."""
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint.name.isdecimal() and int(checkpoint.name) > after:
+        if checkpoint.name.isdecimal() and int(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_resumption_ends_with_the_same_bits(run, places, tmp_path, quant):
-    whole, experiment = run[0], an_experiment(places, quant=quant)
+    reference, experiment = run[0], an_experiment(places, quant=quant)
     if quant:
-        whole = tmp_path / "whole"
-        train(experiment, whole, echo=quiet)
-    cut(whole, tmp_path / "cut", 3)
-    said = []
-    train(experiment, tmp_path / "cut", resume=True, echo=said.append)
-    assert "resuming after step 3" in said and not any("gradient" in line for line in said)
-    assert (tmp_path / "cut" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
+        reference = tmp_path / "whole"
+        train(experiment, reference, echo=quiet)
+    cut(reference, tmp_path / "cut", 3)
+    lines = []
+    train(experiment, tmp_path / "cut", resume=True, echo=lines.append)
+    assert "resuming after step 3" in lines and not any("gradient" in line for line in lines)
+    assert (tmp_path / "cut" / "adapter" / LEAVES).read_bytes() == (reference / "adapter" / LEAVES).read_bytes()
     # Killed before the first checkpoint: everything is done again.
-    cut(whole, tmp_path / "early", 0)
+    cut(reference, tmp_path / "early", 0)
     shutil.rmtree(tmp_path / "early" / START)
     train(experiment, tmp_path / "early", resume=True, echo=quiet)
-    assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
+    assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (reference / "adapter" / LEAVES).read_bytes()
 
 
 @pytest.mark.nightly
@@ -147,8 +147,8 @@ def test_the_start_is_kept_as_it_was_before_a_procedure(places, tmp_path):
     rules = (sx.Rule("self_attn|mlp", sx.LoRAGA(rank=2)),)
     experiment = an_experiment(places, rules=rules, procedure=procedure, steps=2)
     train(experiment, tmp_path / "whole", echo=quiet)
-    kept = nodes(read_adapter(tmp_path / "whole" / START).adapters)
-    assert {type(node.method) for node in kept.values()} == {sx.LoRAGA}
+    start = nodes(read_adapter(tmp_path / "whole" / START).adapters)
+    assert {type(node.method) for node in start.values()} == {sx.LoRAGA}
     cut(tmp_path / "whole", tmp_path / "cut", 1)
     train(experiment, tmp_path / "cut", resume=True, echo=quiet)
     ends = [(tmp_path / place / "adapter" / LEAVES).read_bytes() for place in ("whole", "cut")]
@@ -177,9 +177,9 @@ def test_an_adapted_head_has_a_gradient_of_its_own(places, tmp_path):
 def test_plan_prints_its_table(places, capsys, tmp_path):
     save_experiment(an_experiment(places), epath.Path(tmp_path))
     assert main(["plan", str(tmp_path / "config.json")]) == 0
-    told = capsys.readouterr().out
-    assert "layers/mlp/up_proj" in told and "LoRAGA(rank=4" in told
-    assert f" {2 * 4 * (64 + 128):,} " in told
+    output = capsys.readouterr().out
+    assert "layers/mlp/up_proj" in output and "LoRAGA(rank=4" in output
+    assert f" {2 * 4 * (64 + 128):,} " in output
 
 
 INFORMED = (
@@ -192,15 +192,15 @@ INFORMED = (
 @pytest.fixture(scope="module")
 def informed(places, tmp_path_factory):
     """A run whose adapters start from inputs, and whose ranks they choose."""
-    out, said = tmp_path_factory.mktemp("runs") / "informed", []
-    return out, train(an_experiment(places, rules=INFORMED), out, echo=said.append), said
+    out, lines = tmp_path_factory.mktemp("runs") / "informed", []
+    return out, train(an_experiment(places, rules=INFORMED), out, echo=lines.append), lines
 
 
 def test_a_run_starts_from_the_inputs_of_its_data(informed, places):
     """The same from the public verbs; the ranks that the data chose are those that are trained and counted."""
-    out, summary, said = informed
+    out, summary, lines = informed
     assert summary.finished and summary.last_loss < summary.first_loss
-    assert "inputs of 5 kernels over 3 batches" in said and "inputs of layers/mlp/gate_proj over 3 batches" in said
+    assert "inputs of 5 kernels over 3 batches" in lines and "inputs of layers/mlp/gate_proj over 3 batches" in lines
     model = load_model(places[0])
     batches, _ = read_data(an_experiment(places), model, quiet)
     hints = sx.input_hints(model, INFORMED, first_batches(batches, 3))
@@ -217,16 +217,16 @@ def test_a_run_starts_from_the_inputs_of_its_data(informed, places):
 @pytest.mark.nightly
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_resumption_keeps_the_ranks(informed, places, tmp_path, quant):
-    whole, experiment = informed[0], an_experiment(places, rules=INFORMED, quant=quant)
+    reference, experiment = informed[0], an_experiment(places, rules=INFORMED, quant=quant)
     if quant:
-        whole = tmp_path / "whole"
-        train(experiment, whole, echo=quiet)
-    cut(whole, tmp_path / "cut", 3)
-    said = []
-    train(experiment, tmp_path / "cut", resume=True, echo=said.append)
-    assert "resuming after step 3" in said and not any(line.startswith("inputs of") for line in said)
-    assert (tmp_path / "cut" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
-    cut(whole, tmp_path / "early", 0)
+        reference = tmp_path / "whole"
+        train(experiment, reference, echo=quiet)
+    cut(reference, tmp_path / "cut", 3)
+    lines = []
+    train(experiment, tmp_path / "cut", resume=True, echo=lines.append)
+    assert "resuming after step 3" in lines and not any(line.startswith("inputs of") for line in lines)
+    assert (tmp_path / "cut" / "adapter" / LEAVES).read_bytes() == (reference / "adapter" / LEAVES).read_bytes()
+    cut(reference, tmp_path / "early", 0)
     shutil.rmtree(tmp_path / "early" / START)
     train(experiment, tmp_path / "early", resume=True, echo=quiet)
-    assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
+    assert (tmp_path / "early" / "adapter" / LEAVES).read_bytes() == (reference / "adapter" / LEAVES).read_bytes()

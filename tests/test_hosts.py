@@ -54,7 +54,7 @@ train(sx.load_experiment(experiment), out, bool(resume))
 class Pair:
     """The two processes of a run: of the command `sborax train`, or of a program of one's own."""
 
-    def __init__(self, experiment, out, cache, *more, own=False):
+    def __init__(self, experiment, out, cache, *arguments, script=False):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             coordinator = f"localhost:{probe.getsockname()[1]}"
@@ -66,13 +66,13 @@ class Pair:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        train = [sys.executable, "-m", "sborax", "train", str(experiment), "--out", str(out), *more]
+        train = [sys.executable, "-m", "sborax", "train", str(experiment), "--out", str(out), *arguments]
         train += ["--coordinator", coordinator, "--processes", "2", "--heartbeat", str(HEARTBEAT)]
         program = [sys.executable, "-c", PROGRAM, str(experiment), str(out), coordinator]
         self.out, pipes = out, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.processes = [
             subprocess.Popen(
-                [*program, str(number), *more] if own else [*train, "--process", str(number)],
+                [*program, str(number), *arguments] if script else [*train, "--process", str(number)],
                 env=environment,
                 text=True,
                 **pipes,
@@ -84,7 +84,7 @@ class Pair:
         """Wait until the metrics have come so far."""
         ends = time.monotonic() + 600
         while time.monotonic() < ends:
-            assert all(one.poll() is None for one in self.processes), self.ended()
+            assert all(process.poll() is None for process in self.processes), self.ended()
             if _lines(self.out) and _lines(self.out)[-1]["step"] >= step:
                 return
             time.sleep(0.02)
@@ -92,22 +92,26 @@ class Pair:
 
     def ended(self):
         """Exit codes and what was printed."""
-        told = [one.communicate(timeout=600) for one in self.processes]
-        out = [[line for line in out.splitlines() if not GLOO.fullmatch(line)] for out, _ in told]
-        return [one.returncode for one in self.processes], ["\n".join(lines) for lines in out], [err for _, err in told]
+        outputs = [process.communicate(timeout=600) for process in self.processes]
+        out = [[line for line in out.splitlines() if not GLOO.fullmatch(line)] for out, _ in outputs]
+        return (
+            [process.returncode for process in self.processes],
+            ["\n".join(lines) for lines in out],
+            [err for _, err in outputs],
+        )
 
 
 @pytest.fixture
 def pair():
     """Makes pairs, of which none outlives the test."""
-    made = []
+    runs = []
 
     def make(*arguments, **options):
-        made.append(Pair(*arguments, **options))
-        return made[-1]
+        runs.append(Pair(*arguments, **options))
+        return runs[-1]
 
     yield make
-    for process in (process for one in made for process in one.processes):
+    for process in (process for run in runs for process in run.processes):
         process.kill()
 
 
@@ -132,19 +136,19 @@ def experiment(tmp_path):
 
 
 def test_two_processes_train(tmp_path, pair, experiment):
-    codes, out, err = pair(experiment, tmp_path / "run", tmp_path / "cache", own=True).ended()
+    codes, out, err = pair(experiment, tmp_path / "run", tmp_path / "cache", script=True).ended()
     assert codes == [0, 0], err
     assert "mesh: fsdp 2 x tensor 2 of 4 devices" in out[0] and out[1] == ""
     # Norms are on every host, and of all the rest each has its half.
-    held, total = map(int, out[0].split("weights: ")[1].split(" bytes")[0].replace(",", "").split(" of "))
-    assert 0.5 * total < held < 0.55 * total
+    share, total = map(int, out[0].split("weights: ")[1].split(" bytes")[0].replace(",", "").split(" of "))
+    assert 0.5 * total < share < 0.55 * total
     assert len(_losses(tmp_path / "run")) == STEPS
 
 
 @pytest.mark.nightly
 def test_two_processes_die_and_resume(tmp_path, pair, experiment):
     cache = tmp_path / "cache"
-    codes, _, err = pair(experiment, tmp_path / "whole", cache, own=True).ended()
+    codes, _, err = pair(experiment, tmp_path / "whole", cache, script=True).ended()
     assert codes == [0, 0], err
 
     killed = pair(experiment, tmp_path / "killed", cache, FOREVER)
@@ -155,7 +159,7 @@ def test_two_processes_die_and_resume(tmp_path, pair, experiment):
     assert err[0].splitlines()[-1].startswith("error: process 1 of this run is gone"), err[0]
     assert "--resume" in err[0] and "Traceback" not in err[0]
 
-    codes, out, err = pair(experiment, tmp_path / "killed", cache, "--resume", own=True).ended()
+    codes, out, err = pair(experiment, tmp_path / "killed", cache, "--resume", script=True).ended()
     assert codes == [0, 0], err
     assert "resuming after step" in out[0]
     first, second = (load_file(tmp_path / run / "adapter/adapter.safetensors") for run in ("whole", "killed"))
@@ -213,12 +217,12 @@ def test_a_procedure_acts_alike_on_two_processes(procedure, method, tmp_path, pa
     data = write_data(tmp_path / "data.jsonl")
     experiment, cache = tmp_path / "experiment.py", tmp_path / "cache"
     experiment.write_text(BETWEEN_STEPS.format(model=str(model), data=str(data), procedure=procedure, method=method))
-    codes, _, err = pair(experiment, tmp_path / "whole", cache, own=True).ended()
+    codes, _, err = pair(experiment, tmp_path / "whole", cache, script=True).ended()
     assert codes == [0, 0], err
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "10")
     shutil.rmtree(tmp_path / "cut" / "adapter")
-    codes, out, err = pair(experiment, tmp_path / "cut", cache, "--resume", own=True).ended()
+    codes, out, err = pair(experiment, tmp_path / "cut", cache, "--resume", script=True).ended()
     assert codes == [0, 0], err
     assert "resuming after step 7" in out[0]
     first, second = ((tmp_path / run / "adapter/adapter.safetensors").read_bytes() for run in ("whole", "cut"))
@@ -235,7 +239,7 @@ LEADER = "F1 client.h:80] Terminating process. Failed to send RPC to coordinatio
 
 
 @pytest.mark.parametrize(
-    ("code", "told", "message"),
+    ("code", "output", "message"),
     [
         (-signal.SIGABRT, SILENT.format("1"), "process 1 of this run is gone"),
         (-signal.SIGABRT, SILENT.format("1\n12"), "processes 1, 12 of this run are gone"),
@@ -245,9 +249,9 @@ LEADER = "F1 client.h:80] Terminating process. Failed to send RPC to coordinatio
         (LOST, "", "another process of this run is gone, or cannot be reached"),
     ],
 )
-def test_what_the_runtime_says_becomes_a_line(code, told, message):
-    assert ended(code, told).startswith(message)
-    assert "--resume" in ended(code, told)
+def test_what_the_runtime_says_becomes_a_line(code, output, message):
+    assert ended(code, output).startswith(message)
+    assert "--resume" in ended(code, output)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +274,7 @@ def test_one_of_several_is_known_by_its_launcher(words, environment, several, mo
 
 
 @pytest.mark.parametrize(
-    ("script", "program", "arguments", "said"),
+    ("script", "program", "arguments", "lines"),
     [
         (
             "launch_tpu_pod.sh",
@@ -289,7 +293,7 @@ def test_one_of_several_is_known_by_its_launcher(words, environment, several, mo
         ),
     ],
 )
-def test_launch_scripts(script, program, arguments, said, tmp_path):
+def test_launch_scripts(script, program, arguments, lines, tmp_path):
     fake = tmp_path / program
     fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
     fake.chmod(0o755)
@@ -297,4 +301,4 @@ def test_launch_scripts(script, program, arguments, said, tmp_path):
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_RESTART_COUNT": "1"}
     environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
     subprocess.run(["bash", scripts / script, *arguments], env=environment, check=True, cwd=tmp_path)
-    assert (tmp_path / "said").read_text().splitlines() == said
+    assert (tmp_path / "said").read_text().splitlines() == lines

@@ -35,13 +35,13 @@ def pair(tmp_path_factory):
 def batches(rows: int = 4, length: int = 24, number: int = 3):
     """Batches with padding on the right, and answers in the second half of every row."""
     draw = np.random.default_rng(3)
-    made = []
+    result = []
     for _ in range(number):
         lengths = draw.integers(length // 2, length + 1, rows)
         segments = (np.arange(length)[None, :] < lengths[:, None]).astype(np.int32)
         counts = (segments > 0) & (np.arange(length)[None, :] >= length // 4)
-        made.append({"tokens": draw.integers(3, 250, (rows, length)), "segments": segments, "counts": counts})
-    return made
+        result.append({"tokens": draw.integers(3, 250, (rows, length)), "segments": segments, "counts": counts})
+    return result
 
 
 def exact_svd(matrix, q, niter):
@@ -56,8 +56,8 @@ def layers_of(adapters):
         for child, layers in parts:
             for layer in layers:
                 rank = child.method.rank
-                one = jax.tree.map(lambda leaf, layer=layer: np.asarray(leaf[layer]), child)
-                yield hf_module(path, layer), one, rank[layer] if isinstance(rank, tuple) else rank
+                adapter = jax.tree.map(lambda leaf, layer=layer: np.asarray(leaf[layer]), child)
+                yield hf_module(path, layer), adapter, rank[layer] if isinstance(rank, tuple) else rank
 
 
 @pytest.mark.parametrize(
@@ -121,30 +121,30 @@ def test_corda_equals_peft(pair, mode):
         for layer in range(DEPTH):
             module = model.base_model.model.get_submodule(hf_module(path, layer))
             a, b = (half["default"].weight.detach().numpy().T for half in (module.lora_A, module.lora_B))
-            left = np.asarray(flatten(params)[path][layer])
+            kernel = np.asarray(flatten(params)[path][layer])
             ours = np.asarray(node.train["a"][layer] @ node.train["b"][layer])
             residual = module.base_layer.weight.detach().numpy().T
             np.testing.assert_allclose(ours, a @ b, rtol=0, atol=1e-4)
-            np.testing.assert_allclose(left, residual, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(kernel, residual, rtol=0, atol=1e-4)
             # What no sign changes: how the two factors share the product.
             for got, want in ((np.asarray(node.train["a"][layer]), a), (np.asarray(node.train["b"][layer]).T, b.T)):
                 np.testing.assert_allclose(got @ got.T, want @ want.T, rtol=0, atol=1e-3 * np.abs(want @ want.T).max())
 
 
-def padded_with_zeros(moved, start):
+def padded_with_zeros(tuned, start):
     """As in training, what pads a layer to the largest rank stays zero."""
 
-    def clean(after, before):
-        used = {name: (leaf["a"] != 0).any(axis=-2).astype("float32") for name, leaf in parts_of(before.train).items()}
+    def clean(final, initial):
+        mask = {name: (leaf["a"] != 0).any(axis=-2).astype("float32") for name, leaf in parts_of(initial.train).items()}
         leaves = {
-            name: {"a": leaf["a"] * used[name][..., None, :], "b": leaf["b"] * used[name][..., :, None]}
-            for name, leaf in parts_of(after.train).items()
+            name: {"a": leaf["a"] * mask[name][..., None, :], "b": leaf["b"] * mask[name][..., :, None]}
+            for name, leaf in parts_of(final.train).items()
         }
         train = leaves[""] if "" in leaves else leaves
-        return sx.Adapter(train, after.frozen, after.method, after.in_axes)
+        return sx.Adapter(train, final.frozen, final.method, final.in_axes)
 
-    before = nodes(start)
-    return nest({path: clean(node, before[path]) for path, node in nodes(moved).items()})
+    starts = nodes(start)
+    return nest({path: clean(node, starts[path]) for path, node in nodes(tuned).items()})
 
 
 def parts_of(train):
@@ -164,8 +164,8 @@ def test_peft_reads_what_was_trained(pair, method, tmp_path):
     sx.save_peft(tmp_path, pair.ours, params, adapters)
     want = logits(pair.ours, params, adapters)
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path)), want, rtol=0, atol=2e-4)
-    again, read = sx.load_peft(tmp_path, pair.ours)
-    np.testing.assert_allclose(logits(pair.ours, again, read), want, rtol=0, atol=2e-4)
+    weights, read = sx.load_peft(tmp_path, pair.ours)
+    np.testing.assert_allclose(logits(pair.ours, weights, read), want, rtol=0, atol=2e-4)
 
 
 def test_mistakes(pair):
@@ -177,10 +177,10 @@ def test_mistakes(pair):
     (batch, *_) = batches(rows=1, length=4)
     with pytest.raises(sx.SboraxError, match="no batch has as many tokens of answers as .* may have ranks, 8; use"):
         sx.input_hints(pair.ours, rules, [batch])
-    for wrong, said in (
+    for wrong, message in (
         (sx.EVA(rho=0.5), "needs rho"),
         (sx.EVA(mean=0), "needs rho"),
         (sx.EVA(rank=64), "rank must lie in 1..32"),
     ):
-        with pytest.raises(sx.SboraxError, match=said):
+        with pytest.raises(sx.SboraxError, match=message):
             sx.plan(pair.ours.params, [("q_proj", wrong)], hints=sx.input_hints(pair.ours, rules, batches()))

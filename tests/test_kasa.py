@@ -26,9 +26,9 @@ def pair(tmp_path_factory):
 def test_the_base_loses_its_smallest_components(pair):
     params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", sx.KaSA(rank=5, alpha=3.0))])
     kernels = (tree["layers"]["self_attn"]["q_proj"]["kernel"] for tree in (params, pair.ours.params))
-    for left, whole in zip(*kernels, strict=True):
-        u, s, vt = np.linalg.svd(whole)
-        np.testing.assert_allclose(left, (u[:, :-5] * s[:-5]) @ vt[:-5], rtol=0, atol=1e-5)
+    for remainder, weight in zip(*kernels, strict=True):
+        u, s, vt = np.linalg.svd(weight)
+        np.testing.assert_allclose(remainder, (u[:, :-5] * s[:-5]) @ vt[:-5], rtol=0, atol=1e-5)
     # b is zero, so that the function is that of the base without them.
     np.testing.assert_allclose(logits(pair.ours, params, adapters), logits(pair.ours, params, None), rtol=0, atol=1e-5)
     assert np.abs(logits(pair.ours, params, None) - logits(pair.ours, pair.ours.params, None)).max() > 1e-3
@@ -48,8 +48,8 @@ def test_penalties_are_those_of_peft(pair, tmp_path):
     counts = jnp.ones(tokens.shape, bool).at[0, :3].set(False)
     batch = {"targets": jnp.asarray(TOKENS[:, 1:]), "counts": counts}
     outputs = Outputs(pair.ours.hidden(params, adapters, tokens), batch, pair.ours, params, adapters)
-    (total, items), (plain, same) = sx.KaSALoss(0.3, 0.07)(outputs), sx.CrossEntropy()(outputs)
-    assert items == same == counts.sum()
+    (total, items), (plain, count) = sx.KaSALoss(0.3, 0.07)(outputs), sx.CrossEntropy()(outputs)
+    assert items == count == counts.sum()
     np.testing.assert_allclose(total / items, plain / items + penalty, rtol=1e-5)
     assert sx.KaSALoss().by_token(outputs)[0] == sx.CrossEntropy().by_token(outputs)[0]
     assert nodes(adapters)
@@ -73,12 +73,12 @@ def test_penalties_are_of_every_layer_that_has_kasa(pair):
     adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)[1]
     q, v = (nodes(adapters)[f"layers/self_attn/{name}/kernel"].train for name in ("q_proj", "v_proj"))
     of_layers = [(q["0"], 1), (v["part"]["0"], 0), (v["part"]["0"], 1)]
-    wanted = sum(
+    expected = sum(
         0.3 * np.square(leaves["e"][layer]).sum()
         + 0.07 * (distance(leaves["a"][layer].T) + distance(leaves["b"][layer]))
         for leaves, layer in of_layers
     )
-    np.testing.assert_allclose(kasa_penalty(adapters, 0.3, 0.07), wanted, rtol=1e-5)
+    np.testing.assert_allclose(kasa_penalty(adapters, 0.3, 0.07), expected, rtol=1e-5)
 
 
 def test_a_loss_without_adapters_has_no_penalty(pair):

@@ -43,18 +43,18 @@ def pair(tmp_path_factory):
 
 
 def test_neighbours_share_a_and_a_kind_shares_its_experts():
-    found, of_layers = linked({"layers": {"up": {"kernel": UP}, "gate": {"kernel": UP}}}, (".*", METHOD))
-    assert [path for path in found if path.startswith("bank/")] == ["bank/lily/layers/gate", "bank/lily/layers/up"]
-    bank, node = found["bank/lily/layers/up"], of_layers["layers/up/kernel"]
+    adapters, of_layers = linked({"layers": {"up": {"kernel": UP}, "gate": {"kernel": UP}}}, (".*", METHOD))
+    assert [path for path in adapters if path.startswith("bank/")] == ["bank/lily/layers/gate", "bank/lily/layers/up"]
+    bank, node = adapters["bank/lily/layers/up"], of_layers["layers/up/kernel"]
     assert bank.train["a"].shape == (3, 8, 2) and bank.train["b"].shape == (6, 6)
     chex.assert_trees_all_equal(node.train["a"], bank.train["a"][np.array([0, 0, 1, 1, 2])])
     chex.assert_trees_all_equal(node.train["b"], jnp.broadcast_to(bank.train["b"], (DEPTH, 6, 6)))
-    assert not np.array_equal(bank.train["a"], found["bank/lily/layers/gate"].train["a"])
+    assert not np.array_equal(bank.train["a"], adapters["bank/lily/layers/gate"].train["a"])
 
 
 def test_only_adapted_layers_count_as_neighbours():
-    found, of_layers = linked({"layers": {"up": {"kernel": UP}}}, sx.Rule("up", METHOD, layers=(1, 3, 4)))
-    a, copies = found["bank/lily/layers/up"].train["a"], of_layers["layers/up/kernel"].train["0"]["a"]
+    adapters, of_layers = linked({"layers": {"up": {"kernel": UP}}}, sx.Rule("up", METHOD, layers=(1, 3, 4)))
+    a, copies = adapters["bank/lily/layers/up"].train["a"], of_layers["layers/up/kernel"].train["0"]["a"]
     assert len(a) == 2
     chex.assert_trees_all_equal(copies[np.array([1, 3, 4])], a[np.array([0, 0, 1])])
 
@@ -65,19 +65,19 @@ def test_numbered_layers_share_as_stacked_ones_do():
     _, adapters = sx.attach(jax.random.key(0), flat, [("up", METHOD)])
     assert sx.count(adapters) == DEPTH * 2 * 3 + 2 * (3 * 8 + 3 * 6)
     singles = nodes(sx.link(adapters))
-    _, whole = sx.attach(jax.random.key(0), {"layers": {"up": {"kernel": UP}}}, [("up", METHOD)])
-    whole = nodes(sx.link(whole))["layers/up/kernel"]
+    _, reference = sx.attach(jax.random.key(0), {"layers": {"up": {"kernel": UP}}}, [("up", METHOD)])
+    reference = nodes(sx.link(reference))["layers/up/kernel"]
     for i in range(DEPTH):
-        chex.assert_trees_all_equal(singles[f"layers/{i}/up/kernel"].train["a"], whole.train["a"][i])
-    assert stacked.train.keys() == whole.train.keys() == {"a", "b", "router"}
+        chex.assert_trees_all_equal(singles[f"layers/{i}/up/kernel"].train["a"], reference.train["a"][i])
+    assert stacked.train.keys() == reference.train.keys() == {"a", "b", "router"}
 
 
 def test_rules_agree_about_the_experts_of_a_kind():
     params = {"layers": {"up": {"kernel": UP}, "gate": {"kernel": UP}}}
-    other = sx.Lily(rank=3, stride=2, experts=3)
-    sx.plan(params, [("up", METHOD), ("gate", other)])
+    second = sx.Lily(rank=3, stride=2, experts=3)
+    sx.plan(params, [("up", METHOD), ("gate", second)])
     with pytest.raises(sx.SboraxError, match="Lily has one bank/lily/layers/up for all kernels of a kind; give all"):
-        sx.plan(params, [sx.Rule("up", METHOD, layers=(0,)), ("up", other)])
+        sx.plan(params, [sx.Rule("up", METHOD, layers=(0,)), ("up", second)])
 
 
 def test_tokens_depend_on_no_other_and_by_batch_on_all():
@@ -109,12 +109,12 @@ def test_peft_ties_layers_of_one_target(pair, tmp_path):
     assert not [path for path in nodes(apart) if path.startswith("bank/")]
     a = nodes(apart)["layers/self_attn/k_proj/kernel"].train["a"]
     np.testing.assert_allclose(a[1], a[0] + 1, rtol=1e-5)
-    written = tmp_path / "written"
-    save_peft(written, pair.ours, params, apart)
-    chex.assert_trees_all_equal(nodes(load_peft(written, pair.ours)[1]), nodes(apart))
+    place = tmp_path / "written"
+    save_peft(place, pair.ours, params, apart)
+    chex.assert_trees_all_equal(nodes(load_peft(place, pair.ours)[1]), nodes(apart))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = torch_logits(reloaded(pair, written))
+        expected = torch_logits(reloaded(pair, place))
     np.testing.assert_allclose(logits(pair.ours, params, apart), expected, rtol=0, atol=1e-4)
 
 
@@ -128,8 +128,8 @@ def test_what_peft_would_tie_is_written_if_it_is_one(pair, tmp_path):
     adapters = shaken(adapters)
     save_peft(tmp_path, pair.ours, params, adapters)
     expected = logits(pair.ours, params, adapters)
-    again = logits(pair.ours, *load_peft(tmp_path, pair.ours))
-    np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
+    output = logits(pair.ours, *load_peft(tmp_path, pair.ours))
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5)
     with pytest.raises(sx.SboraxError, match="PEFT has no Lily with these options, nor a merged form of it"):
         save_peft(tmp_path, pair.ours, *sx.attach(jax.random.key(0), pair.ours.params, [("k_proj", METHOD)]))
 
@@ -140,12 +140,12 @@ def test_a_text_of_one_token_is_that_of_peft(pair, tmp_path):
     params, adapters = load_peft(tmp_path, pair.ours)
     rules = [("q_proj", sx.Lily(rank=3))]
     _, ours = sx.attach(jax.random.key(0), pair.ours.params, rules)
-    wanted = nodes(adapters)
+    source = nodes(adapters)
     for path, node in nodes(ours).items():
-        node.train.update(wanted[path].train)
-    one = jnp.asarray(TOKENS[:1, :1])
+        node.train.update(source[path].train)
+    token = jnp.asarray(TOKENS[:1, :1])
     chex.assert_trees_all_close(
-        pair.ours.apply(params, ours, one), pair.ours.apply(params, adapters, one), rtol=0, atol=1e-5
+        pair.ours.apply(params, ours, token), pair.ours.apply(params, adapters, token), rtol=0, atol=1e-5
     )
 
 
@@ -162,12 +162,12 @@ def test_padding_is_no_part_of_a_mean(pair):
     params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("self_attn", method)])
     adapters, text = shaken(adapters), TOKENS[:1]
     alone = jax.jit(pair.ours.apply)(params, adapters, jnp.asarray(text))
-    for before, after in ((3, 0), (0, 4)):
+    for prefix, suffix in ((3, 0), (0, 4)):
         tokens, segments = (
-            jnp.asarray(np.pad(array, ((0, 0), (before, after)))) for array in (text, np.ones_like(text))
+            jnp.asarray(np.pad(array, ((0, 0), (prefix, suffix)))) for array in (text, np.ones_like(text))
         )
         padded = jax.jit(pair.ours.apply)(params, adapters, tokens, segment_ids=segments)
-        np.testing.assert_allclose(padded[:, before : before + text.shape[1]], alone, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(padded[:, prefix : prefix + text.shape[1]], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.nightly
@@ -191,8 +191,8 @@ def test_text_over_a_cache_is_that_of_whole_passes(pair):
     params, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("self_attn|mlp", METHOD)])
     adapters, prompt = shaken(adapters), TOKENS[0, :4].tolist()
     (text,) = generate(pair.ours, params, adapters, [prompt], 4)
-    whole = list(prompt)
+    tokens = list(prompt)
     for _ in range(len(text)):
-        last = jax.jit(pair.ours.apply)(params, adapters, jnp.asarray([whole], jnp.int32))[0, -1]
-        whole.append(int(np.argmax(last)))
-    assert list(text) == whole[4:]
+        last = jax.jit(pair.ours.apply)(params, adapters, jnp.asarray([tokens], jnp.int32))[0, -1]
+        tokens.append(int(np.argmax(last)))
+    assert list(text) == tokens[4:]

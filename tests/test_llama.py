@@ -135,10 +135,10 @@ def test_adapted_equals_merged_and_hidden_feeds_the_head(model, adapted, logits,
 
 
 def test_dropout_needs_a_key_and_differs_by_key(adapted, logits, tokens):
-    first, again, other = (logits(*adapted, tokens, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
+    first, repeat, second = (logits(*adapted, tokens, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, repeat)
     assert relative(first, logits(*adapted, tokens)) > 1e-3
-    assert relative(first, other) > 1e-3
+    assert relative(first, second) > 1e-3
 
 
 def test_scanned_equals_unrolled(model, adapted, logits, tokens):
@@ -153,10 +153,10 @@ def test_remat_changes_nothing(model, adapted, tokens):
     train, frozen = sx.split(adapters)
 
     def gradient(remat):
-        own = dataclasses.replace(model, module=Llama(model.config, remat=remat))
+        variant = dataclasses.replace(model, module=Llama(model.config, remat=remat))
 
         def loss(train):
-            return jnp.mean(jnp.square(own.apply(params, sx.combine(train, frozen), tokens)))
+            return jnp.mean(jnp.square(variant.apply(params, sx.combine(train, frozen), tokens)))
 
         traced = jax.jit(jax.grad(loss)).trace(train)
         return str(traced.jaxpr), jax.tree.leaves(traced.lower().compile()(train))
@@ -164,10 +164,10 @@ def test_remat_changes_nothing(model, adapted, tokens):
     text, plain = gradient("none")
     assert "remat" not in text
     for remat in ("full", "qkv,adapter_h", "qkv,offload:gate_up"):
-        text, again = gradient(remat)
+        text, leaves = gradient(remat)
         assert "remat" in text
         assert ("<host>" in text) == ("offload" in remat)
-        for got, want in zip(again, plain, strict=True):
+        for got, want in zip(leaves, plain, strict=True):
             assert relative(got, want) < TOLERANCE
 
 
@@ -195,10 +195,10 @@ def test_attention_equals_the_formula():
     out = np.asarray(jax.jit(attention)(*inputs))
     want = np.zeros_like(query)
     for batch, place, head in np.ndindex(2, 3, 6):
-        seen = [k for k in range(place + 3) if segments[batch, k] == segments[batch, place + 2]]
-        scores = key[batch, seen, head // 3] @ query[batch, place, head] / 2
+        slots = [k for k in range(place + 3) if segments[batch, k] == segments[batch, place + 2]]
+        scores = key[batch, slots, head // 3] @ query[batch, place, head] / 2
         weights = np.exp(scores - scores.max())
-        want[batch, place, head] = weights / weights.sum() @ value[batch, seen, head // 3]
+        want[batch, place, head] = weights / weights.sum() @ value[batch, slots, head // 3]
     np.testing.assert_allclose(out, want, atol=1e-6)
 
 

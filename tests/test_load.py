@@ -45,14 +45,14 @@ def test_saved_model_loads_in_transformers_with_the_same_bits(original, tmp_path
     model = load_model(place, scan=scan)
     save_hf(tmp_path / "saved", model, model.params, shard_bytes=20_000)
     assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 2
-    again, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    second, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    theirs, ours = reference.state_dict(), again.state_dict()
+    theirs, ours = reference.state_dict(), second.state_dict()
     assert theirs.keys() == ours.keys()
     for name in theirs:
         assert torch.equal(theirs[name], ours[name]), name
     tokens = tokens_of(model, 2, 9)
-    np.testing.assert_array_equal(torch_logits(again, tokens), torch_logits(reference, tokens))
+    np.testing.assert_array_equal(torch_logits(second, tokens), torch_logits(reference, tokens))
     with pytest.raises(sx.SboraxError, match="already holds a model"):
         save_hf(tmp_path / "saved", model, model.params)
 
@@ -60,13 +60,13 @@ def test_saved_model_loads_in_transformers_with_the_same_bits(original, tmp_path
 def test_bfloat16_and_the_tokenizer_survive_saving(llama, tmp_path):
     model = load_model(llama, dtype="bfloat16")
     save_hf(tmp_path, model, model.params)
-    again = load_model(tmp_path, dtype="bfloat16")
-    chex.assert_trees_all_equal(again.params, model.params)
-    assert again.config == model.config
+    second = load_model(tmp_path, dtype="bfloat16")
+    chex.assert_trees_all_equal(second.params, model.params)
+    assert second.config == model.config
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert reference.dtype == torch.bfloat16
     text = "Lily and 3 dogs\nwent home."
-    for tokenizer in (again.tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+    for tokenizer in (second.tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
         assert tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
 
 
@@ -171,9 +171,9 @@ def test_gguf_that_is_refused(original, tmp_path):
     write_gguf(tmp_path / "more.gguf", original[1], llama__logit_scale=2.0)
     with pytest.raises(sx.SboraxError, match="'llama.logit_scale' is not supported"):
         load_model(tmp_path / "more.gguf")
-    whole = (tmp_path / "more.gguf").read_bytes()
-    for size in (2, 200, 1500, len(whole) - 1000):
-        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+    content = (tmp_path / "more.gguf").read_bytes()
+    for size in (2, 200, 1500, len(content) - 1000):
+        (tmp_path / "cut.gguf").write_bytes(content[:size])
         with pytest.raises(sx.SboraxError, match="not a readable GGUF file") as caught:
             load_model(tmp_path / "cut.gguf")
         assert "\n" not in str(caught.value)

@@ -48,9 +48,9 @@ def on_cpu(monkeypatch):
     plain = bitsandbytes.nn.Params4bit
 
     def nested(data, compress_statistics, **options):
-        made = plain(data, compress_statistics=True, **options)
+        tensor = plain(data, compress_statistics=True, **options)
         monkeypatch.setattr(plain, "to", lambda self, device: self._quantize("cpu"))
-        return made
+        return tensor
 
     monkeypatch.setattr(bitsandbytes.nn, "Params4bit", nested)
 
@@ -84,9 +84,9 @@ def test_less_is_lost_than_without_it():
             base, node = adapted(sx.LoftQ(rank=6, alpha=alpha, iterations=iterations, divide=True))
             merged = base + node.frozen["scale"] * node.train["a"] @ node.train["b"]
             lost.append(np.linalg.norm(merged - WEIGHT))
-    plain, once, scaled, five, _ = lost
-    assert five < once < 0.93 * plain
-    np.testing.assert_allclose(scaled, once, rtol=1e-4)
+    plain, single, scaled, five, _ = lost
+    assert five < single < 0.93 * plain
+    np.testing.assert_allclose(scaled, single, rtol=1e-4)
 
 
 def test_a_run_in_4_bits(tmp_path):
@@ -125,13 +125,13 @@ def test_mica_equals_peft(pair, tmp_path):
             np.testing.assert_allclose(ours.T @ ours, b.T @ b, rtol=0, atol=1e-5)
             assert not a.any() and not np.asarray(node.train["a"][layer]).any()
     assert sx.count(adapters) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moved = shaken(adapters)
-    sx.save_peft(tmp_path, pair.ours, params, moved)
+    tuned = shaken(adapters)
+    sx.save_peft(tmp_path, pair.ours, params, tuned)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] == "mica"
-    theirs, want = reloaded(pair, tmp_path), logits(pair.ours, params, moved)
+    theirs, want = reloaded(pair, tmp_path), logits(pair.ours, params, tuned)
     np.testing.assert_allclose(torch_logits(theirs), want, rtol=0, atol=2e-4)
-    _, again = sx.load_peft(tmp_path, pair.ours)
-    chex.assert_trees_all_close(again, moved, rtol=1e-6)
+    _, second = sx.load_peft(tmp_path, pair.ours)
+    chex.assert_trees_all_close(second, tuned, rtol=1e-6)
 
 
 def test_the_orthogonal_start_is_peft_s(pair):
@@ -148,9 +148,9 @@ def test_the_orthogonal_start_is_peft_s(pair):
     for a, b in theirs + ours:
         assert np.abs(a @ b).max() < 1e-6
         assert [np.linalg.matrix_rank(half, tol=1e-4) for half in (a, b)] == [8, 8]
-    for which in (0, 1):
+    for side in (0, 1):
         sizes = [
-            np.sqrt(np.mean(np.concatenate([pair[which].ravel() for pair in pairs]) ** 2)) for pairs in (theirs, ours)
+            np.sqrt(np.mean(np.concatenate([pair[side].ravel() for pair in pairs]) ** 2)) for pairs in (theirs, ours)
         ]
         np.testing.assert_allclose(sizes, np.sqrt(0.5) / 10, rtol=0.05)
     with pytest.raises(sx.SboraxError, match="rank must be even, got 3"):
@@ -164,7 +164,7 @@ def test_the_orthogonal_start_of_layers_of_different_ranks(pair):
     ragged = nodes(adapters)["layers/self_attn/q_proj/kernel"].train
     for layer, rank in enumerate((2, 6)):
         _, alone = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", sx.LoRA(rank=rank, init_a="orthogonal"))])
-        own = nodes(alone)["layers/self_attn/q_proj/kernel"].train
-        np.testing.assert_allclose(ragged["a"][layer][:, :rank], own["a"][layer], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(ragged["b"][layer][:rank], own["b"][layer], rtol=0, atol=1e-6)
+        reference = nodes(alone)["layers/self_attn/q_proj/kernel"].train
+        np.testing.assert_allclose(ragged["a"][layer][:, :rank], reference["a"][layer], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ragged["b"][layer][:rank], reference["b"][layer], rtol=0, atol=1e-6)
         assert not ragged["a"][layer][:, rank:].any() and not ragged["b"][layer][rank:].any()

@@ -88,10 +88,10 @@ def test_first_step_follows_the_best_rank_2r_gradient():
 
     grads = jax.grad(loss)(node.train)
     s = float(node.frozen["scale"])
-    moved = s * (grads["a"] @ node.train["b"] + node.train["a"] @ grads["b"])
+    change = s * (grads["a"] @ node.train["b"] + node.train["a"] @ grads["b"])
     u, sigma, vt = np.linalg.svd(G.astype(np.float64))
     best = (u[:, :6] * sigma[:6]) @ vt[:6]
-    close(moved, s**2 * np.sqrt(17) / 16 * best, 1e-5)
+    close(change, s**2 * np.sqrt(17) / 16 * best, 1e-5)
 
 
 def test_change_of_the_original_base_is_exact_at_twice_the_rank():
@@ -196,25 +196,25 @@ def test_hints_are_mean_gradients_stacked_and_flat():
     flat = {"layers": {str(i): {"proj": {"kernel": STACK[i]}} for i in range(2)}, "head": {"kernel": STACK[0]}}
     grads = [jax.grad(stacked_loss)(stacked, x)["layers"]["proj"]["kernel"] for x in BATCHES]
     want = (grads[0] + grads[1]) / 2
-    found = sx.gradient_hints(stacked_loss, stacked, "proj", iter(BATCHES))
-    assert list(found) == ["layers/proj"]
-    close(found["layers/proj"].grad, want, 1e-5)
+    hints = sx.gradient_hints(stacked_loss, stacked, "proj", iter(BATCHES))
+    assert list(hints) == ["layers/proj"]
+    close(hints["layers/proj"].grad, want, 1e-5)
     apart = sx.gradient_hints(flat_loss, flat, ["proj"], BATCHES)
     assert sorted(apart) == ["layers/0/proj", "layers/1/proj"]
     for i in range(2):
         close(apart[f"layers/{i}/proj"].grad, want[i], 1e-5)
     rules = [("proj", sx.LoRAGA(rank=2))]
-    residual, one = sx.attach(jax.random.key(0), stacked, rules, found)
-    apart_residual, two = sx.attach(jax.random.key(0), flat, rules, apart)
-    assert len(nodes(two)) == 2
-    node = one["layers"]["proj"]["kernel"]
+    residual, adapters = sx.attach(jax.random.key(0), stacked, rules, hints)
+    apart_residual, flat_adapters = sx.attach(jax.random.key(0), flat, rules, apart)
+    assert len(nodes(flat_adapters)) == 2
+    node = adapters["layers"]["proj"]["kernel"]
     for i in range(2):
-        own = two["layers"][str(i)]["proj"]["kernel"]
-        close(own.train["a"] @ own.train["a"].T, node.train["a"][i] @ node.train["a"][i].T, 1e-3)
-        merged = own.method.merge(apart_residual["layers"][str(i)]["proj"]["kernel"], own)
+        layer = flat_adapters["layers"][str(i)]["proj"]["kernel"]
+        close(layer.train["a"] @ layer.train["a"].T, node.train["a"][i] @ node.train["a"][i].T, 1e-3)
+        merged = layer.method.merge(apart_residual["layers"][str(i)]["proj"]["kernel"], layer)
         close(merged, STACK[i], 1e-5)
     x = BATCHES[0]
-    close(stacked_loss(sx.merge(residual, one), x), stacked_loss(stacked, x), 1e-5)
+    close(stacked_loss(sx.merge(residual, adapters), x), stacked_loss(stacked, x), 1e-5)
 
 
 def test_hints_of_a_quantised_kernel_are_those_of_its_dense_value():

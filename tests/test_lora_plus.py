@@ -73,17 +73,17 @@ def our_tree(model, dora):
     train, frozen = {}, {}
     for module in ("first", "second"):
         head = f"adapters/{module}/kernel/train/"
-        own = {name.removeprefix(head): leaf for name, leaf in arrays.items() if name.startswith(head)}
-        train[f"{module}/kernel"] = sx.Adapter(own, {}, method)
+        leaves = {name.removeprefix(head): leaf for name, leaf in arrays.items() if name.startswith(head)}
+        train[f"{module}/kernel"] = sx.Adapter(leaves, {}, method)
         frozen[f"{module}/kernel"] = sx.Adapter({}, {"scale": jnp.float32(ALPHA / RANK)}, method)
     base = {name.removeprefix("base/"): leaf for name, leaf in arrays.items() if name.startswith("base/")}
     return {"adapters": nest(train), "base": base}, nest(frozen)
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "norm": True}])
-def test_groups_are_those_of_peft(dora, more):
-    model = torch_model(dora, **more)
+@pytest.mark.parametrize("options", [{}, {"bias": "lora_only"}, {"bias": "all", "norm": True}])
+def test_groups_are_those_of_peft(dora, options):
+    model = torch_model(dora, **options)
     optimizer = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
     )
@@ -234,9 +234,9 @@ def test_steps_of_lora_plus_are_those_of_peft():
         model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
     )
     tx = optax.with_extra_args_support(optax.chain(optax.adamw(1e-3, weight_decay=0.1), lora_plus(16.0)))
-    after = follow(model, optimizer, tx, tree, frozen)
-    compare(model, after, 2e-6)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, tree)
+    end = follow(model, optimizer, tx, tree, frozen)
+    compare(model, end, 2e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(end, tree)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -247,13 +247,13 @@ def test_steps_of_lora_fa_are_those_of_peft(monkeypatch, decay):
     tree, frozen = our_tree(model, dora=False)
     optimizer = create_lorafa_optimizer(model, r=RANK, lora_alpha=ALPHA, lr=1e-2, weight_decay=decay)
     # PEFT leaves A without a gradient from here on.
-    after = follow(model, optimizer, lora_fa(lambda step: 1e-2, weight_decay=decay), tree, frozen)
-    compare(model, after, 5e-6)
-    moved = [
-        np.abs(after["adapters"][m]["kernel"].train["b"] - tree["adapters"][m]["kernel"].train["b"]).max()
+    end = follow(model, optimizer, lora_fa(lambda step: 1e-2, weight_decay=decay), tree, frozen)
+    compare(model, end, 5e-6)
+    distances = [
+        np.abs(end["adapters"][m]["kernel"].train["b"] - tree["adapters"][m]["kernel"].train["b"]).max()
         for m in ("first", "second")
     ]
-    assert min(moved) > 1e-3
+    assert min(distances) > 1e-3
 
 
 def test_lora_fa_keeps_no_moments_of_a():
@@ -282,8 +282,8 @@ def test_projection_is_the_closest_step_and_ignores_padding():
     np.testing.assert_array_equal(got.train["b"][0, 2:], 0)
     for layer, rank in enumerate((2, 4)):
         # The least-squares solution of s a g = dense gradient.
-        own = np.asarray(scale[layer] * a[layer, :, :rank])
-        want = np.linalg.lstsq(own, np.asarray(dense_grad[layer]), rcond=None)[0]
+        factor = np.asarray(scale[layer] * a[layer, :, :rank])
+        want = np.linalg.lstsq(factor, np.asarray(dense_grad[layer]), rcond=None)[0]
         np.testing.assert_allclose(got.train["b"][layer, :rank], want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 

@@ -21,12 +21,12 @@ RUNS = json.loads(str(GOLDEN["meta"]))["runs"]
 
 
 def rite_state(state) -> LoRARiteState:
-    (found,) = [
+    (result,) = [
         leaf
         for leaf in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, LoRARiteState))
         if isinstance(leaf, LoRARiteState)
     ]
-    return found
+    return result
 
 
 @functools.cache
@@ -60,21 +60,21 @@ def golden_run(options: tuple):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_authors_trajectory(name):
-    wanted = RUNS[name]
+    settings = RUNS[name]
     options = {
-        "escape": wanted.get("apply_escape", False),
-        "clip": None if wanted.get("clip_unmagnified_grad") == 0.0 else 1.0,
-        "skip": None if wanted.get("update_skipping") == 0.0 else 1.0,
-        "cap": wanted.get("update_capping"),
-        "balance": wanted.get("balance_param", False),
-        "weight_decay": wanted.get("weight_decay", 0.0),
-        "eps": wanted.get("eps", 1e-6),
+        "escape": settings.get("apply_escape", False),
+        "clip": None if settings.get("clip_unmagnified_grad") == 0.0 else 1.0,
+        "skip": None if settings.get("update_skipping") == 0.0 else 1.0,
+        "cap": settings.get("update_capping"),
+        "balance": settings.get("balance_param", False),
+        "weight_decay": settings.get("weight_decay", 0.0),
+        "eps": settings.get("eps", 1e-6),
     }
     with jax.enable_x64(True):
         data = {i: {key: jnp.asarray(GOLDEN[key.upper() + i]) for key in "wxy"} for i in "12"}
         start = {i: {key: jnp.asarray(GOLDEN[f"{name}__{key.upper()}{i}"][0]) for key in "ab"} for i in "12"}
         run = golden_run(tuple(options.items()))
-        trail, state = run(start, data, float(GOLDEN["s"]), wanted["loss_weight"], wanted.get("lr", 1e-3))
+        trail, state = run(start, data, float(GOLDEN["s"]), settings["loss_weight"], settings.get("lr", 1e-3))
         assert trail["1"]["a"].dtype == jnp.float64
         for i in "12":
             for key in "ab":
@@ -114,8 +114,8 @@ def products(dtype, gauge, steps=40, options=()):
 
 def gauge_of(cond, dtype):
     """A random matrix of that condition number."""
-    left, _, right = np.linalg.svd(np.random.default_rng(0).normal(size=(3, 3)))
-    return jnp.asarray(left @ np.diag(np.geomspace(1, 1 / cond, 3)) @ right, dtype)
+    u, _, vt = np.linalg.svd(np.random.default_rng(0).normal(size=(3, 3)))
+    return jnp.asarray(u @ np.diag(np.geomspace(1, 1 / cond, 3)) @ vt, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
@@ -188,9 +188,11 @@ def test_padded_ranks_stay_zero_and_change_nothing():
             "b": start.train["b"][layer, :rank],
             "scale": start.frozen["scale"][layer],
         }
-        one = sx.Adapter({"a": alone["a"][None], "b": alone["b"][None]}, {"scale": alone["scale"][None]}, start.method)
-        own = {"layers": {"proj": {"kernel": one}}}
-        want, _ = train_steps(tx, own, {path: leaf[layer][None] for path, leaf in target.items()})
+        single = sx.Adapter(
+            {"a": alone["a"][None], "b": alone["b"][None]}, {"scale": alone["scale"][None]}, start.method
+        )
+        tree = {"layers": {"proj": {"kernel": single}}}
+        want, _ = train_steps(tx, tree, {path: leaf[layer][None] for path, leaf in target.items()})
         (node_alone,) = nodes(want).values()
         got = a[:, :rank] @ b[:rank]
         expected = node_alone.train["a"][0] @ node_alone.train["b"][0]
@@ -206,13 +208,13 @@ def test_ragged_stacks_of_sara():
     (ragged,) = nodes(adapters).values()
     tx = lora_rite(0.05, escape=True, skip=None, clip=None, weight_decay=0.1)
 
-    def go(node, wanted):
+    def go(node, goal):
         train, frozen = sx.split({"proj": node})
 
         def loss(train):
-            (own,) = nodes(sx.combine(train, frozen)).values()
-            change = jax.vmap(lambda one: one.method.add_to_weight(jnp.zeros((16, 12)), one))(own)
-            return 0.05 * jnp.sum((change - wanted) ** 2)
+            (stack,) = nodes(sx.combine(train, frozen)).values()
+            change = jax.vmap(lambda single: single.method.add_to_weight(jnp.zeros((16, 12)), single))(stack)
+            return 0.05 * jnp.sum((change - goal) ** 2)
 
         @jax.jit
         def run(train):
@@ -236,14 +238,14 @@ def test_ragged_stacks_of_sara():
             np.testing.assert_array_equal(jnp.take(trained[name][layer], jnp.arange(rank, 4), axis=axis), 0)
 
         def cut(name, leaf, layer=layer, rank=rank):
-            one = leaf[layer : layer + 1]
-            return one[:, :, :rank] if name == "a" else one[:, :rank]
+            piece = leaf[layer : layer + 1]
+            return piece[:, :, :rank] if name == "a" else piece[:, :rank]
 
         alone = {name: cut(name, leaf) for name, leaf in ragged.train.items()}
         scale = {"scale": ragged.frozen["scale"][layer : layer + 1]}
         node = sx.Adapter(alone, scale, structure(sx.SARA(rank=rank)))
-        wanted, _ = go(node, target[layer : layer + 1])
-        for name, leaf in wanted.items():
+        expected, _ = go(node, target[layer : layer + 1])
+        for name, leaf in expected.items():
             got = cut(name, trained[name])
             np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4 * float(jnp.abs(leaf).max()), err_msg=name)
 
@@ -256,10 +258,10 @@ def test_leaves_in_no_pair_get_adam():
     grads = jax.tree.map(lambda leaf: 0.01 * jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)), tree)
     tx, adam = scale_by_lora_rite(), optax.scale_by_adam()
     updates, _ = jax.jit(tx.update)(grads, tx.init(tree), tree)
-    wanted, _ = adam.update(grads, adam.init(tree))
-    (got,), (want,) = nodes(updates).values(), nodes(wanted).values()
+    expected, _ = adam.update(grads, adam.init(tree))
+    (got,), (want,) = nodes(updates).values(), nodes(expected).values()
     np.testing.assert_allclose(got.train["m"], want.train["m"], rtol=1e-6)
-    np.testing.assert_allclose(updates["base"]["norm/scale"], wanted["base"]["norm/scale"], rtol=1e-6)
+    np.testing.assert_allclose(updates["base"]["norm/scale"], expected["base"]["norm/scale"], rtol=1e-6)
     # b starts at zero: a stands still in the first step, where Adam would move it.
     np.testing.assert_array_equal(got.train["a"], 0)
     assert np.abs(got.train["b"]).min() > 0

@@ -36,7 +36,7 @@ from sborax.train.loop import train
 GOLDEN = np.load(Path(__file__).parent / "golden" / "loraprune.npz")
 META = json.loads(str(GOLDEN["meta"]))
 SIZES = {"self_attn": META["heads"], "mlp": META["ffn"]}
-SIDES = {module: (block, side) for block, own in BLOCKS.items() for module, side in own.items()}
+SIDES = {module: (block, side) for block, modules in BLOCKS.items() for module, side in modules.items()}
 
 
 def flip(name):
@@ -70,8 +70,8 @@ def test_the_change_is_that_of_one_step_and_scores_ignore_the_size_of_the_loss()
     np.testing.assert_allclose(lora_change(a, b, ga, gb), a @ b - (a - ga) @ (b - gb), rtol=0, atol=1e-5)
     with jax.enable_x64(True):
         change, weight = np.random.default_rng(0).normal(size=(2, 6, 4))
-        one, two = (group_scores(jnp.asarray(f * change), jnp.asarray(weight), "out", 2) for f in (1.0, 1e3))
-        np.testing.assert_allclose(one, two, rtol=1e-6)
+        small, large = (group_scores(jnp.asarray(f * change), jnp.asarray(weight), "out", 2) for f in (1.0, 1e3))
+        np.testing.assert_allclose(small, large, rtol=1e-6)
         squared = group_scores(jnp.asarray(change), jnp.asarray(weight), "out", 2, power=2, normalise=False)
         np.testing.assert_allclose(squared, ((change * weight) ** 2).sum(0).reshape(2, 2).sum(1))
 
@@ -90,14 +90,14 @@ def golden_trees(step=0):
         method = structure(sx.LoRA(rank=3))
         sites[path] = Site(path, sx.LoRA(rank=3), (2,), base[path].shape[1:], 1, 0)
         leaves = {"a": stacked("A"), "b": stacked("B")}
-        moved = {"a": stacked(f"gA{step}"), "b": stacked(f"gB{step}")}
-        held = {"scale": jnp.full(2, GOLDEN["scaling"], jnp.float32)}
+        slopes = {"a": stacked(f"gA{step}"), "b": stacked(f"gB{step}")}
+        constants = {"scale": jnp.full(2, GOLDEN["scaling"], jnp.float32)}
         if side == "out":
-            method, leaves, moved = Masked(method), {"part": leaves}, {"part": moved}
-            held = {"part": held, "mask": jnp.ones((2, base[path].shape[2]))}
+            method, leaves, slopes = Masked(method), {"part": leaves}, {"part": slopes}
+            constants = {"part": constants, "mask": jnp.ones((2, base[path].shape[2]))}
         train[path] = sx.Adapter(leaves, {}, method)
-        grads[path] = sx.Adapter(moved, {}, method)
-        frozen[path] = sx.Adapter({}, held, method)
+        grads[path] = sx.Adapter(slopes, {}, method)
+        frozen[path] = sx.Adapter({}, constants, method)
     return sites, base, nest(train), nest(frozen), nest(grads)
 
 
@@ -109,8 +109,8 @@ def test_running_scores_masks_and_masked_outputs(strict):
     state = watch.init(train)
     for step in range(3):
         grads = golden_trees(step)[4]
-        same, state = update(grads, state, train, frozen=frozen, base=base)
-        chex.assert_trees_all_equal(same, grads)
+        updates, state = update(grads, state, train, frozen=frozen, base=base)
+        chex.assert_trees_all_equal(updates, grads)
         for layer in (0, 1):
             for block in SIZES:
                 want = GOLDEN[f"L{layer}_{block}__ema{step}"]
@@ -127,12 +127,12 @@ def test_running_scores_masks_and_masked_outputs(strict):
         _, block, module, _ = path.split("/")
         if SIDES[module][1] != "out":
             continue
-        one = jax.tree.map(lambda leaf: leaf[1], node)
-        mask = jnp.repeat(masks[f"layers/{block}"][1], one.frozen["mask"].size // SIZES[block])
-        one = dataclasses.replace(one, frozen={**one.frozen, "mask": mask})
-        got = linear(jnp.asarray(GOLDEN[f"L1_{module}__x2"], jnp.float32), base[path][1], one)
+        single = jax.tree.map(lambda leaf: leaf[1], node)
+        mask = jnp.repeat(masks[f"layers/{block}"][1], single.frozen["mask"].size // SIZES[block])
+        single = dataclasses.replace(single, frozen={**single.frozen, "mask": mask})
+        got = linear(jnp.asarray(GOLDEN[f"L1_{module}__x2"], jnp.float32), base[path][1], single)
         np.testing.assert_allclose(got, GOLDEN[f"L1_{module}__y_masked"], rtol=0, atol=2e-5)
-        merged = one.method.merge(base[path][1], one)
+        merged = single.method.merge(base[path][1], single)
         live = np.asarray(mask) > 0
         want = GOLDEN[f"final_L1_{module}__W_merged_sliced"]
         np.testing.assert_allclose(np.asarray(merged)[:, live].T, want, rtol=0, atol=2e-5)
@@ -183,8 +183,8 @@ def test_a_step_scores_by_the_gradient_of_the_merged_model(tiny):
     trained, frozen = sx.split(adapters)
     leaves, treedef = jax.tree.flatten(trained)
     keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    adapters = sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+    tuned = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    adapters = sx.combine(jax.tree.unflatten(treedef, tuned), frozen)
     tokens = jax.random.randint(jax.random.key(6), (2, 3, 17), 0, tiny.config.vocab_size)
     batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:]}
     batch |= {"counts": jnp.ones((2, 3, 16), bool), "segments": jnp.ones((2, 3, 16), jnp.int32)}
@@ -208,8 +208,8 @@ def test_a_step_scores_by_the_gradient_of_the_merged_model(tiny):
             want += sums / np.linalg.norm(sums, axis=1, keepdims=True)
         np.testing.assert_allclose(scores[f"layers/{block}"], want, rtol=1e-4)
     # Not what LoRA's gradients say.
-    other = dataclasses.replace(experiment, procedure=LoRAPrune(decay=0.0))
-    lora = sx.prepare(other, tiny, 10)
+    variant = dataclasses.replace(experiment, procedure=LoRAPrune(decay=0.0))
+    lora = sx.prepare(variant, tiny, 10)
     parts = lora.take_apart(params, adapters)
     state, _ = lora.make_step()(lora.start(parts), parts.frozen, parts.base, batch)
     estimated = find_state(state.opt, LoRAPruneState).scores
@@ -252,8 +252,8 @@ def test_a_nan_changes_no_score():
     _, state = watch.update(grads, watch.init(train), train, frozen=frozen, base=base)
     path = "layers/self_attn/o_proj/kernel"
     bad = nodes(grads) | {path: jax.tree.map(lambda leaf: leaf * jnp.nan, nodes(grads)[path])}
-    _, after = watch.update(nest(bad), state, train, frozen=frozen, base=base)
-    chex.assert_trees_all_equal(after, state)
+    _, final = watch.update(nest(bad), state, train, frozen=frozen, base=base)
+    chex.assert_trees_all_equal(final, state)
 
 
 def test_schedule():
@@ -309,7 +309,7 @@ def trained(model, procedure, steps=6, rules=(("self_attn|mlp", sx.LoRA(rank=2, 
         updates, opt = tx.update(grads, opt, train, frozen=frozen, base=base)
         return optax.apply_updates(train, updates), opt, value
 
-    values, seen = [], []
+    values, history = [], []
     for number in range(1, steps + 1):
         train, opt, value = step(train, frozen, opt)
         values.append(float(value))
@@ -317,18 +317,18 @@ def trained(model, procedure, steps=6, rules=(("self_attn|mlp", sx.LoRA(rank=2, 
             boundary = Boundary(sx.combine(train, frozen), base, opt)
             boundary = procedure.apply(jax.random.key(number), number, run, boundary)
             opt, (train, frozen) = boundary.opt, sx.split(boundary.adapters)
-            seen.append({parent: np.asarray(leaf) for parent, leaf in masks_of(opt).items()})
-    return sx.combine(train, frozen), values, seen, tokens, boundary, run
+            history.append({parent: np.asarray(leaf) for parent, leaf in masks_of(opt).items()})
+    return sx.combine(train, frozen), values, history, tokens, boundary, run
 
 
 @pytest.mark.nightly
 def test_a_sliced_model_is_the_masked_one_and_transformers_loads_it(tiny, tmp_path):
     procedure = LoRAPrune(ratio=0.5, warmup=0.0, cooldown=0.3, every=1, protect=0.0)
-    adapters, values, seen, tokens, boundary, run = trained(tiny, procedure)
+    adapters, values, history, tokens, boundary, run = trained(tiny, procedure)
     assert values[-1] < values[0]
-    for before, after in zip(seen, seen[1:], strict=False):
-        assert all((after[parent] <= before[parent]).all() for parent in after)
-    assert {parent: leaf.sum(axis=1).tolist() for parent, leaf in seen[-1].items()} == {
+    for old, new in zip(history, history[1:], strict=False):
+        assert all((new[parent] <= old[parent]).all() for parent in new)
+    assert {parent: leaf.sum(axis=1).tolist() for parent, leaf in history[-1].items()} == {
         "layers/self_attn": [1, 1],
         "layers/mlp": [24, 24],
     }
@@ -336,8 +336,8 @@ def test_a_sliced_model_is_the_masked_one_and_transformers_loads_it(tiny, tmp_pa
     plain = procedure.start(
         jax.random.key(1), run, Boundary(sx.attach(jax.random.key(0), tiny.params, run.plan)[1], {})
     )
-    again = procedure.replay(jax.random.key, 6, run, dataclasses.replace(plain, opt=boundary.opt), lambda step: {})
-    got, want = sx.split(again.adapters)[1], sx.split(adapters)[1]
+    replay = procedure.replay(jax.random.key, 6, run, dataclasses.replace(plain, opt=boundary.opt), lambda step: {})
+    got, want = sx.split(replay.adapters)[1], sx.split(adapters)[1]
     chex.assert_trees_all_equal(got, want)
 
     masked = tiny.apply(tiny.params, adapters, tokens)
@@ -437,7 +437,7 @@ def test_layers_of_unequal_size(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"layer_sizes": [[2, 1, 24]]}, "1 entries for 2 layers"),
         ({"layer_sizes": [[2, 1, 24], [3, 2, 48]]}, "must be a multiple"),
@@ -447,11 +447,11 @@ def test_layers_of_unequal_size(tiny, tmp_path):
     ],
     ids=str,
 )
-def test_sizes_of_layers_that_make_no_sense(tiny, change, told):
+def test_sizes_of_layers_that_make_no_sense(tiny, change, message):
     sizes = ((2, 1, 24), (4, 2, 48))
     raw = dataclasses.replace(tiny.config, layer_sizes=sizes, model_type="sborax_llama").to_hf()
     assert LlamaConfig.from_hf(raw).layer_sizes == sizes
-    with pytest.raises(SboraxError, match=told):
+    with pytest.raises(SboraxError, match=message):
         LlamaConfig.from_hf(raw | change)
 
 
@@ -472,14 +472,14 @@ def test_a_run_is_written_as_a_smaller_model(protect, tmp_path, capsys):
     summary = train(experiment, tmp_path / "run", echo=lambda _: None)
     capsys.readouterr()
     assert main(["slim", str(tmp_path / "run"), str(tmp_path / "small")]) == 0
-    told = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", told)]
-    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", told)]
+    output = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", output)]
     assert losses[1] == pytest.approx(summary.eval_loss, abs=1e-4) and losses[2] == pytest.approx(losses[1], abs=2e-4)
     assert losses[0] != losses[1] and sizes[0] == sizes[1] > sizes[2]
-    perplexities = [float(value) for value in re.findall(r": ([\d.]+) \(loss", told)]
+    perplexities = [float(value) for value in re.findall(r": ([\d.]+) \(loss", output)]
     np.testing.assert_allclose(perplexities, np.exp(losses), rtol=1e-4)
-    assert ("transformers cannot load it" in told) == (protect > 0)
+    assert ("transformers cannot load it" in output) == (protect > 0)
     back = load_model(tmp_path / "small")
     assert sum(leaf.size for leaf in jax.tree.leaves(back.params)) == sizes[2]
     if not protect:

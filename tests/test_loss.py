@@ -22,7 +22,7 @@ def make(dtype, counted=0.5):
     return hidden, kernel, targets, jax.random.uniform(keys[3], (TOKENS,)) < counted
 
 
-def whole(hidden, kernel, targets, counts):
+def reference(hidden, kernel, targets, counts):
     logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.sum(jnp.where(counts, losses, 0.0))
@@ -37,13 +37,13 @@ def test_frozen_head_equals_optax(dtype, tolerance, vocab_first, counted):
     ours = jax.jit(jax.value_and_grad(lambda h: frozen_head_loss(h, table, targets, counts, vocab_first, CHUNK)))
     with jax.default_matmul_precision("highest"):
         value, slope = ours(hidden)
-        wanted, wanted_slope = jax.value_and_grad(whole)(hidden, kernel, targets, counts)
+        expected, expected_slope = jax.value_and_grad(reference)(hidden, kernel, targets, counts)
         only_value = frozen_head_loss(hidden, table, targets, counts, vocab_first, CHUNK)
     assert slope.dtype == dtype
-    chex.assert_trees_all_close(value, wanted, rtol=1e-6)
+    chex.assert_trees_all_close(value, expected, rtol=1e-6)
     chex.assert_trees_all_close(only_value, value, rtol=1e-6)
-    largest = max(float(jnp.max(jnp.abs(wanted_slope.astype(jnp.float32)))), 1e-6)
-    error = np.abs(np.asarray(slope, np.float32) - np.asarray(wanted_slope, np.float32))
+    largest = max(float(jnp.max(jnp.abs(expected_slope.astype(jnp.float32)))), 1e-6)
+    error = np.abs(np.asarray(slope, np.float32) - np.asarray(expected_slope, np.float32))
     assert error.max() <= tolerance * largest
 
 
@@ -52,18 +52,18 @@ def test_trained_head_equals_optax(dtype, tolerance):
     hidden, kernel, targets, counts = make(dtype)
 
     def ours(hidden, kernel):
-        def head(own):
-            return jnp.matmul(own, kernel, preferred_element_type=jnp.float32)
+        def head(states):
+            return jnp.matmul(states, kernel, preferred_element_type=jnp.float32)
 
         return trained_head_loss(head, hidden, targets, counts, CHUNK)
 
     with jax.default_matmul_precision("highest"):
         value, slopes = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, kernel)
-        wanted, wanted_slopes = jax.value_and_grad(whole, argnums=(0, 1))(hidden, kernel, targets, counts)
-    chex.assert_trees_all_close(value, wanted, rtol=1e-6)
-    for slope, other in zip(slopes, wanted_slopes, strict=True):
-        error = np.abs(np.asarray(slope, np.float32) - np.asarray(other, np.float32))
-        assert error.max() <= tolerance * np.abs(np.asarray(other, np.float32)).max()
+        expected, expected_slopes = jax.value_and_grad(reference, argnums=(0, 1))(hidden, kernel, targets, counts)
+    chex.assert_trees_all_close(value, expected, rtol=1e-6)
+    for slope, target in zip(slopes, expected_slopes, strict=True):
+        error = np.abs(np.asarray(slope, np.float32) - np.asarray(target, np.float32))
+        assert error.max() <= tolerance * np.abs(np.asarray(target, np.float32)).max()
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -79,8 +79,8 @@ def test_terms_by_token_equal_optax_and_leave_the_bits_of_the_sum(trained):
     else:
         total, terms = jax.jit(lambda h: head_losses(h, kernel, targets, counts, False))(hidden)
         alone = jax.jit(lambda h: frozen_head_loss(h, kernel, targets, counts, False))(hidden)
-    wanted = optax.softmax_cross_entropy_with_integer_labels(head(hidden), targets)
-    chex.assert_trees_all_close(terms, jnp.where(counts, wanted, 0.0), rtol=1e-5)
+    expected = optax.softmax_cross_entropy_with_integer_labels(head(hidden), targets)
+    chex.assert_trees_all_close(terms, jnp.where(counts, expected, 0.0), rtol=1e-5)
     chex.assert_trees_all_equal(total, alone)
 
 
@@ -104,6 +104,6 @@ def test_chunks_without_tokens_that_count_are_not_computed():
     counts = jnp.arange(TOKENS) < CHUNK
     hidden = jnp.where(counts[:, None], hidden, jnp.inf)
     value, slope = jax.value_and_grad(frozen_head_loss)(hidden, kernel, targets, counts, False, CHUNK)
-    wanted = whole(hidden[:CHUNK], kernel, targets[:CHUNK], counts[:CHUNK])
-    chex.assert_trees_all_close(value, wanted, rtol=1e-6)
+    expected = reference(hidden[:CHUNK], kernel, targets[:CHUNK], counts[:CHUNK])
+    chex.assert_trees_all_close(value, expected, rtol=1e-6)
     assert bool(jnp.all(jnp.isfinite(slope)))

@@ -98,7 +98,7 @@ def curve(sizes, rules, config=WIDE):
     assert step._cache_size() == 1
     if sizes:
         lying = jax.tree.map(lambda leaf: leaf.sharding, (state.train, state.opt))
-        chex.assert_trees_all_equal(lying, jax.tree.map(lambda own: own, (shardings.train, shardings.opt)))
+        chex.assert_trees_all_equal(lying, jax.tree.map(lambda sharding: sharding, (shardings.train, shardings.opt)))
     return np.array(jax.device_get(losses)), first
 
 
@@ -179,24 +179,24 @@ def test_a_run_on_a_mesh_is_resumed_on_another(tmp_path):
         "optimizer": sx.Optimizer(lr=1e-2),
         "eval": sx.Eval(data),
     }
-    said = []
-    whole = train(sx.Experiment(**settings), tmp_path / "whole", echo=said.append)
-    assert not any(line.startswith("mesh") for line in said)
+    lines = []
+    reference = train(sx.Experiment(**settings), tmp_path / "whole", echo=lines.append)
+    assert not any(line.startswith("mesh") for line in lines)
     on_mesh = sx.Experiment(**{**settings, "mesh": {"fsdp": 2, "tensor": 2}})
-    sharded = train(on_mesh, tmp_path / "sharded", echo=said.append)
-    assert "mesh: fsdp 2 x tensor 2 of 8 devices" in said
+    sharded = train(on_mesh, tmp_path / "sharded", echo=lines.append)
+    assert "mesh: fsdp 2 x tensor 2 of 8 devices" in lines
     assert sharded.device.startswith("4 x ")
     for name in ("first_loss", "last_loss", "eval_loss"):
-        assert getattr(sharded, name) == pytest.approx(getattr(whole, name), abs=1e-5)
+        assert getattr(sharded, name) == pytest.approx(getattr(reference, name), abs=1e-5)
     samples = [
         [json.loads(line) for line in (tmp_path / name / "eval_losses.jsonl").read_text().splitlines()]
         for name in ("whole", "sharded")
     ]
-    for sample, other in zip(*samples, strict=True):
-        assert other == sample | {"loss": pytest.approx(sample["loss"], rel=1e-5)}
+    for sample, second in zip(*samples, strict=True):
+        assert second == sample | {"loss": pytest.approx(sample["loss"], rel=1e-5)}
     further = {**settings, "steps": 6}
     resumed = [
-        train(sx.Experiment(**{**further, "mesh": mesh}), tmp_path / name, resume=True, echo=said.append)
+        train(sx.Experiment(**{**further, "mesh": mesh}), tmp_path / name, resume=True, echo=lines.append)
         for mesh, name in ((None, "sharded"), ({"data": 4}, "whole"))
     ]
     assert resumed[0].last_loss == pytest.approx(resumed[1].last_loss, abs=1e-5)

@@ -70,26 +70,30 @@ def quiet(_):
 @pytest.fixture(scope="module")
 def run_of(places, tmp_path_factory):
     """The directory of a run by name and mesh, made when it is first asked for."""
-    made = {}
+    runs = {}
 
     def run(name, sizes=None):
         key = name, str(sizes)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("runs") / "run"
-            train(an_experiment(name, places, mesh=sizes), made[key], echo=quiet)
-        return made[key]
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("runs") / "run"
+            train(an_experiment(name, places, mesh=sizes), runs[key], echo=quiet)
+        return runs[key]
 
     return run
 
 
 def check_places(layout, config, state, parts):
     """Every leaf of the state and of the constant parts lies where it did before the first step."""
-    whole = dataclasses.replace(parts, adapters=state.train["adapters"], trained_base=state.train["base"])
-    wanted = parts_shardings(layout.mesh, config, whole)
-    for tree, own in ((parts.frozen, wanted.frozen), (parts.base, wanted.base), (state.train, wanted.train)):
-        jax.tree.map(lambda leaf, where: check_place(leaf, where), tree, own)
-    wanted = state_shardings(layout.mesh, state)
-    jax.tree.map(lambda leaf, where: check_place(leaf, where), state, wanted)
+    trained = dataclasses.replace(parts, adapters=state.train["adapters"], trained_base=state.train["base"])
+    shardings = parts_shardings(layout.mesh, config, trained)
+    for tree, sharding in (
+        (parts.frozen, shardings.frozen),
+        (parts.base, shardings.base),
+        (state.train, shardings.train),
+    ):
+        jax.tree.map(lambda leaf, where: check_place(leaf, where), tree, sharding)
+    shardings = state_shardings(layout.mesh, state)
+    jax.tree.map(lambda leaf, where: check_place(leaf, where), state, shardings)
 
 
 def check_place(leaf, where):
@@ -99,11 +103,11 @@ def check_place(leaf, where):
 @pytest.fixture
 def watched(monkeypatch, places):
     """The compiled steps that are made, with every act of a procedure looked at."""
-    made, acts, apply = [], [], ActiveProcedure.apply
+    steps, acts, apply = [], [], ActiveProcedure.apply
 
     def make(*arguments):
-        made.append(make_step(*arguments))
-        return made[-1]
+        steps.append(make_step(*arguments))
+        return steps[-1]
 
     def look(self, step, state, parts, tx):
         state, parts = apply(self, step, state, parts, tx)
@@ -114,17 +118,17 @@ def watched(monkeypatch, places):
 
     monkeypatch.setattr(module, "make_step", make)
     monkeypatch.setattr(ActiveProcedure, "apply", look)
-    return made, acts
+    return steps, acts
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: " ".join(f"{k}{v}" for k, v in sizes.items()))
 @pytest.mark.parametrize("name", RUNS)
 def test_a_procedure_on_a_mesh_trains_as_on_one_device(name, sizes, run_of, watched):
-    made, acts = watched
+    steps, acts = watched
     run = run_of(name, sizes)
     assert len(acts) >= 2
-    assert [step._cache_size() for step in made] == [1]
+    assert [step._cache_size() for step in steps] == [1]
     np.testing.assert_allclose(losses(run), losses(run_of(name)), rtol=0, atol=1e-5)
 
 
@@ -132,14 +136,14 @@ def test_a_procedure_on_a_mesh_trains_as_on_one_device(name, sizes, run_of, watc
 def test_a_run_on_a_mesh_resumes_there_to_the_same_bits_and_elsewhere_to_the_same_losses(
     name, places, run_of, tmp_path
 ):
-    whole = run_of(name, MESHES[-1])
+    reference = run_of(name, MESHES[-1])
     for place, mesh in (("there", MESHES[-1]), ("alone", None)):
-        shutil.copytree(whole, tmp_path / place)
+        shutil.copytree(reference, tmp_path / place)
         shutil.rmtree(tmp_path / place / "checkpoints" / str(STEPS))
         shutil.rmtree(tmp_path / place / "adapter")
-        said = []
-        train(an_experiment(name, places, mesh=mesh), tmp_path / place, resume=True, echo=said.append)
-        assert f"resuming after step {CUT}" in said
-    assert (tmp_path / "there" / "adapter" / LEAVES).read_bytes() == (whole / "adapter" / LEAVES).read_bytes()
-    assert losses(tmp_path / "there") == losses(whole)
-    np.testing.assert_allclose(losses(tmp_path / "alone"), losses(whole), rtol=0, atol=1e-5)
+        lines = []
+        train(an_experiment(name, places, mesh=mesh), tmp_path / place, resume=True, echo=lines.append)
+        assert f"resuming after step {CUT}" in lines
+    assert (tmp_path / "there" / "adapter" / LEAVES).read_bytes() == (reference / "adapter" / LEAVES).read_bytes()
+    assert losses(tmp_path / "there") == losses(reference)
+    np.testing.assert_allclose(losses(tmp_path / "alone"), losses(reference), rtol=0, atol=1e-5)

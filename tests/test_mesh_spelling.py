@@ -20,9 +20,9 @@ SPELLINGS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def example(tmp_path_factory):
     """A model, and an experiment on it."""
-    place = tmp_path_factory.mktemp("made")
+    place = tmp_path_factory.mktemp("example")
     data = sx.Data(str(write_data(place / "data.jsonl")), template="{instruction}", answer=" {output}", max_length=32)
     model = str(write_model(place / "model"))
     experiment = sx.Experiment(model, data, [("q_proj", sx.LoRA(rank=2))], steps=1, batch_size=2)
@@ -31,11 +31,11 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes", SPELLINGS, ids=" ".join)
-@pytest.mark.parametrize("before", [None, {"data": 8}], ids=str)
-def test_spellings_of_a_change(made, changes, before):
-    experiment = override(made[0], [f"mesh={before}".replace("None", "null")])
-    wanted = {**(before or {}), **SIZES} if "mesh.fsdp=2" in changes else SIZES
-    assert override(experiment, changes).mesh == wanted
+@pytest.mark.parametrize("start", [None, {"data": 8}], ids=str)
+def test_spellings_of_a_change(example, changes, start):
+    experiment = override(example[0], [f"mesh={start}".replace("None", "null")])
+    expected = {**(start or {}), **SIZES} if "mesh.fsdp=2" in changes else SIZES
+    assert override(experiment, changes).mesh == expected
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_spellings_of_a_change(made, changes, before):
         ("mesh.fsdp.x=2", "mesh: no axis 'fsdp.x'"),
     ],
 )
-def test_mistakes_name_the_key(made, change, words):
+def test_mistakes_name_the_key(example, change, words):
     with pytest.raises(sx.SboraxError, match=words):
-        override(made[0], [change])
+        override(example[0], [change])
 
 
 def test_one_parser():
@@ -62,8 +62,8 @@ def test_one_parser():
 
 
 @pytest.mark.nightly
-def test_commands(made, tmp_path, capsys):
-    _, model, config = made
+def test_commands(example, tmp_path, capsys):
+    _, model, config = example
     plans = []
     for words in (["--mesh", "fsdp=2,tensor=2"], SPELLINGS[0]):
         assert main(["plan", config, "--length", "16", *words]) == 0

@@ -59,7 +59,7 @@ def a_model(scan: bool = True) -> LanguageModel:
     return LanguageModel(module, scaled, CONFIG, None)
 
 
-def moved(adapters, seed: int = 1, size: float = 0.2):
+def tuned(adapters, seed: int = 1, size: float = 0.2):
     """Every trained leaf moved at random."""
     train, frozen = sx.split(adapters)
     rng = np.random.default_rng(seed)
@@ -89,19 +89,21 @@ def losses_and_grads(model, parts):
         segments, counts = batch["segments"], batch["counts"]
         ctx = Context(prompt=prompt_mask(segments, counts))
 
-        def both(train):
-            own = sx.combine(train["adapters"], parts.frozen)
-            hidden, told = model.collect(model.params, own, batch["tokens"], ["balance"], segment_ids=segments, ctx=ctx)
-            balance = told.balance
-            chances = jax.nn.log_softmax(model.head(model.params, own, hidden))
-            chosen = jnp.take_along_axis(chances, batch["targets"][:, :, None], axis=-1)[:, :, 0]
+        def totals(train):
+            tree = sx.combine(train["adapters"], parts.frozen)
+            hidden, figures = model.collect(
+                model.params, tree, batch["tokens"], ["balance"], segment_ids=segments, ctx=ctx
+            )
+            balance = figures.balance
+            chances = jax.nn.log_softmax(model.head(model.params, tree, hidden))
+            log_probs = jnp.take_along_axis(chances, batch["targets"][:, :, None], axis=-1)[:, :, 0]
             return {
-                "loss": -jnp.sum(jnp.where(counts, chosen, 0.0)),
+                "loss": -jnp.sum(jnp.where(counts, log_probs, 0.0)),
                 "balance_loss": balance * jnp.sum(counts, dtype=jnp.float32),
             }
 
         names = ("loss", "balance_loss")
-        return {name: jax.value_and_grad(lambda train, name=name: both(train)[name])(train) for name in names}
+        return {name: jax.value_and_grad(lambda train, name=name: totals(train)[name])(train) for name in names}
 
     return of
 
@@ -109,7 +111,7 @@ def losses_and_grads(model, parts):
 @pytest.fixture(scope="module")
 def adapters(model):
     with jax.numpy_dtype_promotion("strict"):
-        return moved(sx.attach(jax.random.key(1), model.params, RULES)[1])
+        return tuned(sx.attach(jax.random.key(1), model.params, RULES)[1])
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +128,8 @@ def run(model):
         tokens = jnp.asarray(tokens, jnp.int32)
         segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments, jnp.int32)
         prompt = segments if prompt is None else jnp.asarray(prompt)
-        logits, kept = call(params, adapters, tokens, prompt.astype(bool), segments, routing or {})
-        return logits, kept.get("routing", {}).get("layers", {})
+        logits, state = call(params, adapters, tokens, prompt.astype(bool), segments, routing or {})
+        return logits, state.get("routing", {}).get("layers", {})
 
     return of
 
@@ -192,7 +194,7 @@ def test_the_router_is_the_papers(pooler, top_k):
         gates, loss = router.route(jnp.asarray(x), jnp.asarray(mask), Adapter(leaves, fitted.frozen, router))
         rows = [i for i in range(4) if mask[i].any()]
         want = [reference(x[i][mask[i]], leaves, pooler, top_k, renormalise) for i in rows]
-        np.testing.assert_allclose(gates[np.array(rows)], [own for _, own in want], atol=2e-6)
+        np.testing.assert_allclose(gates[np.array(rows)], [gate for _, gate in want], atol=2e-6)
         np.testing.assert_allclose(loss, 0.25 * balance_of([chances for chances, _ in want]), rtol=1e-5)
         assert np.isfinite(gates).all() and ((np.asarray(gates) > 0).sum(axis=1) == top_k).all()
         if renormalise:
@@ -249,26 +251,26 @@ def test_each_layer_routes_by_its_own_input(adapters):
     """The unrolled model shows what goes into each block."""
     model = a_model(scan=False)
     stacked = a_model()
-    own = unstacked(adapters)
+    tree = unstacked(adapters)
     tokens, mask = padded(PROMPTS, "left")
 
     @jax.jit
     def call(variables, tokens, mask):
         ctx = Context(prompt=mask)
-        shown, kept = (lambda module, _: isinstance(module, Block)), ["routing", "intermediates"]
-        return model.module.apply(variables, tokens, mask, None, ctx, capture_intermediates=shown, mutable=kept)
+        is_block, names = (lambda module, _: isinstance(module, Block)), ["routing", "intermediates"]
+        return model.module.apply(variables, tokens, mask, None, ctx, capture_intermediates=is_block, mutable=names)
 
-    variables = {"params": unstacked(stacked.params), "adapters": own}
-    _, seen = call(variables, jnp.asarray(tokens), jnp.asarray(mask))
+    variables = {"params": unstacked(stacked.params), "adapters": tree}
+    _, state = call(variables, jnp.asarray(tokens), jnp.asarray(mask))
     embedding = stacked.params["embed_tokens"]["embedding"]
-    inputs = [embedding[tokens], seen["intermediates"]["layers"]["0"]["__call__"][0][0]]
+    inputs = [embedding[tokens], state["intermediates"]["layers"]["0"]["__call__"][0][0]]
     for layer, x in enumerate(inputs):
-        leaves = own["layers"][str(layer)]["router"].train
+        leaves = tree["layers"][str(layer)]["router"].train
         want = [reference(row[keep > 0], leaves, "attention", 2) for row, keep in zip(x, mask, strict=True)]
-        got = seen["routing"]["layers"][str(layer)]
+        got = state["routing"]["layers"][str(layer)]
         np.testing.assert_allclose(got["gates"], [gates for _, gates in want], atol=1e-5)
         np.testing.assert_allclose(got["loss"], 1e-2 * balance_of([chances for chances, _ in want]), rtol=1e-4)
-    assert not np.allclose(*(seen["routing"]["layers"][i]["gates"] for i in "01"))
+    assert not np.allclose(*(state["routing"]["layers"][i]["gates"] for i in "01"))
 
 
 def unstacked(tree):
@@ -285,11 +287,11 @@ def as_lora(adapters, keep=lambda path: True):
     """The same factors as plain LoRA, those that are not kept being zero."""
     method = structure(sx.LoRA(rank=4))
 
-    def one(path, node):
+    def convert(path, node):
         b = node.train["b"] if keep(path) else jnp.zeros_like(node.train["b"])
         return Adapter({"a": node.train["a"], "b": b}, node.frozen, method)
 
-    return nest({path: one(path, node) for path, node in nodes(without_router(adapters)).items()})
+    return nest({path: convert(path, node) for path, node in nodes(without_router(adapters)).items()})
 
 
 def decided(gates):
@@ -323,29 +325,29 @@ def test_padding_does_not_matter(run, adapters):
     singly = [run(adapters, [prompt]) for prompt in PROMPTS]
     for side in ("left", "right"):
         tokens, mask = padded(PROMPTS, side)
-        logits, kept = run(adapters, tokens, segments=mask)
-        for row, (own, alone) in enumerate(singly):
-            np.testing.assert_allclose(kept["gates"][:, row], alone["gates"][:, 0], atol=1e-5)
-            np.testing.assert_allclose(logits[row][mask[row] > 0], own[0], atol=1e-4)
+        logits, routing = run(adapters, tokens, segments=mask)
+        for row, (output, alone) in enumerate(singly):
+            np.testing.assert_allclose(routing["gates"][:, row], alone["gates"][:, 0], atol=1e-5)
+            np.testing.assert_allclose(logits[row][mask[row] > 0], output[0], atol=1e-4)
 
 
 def test_the_answer_is_not_read(run, adapters):
     rng = np.random.default_rng(0)
-    tokens, other = rng.integers(0, 40, (2, 2, 12))
+    tokens, replacement = rng.integers(0, 40, (2, 2, 12))
     read = np.broadcast_to(np.arange(12) < 5, (2, 12))
     prompt = read.astype(np.int32)
     gates = run(adapters, tokens, prompt)[1]["gates"]
-    changed = run(adapters, np.where(read, tokens, other), prompt)[1]["gates"]
+    changed = run(adapters, np.where(read, tokens, replacement), prompt)[1]["gates"]
     chex.assert_trees_all_equal(gates, changed)
-    assert not np.allclose(gates, run(adapters, np.where(read, other, tokens), prompt)[1]["gates"])
+    assert not np.allclose(gates, run(adapters, np.where(read, replacement, tokens), prompt)[1]["gates"])
 
 
 @pytest.mark.nightly
 def test_decoding_keeps_the_decision_of_the_prompt(model, run, adapters):
     new = 6
     for padding in ("left", "right"):
-        written = generate(model, model.params, adapters, PROMPTS, new, padding=padding)
-        for prompt, tokens in zip(PROMPTS, written, strict=True):
+        outputs = generate(model, model.params, adapters, PROMPTS, new, padding=padding)
+        for prompt, tokens in zip(PROMPTS, outputs, strict=True):
             text = [*prompt, *tokens]
             logits, _ = run(adapters, [text], [[1] * len(prompt) + [0] * new])
             assert np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist() == tokens
@@ -369,10 +371,10 @@ def test_one_decoded_token_equals_the_full_forward(model, run, adapters):
     hidden, _ = module.apply({**variables, **routing}, following, **step)
     logits = module.apply(variables, hidden, method="head")
     ones = np.ones((3, 1), np.int32)
-    whole = np.concatenate([tokens, following], axis=1)
-    want, _ = run(adapters, whole, np.concatenate([mask, 0 * ones], axis=1), np.concatenate([mask, ones], axis=1))
+    sequence = np.concatenate([tokens, following], axis=1)
+    want, _ = run(adapters, sequence, np.concatenate([mask, 0 * ones], axis=1), np.concatenate([mask, ones], axis=1))
     np.testing.assert_allclose(logits[:, 0], want[:, -1], atol=1e-4)
-    rerouted, _ = run(adapters, whole, None, np.concatenate([mask, ones], axis=1))
+    rerouted, _ = run(adapters, sequence, None, np.concatenate([mask, ones], axis=1))
     assert not np.allclose(rerouted[:, -1], want[:, -1], atol=1e-3), "the last token changes nothing: no proof"
     with pytest.raises(SboraxError, match="decides by the prompt"):
         module.apply(variables, following, **step)
@@ -397,11 +399,11 @@ def test_counts_are_the_published_ones():
     params = abstract(big)
     experts = 32 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     routers = 32 * (7 * 4096 + 12)
-    for pooler, more in (("mean", 0), ("attention", 32 * 4096)):
+    for pooler, pool_size in (("mean", 0), ("attention", 32 * 4096)):
         rules = [("self_attn|mlp", sx.MiLoRA(pooler=pooler))]
         adapters = jax.eval_shape(lambda params, r=rules: sx.attach(jax.random.key(0), params, r)[1], params)
         assert sx.count(without_router(adapters)) == experts == 79_953_920
-        assert sx.count(adapters) == experts + routers + more
+        assert sx.count(adapters) == experts + routers + pool_size
     assert round(experts / 1e6, 2) == 79.95 and round(routers / 1e6, 2) == 0.92
     assert round((experts + routers) / 1e6, 2) == 80.87
 
@@ -432,7 +434,7 @@ def test_ranks_may_differ_and_other_methods_may_stand_beside(model, run):
         ("v_proj", sx.scale(sx.MiLoRA(rank=3), 0.5)),
         ("o_proj", sx.DoRA(rank=2)),
     ]
-    adapters = moved(sx.attach(jax.random.key(1), model.params, rules)[1])
+    adapters = tuned(sx.attach(jax.random.key(1), model.params, rules)[1])
     router = adapters["layers"]["router"].method
     assert len(router.experts) == 5 and "self_attn/o_proj" not in router.experts
     gates = run(adapters, [PROMPTS[0]])[1]["gates"]
@@ -441,12 +443,12 @@ def test_ranks_may_differ_and_other_methods_may_stand_beside(model, run):
 
 def test_trees_are_scaled_and_added(model, run, adapters):
     base, _ = run({}, [PROMPTS[0]])
-    off, kept = run(sx.scale(adapters, 0.0), [PROMPTS[0]])
+    off, routing = run(sx.scale(adapters, 0.0), [PROMPTS[0]])
     chex.assert_trees_all_close(off, base, atol=1e-5)
-    assert "gates" in kept
-    lora = moved(sx.attach(jax.random.key(3), model.params, [("q_proj", sx.LoRA(rank=2))])[1])
-    both, kept = run(sx.add(adapters, lora), [PROMPTS[0]])
-    assert "gates" in kept and not np.allclose(both, run(adapters, [PROMPTS[0]])[0], atol=1e-3)
+    assert "gates" in routing
+    lora = tuned(sx.attach(jax.random.key(3), model.params, [("q_proj", sx.LoRA(rank=2))])[1])
+    total, routing = run(sx.add(adapters, lora), [PROMPTS[0]])
+    assert "gates" in routing and not np.allclose(total, run(adapters, [PROMPTS[0]])[0], atol=1e-3)
     with pytest.raises(SboraxError, match="layers/router: each tree has its own, and"):
         sx.add(adapters, adapters)
 
@@ -516,23 +518,23 @@ def test_the_prompt_ends_where_the_first_answer_begins():
 @pytest.mark.nightly
 def test_gradients_reach_every_leaf_and_balance_is_part_of_the_loss(model, run, adapters, parts, losses_and_grads):
     batch = jax.tree.map(lambda leaf: leaf[0], a_batch())
-    found = losses_and_grads(parts.train, batch)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found["loss"][1]["adapters"]["layers"]["router"]):
+    results = losses_and_grads(parts.train, batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(results["loss"][1]["adapters"]["layers"]["router"]):
         assert (np.abs(leaf).reshape(2, -1).max(axis=1) > 0).all(), jax.tree_util.keystr(path)
     counted = int(batch["counts"].sum())
     prompt = prompt_mask(batch["segments"], batch["counts"])
-    _, kept = run(adapters, batch["tokens"], prompt, batch["segments"])
-    np.testing.assert_allclose(found["balance_loss"][0], counted * np.mean(kept["loss"]), rtol=1e-5)
+    _, routing = run(adapters, batch["tokens"], prompt, batch["segments"])
+    np.testing.assert_allclose(results["balance_loss"][0], counted * np.mean(routing["loss"]), rtol=1e-5)
 
     tx = make_optimizer(sx.Optimizer(name="sgd", betas=(0.0, 0.9), schedule="constant", warmup=0, lr=1.0, clip=None), 1)
-    before = start(parts, tx)
-    leaves = jax.device_get(before.train)
+    initial = start(parts, tx)
+    leaves = jax.device_get(initial.train)
     batches = jax.tree.map(lambda leaf: leaf[None], batch)
-    state, numbers = make_step(model, tx, jax.random.key(0))(before, parts.frozen, parts.base, batches)
-    both = jax.tree.map(lambda one, two: (one + two) / counted, *(found[name][1] for name in found))
+    state, numbers = make_step(model, tx, jax.random.key(0))(initial, parts.frozen, parts.base, batches)
+    gradient = jax.tree.map(lambda first, second: (first + second) / counted, *(results[name][1] for name in results))
     step = jax.tree.map(lambda old, new: old - np.asarray(new), leaves, state.train)
-    chex.assert_trees_all_close(step, both, atol=2e-6)
-    for name, (total, _) in found.items():
+    chex.assert_trees_all_close(step, gradient, atol=2e-6)
+    for name, (total, _) in results.items():
         np.testing.assert_allclose(numbers[name], total / counted, rtol=1e-5)
     held_out, tokens = make_loss(model)(parts.train, parts.frozen, parts.base, batch)
     np.testing.assert_allclose(float(held_out) / int(tokens), numbers["loss"], rtol=1e-5)
@@ -541,12 +543,12 @@ def test_gradients_reach_every_leaf_and_balance_is_part_of_the_loss(model, run, 
 @pytest.mark.nightly
 def test_microbatches_weigh_balance_by_their_tokens(model, parts, losses_and_grads):
     tx = make_optimizer(sx.Optimizer(), 1)
-    both = a_batch(2)
-    _, numbers = make_step(model, tx, jax.random.key(0))(start(parts, tx), parts.frozen, parts.base, both)
-    singles = [losses_and_grads(parts.train, jax.tree.map(lambda leaf, i=i: leaf[i], both)) for i in range(2)]
+    batches = a_batch(2)
+    _, numbers = make_step(model, tx, jax.random.key(0))(start(parts, tx), parts.frozen, parts.base, batches)
+    singles = [losses_and_grads(parts.train, jax.tree.map(lambda leaf, i=i: leaf[i], batches)) for i in range(2)]
     for name in ("loss", "balance_loss"):
-        total = sum(float(one[name][0]) for one in singles)
-        np.testing.assert_allclose(numbers[name], total / int(both["counts"].sum()), rtol=1e-5)
+        total = sum(float(single[name][0]) for single in singles)
+        np.testing.assert_allclose(numbers[name], total / int(batches["counts"].sum()), rtol=1e-5)
 
 
 def test_an_adapter_file_brings_the_router_back(model, adapters, tmp_path):
@@ -559,8 +561,8 @@ def test_an_adapter_file_brings_the_router_back(model, adapters, tmp_path):
 
 def an_experiment(place, **changes):
     data = sx.Data(str(place / "data.jsonl"), template="{instruction}", answer=" {output}", max_length=32)
-    given = {"model": str(place / "model"), "data": data, "rules": [("self_attn|mlp", sx.MiLoRA(rank=4))]}
-    return sx.Experiment(**given | {"steps": 6, "optimizer": sx.Optimizer(lr=1e-2), "eval": sx.Eval(data)} | changes)
+    fields = {"model": str(place / "model"), "data": data, "rules": [("self_attn|mlp", sx.MiLoRA(rank=4))]}
+    return sx.Experiment(**fields | {"steps": 6, "optimizer": sx.Optimizer(lr=1e-2), "eval": sx.Eval(data)} | changes)
 
 
 @pytest.mark.nightly
@@ -576,8 +578,8 @@ def test_a_run_from_plan_to_text(tmp_path, capsys):
         assert all(0 < line["balance_loss"] < 0.07 for line in steps), "lambda N at most"
         capsys.readouterr()
         assert main(["plan", str(out)]) == 0
-        shown = capsys.readouterr().out
-        assert "layers/router" in shown and f"trainable: {summary.trainable_parameters:,} parameters" in shown
+        output = capsys.readouterr().out
+        assert "layers/router" in output and f"trainable: {summary.trainable_parameters:,} parameters" in output
         assert main(["generate", str(out), "--prompt", "3 plus 3?", "--max-new-tokens", "4"]) == 0
         assert capsys.readouterr().out.startswith("3 plus 3?")
         for command in ("merge", "export"):
@@ -612,14 +614,14 @@ def test_the_activation_learns_from_held_out_batches_in_turn(tmp_path):
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")
     example = runpy.run_path(str(ROOT / "examples" / "milora_bilevel.py"))
-    held = sx.Data(
+    held_out = sx.Data(
         [{"instruction": "is ice cold?", "output": "yes"}] * 4,
         template="{instruction}",
         answer=" {output}",
         max_length=32,
     )
     optimizer = sx.AdamW(lr=1e-2, schedule="constant", warmup=0, clip=None)
-    experiment = an_experiment(tmp_path, steps=2, optimizer=optimizer, eval=sx.Eval(held))
+    experiment = an_experiment(tmp_path, steps=2, optimizer=optimizer, eval=sx.Eval(held_out))
     losses = example["train"](experiment, tmp_path, theta_lr=1e-3)
     assert len(losses) == 2 and losses[1][0] != losses[0][0]
     adapters = nodes(read_adapter(tmp_path / "adapter").adapters)
@@ -627,15 +629,15 @@ def test_the_activation_learns_from_held_out_batches_in_turn(tmp_path):
     # By hand: two Adams, each on its leaves of a gradient of the whole.
     model = sx.read_model(experiment)
     batches, _ = sx.read_data(experiment, model, lambda _: None)
-    (other,) = sx.read_held_out(experiment, model, lambda _: None)
+    (validation,) = sx.read_held_out(experiment, model, lambda _: None)
     prepared = sx.prepare(experiment, model, 2)
     parts = prepared.adapt(model.params)
-    train, other = parts.train, jax.tree.map(lambda array: array[None], other)
+    train, validation = parts.train, jax.tree.map(lambda array: array[None], validation)
     txs = {"omega": optax.adam(1e-2), "theta": optax.adam(1e-3)}
     states = {half: tx.init(train) for half, tx in txs.items()}
     gradient = jax.jit(lambda train, batch: sx.forward_backward(model, train, parts.frozen, parts.base, batch, KEY)[1])
     for number in range(2):
-        for half, batch in (("omega", batches[number]), ("theta", other)):
+        for half, batch in (("omega", batches[number]), ("theta", validation)):
             grads = gradient(train, batch)
             with jax.numpy_dtype_promotion("standard"):
                 updates, states[half] = txs[half].update(grads, states[half], train)

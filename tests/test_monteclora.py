@@ -64,11 +64,11 @@ def test_equal_draws_give_the_loss_and_the_gradients_of_peft(pair, tmp_path, mon
         if parameter.requires_grad:
             parameter.data = parameter.grad
     theirs.save_pretrained(tmp_path / "gradients")
-    wanted = nodes(load_peft(tmp_path / "gradients", pair.ours)[1])
+    expected = nodes(load_peft(tmp_path / "gradients", pair.ours)[1])
     for path, node in nodes(grads).items():
         for name, leaf in node.train.items():
             assert np.abs(leaf).max() > 1e-4
-            np.testing.assert_allclose(leaf, wanted[path].train[name], rtol=1e-4, atol=1e-5, err_msg=f"{path} {name}")
+            np.testing.assert_allclose(leaf, expected[path].train[name], rtol=1e-4, atol=1e-5, err_msg=f"{path} {name}")
 
 
 def test_held_out_losses_are_without_noise_and_penalty(pair):
@@ -104,14 +104,14 @@ def test_draws_have_the_distributions_of_the_paper():
     """Variances are those of a Wishart matrix's diagonal, and logits of proportions are normal."""
     d, g = jnp.asarray([0.3, -0.2, 0.1]), jnp.asarray([0.5, -0.1, 0.2, 0.4])
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = jax.vmap(lambda key: variances(key, d))(keys)
+    draws = jax.vmap(lambda key: variances(key, d))(keys)
     reference = torch.distributions.Wishart(torch.tensor(3.0), scale_tril=torch.eye(3))
     torch.manual_seed(0)
     wishart = reference._bartlett_sampling(torch.Size((4000,))).diagonal(dim1=1, dim2=2).numpy()
     for column in range(3):
-        ours = np.asarray(drawn[:, column] / jnp.exp(2 * d[column]))
+        ours = np.asarray(draws[:, column] / jnp.exp(2 * d[column]))
         assert stats.ks_2samp(ours, wishart[:, column]).pvalue > 0.01
-    np.testing.assert_allclose(np.corrcoef(np.asarray(drawn).T), np.eye(3), atol=0.06)
+    np.testing.assert_allclose(np.corrcoef(np.asarray(draws).T), np.eye(3), atol=0.06)
     logits = np.log(jax.vmap(lambda key: proportions(key, g))(keys))
     inverse = np.exp(-np.asarray(g))
     deviations = np.sqrt(inverse * (1 - 2 / 4) + inverse.sum() / 16)

@@ -72,8 +72,8 @@ def reference(weight: np.ndarray) -> tuple[NF4Array, np.ndarray]:
     """What bitsandbytes makes of torch's (out, in) weight, in our layout, and its dequantisation."""
     size, out = weight.shape
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[str(weight.dtype)]
-    held = torch.from_numpy(np.ascontiguousarray(weight.T).astype(np.float32)).to(dtype)
-    packed, state = bnb.quantize_4bit(held, blocksize=64, compress_statistics=True, quant_type="nf4")
+    tensor = torch.from_numpy(np.ascontiguousarray(weight.T).astype(np.float32)).to(dtype)
+    packed, state = bnb.quantize_4bit(tensor, blocksize=64, compress_statistics=True, quant_type="nf4")
     ours = NF4Array(
         packed.numpy().reshape(out, size // 2).T,
         state.absmax.numpy().reshape(out, size // 64).T,
@@ -85,8 +85,8 @@ def reference(weight: np.ndarray) -> tuple[NF4Array, np.ndarray]:
 
 
 def first_absmax(weight: np.ndarray) -> np.ndarray:
-    held = torch.from_numpy(np.ascontiguousarray(weight.T).astype(np.float32))
-    return bnb.quantize_4bit(held, blocksize=64, quant_type="nf4")[1].absmax.numpy().reshape(weight.shape[1], -1).T
+    tensor = torch.from_numpy(np.ascontiguousarray(weight.T).astype(np.float32))
+    return bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4")[1].absmax.numpy().reshape(weight.shape[1], -1).T
 
 
 def assert_equal_to_bitsandbytes(route, weight: np.ndarray) -> None:
@@ -170,22 +170,22 @@ def test_a_tpu_gathers_no_single_numbers(stack):
 @by_route
 def test_stack_equals_its_layers(route):
     stack = normal(2, 3, 128, 40)
-    whole = route(stack)
-    assert whole.shape == (2, 3, 128, 40) and whole.dtype == np.float32
+    packed = route(stack)
+    assert packed.shape == (2, 3, 128, 40) and packed.dtype == np.float32
     for i in range(2):
         for j in range(3):
-            layer = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], whole)
+            layer = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], packed)
             assert layer.shape == (128, 40)
             chex.assert_trees_all_equal(layer, route(stack[i, j]))
-    np.testing.assert_array_equal(dequantise(whole)[1, 2], dequantise(route(stack[1, 2])))
+    np.testing.assert_array_equal(dequantise(packed)[1, 2], dequantise(route(stack[1, 2])))
 
 
 def test_host_route_reads_transposed_views_and_chunks(monkeypatch):
     torch_order = normal(50, 192)
-    whole = quantise_numpy(torch_order.T)
+    expected = quantise_numpy(torch_order.T)
     monkeypatch.setattr(nf4, "_CHUNK", 192 * 7)
-    chex.assert_trees_all_equal(quantise_numpy(torch_order.T), whole)
-    chex.assert_trees_all_equal(quantise_numpy(np.ascontiguousarray(torch_order.T)), whole)
+    chex.assert_trees_all_equal(quantise_numpy(torch_order.T), expected)
+    chex.assert_trees_all_equal(quantise_numpy(np.ascontiguousarray(torch_order.T)), expected)
 
 
 def test_half_a_byte_a_parameter_on_the_device():
@@ -195,8 +195,8 @@ def test_half_a_byte_a_parameter_on_the_device():
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
     assert total == codes + 4 * (512 * 512 // 64 + 4 * 16 + 4)
     # The runtime holds what the array claims: the executable that takes it is handed as many bytes.
-    held = jax.jit(lambda w: w.dense().sum()).lower(weight).compile().memory_analysis()
-    assert held.argument_size_in_bytes < 1.01 * total
+    memory = jax.jit(lambda w: w.dense().sum()).lower(weight).compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 1.01 * total
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -205,14 +205,14 @@ def test_matmul_and_its_gradient_are_those_of_the_dense_weight(dtype, logical):
     weight = quantise(normal(128, 40, dtype=logical))
     x, g = jnp.asarray(normal(6, 128, seed=1, dtype=dtype)), jnp.asarray(normal(6, 40, seed=2, dtype=dtype))
 
-    def both(matmul):
+    def with_gradient(matmul):
         y, pull = jax.vjp(lambda x: matmul(x, weight), x)
         return y, pull(g)[0]
 
-    got = jax.jit(lambda: both(core.matmul))()
-    wanted = both(lambda x, w: x @ core.dense(w).astype(x.dtype))
+    got = jax.jit(lambda: with_gradient(core.matmul))()
+    expected = with_gradient(lambda x, w: x @ core.dense(w).astype(x.dtype))
     assert got[0].dtype == got[1].dtype == dtype
-    chex.assert_trees_all_close(got, wanted, rtol=1e-5 if dtype == "float32" else 2e-2, atol=1e-6)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5 if dtype == "float32" else 2e-2, atol=1e-6)
 
 
 def loss(matmul, x, weights):
@@ -225,11 +225,11 @@ def loss(matmul, x, weights):
 def test_gradient_under_scan_remat_and_vmap():
     weights = quantise(normal(3, 64, 64) * 4)
     dense, x = weights.dense(), jnp.asarray(normal(2, 5, 64, seed=1))
-    wanted = jax.jit(jax.vmap(jax.grad(lambda x: loss(jnp.matmul, x, dense))))(x)
+    expected = jax.jit(jax.vmap(jax.grad(lambda x: loss(jnp.matmul, x, dense))))(x)
     close = dict(rtol=1e-4, atol=1e-6)
     for matmul in (core.matmul, jax.checkpoint(core.matmul)):
         of = jax.grad(lambda x, matmul=matmul: loss(matmul, x, weights))
-        chex.assert_trees_all_close(jax.jit(jax.vmap(of))(x), wanted, **close)
+        chex.assert_trees_all_close(jax.jit(jax.vmap(of))(x), expected, **close)
     # Mapping the weights themselves, forwards and backwards.
     per_layer = jax.jit(jax.vmap(jax.grad(lambda x, w: jnp.sum(core.matmul(x, w) ** 2)), in_axes=(None, 0)))
     per_dense = jax.jit(jax.vmap(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2)), in_axes=(None, 0)))
@@ -265,22 +265,22 @@ def test_no_dense_stack_is_kept_for_the_backward_pass():
 def test_frozen_projection_keeps_neither_its_input_nor_a_dense_weight():
     weight = quantise(normal(128, 64))
     _, pull = jax.vjp(lambda x: core.matmul(x, weight), jnp.ones((5, 128)))
-    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
-    assert kept <= sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+    assert size <= sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
 
 
 def test_encode_keeps_kind_dtype_and_nearly_the_values():
     weight = quantise(normal(2, 128, 40, dtype="bfloat16"))
     new = jnp.asarray(normal(2, 128, 40, seed=3))
-    again = jax.jit(lambda w, d: w.encode(d))(weight, new)
-    assert isinstance(again, NF4Array) and again.dtype == jnp.bfloat16 and again.shape == weight.shape
+    second = jax.jit(lambda w, d: w.encode(d))(weight, new)
+    assert isinstance(second, NF4Array) and second.dtype == jnp.bfloat16 and second.shape == weight.shape
     # The widest gap between levels is 0.304 of the absmax: half of it, and the 8-bit error of the scales.
-    error = jnp.abs(again.dense().astype(jnp.float32) - new)
+    error = jnp.abs(second.dense().astype(jnp.float32) - new)
     bound = 0.17 * jnp.abs(new).max(axis=1, keepdims=True)
     assert bool((error <= bound).all())
     mapped = jax.jit(jax.vmap(lambda w, d: w.encode(d)))(weight, new)
-    chex.assert_trees_all_equal((mapped.codes, mapped.absmax), (again.codes, again.absmax))
-    chex.assert_trees_all_close(mapped, again, rtol=1e-6)
+    chex.assert_trees_all_equal((mapped.codes, mapped.absmax), (second.codes, second.absmax))
+    chex.assert_trees_all_close(mapped, second, rtol=1e-6)
 
 
 def test_a_weight_on_a_mesh():

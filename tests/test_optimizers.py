@@ -86,9 +86,9 @@ def test_steps_are_those_of_optax(name):
     trained, frozen = rule.halves()(adapters)
     start = {"adapters": jax.tree.map(lambda leaf: leaf + 0.3, trained), "base": {"norm/scale": jnp.ones(3)}}
     clip = [] if name == "lora_rite" else [optax.clip_by_global_norm(1.0)]
-    written = optax.chain(*clip, transformation(rule.rate(10)), sx.lora_plus(4.0))
+    chain = optax.chain(*clip, transformation(rule.rate(10)), sx.lora_plus(4.0))
 
-    def after(tx):
+    def descend(tx):
         train, state = start, tx.init(start)
         update = jax.jit(tx.update)
         for _ in range(4):
@@ -97,10 +97,10 @@ def test_steps_are_those_of_optax(name):
             train = optax.apply_updates(train, updates)
         return train, state
 
-    wanted = after(optax.with_extra_args_support(written))
+    expected = descend(optax.with_extra_args_support(chain))
     for optimizer in (rule, sx.Optimizer(name=name, **RATE, **fields)):
-        chex.assert_trees_all_equal(after(optax.with_extra_args_support(make_optimizer(optimizer, 10))), wanted)
-    assert not np.array_equal(wanted[0]["adapters"]["layers"]["p"]["kernel"].train["b"],
+        chex.assert_trees_all_equal(descend(optax.with_extra_args_support(make_optimizer(optimizer, 10))), expected)
+    assert not np.array_equal(expected[0]["adapters"]["layers"]["p"]["kernel"].train["b"],
                               start["adapters"]["layers"]["p"]["kernel"].train["b"])  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_configs_come_back_and_can_be_changed(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "expected"),
     [
         ("optimizer=lion", sx.Lion()),
         ("optimizer=LoRARITE", sx.LoRARITE()),
@@ -163,9 +163,9 @@ def test_configs_come_back_and_can_be_changed(name):
         ("optimizer.name=lora_rite", sx.Optimizer(name="lora_rite")),
     ],
 )
-def test_an_optimiser_is_chosen_on_the_command_line(change, wanted):
+def test_an_optimiser_is_chosen_on_the_command_line(change, expected):
     """An object without a type is an `Optimizer`, as in files of before."""
-    assert override(an_experiment(), [change]).optimizer == wanted
+    assert override(an_experiment(), [change]).optimizer == expected
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +182,15 @@ def test_a_run_is_that_of_the_name_and_is_resumed(places, tmp_path):
         train(dataclasses.replace(experiment, optimizer=optimizer), tmp_path / name, echo=quiet)
     ours, named = ((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("ours", "named"))
     assert ours == named
-    again = sx.load_experiment(str(tmp_path / "ours"))
-    assert again.optimizer == experiment.optimizer
+    copy = sx.load_experiment(str(tmp_path / "ours"))
+    assert copy.optimizer == experiment.optimizer
     shutil.rmtree(tmp_path / "ours" / "adapter")
     shutil.rmtree(tmp_path / "ours" / "checkpoints" / "4")
-    assert train(again, tmp_path / "ours", resume=True, echo=quiet).finished
+    assert train(copy, tmp_path / "ours", resume=True, echo=quiet).finished
     assert (tmp_path / "ours" / "adapter" / "adapter.safetensors").read_bytes() == ours
-    other = dataclasses.replace(again, optimizer=sx.Adam(lr=1e-2))
+    variant = dataclasses.replace(copy, optimizer=sx.Adam(lr=1e-2))
     with pytest.raises(sx.SboraxError, match="optimizer differs from the run to resume"):
-        train(other, tmp_path / "ours", resume=True, echo=quiet)
+        train(variant, tmp_path / "ours", resume=True, echo=quiet)
 
 
 @pytest.mark.nightly

@@ -47,8 +47,8 @@ def test_both_ways(kind, pair, tmp_path):
     params, adapters = load_peft(tmp_path / "theirs", pair.ours)
     np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **CLOSE)
 
-    done = save_peft(tmp_path / "ours", pair.ours, params, adapters)
-    assert done.errors == {}
+    export = save_peft(tmp_path / "ours", pair.ours, params, adapters)
+    assert export.errors == {}
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, **CLOSE)
 
 
@@ -122,9 +122,9 @@ def test_initial_statistics(pair):
     _, adapters = sx.attach(jax.random.key(0), pair.ours.params, [("q_proj", sx.DoRA(16, alpha=6.0))])
     node = adapters["layers"]["self_attn"]["q_proj"]["kernel"]
     a, bound = module.lora_A["default"].weight.detach().numpy(), 1 / math.sqrt(32)
-    for one in (a, np.asarray(node.train["a"])):
-        assert 0.98 * bound < np.abs(one).max() <= bound
-        assert abs(one.std() / (bound / math.sqrt(3)) - 1) < 0.1
+    for leaf in (a, np.asarray(node.train["a"])):
+        assert 0.98 * bound < np.abs(leaf).max() <= bound
+        assert abs(leaf.std() / (bound / math.sqrt(3)) - 1) < 0.1
     assert not node.train["b"].any() and not module.lora_B["default"].weight.any()
     magnitude = module.lora_magnitude_vector["default"].weight.detach().numpy()
     np.testing.assert_allclose(node.train["m"][1], magnitude, rtol=1e-6)
@@ -166,21 +166,21 @@ def test_two_training_steps(kind, pair, tmp_path):
         theirs.load_state_dict(state)
         theirs.zero_grad()
         expected = _torch_steps(theirs, torch_rule([leaf for leaf in theirs.parameters() if leaf.requires_grad]))
-        moved, moments, losses = train, rule.init(train), []
+        tuned, moments, losses = train, rule.init(train), []
         update = jax.jit(rule.update)
         for _ in range(2):
-            value, grads = gradient(moved)
-            updates, moments = update(grads, moments, moved)
-            moved = optax.apply_updates(moved, updates)
+            value, grads = gradient(tuned)
+            updates, moments = update(grads, moments, tuned)
+            tuned = optax.apply_updates(tuned, updates)
             losses.append(float(value))
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
-        save_peft(tmp_path / name, pair.ours, params, sx.combine(moved, frozen))
-        stored, before = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in (name, "start"))
-        after = peft.get_peft_model_state_dict(theirs)
-        assert set(stored) == set(after)
+        save_peft(tmp_path / name, pair.ours, params, sx.combine(tuned, frozen))
+        stored, initial = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in (name, "start"))
+        final = peft.get_peft_model_state_dict(theirs)
+        assert set(stored) == set(final)
         for key, tensor in stored.items():
-            assert np.abs(tensor - before[key]).max() > 1e-4, key
-            np.testing.assert_allclose(tensor, after[key].numpy(), rtol=0, atol=2e-5, err_msg=f"{name} {key}")
+            assert np.abs(tensor - initial[key]).max() > 1e-4, key
+            np.testing.assert_allclose(tensor, final[key].numpy(), rtol=0, atol=2e-5, err_msg=f"{name} {key}")
 
 
 def test_exact_as_plain_lora(pair, tmp_path):
@@ -197,14 +197,14 @@ def test_exact_as_plain_lora(pair, tmp_path):
     ]
     params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
     adapters = shaken(adapters)
-    done = save_peft(tmp_path, pair.ours, params, adapters)
-    assert done.errors == {} and done.peft_type == "LORA"
+    export = save_peft(tmp_path, pair.ours, params, adapters)
+    assert export.errors == {} and export.peft_type == "LORA"
     expected = logits(pair.ours, params, adapters)
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path)), expected, **CLOSE)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {"q_proj": 6, "k_proj": 5, "v_proj": 5, "o_proj": 11, "up_proj": 8, "down_proj": 8, "lm_head": 2}
-    given = {key.rpartition(".")[2]: value for key, value in config["rank_pattern"].items()}
-    assert {name: given.get(name, config["r"]) for name in ranks} == ranks
+    pattern = {key.rpartition(".")[2]: value for key, value in config["rank_pattern"].items()}
+    assert {name: pattern.get(name, config["r"]) for name in ranks} == ranks
 
 
 def test_layers_of_one_stack(pair, tmp_path):
@@ -223,10 +223,10 @@ def test_layers_of_one_stack(pair, tmp_path):
     expected = logits(pair.ours, params, adapters)
     save_peft(tmp_path, pair.ours, params, adapters)
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path)), expected, **CLOSE)
-    again = load_peft(tmp_path, pair.ours)[1]["layers"]["self_attn"]
-    assert again["q_proj"]["kernel"].method.rank == (2, 5)
-    chex.assert_trees_all_equal(again["q_proj"]["kernel"].train, q.train)
-    assert again["o_proj"]["kernel"].method.layers == ((1,),)
+    second = load_peft(tmp_path, pair.ours)[1]["layers"]["self_attn"]
+    assert second["q_proj"]["kernel"].method.rank == (2, 5)
+    chex.assert_trees_all_equal(second["q_proj"]["kernel"].train, q.train)
+    assert second["o_proj"]["kernel"].method.layers == ((1,),)
 
 
 def test_truncated(pair, tmp_path):
@@ -235,14 +235,14 @@ def test_truncated(pair, tmp_path):
     params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
     adapters = shaken(adapters)
     expected = logits(pair.ours, params, adapters)
-    done = save_peft(tmp_path / "full", pair.ours, params, adapters, as_="lora", rank=32)
-    assert max(done.errors.values()) < 1e-6 and len(done.errors) == 4
+    export = save_peft(tmp_path / "full", pair.ours, params, adapters, as_="lora", rank=32)
+    assert max(export.errors.values()) < 1e-6 and len(export.errors) == 4
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "full")), expected, **CLOSE)
 
-    done = save_peft(tmp_path / "thin", pair.ours, params, adapters, as_="lora", base="a/b", facts={"Data": "none"})
+    export = save_peft(tmp_path / "thin", pair.ours, params, adapters, as_="lora", base="a/b", facts={"Data": "none"})
     merged = sx.merge(params, adapters)
     stored = load_file(tmp_path / "thin" / "adapter_model.safetensors")
-    for module, error in done.errors.items():
+    for module, error in export.errors.items():
         layer, name = int(module.split(".")[2]), module.split(".")[-1]
         change = (
             merged["layers"]["self_attn"][name]["kernel"][layer]
@@ -250,11 +250,11 @@ def test_truncated(pair, tmp_path):
         )
         pair_of = [stored[f"base_model.model.{module}.lora_{side}.weight"] for side in "BA"]
         assert pair_of[0].shape[1] == (4 if name == "q_proj" else 3)
-        left = np.asarray(change).T - pair_of[0] @ pair_of[1]
-        np.testing.assert_allclose(np.linalg.norm(left) / np.linalg.norm(change), error, rtol=1e-3)
+        residual = np.asarray(change).T - pair_of[0] @ pair_of[1]
+        np.testing.assert_allclose(np.linalg.norm(residual) / np.linalg.norm(change), error, rtol=1e-3)
         assert 0.01 < error < 1
     text = (tmp_path / "thin" / "README.md").read_text()
-    assert f"{max(done.errors.values()):.3g} at most" in text and "Data: none" in text and "'a/b'" in text
+    assert f"{max(export.errors.values()):.3g} at most" in text and "Data: none" in text and "'a/b'" in text
 
 
 def test_sbora_changes_rank_rows(pair, tmp_path):
@@ -267,8 +267,8 @@ def test_sbora_changes_rank_rows(pair, tmp_path):
     params, adapters = sx.attach(jax.random.key(3), base, [("q_proj", sx.SBoRA(6, alpha=3.0))])
     adapters = shaken(adapters)
     merged = sx.merge(params, adapters)
-    after = np.asarray(merged["layers"]["self_attn"]["q_proj"]["kernel"])
-    rows = (after.view(np.uint32) != kernel.view(np.uint32)).any(axis=2)
+    merged_kernel = np.asarray(merged["layers"]["self_attn"]["q_proj"]["kernel"])
+    rows = (merged_kernel.view(np.uint32) != kernel.view(np.uint32)).any(axis=2)
     idx = np.asarray(adapters["layers"]["self_attn"]["q_proj"]["kernel"].frozen["idx"])
     for layer in range(2):
         assert rows[layer].nonzero()[0].tolist() == idx[layer].tolist() and len(idx[layer]) == 6
@@ -284,7 +284,7 @@ def test_sbora_changes_rank_rows(pair, tmp_path):
     dense = theirs.merge_and_unload()
     for layer in range(2):
         weight = dense.model.layers[layer].self_attn.q_proj.weight.detach().numpy().T
-        np.testing.assert_allclose(weight, after[layer], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(weight, merged_kernel[layer], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["MISS", "MISS-bat"])

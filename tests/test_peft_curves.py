@@ -99,14 +99,14 @@ QUESTION = (32, 222)
 
 def of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's Lily takes its mean over padding, too, and over last tokens, which are no inputs of a step here."""
-    whole, held = peft.PeftModelForCausalLM.forward, {}
+    original, masks = peft.PeftModelForCausalLM.forward, {}
 
     def forward(self: Any, *, attention_mask: torch.Tensor, **options: Any) -> Any:
-        held["real"] = attention_mask[:, 1:] != 0
-        return whole(self, attention_mask=attention_mask, **options)
+        masks["real"] = attention_mask[:, 1:] != 0
+        return original(self, attention_mask=attention_mask, **options)
 
     def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.softmax(scores, dim)[:, :-1][held["real"]]
+        return torch.softmax(scores, dim)[:, :-1][masks["real"]]
 
     monkeypatch.setattr(peft.PeftModelForCausalLM, "forward", forward)
     monkeypatch.setattr(peft.tuners.lily.layer, "F", types.SimpleNamespace(softmax=softmax))
@@ -256,9 +256,11 @@ def from_gradients(pair: Pair, case: Case, batches: list[Any], directory: Path) 
 
     peft.preprocess_loraga(model, settings, backward)
     theirs = peft.get_peft_model(model, settings)
-    wanted = nodes(of_plain_file(pair, theirs, directory))
+    expected = nodes(of_plain_file(pair, theirs, directory))
     hint = gradients(pair.ours, run.plan, batches_of(pair, case), count, silent)
-    aligned = {path: signed(node, wanted[path]) for path, node in nodes(run.attach(pair.ours.params, hint)[1]).items()}
+    aligned = {
+        path: signed(node, expected[path]) for path, node in nodes(run.attach(pair.ours.params, hint)[1]).items()
+    }
     return theirs, *on_rewritten(pair, aligned)
 
 
@@ -291,14 +293,14 @@ def from_covariances(pair: Pair, case: Case, batches: list[Any], directory: Path
 
     preprocess_corda(model, settings, forward)
     theirs = peft.get_peft_model(model, settings)
-    wanted = nodes(of_plain_file(pair, theirs, directory))
+    expected = nodes(of_plain_file(pair, theirs, directory))
     hints = sx.input_hints(pair.ours, run.experiment.rules, microbatches)
     _, adapters = run.attach(pair.ours.params, lambda _, site: hint_of(hints, site.path))
     started = {}
     for path, node in nodes(adapters).items():
         # Inverting a covariance loses digits, so training begins from PEFT's values, which ours are close to.
-        signed(node, wanted[path], 1e-4)
-        train = dict(wanted[path].train)
+        signed(node, expected[path], 1e-4)
+        train = dict(expected[path].train)
         started[path] = dataclasses.replace(
             node, train=train, frozen={**node.frozen, "a0": train["a"], "b0": train["b"]}
         )
@@ -308,20 +310,20 @@ def from_covariances(pair: Pair, case: Case, batches: list[Any], directory: Path
 def on_rewritten(pair: Pair, aligned: dict[str, sx.Adapter]) -> tuple[Params, Adapters]:
     """The parameters that these adapters leave, and the adapters."""
     weights = kernels(pair.ours.params)
-    left = {path: rewrite(weights[path], node) for path, node in aligned.items()}
-    return replace_leaves(pair.ours.params, left), nest(aligned)
+    residuals = {path: rewrite(weights[path], node) for path, node in aligned.items()}
+    return replace_leaves(pair.ours.params, residuals), nest(aligned)
 
 
 def signed(node: sx.Adapter, theirs: sx.Adapter, atol: float = 1e-5) -> sx.Adapter:
     """`node` with the signs of PEFT's singular vectors, of which training depends: a and b take different ones."""
-    kept = dict(node.frozen)
+    frozen = dict(node.frozen)
     flipped = {}
     for name, axis in {"a": -2, "b": -1}.items():
         sign = np.sign(np.sum(np.asarray(node.train[name] * theirs.train[name]), axis=axis, keepdims=True))
-        flipped[name], kept[f"{name}0"] = node.train[name] * sign, node.frozen[f"{name}0"] * sign
+        flipped[name], frozen[f"{name}0"] = node.train[name] * sign, node.frozen[f"{name}0"] * sign
     chex.assert_trees_all_close(flipped, dict(theirs.train), rtol=0, atol=atol)
     chex.assert_trees_all_close(node.frozen["scale"], theirs.frozen["scale"], rtol=1e-6)
-    return sx.Adapter(flipped, kept, node.method, node.in_axes)
+    return sx.Adapter(flipped, frozen, node.method, node.in_axes)
 
 
 def stacked(model: Any, path: str, values: Callable[[Any], np.ndarray]) -> np.ndarray:
@@ -370,10 +372,10 @@ def from_subspaces(pair: Pair, case: Case, batches: list[Any], directory: Path) 
     model = peft.get_peft_model(copy.deepcopy(pair.torch), copy.deepcopy(case.config))
     params, adapters = prepared(pair, case).attach(pair.ours.params)
     for path, node in nodes(adapters).items():
-        wanted = jax.tree.map(jnp.asarray, of_subspaces(model, path))
-        chex.assert_trees_all_equal_shapes_and_dtypes({**node.train, **node.frozen}, wanted)
-        node.train.update({name: wanted[name] for name in node.train})
-        node.frozen.update({name: wanted[name] for name in node.frozen})
+        expected = jax.tree.map(jnp.asarray, of_subspaces(model, path))
+        chex.assert_trees_all_equal_shapes_and_dtypes({**node.train, **node.frozen}, expected)
+        node.train.update({name: expected[name] for name in node.train})
+        node.frozen.update({name: expected[name] for name in node.frozen})
     return model, params, adapters
 
 
@@ -620,9 +622,9 @@ def test_no_method_of_peft_is_left_out():
     # LoftQ is LoRA on a base in 4 bits once it has its start, which test_loftq.py compares.
     assert shared - {type(case.method).__name__ for case in CASES.values()} == {"LoftQ"}
     makers = {bare(name.removeprefix("create_").removesuffix("_optimizer")) for name in peft.optimizers.__all__}
-    both = {name for name in {*OPTIMIZERS, *sborax.optim.__all__} if bare(name) in makers}
-    assert both >= {"lora_plus", "lora_fa"}
-    assert both - {name for case in CASES.values() for name in optimizers_of(case)} == set()
+    overlap = {name for name in {*OPTIMIZERS, *sborax.optim.__all__} if bare(name) in makers}
+    assert overlap >= {"lora_plus", "lora_fa"}
+    assert overlap - {name for case in CASES.values() for name in optimizers_of(case)} == set()
 
 
 def test_gradient_of_c3a_in_peft():

@@ -29,10 +29,10 @@ def row():
 def test_readme_counts_the_methods():
     page = runpy.run_path(str(DOCS / "conf.py"))
     rows = [line.split(" | ") for line in page["peft_table"]().splitlines() if line.startswith("| `")]
-    read, written = (sum(row[column] != "-" for row in rows) for column in (1, 2))
+    reads, writes = (sum(row[column] != "-" for row in rows) for column in (1, 2))
     figure = f"| methods | {len(rows)}, of which PEFT 0.21 lacks "
     line = next(line for line in (DOCS.parent / "README.md").read_text().splitlines() if line.startswith(figure))
-    assert f"; {read} are read from PEFT's files, {written} are written as such" in line
+    assert f"; {reads} are read from PEFT's files, {writes} are written as such" in line
 
 
 PATTERNS = "`alpha_pattern`, `rank_pattern`, `layers_to_transform`"

@@ -49,9 +49,9 @@ def test_files_of_peft_give_its_logits(pair, name, tmp_path):
     theirs.save_pretrained(tmp_path)
     params, adapters = load_peft(tmp_path, pair.ours)
     assert len(nodes(adapters)) == {6: 3, 3: 2, 4: 2}[count]
-    wanted = torch_logits(theirs)
-    assert relative(our_logits(pair.ours, params, adapters), wanted) < TOLERANCE
-    assert relative(wanted, torch_logits(pair.torch)) > 1e-2
+    expected = torch_logits(theirs)
+    assert relative(our_logits(pair.ours, params, adapters), expected) < TOLERANCE
+    assert relative(expected, torch_logits(pair.torch)) > 1e-2
 
 
 OURS = {
@@ -76,8 +76,8 @@ def test_our_files_give_our_logits_in_peft(pair, name, tmp_path):
     ours = our_logits(pair.ours, params, adapters)
     assert relative(ours, torch_logits(reloaded(pair, tmp_path))) < TOLERANCE
     assert relative(ours, torch_logits(pair.torch)) > 1e-3
-    again = load_peft(tmp_path, pair.ours)
-    np.testing.assert_allclose(our_logits(pair.ours, *again), ours, atol=1e-4)
+    second = load_peft(tmp_path, pair.ours)
+    np.testing.assert_allclose(our_logits(pair.ours, *second), ours, atol=1e-4)
 
 
 REFUSED = {

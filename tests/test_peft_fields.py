@@ -28,8 +28,8 @@ def changed(option: Option) -> set[str]:
     """The fields that are saved with another value than PEFT's default."""
     config = option.config
     fields = fields_of(config.peft_type.value).items()
-    given = {name for name, field in fields if getattr(config, name) != default_of(field)} - WRITTEN_BY_PEFT
-    return {*given, *option.stored, *([] if option.prepare is None else ["rank_pattern"])}
+    names = {name for name, field in fields if getattr(config, name) != default_of(field)} - WRITTEN_BY_PEFT
+    return {*names, *option.stored, *([] if option.prepare is None else ["rank_pattern"])}
 
 
 @functools.cache
@@ -44,11 +44,11 @@ def cells() -> dict[str, list[tuple[Option, set[str]]]]:
     return options
 
 
-def fields_of_class(kind: str, wanted: str) -> set[str]:
+def fields_of_class(kind: str, category: str) -> set[str]:
     common = dict.fromkeys(SELECTING, "equal") | dict.fromkeys(INERT, "inert")
     classes = {name: common[name] for name in fields_of(kind) if name in common}
     classes |= {name: entry.kind for name, entry in classes_of(kind).items()}
-    return {name for name, entry in classes.items() if entry == wanted} - WRITTEN_BY_PEFT
+    return {name for name, entry in classes.items() if entry == category} - WRITTEN_BY_PEFT
 
 
 def test_every_kind_and_field_of_peft_is_in_a_row():
@@ -71,21 +71,21 @@ def test_the_page_is_that_of_this_peft():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wanted", ["equal", "inert"])
-def test_fields_have_cells_in_which_peft_saves_other_values(wanted, kind):
+@pytest.mark.parametrize("category", ["equal", "inert"])
+def test_fields_have_cells_in_which_peft_saves_other_values(category, kind):
     compared = set().union(*(fields for option, fields in cells()[kind] if option.refused is None))
     for (of, name), test in ELSEWHERE.items():
         if of == kind and name in (ROOT / "tests" / test).read_text():
             compared.add(name)
-    assert sorted(fields_of_class(kind, wanted) - compared) == []
+    assert sorted(fields_of_class(kind, category) - compared) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fields_that_are_refused_have_cells_or_a_line(kind):
     """A cell for fields of which some values are read, and for the others a line that names the field."""
-    shown = set().union(*(fields for option, fields in cells()[kind] if option.refused or option.in_families))
+    cell_fields = set().union(*(fields for option, fields in cells()[kind] if option.refused or option.in_families))
     for name, entry in classes_of(kind).items():
-        if name in shown or not (entry.kind == "refused" or entry.reason and entry.kind == "equal"):
+        if name in cell_fields or not (entry.kind == "refused" or entry.reason and entry.kind == "equal"):
             continue
         with pytest.raises(sx.SboraxError) as caught:
             row_for({"peft_type": kind, name: "some"})

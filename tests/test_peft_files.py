@@ -186,11 +186,11 @@ def test_broken_config(content, message, good, model):
 
 
 def test_broken_files(good, model):
-    whole = (good / TENSORS).read_bytes()
-    (good / TENSORS).write_bytes(whole[:-8])
+    content = (good / TENSORS).read_bytes()
+    (good / TENSORS).write_bytes(content[:-8])
     with pytest.raises(sx.SboraxError, match="not a readable safetensors file"):
         load_peft(good, model)
-    (good / TENSORS).write_bytes(whole)
+    (good / TENSORS).write_bytes(content)
     tensors = load_file(good / TENSORS)
     save_file({name: tensor.astype(np.int32) for name, tensor in tensors.items()}, good / TENSORS)
     with pytest.raises(sx.SboraxError, match="dtype I32"):
@@ -228,7 +228,7 @@ FIELDS = """peft_type r lora_alpha lora_dropout target_modules exclude_modules l
 def test_random_configs(kind, changes, noise, good, model):
     """Whatever a config says, the answer is a `SboraxError`: the tensors here fit no config at all."""
     save_file({"weight": np.zeros((1, 7), np.float32)}, good / TENSORS)
-    before = sorted(good.iterdir())
+    files = sorted(good.iterdir())
     (good / CONFIG).write_text(json.dumps({"peft_type": kind, "target_modules": ["q_proj"], **changes}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of `re`, about sets in a pattern
@@ -237,14 +237,14 @@ def test_random_configs(kind, changes, noise, good, model):
     (good / TENSORS).write_bytes(noise)
     with pytest.raises(sx.SboraxError):
         load_peft(good, model)
-    assert sorted(good.iterdir()) == before
+    assert sorted(good.iterdir()) == files
 
 
 def test_refused_exports(tmp_path, model):
     def refused(rules, message, params=None, **options):
-        own, adapters = sx.attach(jax.random.key(0), model.params, rules)
+        base, adapters = sx.attach(jax.random.key(0), model.params, rules)
         with pytest.raises(sx.SboraxError, match=re.escape(message)):
-            save_peft(tmp_path / "out", model, params or own, adapters, **options)
+            save_peft(tmp_path / "out", model, params or base, adapters, **options)
         assert not (tmp_path / "out").exists()
 
     refused([("q_proj", sx.LoRA(2)), ("v_proj", sx.Bone(2))], "use as_='lora'")
@@ -253,7 +253,7 @@ def test_refused_exports(tmp_path, model):
     refused([("q_proj", sx.LoRA(2)), ("v_proj", sx.LoRA(2, dropout=0.1))], "use as_='lora'")
     refused([("q_proj", sx.chain(sx.PiSSA(2), sx.DoRA(2)))], "use as_='lora'")
     refused([("q_proj", sx.LoRA(2))], "as_ must be", as_="merged")
-    moved = jax.tree.map(lambda leaf: leaf + 1.0, model.params)
-    refused([("q_proj", sx.LoRA(2))], "both its base and an adapter", params=moved)
+    tuned = jax.tree.map(lambda leaf: leaf + 1.0, model.params)
+    refused([("q_proj", sx.LoRA(2))], "both its base and an adapter", params=tuned)
     with pytest.raises(sx.SboraxError, match="no adapter to save"):
         save_peft(tmp_path / "out", model, model.params, {})

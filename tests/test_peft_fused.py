@@ -58,11 +58,11 @@ def test_a_file_of_fused_modules_goes_both_ways(kind, pair, tmp_path):
     params, adapters = load_peft(tmp_path / "theirs", pair.ours)
     np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **CLOSE)
     assert "layers/mlp/up_proj/kernel" in nodes(adapters)
-    done = save_peft(tmp_path / "ours", pair.ours, params, adapters)
-    read, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
-    assert read.keys() == written.keys() and done.modules == len({key.partition(".lora")[0] for key in read})
-    for name, tensor in read.items():
-        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    report = save_peft(tmp_path / "ours", pair.ours, params, adapters)
+    source, output = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert source.keys() == output.keys() and report.modules == len({key.partition(".lora")[0] for key in source})
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(output[name], tensor, err_msg=name)
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, **CLOSE)
 
 

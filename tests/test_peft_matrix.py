@@ -47,7 +47,7 @@ def built(family, directory) -> Pair:
         fields = {"tie_word_embeddings": True, **fields}
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **fields})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    moved(model, 0.2, lambda name, parameter: parameter.ndim == 1)
+    perturb(model, 0.2, lambda name, parameter: parameter.ndim == 1)
     model.save_pretrained(directory)
     ours = load_model(directory, quant="nf4" if family == "nf4" else None)
     layout = layout_of(ours.params)
@@ -58,10 +58,10 @@ def built(family, directory) -> Pair:
     return Pair(model, ours, directory)
 
 
-def moved(model, size, chosen) -> None:
+def perturb(model, size, predicate) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if chosen(name, parameter):
+        if predicate(name, parameter):
             parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
@@ -98,7 +98,7 @@ def saved_by_peft(pair, option, directory) -> None:
     base = base_of(pair, option)
     torch.manual_seed(1)
     theirs = peft.get_peft_model(base, option.config)
-    moved(theirs, 0.1, lambda name, parameter: parameter.requires_grad)
+    perturb(theirs, 0.1, lambda name, parameter: parameter.requires_grad)
     if option.prepare is not None:
         option.prepare(theirs)
     theirs.save_pretrained(directory, save_embedding_layers=option.vocabulary is not None or "auto")

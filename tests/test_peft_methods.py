@@ -51,7 +51,7 @@ def flipped(**names: str) -> Callable[[Tensors], dict[str, Any]]:
     return lambda tensors: {leaf: tensors[name].T for leaf, name in names.items()}
 
 
-def same(**names: str) -> Callable[[Tensors], dict[str, Any]]:
+def pick(**names: str) -> Callable[[Tensors], dict[str, Any]]:
     return lambda tensors: {leaf: tensors[name] for leaf, name in names.items()}
 
 
@@ -103,21 +103,21 @@ CASES = [
         "VeRA",
         config("VeraConfig", r=5, init_weights=False),
         sx.VeRA(rank=5),
-        same(d="vera_lambda_d", m="vera_lambda_b"),
+        pick(d="vera_lambda_d", m="vera_lambda_b"),
         joined(flipped(a="vera_A", b="vera_B"), scaled(1.0)),
     ),
     Case(
         "PVeRA",
         config("PveraConfig", r=5, init_weights=False),
         sx.PVeRA(rank=5),
-        same(d="pvera_lambda_d", m="pvera_lambda_b"),
+        pick(d="pvera_lambda_d", m="pvera_lambda_b"),
         joined(flipped(a="pvera_A", b="pvera_B"), scaled(1.0)),
     ),
     Case(
         "TinyLoRA",
         config("TinyLoraConfig", r=3, u=5),
         sx.TinyLoRA(rank=3, coefficients=5),
-        same(v="tinylora_v"),
+        pick(v="tinylora_v"),
         joined(flipped(a="tinylora_A", b="tinylora_B"), lambda t: {"p": t["tinylora_P"].transpose(0, 2, 1)}),
     ),
     *(
@@ -125,7 +125,7 @@ CASES = [
             name,
             config("PsoftConfig", r=5, **fields),
             method,
-            same(q="psoft_R", **({"g": "vector_a", "h": "vector_b"} if method.scaled else {})),
+            pick(q="psoft_R", **({"g": "vector_a", "h": "vector_b"} if method.scaled else {})),
             lambda t: {"a": t["_psoft_A_cache"].T, "b": t["_psoft_B_cache"].T * (32 / 5)},
         )
         for name, method, fields in [
@@ -174,8 +174,8 @@ CASES = [
         "SHiRA",
         config("ShiraConfig", r=2, random_seed=0),
         sx.SHiRA(rank=2),
-        same(values="shira_weight"),
-        same(idx="shira_indices"),
+        pick(values="shira_weight"),
+        pick(idx="shira_indices"),
     ),
     Case("HiRA", config("HiraConfig", r=3), sx.HiRA(rank=3), flipped(a="hira_A", b="hira_B")),
     Case(
@@ -212,51 +212,51 @@ CASES = [
         sx.DeLoRA(rank=3),
         joined(flipped(a="delora_A", b="delora_B"), lambda t: {"strength": t["delora_lambda"][0]}),
     ),
-    Case("OFT", config("OFTConfig", oft_block_size=8), sx.OFT(block=8), same(q="oft_R")),
-    Case("OFT-near", config("OFTConfig", oft_block_size=8, coft=True, eps=0.9), sx.OFT(8, eps=0.9), same(q="oft_R")),
+    Case("OFT", config("OFTConfig", oft_block_size=8), sx.OFT(block=8), pick(q="oft_R")),
+    Case("OFT-near", config("OFTConfig", oft_block_size=8, coft=True, eps=0.9), sx.OFT(8, eps=0.9), pick(q="oft_R")),
     Case(
         "OFT-long",
         config("OFTConfig", oft_block_size=6, num_cayley_neumann_terms=8),
         sx.OFT(block=6, terms=8),
-        same(q="oft_R"),
+        pick(q="oft_R"),
     ),
-    Case("OFT-2", config("OFTConfig", oft_block_size=8, num_cayley_neumann_terms=2), sx.OFT(8, 2), same(q="oft_R")),
+    Case("OFT-2", config("OFTConfig", oft_block_size=8, num_cayley_neumann_terms=2), sx.OFT(8, 2), pick(q="oft_R")),
     Case(
         "OFT-exact",
         config("OFTConfig", oft_block_size=8, use_cayley_neumann=False, block_share=True),
         sx.OFT(block=8, terms=None, share=True),
-        same(q="oft_R"),
+        pick(q="oft_R"),
     ),
     *(
         Case(
             f"BOFT-{factors}",
             config("BOFTConfig", boft_block_size=block, boft_n_butterfly_factor=factors),
             sx.BOFT(block=block, factors=factors),
-            joined(same(d="boft_R"), lambda t: {"m": t["boft_s"][:, 0]}),
+            joined(pick(d="boft_R"), lambda t: {"m": t["boft_s"][:, 0]}),
         )
         for block, factors in [(3, 1), (4, 2), (2, 3)]
     ),
-    Case("HRA", config("HRAConfig", r=6), sx.HRA(rank=6), same(u="hra_u")),
+    Case("HRA", config("HRAConfig", r=6), sx.HRA(rank=6), pick(u="hra_u")),
     Case(
         "SuperTuning",
         config("SupertuningConfig", sparsity=0.8),
         sx.SuperTuning(sparsity=0.8),
-        same(values="supertuning_values"),
-        same(idx="supertuning_indices"),
+        pick(values="supertuning_values"),
+        pick(idx="supertuning_indices"),
     ),
     Case(
         "SuperTuning-hybrid",
         config("SupertuningConfig", sparsity=0.9, r=3, lora_alpha=9),
         sx.SuperTuning(sparsity=0.9, lora_rank=3),
-        joined(same(values="supertuning_values"), flipped(a="supertuning_lora_A", b="supertuning_lora_B")),
-        joined(same(idx="supertuning_indices"), scaled(3.0)),
+        joined(pick(values="supertuning_values"), flipped(a="supertuning_lora_A", b="supertuning_lora_B")),
+        joined(pick(idx="supertuning_indices"), scaled(3.0)),
     ),
     *(
         Case(
             f"DEFT-{projection}",
             config("DeftConfig", r=5, alpha=10, decomposition_method=projection),
             sx.DEFT(rank=5, projection=projection),
-            joined(same(p="deft_P"), flipped(a="deft_R")),
+            joined(pick(p="deft_P"), flipped(a="deft_R")),
             scaled(2.0),
         )
         for projection in ("relu", "qr")
@@ -265,14 +265,14 @@ CASES = [
         "RandLoRA",
         config("RandLoraConfig", r=4, randlora_alpha=80),
         sx.RandLoRA(rank=4),
-        same(l="randlora_lambda", g_out="randlora_gamma"),
+        pick(l="randlora_lambda", g_out="randlora_gamma"),
         random_bases("q_out", "p_in"),
     ),
     Case(
         "RandLoRA-wide",
         config("RandLoraConfig", r=4, randlora_alpha=80),
         sx.RandLoRA(rank=4),
-        same(l="randlora_lambda", g_in="randlora_gamma"),
+        pick(l="randlora_lambda", g_in="randlora_gamma"),
         random_bases("q_in", "p_out"),
         shape=(18, 24),
     ),
@@ -284,7 +284,7 @@ CASES = [
             f"FourierFT-{name}",
             config("FourierFTConfig", n_frequency=70, scaling=90.0, random_loc_seed=5),
             sx.FourierFT(coefficients=70, seed=5),
-            same(c="fourierft_spectrum"),
+            pick(c="fourierft_spectrum"),
             joined(lambda t: {"idx": t["indices"].astype(np.int32)}, scaled(90.0)),
             shape=shape,
         )
@@ -295,7 +295,7 @@ CASES = [
             f"RoAd-{variant}",
             config("RoadConfig", variant=f"road_{variant}", group_size=6),
             sx.RoAd(variant=variant, block=6),
-            same(theta="road_theta", alpha="road_alpha"),
+            pick(theta="road_theta", alpha="road_alpha"),
         )
         for variant in ("1", "2", "4")
     ),
@@ -303,14 +303,14 @@ CASES = [
         "GraLoRA",
         config("GraloraConfig", r=6, alpha=9, gralora_k=3),
         sx.GraLoRA(rank=6, blocks=3),
-        same(a_i="gralora_A", b_j="gralora_B"),
+        pick(a_i="gralora_A", b_j="gralora_B"),
         scaled(1.5),
     ),
     Case(
         "GraLoRA-hybrid",
         config("GraloraConfig", r=4, hybrid_r=3, alpha=7),
         sx.GraLoRA(rank=4, hybrid=3),
-        joined(same(a_i="gralora_A", b_j="gralora_B"), flipped(u="gralora_A_general", v="gralora_B_general")),
+        joined(pick(a_i="gralora_A", b_j="gralora_B"), flipped(u="gralora_A_general", v="gralora_B_general")),
         scaled(1.0),
     ),
     *(
@@ -318,7 +318,7 @@ CASES = [
             f"WaveFT-{name}",
             config("WaveFTConfig", n_frequency=70, scaling=9.0, random_loc_seed=5, use_idwt=wavelet is not None),
             sx.WaveFT(coefficients=70, wavelet=wavelet, seed=5),
-            same(c="waveft_spectrum"),
+            pick(c="waveft_spectrum"),
             joined(lambda t: {"idx": t["waveft_indices"].astype(np.int32)}, scaled(9.0)),
             shape=shape,
         )
@@ -335,7 +335,7 @@ CASES = [
             config("VBLoRAConfig", r=4, num_vectors=10, vector_length=6, topk=top_k),
             sx.VBLoRA(rank=4, vectors=10, length=6, top_k=top_k),
             joined(
-                same(logits_a="vblora_logits_A", bank="vblora_vector_bank"),
+                pick(logits_a="vblora_logits_A", bank="vblora_vector_bank"),
                 lambda t: {"logits_b": t["vblora_logits_B"].transpose(1, 0, 2)},
             ),
         )
@@ -345,7 +345,7 @@ CASES = [
         "UniLoRA",
         config("UniLoraConfig", r=4, theta_d_length=50),
         sx.UniLoRA(rank=4, coefficients=50),
-        same(theta="unilora_theta_d"),
+        pick(theta="unilora_theta_d"),
         joined(
             lambda t: {f"idx_{side.lower()}": t[f"unilora_indices_{side}"].T.astype(np.int32) for side in "AB"},
             gains,
@@ -370,10 +370,10 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
     layer = model.base_model.model["proj"]
     tensors = {}
     for name in (*layer.adapter_layer_names, *layer.other_param_names):
-        held = getattr(layer, name, None) or {}
-        if "default" not in held:
+        store = getattr(layer, name, None) or {}
+        if "default" not in store:
             continue
-        value = held["default"]
+        value = store["default"]
         value = getattr(value, "weight", value)
         if isinstance(value, torch.nn.ParameterDict):
             (value,) = value.values()
@@ -384,7 +384,7 @@ def peft_side(case: Case) -> tuple[torch.nn.Module, torch.nn.Linear, Tensors]:
         elif isinstance(value, dict):
             tensors |= {f"{name}.{part}": leaf.numpy() for part, leaf in value.items()}
         for part in ("vector_a", "vector_b"):
-            if isinstance(vector := getattr(held["default"], part, None), torch.nn.Parameter):
+            if isinstance(vector := getattr(store["default"], part, None), torch.nn.Parameter):
                 torch.nn.init.normal_(vector, mean=1.0, std=0.3)
                 tensors[part] = vector.detach().numpy().copy()
         if isinstance(value, torch.nn.Parameter) and value.requires_grad:
@@ -425,8 +425,8 @@ def test_same_outputs_and_merged_weight_as_peft(case: Case):
     ours = jax.jit(sx.linear)(jnp.asarray(x), jnp.asarray(weight), node)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
     with jax.default_matmul_precision("highest"):
-        whole = node.method.merge(jnp.asarray(weight), node)
-    np.testing.assert_allclose(whole, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
+        dense = node.method.merge(jnp.asarray(weight), node)
+    np.testing.assert_allclose(dense, merged, rtol=0, atol=1e-5 * np.abs(merged).max())
 
 
 DROPPED = [
@@ -514,8 +514,8 @@ def test_the_gradient_of_a_rotation_that_is_scaled_down_is_that_of_peft():
 def test_blocks_that_do_not_divide_are_adjusted_as_in_peft():
     adjusted = OFTLayer.adjust_oft_parameters
     for size in (*range(2, 60), 96, 210):
-        for wanted in range(1, size + 3):
-            assert nearest_divisor(size, wanted) == adjusted(None, size, wanted), (size, wanted)
+        for divisor in range(1, size + 3):
+            assert nearest_divisor(size, divisor) == adjusted(None, size, divisor), (size, divisor)
 
 
 def test_blocks_that_no_size_of_peft_gives_are_refused(pair, tmp_path):
@@ -540,9 +540,9 @@ def test_kernels_of_every_size_share_one_random_projection():
         (sx.RandLoRA(rank=4), ("p_in", "q_out"), ("p_out", "q_in")),
     ]:
         _, adapters = sx.attach(jax.random.key(0), params, [(".*", method)])
-        one, other = nodes(adapters)["small/kernel"].frozen, nodes(adapters)["large/kernel"].frozen
+        first, second = nodes(adapters)["small/kernel"].frozen, nodes(adapters)["large/kernel"].frozen
         for mine, yours in zip(small, large, strict=True):
-            a, b = np.asarray(one[mine]), np.asarray(other[yours])
+            a, b = np.asarray(first[mine]), np.asarray(second[yours])
             np.testing.assert_array_equal(a, b[tuple(slice(size) for size in a.shape)])
 
 
@@ -551,10 +551,10 @@ def test_kernels_of_every_size_share_one_random_projection():
 def test_places_are_those_that_torch_draws(seed, shape):
     """A file of PEFT's has the seed and not the places."""
     fan_in, fan_out = shape
-    drawn = torch.randperm(fan_in * fan_out, generator=torch.Generator().manual_seed(seed)).numpy()
-    for count in {1, min(40, drawn.size), drawn.size}:
+    places = torch.randperm(fan_in * fan_out, generator=torch.Generator().manual_seed(seed)).numpy()
+    for count in {1, min(40, places.size), places.size}:
         columns, rows = seeded_places(seed, count, shape)
-        np.testing.assert_array_equal(columns * fan_in + rows, drawn[:count])
+        np.testing.assert_array_equal(columns * fan_in + rows, places[:count])
 
 
 def test_a_long_weight_is_refused():

@@ -65,7 +65,7 @@ def test_every_kind_with_a_pattern_is_here():
 def test_patterns_are_those_that_peft_honours(kind, field, pair):
     """A pattern that changes nothing in the model that PEFT makes is none of the row's."""
 
-    def made(**fields):
+    def outcome(**fields):
         torch.manual_seed(0)
         config = class_of(kind)(target_modules=["q_proj"], **PATTERNED[kind], **fields)
         model = peft.get_peft_model(copy.deepcopy(pair.torch), config)
@@ -73,7 +73,7 @@ def test_patterns_are_those_that_peft_honours(kind, field, pair):
         shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
         return shapes, getattr(layer, "scaling", None)
 
-    honoured = made() != made(**{field: {"q_proj": EXCEPTIONS[field]}})
+    honoured = outcome() != outcome(**{field: {"q_proj": EXCEPTIONS[field]}})
     rows = [row for row in TABLE if row.peft_type == kind]
     assert all((field in row.patterns.values()) == honoured for row in rows)
 
@@ -125,7 +125,7 @@ def test_blocks_by_the_keys_that_peft_matches(key, pair, tmp_path):
     np.testing.assert_allclose(logits(pair.ours, *load_peft(tmp_path, pair.ours)), torch_logits(theirs), **CLOSE)
 
 
-def adalora(pair, directory, kept, **fields):
+def adalora(pair, directory, allocation, **fields):
     """PEFT's AdaLoRA with ranks allocated by hand, as `{module: flags}`, saved and loaded again."""
     config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TWO, **fields)
     theirs = with_peft(pair, config)
@@ -133,7 +133,7 @@ def adalora(pair, directory, kept, **fields):
         if "lora_E" in name:
             parameter.data *= 20.0
     theirs.peft_config["default"].rank_pattern = {
-        f"model.layers.{module}.lora_E.default": [flag == "1" for flag in flags] for module, flags in kept.items()
+        f"model.layers.{module}.lora_E.default": [flag == "1" for flag in flags] for module, flags in allocation.items()
     }
     theirs.save_pretrained(directory)
     return peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), directory).eval()
@@ -156,26 +156,26 @@ def test_allocated_ranks(kind, alpha, pair, tmp_path):
     assert np.abs(expected - torch_logits(pair.torch)).max() > 0.01
     params, adapters = load_peft(tmp_path / "theirs", pair.ours)
     np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **CLOSE)
-    done = save_peft(tmp_path / "ours", pair.ours, params, adapters)
-    assert done.peft_type == "ADALORA" and done.errors == {}
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), tmp_path / "ours").eval()
-    np.testing.assert_allclose(torch_logits(again), expected, **CLOSE)
+    report = save_peft(tmp_path / "ours", pair.ours, params, adapters)
+    assert report.peft_type == "ADALORA" and report.errors == {}
+    second = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), tmp_path / "ours").eval()
+    np.testing.assert_allclose(torch_logits(second), expected, **CLOSE)
     np.testing.assert_allclose(logits(pair.ours, *load_peft(tmp_path / "ours", pair.ours)), expected, **CLOSE)
 
 
 @allocating
 def test_an_adapter_without_any_rank(pair, tmp_path):
-    kept = {f"{i}.{name}": "0000" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")}
-    expected = torch_logits(adalora(pair, tmp_path, kept))
+    allocation = {f"{i}.{name}": "0000" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")}
+    expected = torch_logits(adalora(pair, tmp_path, allocation))
     params, adapters = load_peft(tmp_path, pair.ours)
     assert nodes(adapters) == {}
     np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **CLOSE)
 
 
 @allocating
-@pytest.mark.parametrize("kept", [{}, ALLOCATED["ragged"]], ids=["all", "ragged"])
-def test_an_alpha_of_zero_is_the_rank(kept, pair, tmp_path):
-    expected = torch_logits(adalora(pair, tmp_path, kept, lora_alpha=0))
+@pytest.mark.parametrize("allocation", [{}, ALLOCATED["ragged"]], ids=["all", "ragged"])
+def test_an_alpha_of_zero_is_the_rank(allocation, pair, tmp_path):
+    expected = torch_logits(adalora(pair, tmp_path, allocation, lora_alpha=0))
     params, adapters = load_peft(tmp_path, pair.ours)
     np.testing.assert_allclose(logits(pair.ours, params, adapters), expected, **CLOSE)
 
@@ -233,14 +233,14 @@ def test_flags_that_are_none(case, pair, tmp_path):
 def test_fields_of_another_type(row, pair, tmp_path):
     """Switches and numbers that are neither are refused by name, before anything is made of them."""
     save_file({"weight": np.zeros(1, np.float32)}, tmp_path / TENSORS)
-    known = {field: values[0] for field, values in row.known_by.items()}
+    identity = {field: values[0] for field, values in row.known_by.items()}
     for name, default in row.defaults.items():
         if default is None:
             values = [[8], True]
         else:
             values = ["8", "false", None, [8], *([0, 1] if isinstance(default, bool) else [True])]
         for value in values:
-            config = {"peft_type": row.peft_type, "target_modules": ["q_proj"], **known, name: value}
+            config = {"peft_type": row.peft_type, "target_modules": ["q_proj"], **identity, name: value}
             (tmp_path / CONFIG).write_text(json.dumps(config))
             with pytest.raises(sx.SboraxError, match=f"{name} must be"):
                 load_peft(tmp_path, pair.ours)

@@ -147,8 +147,8 @@ OTHER_MODELS = {
 def test_beside_adapters_of_joint_projections_and_of_experts(kind, tmp_path):
     sizes, targets = OTHER_MODELS[kind]
     fields = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, **sizes}
-    made = make(kind, tmp_path / "model", **fields)
-    pair = Pair(made, load_model(tmp_path / "model"), tmp_path / "model")
+    reference = make(kind, tmp_path / "model", **fields)
+    pair = Pair(reference, load_model(tmp_path / "model"), tmp_path / "model")
     theirs = with_peft(pair, peft.LoraConfig(r=3, **targets, trainable_token_indices=ROWS))
     theirs.save_pretrained(tmp_path / "theirs")
     expected = torch_logits(theirs)

@@ -48,8 +48,8 @@ def both_ways(pair, config, folder):
 @pytest.mark.parametrize("kind", [peft.LoraConfig, peft.MissConfig])
 def test_embeddings_and_heads_of_their_own(kind, names, untied, tmp_path):
     params, _ = both_ways(untied, kind(r=4, target_modules=TWO, modules_to_save=names), tmp_path)
-    moved = jax.tree.map(lambda one, other: bool((one != other).any()), params, untied.ours.params)
-    assert {name for name in ("embed_tokens", "lm_head", "norm") if all(jax.tree.leaves(moved[name]))} == set(names)
+    changes = jax.tree.map(lambda a, b: bool((a != b).any()), params, untied.ours.params)
+    assert {name for name in ("embed_tokens", "lm_head", "norm") if all(jax.tree.leaves(changes[name]))} == set(names)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -64,41 +64,41 @@ def test_trainable_counts_are_the_published_ones(model, where, method, millions)
 def test_bytes_on_each_device_of_published_models(model, devices):
     """Matrices and trained leaves are cut into as many parts, norms are on every device."""
     config = config_of(model)
-    whole = outline(run(model, ((ALL, sx.LoRA(rank=16)),)), config)
+    step = outline(run(model, ((ALL, sx.LoRA(rank=16)),)), config)
     assert parameters(abstract(config)) == PARAMETERS[model]
-    held = argument_bytes(on_mesh(whole, abstract_mesh({"fsdp": devices})))
+    sizes = argument_bytes(on_mesh(step, abstract_mesh({"fsdp": devices})))
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    assert held["base"] == 2 * ((PARAMETERS[model] - norms) // devices + norms)
+    assert sizes["base"] == 2 * ((PARAMETERS[model] - norms) // devices + norms)
     assert (
-        held["trained"] == 4 * whole.parts.count // devices
-        and 2 * held["trained"] < held["optimizer"] < 2 * held["trained"] + 100
+        sizes["trained"] == 4 * step.parts.count // devices
+        and 2 * sizes["trained"] < sizes["optimizer"] < 2 * sizes["trained"] + 100
     )
-    assert held["batch"] == 256 // devices * 512 * 13
+    assert sizes["batch"] == 256 // devices * 512 * 13
     if devices == 64:
-        tensor = argument_bytes(on_mesh(whole, abstract_mesh({"fsdp": 8, "tensor": 8})))
-        assert (tensor["base"], tensor["trained"]) == (held["base"], held["trained"])
+        tensor = argument_bytes(on_mesh(step, abstract_mesh({"fsdp": 8, "tensor": 8})))
+        assert (tensor["base"], tensor["trained"]) == (sizes["base"], sizes["trained"])
 
 
 @pytest.mark.parametrize("devices", [1, 8, 64, 256])
 def test_bytes_of_a_quantised_model(devices):
     """Half a byte a parameter, one for every 64, and nested scales (a 4096th) on every device."""
     config = config_of("LLaMA-2-7B")
-    whole = outline(run("x", ((ALL, sx.LoRA(rank=16)),), quant="nf4"), config)
-    held = argument_bytes(on_mesh(whole, abstract_mesh({"fsdp": devices})))
+    step = outline(run("x", ((ALL, sx.LoRA(rank=16)),), quant="nf4"), config)
+    sizes = argument_bytes(on_mesh(step, abstract_mesh({"fsdp": devices})))
     tables = 2 * 32000 * 4096
     norms = 65 * 4096
     kernels = PARAMETERS["LLaMA-2-7B"] - tables - norms
     shared = 4 * (kernels // 2**14 + 7 * 32)
-    assert held["base"] == kernels * 33 // 64 // devices + shared + 2 * (tables // devices + norms)
+    assert sizes["base"] == kernels * 33 // 64 // devices + shared + 2 * (tables // devices + norms)
 
 
 def lying(tree):
     """Bytes that arrays take on the fullest of the devices."""
-    taken = dict.fromkeys(jax.devices(), 0)
+    sizes = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
-            taken[shard.device] += shard.data.nbytes
-    return max(taken.values())
+            sizes[shard.device] += shard.data.nbytes
+    return max(sizes.values())
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
@@ -150,7 +150,7 @@ def seven(tmp_path):
     return tmp_path
 
 
-def told(capsys, *words):
+def output_of(capsys, *words):
     assert main(["plan", *map(str, words)]) == 0
     return " ".join(capsys.readouterr().out.split())
 
@@ -158,18 +158,18 @@ def told(capsys, *words):
 def test_a_config_is_planned_for_a_mesh_that_is_not_here(seven, capsys):
     rules = "rules=[['self_attn|mlp', {'type': 'Bone', 'rank': 64}]]"
     words = ["--mesh", "fsdp=64,tensor=4", "precision=bfloat16", rules, "--length", "2048"]
-    said = told(capsys, seven / "config.json", *words)
-    assert "trainable: 87,031,808 parameters" in said
-    assert "bytes on each of 256 devices (fsdp 64 x tensor 4), a step of 64 x 2048 tokens:" in said
+    output = output_of(capsys, seven / "config.json", *words)
+    assert "trainable: 87,031,808 parameters" in output
+    assert "bytes on each of 256 devices (fsdp 64 x tensor 4), a step of 64 x 2048 tokens:" in output
     config = load_config(seven)
     rules = ((ALL, sx.Bone(rank=64)),)
     experiment = sx.Experiment("x", sx.Data("x"), rules, steps=1, precision="bfloat16", batch_size=64)
-    one = on_mesh(outline(experiment, config, 2048), abstract_mesh({"fsdp": 64, "tensor": 4}))
-    held = argument_bytes(one)
-    assert f"base {held['base']:,} trained {held['trained']:,}" in said
-    assert f"arguments {sum(held.values()):,} temporaries {temporary_bytes(one):,}" in said
-    assert "temporaries by a formula" in said
-    assert told(capsys, seven, *words) == said
+    step = on_mesh(outline(experiment, config, 2048), abstract_mesh({"fsdp": 64, "tensor": 4}))
+    sizes = argument_bytes(step)
+    assert f"base {sizes['base']:,} trained {sizes['trained']:,}" in output
+    assert f"arguments {sum(sizes.values()):,} temporaries {temporary_bytes(step):,}" in output
+    assert "temporaries by a formula" in output
+    assert output_of(capsys, seven, *words) == output
 
 
 def test_plans_that_cannot_be(seven, capsys, monkeypatch):
@@ -180,5 +180,5 @@ def test_plans_that_cannot_be(seven, capsys, monkeypatch):
         (["--topology", "v5e:16x16"], "pip install 'sborax[topology]'"),
     ):
         assert main(["plan", str(seven), *words]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and message in said and said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -36,7 +36,7 @@ def an_experiment(rules, procedure, **changes):
     return sx.Experiment("x", sx.Data("x", max_length=8), rules, steps=7, procedure=procedure, **changes)
 
 
-def held(tree):
+def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -67,13 +67,13 @@ def test_planned_bytes_are_those_of_a_run(name, precision, quant):
     prepared = prepare(experiment, LanguageModel(planned.model.module, params, SMALL, None), 7)
     parts = prepared.adapt(params)
     state = prepared.start(parts)
-    said = argument_bytes(planned)
-    del said["batch"]
-    assert said == {
-        "base": held(parts.base),
-        "trained": held(state.train),
-        "indices, scales": held(parts.frozen),
-        "optimizer": held((state.opt, state.step)),
+    sizes = argument_bytes(planned)
+    del sizes["batch"]
+    assert sizes == {
+        "base": nbytes(parts.base),
+        "trained": nbytes(state.train),
+        "indices, scales": nbytes(parts.frozen),
+        "optimizer": nbytes((state.opt, state.step)),
     }
 
 
@@ -106,26 +106,29 @@ def test_a_plan_refuses_what_training_refuses_and_what_it_takes_can_be_done(numb
     active = prepare(experiment, LanguageModel(bare.model.module, abstract(SMALL), SMALL, None), 7).procedure
     assert active is not None
     parts, problem = refusal(lambda: jax.eval_shape(active.start, bare.parts))
-    planned, said = refusal(lambda: outline(experiment, SMALL))
-    assert said == problem and (said is None or said.startswith(type(procedure).__name__))
+    planned, message = refusal(lambda: outline(experiment, SMALL))
+    assert message == problem and (message is None or message.startswith(type(procedure).__name__))
     if planned is None:
         return
     assert jax.tree.structure(planned.parts) == jax.tree.structure(parts)
-    state, own = planned.state, planned.parts
+    state, plan_parts = planned.state, planned.parts
     paths = {site.path: jnp.zeros((*site.stack, site.shape[0])) for site in planned.plan.sites}
 
-    def after_a_step(state, own, norms):
+    def after_a_step(state, plan_parts, norms):
         """What is due after a step, without the model's part in it."""
-        watch, where = active.watch(), {"frozen": own.frozen, "base": own.base, "norms": norms, "base_grads": own.base}
+        watch, where = (
+            active.watch(),
+            {"frozen": plan_parts.frozen, "base": plan_parts.base, "norms": norms, "base_grads": plan_parts.base},
+        )
         _, opt = watch.update(state.train, watch.init(state.train), state.train, **where)
-        whole = Boundary(combine(state.train["adapters"], own.frozen), own.base, opt)
-        return procedure.settle(procedure.apply(jax.random.key(0), 4, active.run, whole))
+        boundary = Boundary(combine(state.train["adapters"], plan_parts.frozen), plan_parts.base, opt)
+        return procedure.settle(procedure.apply(jax.random.key(0), 4, active.run, boundary))
 
-    after = jax.eval_shape(after_a_step, state, own, paths)
-    before = combine(state.train["adapters"], own.frozen)
-    assert jax.tree.structure(after.adapters) == jax.tree.structure(before)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (after.adapters, after.base)) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), (before, own.base)
+    final = jax.eval_shape(after_a_step, state, plan_parts, paths)
+    initial = combine(state.train["adapters"], plan_parts.frozen)
+    assert jax.tree.structure(final.adapters) == jax.tree.structure(initial)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (final.adapters, final.base)) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), (initial, plan_parts.base)
     )
 
 
@@ -169,12 +172,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_a_plan_refuses(what):
-    procedure, rules, problem = REFUSED[what]
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_plan_refuses(name):
+    procedure, rules, problem = REFUSED[name]
     config = dataclasses.replace(SMALL, tie_word_embeddings=False)
-    said = refusal(lambda: outline(an_experiment(rules, procedure), config))[1]
-    assert said is not None and said.startswith(type(procedure).__name__) and problem in said
+    message = refusal(lambda: outline(an_experiment(rules, procedure), config))[1]
+    assert message is not None and message.startswith(type(procedure).__name__) and problem in message
 
 
 def test_a_budget_counts_the_ranks_that_are_in_use():
@@ -192,9 +195,9 @@ def test_a_run_in_epochs_is_planned_without_its_data():
     assert outline(epochs, SMALL).parts.count == 2 * 7 * 4 * (192 + 192 + 1)
 
 
-@pytest.mark.parametrize("what", ["a start that rewrites", "some projections", "frozen factors"])
-def test_plan_and_train_refuse_with_the_same_line(what, tmp_path, capsys):
-    procedure, rules, problem = REFUSED[what]
+@pytest.mark.parametrize("name", ["a start that rewrites", "some projections", "frozen factors"])
+def test_plan_and_train_refuse_with_the_same_line(name, tmp_path, capsys):
+    procedure, rules, problem = REFUSED[name]
     data = sx.Data(
         str(write_data(tmp_path / "data.jsonl")), template="{instruction}", answer=" {output}", max_length=32
     )

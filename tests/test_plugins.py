@@ -89,7 +89,7 @@ def experiment():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def workshop(tmp_path_factory) -> Path:
     """A folder with a model and data."""
     folder = tmp_path_factory.mktemp("made")
     write_model(folder / "model")
@@ -98,9 +98,11 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def written(made: Path, folder: Path, name: str, imports: str, method: str) -> Path:
+def write_source(workshop: Path, folder: Path, name: str, imports: str, method: str) -> Path:
     file = folder / name
-    text = EXPERIMENT.format(imports=imports, model=str(made / "model"), data=str(made / "data.jsonl"), method=method)
+    text = EXPERIMENT.format(
+        imports=imports, model=str(workshop / "model"), data=str(workshop / "data.jsonl"), method=method
+    )
     file.write_text(text)
     return file
 
@@ -119,25 +121,25 @@ def prints(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-def test_a_class_with_the_name_of_a_builtin_one_stays_itself(made, tmp_path, capsys):
-    source = written(made, tmp_path, "clashing_bone.py", CLASHING, "Bone(rank=4)")
+def test_a_class_with_the_name_of_a_builtin_one_stays_itself(workshop, tmp_path, capsys):
+    source = write_source(workshop, tmp_path, "clashing_bone.py", CLASHING, "Bone(rank=4)")
     prints(capsys, "train", source, "--out", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["rules"][0]["method"]["type"] == "clashing_bone:Bone"
     for place in ("adapter", "best"):
         plan = json.loads((tmp_path / "run" / place / "plan.json").read_text())
         assert plan["sites"][0]["method"]["type"] == plan["rules"][0]["method"]["type"] == "clashing_bone:Bone"
-    loaded = sx.load_experiment(str(tmp_path / "run"))
-    assert type(loaded.rules[0].method) is not Bone
-    assert type(loaded.rules[0].method).__module__.endswith("clashing_bone")
+    experiment = sx.load_experiment(str(tmp_path / "run"))
+    assert type(experiment.rules[0].method) is not Bone
+    assert type(experiment.rules[0].method).__module__.endswith("clashing_bone")
 
 
 def test_a_builtin_name_alone_is_ours_whatever_is_imported(tmp_path):
     (tmp_path / "made_bone.py").write_text(CLASHING)
-    other = vars(sys.modules[import_source(str(tmp_path / "made_bone.py"))])["Bone"]
+    namesake = vars(sys.modules[import_source(str(tmp_path / "made_bone.py"))])["Bone"]
     assert type(decode(AbstractMethod, {"type": "Bone"})) is Bone
-    assert type(decode(AbstractMethod, encode(other(rank=3)))) is other
-    assert decode(AbstractMethod, encode(other(rank=3))) != Bone(rank=3)
+    assert type(decode(AbstractMethod, encode(namesake(rank=3)))) is namesake
+    assert decode(AbstractMethod, encode(namesake(rank=3))) != Bone(rank=3)
     assert encode(Bone())["type"] == "Bone"
 
 
@@ -158,10 +160,12 @@ def test_a_class_that_is_not_imported_is_one_line_that_says_what_to_import():
     assert "\n" not in str(caught.value)
 
 
-def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, monkeypatch):
+def test_a_method_in_a_file_goes_through_every_command(workshop, tmp_path, capsys, monkeypatch):
     file, run = tmp_path / "made_projection.py", tmp_path / "run"
     file.write_text(PROJECTED)
-    source = written(made, tmp_path, "of_made_projection.py", "from made_projection import Projected\n", "Projected(4)")
+    source = write_source(
+        workshop, tmp_path, "of_made_projection.py", "from made_projection import Projected\n", "Projected(4)"
+    )
     with_file = ["--import", file]
     prints(capsys, "train", source, "--out", run, "steps=1", *with_file)
     monkeypatch.delitem(sys.modules, "made_projection")
@@ -176,7 +180,7 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
     assert config["imports"] == [str(file)]
     prints(capsys, "generate", run, "--prompt", "1 plus 1?", "--max-new-tokens", "2", *with_file)
     prints(capsys, "generate", run / "best", "--prompt", "1 plus 1?", "--max-new-tokens", "2", *with_file)
-    words = ["--tasks", "wikitext2_128", "--limit", "1", "--data", f"wikitext2_128={made / 'text.txt'}"]
+    words = ["--tasks", "wikitext2_128", "--limit", "1", "--data", f"wikitext2_128={workshop / 'text.txt'}"]
     prints(capsys, "eval", run, *words, "--out", tmp_path / "scores", *with_file)
     prints(capsys, "merge", run, tmp_path / "dense", *with_file)
     assert prints(capsys, "methods", "made_projection:projected", *with_file).startswith("made_projection:Projected")
@@ -187,8 +191,8 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
     line = fails(capsys, "export", run, tmp_path / "peft", *with_file)
     assert line.endswith("is not an empty directory; choose another OUT_DIR, or --overwrite an earlier export")
     assert "exact" in prints(capsys, "export", run, tmp_path / "peft", "--overwrite", *with_file)
-    after = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
-    assert after == peft | {"notes.txt": b"mine"}
+    final = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+    assert final == peft | {"notes.txt": b"mine"}
     assert "Projected(rank=4)" in prints(capsys, "plan", run, *with_file)
     changed = prints(capsys, "plan", run, "rules.0.method=made_projection:Projected", *with_file)
     assert "Projected(rank=8)" in changed
@@ -200,18 +204,20 @@ def test_a_method_in_a_file_goes_through_every_command(made, tmp_path, capsys, m
 
 
 @pytest.mark.nightly
-def test_a_run_of_a_method_in_a_file_is_cut_smaller(made, tmp_path, capsys, monkeypatch):
+def test_a_run_of_a_method_in_a_file_is_cut_smaller(workshop, tmp_path, capsys, monkeypatch):
     file, run, small = tmp_path / "made_pruned.py", tmp_path / "run", tmp_path / "small"
     file.write_text(PROJECTED)
-    source = written(made, tmp_path, "of_made_pruned.py", "from made_pruned import Projected\n", "Projected(4)")
+    source = write_source(
+        workshop, tmp_path, "of_made_pruned.py", "from made_pruned import Projected\n", "Projected(4)"
+    )
     procedure = {"type": "LoRAPrune", "metric": "magnitude", "warmup": 0, "cooldown": 0.3, "every": 1, "protect": 0}
     changes = ["rules.0.pattern=self_attn|mlp", f"procedure={json.dumps(procedure)}", "steps=4", "save.best=false"]
     prints(capsys, "train", source, "--out", run, *changes, "--import", file)
     monkeypatch.delitem(sys.modules, "made_pruned")
     assert fails(capsys, "slim", run, small).endswith(f"if you trust that code, add --import {file}")
     assert "made_pruned" not in sys.modules and not small.exists()
-    told = prints(capsys, "slim", run, small, "--import", file)
-    masked, cut = (re.search(rf"{words}: [\d.]+ \(loss ([\d.]+)\)", told)[1] for words in ("masked", "cut out"))
+    output = prints(capsys, "slim", run, small, "--import", file)
+    masked, cut = (re.search(rf"{words}: [\d.]+ \(loss ([\d.]+)\)", output)[1] for words in ("masked", "cut out"))
     assert float(cut) == pytest.approx(float(masked), abs=2e-4)
     assert "- projected\n- pruned\n" in (small / "README.md").read_text()
     # A smaller model needs the method no more.
@@ -318,19 +324,19 @@ class Newer(Family):
 """
 
 
-def test_optimisers_procedures_templates_tasks_and_families(made, tmp_path, capsys):
+def test_optimisers_procedures_templates_tasks_and_families(workshop, tmp_path, capsys):
     file, run, model = tmp_path / "made_others.py", tmp_path / "run", tmp_path / "model"
     file.write_text(OTHERS)
-    shutil.copytree(made / "model", model)
+    shutil.copytree(workshop / "model", model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "newer"}))
-    source = written(made, tmp_path, "of_made_others.py", "", "sx.LoRA(4)")
+    source = write_source(workshop, tmp_path, "of_made_others.py", "", "sx.LoRA(4)")
     procedure = '{"type": "made_others:Patient", "every": 1}'
     changes = [f"model={model}", 'optimizer={"type": "heavy", "momentum": 0.5}', f"procedure={procedure}"]
     changes += ["data.template=Asked", "eval.data=null", "eval.every=null", "save.best=false", "eval.tasks=['lengths']"]
     assert "model_type 'newer' is not supported" in fails(capsys, "plan", model)
-    told = prints(capsys, "train", source, "--out", run, *changes, "--import", file)
-    assert "lengths: length 3.0000" in told
+    output = prints(capsys, "train", source, "--out", run, *changes, "--import", file)
+    assert "lengths: length 3.0000" in output
     raw = json.loads((run / "config.json").read_text())
     assert raw["optimizer"] == {"type": "made_others:Heavy", "lr": 1e-2, "momentum": 0.5}
     assert raw["procedure"]["type"] == "made_others:Patient" and raw["imports"] == [str(file)]
@@ -344,7 +350,7 @@ def test_optimisers_procedures_templates_tasks_and_families(made, tmp_path, caps
     assert "2 members" in prints(capsys, "sweep", run, *grid, "--import", file)
 
 
-def test_an_export_is_not_overwritten(made, tmp_path, capsys):
+def test_an_export_is_not_overwritten(workshop, tmp_path, capsys):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "notes.txt").write_text("mine")
     assert "not an empty directory" in fails(capsys, "export", tmp_path, tmp_path / "peft")

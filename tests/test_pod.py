@@ -60,10 +60,10 @@ def step_of(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_seven_billion_compiles_for_sixteen_chips(name):
     laid_out, program = step_of(name)
-    memory, sent, held = program.memory_analysis(), collective_bytes(program.as_text()), argument_bytes(laid_out)
-    print(f"{name}: {held}, temporaries {memory.temp_size_in_bytes:,}, sent {sent}")
+    memory, sent, sizes = program.memory_analysis(), collective_bytes(program.as_text()), argument_bytes(laid_out)
+    print(f"{name}: {sizes}, temporaries {memory.temp_size_in_bytes:,}, sent {sent}")
     # The compiler may pad: small arrays are whole tiles.
-    assert sum(held.values()) <= memory.argument_size_in_bytes < 1.01 * sum(held.values())
+    assert sum(sizes.values()) <= memory.argument_size_in_bytes < 1.01 * sum(sizes.values())
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16 * GIB, "a v5e chip has 16 GiB"
 
 
@@ -83,8 +83,8 @@ def test_a_step_computes_and_sends_near_the_least(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_chip_holds_its_share_of_what_is_trained(name):
     laid_out, _ = step_of(name)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((laid_out.state.train, laid_out.state.opt)))
-    assert device_bytes((laid_out.state.train, laid_out.state.opt)) <= 1.3 * whole / 16
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((laid_out.state.train, laid_out.state.opt)))
+    assert device_bytes((laid_out.state.train, laid_out.state.opt)) <= 1.3 * total / 16
 
 
 def test_a_four_bit_base_is_sent_in_four_bits():
@@ -112,9 +112,9 @@ def test_the_chosen_mesh_gathers_over_a_torus_of_three_dimensions():
     def sent(sizes):
         return collective_bytes(compiled(on_mesh(step, pod_mesh(topology, sizes))).as_text())
 
-    chosen = best_mesh(step, torus_of(topology), chip_of(topology))
-    assert chosen == {"data": 4, "fsdp": 16, "tensor": 1}
-    gathers, sums = sent(chosen), sent({"fsdp": 64})
+    mesh = best_mesh(step, torus_of(topology), chip_of(topology))
+    assert mesh == {"data": 4, "fsdp": 16, "tensor": 1}
+    gathers, sums = sent(mesh), sent({"fsdp": 64})
     print(f"kernels {kernels:,}, gathered {gathers}, summed {sums}")
     # Forward and backward.
     assert gathers["all-gather"] > 1.8 * kernels > 10 * gathers["all-reduce"]
@@ -134,7 +134,7 @@ def test_rows_of_experts_are_multiplied_once():
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere,) * 4, out_specs=(everywhere,) * 3, check_vma=False)
     shapes = [((rows, fan_in), jnp.bfloat16), ((experts, fan_in, fan_out), jnp.bfloat16), ((experts,), jnp.int32)]
     shapes.append(((rows, fan_out), jnp.bfloat16))
-    arguments = [jax.ShapeDtypeStruct(*each, sharding=NamedSharding(mesh, everywhere)) for each in shapes]
+    arguments = [jax.ShapeDtypeStruct(*spec, sharding=NamedSharding(mesh, everywhere)) for spec in shapes]
     flops = jax.jit(mapped).lower(*arguments).compile().cost_analysis()["flops"]
     assert 1.0 <= flops / (3 * 2 * rows * fan_in * fan_out) < 1.1
 

@@ -273,8 +273,8 @@ ENTRY %main (p: bf16[1,8], x: bf16[4,8], w: bf16[8,8]) -> bf16[4,8] {
 
 def test_a_gather_of_another_core_is_beside_the_products_behind_its_operand():
     product, size = "%y = bf16[4,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 4 * 8
-    for before, beside, overlapped in ((product, "", 0), ("", product, size)):
-        text = OFFLOADED.replace("BEFORE", before).replace("BESIDE", beside)
+    for head, body, overlapped in ((product, "", 0), ("", product, size)):
+        text = OFFLOADED.replace("BEFORE", head).replace("BESIDE", body)
         assert (hlo.collective_bytes(text), hlo.overlapped_bytes(text)) == (
             {"all-gather": size},
             {"all-gather": overlapped},
@@ -286,5 +286,5 @@ def test_the_largest_time_bounds_a_step():
     times = roofline(CHIPS["v5e"], 197 * 10**12, 2 * 819 * 10**9, 50 * 10**9)
     assert times == Roofline(1.0, 2.0, 0.25) and (times.seconds, times.bound) == (2.0, "memory")
     # Forward, 2 products over half of all pairs, 2 FLOPs for each multiply-add.
-    twice, once = (attention_flops(3, 64, 5, 128, again) for again in (True, False))
-    assert twice - once == 3 * 5 * 2 * 2 * (128 * 128 / 2) * 64
+    recomputation, single = (attention_flops(3, 64, 5, 128, recompute) for recompute in (True, False))
+    assert recomputation - single == 3 * 5 * 2 * 2 * (128 * 128 / 2) * 64

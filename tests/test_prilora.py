@@ -70,7 +70,7 @@ def test_layers_get_their_own_rank_and_scale_stacked_and_flat():
     np.testing.assert_allclose(node.frozen["scale"], [6.0, 3.0, 2.0])
     flat = {"layers": {str(i): {"proj": {"kernel": WEIGHT[i]}} for i in range(LAYERS)}}
     _, apart = sx.attach(jax.random.key(0), flat, [("proj", method)])
-    assert [one.method.rank for one in nodes(apart).values()] == [2, 4, 6]
+    assert [layer.method.rank for layer in nodes(apart).values()] == [2, 4, 6]
     assert sx.count(apart) == sx.count({"k": node}) == 12 * (IN + OUT)
     constant = nodes(attached(dataclasses.replace(method, scale_mode="constant")))[PATH]
     np.testing.assert_allclose(constant.frozen["scale"], [12.0] * 3)
@@ -79,12 +79,12 @@ def test_layers_get_their_own_rank_and_scale_stacked_and_flat():
 def test_equal_ranks_and_no_pruning_are_lora():
     method = sx.PRILoRA(rank=4, alpha=8.0)
     ours, lora = attached(method), attached(sx.LoRA(rank=4, alpha=8.0))
-    left, right = nodes(ours)[PATH], nodes(lora)[PATH]
-    chex.assert_trees_all_equal(left.train, right.train)
-    chex.assert_trees_all_equal(left.frozen["scale"], right.frozen["scale"])
+    node, lora_node = nodes(ours)[PATH], nodes(lora)[PATH]
+    chex.assert_trees_all_equal(node.train, lora_node.train)
+    chex.assert_trees_all_equal(node.frozen["scale"], lora_node.frozen["scale"])
     plan, norms = sx.plan(PARAMS, [("proj", method)]), {PATH: jnp.ones((LAYERS, IN))}
-    after, _ = after_steps(plan, ours, PRILoRAPruning(fraction=0.0), norms, [40])
-    chex.assert_trees_all_equal(nodes(after)[PATH].train, left.train)
+    final, _ = after_steps(plan, ours, PRILoRAPruning(fraction=0.0), norms, [40])
+    chex.assert_trees_all_equal(nodes(final)[PATH].train, node.train)
 
 
 def norms_of(model, params, adapters, tokens, segments):
@@ -125,23 +125,23 @@ def test_the_least_important_fraction_goes(group, fraction):
 def test_pruning_is_due_every_so_often_and_exact_on_a_ragged_stack(group):
     method = sx.PRILoRA(rank=sx.LinearRanks(2, 6))
     plan, adapters = sx.plan(PARAMS, [("proj", method)]), attached(method)
-    before = nodes(adapters)[PATH]
+    initial = nodes(adapters)[PATH]
     pruning = PRILoRAPruning(fraction=0.25, every=3, group=group)
     norms = jnp.exp(jax.random.normal(jax.random.key(4), (LAYERS, IN)))
     for number in (1, 2, 4):
         node = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [number])[0])[PATH]
-        chex.assert_trees_all_equal(node.train, before.train)
+        chex.assert_trees_all_equal(node.train, initial.train)
         np.testing.assert_allclose(node.frozen["norm"], 0.1 * norms, rtol=1e-5)
     node = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [3])[0])[PATH]
-    chex.assert_trees_all_equal(node.train["b"], before.train["b"])
+    chex.assert_trees_all_equal(node.train["b"], initial.train["b"])
     for layer, rank in enumerate((2, 4, 6)):
         a = np.asarray(node.train["a"][layer, :, :rank])
         if group == "per_rank":
             assert ((a == 0).sum(axis=0) == IN // 4).all()
         assert (a == 0).sum() == IN * rank // 4
-        np.testing.assert_array_equal(a[a != 0], np.asarray(before.train["a"])[layer, :, :rank][a != 0])
-    again = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [3, 4])[0])[PATH]
-    np.testing.assert_allclose(again.frozen["norm"], 0.19 * norms, rtol=1e-5)
+        np.testing.assert_array_equal(a[a != 0], np.asarray(initial.train["a"])[layer, :, :rank][a != 0])
+    second = nodes(after_steps(plan, adapters, pruning, {PATH: norms}, [3, 4])[0])[PATH]
+    np.testing.assert_allclose(second.frozen["norm"], 0.19 * norms, rtol=1e-5)
 
 
 def update(node, x):
@@ -150,7 +150,7 @@ def update(node, x):
 
     def loss(train):
         full = sx.combine(train, frozen)
-        apply = jax.vmap(lambda w, one: sx.linear(x, w, one))
+        apply = jax.vmap(lambda w, adapter: sx.linear(x, w, adapter))
         return jnp.mean(jnp.square(apply(WEIGHT, full) - 1.0))
 
     tx = optax.adam(1e-2)
@@ -167,22 +167,22 @@ def test_pruned_entries_grow_again_unless_masked(persistent):
     norms = {PATH: jnp.broadcast_to(feature_norms(x)[None], (LAYERS, IN))}
     node = nodes(adapters)[PATH]
     node = dataclasses.replace(node, train={**node.train, "b": jax.random.normal(jax.random.key(6), (LAYERS, 4, OUT))})
-    after, state = after_steps(plan, {"layers": {"proj": {"kernel": node}}}, PRILoRAPruning(), norms, [40])
-    pruned = nodes(after)[PATH]
-    gone = np.asarray(pruned.train["a"]) == 0
-    assert gone.sum() == LAYERS * 4 * IN // 2
+    final, state = after_steps(plan, {"layers": {"proj": {"kernel": node}}}, PRILoRAPruning(), norms, [40])
+    pruned = nodes(final)[PATH]
+    zeros = np.asarray(pruned.train["a"]) == 0
+    assert zeros.sum() == LAYERS * 4 * IN // 2
     grown = update(pruned, x)
-    one = jax.tree.map(lambda leaf: leaf[0], grown)
-    effective = np.asarray(one.method.factors(one, (IN, OUT))[0])
-    assert (effective[~gone[0]] != 0).all()
-    assert (effective[gone[0]] == 0).all() if persistent else (effective[gone[0]] != 0).all()
-    y = sx.linear(x, WEIGHT[0], one)
-    chex.assert_trees_all_close(y, x @ one.method.merge(WEIGHT[0], one), atol=2e-5 * float(jnp.abs(y).max()))
+    single = jax.tree.map(lambda leaf: leaf[0], grown)
+    effective = np.asarray(single.method.factors(single, (IN, OUT))[0])
+    assert (effective[~zeros[0]] != 0).all()
+    assert (effective[zeros[0]] == 0).all() if persistent else (effective[zeros[0]] != 0).all()
+    y = sx.linear(x, WEIGHT[0], single)
+    chex.assert_trees_all_close(y, x @ single.method.merge(WEIGHT[0], single), atol=2e-5 * float(jnp.abs(y).max()))
     if persistent:
-        np.testing.assert_array_equal(np.asarray(pruned.frozen["mask"]) == 0, gone)
-        moved = dataclasses.replace(grown, train={**grown.train, "a": grown.train["a"] + 9.0 * gone})
-        later, _ = after_steps(plan, {"layers": {"proj": {"kernel": moved}}}, PRILoRAPruning(), norms, [80], state)
-        np.testing.assert_array_equal(nodes(later)[PATH].train["a"] == 0, gone)
+        np.testing.assert_array_equal(np.asarray(pruned.frozen["mask"]) == 0, zeros)
+        tuned = dataclasses.replace(grown, train={**grown.train, "a": grown.train["a"] + 9.0 * zeros})
+        later, _ = after_steps(plan, {"layers": {"proj": {"kernel": tuned}}}, PRILoRAPruning(), norms, [80], state)
+        np.testing.assert_array_equal(nodes(later)[PATH].train["a"] == 0, zeros)
 
 
 def a_model(scan=True, remat="none"):
@@ -244,13 +244,13 @@ def test_norms_have_no_gradient_even_where_they_are_zero():
 
 
 def test_mistakes_are_told():
-    for rules, told in (
+    for rules, message in (
         ([("proj", sx.LoRA(rank=2))], "no rule gives PRILoRA"),
         ([("proj", sx.scale(sx.PRILoRA(rank=2), 0.5))], "not inside a composition"),
         ([("proj", sx.scale(sx.add(sx.LoRA(rank=2), sx.PRILoRA(rank=2)), 0.5))], "not inside a composition"),
     ):
         run = Run(sx.plan(PARAMS, rules), 90, 1)
-        with pytest.raises(sx.SboraxError, match=told):
+        with pytest.raises(sx.SboraxError, match=message):
             PRILoRAPruning().check(run, {})
     head = Run(sx.plan({"lm_head": {"kernel": WEIGHT[0]}}, [("head", sx.PRILoRA(rank=2))]), 90, 1)
     with pytest.raises(sx.SboraxError, match="those of the layers alone"):
@@ -269,17 +269,17 @@ def test_norms_of_a_models_own_inputs(scan):
     segments = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
     norms = jax.jit(lambda tokens: norms_of(model, params, adapters, tokens, segments))(tokens)
     plan = sx.plan(params, [("proj", sx.PRILoRA(rank=2))])
-    after, _ = after_steps(plan, adapters, PRILoRAPruning(beta=0.0), norms, [1])
-    chex.assert_trees_all_equal({path: node.frozen["norm"] for path, node in nodes(after).items()}, norms)
+    final, _ = after_steps(plan, adapters, PRILoRAPruning(beta=0.0), norms, [1])
+    chex.assert_trees_all_equal({path: node.frozen["norm"] for path, node in nodes(final).items()}, norms)
     # By hand: what enters the first layer's attention is the embedding, normed.
     x = np.asarray(params["embed_tokens"]["embedding"], np.float64)[np.asarray(tokens)]
     x = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5)
     want = np.sqrt(np.square(x[np.asarray(segments) > 0]).sum(axis=0))
     for name in ("q_proj", "k_proj", "v_proj"):
-        found = norms[f"layers/self_attn/{name}/kernel"][0] if scan else norms[f"layers/0/self_attn/{name}/kernel"]
-        np.testing.assert_allclose(found, want, rtol=1e-4)
-    other = norms_of(model, params, adapters, tokens.at[0, 4:].set(3), segments)
-    chex.assert_trees_all_close(other, norms, rtol=1e-5)
+        norm = norms[f"layers/self_attn/{name}/kernel"][0] if scan else norms[f"layers/0/self_attn/{name}/kernel"]
+        np.testing.assert_allclose(norm, want, rtol=1e-4)
+    second = norms_of(model, params, adapters, tokens.at[0, 4:].set(3), segments)
+    chex.assert_trees_all_close(second, norms, rtol=1e-5)
     assert len(norms) == (7 if scan else 14)
 
 
@@ -299,8 +299,8 @@ def test_pruning_goes_with_routers_of_other_kernels(tmp_path):
     train(experiment, tmp_path / "run", echo=lambda _: None)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all("balance_loss" in line for line in lines)
-    kept = nodes(read_adapter(tmp_path / "run" / "adapter").adapters)
-    pruned = [node for path, node in kept.items() if "mlp" in path]
+    trained = nodes(read_adapter(tmp_path / "run" / "adapter").adapters)
+    pruned = [node for path, node in trained.items() if "mlp" in path]
     assert len(pruned) == 3
     for node in pruned:
         assert (np.asarray(node.frozen["norm"]) > 0).any()

@@ -74,7 +74,7 @@ class Trail:
     run: Run
     boundary: Boundary
     values: list
-    kept: dict
+    segments: dict
     seams: list
 
 
@@ -94,26 +94,26 @@ def go(procedure, steps=12, rank=2, kernel=KERNEL, rules=None):
         trained, opt, value = one_step(trained, frozen, base, opt)
         trail.values.append(float(value))
         if procedure is not None and procedure.due(step, run):
-            whole = sx.combine(trained, frozen)
-            after = procedure.apply(jax.random.key(step), step, run, Boundary(whole, base, opt))
-            trail.seams.append((outputs(base, whole), outputs(after.base, after.adapters)))
-            trail.kept[step], base = whole, after.base
-            trained, frozen = sx.split(after.adapters)
+            segment = sx.combine(trained, frozen)
+            successor = procedure.apply(jax.random.key(step), step, run, Boundary(segment, base, opt))
+            trail.seams.append((outputs(base, segment), outputs(successor.base, successor.adapters)))
+            trail.segments[step], base = segment, successor.base
+            trained, frozen = sx.split(successor.adapters)
             opt = restarted(TX, opt, trained)
     trail.boundary = Boundary(sx.combine(trained, frozen), base, opt)
     return trail
 
 
 def joined(procedure, trail):
-    return procedure.joined([*trail.kept.values(), trail.boundary.adapters], trail.run)
+    return procedure.joined([*trail.segments.values(), trail.boundary.adapters], trail.run)
 
 
 @by_procedure
 def test_the_function_is_continuous_and_the_loss_falls(procedure):
     trail = go(procedure)
     assert len(trail.seams) == 12 // procedure.every - 1
-    for before, after in trail.seams:
-        np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
+    for start, end in trail.seams:
+        np.testing.assert_allclose(end, start, rtol=0, atol=5e-6)
     assert trail.values[-1] < trail.values[0]
     (node,) = nodes(trail.boundary.adapters).values()
     assert np.abs(node.train["b"]).max() > 0
@@ -124,59 +124,59 @@ def test_one_segment_is_plain_lora(procedure):
     trail, plain = go(procedure), go(None)
     assert trail.values == plain.values
     chex.assert_trees_all_equal(trail.boundary.adapters, plain.boundary.adapters)
-    assert trail.kept == {}
+    assert trail.segments == {}
 
 
-@pytest.mark.parametrize("procedure", [one for one in SEGMENTED if "ranks=(" not in str(one)], ids=str)
+@pytest.mark.parametrize("procedure", [case for case in SEGMENTED if "ranks=(" not in str(case)], ids=str)
 def test_rank_of_the_whole_change(procedure):
     rank = 1
     trail = go(procedure, rank=rank)
     merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
     change = np.asarray(merged["layers"]["p"]["kernel"] - KERNEL, np.float64)
-    segments = [*trail.kept.values(), trail.boundary.adapters]
+    segments = [*trail.segments.values(), trail.boundary.adapters]
     # Which layers each segment had: all of them, or those whose a is not zero.
-    drawn = np.stack([np.any(np.asarray(nodes(one)[PATH].train["a"]) != 0, axis=(1, 2)) for one in segments])
+    draws = np.stack([np.any(np.asarray(nodes(segment)[PATH].train["a"]) != 0, axis=(1, 2)) for segment in segments])
     expected = LAYERS if isinstance(procedure, COLA) else procedure.layers or 2
-    np.testing.assert_array_equal(drawn.sum(axis=1), expected)
+    np.testing.assert_array_equal(draws.sum(axis=1), expected)
     for layer in range(LAYERS):
         values = np.linalg.svd(change[layer], compute_uv=False)
-        most = rank * drawn[:, layer].sum()
-        assert np.all(values[most:] < 1e-5)
-        assert most == 0 or values[most - 1] > 1e-4
+        total = rank * draws[:, layer].sum()
+        assert np.all(values[total:] < 1e-5)
+        assert total == 0 or values[total - 1] > 1e-4
     if not isinstance(procedure, COLA):
-        assert len({tuple(row) for row in drawn}) > 1
+        assert len({tuple(row) for row in draws}) > 1
 
     # One plain LoRA of the summed rank on the untouched base says the same.
-    whole = joined(procedure, trail)
+    lora = joined(procedure, trail)
     np.testing.assert_allclose(
-        sx.merge(nest({PATH: KERNEL}), whole)["layers"]["p"]["kernel"],
+        sx.merge(nest({PATH: KERNEL}), lora)["layers"]["p"]["kernel"],
         merged["layers"]["p"]["kernel"],
         rtol=0,
         atol=2e-6,
     )
-    ranks = nodes(whole)[PATH].method.rank
-    wanted = np.maximum(rank * drawn.sum(axis=0), 1)
-    np.testing.assert_array_equal(np.broadcast_to(ranks, LAYERS), wanted)
+    ranks = nodes(lora)[PATH].method.rank
+    totals = np.maximum(rank * draws.sum(axis=0), 1)
+    np.testing.assert_array_equal(np.broadcast_to(ranks, LAYERS), totals)
 
 
 def test_a_rate_scales_every_merged_booster():
     procedure = XGBLoRA(every=4, layers=LAYERS, rate=0.5)
     trail = go(procedure)
-    node = nodes(trail.kept[4])[PATH]
+    node = nodes(trail.segments[4])[PATH]
     first = 0.5 * node.frozen["scale"][:, None, None] * (node.train["a"] @ node.train["b"])
-    second = nodes(trail.kept[8])[PATH]
-    both = first + 0.5 * second.frozen["scale"][:, None, None] * (second.train["a"] @ second.train["b"])
-    np.testing.assert_allclose(trail.boundary.base[PATH], KERNEL + both, rtol=0, atol=1e-6)
+    second = nodes(trail.segments[8])[PATH]
+    change = first + 0.5 * second.frozen["scale"][:, None, None] * (second.train["a"] @ second.train["b"])
+    np.testing.assert_allclose(trail.boundary.base[PATH], KERNEL + change, rtol=0, atol=1e-6)
     merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
-    same = sx.merge(nest({PATH: KERNEL}), joined(procedure, trail))
-    np.testing.assert_allclose(merged["layers"]["p"]["kernel"], same["layers"]["p"]["kernel"], rtol=0, atol=2e-6)
+    expected = sx.merge(nest({PATH: KERNEL}), joined(procedure, trail))
+    np.testing.assert_allclose(merged["layers"]["p"]["kernel"], expected["layers"]["p"]["kernel"], rtol=0, atol=2e-6)
 
 
 def test_later_links_have_their_own_ranks():
     """A link of rank r is a run of rank r: the same numbers as with leaves of that width, and exact zeros beyond it."""
     procedure = COLA(every=4, ranks=(3, 1))
     trail = go(procedure, rank=3)
-    segments = [nodes(part)[PATH] for part in (trail.kept[4], trail.kept[8], trail.boundary.adapters)]
+    segments = [nodes(part)[PATH] for part in (trail.segments[4], trail.segments[8], trail.boundary.adapters)]
     for node, rank in zip(segments, (3, 1, 1), strict=True):
         np.testing.assert_array_equal(np.any(node.train["a"] != 0, axis=1), [[True] * rank + [False] * (3 - rank)] * 4)
         np.testing.assert_array_equal(np.any(node.train["b"] != 0, axis=2), [[True] * rank + [False] * (3 - rank)] * 4)
@@ -184,7 +184,7 @@ def test_later_links_have_their_own_ranks():
     assert len({jax.tree.structure(node) for node in segments}) == 1
 
     # The second link by hand, on the base that the first one left, in leaves of width 1.
-    first = fold({PATH: KERNEL}, trail.kept[4])
+    first = fold({PATH: KERNEL}, trail.segments[4])
     plan = sx.plan(nest(first), [("p", sx.LoRA(rank=1, alpha=3.0))])
     trained, frozen = sx.split(sx.attach(jax.random.key(4), nest(first), plan)[1])
     opt = TX.init(trained)
@@ -197,10 +197,10 @@ def test_later_links_have_their_own_ranks():
     np.testing.assert_allclose(segments[1].train["b"][..., :1, :], thin.train["b"], rtol=0, atol=1e-6)
 
     # All links are one LoRA of rank 3 + 1 + 1 on the base before.
-    whole = joined(procedure, trail)
-    assert nodes(whole)[PATH].method.rank == 5
+    lora = joined(procedure, trail)
+    assert nodes(lora)[PATH].method.rank == 5
     merged = sx.merge(nest(trail.boundary.base), trail.boundary.adapters)
-    np.testing.assert_allclose(kernel_of(sx.merge(nest({PATH: KERNEL}), whole)), kernel_of(merged), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(kernel_of(sx.merge(nest({PATH: KERNEL}), lora)), kernel_of(merged), rtol=0, atol=2e-6)
     change = np.asarray(kernel_of(merged) - KERNEL, np.float64)
     assert (np.linalg.matrix_rank(change, tol=1e-5) == 5).all()
 
@@ -215,8 +215,8 @@ def test_ranks_by_layer_of_a_stack():
     rules = [sx.Rule("p", sx.LoRA(rank=2), layers=(0,)), sx.Rule("p", sx.SARA(rank=2, lam_init="ones"), layers=(2, 3))]
     procedure = COLA(every=4, ranks=(2, 1))
     trail = go(procedure, rules=rules)
-    for before, after in trail.seams:
-        np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
+    for start, end in trail.seams:
+        np.testing.assert_allclose(end, start, rtol=0, atol=5e-6)
     assert nodes(joined(procedure, trail))[PATH].method.parts[0].rank == (4, 1, 4, 4)
 
 
@@ -259,10 +259,10 @@ def test_replay_gives_the_same_bits(procedure):
     begun = procedure.start(
         jax.random.key(0), trail.run, Boundary(sx.attach(jax.random.key(3), params, trail.run.plan)[1], {PATH: KERNEL})
     )
-    again = procedure.replay(jax.random.key, 12, trail.run, begun, trail.kept.__getitem__)
-    np.testing.assert_array_equal(again.base[PATH], trail.boundary.base[PATH])
-    frozen, wanted = sx.split(again.adapters)[1], sx.split(trail.boundary.adapters)[1]
-    chex.assert_trees_all_equal(frozen, wanted)
+    second = procedure.replay(jax.random.key, 12, trail.run, begun, trail.segments.__getitem__)
+    np.testing.assert_array_equal(second.base[PATH], trail.boundary.base[PATH])
+    frozen, expected = sx.split(second.adapters)[1], sx.split(trail.boundary.adapters)[1]
+    chex.assert_trees_all_equal(frozen, expected)
     # Only what lies before the step is done again.
     early = procedure.replay(jax.random.key, procedure.every - 1, trail.run, begun, {}.__getitem__)
     np.testing.assert_array_equal(early.base[PATH], KERNEL)
@@ -292,9 +292,9 @@ def test_a_quantised_base_is_refused_unless_asked_for():
         go(COLA(every=3), kernel=kernel)
     trail = go(COLA(every=6, requantise=True), kernel=kernel)
     assert isinstance(trail.boundary.base[PATH], type(kernel))
-    ((before, after),) = trail.seams
-    size = np.abs(before - outputs({PATH: kernel}, sx.scale(trail.kept[6], 0.0))).mean()
-    assert 0 < np.abs(after - before).mean() < size
+    ((start, end),) = trail.seams
+    size = np.abs(start - outputs({PATH: kernel}, sx.scale(trail.segments[6], 0.0))).mean()
+    assert 0 < np.abs(end - start).mean() < size
 
 
 BY_LAYER = [sx.Rule("p", sx.LoRA(rank=2), layers=(0,)), sx.Rule("p", sx.SBoRA(rank=3), layers=(2, 3))]
@@ -303,25 +303,25 @@ BY_LAYER = [sx.Rule("p", sx.LoRA(rank=2), layers=(0,)), sx.Rule("p", sx.SBoRA(ra
 def test_a_chain_on_rules_for_some_layers_leaves_the_others_alone():
     procedure, quantised = COLA(every=3), COLA(every=3, requantise=True)
     trail = go(procedure, rules=BY_LAYER)
-    for before, after in trail.seams:
-        np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
-    whole = joined(procedure, trail)
+    for start, end in trail.seams:
+        np.testing.assert_allclose(end, start, rtol=0, atol=5e-6)
+    lora = joined(procedure, trail)
     np.testing.assert_allclose(
-        outputs({PATH: KERNEL}, whole), outputs(trail.boundary.base, trail.boundary.adapters), rtol=0, atol=2e-5
+        outputs({PATH: KERNEL}, lora), outputs(trail.boundary.base, trail.boundary.adapters), rtol=0, atol=2e-5
     )
-    merged = sx.merge(nest({PATH: KERNEL}), whole)
+    merged = sx.merge(nest({PATH: KERNEL}), lora)
     for base in (trail.boundary.base[PATH], kernel_of(merged)):
-        same = [np.array_equal(own, old) for own, old in zip(base, KERNEL, strict=True)]
-        assert same == [False, True, False, False]
-    held = quantise(jax.random.normal(jax.random.key(4), (LAYERS, 64, OUT)))
-    base = {PATH: held}
+        matches = [np.array_equal(new, old) for new, old in zip(base, KERNEL, strict=True)]
+        assert matches == [False, True, False, False]
+    kernel = quantise(jax.random.normal(jax.random.key(4), (LAYERS, 64, OUT)))
+    base = {PATH: kernel}
     run = Run(sx.plan(nest(base), BY_LAYER), 4, 1)
     quantised.check(run, base)
     (node,) = nodes(sx.attach(jax.random.key(3), nest(base), run.plan)[1]).values()
-    moved = sx.Adapter(jax.tree.map(lambda leaf: leaf + 0.5, node.train), node.frozen, node.method)
-    after = quantised.apply(jax.random.key(1), 3, run, Boundary(nest({PATH: moved}), base)).base[PATH]
-    same = [np.array_equal(own, old) for own, old in zip(after.absmax, held.absmax, strict=True)]
-    assert same == [False, True, False, False]
+    tuned = sx.Adapter(jax.tree.map(lambda leaf: leaf + 0.5, node.train), node.frozen, node.method)
+    end = quantised.apply(jax.random.key(1), 3, run, Boundary(nest({PATH: tuned}), base)).base[PATH]
+    matches = [np.array_equal(new, old) for new, old in zip(end.absmax, kernel.absmax, strict=True)]
+    assert matches == [False, True, False, False]
 
 
 def kernel_of(params):
@@ -348,9 +348,9 @@ def test_a_restart_keeps_the_clock_of_the_learning_rate_alone():
 
 
 def test_mistakes_are_told():
-    for method, told in ((sx.PiSSA(rank=2), "rewrites the base"), (sx.DoRA(rank=2), "no plain product")):
+    for method, message in ((sx.PiSSA(rank=2), "rewrites the base"), (sx.DoRA(rank=2), "no plain product")):
         run = Run(sx.plan(nest({PATH: KERNEL}), [("p", method)]), 4, 1)
-        with pytest.raises(SboraxError, match=told):
+        with pytest.raises(SboraxError, match=message):
             COLA(every=1).check(run, {PATH: KERNEL})
     run = Run(sx.plan(nest({PATH: KERNEL}), [("p", sx.SBoRA(rank=2))]), 4, 1)
     COLA(every=1).check(run, {PATH: KERNEL})
@@ -456,14 +456,14 @@ def places(tmp_path_factory):
 
 def has_acted(procedure, adapters):
     """Whether the trained adapters show that their procedure did its work."""
-    found = nodes(adapters).values()
+    sites = nodes(adapters).values()
     if isinstance(procedure, AdaLoRABudget):
-        left = sum(np.count_nonzero(node.train["e"]) for node in found)
-        return left == sum(node.train["e"][..., 0].size for node in found) * procedure.target
+        count = sum(np.count_nonzero(node.train["e"]) for node in sites)
+        return count == sum(node.train["e"][..., 0].size for node in sites) * procedure.target
     if isinstance(procedure, PRILoRAPruning):
-        seen = [np.asarray(node.frozen["norm"]).max(axis=-1).min() > 0 for node in found]
-        masks = [np.asarray(node.frozen["mask"]) for node in found if "mask" in node.frozen]
-        return all(seen) and all((mask == 0).mean(axis=(1, 2)).min() >= 0.5 for mask in masks)
+        flags = [np.asarray(node.frozen["norm"]).max(axis=-1).min() > 0 for node in sites]
+        masks = [np.asarray(node.frozen["mask"]) for node in sites if "mask" in node.frozen]
+        return all(flags) and all((mask == 0).mean(axis=(1, 2)).min() >= 0.5 for mask in masks)
     return True
 
 
@@ -488,11 +488,13 @@ def test_whole_runs_resume_to_the_same_bits(name, places, tmp_path):
         if checkpoint.name.isdecimal() and int(checkpoint.name) > 5:
             shutil.rmtree(checkpoint)
     if procedure.resets:
-        assert sorted(one.name for one in (tmp_path / "run" / "segments").iterdir()) == [f"{n:08d}" for n in (2, 4, 6)]
+        assert sorted(item.name for item in (tmp_path / "run" / "segments").iterdir()) == [
+            f"{n:08d}" for n in (2, 4, 6)
+        ]
         shutil.rmtree(tmp_path / "cut" / "segments" / f"{6:08d}")
-    said = []
-    train(experiment, tmp_path / "cut", resume=True, echo=said.append)
-    assert any("resuming after step 5" in line for line in said)
+    lines = []
+    train(experiment, tmp_path / "cut", resume=True, echo=lines.append)
+    assert any("resuming after step 5" in line for line in lines)
     for file in (LEAVES, "plan.json"):
         assert (tmp_path / "cut" / "adapter" / file).read_bytes() == (tmp_path / "run" / "adapter" / file).read_bytes()
 

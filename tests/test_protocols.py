@@ -94,23 +94,23 @@ def test_options_are_read_back_from_instructions():
 
 
 def test_options_are_asked_as_the_harness_does():
-    asked = {name: KNOWN[name].ask(record) for name, record in {
+    questions = {name: KNOWN[name].ask(record) for name, record in {
         "arc_easy": ARC, "boolq": BOOLQ, "piqa": PIQA, "hellaswag": HELLASWAG, "winogrande": WINOGRANDE,
         "social_i_qa": ARC, "openbookqa": ARC,
     }.items()}  # fmt: skip
     question = "Which word, Answer1: or not, is a colour?"
-    assert asked["arc_easy"] == (
+    assert questions["arc_easy"] == (
         (f"Question: {question}\nAnswer:",), (" red", " loud", " flat"), ("red", "loud", "flat"), 0,
     )  # fmt: skip
-    assert asked["social_i_qa"].prompts == (f"Q: {question}\nA:",)
-    assert asked["openbookqa"].prompts == (question,)
-    assert asked["boolq"] == (("Question: is snow cold?\nAnswer:",), (" no", " yes"), ("no", "yes"), 1)
-    assert asked["piqa"].prompts == ("Question: dry hands\nAnswer:",) and asked["piqa"].gold == 1
-    assert asked["hellaswag"].prompts == ("Baking: She opens the oven. She",)
-    assert asked["hellaswag"].options[1] == " takes out bread."
-    before = "The cup held more than the jar as the "
-    assert asked["winogrande"] == (
-        (f"{before}cup", f"{before}jar"), (" was large.", " was large."), ("cup", "jar"), 0,
+    assert questions["social_i_qa"].prompts == (f"Q: {question}\nA:",)
+    assert questions["openbookqa"].prompts == (question,)
+    assert questions["boolq"] == (("Question: is snow cold?\nAnswer:",), (" no", " yes"), ("no", "yes"), 1)
+    assert questions["piqa"].prompts == ("Question: dry hands\nAnswer:",) and questions["piqa"].gold == 1
+    assert questions["hellaswag"].prompts == ("Baking: She opens the oven. She",)
+    assert questions["hellaswag"].options[1] == " takes out bread."
+    stem = "The cup held more than the jar as the "
+    assert questions["winogrande"] == (
+        (f"{stem}cup", f"{stem}jar"), (" was large.", " was large."), ("cup", "jar"), 0,
     )  # fmt: skip
 
 
@@ -192,11 +192,11 @@ def test_e2e_is_asked_and_compared():
         "name : Blue Spice | Type : coffee shop | price : more than £30 | family friendly : yes | "
         "customer rating : 5 out of 5||"
     )
-    text, other = "the Blue Spice is a cheap coffee shop in the centre.", "A dear pub that nobody has ever seen."
-    same = [(text, [other, text]), (other, [other])]
-    assert nlg.bleu(same) == pytest.approx(1.0) and nlg.rouge_l(same[0]) == pytest.approx(1.0)
-    swapped = [(other, [text]), (text, [other])]
-    assert nlg.bleu(swapped) < 0.1 and nlg.nist(swapped) < nlg.nist(same)
+    text, foil = "the Blue Spice is a cheap coffee shop in the centre.", "A dear pub that nobody has ever seen."
+    copies = [(text, [foil, text]), (foil, [foil])]
+    assert nlg.bleu(copies) == pytest.approx(1.0) and nlg.rouge_l(copies[0]) == pytest.approx(1.0)
+    swapped = [(foil, [text]), (text, [foil])]
+    assert nlg.bleu(swapped) < 0.1 and nlg.nist(swapped) < nlg.nist(copies)
     assert nlg.nist([("", [text])]) == 0.0
 
 

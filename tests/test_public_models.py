@@ -54,7 +54,7 @@ def mamba() -> Published:
         vocab_size=40, hidden_size=16, state_size=8, head_dim=8, chunk_size=8, num_hidden_layers=2
     )
     model = mamba2_jax.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, variables = nnx.split(model, nnx.Param, ...)
     rules = [
         sx.Rule("mixer/in_proj", sx.LoRA(rank=4), layers=(0,)),
         sx.Rule("mixer/in_proj", sx.Bone(rank=8), layers=(1,)),
@@ -65,7 +65,7 @@ def mamba() -> Published:
     def plain(params):
         full = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(full, params)
-        return nnx.merge(graph, full, rest)(TOKENS)["logits"]
+        return nnx.merge(graph, full, variables)(TOKENS)["logits"]
 
     return Published(params, adapters, rules, lambda adapters: sx.adapt_nnx(model, adapters)(TOKENS)["logits"], plain)
 
@@ -102,7 +102,7 @@ def test_logits_and_gradients_are_those_of_the_merged_model(published):
 
     with jax.default_matmul_precision("highest"):
         (_, ours), slopes = jax.jit(jax.value_and_grad(inside, has_aux=True))(train)
-        (_, theirs), others = jax.jit(jax.value_and_grad(merged, has_aux=True))(train)
+        (_, theirs), expected_slopes = jax.jit(jax.value_and_grad(merged, has_aux=True))(train)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(ours - published.plain(published.params))).max() > 1e-2
     compared = set()
@@ -110,8 +110,10 @@ def test_logits_and_gradients_are_those_of_the_merged_model(published):
         assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(node.train)), path
         # DoRA takes its norms as constants, which a merged weight does not.
         if not isinstance(node.method, sx.DoRA):
-            other = nodes(sx.combine(others, frozen))[path]
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), node.train, other.train)
+            expected = nodes(sx.combine(expected_slopes, frozen))[path]
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), node.train, expected.train
+            )
             compared.add(type(node.method))
     assert compared == {sx.LoRA, sx.Bone}
 
@@ -136,12 +138,12 @@ def test_training_lowers_the_loss_and_the_adapter_returns_from_its_file(publishe
 
     trained = sx.combine(train, frozen)
     sx.save_adapter(tmp_path / "adapter", trained, rules=published.rules)
-    params, loaded = sx.load_adapter(tmp_path / "adapter", published.params)
+    params, copy = sx.load_adapter(tmp_path / "adapter", published.params)
     jax.tree.map(np.testing.assert_array_equal, params, published.params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, trained)
-    np.testing.assert_array_equal(published.logits(loaded), published.logits(trained))
+    jax.tree.map(np.testing.assert_array_equal, copy, trained)
+    np.testing.assert_array_equal(published.logits(copy), published.logits(trained))
     # The keys of the parameters, numbers for NNX's lists, stay as they were wherever parameters are returned.
-    halved = sx.merge_weighted(published.params, [sx.Weighted(0.5, loaded)])
+    halved = sx.merge_weighted(published.params, [sx.Weighted(0.5, copy)])
     assert jax.tree.structure(halved) == jax.tree.structure(published.params)
 
 
@@ -166,7 +168,7 @@ def test_trained_leaves_of_an_adapted_nnx_model_are_found_by_its_optimiser():
     losses = [float(step(adapted, optimizer)) for _ in range(8)]
     assert losses[-1] < losses[0] - 0.05
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted, nnx.Param), nnx.state(model, nnx.Param))
-    moved = jax.tree.map(
+    changes = jax.tree.map(
         lambda a, b: bool(jnp.any(a != b)), sx.split(sx.adapters_nnx(adapted))[0], sx.split(adapters)[0]
     )
-    assert all(jax.tree.leaves(moved))
+    assert all(jax.tree.leaves(changes))

@@ -40,18 +40,18 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_read_in_four_bits_is_read_and_then_quantised(places, dtype, scan):
-    wanted = quantise_base(load_model(places[0], dtype, scan=scan).params, "nf4")
+    expected = quantise_base(load_model(places[0], dtype, scan=scan).params, "nf4")
     model = load_model(places[0], dtype, scan=scan, quant="nf4")
-    chex.assert_trees_all_equal(model.params, wanted)
-    kept = load_model(places[0], dtype, scan=scan, quant="nf4", keep=lambda path: "up_proj" in path)
-    kinds = {path: isinstance(leaf, NF4Array) for path, leaf in flatten(kept.params).items() if "layers" in path}
+    chex.assert_trees_all_equal(model.params, expected)
+    mixed = load_model(places[0], dtype, scan=scan, quant="nf4", keep=lambda path: "up_proj" in path)
+    kinds = {path: isinstance(leaf, NF4Array) for path, leaf in flatten(mixed.params).items() if "layers" in path}
     assert kinds == {path: path.endswith("/kernel") and "up_proj" not in path for path in kinds}
 
 
 def test_gguf_is_read_in_four_bits_too(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", make("llama", tmp_path / "dense", **WIDE))
-    wanted = quantise_base(load_model(tmp_path / "tiny.gguf").params, "nf4")
-    chex.assert_trees_all_equal(load_model(tmp_path / "tiny.gguf", quant="nf4").params, wanted)
+    expected = quantise_base(load_model(tmp_path / "tiny.gguf").params, "nf4")
+    chex.assert_trees_all_equal(load_model(tmp_path / "tiny.gguf", quant="nf4").params, expected)
 
 
 def test_what_cannot_be_quantised_is_named(tmp_path):
@@ -107,9 +107,9 @@ def large(tmp_path_factory):
 def growth(small, large, mode):
     """Bytes by which the memory grows while a model is read, and those of its parameters."""
     command = [sys.executable, "-c", MEASURE, small, str(large), mode]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    return [int(word) for word in done.stdout.split()]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+    return [int(word) for word in process.stdout.split()]
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of anonymous memory")
@@ -146,23 +146,23 @@ def test_norms_are_those_of_the_weight_that_is_stored(places):
     dense = {path for path, leaf in flatten(model.params).items() if path.endswith("kernel") and hasattr(leaf, "at")}
     assert dense == {"layers/mlp/up_proj/kernel", "layers/mlp/gate_proj/kernel"}
     params, adapters = adapt(jax.random.key(0), model.params, sx.plan(model.params, RULES), "nf4")
-    seen = 0
+    count = 0
     for path, node in nodes(adapters).items():
         stored = flatten(params)[path]
         assert isinstance(stored, NF4Array)
         norms = jnp.sum(jnp.square(stored.dense()), axis=-2)
-        held = node.frozen.get("w2")
+        squares = node.frozen.get("w2")
         layers = slice(None)
         if "gate" in path:
-            held, layers = node.frozen["1"]["w2"], slice(1, None)
-        if held is not None:
-            seen += 1
-            np.testing.assert_allclose(held[layers], norms[layers], rtol=1e-6, err_msg=path)
-    assert seen == 4
+            squares, layers = node.frozen["1"]["w2"], slice(1, None)
+        if squares is not None:
+            count += 1
+            np.testing.assert_allclose(squares[layers], norms[layers], rtol=1e-6, err_msg=path)
+    assert count == 4
     # Layers that the rewriting rule leaves alone are those of the dense weight, quantised once.
     gate = load_model(places[0]).params["layers"]["mlp"]["gate_proj"]["kernel"]
-    one = jax.tree.map(lambda leaf: leaf[1], flatten(params)["layers/mlp/gate_proj/kernel"])
-    chex.assert_trees_all_equal(one, quantise(gate[1]))
+    layer = jax.tree.map(lambda leaf: leaf[1], flatten(params)["layers/mlp/gate_proj/kernel"])
+    chex.assert_trees_all_equal(layer, quantise(gate[1]))
     # Factored and merged are one function.
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     want = model.apply(params, adapters, tokens)

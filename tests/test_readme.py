@@ -39,21 +39,21 @@ def test_there_are_as_many_methods_as_it_says():
     read = {row.method for row in TABLE}.intersection(classes.values())
     native = {row.method for row in TABLE if row.write}
     thin = (AbstractFactored, AbstractLinked)
-    written = [method for method in classes.values() if method in native or issubclass(method, thin)]
+    exports = [method for method in classes.values() if method in native or issubclass(method, thin)]
     counts = re.search(r"\| methods \| (\d+), .*; (\d+) are read from PEFT's files, (\d+) are written as such", README)
     assert counts is not None
-    assert all(int(count) <= len(known) for count, known in zip(counts.groups(), (classes, read, written), strict=True))
+    assert all(int(count) <= len(group) for count, group in zip(counts.groups(), (classes, read, exports), strict=True))
 
 
 def test_every_procedure_and_optimiser_is_named():
     section = README.partition("## Procedures and optimisers")[2].partition("\n## ")[0]
-    known = {name: getattr(procedures, name) for name in procedures.__all__}
+    kinds = {name: getattr(procedures, name) for name in procedures.__all__}
     concrete = [
         name
-        for name, kind in known.items()
+        for name, kind in kinds.items()
         if issubclass(kind, procedures.AbstractProcedure) and not inspect.isabstract(kind)
     ]
-    listed = [name for name in re.findall(r"`(\w+)`", section.partition("Optimisers")[0]) if name in known]
+    listed = [name for name in re.findall(r"`(\w+)`", section.partition("Optimisers")[0]) if name in kinds]
     assert sorted(listed) == sorted(concrete)
     assert all(getattr(sx, name) is getattr(procedures, name) for name in listed)
     for name in typing.get_args(typing.get_type_hints(sx.Optimizer)["name"]):
@@ -64,26 +64,26 @@ def test_findings_are_those_of_the_results():
     """Each difference and each interval, rounded, stands in the claims that the studies made."""
     results = (ROOT / "docs" / "RESULTS.md").read_text()
     number = r"([+-]?\d+\.\d+)"
-    known = {
+    claims = {
         tuple(float(value) for value in values)
         for values in re.findall(
             rf"{number}(?: times)? \((?:[^()]*items, )?{number} \.\. {number} over seeds\)", results
         )
     }
-    told = re.findall(rf"{number}(?: times)? \({number} \.\. {number}\)", README.partition("| figure |")[0])
-    assert len(told) == 8
-    for values in told:
+    findings = re.findall(rf"{number}(?: times)? \({number} \.\. {number}\)", README.partition("| figure |")[0])
+    assert len(findings) == 8
+    for values in findings:
         assert any(
-            all(abs(float(value) - other) <= 0.0006 for value, other in zip(values, exact, strict=True))
-            for exact in known
+            all(abs(float(value) - reference) <= 0.0006 for value, reference in zip(values, exact, strict=True))
+            for exact in claims
         ), values
 
 
 def test_every_command_is_shown():
     blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    shown = set(re.findall(r"^sborax (\w+)", blocks, re.MULTILINE)) | {"quickstart"}
+    examples = set(re.findall(r"^sborax (\w+)", blocks, re.MULTILINE)) | {"quickstart"}
     commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
-    assert shown == set(commands)
+    assert examples == set(commands)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -48,12 +48,12 @@ def test_the_model_and_its_adapters_are_those_of_peft(pair, deeper, tmp_path):
     np.testing.assert_allclose(logits(deeper, params, adapters), expected, rtol=0, atol=1e-4)
     assert sx.count(adapters) == 7 * 3 * (32 + 32 + 48 + 32)
     # Back to PEFT: of the base with the field, and of the deeper model without.
-    moved = shaken(adapters)
-    expected = logits(deeper, params, moved)
-    sx.save_peft(tmp_path / "ours", deeper, params, moved, layer_replication=RANGES)
+    tuned = shaken(adapters)
+    expected = logits(deeper, params, tuned)
+    sx.save_peft(tmp_path / "ours", deeper, params, tuned, layer_replication=RANGES)
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["layer_replication"] == [[0, 4], [2, 5]]
     np.testing.assert_allclose(torch_logits(reloaded(pair, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
-    sx.save_peft(tmp_path / "plain", deeper, params, moved)
+    sx.save_peft(tmp_path / "plain", deeper, params, tuned)
     assert "layer_replication" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     sx.save_hf(tmp_path / "deeper", deeper, deeper.params)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deeper")
@@ -75,8 +75,8 @@ def test_a_file_for_copies_is_refused_without_them(pair, deeper, tmp_path):
 
     call = "give sx.replicate_layers(model, [(0, 4), (2, 5)])"
     refused(f"of a model of 7 layers, and this one has 5; {call}", lambda: sx.load_peft(tmp_path, pair.ours))
-    other = sx.replicate_layers(pair.ours, [(0, 5), (3, 5)])
-    refused(f"layers 2 and 4 are not copies of one in this model; {call}", lambda: sx.load_peft(tmp_path, other))
+    variant = sx.replicate_layers(pair.ours, [(0, 5), (3, 5)])
+    refused(f"layers 2 and 4 are not copies of one in this model; {call}", lambda: sx.load_peft(tmp_path, variant))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for value, says in [
         ([[0, 4], [5, 2]], "expected pairs [start, end] of layers, 0 <= start < end, got [5, 2]"),
@@ -92,8 +92,8 @@ def test_a_file_for_copies_is_refused_without_them(pair, deeper, tmp_path):
 
     shallow = shaken(sx.attach(jax.random.key(0), pair.ours.params, RULES)[1])
     refused("of a model of 7 layers, and this one has 5", save(shallow, pair.ours.params, pair.ours))
-    other = sx.attach(jax.random.key(0), deeper.params, [("q_proj", sx.HiRA(rank=2))])[1]
-    refused("PEFT's HIRA has no layer_replication; leave it out", save(shaken(other)))
+    hira = sx.attach(jax.random.key(0), deeper.params, [("q_proj", sx.HiRA(rank=2))])[1]
+    refused("PEFT's HIRA has no layer_replication; leave it out", save(shaken(hira)))
     refused("there are none; leave it out", save({}, {**deeper.params, "norm": {"scale": 2 * np.ones(32, np.float32)}}))
     assert not (tmp_path / "never").exists()
     for ranges, says in [
@@ -106,23 +106,23 @@ def test_a_file_for_copies_is_refused_without_them(pair, deeper, tmp_path):
 
 def test_biases_that_copies_share_in_peft_are_not_written(tmp_path):
     biased = build(tmp_path / "base", attention_bias=True)
-    twice = sx.replicate_layers(biased.ours, [(0, 2), (0, 2)])
-    attention = twice.params["layers"]["self_attn"]
-    moved = {**attention, "q_proj": {**attention["q_proj"], "bias": attention["q_proj"]["bias"] + 1}}
-    params = {**twice.params, "layers": {**twice.params["layers"], "self_attn": moved}}
+    double = sx.replicate_layers(biased.ours, [(0, 2), (0, 2)])
+    attention = double.params["layers"]["self_attn"]
+    block = {**attention, "q_proj": {**attention["q_proj"], "bias": attention["q_proj"]["bias"] + 1}}
+    params = {**double.params, "layers": {**double.params["layers"], "self_attn": block}}
     adapters = shaken(sx.attach(jax.random.key(0), params, [("q_proj", sx.LoRA(rank=2))])[1])
     with pytest.raises(sx.SboraxError, match="biases were trained, which copies of a layer share in PEFT"):
-        sx.save_peft(tmp_path / "never", twice, params, adapters, layer_replication=[(0, 2), (0, 2)])
+        sx.save_peft(tmp_path / "never", double, params, adapters, layer_replication=[(0, 2), (0, 2)])
 
 
 def test_copies_share_their_weights_where_layers_are_apart(pair):
     apart = load_model(pair.path, scan=False)
     deeper = sx.replicate_layers(apart, RANGES)
-    leaves, own = flatten(deeper.params), flatten(apart.params)
+    leaves, source = flatten(deeper.params), flatten(apart.params)
     assert len(leaves) == len(flatten(deeper.abstract()))
     for path, leaf in leaves.items():
-        top, number, *rest = path.split("/")
-        assert leaf is own["/".join([top, str(LAYERS[int(number)]), *rest]) if top == "layers" else path]
+        top, number, *tail = path.split("/")
+        assert leaf is source["/".join([top, str(LAYERS[int(number)]), *tail]) if top == "layers" else path]
     stacked = sx.replicate_layers(pair.ours, RANGES)
     np.testing.assert_allclose(
         logits(deeper, deeper.params, None), logits(stacked, stacked.params, None), rtol=0, atol=1e-5
@@ -170,7 +170,9 @@ def test_codes_of_four_bits_are_copied_as_they_are(tmp_path):
     leaves = flatten(model.params)
     assert any(map(is_weight, leaves.values()))
     for path, leaf in flatten(deeper.params).items():
-        for got, own in zip(jax.tree.leaves(leaf), jax.tree.leaves(leaves[path]), strict=True):
-            np.testing.assert_array_equal(got, own[np.asarray([1, 2, 0, 1, 2])] if path.startswith("layers/") else own)
+        for got, source in zip(jax.tree.leaves(leaf), jax.tree.leaves(leaves[path]), strict=True):
+            np.testing.assert_array_equal(
+                got, source[np.asarray([1, 2, 0, 1, 2])] if path.startswith("layers/") else source
+            )
     params, adapters = sx.attach(jax.random.key(0), deeper.params, RULES)
     assert np.isfinite(logits(deeper, params, shaken(adapters))).all()

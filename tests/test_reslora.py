@@ -52,18 +52,18 @@ def golden_adapters(kind, pre_num):
 def by_hand(params, adapters, x):
     """The golden net: tanh between layers, each handing on what it remembers. Also what each saw, by batch axis."""
     (weights,), (node,) = jax.tree.leaves(params), nodes(sx.link(adapters)).values()
-    inputs, outputs, memory, seen = [], [], {}, []
+    inputs, outputs, memory, sizes = [], [], {}, []
     for n in range(LAYERS):
         layer = jax.tree.map(lambda leaf, n=n: leaf[n], node)
         ctx = Context(memory=memory)
         inputs.append(x)
         outputs.append(linear(x, weights[n], layer, ctx))
         memory = remember(x, layer, ctx)
-        seen.append(
+        sizes.append(
             {name: jnp.linalg.norm(leaf.reshape(*leaf.shape[:2], -1), axis=(0, 1)) for name, leaf in memory.items()}
         )
         x = jnp.tanh(outputs[-1])
-    norms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
+    norms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sizes)
     return inputs, outputs, {"layers/proj/kernel": norms}
 
 
@@ -148,8 +148,8 @@ def test_block_merges_exactly(double):
     params, adapters = golden_params(), golden_adapters("bs", 999)
     merged = sx.merge(params, adapters)["layers"]["proj"]["kernel"]
     for n in range(LAYERS):
-        own = sum(GOLDEN[f"B{k}"] @ GOLDEN[f"A{k}"] for k in range(n + 1)).T
-        want = GOLDEN[f"W{n}"].T + GOLDEN["scaling"] * own
+        change = sum(GOLDEN[f"B{k}"] @ GOLDEN[f"A{k}"] for k in range(n + 1)).T
+        want = GOLDEN[f"W{n}"].T + GOLDEN["scaling"] * change
         np.testing.assert_allclose(np.asarray(merged[n]), want, rtol=0, atol=1e-6)
 
 
@@ -160,23 +160,23 @@ def test_equal_inputs_merge_exactly_with_alpha_one(double):
     (plain,) = nodes(by_inputs(adapters, [norms])).values()
     memory = {}
     for n in range(LAYERS):
-        own, other = (jax.tree.map(lambda leaf, n=n: leaf[n], tree) for tree in (node, plain))
+        layer, plain_layer = (jax.tree.map(lambda leaf, n=n: leaf[n], tree) for tree in (node, plain))
         ctx = Context(memory=memory)
-        close(linear(x, weights[n], own, ctx), linear(x, weights[n], other))
-        memory = remember(x, own, ctx)
+        close(linear(x, weights[n], layer, ctx), linear(x, weights[n], plain_layer))
+        memory = remember(x, layer, ctx)
 
 
 def test_the_gradient_goes_through_the_layer_before(double):
     params, adapters = golden_params(), golden_adapters("is", 1)
     (weights,), (node,) = jax.tree.leaves(params), nodes(adapters).values()
-    x, before = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["x_extra0"])
+    x, previous = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["x_extra0"])
     last = jax.tree.map(lambda leaf: leaf[2], node)
 
-    def loss(before):
-        memory = {"input": before, "linked": jnp.ones(before.shape[:-1])}
+    def loss(previous):
+        memory = {"input": previous, "linked": jnp.ones(previous.shape[:-1])}
         return jnp.sum(linear(x, weights[2], last, Context(memory=memory)) * GOLDEN["ct"])
 
-    close(jax.grad(loss)(before), GOLDEN["scaling"] * GOLDEN["ct"] @ GOLDEN["B2"] @ GOLDEN["A2"])
+    close(jax.grad(loss)(previous), GOLDEN["scaling"] * GOLDEN["ct"] @ GOLDEN["B2"] @ GOLDEN["A2"])
 
 
 # In a decoder.
@@ -208,7 +208,7 @@ LOOP = dataclasses.replace(MODEL, module=Llama(MODEL.config, scan=False))
 IDS = tokens_of(MODEL, 2, 12)
 
 
-def moved(adapters, seed=1):
+def tuned(adapters, seed=1):
     train, frozen = sx.split(adapters)
     rng = np.random.default_rng(seed)
     train = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.2, leaf.dtype), train)
@@ -218,7 +218,7 @@ def moved(adapters, seed=1):
 @functools.cache
 def adapted(name, layers=None):
     rule = sx.Rule(TARGETS, METHODS.get(name) or sx.LoRA(2, alpha=4.0), layers=layers)
-    return moved(sx.attach(jax.random.key(1), MODEL.params, [rule])[1])
+    return tuned(sx.attach(jax.random.key(1), MODEL.params, [rule])[1])
 
 
 @jax.jit
@@ -229,7 +229,7 @@ def logits(params, adapters):
 def flattened(adapters, layers=range(DEPTH)):
     """One node a layer: the layers of a stack taken apart, those of a rule that leaves some out without the others."""
 
-    def one(node, i):
+    def layer_of(node, i):
         if not isinstance(node.method, ByLayer):
             return jax.tree.map(lambda leaf: leaf[i], node)
         ((child, _),) = node.method.children(node)
@@ -237,20 +237,20 @@ def flattened(adapters, layers=range(DEPTH)):
 
     return {
         "layers": {
-            str(i): jax.tree.map(lambda node, i=i: one(node, i), adapters["layers"], is_leaf=core.is_adapter)
+            str(i): jax.tree.map(lambda node, i=i: layer_of(node, i), adapters["layers"], is_leaf=core.is_adapter)
             for i in layers
         }
     }
 
 
-def change_by_hand(method, x, before, a, b, n, first):
-    """What the papers's formula adds to x W in layer n of a chain that starts at `first`; a, b, before by layer."""
+def change_by_hand(method, x, inputs, a, b, n, first):
+    """What the papers's formula adds to x W in layer n of a chain that starts at `first`; a, b, inputs by layer."""
     m = n - first if method.pre_num == -1 else min(method.pre_num, n - first)
     if method.shortcut == "input":
-        return (x + (before[n - 1] if n > first else x)) @ a[n] @ b[n]
+        return (x + (inputs[n - 1] if n > first else x)) @ a[n] @ b[n]
     if method.shortcut == "block":
         return sum(x @ a[n - k] @ b[n - k] for k in range(m + 1))
-    return sum(before[n - k] @ a[n - k] for k in range(m + 1)) @ b[n]
+    return sum(inputs[n - k] @ a[n - k] for k in range(m + 1)) @ b[n]
 
 
 @pytest.mark.nightly
@@ -265,22 +265,22 @@ def test_scanned_equals_unrolled_equals_the_formula(name, layers, monkeypatch):
     assert relative(ours, logits(MODEL.params, adapted("lora"))) > 1e-3
 
     # The formula itself, in the place of the projection, layer by layer.
-    own, seen = nodes(flat), {}
+    flat_nodes, inputs = nodes(flat), {}
 
     def plainly(x, weight, adapter=None, ctx=Context(), bias=None):
         y = x @ weight
         assert bias is None
         path = next((path for path, w in kernels.items() if w is weight), None)
-        if path is None or "/".join(path) not in own:
+        if path is None or "/".join(path) not in flat_nodes:
             return y
         number = int(path[1])
         place = (*path[:1], "*", *path[2:])
-        seen.setdefault(place, {})[number] = x
-        alike = {int(p.split("/")[1]): node for p, node in own.items() if p.split("/")[2:] == list(path[2:])}
+        inputs.setdefault(place, {})[number] = x
+        alike = {int(p.split("/")[1]): node for p, node in flat_nodes.items() if p.split("/")[2:] == list(path[2:])}
         a, b = ({n: node.train[leaf] for n, node in alike.items()} for leaf in "ab")
         first = next(n for n in range(number, -1, -1) if n - 1 not in alike)
         scale = alike[number].frozen["scale"]
-        return y + scale * change_by_hand(METHODS[name], x, seen[place], a, b, number, first)
+        return y + scale * change_by_hand(METHODS[name], x, inputs[place], a, b, number, first)
 
     kernels = {
         tuple(key.key for key in path): leaf
@@ -298,7 +298,7 @@ def test_no_previous_layers_is_plain_lora(shortcut):
         for method in (sx.LoRA(2, alpha=4.0), sx.ResLoRA(2, shortcut, pre_num=0, alpha=4.0))
     ]
     chex.assert_trees_all_equal(*map(jax.tree.leaves, trees))
-    lora, ours = map(moved, trees)
+    lora, ours = map(tuned, trees)
     np.testing.assert_array_equal(logits(MODEL.params, ours), logits(MODEL.params, lora))
     chex.assert_trees_all_equal(sx.merge(MODEL.params, ours), sx.merge(MODEL.params, lora))
 
@@ -319,7 +319,7 @@ def test_only_values_that_are_read_are_carried():
 def test_dropout_is_one_mask_for_a_layer_and_the_next():
     params = {"layers": {"proj": {"kernel": jnp.ones((2, 8, 6))}}}
     rules = [("proj", sx.ResLoRA(3, "middle", dropout=0.5))]
-    node = moved(sx.attach(jax.random.key(0), params, rules)[1])["layers"]["proj"]["kernel"]
+    node = tuned(sx.attach(jax.random.key(0), params, rules)[1])["layers"]["proj"]["kernel"]
     first = jax.tree.map(lambda leaf: leaf[0], node)
     x, ctx = jax.random.normal(jax.random.key(2), (2, 5, 8)), Context(jax.random.key(3))
     added = linear(x, jnp.zeros((8, 6)), first, ctx)
@@ -332,20 +332,20 @@ def test_dropout_is_one_mask_for_a_layer_and_the_next():
 @pytest.mark.parametrize("name", ["block-1", "input"])
 def test_sums_and_multiples_link_their_parts(name, build):
     rules = [("o_proj", build(METHODS[name]))]
-    stacked = moved(sx.attach(jax.random.key(1), MODEL.params, rules)[1])
+    stacked = tuned(sx.attach(jax.random.key(1), MODEL.params, rules)[1])
     flat = unrolled(MODEL, stacked)
     ours = logits(MODEL.params, stacked)
     assert relative(jax.jit(LOOP.apply)(unrolled(MODEL, MODEL.params), flat, IDS), ours) < 1e-5
     # By hand: the part alone, then whatever the composition does to its delta.
     node = stacked["layers"]["self_attn"]["o_proj"]["kernel"]
-    ((child, _), *rest) = node.method.children(node)
+    ((child, _), *siblings) = node.method.children(node)
     alone = {"layers": {"self_attn": {"o_proj": {"kernel": child}}}}
-    if rest:
+    if siblings:
         alone["layers"]["self_attn"]["o_proj"]["kernel"] = Adapter(
-            {"0": child.train, "1": jax.tree.map(jnp.zeros_like, rest[0][0].train)}, node.frozen, node.method
+            {"0": child.train, "1": jax.tree.map(jnp.zeros_like, siblings[0][0].train)}, node.frozen, node.method
         )
         want = logits(MODEL.params, alone)
-        zeroed = jax.tree.map(jnp.zeros_like, rest[0][0].train)
+        zeroed = jax.tree.map(jnp.zeros_like, siblings[0][0].train)
         without = dataclasses.replace(node, train={**node.train, "1": zeroed})
         got = logits(MODEL.params, {"layers": {"self_attn": {"o_proj": {"kernel": without}}}})
     else:
@@ -370,8 +370,8 @@ def test_a_merged_block_is_the_adapted_model(name, layers):
             np.testing.assert_array_equal(*kernels)
     flat = flattened(adapters, layers or range(DEPTH))
     assert sx.count(flat) == sx.count(adapters)
-    again = sx.merge(unrolled(MODEL, MODEL.params), flat)
-    chex.assert_trees_all_close(again, unrolled(MODEL, merged), rtol=1e-7, atol=1e-6)
+    flat_merged = sx.merge(unrolled(MODEL, MODEL.params), flat)
+    chex.assert_trees_all_close(flat_merged, unrolled(MODEL, merged), rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.nightly
@@ -385,16 +385,16 @@ def test_values_merge_approximately_and_the_error_is_told(name, layers):
     batches = [norms(MODEL.params, adapters, ids) for ids in (IDS, IDS[:, ::-1])]
     hidden = jax.jit(lambda params, adapters: MODEL.hidden(params, adapters, IDS))
     adapted_, base = hidden(MODEL.params, adapters), hidden(MODEL.params, None)
-    for done in (
+    for result in (
         merge_by_inputs(MODEL.params, adapters, batches, hidden),
         merge_by_weights(MODEL.params, adapters, hidden),
     ):
-        ours = hidden(done.params, None)
+        ours = hidden(result.params, None)
         size = np.linalg.norm(adapted_)
-        np.testing.assert_allclose(done.error, np.linalg.norm(ours - adapted_) / size, rtol=1e-3)
-        np.testing.assert_allclose(done.moved, np.linalg.norm(base - adapted_) / size, rtol=1e-3)
-        assert 0 < done.error < done.moved and f"{done.error:.3g}" in str(done)
-        assert relative(hidden(MODEL.params, done.adapters), ours) < 1e-4
+        np.testing.assert_allclose(result.error, np.linalg.norm(ours - adapted_) / size, rtol=1e-3)
+        np.testing.assert_allclose(result.moved, np.linalg.norm(base - adapted_) / size, rtol=1e-3)
+        assert 0 < result.error < result.moved and f"{result.error:.3g}" in str(result)
+        assert relative(hidden(MODEL.params, result.adapters), ours) < 1e-4
     # One node a layer: the same numbers.
     flat_params, flat = unrolled(MODEL, MODEL.params), flattened(adapters, layers or range(DEPTH))
     flat_norms = jax.jit(lambda *inputs: LOOP.collect(*inputs, ["remembered"])[1].remembered)
@@ -421,25 +421,25 @@ def test_norms_leave_padding_out():
     chex.assert_trees_all_close(got, want, rtol=1e-4)
     assert MODEL.collect(MODEL.params, adapted("block"), short, ["remembered"])[1].remembered == {}
     # The input's size is that of the projection's own observations.
-    seen = MODEL.collect(MODEL.params, adapted("input"), short, ["remembered"])[1].remembered
+    memory = MODEL.collect(MODEL.params, adapted("input"), short, ["remembered"])[1].remembered
     sizes = MODEL.collect(MODEL.params, adapted("input"), short, ["inputs"])[1].inputs
-    for path, norms in seen.items():
+    for path, norms in memory.items():
         np.testing.assert_allclose(norms["input"], sizes[path], rtol=1e-5)
 
 
 def test_blocks_are_exported_as_plain_lora(tmp_path):
-    done = sx.save_peft(tmp_path / "block", MODEL, MODEL.params, adapted("block-1"))
-    assert done.peft_type == "LORA" and not done.errors
-    params, loaded = sx.load_peft(tmp_path / "block", MODEL)
-    assert relative(logits(params, loaded), logits(MODEL.params, adapted("block-1"))) < 1e-5
-    assert all(node.method.rank == 2 * 2 for node in nodes(loaded).values())
+    export = sx.save_peft(tmp_path / "block", MODEL, MODEL.params, adapted("block-1"))
+    assert export.peft_type == "LORA" and not export.errors
+    params, copy = sx.load_peft(tmp_path / "block", MODEL)
+    assert relative(logits(params, copy), logits(MODEL.params, adapted("block-1"))) < 1e-5
+    assert all(node.method.rank == 2 * 2 for node in nodes(copy).values())
     for form in ("native", "lora"):
         with pytest.raises(sx.SboraxError, match="a layer reads values of earlier ones"):
             sx.save_peft(tmp_path / "input", MODEL, MODEL.params, adapted("input"), as_=form)
     plainly = by_weights(MODEL.params, adapted("input"))
     sx.save_peft(tmp_path / "input", MODEL, MODEL.params, plainly)
-    params, loaded = sx.load_peft(tmp_path / "input", MODEL)
-    assert relative(logits(params, loaded), logits(MODEL.params, plainly)) < 1e-5
+    params, copy = sx.load_peft(tmp_path / "input", MODEL)
+    assert relative(logits(params, copy), logits(MODEL.params, plainly)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -485,11 +485,11 @@ def test_every_command(shortcut, tmp_path, capsys):
     trained = 2 * 2 * ((32 + 32) + (32 + 16))
     assert f"trainable: {trained:,} parameters" in prints(capsys, "plan", file)
     prints(capsys, "train", file, "--out", run)
-    said = prints(capsys, "generate", run, "--prompt", "1 plus", "--max-new-tokens", 4)
+    output = prints(capsys, "generate", run, "--prompt", "1 plus", "--max-new-tokens", 4)
     out = tmp_path / "out"
     if shortcut == "block":
         prints(capsys, "merge", run, out)
-        assert prints(capsys, "generate", out, "--prompt", "1 plus", "--max-new-tokens", 4) == said
+        assert prints(capsys, "generate", out, "--prompt", "1 plus", "--max-new-tokens", 4) == output
         assert "LORA adapter of 4 modules" in prints(capsys, "export", run, tmp_path / "peft")
         return
     assert main(["merge", str(run), str(out)]) == 2

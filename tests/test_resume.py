@@ -66,8 +66,8 @@ def an_experiment(places, model, rules, **changes):
 
 def files(run):
     """The content of every file of a run, checkpoints left out."""
-    found = {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    return {name: content for name, content in found.items() if not name.startswith("checkpoints/")}
+    contents = {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    return {name: content for name, content in contents.items() if not name.startswith("checkpoints/")}
 
 
 def forget(run, *names):
@@ -77,32 +77,32 @@ def forget(run, *names):
         shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
-def same_but_for_times(one, other):
+def same_but_for_times(first, second):
     """Every file of two runs, bit for bit; what a step and a run took is left out."""
     timed = ("seconds", "compiled", "tokens_per_second", "memory", "peak_memory")
 
     def untimed(text):
         return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in text]
 
-    assert one.keys() == other.keys(), one.keys() ^ other.keys()
-    for name in one:
+    assert first.keys() == second.keys(), first.keys() ^ second.keys()
+    for name in first:
         if name == "metrics.jsonl":
-            assert untimed(one[name].splitlines()) == untimed(other[name].splitlines())
+            assert untimed(first[name].splitlines()) == untimed(second[name].splitlines())
         elif name == "summary.json":
-            assert untimed([one[name]]) == untimed([other[name]])
+            assert untimed([first[name]]) == untimed([second[name]])
         else:
-            assert one[name] == other[name], name
+            assert first[name] == second[name], name
 
 
 def resumed_at_the_end(experiment, run):
     """Resumes a finished run, then as if it had died between its last checkpoint and its adapter."""
-    summary, before = train(experiment, run, echo=quiet), files(run)
-    said = []
-    assert train(experiment, run, resume=True, echo=said.append) == summary
-    assert files(run) == before and "already finished" in said[-1]
+    summary, contents = train(experiment, run, echo=quiet), files(run)
+    lines = []
+    assert train(experiment, run, resume=True, echo=lines.append) == summary
+    assert files(run) == contents and "already finished" in lines[-1]
     forget(run, "adapter", "summary.json")
     train(experiment, run, resume=True, echo=quiet)
-    same_but_for_times(files(run), before)
+    same_but_for_times(files(run), contents)
 
 
 @pytest.mark.parametrize("name", nightly_unless([], PROCEDURES))
@@ -112,10 +112,10 @@ def test_a_procedure_loses_nothing_at_the_end_of_a_run(name, places, tmp_path):
     run = tmp_path / "run"
     resumed_at_the_end(experiment, run)
     # Cut after a step at which nothing was done; the best adapter is sought anew from the same losses.
-    before = files(run)
+    contents = files(run)
     forget(run, "adapter", "summary.json", "best", *(f"checkpoints/{step}" for step in (6, 7)))
     train(experiment, run, resume=True, echo=quiet)
-    same_but_for_times(files(run), before)
+    same_but_for_times(files(run), contents)
 
 
 @pytest.mark.parametrize(
@@ -132,37 +132,37 @@ def test_fewer_steps_than_were_made_are_refused_and_more_are_made(places, tmp_pa
     schedule = dataclasses.replace(experiment.optimizer, schedule="constant")
     experiment = dataclasses.replace(experiment, optimizer=schedule)
     train(experiment, tmp_path / "run", echo=quiet)
-    before = files(tmp_path / "run")
-    fewer, more = (dataclasses.replace(experiment, steps=steps) for steps in (2, 4))
+    contents = files(tmp_path / "run")
+    short, long = (dataclasses.replace(experiment, steps=steps) for steps in (2, 4))
     with pytest.raises(sx.SboraxError, match="has made 3 steps, and is to make 2; give it 3 or more"):
-        train(fewer, tmp_path / "run", resume=True, echo=quiet)
-    assert files(tmp_path / "run") == before
-    assert train(more, tmp_path / "run", resume=True, echo=quiet).steps == 4
+        train(short, tmp_path / "run", resume=True, echo=quiet)
+    assert files(tmp_path / "run") == contents
+    assert train(long, tmp_path / "run", resume=True, echo=quiet).steps == 4
     # The summary is that of step 3 until the run has ended again.
     forget(tmp_path / "run", "checkpoints/4")
-    (tmp_path / "run" / "summary.json").write_bytes(before["summary.json"])
-    whole = files(tmp_path / "run")
-    assert train(more, tmp_path / "run", resume=True, echo=quiet).steps == 4
-    assert files(tmp_path / "run")["adapter/adapter.safetensors"] == whole["adapter/adapter.safetensors"]
+    (tmp_path / "run" / "summary.json").write_bytes(contents["summary.json"])
+    final = files(tmp_path / "run")
+    assert train(long, tmp_path / "run", resume=True, echo=quiet).steps == 4
+    assert files(tmp_path / "run")["adapter/adapter.safetensors"] == final["adapter/adapter.safetensors"]
 
 
 @pytest.mark.parametrize("start", [train, sweep], ids=["run", "sweep"])
 def test_a_base_or_data_that_changed_under_its_name_is_refused(start, tmp_path):
-    here = {"tiny": str(write_model(tmp_path / "tiny")), "data": str(write_data(tmp_path / "data.jsonl"))}
+    paths = {"tiny": str(write_model(tmp_path / "tiny")), "data": str(write_data(tmp_path / "data.jsonl"))}
     changes = {"optimizer": sx.Optimizer(lr=1e-2, schedule="constant"), "eval": sx.Eval(), "save": sx.Save()}
     rules = [("mlp", sx.LoRA(rank=2))]
-    experiments = [an_experiment(here, "tiny", rules, steps=steps, **changes) for steps in (1, 2)]
+    experiments = [an_experiment(paths, "tiny", rules, steps=steps, **changes) for steps in (1, 2)]
     first, longer = [sx.Sweep(item, {"seed_adapter": (0, 1)}) if start is sweep else item for item in experiments]
-    run, data, base = tmp_path / "run", Path(here["data"]), Path(here["tiny"]) / "model.safetensors"
+    run, data, base = tmp_path / "run", Path(paths["data"]), Path(paths["tiny"]) / "model.safetensors"
     start(first, run, echo=quiet)
     for place, change in ((data, _without_a_record), (base, _scaled)):
-        before = place.read_bytes()
+        content = place.read_bytes()
         change(place)
         with pytest.raises(sx.SboraxError, match=f"the {'data' if place == data else 'base'} of the run has changed"):
             start(longer, run, resume=True, echo=quiet)
         # A run that has nothing left to do reads neither again.
         start(first, run, resume=True, echo=quiet)
-        place.write_bytes(before)
+        place.write_bytes(content)
     assert start(longer, run, resume=True, echo=quiet)
 
 
@@ -175,8 +175,8 @@ def _scaled(place):
 
 
 def test_every_procedure_has_a_row():
-    known = [getattr(procedures, name) for name in procedures.__all__]
-    concrete = {kind for kind in known if issubclass(kind, AbstractProcedure) and not inspect.isabstract(kind)}
+    kinds = [getattr(procedures, name) for name in procedures.__all__]
+    concrete = {kind for kind in kinds if issubclass(kind, AbstractProcedure) and not inspect.isabstract(kind)}
     assert concrete == {type(procedure) for procedure, _ in PROCEDURES.values()}
 
 
@@ -211,9 +211,9 @@ def child(cache, mode, *places):
 
 def output(process):
     """What a process said that has come to its end."""
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    return said
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return text
 
 
 @pytest.mark.nightly
@@ -253,7 +253,7 @@ def test_kill_9_then_resume_ends_with_the_same_bits(places, tmp_path):
         process.kill()
         process.communicate()
         assert not (place / "cut" / "adapter").exists(), f"the run had ended before step {lines} was seen"
-    said = output(child(cache, "resume", *all_in("cut")))
-    assert said.count("resuming after step") == len(configs)
+    text = output(child(cache, "resume", *all_in("cut")))
+    assert text.count("resuming after step") == len(configs)
     for place in configs:
         same_but_for_times(files(place / "cut"), files(place / "whole"))

@@ -55,8 +55,8 @@ def trained(model, method, seed, pattern=TARGET, size=0.3):
     train, frozen = sx.split(adapters)
     leaves, structure = jax.tree.flatten(train)
     keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    moved = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return params, sx.combine(jax.tree.unflatten(structure, moved), frozen)
+    values = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return params, sx.combine(jax.tree.unflatten(structure, values), frozen)
 
 
 SHARING = [case for case in METHODS if not (case.method.rewrites_base or case.method.linked or case.method.adapts_bias)]
@@ -150,16 +150,18 @@ def test_scores_are_those_of_each_alone(model):
     questions = [[Pair(ids[0], ids[1]), Pair(ids[0], ids[2])], [Pair(ids[2], ids[0]), Pair(ids[2], ids[1])]]
     for number, scorer in enumerate(sharing):
         alone = Scorer.of(model, params[number], adapters[number])
-        for theirs, its in (
+        for theirs, expected in (
             (scorer.continuations(pairs), alone.continuations(pairs)),
             *zip(scorer.options(questions), alone.options(questions), strict=True),
         ):
-            np.testing.assert_allclose([one.logprob for one in theirs], [one.logprob for one in its], rtol=1e-5)
-            assert [one[1:] for one in theirs] == [one[1:] for one in its]
+            np.testing.assert_allclose(
+                [score.logprob for score in theirs], [score.logprob for score in expected], rtol=1e-5
+            )
+            assert [score[1:] for score in theirs] == [score[1:] for score in expected]
         assert scorer.write(ids, NEW) == alone.write(ids, NEW)
         assert scorer.write(ids, NEW, beams=2) == alone.write(ids, NEW, beams=2)
-        drawn = [each.write(ids, NEW, temperature=2.0, seed=3) for each in (scorer, alone)]
-        assert drawn[0] == drawn[1]
+        texts = [source.write(ids, NEW, temperature=2.0, seed=3) for source in (scorer, alone)]
+        assert texts[0] == texts[1]
 
 
 # From the command line
@@ -188,10 +190,10 @@ def test_commands_take_a_sweep(swept, capsys):
     """The texts of each run are those that it writes alone, and so are its scores."""
     out, names = swept
     words = ["--prompt", "1 plus 1?", "--prompt", "2", "--max-new-tokens", "6"]
-    told = prints(capsys, "generate", out, *words)
+    output = prints(capsys, "generate", out, *words)
     alone = "".join(f"{name}:\n{prints(capsys, 'generate', out / name, *words)}" for name in names)
     shared = f"in one batch: {', '.join(names[:2])}\nin one batch: {', '.join(names[2:])}\n"
-    assert told == shared + alone
+    assert output == shared + alone
     assert prints(capsys, "generate", out / names[3], out / names[0], *words).splitlines()[:3] == [
         f"alone: {names[3]}",
         f"alone: {names[0]}",
@@ -205,9 +207,9 @@ def test_commands_take_a_sweep(swept, capsys):
             [json.loads(line) for line in (out.parent / folder / name / "arc_easy.jsonl").read_text().splitlines()]
             for folder in ("scores", "alone")
         ]
-        for its, wanted in zip(*scores, strict=True):
-            np.testing.assert_allclose(its.pop("logprobs"), wanted.pop("logprobs"), rtol=1e-5)
-            assert its == wanted
+        for record, expected in zip(*scores, strict=True):
+            np.testing.assert_allclose(record.pop("logprobs"), expected.pop("logprobs"), rtol=1e-5)
+            assert record == expected
 
 
 def fails(capsys, *words):
@@ -232,7 +234,7 @@ def test_mistakes_are_one_line(place, capsys, tmp_path):
         experiment = an_experiment((str(model), str(place / "data.jsonl")), precision=precision)
         save_experiment(experiment, epath.Path(tmp_path / name))
         (tmp_path / name / "adapter" / "plan.json").write_text("{}")
-    told = fails(capsys, "eval", tmp_path / "a", tmp_path / "b", "--tasks", "arc_easy", "--data", f"arc_easy={place}")
+    error = fails(capsys, "eval", tmp_path / "a", tmp_path / "b", "--tasks", "arc_easy", "--data", f"arc_easy={place}")
     assert (
-        f"{tmp_path / 'b'}: precision is bfloat16, that of {tmp_path / 'a'} is float32; give runs of one base" in told
+        f"{tmp_path / 'b'}: precision is bfloat16, that of {tmp_path / 'a'} is float32; give runs of one base" in error
     )

@@ -40,11 +40,11 @@ def stacked(method):
     return adapters["layers"]["proj"]["kernel"]
 
 
-def moved(node):
+def tuned(node):
     """Trained leaves moved at random where a layer uses them."""
     live = (np.arange(max(node.method.rank)) < np.asarray(node.method.rank)[:, None]).astype(np.float32)
 
-    def one(name, leaf):
+    def shift(name, leaf):
         mask = np.ones(leaf.shape, np.float32)
         for axis, kind in enumerate(node.method.axes[name]):
             if kind == "rank":
@@ -54,20 +54,20 @@ def moved(node):
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), len(name)), leaf.shape)
         return leaf + 0.2 * noise * mask
 
-    return dataclasses.replace(node, train={name: one(name, leaf) for name, leaf in node.train.items()})
+    return dataclasses.replace(node, train={name: shift(name, leaf) for name, leaf in node.train.items()})
 
 
 def trimmed(node, method, layer):
     """One layer's adapter at its own rank; `method` is the one it was made by."""
-    own = node.method.rank[layer]
+    rank = node.method.rank[layer]
 
     def cut(leaves):
         return {
-            name: leaf[layer][tuple(slice(own) if axis == "rank" else slice(None) for axis in node.method.axes[name])]
+            name: leaf[layer][tuple(slice(rank) if axis == "rank" else slice(None) for axis in node.method.axes[name])]
             for name, leaf in leaves.items()
         }
 
-    return Adapter(cut(node.train), cut(node.frozen), structure(dataclasses.replace(method, rank=own)))
+    return Adapter(cut(node.train), cut(node.frozen), structure(dataclasses.replace(method, rank=rank)))
 
 
 def ranks_of(policy, *matrices):
@@ -94,7 +94,7 @@ def test_shuffled_ranks_are_the_same_ranks_elsewhere():
     policy = sx.SingularMass(0.5)
     plain = ranks_of(policy, *matrices)
     shuffled = [ranks_of(sx.ShuffledRanks(policy, seed), *matrices) for seed in range(4)]
-    assert all(sorted(one) == sorted(plain) for one in shuffled)
+    assert all(sorted(ranks) == sorted(plain) for ranks in shuffled)
     assert len(set(shuffled)) > 1 and shuffled[1] == ranks_of(sx.ShuffledRanks(policy, 1), *matrices)
     with pytest.raises(sx.SboraxError, match="stacked over layers"):
         ranks_of(sx.ShuffledRanks(policy), matrices[0])
@@ -131,11 +131,11 @@ def test_ragged_stack_equals_its_layers(method):
     assert len(set(ranks)) == LAYERS
     assert sx.count({"k": node}) == sum(count_of(method, k) for k in ranks)
     x = jax.random.normal(jax.random.key(2), (5, IN))
-    trained = moved(node)
+    trained = tuned(node)
     together = jax.jit(over_stack(lambda w, n: sx.linear(x, w, n), stack_of(node)))(weights(), trained)
-    for i, own in enumerate(ranks):
+    for i, rank in enumerate(ranks):
         flat = {"layers": {str(i): {"proj": {"kernel": weights()[i]}}}}
-        rule = sx.Rule("proj", dataclasses.replace(method, rank=own))
+        rule = sx.Rule("proj", dataclasses.replace(method, rank=rank))
         _, alone = sx.attach(jax.random.key(0), flat, [rule])
         single = alone["layers"][str(i)]["proj"]["kernel"]
         chex.assert_trees_all_close(single, trimmed(node, method, i), rtol=1e-4, atol=1e-4)
@@ -148,7 +148,7 @@ def test_ragged_stack_equals_its_layers(method):
 
 @by_method
 def test_padding_trains_to_zero(method):
-    node = moved(stacked(method))
+    node = tuned(stacked(method))
     train, frozen = sx.split(node)
     x = jax.random.normal(jax.random.key(2), (5, IN))
 
@@ -164,11 +164,11 @@ def test_padding_trains_to_zero(method):
             train = optax.apply_updates(train, updates)
     padded = 0
     for name, leaf in train.train.items():
-        for layer, own in enumerate(node.method.rank):
-            index = tuple(slice(own, None) if axis == "rank" else slice(None) for axis in node.method.axes[name])
-            rest = np.asarray(leaf[layer][index]) if "rank" in node.method.axes[name] else np.zeros(0)
-            assert not rest.any()
-            padded += rest.size
+        for layer, rank in enumerate(node.method.rank):
+            index = tuple(slice(rank, None) if axis == "rank" else slice(None) for axis in node.method.axes[name])
+            padding = np.asarray(leaf[layer][index]) if "rank" in node.method.axes[name] else np.zeros(0)
+            assert not padding.any()
+            padded += padding.size
         assert not np.array_equal(leaf, node.train[name])
     assert padded > 0
 
@@ -223,8 +223,8 @@ def test_mixture_is_the_formula_and_merges_on_average(router):
     np.testing.assert_allclose(sx.linear(x, weight, node), want, atol=2e-5 * np.abs(want).max())
     np.testing.assert_allclose(mean_gates(x, node), gates.mean(axis=0), rtol=1e-4)
     # One token: its own gates are the mean, and the approximation is exact.
-    one = mean_gate_weight(weight, node, mean_gates(x[:1], node))
-    np.testing.assert_allclose(x[:1] @ one, want[:1], atol=2e-5 * np.abs(want).max())
-    assert np.abs(x[1:] @ one - want[1:]).max() > 1e-3
+    merged = mean_gate_weight(weight, node, mean_gates(x[:1], node))
+    np.testing.assert_allclose(x[:1] @ merged, want[:1], atol=2e-5 * np.abs(want).max())
+    assert np.abs(x[1:] @ merged - want[1:]).max() > 1e-3
     with pytest.raises(sx.SboraxError, match="cannot be merged: its gates depend on the token"):
         sx.merge({"proj": {"kernel": weight}}, {"proj": {"kernel": node}})

@@ -39,14 +39,14 @@ def questions():
     """Prompts of many lengths with two to four continuations each, one of a single token."""
     rng = np.random.default_rng(0)
 
-    def ids(least, most):
-        return rng.integers(2, 258, rng.integers(least, most + 1)).tolist()
+    def ids(low, high):
+        return rng.integers(2, 258, rng.integers(low, high + 1)).tolist()
 
-    made = []
+    groups = []
     for options in (2, 4, 3, 2, 4):
         prompt = ids(1, 40)
-        made.append([Pair(prompt, ids(1, 6)) for _ in range(options)])
-    return [*made, [Pair([5, 6, 7], [8]), Pair([5, 6, 7], [9])]]
+        groups.append([Pair(prompt, ids(1, 6)) for _ in range(options)])
+    return [*groups, [Pair([5, 6, 7], [8]), Pair([5, 6, 7], [9])]]
 
 
 def theirs(reference, pair):
@@ -54,17 +54,17 @@ def theirs(reference, pair):
     ids = torch.tensor([[*pair.prompt, *pair.continuation]])
     with torch.no_grad():
         logits = reference(ids).logits[0, len(pair.prompt) - 1 : -1]
-    wanted = ids[0, len(pair.prompt) :]
-    logprobs = torch.log_softmax(logits.float(), -1).gather(1, wanted[:, None])
-    return float(logprobs.sum()), bool((logits.argmax(-1) == wanted).all())
+    targets = ids[0, len(pair.prompt) :]
+    logprobs = torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])
+    return float(logprobs.sum()), bool((logits.argmax(-1) == targets).all())
 
 
 def flat(questions):
-    return [pair for own in questions for pair in own]
+    return [pair for options in questions for pair in options]
 
 
-def numbers(found):
-    return np.array([one.logprob for own in found for one in own])
+def numbers(scores):
+    return np.array([score.logprob for row in scores for score in row])
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +75,31 @@ def alone(model, questions):
 
 def test_continuations_equal_transformers(torch_model, questions, alone):
     want = [theirs(torch_model[0], pair) for pair in flat(questions)]
-    np.testing.assert_allclose([one.logprob for one in alone], [value for value, _ in want], rtol=1e-5, atol=1e-4)
-    assert [one.greedy for one in alone] == [greedy for _, greedy in want]
-    assert [one.tokens for one in alone] == [len(pair.continuation) for pair in flat(questions)]
+    np.testing.assert_allclose([score.logprob for score in alone], [value for value, _ in want], rtol=1e-5, atol=1e-4)
+    assert [score.greedy for score in alone] == [greedy for _, greedy in want]
+    assert [score.tokens for score in alone] == [len(pair.continuation) for pair in flat(questions)]
 
 
 def test_greedy_text_is_greedy(torch_model, model):
     scorer = Scorer.of(model, model.params, budget=256)
     prompts = [[3, 4, 5], [17] * 20]
-    written = scorer.write(prompts, 4)
-    assert all(one.greedy for one in scorer.continuations([Pair(p, w) for p, w in zip(prompts, written, strict=True)]))
+    rows = scorer.write(prompts, 4)
+    assert all(score.greedy for score in scorer.continuations([Pair(p, w) for p, w in zip(prompts, rows, strict=True)]))
     ids = torch.tensor([prompts[0]])
     reference = torch_model[0].generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)
-    assert written[0] == reference[0, 3:].tolist()
+    assert rows[0] == reference[0, 3:].tolist()
 
 
 def test_a_prompt_that_is_shared_is_read_once(model, questions, alone):
-    found = Scorer.of(model, model.params, budget=512).options(questions)
-    np.testing.assert_allclose(numbers(found), [one.logprob for one in alone], rtol=1e-5, atol=1e-4)
-    assert [one.greedy for own in found for one in own] == [one.greedy for one in alone]
+    scores = Scorer.of(model, model.params, budget=512).options(questions)
+    np.testing.assert_allclose(numbers(scores), [score.logprob for score in alone], rtol=1e-5, atol=1e-4)
+    assert [score.greedy for row in scores for score in row] == [score.greedy for score in alone]
     apart = [
         [Pair([1, *pair.prompt[1:]], pair.continuation) if i else pair for i, pair in enumerate(q)] for q in questions
     ]
     mixed = Scorer.of(model, model.params, budget=512).options([*questions[:2], *apart[2:]])
-    assert [len(own) for own in mixed] == [len(own) for own in questions]
-    np.testing.assert_allclose(numbers(mixed[:2]), numbers(found[:2]), rtol=1e-5, atol=1e-4)
+    assert [len(row) for row in mixed] == [len(row) for row in questions]
+    np.testing.assert_allclose(numbers(mixed[:2]), numbers(scores[:2]), rtol=1e-5, atol=1e-4)
 
 
 def adapted(model, method):
@@ -112,10 +112,10 @@ def adapted(model, method):
 
 def test_an_adapter_scores_as_what_it_merges_to(model, questions, alone):
     params, adapters = adapted(model, sx.LoRA(rank=4))
-    found = Scorer.of(model, params, adapters, budget=512).options(questions)
+    scores = Scorer.of(model, params, adapters, budget=512).options(questions)
     merged = Scorer.of(model, sx.merge(params, adapters), budget=512).options(questions)
-    np.testing.assert_allclose(numbers(found), numbers(merged), rtol=1e-4, atol=1e-3)
-    assert np.abs(numbers(found) - [one.logprob for one in alone]).max() > 0.1
+    np.testing.assert_allclose(numbers(scores), numbers(merged), rtol=1e-4, atol=1e-3)
+    assert np.abs(numbers(scores) - [score.logprob for score in alone]).max() > 0.1
 
 
 def test_routed_adapters_are_weighed_by_the_prompt_alone(model, questions):
@@ -125,14 +125,14 @@ def test_routed_adapters_are_weighed_by_the_prompt_alone(model, questions):
     train = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.2, leaf.dtype), train)
     scorer = Scorer.of(model, params, sx.combine(train, frozen), budget=256)
     assert scorer.routed
-    (found,) = scorer.options([questions[1]])
-    for one, pair in zip(found[:2], questions[1][:2], strict=True):
+    (scores,) = scorer.options([questions[1]])
+    for score, pair in zip(scores[:2], questions[1][:2], strict=True):
         tokens = jnp.array([[*pair.prompt, *pair.continuation]], jnp.int32)
         ctx = sx.Context(prompt=(jnp.arange(tokens.shape[1]) < len(pair.prompt))[None].astype(jnp.int32))
         logits = model.apply(params, sx.combine(train, frozen), tokens, ctx=ctx)[0, len(pair.prompt) - 1 : -1]
-        wanted = tokens[0, len(pair.prompt) :]
-        each = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=1)
-        np.testing.assert_allclose(one.logprob, float(each.sum()), rtol=1e-5, atol=1e-4)
+        targets = tokens[0, len(pair.prompt) :]
+        terms = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
+        np.testing.assert_allclose(score.logprob, float(terms.sum()), rtol=1e-5, atol=1e-4)
 
 
 def test_four_bits_score_as_the_weights_they_stand_for(model, questions, alone):
@@ -140,11 +140,11 @@ def test_four_bits_score_as_the_weights_they_stand_for(model, questions, alone):
     dense = jax.tree.map(
         lambda leaf: leaf.dense() if isinstance(leaf, AbstractWeight) else leaf, quantised, is_leaf=is_weight
     )
-    found = Scorer.of(model, quantised, budget=512).options(questions)
+    scores = Scorer.of(model, quantised, budget=512).options(questions)
     np.testing.assert_allclose(
-        numbers(found), numbers(Scorer.of(model, dense, budget=512).options(questions)), rtol=1e-4, atol=1e-3
+        numbers(scores), numbers(Scorer.of(model, dense, budget=512).options(questions)), rtol=1e-4, atol=1e-3
     )
-    assert np.abs(numbers(found) - [one.logprob for one in alone]).max() > 1e-2
+    assert np.abs(numbers(scores) - [score.logprob for score in alone]).max() > 1e-2
 
 
 @pytest.mark.nightly
@@ -154,11 +154,11 @@ def test_a_mesh_changes_nothing(model, questions, alone):
     scorer = Scorer.of(model, params, adapters, mesh={"data": 2, "fsdp": 2, "tensor": 2}, budget=64)
     np.testing.assert_allclose(numbers(scorer.options(questions)), numbers(on_one), rtol=1e-5, atol=1e-4)
     prompts = [[3, 4, 5], [17] * 20, [9]]
-    whole = Scorer.of(model, params, adapters)
+    plain = Scorer.of(model, params, adapters)
     for beams in (1, 3):
-        assert scorer.write(prompts, 3, beams=beams) == whole.write(prompts, 3, beams=beams)
+        assert scorer.write(prompts, 3, beams=beams) == plain.write(prompts, 3, beams=beams)
     never = ["no text has this"]
-    assert scorer.write(prompts, 20, stop=never) == whole.write(prompts, 20, stop=never) == whole.write(prompts, 20)
+    assert scorer.write(prompts, 20, stop=never) == plain.write(prompts, 20, stop=never) == plain.write(prompts, 20)
 
 
 def test_what_does_not_fit_loses_its_beginning(model):
@@ -172,12 +172,12 @@ def test_what_does_not_fit_loses_its_beginning(model):
 def test_rows_have_few_shapes_and_all_are_there():
     rng = np.random.default_rng(0)
     lengths = [(int(n), int(t)) for n, t in zip(rng.integers(1, 500, 1000), rng.integers(1, 9, 1000), strict=True)]
-    made = list(batches(lengths, 512, 4096, multiple=3))
-    assert sorted(i for batch in made for i in batch.members) == list(range(1000))
-    assert all(max(lengths[i][0] for i in b.members) <= b.width and len(b.members) <= b.rows for b in made)
-    assert all(max(lengths[i][1] for i in b.members) <= b.continuation and b.rows % 3 == 0 for b in made)
-    assert [len(b.members) == b.rows for b in made[:-1]] == [True] * (len(made) - 1)
-    assert len({(b.rows, b.width, b.continuation) for b in made}) <= 14
+    groups = list(batches(lengths, 512, 4096, multiple=3))
+    assert sorted(i for batch in groups for i in batch.members) == list(range(1000))
+    assert all(max(lengths[i][0] for i in b.members) <= b.width and len(b.members) <= b.rows for b in groups)
+    assert all(max(lengths[i][1] for i in b.members) <= b.continuation and b.rows % 3 == 0 for b in groups)
+    assert [len(b.members) == b.rows for b in groups[:-1]] == [True] * (len(groups) - 1)
+    assert len({(b.rows, b.width, b.continuation) for b in groups}) <= 14
     assert [padded(n, 512) for n in (1, 17, 33, 65, 97, 500, 600)] == [16, 24, 48, 96, 128, 512, 600]
 
 

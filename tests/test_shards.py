@@ -66,8 +66,8 @@ class Half(jax.sharding.Sharding):
         self.sharding = sharding
 
     def addressable_devices_indices_map(self, shape):
-        whole = self.sharding.addressable_devices_indices_map(shape)
-        return dict(list(whole.items())[: len(whole) // 2])
+        indices = self.sharding.addressable_devices_indices_map(shape)
+        return dict(list(indices.items())[: len(indices) // 2])
 
 
 class Recorded:

@@ -89,12 +89,12 @@ def test_an_expert_without_rows_changes_nothing():
 
 def test_experts_are_quantised_as_they_are_read(place, model):
     packed = load_model(place, quant="nf4").params
-    chosen = [path for path, leaf in flatten(packed).items() if is_weight(leaf)]
-    assert {path.split("/")[-2] for path in chosen} >= {"gate_proj", "up_proj", "down_proj", "q_proj"}
-    assert not any("router" in path or "shared_expert_gate" in path for path in chosen)
-    for path in chosen:
-        wanted = jax.tree.map(np.asarray, dense(quantise(flatten(model.params)[path])))
-        chex.assert_trees_all_equal(np.asarray(dense(flatten(packed)[path])), wanted)
+    paths = [path for path, leaf in flatten(packed).items() if is_weight(leaf)]
+    assert {path.split("/")[-2] for path in paths} >= {"gate_proj", "up_proj", "down_proj", "q_proj"}
+    assert not any("router" in path or "shared_expert_gate" in path for path in paths)
+    for path in paths:
+        expected = jax.tree.map(np.asarray, dense(quantise(flatten(model.params)[path])))
+        chex.assert_trees_all_equal(np.asarray(dense(flatten(packed)[path])), expected)
 
 
 def test_a_run_on_experts(place, tmp_path):
@@ -106,10 +106,10 @@ def test_a_run_on_experts(place, tmp_path):
         summary = train(experiment, tmp_path / "run")
         params, adapters = load_adapter(tmp_path / "run" / "adapter", load_model(place).params)
     assert summary.first_loss and summary.last_loss and summary.last_loss < summary.first_loss
-    moved = nodes(adapters)["layers/mlp/experts/up_proj/kernel"].train["b"]
-    assert moved.shape == (2, 6, 2, 64) and np.asarray(moved).any(axis=(2, 3)).sum() >= 6
-    before = load_model(place).params["layers"]["mlp"]["router"]["weight"]
-    assert (params["layers"]["mlp"]["router"]["weight"] != before).any()
+    trained = nodes(adapters)["layers/mlp/experts/up_proj/kernel"].train["b"]
+    assert trained.shape == (2, 6, 2, 64) and np.asarray(trained).any(axis=(2, 3)).sum() >= 6
+    start = load_model(place).params["layers"]["mlp"]["router"]["weight"]
+    assert (params["layers"]["mlp"]["router"]["weight"] != start).any()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Two experts of six for each token: the loss is twice its share at equal load, and hardly more at the start.
     assert math.isclose(lines[0]["balance_loss"], 2 * EXPERTS.balance, rel_tol=0.1)

@@ -38,23 +38,23 @@ def size(tree):
 
 
 def growth(programs):
-    few, many = (program.memory_analysis().temp_size_in_bytes for program in programs)
-    return many - few
+    small, large = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    return large - small
 
 
-def more(few, many):
+def surplus(small, large):
     """Bytes of the dense kernels, and of what is trained, that the larger model has more."""
-    kernels = 4 * (parameters(abstract(many.model.config)) - parameters(abstract(few.model.config)))
-    return kernels, size(many.state.train) - size(few.state.train)
+    kernels = 4 * (parameters(abstract(large.model.config)) - parameters(abstract(small.model.config)))
+    return kernels, size(large.state.train) - size(small.state.train)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_temporaries_do_not_grow_with_the_base(quant):
     """Gradients grow with the layers, and what these keep of activations: a quarter of the kernels at most."""
-    few, many = outlines(quant)
-    kernels, trained = more(few, many)
-    assert growth(map(compiled, (few, many))) < 2 * trained + kernels / 4
+    small, large = outlines(quant)
+    kernels, trained = surplus(small, large)
+    assert growth(map(compiled, (small, large))) < 2 * trained + kernels / 4
 
 
 def test_temporaries_do_not_grow_with_a_basis_that_all_layers_share():
@@ -67,14 +67,14 @@ def test_temporaries_do_not_grow_with_a_basis_that_all_layers_share():
 def test_a_copy_of_the_base_would_be_seen():
     """The same loss by merging, which makes every adapted kernel at once."""
 
-    def program(one):
+    def program(plan):
         def loss(train, frozen, base, batch):
             merged = sx.merge(put_together(base, {}), sx.combine(train["adapters"], frozen))
             part = jax.tree.map(lambda leaf: leaf[0], batch)
-            return sums(one.model, {"adapters": {}, "base": {}}, {}, flatten(merged), part, None).losses["loss"]
+            return sums(plan.model, {"adapters": {}, "base": {}}, {}, flatten(merged), part, None).losses["loss"]
 
-        return jax.jit(jax.grad(loss)).lower(one.state.train, *one.arguments[1:]).compile()
+        return jax.jit(jax.grad(loss)).lower(plan.state.train, *plan.arguments[1:]).compile()
 
-    few, many = outlines(None)
-    kernels, trained = more(few, many)
-    assert growth(map(program, (few, many))) > 2 * trained + kernels
+    small, large = outlines(None)
+    kernels, trained = surplus(small, large)
+    assert growth(map(program, (small, large))) > 2 * trained + kernels

@@ -75,8 +75,8 @@ def test_it_is_one_object_that_structures_can_hold():
     assert repr(STRIPPED) == "STRIPPED"
     assert STRIPPED == STRIPPED and STRIPPED is not None and STRIPPED != 0.0
     assert {STRIPPED: 1}[STRIPPED] == 1
-    for same in (copy.copy(STRIPPED), copy.deepcopy(STRIPPED), pickle.loads(pickle.dumps(STRIPPED))):
-        assert same is STRIPPED
+    for twin in (copy.copy(STRIPPED), copy.deepcopy(STRIPPED), pickle.loads(pickle.dumps(STRIPPED))):
+        assert twin is STRIPPED
     with pytest.raises(AttributeError):
         STRIPPED.value = 1  # type: ignore[attr-defined]
 
@@ -91,27 +91,27 @@ def test_every_hyper_parameter_of_a_structure_is_stripped(case: Case):
             if value is STRIPPED:
                 with pytest.raises(sx.SboraxError):
                     _ = 2.0 * value
-    for same in (structure(bare), copy.deepcopy(bare), pickle.loads(pickle.dumps(bare))):
-        assert same == bare and hash(same) == hash(bare)
+    for twin in (structure(bare), copy.deepcopy(bare), pickle.loads(pickle.dumps(bare))):
+        assert twin == bare and hash(twin) == hash(bare)
     repr(bare)
 
 
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 def test_files_say_null(case: Case):
     bare = structure(case.method)
-    written = json.loads(json.dumps(encode(bare)))
-    assert decode(AbstractMethod, written, structural=True) == bare  # type: ignore[type-abstract]
+    record = json.loads(json.dumps(encode(bare)))
+    assert decode(AbstractMethod, record, structural=True) == bare  # type: ignore[type-abstract]
     hyper = [field.name for field in dataclasses.fields(bare) if field.metadata.get("hyper")]  # type: ignore[arg-type]
-    assert all(written[name] is None for name in hyper)
+    assert all(record[name] is None for name in hyper)
     # A file that was written before the method had these fields.
-    given = {name: value for name, value in written.items() if name not in hyper}
-    assert decode(AbstractMethod, given, structural=True) == bare  # type: ignore[type-abstract]
+    subset = {name: value for name, value in record.items() if name not in hyper}
+    assert decode(AbstractMethod, subset, structural=True) == bare  # type: ignore[type-abstract]
 
 
 def test_a_null_that_is_no_hyper_parameter_stays_none():
     bare = structure(sx.Bone(rank=4))
-    again = decode(AbstractMethod, encode(bare), structural=True)  # type: ignore[type-abstract]
-    assert isinstance(again, sx.Bone) and again.mini_rank is None and again.dropout is STRIPPED
+    twin = decode(AbstractMethod, encode(bare), structural=True)  # type: ignore[type-abstract]
+    assert isinstance(twin, sx.Bone) and twin.mini_rank is None and twin.dropout is STRIPPED
 
 
 def test_null_in_a_config_is_a_value():

@@ -41,27 +41,27 @@ def room(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """Dotted names of every module that a file imports, at the top or inside a function."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_flow_one_way(path: Path):
-    own = room(path)
-    assert own in ORDER, f"{own} has no place in the order"
+    home = room(path)
+    assert home in ORDER, f"{home} has no place in the order"
     for name in imported(path):
         if name.startswith("sborax."):
-            other = name.split(".")[1]
-            if other in ORDER:
-                assert ORDER.index(other) <= ORDER.index(own), f"{own} imports {other}"
+            target = name.split(".")[1]
+            if target in ORDER:
+                assert ORDER.index(target) <= ORDER.index(home), f"{home} imports {target}"
         if name.split(".")[0] == "flax":
-            assert own == "models"
+            assert home == "models"
             assert "nnx" not in name or path.name == "nnx.py"
 
 
@@ -110,8 +110,8 @@ def test_importing_the_package_imports_none_of_the_slow_ones():
     """And no transformers before the command line has silenced it."""
     slow = {"flax", "transformers", "orbax", "datasets", "grain", "torch"}
     code = f"import sys, sborax, sborax.cli.main; print(sorted({slow} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

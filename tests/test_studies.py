@@ -43,12 +43,12 @@ def tiny(tmp_path_factory, compiled_once) -> Study:
     place = tmp_path_factory.mktemp("tiny")
     data = sx.Data(str(write_data(place / "data.jsonl")), template="{instruction} ", max_length=32, limit=16)
     model = str(write_model(place / "model"))
-    held = Held(dataclasses.replace(data, limit=None), items=6, skip=16)
+    validation = Held(dataclasses.replace(data, limit=None), items=6, skip=16)
     arms = []
     for name, method in METHODS.items():
         rules = (sx.Rule("q_proj", method),)
         run = sx.Experiment(model, data, rules, steps=4, batch_size=2, save=sx.Save(every=2, keep=1))
-        arms.append(Arm(name, "sums", run, held))
+        arms.append(Arm(name, "sums", run, validation))
     return Study("tiny", "two methods", "The lowest loss.\n\nIt decides.", tuple(arms), RATES, (0, 1), extensions=0)
 
 
@@ -73,10 +73,10 @@ def test_a_study_runs_once(tiny, ran):
 
 def test_a_piece_that_another_process_ran_is_not_run_again(tiny, ran, tmp_path):
     store, (file, *_) = Store(tiny, tmp_path), sorted((ran[0] / "tiny").iterdir())
-    before = pending(tiny, store)
+    queue = pending(tiny, store)
     (tmp_path / "another").mkdir()
     (tmp_path / "another" / file.name).write_text(file.read_text())
-    assert [piece.digest for piece in before if piece not in pending(tiny, store)] == [file.stem]
+    assert [piece.digest for piece in queue if piece not in pending(tiny, store)] == [file.stem]
 
 
 def test_a_claim_is_repeated(tiny, ran, tmp_path):
@@ -87,12 +87,12 @@ def test_a_claim_is_repeated(tiny, ran, tmp_path):
         with pytest.raises(sx.SboraxError, match=reason):
             claim_of(study, text)
     lines = []
-    (again,) = repeat(study, claims[0], Store(study, ran[0]), tmp_path, echo=lines.append)
+    (rerun,) = repeat(study, claims[0], Store(study, ran[0]), tmp_path, echo=lines.append)
     # The same seeds, but each rate in a run of its own.
-    np.testing.assert_allclose(again.again.seeds.value, again.stored.seeds.value, rtol=0, atol=1e-4)
-    assert again.seeds == (0, 1) and again.inside and len(lines) == 5 and "inside the stored intervals" in lines[-1]
-    far = dataclasses.replace(again.again, seeds=dataclasses.replace(again.again.seeds, value=100.0))
-    assert "OUTSIDE" in str(Repeated("sums", again.stored, far, (0, 1)))
+    np.testing.assert_allclose(rerun.again.seeds.value, rerun.stored.seeds.value, rtol=0, atol=1e-4)
+    assert rerun.seeds == (0, 1) and rerun.inside and len(lines) == 5 and "inside the stored intervals" in lines[-1]
+    far = dataclasses.replace(rerun.again, seeds=dataclasses.replace(rerun.again.seeds, value=100.0))
+    assert "OUTSIDE" in str(Repeated("sums", rerun.stored, far, (0, 1)))
     with pytest.raises(sx.SboraxError, match="no setting has results of both arms"):
         repeat(study, claims[0], Store(study, tmp_path / "empty"), tmp_path)
 
@@ -111,8 +111,8 @@ def test_results_hold_what_a_member_did(tiny, ran):
         np.testing.assert_allclose(np.mean(member["curve"]), member["area"], rtol=1e-4)
         assert member["trained"] == 2 * 2 * (32 + 32)
     # Seeds change what is seen and where it starts.
-    other = Store(tiny, ran[0]).get(dataclasses.replace(piece, seed=0))
-    assert other is not None and other["members"][0]["curve"] != result["members"][0]["curve"]
+    second = Store(tiny, ran[0]).get(dataclasses.replace(piece, seed=0))
+    assert second is not None and second["members"][0]["curve"] != result["members"][0]["curve"]
 
 
 def test_a_piece_is_killed_before_its_first_step(tiny, tmp_path, monkeypatch):
@@ -128,37 +128,37 @@ def test_a_killed_piece_goes_on(tiny, ran, tmp_path, monkeypatch):
     store = Store(tiny, tmp_path / "results")
     record = SweepStepper.record
 
-    def kill(self, made, first):
-        if made.step == 2:
+    def kill(self, dispatched, first):
+        if dispatched.step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return record(self, made, first)
+        return record(self, dispatched, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(SweepStepper, "record", kill)
         assert command.run(tiny, store, tmp_path / "work", float("inf"), echo=lines.append) == 0
     assert "stopped" in lines[-1] and store.get(piece) is None
-    said: list[str] = []
-    result = pieces.run_piece(piece, tmp_path / "work", said.append)
-    assert any(line.startswith("resuming after step") for line in said)
-    whole = Store(tiny, ran[0]).get(piece)
-    assert whole is not None and whole["members"] == result["members"]
+    output: list[str] = []
+    result = pieces.run_piece(piece, tmp_path / "work", output.append)
+    assert any(line.startswith("resuming after step") for line in output)
+    expected = Store(tiny, ran[0]).get(piece)
+    assert expected is not None and expected["members"] == result["members"]
 
 
 @pytest.mark.nightly
 def test_a_piece_that_cannot_go_on_begins_again(tiny, tmp_path):
     """The mean of its item losses over all tokens is `loss_on` of the adapter that it has written."""
-    piece, said = Piece(tiny.arms[0], (1e-2,), 0), []
+    piece, lines = Piece(tiny.arms[0], (1e-2,), 0), []
     (tmp_path / piece.digest).mkdir()
     (tmp_path / piece.digest / "other.json").write_text("{}")
-    result = pieces.run_piece(piece, tmp_path, said.append)
-    assert any("begun again" in line for line in said)
+    result = pieces.run_piece(piece, tmp_path, lines.append)
+    assert any("begun again" in line for line in lines)
     with locked(epath.Path(tmp_path / piece.digest)), pytest.raises(sx.SboraxError, match="in use by process"):
-        pieces.run_piece(piece, tmp_path, said.append)
+        pieces.run_piece(piece, tmp_path, lines.append)
     target = pieces.load_run(str(tmp_path / piece.digest))
     samples = held_out(piece.arm.held, target.model)
     mean = np.average(result["members"][0]["items"], weights=[int(sample.counts[1:].sum()) for sample in samples])
-    wanted = loss_on(target.model, target.params, target.adapters, pieces.batches_of(samples, piece.arm.held))
-    np.testing.assert_allclose(mean, wanted, rtol=1e-4)
+    expected = loss_on(target.model, target.params, target.adapters, pieces.batches_of(samples, piece.arm.held))
+    np.testing.assert_allclose(mean, expected, rtol=1e-4)
 
 
 def test_no_piece_begins_that_would_not_end_in_time(tiny, tmp_path):
@@ -170,22 +170,22 @@ def test_no_piece_begins_that_would_not_end_in_time(tiny, tmp_path):
 
 def test_a_piece_that_another_process_runs_is_left_to_it(tiny, tmp_path):
     store, work, lines = Store(tiny, tmp_path / "results"), tmp_path / "work", []
-    held = [work / "claims" / piece.digest for piece in pending(tiny, store)]
+    places = [work / "claims" / piece.digest for piece in pending(tiny, store)]
     with contextlib.ExitStack() as stack:
-        for place in held:
+        for place in places:
             place.mkdir(parents=True)
             stack.enter_context(locked(epath.Path(place)))
         assert command.run(tiny, store, work, float("inf"), echo=lines.append) == 0
-    assert lines == [f"the {len(held)} known pieces that are left are run by other processes"]
+    assert lines == [f"the {len(places)} known pieces that are left are run by other processes"]
 
 
 def test_a_config_that_changes_is_another_piece(tiny):
     arm = tiny.arms[0]
     piece = Piece(arm, RATES, 0)
     changed = dataclasses.replace(arm, experiment=dataclasses.replace(arm.experiment, steps=5))
-    held = dataclasses.replace(arm, held=dataclasses.replace(arm.held, items=5))
-    others = [Piece(changed, RATES, 0), Piece(held, RATES, 0), Piece(arm, RATES[:2], 0), Piece(arm, RATES, 1)]
-    assert len({piece.digest, *(other.digest for other in others)}) == 5
+    short_arm = dataclasses.replace(arm, held=dataclasses.replace(arm.held, items=5))
+    variants = [Piece(changed, RATES, 0), Piece(short_arm, RATES, 0), Piece(arm, RATES[:2], 0), Piece(arm, RATES, 1)]
+    assert len({piece.digest, *(variant.digest for variant in variants)}) == 5
     assert Piece(dataclasses.replace(arm, name="other"), RATES, 0).digest == piece.digest
     assert sparse(sx.LoRA(rank=8)) == {"type": "LoRA"} and sparse(sx.LoRA(rank=2)) == {"type": "LoRA", "rank": 2}
 
@@ -235,26 +235,26 @@ def write_text(place: Path) -> sx.Data:
 
 def test_what_an_arm_forgets_is_measured_against_its_base(tiny, tmp_path):
     """The base is measured once, and a run that hardly trains forgets nothing."""
-    kept, lines = Held(write_text(tmp_path / "text.txt"), items=5), []
+    probe, lines = Held(write_text(tmp_path / "text.txt"), items=5), []
     run = dataclasses.replace(tiny.arms[0].experiment, rules=(sx.Rule("mlp", sx.LoRA(rank=2)),))
-    arm = dataclasses.replace(tiny.arms[0], experiment=run, kept=kept)
+    arm = dataclasses.replace(tiny.arms[0], experiment=run, kept=probe)
     study = dataclasses.replace(tiny, arms=(arm,), rates=(1e-9, 1e-1))
     store = Store(study, tmp_path / "results")
     assert command.run(study, store, tmp_path / "work", float("inf"), echo=lines.append) == 2
-    assert [line.endswith(f"before training, {kept.data.label()}: measured") for line in lines] == [True, False, False]
+    assert [line.endswith(f"before training, {probe.data.label()}: measured") for line in lines] == [True, False, False]
     base = Base.of(arm)
     assert base is not None
     measured, result = store.get(base), store.get(Piece(arm, study.rates, 0))
     assert measured is not None and result is not None and len(measured["kept"]) == 5
-    still, moved = (member["kept"] for member in result["members"])
+    still, drift = (member["kept"] for member in result["members"])
     np.testing.assert_allclose(still, measured["kept"], rtol=2e-5)
-    assert np.abs(np.subtract(moved, measured["kept"])).max() > 1e-2
+    assert np.abs(np.subtract(drift, measured["kept"])).max() > 1e-2
     tuned = tuned_arms(study, store)["LoRA"]
     kept_losses = np.array([numbers["kept"] for numbers in tuned.at_best.values()])
     np.testing.assert_allclose(tuned.forgotten(), kept_losses - measured["kept"], rtol=0, atol=1e-6)
     # From another study's results too.
-    again = dataclasses.replace(study, name="again")
-    text = page([Outcome.of(again, Store(again, tmp_path / "results"))])
+    second = dataclasses.replace(study, name="again")
+    text = page([Outcome.of(second, Store(second, tmp_path / "results"))])
     assert "| forgotten, over items |" in text
     rows = [
         line for line in text.splitlines() if line.startswith(("| method", "|---|---|---|---|---|---|---|", "| LoRA"))
@@ -285,15 +285,15 @@ def test_figures_are_those_of_the_numbers(tmp_path):
         # The eight best have a colour and a name; no figure has a paper of its own.
         assert [f"arm {number}<" in text for number in range(10)] == 8 * [True] + 2 * [False]
     assert digest(arms) != digest(arms[:-1])
-    other = Outcome.of(
+    second = Outcome.of(
         study, made_up(study, tmp_path / "other", lambda arm, rate, seed: 1e-3 + losses(arm, rate, seed))
     )
-    assert digest(ranked(other, "none")) != digest(arms)
+    assert digest(ranked(second, "none")) != digest(arms)
 
 
 def tuned_arms(study: Study, store: Store) -> dict[str, Tuned]:
     tuned = {arm.name: progress(study, arm, store)[1] for arm in study.arms}
-    return {name: each for name, each in tuned.items() if each is not None}
+    return {name: entry for name, entry in tuned.items() if entry is not None}
 
 
 def test_learning_rates_are_extended_where_the_best_is_the_last(tmp_path):
@@ -359,10 +359,10 @@ def test_verdicts(gap, verdict, tmp_path):
     assert Beats("", "", "new", slack=0.1).judge(arms)[0] == "reproduced"
     assert gap < 0.1 or Beats("", "", "new", slack=0.01).judge(arms)[0] == "not reproduced"
     assert Beats("", "", "new", "absent").find("none", arms) is None
-    few = {name: dataclasses.replace(each, members={r: dict(list(m.items())[:2]) for r, m in each.members.items()})
-           for name, each in arms.items()}  # fmt: skip
-    few = {name: dataclasses.replace(each, tuning=(0, 1)) for name, each in few.items()}
-    assert Beats("", "", "new").find("none", few).verdict == "undecided"
+    subset = {name: dataclasses.replace(entry, members={r: dict(list(m.items())[:2]) for r, m in entry.members.items()})
+           for name, entry in arms.items()}  # fmt: skip
+    subset = {name: dataclasses.replace(entry, tuning=(0, 1)) for name, entry in subset.items()}
+    assert Beats("", "", "new").find("none", subset).verdict == "undecided"
     assert Beats("", "", "new").find("none", {**arms, "new": None}).verdict == "not run yet"
 
 
@@ -436,7 +436,7 @@ def test_every_study_is_whole():
             names = [arm.name for arm in study.arms if arm.setting == setting]
             assert len(set(names)) == len(names)
         for claim in study.claims:
-            assert any(claim.needs([a.name for a in study.arms if a.setting == each]) for each in settings(study))
+            assert any(claim.needs([a.name for a in study.arms if a.setting == setting]) for setting in settings(study))
     names = {arm.name for arm in command.declared("atlas").arms}
     dense = {name for name in sx.methods.__all__ if not getattr(sx, name).of_quantised}
     assert dense - {"SBoRA"} <= names
@@ -449,14 +449,14 @@ def test_the_page_is_that_of_the_results(tiny, ran):
     outcomes = command.outcomes()
     assert page(outcomes) == PAGE.read_text()
     # Bytes of figures differ between versions of matplotlib, so that they are held by the digest of their numbers.
-    drawn = {file.name: file.read_text() for file in (PAGE.parent / FIGURES).glob("*.svg")}
-    wanted = {
+    figures = {file.name: file.read_text() for file in (PAGE.parent / FIGURES).glob("*.svg")}
+    expected = {
         file: digest(ranked(outcome, setting))
         for outcome in outcomes
         for setting in settings(outcome.study)
         for file in figure_names(outcome, setting)
     }
-    assert drawn.keys() == wanted.keys() and all(f">{wanted[file]}<" in text for file, text in drawn.items())
+    assert figures.keys() == expected.keys() and all(f">{expected[file]}<" in text for file, text in figures.items())
     small = dataclasses.replace(tiny, claims=(Beats("Bone beats LoRA", "2409.15371", "Bone"),))
     text = page([Outcome.of(small, Store(small, ran[0]))])
     assert re.search(r"\| Bone beats LoRA \| arXiv:2409.15371 \| tiny \| \*\*undecided\*\* \| sums: [-+]0", text)

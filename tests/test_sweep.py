@@ -77,20 +77,20 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_run(one, other, atol):
+def same_run(first, second, atol):
     """Adapters entry by entry, losses and every other number of each step, up to rounding."""
-    mine, its = (read_adapter(run / "adapter") for run in (one, other))
-    chex.assert_trees_all_close(mine.adapters, its.adapters, rtol=0, atol=atol)
-    assert (mine.base, mine.rules, mine.about) == (its.base, its.rules, its.about)
+    mine, theirs = (read_adapter(run / "adapter") for run in (first, second))
+    chex.assert_trees_all_close(mine.adapters, theirs.adapters, rtol=0, atol=atol)
+    assert (mine.base, mine.rules, mine.about) == (theirs.base, theirs.rules, theirs.about)
     lines = [[{k: v for k, v in line.items() if k not in UNLIKE} for line in metrics(run)]
-             for run in (one, other)]  # fmt: skip
+             for run in (first, second)]  # fmt: skip
     chex.assert_trees_all_close(*lines, rtol=1e-4, atol=1e-6)
-    losses = [[line.get("loss", line.get("eval_loss")) for line in each] for each in lines]
+    losses = [[line.get("loss", line.get("eval_loss")) for line in rows] for rows in lines]
     np.testing.assert_allclose(*losses, rtol=1e-6)
     samples = [[json.loads(line) for line in (run / "eval_losses.jsonl").read_text().splitlines()]
-               for run in (one, other) if any("eval_loss" in line for line in metrics(run))]  # fmt: skip
-    for sample, its in zip(*samples, strict=True) if samples else ():
-        assert its == sample | {"loss": pytest.approx(sample["loss"], rel=1e-6)}
+               for run in (first, second) if any("eval_loss" in line for line in metrics(run))]  # fmt: skip
+    for sample, expected in zip(*samples, strict=True) if samples else ():
+        assert expected == sample | {"loss": pytest.approx(sample["loss"], rel=1e-6)}
 
 
 # One after the other, by lax.map
@@ -99,13 +99,13 @@ def same_run(one, other, atol):
 @pytest.fixture(scope="module")
 def swept(places, tmp_path_factory):
     """A sweep of eight, with what happened meanwhile."""
-    out, seen = tmp_path_factory.mktemp("sweeps") / "eight", collections.Counter()
+    out, counts = tmp_path_factory.mktemp("sweeps") / "eight", collections.Counter()
     experiment = an_experiment(places, eval=sx.Eval(data=dataclasses.replace(an_experiment(places).data, limit=3)))
-    steps, evaluations, before = [], [], jax.live_arrays()
-    known = {id(array) for array in before}
+    steps, evaluations, arrays = [], [], jax.live_arrays()
+    ids = {id(array) for array in arrays}
 
     def load(*args, **kwargs):
-        seen["loads"] += 1
+        counts["loads"] += 1
         return read_model(*args, **kwargs)
 
     def make(*args):
@@ -118,18 +118,18 @@ def swept(places, tmp_path_factory):
 
     def look(text):
         if text.startswith("step 4/"):
-            alive = [array for array in jax.live_arrays() if id(array) not in known and not array.is_deleted()]
-            seen.update(("alive", array.shape) for array in alive)
+            alive = [array for array in jax.live_arrays() if id(array) not in ids and not array.is_deleted()]
+            counts.update(("alive", array.shape) for array in alive)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "read_model", load)
         patch.setattr(sweep_stepper, "make_sweep_step", make)
         patch.setattr(sweep_stepper, "make_sweep_evaluation", make_evaluation)
         results = sweep(Sweep(experiment, GRID), out, echo=look)
-    del before
-    seen["evaluations"] = sum(evaluation._cache_size() for evaluation in evaluations)
-    seen["programs"] = sum(step._cache_size() for step in steps)
-    return experiment, out, results, seen
+    del arrays
+    counts["evaluations"] = sum(evaluation._cache_size() for evaluation in evaluations)
+    counts["programs"] = sum(step._cache_size() for step in steps)
+    return experiment, out, results, counts
 
 
 @pytest.mark.parametrize("number", nightly_unless([], [1, 6]))
@@ -139,15 +139,15 @@ def test_a_member_is_its_own_single_run(swept, tmp_path, number):
     summary = train(sx.load_experiment(str(out / member.name)), tmp_path / "alone", echo=quiet)
     # Adam divides what differs by rounding by a small moment.
     same_run(tmp_path / "alone", out / member.name, atol=1e-5)
-    told = json.loads((out / member.name / "summary.json").read_text())
-    assert told.keys() == dataclasses.asdict(summary).keys() and told["finished"]
+    record = json.loads((out / member.name / "summary.json").read_text())
+    assert record.keys() == dataclasses.asdict(summary).keys() and record["finished"]
     for key in ("steps", "trainable_parameters", "base_parameters", "samples", "device"):
-        assert told[key] == vars(summary)[key]
+        assert record[key] == vars(summary)[key]
 
 
 def test_every_member_keeps_the_losses_of_samples_by_one_program(swept):
-    _, out, results, seen = swept
-    assert seen["evaluations"] == 1
+    _, out, results, counts = swept
+    assert counts["evaluations"] == 1
     for member in results.members:
         samples = [json.loads(line) for line in (out / member.name / "eval_losses.jsonl").read_text().splitlines()]
         mean = sum(sample["loss"] for sample in samples) / sum(sample["tokens"] for sample in samples)
@@ -157,20 +157,20 @@ def test_every_member_keeps_the_losses_of_samples_by_one_program(swept):
 def test_members_differ_in_indices_rates_and_scales(swept):
     """Else equality with single runs would say little."""
     experiment, out, results, _ = swept
-    kept = [nodes(read_adapter(out / one.name / "adapter").adapters) for one in results.members]
-    node = [each["layers/self_attn/q_proj/kernel"] for each in kept]
+    trees = [nodes(read_adapter(out / member.name / "adapter").adapters) for member in results.members]
+    node = [tree["layers/self_attn/q_proj/kernel"] for tree in trees]
     assert not np.array_equal(node[0].frozen["idx"], node[2].frozen["idx"])
     chex.assert_trees_all_equal(node[0].frozen["idx"], node[4].frozen["idx"])
     chex.assert_trees_all_equal(2 * node[0].frozen["scale"], node[1].frozen["scale"])
-    assert len({one.last_loss for one in results.members}) == 8
-    assert [metrics(out / one.name)[0]["lr"] for one in results.members] == pytest.approx([1e-2] * 4 + [3e-2] * 4)
+    assert len({member.last_loss for member in results.members}) == 8
+    assert [metrics(out / member.name)[0]["lr"] for member in results.members] == pytest.approx([1e-2] * 4 + [3e-2] * 4)
 
 
 def test_startup_is_paid_once(swept):
-    _, out, results, seen = swept
-    assert seen["loads"] == 1 and seen["programs"] == 1
-    for one in results.members:
-        assert [line["compiled"] for line in metrics(out / one.name) if "loss" in line] == [True, False, False, False]
+    _, out, results, counts = swept
+    assert counts["loads"] == 1 and counts["programs"] == 1
+    for run in results.members:
+        assert [line["compiled"] for line in metrics(out / run.name) if "loss" in line] == [True, False, False, False]
 
 
 def test_one_copy_of_the_base_is_alive(swept, places):
@@ -183,18 +183,20 @@ def test_the_compiled_step_takes_one_base(places):
     members = Sweep(an_experiment(places), GRID).members()
     model = load_model(places[0])
     parts = [
-        take_apart(model.params, sx.attach(jax.random.key(one.experiment.seed_adapter), model.params, RULES)[1])
-        for one in members
+        take_apart(model.params, sx.attach(jax.random.key(member.experiment.seed_adapter), model.params, RULES)[1])
+        for member in members
     ]
     stacked, state = gather(members, parts, 4, at_once=1)
     batch = {name: np.zeros((1, 2, 32), np.int32) for name in ("tokens", "targets", "segments")}
     batch["counts"] = np.zeros((1, 2, 32), bool)
     arguments = (state, stacked.constants, stacked.shared, parts[0].base, batch)
     lowered = jax.eval_shape(lambda *leaves: leaves, *arguments)
-    wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered) if leaf.dtype.name != "key<fry>")
-    wanted += len(members) * 8 - stacked.constants.optimizer.nbytes  # the keys, and no choice among optimisers
+    expected = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered) if leaf.dtype.name != "key<fry>"
+    )
+    expected += len(members) * 8 - stacked.constants.optimizer.nbytes  # the keys, and no choice among optimisers
     memory = make_sweep_step(model, stacked).lower(*arguments).compile().memory_analysis()
-    assert memory.argument_size_in_bytes == wanted
+    assert memory.argument_size_in_bytes == expected
     # Scales and dropout rates that no member changes are there once, and nothing of a member is.
     assert {leaf.shape for leaf in stacked.shared} == {(2,)}
     assert {leaf.shape for leaf in stacked.constants.frozen} == {(8, 2, 4)}
@@ -202,11 +204,11 @@ def test_the_compiled_step_takes_one_base(places):
 
 def test_the_best_is_marked(swept):
     _, out, results, _ = swept
-    told = json.loads((out / "sweep.json").read_text())
-    losses = {one.name: one.eval_loss for one in results.members}
-    assert told["best"] == results.best == min(losses, key=lambda name: losses[name])
-    assert [one["name"] for one in told["members"]] == list(losses)
-    assert told["members"][3]["changes"] == ["optimizer.lr=0.01", "seed_adapter=1", "rules.0.method.alpha=8.0"]
+    record = json.loads((out / "sweep.json").read_text())
+    losses = {member.name: member.eval_loss for member in results.members}
+    assert record["best"] == results.best == min(losses, key=lambda name: losses[name])
+    assert [member["name"] for member in record["members"]] == list(losses)
+    assert record["members"][3]["changes"] == ["optimizer.lr=0.01", "seed_adapter=1", "rules.0.method.alpha=8.0"]
     lines = results.table()
     assert [line for line in lines if line.endswith("  best")] == [lines[1 + list(losses).index(results.best)]]
 
@@ -244,19 +246,19 @@ def test_members_keep_their_places_however_many_go_together(at_once):
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_rates_are_those_of_the_schedule(kind):
     optimizer = sx.Optimizer(lr=3e-3, schedule=kind, warmup=3, final=0.1)
-    wanted = [float(schedule(optimizer, 10)(step)) for step in range(10)]
-    np.testing.assert_allclose(rates(optimizer, 10), wanted, rtol=5e-7)
+    expected = [float(schedule(optimizer, 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(rates(optimizer, 10), expected, rtol=5e-7)
 
 
 @pytest.mark.nightly
 def test_a_diverged_member_is_told_and_the_others_go_on_also_after_a_signal(places, tmp_path, capsys):
     description = Sweep(an_experiment(places), {"optimizer.lr": ("1e-2", "1e17")}, at_once=2)
-    said = []
-    whole = sweep(description, tmp_path / "whole", echo=said.append)
-    good, bad = whole.members
-    assert (good.diverged, bad.diverged) == (None, 2) and whole.best == "lr=1e-2"
+    messages = []
+    reference = sweep(description, tmp_path / "whole", echo=messages.append)
+    good, bad = reference.members
+    assert (good.diverged, bad.diverged) == (None, 2) and reference.best == "lr=1e-2"
     assert (good.steps, bad.steps) == (4, 1) and math.isfinite(bad.last_loss)
-    assert "lr=1e17: loss nan" in "".join(said) and any(line.endswith("diverged at step 2") for line in said)
+    assert "lr=1e17: loss nan" in "".join(messages) and any(line.endswith("diverged at step 2") for line in messages)
     assert (tmp_path / "whole" / "lr=1e-2" / "adapter").exists()
     assert not (tmp_path / "whole" / "lr=1e17" / "adapter").exists()
     assert [line["step"] for line in metrics(tmp_path / "whole" / "lr=1e17")] == [1]
@@ -271,9 +273,9 @@ def test_a_diverged_member_is_told_and_the_others_go_on_also_after_a_signal(plac
     save_experiment(description.experiment, epath.Path(tmp_path))
     words = ["optimizer.lr=1e-2,1e17", "--at-once", "2", "--out", str(tmp_path / "cut"), "--resume"]
     assert main(["sweep", str(tmp_path / "config.json"), *words]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "2 members: lr=1e-2, lr=1e17" and f"resuming after step {cut.members[0].steps}" in said
-    assert said[-4:] == [*whole.table(), f"done: {tmp_path / 'cut'}"]
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == "2 members: lr=1e-2, lr=1e17" and f"resuming after step {cut.members[0].steps}" in output
+    assert output[-4:] == [*reference.table(), f"done: {tmp_path / 'cut'}"]
     results = [json.loads((tmp_path / run / "sweep.json").read_text()) for run in ("whole", "cut")]
     assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
     for name in ("lr=1e-2", "lr=1e17"):
@@ -291,10 +293,10 @@ def test_a_diverged_member_is_told_and_the_others_go_on_also_after_a_signal(plac
 def content(place):
     """The content of every file, and when it was written; checkpoints and locks left out."""
     files = [file for file in place.rglob("*") if file.is_file() and file.name != ".lock"]
-    kept = {str(file.relative_to(place)): file for file in files}
+    by_name = {str(file.relative_to(place)): file for file in files}
     return {
         name: (file.read_bytes(), file.stat().st_mtime_ns)
-        for name, file in kept.items()
+        for name, file in by_name.items()
         if not name.startswith("checkpoints/")
     }
 
@@ -304,22 +306,22 @@ def test_a_finished_sweep_is_left_as_it_is(places, tmp_path):
     experiment = an_experiment(places, optimizer=sx.Optimizer(schedule="constant", warmup=0))
     grid, out = {"optimizer.lr": (1e-2, 1e17)}, tmp_path / "out"
     results = sweep(Sweep(experiment, grid), out, echo=quiet)
-    before, lines = content(out), []
+    initial, lines = content(out), []
     assert sweep(Sweep(experiment, grid), out, resume=True, echo=lines.append) == results
-    assert content(out) == before
+    assert content(out) == initial
     assert lines[-4:] == [*results.table(), f"already finished after step 4: {out}"]
     # Fewer steps are refused, and nothing of the refused config is kept.
     fewer = Sweep(dataclasses.replace(experiment, steps=3), grid)
     with pytest.raises(sx.SboraxError, match="has made 4 steps, and is to make 3; give it 4 or more"):
         sweep(fewer, out, resume=True, echo=quiet)
-    assert content(out) == before
+    assert content(out) == initial
     # An adapter that is missing is written again, with the same bits.
     name = "lr=0.01/adapter/plan.json"
     (out / name).unlink()
     sweep(Sweep(experiment, grid), out, resume=True, echo=quiet)
-    assert content(out)[name][0] == before[name][0]
-    more = Sweep(dataclasses.replace(experiment, steps=5), grid)
-    assert [result.steps for result in sweep(more, out, resume=True, echo=quiet).members] == [5, 1]
+    assert content(out)[name][0] == initial[name][0]
+    extension = Sweep(dataclasses.replace(experiment, steps=5), grid)
+    assert [result.steps for result in sweep(extension, out, resume=True, echo=quiet).members] == [5, 1]
 
 
 def test_when_all_diverge_the_sweep_ends(places, tmp_path):
@@ -364,8 +366,8 @@ def test_values_and_names():
     plain = sx.Experiment(model="m", data=sx.Data("d"), rules=RULES, steps=1)
     names = [member.name for member in Sweep(plain, grid).members()]
     assert names == [f"lr={lr},betas={betas}" for lr in grid["optimizer.lr"] for betas in grid["optimizer.betas"]]
-    twice = {"rules.0.method.alpha": (1.0, 2.0), "rules.1.method.alpha": (1.0,)}
-    assert [one.name for one in Sweep(plain, twice).members()] == [
+    alphas = {"rules.0.method.alpha": (1.0, 2.0), "rules.1.method.alpha": (1.0,)}
+    assert [member.name for member in Sweep(plain, alphas).members()] == [
         "rules.0.method.alpha=1.0",
         "rules.0.method.alpha=2.0",
     ]

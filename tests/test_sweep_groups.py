@@ -52,15 +52,15 @@ def mixed(places, **changes):
 def watched(description, out):
     """The results of a sweep, where the base lay in memory in each of its programs, and how often it was loaded."""
     bases, loads = [], []
-    before = SweepStepper.__init__, module.read_model
+    originals = SweepStepper.__init__, module.read_model
 
-    def watch(self, members, prepared, stacked, state, base, *rest):
+    def watch(self, members, prepared, stacked, state, base, *args):
         bases.append({path: leaf.unsafe_buffer_pointer() for path, leaf in base.items()})
-        before[0](self, members, prepared, stacked, state, base, *rest)
+        originals[0](self, members, prepared, stacked, state, base, *args)
 
     def load(*args):
         loads.append(args)
-        return before[1](*args)
+        return originals[1](*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SweepStepper, "__init__", watch)
@@ -117,9 +117,9 @@ def test_the_table_says_who_shared_a_program(swept, places):
 @pytest.mark.nightly
 def test_a_finished_sweep_is_left_as_it_is(swept, places):
     out, results, bases, _ = swept
-    before, lines, programs = content(out), [], len(bases)
+    contents, lines, programs = content(out), [], len(bases)
     assert sweep(Sweep(mixed(places), GRID), out, resume=True, echo=lines.append) == results
-    assert content(out) == before and len(bases) == programs
+    assert content(out) == contents and len(bases) == programs
     assert lines[-1] == f"already finished after step 4: {out}"
 
 
@@ -131,11 +131,11 @@ def test_a_sweep_keeps_its_held_out_data(places, tmp_path):
         (place / member.name).mkdir()
         save_experiment(member.experiment, place / member.name)
     plain = mixed(places).eval
-    same = dataclasses.replace(plain, every=1)
-    for measured in (same, sx.Eval(), sx.Eval(dataclasses.replace(plain.data, limit=2))):
+    variant = dataclasses.replace(plain, every=1)
+    for measured in (variant, sx.Eval(), sx.Eval(dataclasses.replace(plain.data, limit=2))):
         groups = grouped(Sweep(mixed(places, eval=measured), GRID).members())
         refused = pytest.raises(sx.SboraxError, match="eval.data differs .*; members are compared on the same data")
-        with contextlib.nullcontext() if measured is same else refused, contextlib.ExitStack() as claims:
+        with contextlib.nullcontext() if measured is variant else refused, contextlib.ExitStack() as claims:
             claim_runs(place, groups, claims)
 
 
@@ -157,8 +157,8 @@ def test_a_sweep_that_was_stopped_resumes_to_the_same_bits(swept, places, tmp_pa
     resumed = sweep(Sweep(mixed(places), GRID), tmp_path / "cut", resume=True, echo=quiet)
     assert resumed.members == swept[1].members and resumed.finished
     for result in resumed.members:
-        kept = [(place / result.name / "adapter" / LEAVES).read_bytes() for place in (swept[0], tmp_path / "cut")]
-        assert kept[0] == kept[1]
+        contents = [(place / result.name / "adapter" / LEAVES).read_bytes() for place in (swept[0], tmp_path / "cut")]
+        assert contents[0] == contents[1]
         assert [line["step"] for line in metrics(tmp_path / "cut" / result.name) if "loss" in line] == [1, 2, 3, 4]
 
 
@@ -198,8 +198,8 @@ def test_members_of_other_data_order_and_length(places, tmp_path):
     far = {"optimizer": rates, "batch_size": (1, 2)}
     results = sweep(Sweep(mixed(places), far), tmp_path / "far", echo=quiet)
     assert results.finished and [result.diverged for result in results.members] == [2, 2, None, None]
-    again = sweep(Sweep(mixed(places), far), tmp_path / "far", resume=True, echo=quiet)
-    assert again == results == read_results(epath.Path(tmp_path / "far"))
+    second = sweep(Sweep(mixed(places), far), tmp_path / "far", resume=True, echo=quiet)
+    assert second == results == read_results(epath.Path(tmp_path / "far"))
 
 
 @pytest.mark.nightly

@@ -61,10 +61,10 @@ AT_ONCE = dict(zip(RUNS, (1, 4, 4, 1, 4, 4, 1, 4), strict=True))
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", RUNS)
 def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
-    seen, steps = collections.Counter(), []
+    counts, steps = collections.Counter(), []
 
     def load(*args, **kwargs):
-        seen["loads"] += 1
+        counts["loads"] += 1
         return read_model(*args, **kwargs)
 
     def make(*args):
@@ -75,12 +75,12 @@ def test_a_member_is_its_own_single_run(name, places, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_stepper, "make_sweep_step", make)
     description = Sweep(with_procedure(name, places), GRID, AT_ONCE[name])
     assert sweep(description, tmp_path / "four", echo=quiet).finished
-    assert seen["loads"] == 1 and [step._cache_size() for step in steps] == [1]
+    assert counts["loads"] == 1 and [step._cache_size() for step in steps] == [1]
     member = description.members()[3]
     train(member.experiment, tmp_path / "alone", echo=quiet)
     same_run(tmp_path / "alone", tmp_path / "four" / member.name, atol=1e-6)
-    kept = [(tmp_path / "four" / one.name / "adapter" / LEAVES).read_bytes() for one in description.members()]
-    assert len(set(kept)) == 4
+    contents = [(tmp_path / "four" / entry.name / "adapter" / LEAVES).read_bytes() for entry in description.members()]
+    assert len(set(contents)) == 4
 
 
 @pytest.mark.nightly
@@ -97,7 +97,7 @@ def test_a_sweep_that_was_stopped_resumes_to_the_same_bits(name, places, tmp_pat
     cut = sweep(description, tmp_path / "cut", echo=stop)
     assert not cut.finished and cut.members[0].steps < 5
     resumed = sweep(description, tmp_path / "cut", resume=True, echo=quiet)
-    assert resumed.finished and [one.diverged for one in resumed.members] == [None, 2]
+    assert resumed.finished and [member.diverged for member in resumed.members] == [None, 2]
     good = description.members()[0].name
-    kept = [(tmp_path / place / good / "adapter" / LEAVES).read_bytes() for place in ("whole", "cut")]
-    assert kept[0] == kept[1] and len(metrics(tmp_path / "cut" / good)) == 5
+    contents = [(tmp_path / place / good / "adapter" / LEAVES).read_bytes() for place in ("whole", "cut")]
+    assert contents[0] == contents[1] and len(metrics(tmp_path / "cut" / good)) == 5

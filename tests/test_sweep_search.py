@@ -48,11 +48,11 @@ def losses(run):
 
 def test_a_loss_that_is_no_number_is_the_highest():
     """The last update may have ruined a member that never had a loss or a gradient that is not finite."""
-    lost, *others = (
+    lost, *peers = (
         Result(name, (), 1, 2, None, 1.0, loss)
         for name, loss in zip("abcd", (float("nan"), 3.0, 1.0, 2.0), strict=True)
     )
-    for members in ((lost, *others), (*others[:1], lost, *others[1:]), (*others, lost)):
+    for members in ((lost, *peers), (*peers[:1], lost, *peers[1:]), (*peers, lost)):
         results = Results(False, 0.0, members, (2,))
         assert results.best == "c"
         assert {result.name for result in results.halved(2).members if result.stopped} == {"a", "b"}
@@ -65,20 +65,20 @@ def test_halving_stops_the_higher_losses():
         for name, loss in zip("abcdefg", (3.0, 1.0, 2.0, 2.0, 9.0, 5.0, 4.0), strict=True)
     ]
     members[4] = dataclasses.replace(members[4], diverged=1)
-    once = Results(False, 0.0, tuple(members), (2, 4, 8)).halved(2)
-    assert [result.name for result in once.members if result.stopped] == ["f", "g"]
-    assert once.halved(2) == once
-    twice = once.halved(4)
+    first = Results(False, 0.0, tuple(members), (2, 4, 8)).halved(2)
+    assert [result.name for result in first.members if result.stopped] == ["f", "g"]
+    assert first.halved(2) == first
+    second = first.halved(4)
     # Of equal losses the earlier member goes on.
-    assert [(result.name, result.stopped) for result in twice.members if result.stopped] == [
+    assert [(result.name, result.stopped) for result in second.members if result.stopped] == [
         ("a", 4),
         ("d", 4),
         ("f", 2),
         ("g", 2),
     ]
     plain = Sweep(PLAIN, {"optimizer.lr": (1.0, 2.0)}).members()[0]
-    assert twice.running([dataclasses.replace(plain, name=name) for name in "abcdefg"]) == [1, 2, 4]
-    last = twice.halved(8)
+    assert second.running([dataclasses.replace(plain, name=name) for name in "abcdefg"]) == [1, 2, 4]
+    last = second.halved(8)
     assert last.best == "b" and sum(not (result.stopped or result.diverged) for result in last.members) == 1
     marks = [line.split("  ")[-1] for line in last.table()[1:]]
     assert marks == ["stopped at step 4", "best", "stopped at step 8", "stopped at step 4", "diverged at step 1",
@@ -86,10 +86,10 @@ def test_halving_stops_the_higher_losses():
 
 
 @pytest.mark.parametrize(
-    "count, steps, wanted", [(8, 80, (10, 20, 40)), (5, 80, (10, 20, 40)), (2, 9, (4,)), (8, 3, (1,))]
+    "count, steps, expected", [(8, 80, (10, 20, 40)), (5, 80, (10, 20, 40)), (2, 9, (4,)), (8, 3, (1,))]
 )
-def test_automatic_rungs_double(count, steps, wanted):
-    assert rungs("auto", dict.fromkeys(map(str, range(count)), steps)) == wanted
+def test_automatic_rungs_double(count, steps, expected):
+    assert rungs("auto", dict.fromkeys(map(str, range(count)), steps)) == expected
     assert rungs((), {"a": steps}) == ()
 
 
@@ -98,9 +98,9 @@ def test_a_step_computes_members_that_go_on(at_once):
     constants = MemberConstants([], 0, 0, 0)
     stacked = StackedMembers(constants, [], lambda shared, frozen: frozen, (), 5, at_once, running=(1, 4))
     numbers = jnp.arange(5, dtype=jnp.float32)
-    some = stacked.over(lambda number: 10 * number)(stacked.some(numbers))
-    np.testing.assert_array_equal(some, jnp.array([10.0, 40.0]))
-    np.testing.assert_array_equal(stacked.replaced(numbers, some), jnp.array([0.0, 10.0, 2.0, 3.0, 40.0]))
+    subset = stacked.over(lambda number: 10 * number)(stacked.some(numbers))
+    np.testing.assert_array_equal(subset, jnp.array([10.0, 40.0]))
+    np.testing.assert_array_equal(stacked.replaced(numbers, subset), jnp.array([0.0, 10.0, 2.0, 3.0, 40.0]))
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def halved(places, tmp_path_factory):
     """A sweep with two rungs, and the same one without halving."""
     place = tmp_path_factory.mktemp("halved")
     results = sweep(Sweep(mixed(places, steps=9), GRID, halving=(3, 6)), place / "two", echo=quiet)
-    whole = sweep(Sweep(mixed(places, steps=9, eval=an_eval(places)), GRID), place / "whole", echo=quiet)
-    return place, results, whole
+    reference = sweep(Sweep(mixed(places, steps=9, eval=an_eval(places)), GRID), place / "whole", echo=quiet)
+    return place, results, reference
 
 
 def an_eval(places):
@@ -118,25 +118,29 @@ def an_eval(places):
 
 @pytest.mark.nightly
 def test_survivors_are_those_of_a_sweep_without_halving(halved):
-    place, results, whole = halved
+    place, results, reference = halved
     assert [result.steps for result in results.members] == [result.stopped or 9 for result in results.members]
     assert sorted(result.steps for result in results.members) == [3, 3, 3, 3, 6, 6, 9, 9]
-    for result, its in zip(results.members, whole.members, strict=True):
-        curve, wanted = losses(place / "two" / result.name), losses(place / "whole" / result.name)
+    for result, twin in zip(results.members, reference.members, strict=True):
+        curve, expected = losses(place / "two" / result.name), losses(place / "whole" / result.name)
         assert [step for step, _ in curve] == list(range(1, result.steps + 1))
-        np.testing.assert_allclose([loss for _, loss in curve], [loss for _, loss in wanted[: result.steps]], rtol=1e-6)
-        held = [line["eval_loss"] for line in metrics(place / "whole" / its.name) if "eval_loss" in line]
-        assert result.eval_loss == pytest.approx(held[result.steps // 3 - 1], rel=1e-6)
+        np.testing.assert_allclose(
+            [loss for _, loss in curve], [loss for _, loss in expected[: result.steps]], rtol=1e-6
+        )
+        held_out = [line["eval_loss"] for line in metrics(place / "whole" / twin.name) if "eval_loss" in line]
+        assert result.eval_loss == pytest.approx(held_out[result.steps // 3 - 1], rel=1e-6)
         assert (place / "two" / result.name / "adapter").exists() == (result.stopped is None)
     # At each rung, no member that stopped was better than one that went on.
     for rung in (3, 6):
-        held = {
+        held_out = {
             result.name: next(line["eval_loss"] for line in metrics(place / "whole" / result.name)
                               if "eval_loss" in line and line["step"] == rung)
             for result in results.members if result.steps >= rung
         }  # fmt: skip
-        out = [name for name in held if (place / "two" / name).exists() and results_of(results, name).stopped == rung]
-        assert max(held[name] for name in held if name not in out) <= min(held[name] for name in out)
+        out = [
+            name for name in held_out if (place / "two" / name).exists() and results_of(results, name).stopped == rung
+        ]
+        assert max(held_out[name] for name in held_out if name not in out) <= min(held_out[name] for name in out)
     assert [row.run for row in read_rows([str(place / "two")])] == [
         str(place / "two" / result.name) for result in results.members if not result.stopped
     ]
@@ -170,13 +174,13 @@ def test_halving_resumes_to_the_same_bits(halved, places, tmp_path, moment):
     for result in results.members:
         assert losses(tmp_path / "cut" / result.name) == losses(place / "two" / result.name)
         if not result.stopped:
-            kept = [
-                (each / result.name / "adapter" / LEAVES).read_bytes() for each in (place / "two", tmp_path / "cut")
+            leaves = [
+                (folder / result.name / "adapter" / LEAVES).read_bytes() for folder in (place / "two", tmp_path / "cut")
             ]
-            assert kept[0] == kept[1]
-    before = content(tmp_path / "cut")
+            assert leaves[0] == leaves[1]
+    initial = content(tmp_path / "cut")
     assert sweep(description, tmp_path / "cut", resume=True, echo=quiet).members == results.members
-    assert content(tmp_path / "cut") == before
+    assert content(tmp_path / "cut") == initial
     with pytest.raises(SboraxError, match="holds a sweep with halving at 3,6; resume it in the same way"):
         sweep(dataclasses.replace(description, halving=(2,)), tmp_path / "cut", resume=True, echo=quiet)
 
@@ -209,9 +213,9 @@ def test_rates_are_added_until_the_best_is_interior():
     rates = {1: set(), 2: set()}
     for member in add_all(Sweep(PLAIN, grid), loss):
         rates[member.experiment.batch_size].add((member.experiment.optimizer.lr, member.experiment.seed_adapter))
-    first, more = {3e-4, 1e-3, 3e-3}, {1e-2, 3e-2, 0.1, 0.3}
+    first, extra = {3e-4, 1e-3, 3e-3}, {1e-2, 3e-2, 0.1, 0.3}
     assert rates[1] == {(rate, seed) for rate in first for seed in (0, 1)}
-    assert rates[2] == {(rate, seed) for rate in first | more for seed in (0, 1)}
+    assert rates[2] == {(rate, seed) for rate in first | extra for seed in (0, 1)}
     names = [member.name for member in Sweep(PLAIN, {"optimizer.lr": (1e-4, 1e-3, "auto")}).members()]
     assert names == ["lr=0.0001", "lr=0.001"]
     endless = add_all(Sweep(PLAIN, {"optimizer.lr": ("auto",)}), lambda member: member.experiment.optimizer.lr)
@@ -232,8 +236,8 @@ def test_a_sweep_with_added_rates_resumes_to_the_same_members(places, tmp_path, 
     assert lines[-2] == "best learning rate 0.003, the highest that was tried, so not known to be the best"
     assert sum("more, since the best learning rate is at an end" in line for line in lines) == 2
     alone = sweep(Sweep(mixed(places), {"optimizer.lr": (1e-3, 3e-3)}), tmp_path / "two", echo=quiet)
-    for result, its in zip(results.members[2:], alone.members, strict=True):
-        assert result.eval_loss == pytest.approx(its.eval_loss, rel=1e-6)
+    for result, twin in zip(results.members[2:], alone.members, strict=True):
+        assert result.eval_loss == pytest.approx(twin.eval_loss, rel=1e-6)
     begun = []
 
     def stop(text):
@@ -243,9 +247,9 @@ def test_a_sweep_with_added_rates_resumes_to_the_same_members(places, tmp_path, 
 
     assert not sweep(description, tmp_path / "cut", echo=stop).finished
     assert sweep(description, tmp_path / "cut", resume=True, echo=quiet).members == results.members
-    before = content(tmp_path / "cut")
+    initial = content(tmp_path / "cut")
     assert sweep(description, tmp_path / "cut", resume=True, echo=quiet).members == results.members
-    assert content(tmp_path / "cut") == before
+    assert content(tmp_path / "cut") == initial
 
 
 WRONG = [

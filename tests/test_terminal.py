@@ -45,5 +45,5 @@ def test_a_run_tells_of_a_hostile_model_name_what_can_be_read(tmp_path, capsys):
         f'{{"model": "{name}", "data": {{"name": "{data}"}}, "rules": [["mlp", {{"type": "LoRA"}}]], "steps": 1}}'
     )
     assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
-    told = capsys.readouterr()
-    assert "\x1b" not in told.out + told.err and "\\x1b]0;pwned\\x07" in told.err
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err and "\\x1b]0;pwned\\x07" in output.err

@@ -38,22 +38,22 @@ def checkout(tmp_path_factory):
     return place
 
 
-def insert(line: str, before: str, file: Path) -> None:
-    """Insert a line before the one that begins with `before`."""
-    head, match, tail = file.read_text().partition(f"\n{before}")
+def insert(line: str, anchor: str, file: Path) -> None:
+    """Insert a line before the one that begins with `anchor`."""
+    head, match, tail = file.read_text().partition(f"\n{anchor}")
     assert match
-    file.write_text(f"{head}\n{line}{before}{tail}")
+    file.write_text(f"{head}\n{line}{anchor}{tail}")
 
 
 def run(checkout: Path, *arguments: str) -> str:
     """The output of Python in the copy."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=checkout, env=environment, check=False
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
 
 
 @pytest.mark.nightly

@@ -10,7 +10,7 @@ from sborax.cli.main import main
 from sborax.models.tokenizer import read_tokenizer, text_of, tokens_of
 
 
-def written(place, **parts):
+def write_tokenizer(place, **parts):
     tokenizer().save_pretrained(place)
     file = place / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | parts))
@@ -26,7 +26,7 @@ def cut(pattern):
 @pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w|\w)+$"])
 def test_a_pattern_that_gives_up_is_one_line(tmp_path, capfd, pattern):
     model = write_model(tmp_path / "model")
-    written(model, pre_tokenizer=cut(pattern))
+    write_tokenizer(model, pre_tokenizer=cut(pattern))
     text = "a" * 40 + "!"
     with pytest.raises(sx.SboraxError, match="the tokenizer gives up on a text"):
         tokens_of(read_tokenizer(model), text)
@@ -45,14 +45,16 @@ def test_a_pattern_that_gives_up_is_one_line(tmp_path, capfd, pattern):
 
 def test_a_decoder_that_gives_up(tmp_path):
     step = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
-    words = read_tokenizer(written(tmp_path, decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, step]}))
+    words = read_tokenizer(
+        write_tokenizer(tmp_path, decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, step]})
+    )
     with pytest.raises(sx.SboraxError, match="the tokenizer gives up on tokens"):
         text_of(words, tokens_of(words, "a" * 40 + "!")["input_ids"])
 
 
 def test_a_pattern_that_gives_up_at_loading(tmp_path):
     with pytest.raises(sx.SboraxError, match="not a readable tokenizer"):
-        read_tokenizer(written(tmp_path, pre_tokenizer=cut("(")))
+        read_tokenizer(write_tokenizer(tmp_path, pre_tokenizer=cut("(")))
 
 
 def grow(step, times, content="a" * 100):
@@ -64,16 +66,16 @@ def grow(step, times, content="a" * 100):
 def test_replacements_of_replacements_have_bounds(tmp_path, kind):
     for times in (2, 5):
         with pytest.raises(sx.SboraxError, match=f"its {kind} makes more than 4,096 letters of one"):
-            read_tokenizer(written(tmp_path, **{kind: grow(kind, times)}))
+            read_tokenizer(write_tokenizer(tmp_path, **{kind: grow(kind, times)}))
     with pytest.raises(sx.SboraxError, match="more than 128"):
-        read_tokenizer(written(tmp_path, **{kind: grow(kind, 129, "a")}))
+        read_tokenizer(write_tokenizer(tmp_path, **{kind: grow(kind, 129, "a")}))
     lower = {"type": "Lowercase"}
     if kind == "normalizer":
         hidden = {"type": "Sequence", "normalizers": [grow(kind, 1, "A" * 100), lower, grow(kind, 1)]}
         with pytest.raises(sx.SboraxError, match="makes more than"):
-            read_tokenizer(written(tmp_path, normalizer=hidden))
+            read_tokenizer(write_tokenizer(tmp_path, normalizer=hidden))
     # What real ones have.
-    assert read_tokenizer(written(tmp_path, **{kind: grow(kind, 1, "\u2581")})) is not None
+    assert read_tokenizer(write_tokenizer(tmp_path, **{kind: grow(kind, 1, "\u2581")})) is not None
 
 
 def test_no_raw_lines_about_long_texts(tmp_path, capfd):

@@ -85,37 +85,37 @@ def quiet(_):
 
 
 @pytest.fixture(scope="module")
-def taken(model):
+def two_steps(model):
     """Two steps of a model with every kind of trained leaf."""
     params, adapters = sx.attach(jax.random.key(0), model.params, RULES)
     parts = take_apart(params, adapters, train_also=("norm", "embed_tokens"))
     tx = make_optimizer(sx.Optimizer(lr=1e-2, schedule="constant", warmup=0), 10)
     step = make_step(model, tx, jax.random.key(1))
-    before = jax.device_get((model.params, parts))
+    initial = jax.device_get((model.params, parts))
     first, numbers = step(start(parts, tx), parts.frozen, parts.base, a_batch(1, 4))
-    kept = jax.device_get(first)
+    snapshot = jax.device_get(first)
     second, _ = step(first, parts.frozen, parts.base, a_batch(1, 4, seed=1))
-    return step, before, kept, jax.device_get(second), jax.device_get(numbers), parts
+    return step, initial, snapshot, jax.device_get(second), jax.device_get(numbers), parts
 
 
-def test_no_recompilation_on_the_second_step(taken):
-    assert taken[0]._cache_size() == 1
+def test_no_recompilation_on_the_second_step(two_steps):
+    assert two_steps[0]._cache_size() == 1
 
 
-def test_every_trained_leaf_moves_and_nothing_else(model, taken):
-    _, (params, parts), first, second, numbers, now = taken
+def test_every_trained_leaf_moves_and_nothing_else(model, two_steps):
+    _, (params, parts), first, second, numbers, final = two_steps
     for name, leaf in flat(first.train).items():
         if name.endswith(".a"):  # the gradient of a is zero until b has moved
             continue
         assert np.abs(leaf - flat(parts.train)[name]).max() > 0, name
     for name, leaf in flat(second.train).items():
         assert np.abs(leaf - flat(first.train)[name]).max() > 0, name
-    chex.assert_trees_all_equal(jax.device_get((model.params, now)), (params, parts))
+    chex.assert_trees_all_equal(jax.device_get((model.params, final)), (params, parts))
     assert set(numbers["grad_norms"]) == {*nodes(parts.adapters), *parts.trained_base}
 
 
-def test_the_optimiser_never_sees_base_or_indices(taken):
-    _, (_, parts), _, second, _, _ = taken
+def test_the_optimiser_never_sees_base_or_indices(two_steps):
+    _, (_, parts), _, second, _, _ = two_steps
     shapes = {leaf.shape for leaf in jax.tree.leaves(second.opt)}
     assert shapes == {leaf.shape for leaf in jax.tree.leaves(parts.train)} | {()}
     assert not any(name.endswith("idx") for name in flat(second))
@@ -126,11 +126,11 @@ def test_the_loss_is_the_mean_over_tokens_that_count(model):
     flat_batch = {name: jnp.asarray(array[0]) for name, array in batch.items()}
     logits = model.apply(model.params, None, flat_batch["tokens"], segment_ids=flat_batch["segments"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, flat_batch["targets"])
-    wanted = jnp.sum(losses * flat_batch["counts"]) / jnp.sum(flat_batch["counts"])
+    expected = jnp.sum(losses * flat_batch["counts"]) / jnp.sum(flat_batch["counts"])
     params, adapters = sx.attach(jax.random.key(0), model.params, RULES)
     parts = take_apart(params, adapters)
     total, tokens = make_loss(model)(parts.train, parts.frozen, parts.base, flat_batch)
-    chex.assert_trees_all_close(total / tokens, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(total / tokens, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("also", [(), ("embed_tokens",)])
@@ -139,14 +139,14 @@ def test_accumulation_equals_a_larger_batch(model, also):
     parts = take_apart(params, adapters, train_also=also)
     tx = optax.sgd(1.0)
     step = make_step(model, tx, jax.random.key(1))
-    whole = a_batch(1, 4)
-    halves = {name: array.reshape(2, 2, -1) for name, array in whole.items()}
+    batch = a_batch(1, 4)
+    halves = {name: array.reshape(2, 2, -1) for name, array in batch.items()}
     counts = halves["counts"].sum((1, 2))
     assert counts[0] != counts[1]
-    one, numbers = step(start(parts, tx), parts.frozen, parts.base, whole)
-    two, others = step(start(parts, tx), parts.frozen, parts.base, halves)
-    chex.assert_trees_all_close(one.train, two.train, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(numbers["loss"], others["loss"], rtol=1e-5)
+    first, numbers = step(start(parts, tx), parts.frozen, parts.base, batch)
+    second, values = step(start(parts, tx), parts.frozen, parts.base, halves)
+    chex.assert_trees_all_close(first.train, second.train, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(numbers["loss"], values["loss"], rtol=1e-5)
 
 
 def test_a_trained_head_gives_the_gradient_of_the_whole_model(model):
@@ -155,15 +155,15 @@ def test_a_trained_head_gives_the_gradient_of_the_whole_model(model):
     tx, batch = optax.sgd(1.0), a_batch(1, 2)
 
     def loss(trained):
-        own = {name: jnp.asarray(array[0]) for name, array in batch.items()}
+        arrays = {name: jnp.asarray(array[0]) for name, array in batch.items()}
         params = put_together(parts.base, trained)
-        logits = model.apply(params, None, own["tokens"], segment_ids=own["segments"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, own["targets"])
-        return jnp.sum(losses * own["counts"]) / jnp.sum(own["counts"])
+        logits = model.apply(params, None, arrays["tokens"], segment_ids=arrays["segments"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, arrays["targets"])
+        return jnp.sum(losses * arrays["counts"]) / jnp.sum(arrays["counts"])
 
     state, _ = make_step(model, tx, jax.random.key(1))(start(parts, tx), parts.frozen, parts.base, batch)
-    moved = jax.tree.map(lambda old, new: old - new, parts.trained_base, state.train["base"])
-    chex.assert_trees_all_close(moved, jax.grad(loss)(parts.trained_base), rtol=1e-4, atol=1e-6)
+    gradient = jax.tree.map(lambda old, new: old - new, parts.trained_base, state.train["base"])
+    chex.assert_trees_all_close(gradient, jax.grad(loss)(parts.trained_base), rtol=1e-4, atol=1e-6)
 
 
 def test_full_fine_tuning_keeps_one_copy_of_the_base(model):
@@ -220,10 +220,10 @@ def test_decay_spares_norms_and_biases():
 @pytest.fixture(scope="module")
 def run(places, tmp_path_factory):
     """A run from start to end."""
-    out, said = tmp_path_factory.mktemp("runs") / "whole", []
+    out, output = tmp_path_factory.mktemp("runs") / "whole", []
     held_out = sx.Eval(data=dataclasses.replace(an_experiment(places).data, limit=6), every=4)
     experiment = an_experiment(places, eval=held_out)
-    return experiment, out, train(experiment, out, echo=said.append), said
+    return experiment, out, train(experiment, out, echo=output.append), output
 
 
 def metrics(out):
@@ -235,7 +235,7 @@ def eval_losses(out):
 
 
 def test_a_run_leaves_what_it_promises(run):
-    experiment, out, summary, said = run
+    experiment, out, summary, output = run
     lines = metrics(out)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -251,7 +251,7 @@ def test_a_run_leaves_what_it_promises(run):
     assert mean == pytest.approx(summary.eval_loss, rel=1e-6)
     assert json.loads((out / "summary.json").read_text()) == dataclasses.asdict(summary)
     assert sx.load_experiment(str(out)) == experiment
-    text = "\n".join(said)
+    text = "\n".join(output)
     assert "layers/mlp/up_proj: 2 x (32, 48), LoRA(rank=4, dropout=0.1)" in text
     assert "not adapted: layers/self_attn/k_proj, layers/self_attn/o_proj" in text
     assert f"trainable: {summary.trainable_parameters:,} parameters" in text
@@ -277,22 +277,22 @@ def test_the_loss_of_a_sample_is_that_of_its_tokens(run, model):
         batch = {name: jnp.asarray(array[row % 4][None]) for name, array in batches[row // 4].items()}
         logits = model.apply(params, adapters, batch["tokens"], segment_ids=batch["segments"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        wanted = float(jnp.sum(losses * batch["counts"]))
-        assert sample["loss"] == pytest.approx(wanted, rel=1e-4) and sample["tokens"] == int(batch["counts"].sum())
+        expected = float(jnp.sum(losses * batch["counts"]))
+        assert sample["loss"] == pytest.approx(expected, rel=1e-4) and sample["tokens"] == int(batch["counts"].sum())
 
 
 def test_packed_rows_hold_the_same_samples(places):
     """Their digests and tokens do not depend on the rows in which they lie."""
     experiment = an_experiment(places)
-    loaded, kept = load_model(experiment.model), []
+    base, losses = load_model(experiment.model), []
     for packing in (False, True):
         data = dataclasses.replace(experiment.data, packing=packing, max_length=64, buckets=())
         described = dataclasses.replace(experiment, eval=sx.Eval(data=data))
-        batches = read_held_out(described, loaded, quiet)
-        kept.append([loss for batch in batches for loss in sample_losses(batch, batch["counts"].astype(np.float32))])
+        batches = read_held_out(described, base, quiet)
+        losses.append([loss for batch in batches for loss in sample_losses(batch, batch["counts"].astype(np.float32))])
     assert max(int(batch["segments"].max()) for batch in batches) > 1
-    assert len(kept[0]) == 24 and collections.Counter(kept[0]) == collections.Counter(kept[1])
-    assert all(loss.loss == loss.tokens for loss in kept[1])
+    assert len(losses[0]) == 24 and collections.Counter(losses[0]) == collections.Counter(losses[1])
+    assert all(loss.loss == loss.tokens for loss in losses[1])
 
 
 def test_an_evaluation_has_the_bits_of_the_loss(model):
@@ -325,17 +325,17 @@ def test_an_existing_run_is_not_overwritten(run, places):
         train(dataclasses.replace(experiment, rules=RULES[:1]), out, resume=True, echo=quiet)
 
 
-def same_ends(one, other):
+def same_ends(first, second):
     """Adapter, losses and the last checkpoint, bit for bit."""
-    assert (one / "adapter" / LEAVES).read_bytes() == (other / "adapter" / LEAVES).read_bytes()
+    assert (first / "adapter" / LEAVES).read_bytes() == (second / "adapter" / LEAVES).read_bytes()
     timed = ("seconds", "compiled", "tokens_per_second", "memory")
-    lines = [[{k: v for k, v in line.items() if k not in timed} for line in metrics(out)] for out in (one, other)]
+    lines = [[{k: v for k, v in line.items() if k not in timed} for line in metrics(out)] for out in (first, second)]
     assert lines[0] == lines[1]
-    samples = [(out / "eval_losses.jsonl") for out in (one, other)]
+    samples = [(out / "eval_losses.jsonl") for out in (first, second)]
     assert samples[0].exists() == samples[1].exists() == any("eval_loss" in line for line in lines[0])
     assert not samples[0].exists() or samples[0].read_bytes() == samples[1].read_bytes()
     states = []
-    for out in (one, other):
+    for out in (first, second):
         checkpoints = open_checkpoints(epath.Path(out), 2)
         states.append(checkpoints.manager.metadata(checkpoints.steps[-1]).custom_metadata)
         checkpoints.close()
@@ -343,7 +343,7 @@ def same_ends(one, other):
 
 
 def test_a_signal_saves_and_resumption_ends_with_the_same_bits(run, tmp_path):
-    experiment, whole, _, _ = run
+    experiment, reference, _, _ = run
 
     def stop(text):
         if text.startswith("step 1/"):
@@ -352,14 +352,14 @@ def test_a_signal_saves_and_resumption_ends_with_the_same_bits(run, tmp_path):
     stopped = train(experiment, tmp_path / "cut", echo=stop)
     assert not stopped.finished and 1 <= stopped.steps < 6
     assert not (tmp_path / "cut" / "adapter").exists()
-    said = []
-    resumed = train(experiment, tmp_path / "cut", resume=True, echo=said.append)
-    assert resumed.finished and f"resuming after step {stopped.steps}" in said
+    output = []
+    resumed = train(experiment, tmp_path / "cut", resume=True, echo=output.append)
+    assert resumed.finished and f"resuming after step {stopped.steps}" in output
     lines = metrics(tmp_path / "cut")
     # The interrupted run measured the held-out loss once more, where it stopped.
-    kept = [line for line in lines if "loss" in line or line["step"] in (4, 6)]
-    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    same_ends(whole, tmp_path / "cut")
+    subset = [line for line in lines if "loss" in line or line["step"] in (4, 6)]
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in subset))
+    same_ends(reference, tmp_path / "cut")
 
 
 CHILD = """
@@ -390,7 +390,7 @@ def test_kill_9_at_a_random_step_then_resume_ends_with_the_same_bits(places, tmp
 
     experiment = an_experiment(places, steps=40, accumulate=2, save=sx.Save(every=3), batch_size=2)
     save_experiment(experiment, epath.Path(tmp_path))
-    config, whole, cut = tmp_path / "config.json", tmp_path / "whole", tmp_path / "cut"
+    config, full, cut = tmp_path / "config.json", tmp_path / "whole", tmp_path / "cut"
     process = child(config, cut, "new")
     # Checkpoint 3 is whole once that of step 6 is begun; before, the killed run may have none to resume from.
     target = random.SystemRandom().randint(7, 30)
@@ -402,12 +402,12 @@ def test_kill_9_at_a_random_step_then_resume_ends_with_the_same_bits(places, tmp
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (cut / "adapter").exists(), f"the run had ended before step {target} was seen"
-    for out, mode in ((whole, "new"), (cut, "resume")):
+    for out, mode in ((full, "new"), (cut, "resume")):
         process = child(config, out, mode)
         text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text
     assert "resuming after step" in text
-    same_ends(whole, cut)
+    same_ends(full, cut)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(places, tmp_path):
@@ -479,11 +479,11 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path):
     trees, folder = saved
     largest = max((file for file in (folder / "3").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     damage(largest)
-    said = []
+    lines = []
     checkpoints = open_checkpoints(epath.Path(tmp_path), 3)
-    tree, step = checkpoints.restore(trees[0], said.append)
+    tree, step = checkpoints.restore(trees[0], lines.append)
     checkpoints.close()
-    assert step == 2 and "checkpoint 3 is damaged" in said[0]
+    assert step == 2 and "checkpoint 3 is damaged" in lines[0]
     chex.assert_trees_all_equal(tree, trees[1])
 
 
@@ -511,12 +511,12 @@ def test_a_checkpoint_under_another_number_is_passed_over(tmp_path, members):
     folder = tmp_path / "checkpoints"
     (folder / "9").rename(folder / "12")
     (folder / "3").rename(folder / "9")
-    said = []
+    lines = []
     checkpoints = open_checkpoints(epath.Path(tmp_path), 9)
-    tree, step = checkpoints.restore(trees[3], said.append)
+    tree, step = checkpoints.restore(trees[3], lines.append)
     checkpoints.close()
     assert step == 6
-    assert said == [
+    assert lines == [
         "checkpoint 12 is damaged (it holds the state after step 9); trying the one before",
         "checkpoint 9 is damaged (it holds the state after step 3); trying the one before",
     ]
@@ -552,21 +552,21 @@ def test_lora_fa_trains_b_alone(places, tmp_path, model, procedure):
     experiment = an_experiment(
         places, rules=[("mlp", sx.LoRA(rank=4))], optimizer=optimizer, steps=4, procedure=procedure
     )
-    said = []
-    train(experiment, tmp_path / "run", echo=said.append)
+    lines = []
+    train(experiment, tmp_path / "run", echo=lines.append)
     outs = 2 * (48 + 48 + 32)
-    assert any(line.startswith(f"trainable: {4 * outs:,} parameters") for line in said)
+    assert any(line.startswith(f"trainable: {4 * outs:,} parameters") for line in lines)
     _, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
     if procedure is None:
         _, begun = sx.attach(jax.random.key(0), model.params, experiment.rules)
         for path, node in nodes(adapters).items():
             chex.assert_trees_all_equal(node.train["a"], nodes(begun)[path].train["a"])
             assert jnp.any(node.train["b"] != 0)
-    kept = (tmp_path / "run" / "adapter" / LEAVES).read_bytes()
+    content = (tmp_path / "run" / "adapter" / LEAVES).read_bytes()
     for half in ("checkpoints/4", "adapter"):
         subprocess.run(["rm", "-r", str(tmp_path / "run" / half)], check=True)
     train(experiment, tmp_path / "run", resume=True, echo=quiet)
-    assert (tmp_path / "run" / "adapter" / LEAVES).read_bytes() == kept
+    assert (tmp_path / "run" / "adapter" / LEAVES).read_bytes() == content
 
 
 @pytest.mark.nightly
@@ -581,12 +581,12 @@ def test_an_experiment_is_handed_to_few_files(places, tmp_path):
             if any(isinstance(frame.f_locals.get(name), sx.Experiment) for name in arguments):
                 files.add(os.path.relpath(code.co_filename, package))
 
-    before = sys.getprofile()
+    profiler = sys.getprofile()
     sys.setprofile(note)
     try:
         train(an_experiment(places, steps=1), tmp_path / "run", echo=lambda text: None)
     finally:
-        sys.setprofile(before)
+        sys.setprofile(profiler)
     assert {"train/read.py", "train/prepare.py", "train/loop.py"} <= files
     rooms = ("config/codec", "train/experiment", "train/log", "train/loop", "train/prepare", "train/read")
     assert files <= {f"{room}.py" for room in rooms}

@@ -72,19 +72,19 @@ def test_a_step_is_that_of_the_whole_embedding_in_these_rows(place):
     # Without these tokens in the batch, vectors of an embedding that is not tied have no gradient.
     batch["tokens"][0, :, :3] = CHOSEN
 
-    def after(**chosen):
-        parts = take_apart(params, adapters, **chosen)
+    def advance(**options):
+        parts = take_apart(params, adapters, **options)
         state, _ = make_step(model, tx, jax.random.key(1))(start(parts, tx), parts.frozen, parts.base, batch)
         return parts, state
 
-    parts, state = after(train_tokens=CHOSEN)
+    parts, state = advance(train_tokens=CHOSEN)
     assert parts.count == sx.count(adapters) + 3 * 32
     table = put_together(parts.base, state.train["base"])["embed_tokens"]["embedding"]
-    whole = after(train_also=("embed_tokens",))[1].train["base"][TABLE]
-    before, rows = model.params["embed_tokens"]["embedding"], np.asarray(CHOSEN)
-    assert np.abs(table - before)[rows].max(axis=1).min() > 1e-4
-    np.testing.assert_allclose(table[rows], whole[rows], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(np.delete(table, rows, 0), np.delete(before, rows, 0))
+    expected = advance(train_also=("embed_tokens",))[1].train["base"][TABLE]
+    initial, rows = model.params["embed_tokens"]["embedding"], np.asarray(CHOSEN)
+    assert np.abs(table - initial)[rows].max(axis=1).min() > 1e-4
+    np.testing.assert_allclose(table[rows], expected[rows], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.delete(table, rows, 0), np.delete(initial, rows, 0))
 
 
 def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
@@ -96,8 +96,8 @@ def test_a_run_its_files_and_its_export(place, data, tmp_path, capsys):
     stored = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     assert stored[f"base/{VECTORS}"].shape == (3, 32) and stored[f"base/{TOKENS}"].tolist() == list(CHOSEN)
     assert f"base/{TABLE}" not in stored
-    moved = (params["embed_tokens"]["embedding"] != model.params["embed_tokens"]["embedding"]).any(axis=1)
-    assert np.flatnonzero(moved).tolist() == sorted(CHOSEN)
+    mask = (params["embed_tokens"]["embedding"] != model.params["embed_tokens"]["embedding"]).any(axis=1)
+    assert np.flatnonzero(mask).tolist() == sorted(CHOSEN)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["trainable_parameters"] == sx.count(adapters) + 3 * 32
     capsys.readouterr()
@@ -117,32 +117,32 @@ def untied(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("untied") / "model", tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize("chosen", nightly_unless([BOTH], [BOTH, {"lm_head": (40, 7)}]), ids=len)
-def test_vectors_of_a_head(chosen, untied, data, tmp_path, capsys):
+@pytest.mark.parametrize("selection", nightly_unless([BOTH], [BOTH, {"lm_head": (40, 7)}]), ids=len)
+def test_vectors_of_a_head(selection, untied, data, tmp_path, capsys):
     """As the whole head in these columns, in a run, its files, and PEFT's."""
     model = load_model(untied)
     tx, batch = optax.sgd(1.0), a_batch(1, 4)
 
-    def after(**options):
+    def advance(**options):
         parts = take_apart(*sx.attach(jax.random.key(0), model.params, [("q_proj", sx.LoRA(rank=4))]), **options)
         return parts, make_step(model, tx, jax.random.key(1))(start(parts, tx), parts.frozen, parts.base, batch)[0]
 
-    parts, state = after(train_tokens=chosen)
+    parts, state = advance(train_tokens=selection)
     head = put_together(parts.base, state.train["base"])["lm_head"]["kernel"]
-    whole, before = after(train_also=("lm_head",))[1].train["base"][HEAD], model.params["lm_head"]["kernel"]
-    columns = list(chosen["lm_head"])
-    np.testing.assert_allclose(head[:, columns], whole[:, columns], rtol=1e-5, atol=1e-6)
-    assert np.flatnonzero((head != before).any(axis=0)).tolist() == sorted(columns)
-    train(an_experiment(untied, data, train_tokens=chosen), tmp_path / "run")
+    expected, initial = advance(train_also=("lm_head",))[1].train["base"][HEAD], model.params["lm_head"]["kernel"]
+    columns = list(selection["lm_head"])
+    np.testing.assert_allclose(head[:, columns], expected[:, columns], rtol=1e-5, atol=1e-6)
+    assert np.flatnonzero((head != initial).any(axis=0)).tolist() == sorted(columns)
+    train(an_experiment(untied, data, train_tokens=selection), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train_tokens"]["lm_head"] == columns
     params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
-    assert np.flatnonzero((params["lm_head"]["kernel"] != before).any(axis=0)).tolist() == sorted(columns)
+    assert np.flatnonzero((params["lm_head"]["kernel"] != initial).any(axis=0)).tolist() == sorted(columns)
     stored = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     assert stored["base/lm_head/vectors"].shape == (2, 32) and f"base/{HEAD}" not in stored
     assert main(["train", str(tmp_path / "run"), "--out", str(tmp_path / "run"), "--resume", "steps=5"]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "peft")]) == 0
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert config["trainable_token_indices"] == {module: sorted(ids) for module, ids in chosen.items()}
+    assert config["trainable_token_indices"] == {module: sorted(ids) for module, ids in selection.items()}
     params, adapters = load_adapter(tmp_path / "run" / "adapter", model.params)
     assert_equal_in_peft(model.apply, params, adapters, untied, tmp_path / "peft")
 
@@ -158,10 +158,10 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(procedure, place, data, tmp_path
         shutil.rmtree(tmp_path / "twice" / directory)
     (tmp_path / "twice" / "summary.json").unlink()
     train(experiment, tmp_path / "twice", resume=True)
-    once, twice = (
+    expected, output = (
         load_file(tmp_path / name / "adapter" / "adapter.safetensors")[f"base/{VECTORS}"] for name in ("once", "twice")
     )
-    np.testing.assert_allclose(twice, once, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.nightly
@@ -215,7 +215,7 @@ def test_a_step_on_a_mesh(sizes):
     tx, batch = optax.sgd(1.0), a_batch(1, 8)
     batch |= {name: batch[name] % 128 for name in ("tokens", "targets")}
 
-    def after(layout):
+    def advance(layout):
         parts = take_apart(*sx.attach(jax.random.key(0), params, [("q_proj", sx.LoRA(rank=8))]), train_tokens=CHOSEN)
         with layout.context():
             parts = layout.place(parts, WIDE)
@@ -224,7 +224,7 @@ def test_a_step_on_a_mesh(sizes):
             state, numbers = step(state, parts.frozen, parts.base, layout.batch(batch))
         return jax.device_get((state.train["base"][VECTORS], numbers["loss"]))
 
-    for ours, alone in zip(after(Layout.of(sizes, 8)), after(Layout()), strict=True):
+    for ours, alone in zip(advance(Layout.of(sizes, 8)), advance(Layout()), strict=True):
         np.testing.assert_allclose(ours, alone, rtol=0, atol=1e-5)
 
 

@@ -33,8 +33,8 @@ def trained(adapters, seed: int = 5):
     train, frozen = sx.split(adapters)
     leaves, treedef = jax.tree.flatten(train)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+    tuned = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return sx.combine(jax.tree.unflatten(treedef, tuned), frozen)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_a_plan_needs_shapes_alone():
 
 
 def test_the_base_is_the_same_arrays_unless_a_method_rewrites_it():
-    before = params()
-    after, _ = sx.attach(KEY, before, [("q_proj", sx.LoRA(rank=2)), ("v_proj", sx.PiSSA(rank=2))])
-    assert after["layers"]["self_attn"]["q_proj"]["kernel"] is before["layers"]["self_attn"]["q_proj"]["kernel"]
-    assert after["embed_tokens"]["embedding"] is before["embed_tokens"]["embedding"]
+    start = params()
+    end, _ = sx.attach(KEY, start, [("q_proj", sx.LoRA(rank=2)), ("v_proj", sx.PiSSA(rank=2))])
+    assert end["layers"]["self_attn"]["q_proj"]["kernel"] is start["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert end["embed_tokens"]["embedding"] is start["embed_tokens"]["embedding"]
     assert not np.array_equal(
-        after["layers"]["self_attn"]["v_proj"]["kernel"], before["layers"]["self_attn"]["v_proj"]["kernel"]
+        end["layers"]["self_attn"]["v_proj"]["kernel"], start["layers"]["self_attn"]["v_proj"]["kernel"]
     )
 
 
@@ -120,18 +120,18 @@ def deltas(base, adapters):
 
 def test_laws_of_add_and_scale():
     base = params()
-    one, two = (
+    first, second = (
         trained(sx.attach(jax.random.key(seed), base, [("self_attn", method)])[1], seed)
         for seed, method in ((1, sx.LoRA(rank=2)), (2, sx.SBoRA(rank=4)))
     )
-    both = deltas(base, sx.add(one, two))
-    chex.assert_trees_all_close(both, deltas(base, sx.add(two, one)), atol=1e-6)
-    chex.assert_trees_all_close(both, jax.tree.map(jnp.add, deltas(base, one), deltas(base, two)), atol=1e-6)
-    chex.assert_trees_all_equal(sx.merge(base, sx.scale(one, 0.0)), base)
-    half = jax.tree.map(lambda leaf: 0.5 * leaf, deltas(base, one))
-    chex.assert_trees_all_close(deltas(base, sx.scale(one, 0.5)), half, atol=1e-6)
+    total = deltas(base, sx.add(first, second))
+    chex.assert_trees_all_close(total, deltas(base, sx.add(second, first)), atol=1e-6)
+    chex.assert_trees_all_close(total, jax.tree.map(jnp.add, deltas(base, first), deltas(base, second)), atol=1e-6)
+    chex.assert_trees_all_equal(sx.merge(base, sx.scale(first, 0.0)), base)
+    half = jax.tree.map(lambda leaf: 0.5 * leaf, deltas(base, first))
+    chex.assert_trees_all_close(deltas(base, sx.scale(first, 0.5)), half, atol=1e-6)
     _, adapters = sx.attach(KEY, base, [("up_proj", sx.LoRA(rank=2))])
-    assert set(nodes(sx.add(one, adapters))) == set(nodes(one)) | set(nodes(adapters))
+    assert set(nodes(sx.add(first, adapters))) == set(nodes(first)) | set(nodes(adapters))
 
 
 def test_only_additive_methods_are_added_and_only_factors_stood_on():
@@ -160,24 +160,26 @@ def test_different_methods_on_different_layers_of_one_stack():
     _, adapters = sx.attach(KEY, base, rules)
     assert sx.count(adapters) == 2 * (16 + 24) + 3 * (16 + 24) + 24
     merged = sx.merge(base, trained(adapters))["layers"]["self_attn"]["q_proj"]["kernel"]
-    same = [np.array_equal(a, b) for a, b in zip(merged, base["layers"]["self_attn"]["q_proj"]["kernel"], strict=True)]
-    assert same == [False, True, False]
+    matches = [
+        np.array_equal(a, b) for a, b in zip(merged, base["layers"]["self_attn"]["q_proj"]["kernel"], strict=True)
+    ]
+    assert matches == [False, True, False]
 
 
 @pytest.mark.usefixtures("strict")
 def test_a_rewritten_half_precision_stack_keeps_the_bits_of_other_layers():
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
-    after, _ = sx.attach(KEY, base, [sx.Rule("q_proj", sx.OLoRA(rank=2), layers=(1,))])
-    old, new = (tree["layers"]["self_attn"]["q_proj"]["kernel"] for tree in (base, after))
+    end, _ = sx.attach(KEY, base, [sx.Rule("q_proj", sx.OLoRA(rank=2), layers=(1,))])
+    old, new = (tree["layers"]["self_attn"]["q_proj"]["kernel"] for tree in (base, end))
     assert new.dtype == jnp.bfloat16
     assert [bool(jnp.array_equal(a, b)) for a, b in zip(old, new, strict=True)] == [True, False, True]
 
 
 def test_hyper_parameters_share_a_tree_structure_and_a_compilation():
     base = params()
-    one, two = (sx.attach(KEY, base, [("q_proj", sx.LoRA(rank=2, alpha=alpha))])[1] for alpha in (1.0, 2.0))
-    chex.assert_trees_all_equal_structs(one, two)
-    (node,) = nodes(jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)).values()
+    first, second = (sx.attach(KEY, base, [("q_proj", sx.LoRA(rank=2, alpha=alpha))])[1] for alpha in (1.0, 2.0))
+    chex.assert_trees_all_equal_structs(first, second)
+    (node,) = nodes(jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)).values()
     assert node.frozen["scale"].tolist() == [[0.5] * 3, [1.0] * 3]
 
 
@@ -187,8 +189,8 @@ def test_specs_follow_the_kernel():
     )
     kernel = P(None, "fsdp", "tensor")
     specs = sx.specs(adapters, jax.tree.map(lambda leaf: kernel if leaf.ndim == 3 else P(), params()))
-    found = {path: node.train | node.frozen for path, node in nodes(specs).items()}
-    assert found == {
+    leaves = {path: node.train | node.frozen for path, node in nodes(specs).items()}
+    assert leaves == {
         "layers/self_attn/q_proj/kernel": {
             "a": P(None, "fsdp", None),
             "b": P(None, None, "tensor"),

@@ -76,7 +76,7 @@ def outputs(params, adapters, tokens):
 def alone(parts):
     """Outputs and texts without a mesh, by the number of rows."""
     tokens = {rows: tokens_of(rows) for rows in (8, 3)}
-    return {rows: (outputs(*parts, own), generate(MODEL, *parts, own.tolist(), 4)) for rows, own in tokens.items()}
+    return {rows: (outputs(*parts, ids), generate(MODEL, *parts, ids.tolist(), 4)) for rows, ids in tokens.items()}
 
 
 @pytest.mark.nightly
@@ -93,7 +93,7 @@ def alone(parts):
 )
 def test_outputs_are_those_without_a_mesh(parts, alone, name, rows):
     params, adapters = parts
-    tokens, (wanted, texts) = tokens_of(rows), alone[rows]
+    tokens, (expected, texts) = tokens_of(rows), alone[rows]
     mesh = mesh_of(name)
 
     def laid(leaf):
@@ -101,20 +101,20 @@ def test_outputs_are_those_without_a_mesh(parts, alone, name, rows):
         even = leaf.ndim > 2 and leaf.shape[-1] % mesh.shape[last] == 0
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(None, None, last) if even else PartitionSpec()))
 
-    own = params if name == "data" else jax.tree.map(laid, params)
+    weights = params if name == "data" else jax.tree.map(laid, params)
     with jax.set_mesh(mesh):
-        chex.assert_trees_all_close(outputs(own, adapters, tokens), wanted, rtol=0, atol=1e-5)
-        assert generate(MODEL, own, adapters, tokens.tolist(), 4) == texts
+        chex.assert_trees_all_close(outputs(weights, adapters, tokens), expected, rtol=0, atol=1e-5)
+        assert generate(MODEL, weights, adapters, tokens.tolist(), 4) == texts
 
 
 @pytest.mark.parametrize("name", ["dp mp", "fsdp tensor"])
 def test_adapters_begin_as_without_a_mesh(parts, name):
     params, _ = parts
     rules = [("q_proj", sx.PiSSA(rank=2)), ("k_proj", sx.LoRA(rank=2))]
-    wanted = sx.attach(jax.random.key(0), params, rules)
+    expected = sx.attach(jax.random.key(0), params, rules)
     for kind in (AxisType.Auto, AxisType.Explicit):
         with jax.set_mesh(mesh_of(name, kind)):
-            chex.assert_trees_all_close(sx.attach(jax.random.key(0), params, rules), wanted, rtol=0, atol=1e-6)
+            chex.assert_trees_all_close(sx.attach(jax.random.key(0), params, rules), expected, rtol=0, atol=1e-6)
 
 
 def test_inside_a_shard_map_of_the_users(parts):

@@ -65,12 +65,12 @@ def test_gradients_are_those_of_peft(pair, tmp_path, start, groups, scale):
         if parameter.requires_grad:
             parameter.data = parameter.grad
     theirs.save_pretrained(tmp_path / "gradients")
-    wanted = nodes(load_peft(tmp_path / "gradients", pair.ours)[1])
+    expected = nodes(load_peft(tmp_path / "gradients", pair.ours)[1])
     for path, node in ours.items():
         for name, leaf in node.train.items():
             size = np.abs(leaf).max()
             np.testing.assert_allclose(
-                leaf, wanted[path].train[name], rtol=0, atol=1e-4 * size, err_msg=f"{path} {name}"
+                leaf, expected[path].train[name], rtol=0, atol=1e-4 * size, err_msg=f"{path} {name}"
             )
         # b's gradient is exact, a's is not.
         exact = exact_gradients[path].train
@@ -89,20 +89,20 @@ def step_of(method, pattern, remat):
     return outline(experiment, WIDE)
 
 
-def kept(method, pattern, remat):
+def residual_bytes(method, pattern, remat):
     """Bytes that the forward pass keeps for the gradients of the adapters, for each token and layer."""
-    one = step_of(method, pattern, remat)
+    plan = step_of(method, pattern, remat)
 
     def backward(train, frozen, base, batch):
         part = jax.tree.map(lambda leaf: leaf[0], batch)
 
         def loss(adapters):
             trees = {"adapters": adapters, "base": {}}
-            return sums(one.model, trees, frozen, base, part, None).losses["loss"]
+            return sums(plan.model, trees, frozen, base, part, None).losses["loss"]
 
         return jax.vjp(loss, train["adapters"])[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(backward, one.state.train, *one.arguments[1:]))
+    leaves = jax.tree.leaves(jax.eval_shape(backward, plan.state.train, *plan.arguments[1:]))
     tokens = ROWS * LENGTH * WIDE.num_hidden_layers
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / tokens
 
@@ -114,9 +114,9 @@ def kept(method, pattern, remat):
 def test_sub_tokens_are_kept_in_place_of_inputs(pattern, width):
     """Where layers recompute nothing. By default a run recomputes inputs, and VeLoRA keeps no less than LoRA."""
     lora, velora = sx.LoRA(rank=4), sx.VeLoRA(rank=4, groups=GROUPS)
-    saved = kept(lora, pattern, "none") - kept(velora, pattern, "none")
+    saved = residual_bytes(lora, pattern, "none") - residual_bytes(velora, pattern, "none")
     assert saved == pytest.approx(4 * (width - GROUPS), abs=40)
-    assert kept(velora, pattern, "cheap") == pytest.approx(kept(lora, pattern, "cheap"), abs=1)
+    assert residual_bytes(velora, pattern, "cheap") == pytest.approx(residual_bytes(lora, pattern, "cheap"), abs=1)
 
 
 @pytest.mark.nightly

@@ -68,38 +68,38 @@ def test_new_rows_are_the_mean_and_the_model_is_that_of_transformers(name, pairs
     assert larger.config.vocab_size == SIZE and jax.tree.map(jnp.shape, larger.params) == jax.tree.map(
         jnp.shape, larger.abstract()
     )
-    before, after = flatten(model.params), flatten(larger.params)
-    assert (KERNEL in after) == (name == "untied")
-    for path, table in after.items():
+    start, end = flatten(model.params), flatten(larger.params)
+    assert (KERNEL in end) == (name == "untied")
+    for path, table in end.items():
         if path not in (TABLE, KERNEL):
-            assert table is before[path]
+            assert table is start[path]
             continue
-        old, new = (leaf if path == TABLE else leaf.T for leaf in (before[path], table))
+        old, new = (leaf if path == TABLE else leaf.T for leaf in (start[path], table))
         np.testing.assert_array_equal(new[:64], old)
         np.testing.assert_allclose(new[64:], np.broadcast_to(old.mean(axis=0), (6, 32)), rtol=0, atol=1e-7)
     # transformers draws its new rows that near the mean.
     theirs = torch_resized(pairs[name])
     assert np.abs(logits(larger, larger.params, None) - torch_logits(theirs)).max() < 1e-2
     sx.save_hf(tmp_path, larger, larger.params)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert again.config.vocab_size == SIZE
-    np.testing.assert_allclose(torch_logits(again), logits(larger, larger.params, None), rtol=0, atol=1e-5)
+    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert second.config.vocab_size == SIZE
+    np.testing.assert_allclose(torch_logits(second), logits(larger, larger.params, None), rtol=0, atol=1e-5)
 
 
 def test_sizes_and_draws(pairs):
     model = pairs["untied"].ours
     for size, multiple, count in [(65, 16, 80), (64, 1, 64), (10, 1, 10), (64, 128, 128)]:
-        other = sx.resize_vocabulary(model, size, multiple=multiple)
-        assert other.params["lm_head"]["kernel"].shape == (32, count)
+        resized = sx.resize_vocabulary(model, size, multiple=multiple)
+        assert resized.params["lm_head"]["kernel"].shape == (32, count)
         np.testing.assert_array_equal(
-            other.params["embed_tokens"]["embedding"][:10], model.params["embed_tokens"]["embedding"][:10]
+            resized.params["embed_tokens"]["embedding"][:10], model.params["embed_tokens"]["embedding"][:10]
         )
-    drawn, mean = (sx.resize_vocabulary(model, 4064, key=key).params for key in (jax.random.key(0), None))
+    draws, mean = (sx.resize_vocabulary(model, 4064, key=key).params for key in (jax.random.key(0), None))
     for path in (TABLE, KERNEL):
-        rows, means = (flatten(params)[path] if path == TABLE else flatten(params)[path].T for params in (drawn, mean))
-        wanted, drawn_there = np.cov(rows[:64].T, bias=True), (rows - means)[64:]
-        covariance = drawn_there.T @ drawn_there / 4000 / 1e-9
-        assert np.abs(covariance - wanted).max() < 0.15 * np.abs(wanted).max()
+        rows, means = (flatten(params)[path] if path == TABLE else flatten(params)[path].T for params in (draws, mean))
+        expected, deviations = np.cov(rows[:64].T, bias=True), (rows - means)[64:]
+        covariance = deviations.T @ deviations / 4000 / 1e-9
+        assert np.abs(covariance - expected).max() < 0.15 * np.abs(expected).max()
 
 
 def test_refused_sizes(pairs, tmp_path):
@@ -112,9 +112,9 @@ def test_refused_sizes(pairs, tmp_path):
     ]:
         with pytest.raises(sx.SboraxError, match=says):
             sx.resize_vocabulary(model, size, multiple=multiple)
-    own = load_model(write_model(tmp_path / "model"))
+    tiny = load_model(write_model(tmp_path / "model"))
     with pytest.raises(sx.SboraxError, match="resize_vocabulary: the tokenizer's .* vocab_size is 200"):
-        sx.resize_vocabulary(own, 200)
+        sx.resize_vocabulary(tiny, 200)
 
 
 LORA = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
@@ -276,9 +276,9 @@ def test_added_tokens_are_trained_and_exported(tmp_path):
     assert model.tokenizer.add_tokens(["<think>", "</think>"]) == 2
     larger = sx.resize_vocabulary(model, len(model.tokenizer))
     sx.save_hf(tmp_path / "larger", larger, larger.params)
-    again = load_model(tmp_path / "larger")
-    added = again.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    assert added == [258, 259] and again.config.vocab_size == 260
+    second = load_model(tmp_path / "larger")
+    added = second.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert added == [258, 259] and second.config.vocab_size == 260
     rows = [
         {"instruction": f"{number}?", "input": "", "output": f"<think>{number}</think>{number}."} for number in range(8)
     ]
@@ -294,17 +294,17 @@ def test_added_tokens_are_trained_and_exported(tmp_path):
         batch_size=2,
     )
     train(experiment, tmp_path / "run")
-    params, adapters = sx.load_adapter(tmp_path / "run" / "adapter", again.params)
-    moved = np.abs(params["embed_tokens"]["embedding"] - again.params["embed_tokens"]["embedding"]).max(axis=1)
-    assert np.flatnonzero(moved).tolist() == added
-    sx.save_peft(tmp_path / "peft", again, params, adapters)
+    params, adapters = sx.load_adapter(tmp_path / "run" / "adapter", second.params)
+    changes = np.abs(params["embed_tokens"]["embedding"] - second.params["embed_tokens"]["embedding"]).max(axis=1)
+    assert np.flatnonzero(changes).tolist() == added
+    sx.save_peft(tmp_path / "peft", second, params, adapters)
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["trainable_token_indices"] == added
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
     theirs.resize_token_embeddings(260)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
     ids = np.asarray([[5, 258, 40, 259, 7]], np.int32)
-    np.testing.assert_allclose(jax.jit(again.apply)(params, adapters, ids), logits_of(theirs, ids), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(second.apply)(params, adapters, ids), logits_of(theirs, ids), rtol=0, atol=1e-4)
     # With the layers from the command line, the base's new rows may be any. The card says how to load both.
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "layers"), "--save-embedding-layers"]) == 0
     tensors = load_file(tmp_path / "layers" / "adapter_model.safetensors")
@@ -312,7 +312,7 @@ def test_added_tokens_are_trained_and_exported(tmp_path):
     for name in ("peft", "layers"):
         card = (tmp_path / name / "README.md").read_text()
         assert "model.resize_token_embeddings(260)" in card and "sx.resize_vocabulary(model, 260)" in card
-    sx.save_peft(tmp_path / "plain", again, again.params, adapters)
+    sx.save_peft(tmp_path / "plain", second, second.params, adapters)
     assert "resize" not in (tmp_path / "plain" / "README.md").read_text()
 
 

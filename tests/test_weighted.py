@@ -82,8 +82,8 @@ def test_weights_mean_what_they_mean_in_peft(tmp_path):
             for layers in exact:
                 want = layers[layer].get_submodule(module).weight.detach().numpy().T
                 np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
-    other = thin[0].self_attn.q_proj.weight.detach().numpy().T
-    assert np.abs(np.asarray(ours["self_attn"]["q_proj"]["kernel"][0]) - other).max() > 1e-3
+    kernel = thin[0].self_attn.q_proj.weight.detach().numpy().T
+    assert np.abs(np.asarray(ours["self_attn"]["q_proj"]["kernel"][0]) - kernel).max() > 1e-3
 
 
 KINDS = [
@@ -106,8 +106,8 @@ def checkerboard(shape):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.nightly)])
-def test_combinations_are_those_of_peft(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("subset", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_combinations_are_those_of_peft(subset, tmp_path, monkeypatch):
     """Every kind of `add_weighted_adapter`, three adapters, one weight negative: merged weights, and the LoRA's change.
 
     DARE's masks are the same on both sides.
@@ -126,7 +126,7 @@ def test_combinations_are_those_of_peft(few, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "bernoulli", lambda chances: torch.tensor(checkerboard(chances.shape)).to(chances))
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, chance, shape: jnp.asarray(checkerboard(shape)))
     for number, (kind, options) in enumerate(KINDS):
-        if few and kind != "dare_ties":
+        if subset and kind != "dare_ties":
             continue
         model = copy.deepcopy(theirs)
         model.add_weighted_adapter(names, weights, str(number), combination_type=kind, **options)
@@ -137,12 +137,12 @@ def test_combinations_are_those_of_peft(few, tmp_path, monkeypatch):
         truncated = dataclasses.replace(combination, rank=4) if kind.endswith("svd") else combination
         merged = sx.merge_weighted(pair.ours.params, parts, truncated, jax.random.key(0))
         lora = sx.weighted_lora(pair.ours.params, parts, combination, jax.random.key(0))
-        again = sx.merge(pair.ours.params, lora)
+        from_lora = sx.merge(pair.ours.params, lora)
         for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
             group, name = module.split(".")
             for layer in range(2):
                 want = layers[layer].get_submodule(module).weight.detach().numpy().T
-                for tree in (merged, again):
+                for tree in (merged, from_lora):
                     got = np.asarray(tree["layers"][group][name]["kernel"][layer])
                     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5, err_msg=f"{kind} {options} {module}")
 
@@ -153,7 +153,7 @@ def test_a_combined_lora_is_read_by_peft(tmp_path):
     """DoRA and OFT on one kernel and a single layer of another, as LoRA of rank 5."""
     pair = build(tmp_path / "base")
     rules = [[("q_proj", sx.DoRA(3))], [("q_proj", sx.OFT(block=4)), sx.Rule("up_proj", sx.LoRA(2), layers=(1,))]]
-    parts = [sx.Weighted(0.5, tuned(pair.ours.params, each, seed)[1]) for seed, each in enumerate(rules)]
+    parts = [sx.Weighted(0.5, tuned(pair.ours.params, group, seed)[1]) for seed, group in enumerate(rules)]
     combination = sx.Combination("ties_svd", density=0.5, rank=5)
     lora = sx.weighted_lora(pair.ours.params, parts, combination)
     sx.save_peft(tmp_path / "out", pair.ours, pair.ours.params, lora)
@@ -196,7 +196,7 @@ def test_layers_are_combined_each_by_itself():
         sx.Combination("linear"),
         sx.Combination("svd", rank=2),
     ):
-        got = sx.merge_weighted(flat, [sx.Weighted(0.6, each) for each in flat_nodes], combination, key)["layers"]
+        got = sx.merge_weighted(flat, [sx.Weighted(0.6, node) for node in flat_nodes], combination, key)["layers"]
         want = sx.merge_weighted(params, parts, combination, key)["layers"]["q"]["kernel"]
         chex.assert_trees_all_close(jnp.stack([got[str(i)]["q"]["kernel"] for i in range(2)]), want, atol=1e-6)
         assert np.abs(want - kernel).max(axis=(1, 2)).min() > 1e-3
@@ -206,7 +206,7 @@ def test_layers_are_combined_each_by_itself():
 def test_combinations_that_mean_nothing_are_refused():
     params = base()
     plain, wide, dora = (sx.Weighted(1.0, tuned(params, [("q", m)])[1]) for m in (sx.LoRA(2), sx.LoRA(3), sx.DoRA(2)))
-    moved = sx.Weighted(1.0, plain.adapters, {**params, "norm": {"scale": params["norm"]["scale"] + 1.0}})
+    norms = sx.Weighted(1.0, plain.adapters, {**params, "norm": {"scale": params["norm"]["scale"] + 1.0}})
     for make, message in [
         (lambda: sx.Combination("tie"), "combination must be one of cat, linear"),
         (lambda: sx.Combination("ties"), "'ties' needs a density in (0, 1], got None"),
@@ -217,8 +217,8 @@ def test_combinations_that_mean_nothing_are_refused():
         (lambda: sx.merge_weighted(params, [plain, wide], sx.Combination("linear")), "adapters of one rank, got 2, 3"),
         (lambda: sx.merge_weighted(params, [dora], sx.Combination("linear")), "DoRA is more than a pair of factors"),
         (lambda: sx.weighted_lora(params, [dora]), "layers/q/kernel: DoRA is more than a pair of factors"),
-        (lambda: sx.merge_weighted(params, [moved], sx.Combination("svd")), "norm/scale: was trained beside adapters"),
-        (lambda: sx.merge_weighted(params, [moved], sx.Combination("linear")), "norm/scale: this part changes it"),
+        (lambda: sx.merge_weighted(params, [norms], sx.Combination("svd")), "norm/scale: was trained beside adapters"),
+        (lambda: sx.merge_weighted(params, [norms], sx.Combination("linear")), "norm/scale: this part changes it"),
         (lambda: sx.merge_weighted(params, [plain], sx.Combination("dare_ties", 0.5)), "at random; give a key"),
     ]:
         with pytest.raises(sx.SboraxError, match=re.escape(message)):
@@ -231,14 +231,14 @@ def test_every_part_adds_its_own_change():
     params = base()
     parts, want = [], jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for number, (name, rules) in enumerate(RULES.items()):
-        own, adapters = tuned(params, rules, number)
+        weights, adapters = tuned(params, rules, number)
         if name == "LoRA":
-            own = {**own, "norm": {"scale": own["norm"]["scale"] + 0.5}}
+            weights = {**weights, "norm": {"scale": weights["norm"]["scale"] + 0.5}}
         weight = 0.3 * number - 0.7
-        parts.append(sx.Weighted(weight, adapters, own))
-        alone = sx.merge(own, adapters)
+        parts.append(sx.Weighted(weight, adapters, weights))
+        alone = sx.merge(weights, adapters)
         want = jax.tree.map(
-            lambda sum_, one, start, weight=weight: sum_ + weight * (np.float64(one) - np.float64(start)),
+            lambda sum_, end, start, weight=weight: sum_ + weight * (np.float64(end) - np.float64(start)),
             want, alone, params,
         )  # fmt: skip
     got = sx.merge_weighted(params, parts)
@@ -256,37 +256,37 @@ def test_sums_are_float32_and_rounded_once():
     half["layers"]["q"]["kernel"] = half["layers"]["q"]["kernel"].at[:, ::3].set(-0.0)
     wide = jax.tree.map(lambda leaf: leaf.astype("float32"), half)
     adapters = [tuned(wide, RULES["SBoRA"], seed)[1] for seed in (1, 2)]
-    parts = [sx.Weighted(weight, own) for weight, own in zip((0.6, 0.7), adapters, strict=True)]
+    parts = [sx.Weighted(weight, tree) for weight, tree in zip((0.6, 0.7), adapters, strict=True)]
     got, exact = sx.merge_weighted(half, parts), sx.merge_weighted(wide, parts)
     chex.assert_trees_all_equal(got, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), exact))
     for path in ("q", "up"):
-        moved = np.zeros((2, 16), bool)
-        for own in adapters:
-            np.put_along_axis(moved, np.asarray(own["layers"][path]["kernel"].frozen["idx"]), True, axis=1)
+        mask = np.zeros((2, 16), bool)
+        for tree in adapters:
+            np.put_along_axis(mask, np.asarray(tree["layers"][path]["kernel"].frozen["idx"]), True, axis=1)
         bits = [np.asarray(tree["layers"][path]["kernel"]).view(np.uint16) for tree in (got, half)]
-        assert ((bits[0] != bits[1]).any(axis=2) == moved).all() and moved.any() and not moved.all()
+        assert ((bits[0] != bits[1]).any(axis=2) == mask).all() and mask.any() and not mask.all()
 
 
 @pytest.mark.usefixtures("strict")
 def test_a_change_of_a_quantised_base_moves_the_dense_one():
     params = {"layers": {"q": {"kernel": jax.random.normal(jax.random.key(3), (2, 64, 32))}}}
-    held = {"layers": {"q": {"kernel": quantise(params["layers"]["q"]["kernel"])}}}
-    _, adapters = tuned(held, [("q", sx.LoRA(2))])
-    got = sx.merge_weighted(params, [sx.Weighted(2.0, adapters, held, held)])
+    packed = {"layers": {"q": {"kernel": quantise(params["layers"]["q"]["kernel"])}}}
+    _, adapters = tuned(packed, [("q", sx.LoRA(2))])
+    got = sx.merge_weighted(params, [sx.Weighted(2.0, adapters, packed, packed)])
     want = sx.merge(params, sx.scale(adapters, 2.0))
     chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
-    assert np.abs(held["layers"]["q"]["kernel"].dense() - params["layers"]["q"]["kernel"]).max() > 0.05
+    assert np.abs(packed["layers"]["q"]["kernel"].dense() - params["layers"]["q"]["kernel"]).max() > 0.05
 
 
 def test_what_cannot_be_merged_is_named():
     params = base()
     _, adapters = tuned(params, RULES["LoRA"])
-    other = {"layers": params["layers"]}
+    bare = {"layers": params["layers"]}
     narrow = {**params, "norm": {"scale": jnp.ones(8)}}
     _, mixed = sx.attach(jax.random.key(0), params, [("q", sx.MoSARA(rank=4))])
     for parts, message in [
         ([], "nothing to merge"),
-        ([sx.Weighted(1.0, adapters, other)], "norm/scale: in one of the two models only"),
+        ([sx.Weighted(1.0, adapters, bare)], "norm/scale: in one of the two models only"),
         ([sx.Weighted(1.0, adapters, narrow)], "norm/scale: (16,) and (8,)"),
         ([sx.Weighted(1.0, {"head": adapters["layers"]["q"]})], "head/kernel: there is an adapter but no kernel"),
         ([sx.Weighted(1.0, mixed)], "MoSARA cannot be merged"),
@@ -310,11 +310,11 @@ def test_the_way_back_has_the_bits_of_the_base(case, seed):
         return
     back = sx.merge(merged, sx.scale(adapters, -1.0))
     for path, node in nodes(adapters).items():
-        own, again, after = (flatten(tree)[path] for tree in (params, back, merged))
-        own, again, after = (np.asarray(leaf, np.float32) for leaf in (own, again, after))
+        start, inverse, end = (flatten(tree)[path] for tree in (params, back, merged))
+        start, inverse, end = (np.asarray(leaf, np.float32) for leaf in (start, inverse, end))
         digits = float(jnp.finfo(dtype).eps)
-        assert (np.abs(again - own) <= digits * (np.abs(own) + 2 * np.abs(after))).all()
+        assert (np.abs(inverse - start) <= digits * (np.abs(start) + 2 * np.abs(end))).all()
         if name == "SBoRA":
-            still = np.ones(own.shape[:2], bool)
+            still = np.ones(start.shape[:2], bool)
             np.put_along_axis(still, np.asarray(node.frozen["idx"]), False, axis=1)
-            assert (again.view(np.uint32) == own.view(np.uint32))[still].all()
+            assert (inverse.view(np.uint32) == start.view(np.uint32))[still].all()

@@ -26,26 +26,26 @@ KNOWN_WRONG = xla_flags.JAXLIB == "0.10.2" and platform.machine() == "x86_64"
 pytestmark = pytest.mark.usefixtures("compiled_fully")
 
 
-def told(statement: str, *words: str) -> dict:
+def report(statement: str, *words: str) -> dict:
     """What a process of its own says of sums after a statement that imports sborax."""
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "PYTHONPATH": str(TESTS.parent)}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": OTHER}
     command = [sys.executable, TESTS / "sums.py", statement, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("statement", ["import sborax.cli", "import jax, sborax"])
 def test_sums_are_right_where_sborax_is_imported_first(statement):
-    answer = told(statement)
+    answer = report(statement)
     assert answer["flags"] == f"{OTHER} {RIGHT_SUMS}"
     assert answer["error"] < ROUNDING
     assert answer["warnings"] == []
 
 
 def test_a_process_that_has_computed_is_warned_in_one_line():
-    answer = told("import jax; jax.devices(); import sborax; import sborax.cli", "gradients")
+    answer = report("import jax; jax.devices(); import sborax; import sborax.cli", "gradients")
     (warning,) = answer["warnings"]
     assert f"import sborax first or set XLA_FLAGS={RIGHT_SUMS}" in warning and "\n" not in warning
     assert answer["flags"] == OTHER
@@ -105,7 +105,9 @@ def test_a_jaxlib_without_the_flag_does_not_get_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method", [sx.LoRA(rank=2), sx.SBoRA(rank=2), sx.Bone(rank=1), sx.DoRA(rank=2)], ids=lambda own: type(own).__name__
+    "method",
+    [sx.LoRA(rank=2), sx.SBoRA(rank=2), sx.Bone(rank=1), sx.DoRA(rank=2)],
+    ids=lambda method: type(method).__name__,
 )
 @pytest.mark.quick
 def test_gradients_are_those_of_float64(method):

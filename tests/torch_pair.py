@@ -137,8 +137,8 @@ def shaken(adapters: Any, seed: int = 0) -> Any:
     train, frozen = sx.split(adapters)
     leaves, treedef = jax.tree.flatten(train)
     rng = np.random.default_rng(seed)
-    moved = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return sx.combine(jax.tree.unflatten(treedef, moved), frozen)
+    values = [leaf + 0.05 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return sx.combine(jax.tree.unflatten(treedef, values), frozen)
 
 
 def equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def numbers(*shape: int) -> np.ndarray:
         return np.sin(1.7 * np.arange(1, 1 + math.prod(shape), dtype=np.float32)).reshape(shape)
 
-    def drawn(sampler: BufferedMontecloraSampler) -> dict[str, torch.Tensor]:
+    def draw(sampler: BufferedMontecloraSampler) -> dict[str, torch.Tensor]:
         samples, fan_in, rank = (
             getattr(sampler.model, f"{name}s") for name in ("num_sample", "in_feature", "out_feature")
         )
@@ -155,7 +155,7 @@ def equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         z = {"z_mvn": numbers(samples, fan_in, rank), "z_wishart": np.diag(squares), "z_dirichlet": numbers(samples)}
         return {name: torch.from_numpy(array) for name, array in z.items()}
 
-    monkeypatch.setattr(BufferedMontecloraSampler, "get", drawn)
+    monkeypatch.setattr(BufferedMontecloraSampler, "get", draw)
     monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.asarray(numbers(*shape), dtype))
 
 
