@@ -21,10 +21,11 @@ from torch_pair import build, equal_uniforms, in_subspaces, logits, reloaded, sh
 
 import sborax as sx
 from sborax.adapters.bank import link
-from sborax.adapters.core import AbstractMethod, Adapter
+from sborax.adapters.core import AbstractMethod, Adapter, linear
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_structured import nearest_divisor
+from sborax.methods import fourier_ft
 from sborax.methods.lokr import divisors
 from sborax.methods.peanut import ACTIVATIONS
 from sborax.methods.places import LARGEST_SEED, LONG, seeded_places
@@ -555,6 +556,23 @@ def test_places_are_those_that_torch_draws(seed, shape):
     for count in {1, min(40, places.size), places.size}:
         columns, rows = seeded_places(seed, count, shape)
         np.testing.assert_array_equal(columns * fan_in + rows, places[:count])
+
+
+@pytest.mark.parametrize("shape", [(24, 18), (15, 21), (12, 11)], ids=str)
+def test_coefficients_move_alike_one_by_one_and_by_a_product(shape, monkeypatch):
+    x, base = (jax.random.normal(jax.random.key(seed), size) for seed, size in enumerate([(7, shape[0]), shape]))
+    _, adapters = sx.attach(jax.random.key(2), {"proj": {"kernel": base}}, [("proj", sx.FourierFT(coefficients=40))])
+    train, frozen = sx.split(adapters)
+    train = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(3), leaf.shape), train)
+
+    def loss(train, x):
+        (adapter,) = nodes(sx.combine(train, frozen)).values()
+        return jnp.sum(jnp.sin(linear(x, base, adapter)))
+
+    monkeypatch.setattr(fourier_ft, "DENSE", 0)
+    singly = jax.value_and_grad(loss, argnums=(0, 1))(train, x)
+    monkeypatch.setattr(fourier_ft, "DENSE", 1000)
+    chex.assert_trees_all_close(jax.value_and_grad(loss, argnums=(0, 1))(train, x), singly, rtol=1e-4, atol=1e-4)
 
 
 def test_a_long_weight_is_refused():

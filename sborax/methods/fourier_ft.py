@@ -1,6 +1,7 @@
 """FourierFT: Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv:2405.03003."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, Weight, hyper
 from sborax.methods.places import check_places, start_at_places
+
+DENSE = 128
+"""Coefficients are moved by a product with a matrix that holds them where it has no more than so many entries for each.
+
+To move one entry of a row takes as long as this many entries of a product, or longer.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +64,12 @@ class FourierFT(AbstractAdditive):
         # Coefficients between the ends stand for their mirror images, too.
         gain = jnp.where((q == 0) | (2 * q == fan_out), gain, 0.5 * gain)
         spectrum = jnp.fft.rfft(x.astype(jnp.float32))
+        sizes = fan_in // 2 + 1, fan_out // 2 + 1
 
         def moved(part: Float[Array, "tokens half_in"], gain: Float[Array, " k"]) -> Float[Array, "tokens half_out"]:
-            empty = jnp.zeros((x.shape[0], fan_out // 2 + 1))
+            if math.prod(sizes) <= DENSE * self.coefficients:
+                return jnp.matmul(part, jnp.zeros(sizes).at[p, q].add(gain), precision="highest")
+            empty = jnp.zeros((x.shape[0], sizes[1]))
             return empty.at[:, q].add(part[:, p] * gain[None, :])
 
         turned = jnp.where(p_mirrored == q_mirrored, -gain, gain)
