@@ -278,37 +278,23 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         stack, sizes = tuple(weight.shape[:axes]), weight.shape[axes:]
         layers = _layers(path, stack, number or 0)
         depth = stack[0] if stacks_layers(path, stack) else numbered_depth
-        by_rule: dict[int, list[int]] = {}
-        experts = stack[-1] if stack and stacks_experts(path) else None
-        for position, layer in enumerate(layers):
-            expert = (None, 0) if experts is None else (position % experts, experts)
-            first = next((i for i, rule in matching if rule.covers(layer, depth, *expert)), None)
-            if first is not None:
-                used.add(first)
-                by_rule.setdefault(first, []).append(position)
-        chosen = {i: positions for i, positions in by_rule.items() if rules[i].method is not None}
-        if not chosen:
+        by_rule = _by_rule(rules, matching, layers, depth, stack[-1] if stack and stacks_experts(path) else None)
+        used |= by_rule.keys()
+        adapted = {i: positions for i, positions in by_rule.items() if rules[i].method is not None}
+        if not adapted:
             untouched += [] if is_table else [path]
             continue
         shape = (math.prod(sizes[:in_axes]), math.prod(sizes[in_axes:]))
         choose = _ranks(name, weight_at(path, leaves) if is_table else weight, layers, stack, shape, depth)
         parts = []
-        for i, positions in chosen.items():
+        for i, positions in adapted.items():
             method = rules[i].method
             assert method is not None
             if is_table and (why := why_no_table(method)):
                 raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             method = _resolved(method, choose)
-            if method.linked and not (stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None):
-                raise SboraxError(
-                    f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
-                    "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
-                )
-            if method.token_mean and stacks_experts(path):
-                raise SboraxError(
-                    f"{path}: {type(method).__name__} takes means over tokens, of which each expert sees some; use a "
-                    "method that takes tokens one by one"
-                )
+            in_layers = stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None
+            _check_place(path, method, in_layers)
             _check(path, method, shape, hint_of(hints, path), weight.shape)
             parts.append((method, tuple(positions)))
         everywhere = len(parts) == 1 and len(parts[0][1]) == len(layers)
@@ -323,6 +309,41 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         )
     check_read(_kernels(sites))
     return allotted(Plan((*sites, *_router_sites(sites, weights), *bank_sites(sites)), tuple(untouched)), hints or {})
+
+
+def _by_rule(
+    rules: Sequence[Rule], matching: Sequence[tuple[int, Rule]], layers: Sequence[int], depth: int, experts: int | None
+) -> dict[int, list[int]]:
+    """The positions in a kernel's stack that each rule takes, by the number of the rule: the first that covers them.
+
+    - matching: the rules whose pattern matches, with their numbers.
+    - layers: the layer of every position.
+    - experts: how many experts each layer has; None for a kernel without.
+    """
+    by_rule: dict[int, list[int]] = {}
+    for position, layer in enumerate(layers):
+        expert = (None, 0) if experts is None else (position % experts, experts)
+        first = next((i for i, rule in matching if rule.covers(layer, depth, *expert)), None)
+        if first is not None:
+            by_rule.setdefault(first, []).append(position)
+    return by_rule
+
+
+def _check_place(path: str, method: AbstractMethod, in_layers: bool) -> None:
+    """Raise SboraxError for a method that cannot work at a kernel of that path.
+
+    - in_layers: whether the kernel is that of a stack of layers, or of a numbered one.
+    """
+    if method.linked and not in_layers:
+        raise SboraxError(
+            f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
+            "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
+        )
+    if method.token_mean and stacks_experts(path):
+        raise SboraxError(
+            f"{path}: {type(method).__name__} takes means over tokens, of which each expert sees some; use a "
+            "method that takes tokens one by one"
+        )
 
 
 def allotted(chosen: Plan, hints: Mapping[str, Any]) -> Plan:
