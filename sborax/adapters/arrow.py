@@ -105,9 +105,9 @@ def _shares(
 ) -> Float[Array, "tokens parts"]:
     """The share of every part in each token's change, float32. The sign of a prototype does not matter."""
     similarity = jnp.abs(jnp.matmul(x.astype(jnp.float32), prototypes.T, precision="highest"))
-    largest, chosen = jax.lax.top_k(similarity, top_k)
+    largest, indices = jax.lax.top_k(similarity, top_k)
     shares = jax.nn.softmax(largest / temperature, axis=-1)
-    return jnp.sum(jax.nn.one_hot(chosen, prototypes.shape[0]) * shares[..., None], axis=-2)
+    return jnp.sum(jax.nn.one_hot(indices, prototypes.shape[0]) * shares[..., None], axis=-2)
 
 
 def arrow(
@@ -203,15 +203,15 @@ def _mixed(
             groups.setdefault(tuple(i for (i,) in acting), []).append(layer)
         elif any(acting):
             raise SboraxError(f"{path}: only some of the adapters adapt layer {layer}; a token chooses among all")
-    mixed = [of_layers([children[i][0] for children, i in zip(parts, chosen, strict=True)]) for chosen in groups]
+    mixed = [of_layers([children[i][0] for children, i in zip(parts, numbers, strict=True)]) for numbers in groups]
     return joined(mixed, [tuple(layers) for layers in groups.values()], stack)
 
 
 def _check(path: str, node: Adapter, leaves: dict[str, Weight]) -> None:
     """Raise SboraxError for an adapter that cannot be mixed with others."""
     if isinstance(node.method, AbstractKernelless) or leaf_of(path, leaves) == TABLE:
-        what = "weighs other adapters" if isinstance(node.method, AbstractKernelless) else "is of the table of tokens"
-        raise SboraxError(f"{path}: this adapter {what}, and only those of projections can be mixed by token")
+        reason = "weighs other adapters" if isinstance(node.method, AbstractKernelless) else "is of the table of tokens"
+        raise SboraxError(f"{path}: this adapter {reason}, and only those of projections can be mixed by token")
     if path not in leaves:
         raise SboraxError(f"{path}: there is an adapter but no kernel at this path")
     for child, _ in by_layer(node):

@@ -265,8 +265,8 @@ def settle(adapters: Mapping[str, Adapter], weight: Callable[[str, int], Float[A
             return node
         readers = [
             reader
-            for kernel, other in kernels.items()
-            for reader in _readers(other, stack_of(other))
+            for kernel, adapter in kernels.items()
+            for reader in _readers(adapter, stack_of(adapter))
             if isinstance(reader.method, AbstractBanked) and bank_path(reader.method, kernel) == path
         ]
         weights = [functools.partial(weight, *place) for place in numbers.get(path, ())]

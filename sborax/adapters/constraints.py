@@ -49,11 +49,11 @@ def check_axis_types() -> None:
 
 def dividing(size: int, names: Sequence[str]) -> tuple[str, ...]:
     """The mesh axes among `names` over which the compiler can cut an array axis of `size` evenly."""
-    sizes, chosen = compiled_axes(), ()
+    sizes, axes = compiled_axes(), ()
     for name in names:
-        if name in sizes and size % math.prod(sizes[axis] for axis in (*chosen, name)) == 0:
-            chosen = (*chosen, name)
-    return chosen
+        if name in sizes and size % math.prod(sizes[axis] for axis in (*axes, name)) == 0:
+            axes = (*axes, name)
+    return axes
 
 
 def cut(x: Shaped[Array, "..."], *entries: Any) -> Shaped[Array, "..."]:

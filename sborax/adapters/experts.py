@@ -104,7 +104,7 @@ def combine_experts(experts: Sequence[Adapters]) -> Adapters:
     for number, expert in enumerate(experts):
         for path, node in tree_of(expert, "combine_experts").items():
             earlier, parts = by_path.setdefault(path, []), _parts(path, node)
-            if any(_overlap(part, other) for part in parts for other in earlier):
+            if any(_overlap(part, block) for part in parts for block in earlier):
                 raise SboraxError(
                     f"{path}: expert number {number} of the list overlaps an earlier one; give each its own expert=, "
                     "and all the same method, rank and basis_seed"
@@ -125,10 +125,10 @@ def remove_expert(combined: Adapters, expert: Adapters) -> Adapters:
     remaining = {path: _parts(path, node) for path, node in nodes(combined).items()}
     for path, node in nodes(expert).items():
         for removed in _parts(path, node):
-            before = remaining.get(path, [])
-            remaining[path] = [part for part in before if not _overlap(part, removed)]
-            if len(remaining[path]) == len(before):
-                raise SboraxError(f"{path}: no such expert among the {len(before)} combined here")
+            present = remaining.get(path, [])
+            remaining[path] = [part for part in present if not _overlap(part, removed)]
+            if len(remaining[path]) == len(present):
+                raise SboraxError(f"{path}: no such expert among the {len(present)} combined here")
     return nest({path: _together(parts) for path, parts in remaining.items() if parts})
 
 

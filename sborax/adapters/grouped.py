@@ -100,10 +100,10 @@ def _merged(weight: Weight, adapter: Adapter, sizes: Sizes, dtype: Any) -> Float
     """The merged weight of every expert that has rows, and zeros for the others."""
 
     def merge(matrix: Weight, node: Adapter, size: Array) -> Array:
-        def used() -> Array:
+        def compute() -> Array:
             return node.method.merge(matrix, node).astype(dtype)
 
-        return jax.lax.cond(size > 0, used, lambda: jnp.zeros(matrix.shape, dtype))
+        return jax.lax.cond(size > 0, compute, lambda: jnp.zeros(matrix.shape, dtype))
 
     return over_stack(merge, (sizes.experts,))(weight, adapter, sizes.rows)
 
@@ -195,11 +195,11 @@ def _by_tiles(
         number, expert, node, (x, of_rows) = tiles
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, number)
 
-        def used() -> Array:
+        def multiply() -> Array:
             matrix = jax.tree.map(lambda leaf: leaf[expert], weight)
             return node.method.apply(x, matrix, node, dataclasses.replace(of_rows, key=key))
 
-        return None, jax.lax.cond(number < total, used, lambda: jnp.zeros((tile, weight.shape[-1]), x.dtype))
+        return None, jax.lax.cond(number < total, multiply, lambda: jnp.zeros((tile, weight.shape[-1]), x.dtype))
 
     _, products = jax.lax.scan(apply, None, (numbers, experts, of_tile, per_row))
     y = jnp.zeros((rows, products.shape[-1]), products.dtype)

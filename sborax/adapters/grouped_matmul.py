@@ -99,14 +99,14 @@ def _tiled_product(
         # The last tile may begin earlier than its expert, so that it lies within the array: padding would copy it.
         start = jnp.minimum(first, rows - tile)
         matrix = dense(jax.tree.map(lambda leaf: leaf[expert], weight)).astype(x.dtype)
-        taken = jax.lax.dynamic_slice_in_dim(x, start, tile)
-        product = _leading_product(taken, matrix.T if transposed else matrix, end - start)
-        row, before = start + jnp.arange(tile), jax.lax.dynamic_slice_in_dim(y, start, tile)
+        block = jax.lax.dynamic_slice_in_dim(x, start, tile)
+        product = _leading_product(block, matrix.T if transposed else matrix, end - start)
+        row, previous = start + jnp.arange(tile), jax.lax.dynamic_slice_in_dim(y, start, tile)
         if onto is None:
             # Rows of the next expert that are in this tile are computed wrongly here, and overwritten by the next tile.
-            product = jnp.where((row < first)[:, None], before, product)
+            product = jnp.where((row < first)[:, None], previous, product)
         else:
-            product = jnp.where(((row >= first) & (row < end))[:, None], before + product, before)
+            product = jnp.where(((row >= first) & (row < end))[:, None], previous + product, previous)
         return jax.lax.dynamic_update_slice_in_dim(y, product, start, 0)
 
     features = weight.shape[-2 if transposed else -1]
@@ -117,8 +117,8 @@ def _tiled_outer(x: Float[Array, "rows in"], g: Float[Array, "rows out"], sizes:
     rows, tile = x.shape[0], sizes.tile(x.shape[0])
     total, place = tiles(sizes, tile)
     # XLA:CPU multiplies a thin transposed operand by a wide one several times as fast as the reverse.
-    turned = x.shape[1] > g.shape[1]
-    left, right = (g, x) if turned else (x, g)
+    swap = x.shape[1] > g.shape[1]
+    left, right = (g, x) if swap else (x, g)
 
     def add(number: Array, sums: Array) -> Array:
         expert, first, end = place(number)
@@ -131,7 +131,7 @@ def _tiled_outer(x: Float[Array, "rows in"], g: Float[Array, "rows out"], sizes:
 
     sums = jnp.zeros((sizes.experts, left.shape[1], right.shape[1]), jnp.float32)
     sums = jax.lax.fori_loop(0, total, add, sums)
-    return jnp.swapaxes(sums, 1, 2) if turned else sums
+    return jnp.swapaxes(sums, 1, 2) if swap else sums
 
 
 @jax.custom_batching.sequential_vmap

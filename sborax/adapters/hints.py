@@ -117,5 +117,5 @@ def _stacked(site: Site, gathered: Mapping[Place, Sequence[Gathered]]) -> Hint:
         filled = [np.asarray(of_weight.get(name, np.zeros(shape)), np.float32) for of_weight in leaves]
         inputs[name] = np.stack(filled).reshape(*site.stack, *shape)
     ranks = [next((result.rank for result in of_weight if result.rank is not None), 0) for of_weight in by_position]
-    chosen = any(result.rank is not None for of_weight in by_position for result in of_weight)
-    return Hint(inputs=inputs, ranks=tuple(ranks) if chosen else None)
+    has_ranks = any(result.rank is not None for of_weight in by_position for result in of_weight)
+    return Hint(inputs=inputs, ranks=tuple(ranks) if has_ranks else None)

@@ -73,16 +73,16 @@ class Rule:
         """Whether the rule acts on a layer of `depth`, and there on an expert of `experts`; None for other kernels."""
         if expert is None and self.experts is not None:
             return False
-        return _chosen(self.layers, layer, depth) and (expert is None or _chosen(self.experts, expert, experts))
+        return _contains(self.layers, layer, depth) and (expert is None or _contains(self.experts, expert, experts))
 
 
-def _chosen(numbers: slice | tuple[int, ...] | None, number: int, count: int) -> bool:
+def _contains(numbers: slice | tuple[int, ...] | None, number: int, count: int) -> bool:
     """Whether `number` of `count` is one of `numbers`, which may count from the end."""
     if numbers is None:
         return True
     if isinstance(numbers, slice):
         return number in range(count)[numbers]
-    return number in {other % count for other in numbers if -count <= other < count}
+    return number in {index % count for index in numbers if -count <= index < count}
 
 
 RuleLike = Rule | tuple[str, AbstractMethod | None]
@@ -259,7 +259,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
     weights, of_tables, leaves = kernels(params), tables(params), flatten(params)
     numbers = [module_path(path)[1] for path in weights]
     numbered_depth = 1 + max((number for number in numbers if number is not None), default=0)
-    used: set[int] = set()
+    hits: set[int] = set()
     sites, untouched = [], []
     untied = HEAD in of_tables and any(_covers_table(rule, "lm_head") for rule in rules)
     without = {TABLE if untied else LOOKUP}
@@ -279,7 +279,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         layers = _layers(path, stack, number or 0)
         depth = stack[0] if stacks_layers(path, stack) else numbered_depth
         by_rule = _by_rule(rules, matching, layers, depth, stack[-1] if stack and stacks_experts(path) else None)
-        used |= by_rule.keys()
+        hits |= by_rule.keys()
         adapted = {i: positions for i, positions in by_rule.items() if rules[i].method is not None}
         if not adapted:
             untouched += [] if is_table else [path]
@@ -301,7 +301,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         method = parts[0][0] if everywhere else ByLayer(tuple(m for m, _ in parts), tuple(p for _, p in parts))
         bias = not is_table and bias_path(path) in leaves
         sites.append(Site(path, method, stack, shape, in_axes, number or 0, use_of(path, of_tables), bias))
-    unused = [rule.pattern for i, rule in enumerate(rules) if i not in used]
+    unused = [rule.pattern for i, rule in enumerate(rules) if i not in hits]
     if unused:
         raise SboraxError(
             f"rule {unused[0]!r} matches no kernel (or only ones that an earlier rule took); "
@@ -447,19 +447,19 @@ def _check_bounds(value: Any) -> None:
     if not isinstance(value, AbstractMethod):
         return
     for field in dataclasses.fields(value):  # type: ignore[arg-type]
-        chosen, bound = getattr(value, field.name), field.metadata.get("above")
+        setting, bound = getattr(value, field.name), field.metadata.get("above")
         name = f"{type(value).__name__}: {field.name}"
-        if isinstance(chosen, int | float | np.number) and not isinstance(chosen, bool):
+        if isinstance(setting, int | float | np.number) and not isinstance(setting, bool):
             kinds = typing.get_args(field.type) or (field.type,)
-            if not -math.inf < chosen < math.inf:
-                raise SboraxError(f"{name} must be a finite number, got {chosen}")
-            if int in kinds and float not in kinds and not isinstance(chosen, int | np.integer):
-                raise SboraxError(f"{name} must be a whole number, got {chosen}")
-            if bound is not None and not chosen > bound:
-                raise SboraxError(f"{name} must be above {bound:g}, got {chosen:g}")
-            if chosen < 0 and not field.metadata.get("signed"):
-                raise SboraxError(f"{name} must be 0 or more, got {chosen:g}")
-        _check_bounds(chosen)
+            if not -math.inf < setting < math.inf:
+                raise SboraxError(f"{name} must be a finite number, got {setting}")
+            if int in kinds and float not in kinds and not isinstance(setting, int | np.integer):
+                raise SboraxError(f"{name} must be a whole number, got {setting}")
+            if bound is not None and not setting > bound:
+                raise SboraxError(f"{name} must be above {bound:g}, got {setting:g}")
+            if setting < 0 and not field.metadata.get("signed"):
+                raise SboraxError(f"{name} must be 0 or more, got {setting:g}")
+        _check_bounds(setting)
 
 
 def has_policy(method: AbstractMethod) -> bool:

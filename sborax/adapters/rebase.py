@@ -54,11 +54,11 @@ def rewrite(weight: Weight, node: Adapter) -> Weight:
 
     def rewrite_layer(layer: Array, kernel: Any, adapter: Adapter) -> tuple[Array, Array]:
         kernel, adapter = replicate((kernel, adapter))
-        before = dense(kernel).astype(jnp.float32)
-        residual = _residual(before, adapter, layer)
+        original = dense(kernel).astype(jnp.float32)
+        residual = _residual(original, adapter, layer)
         # Rounded once at the end, however many parts there are.
         new = residual if isinstance(kernel, AbstractWeight) else residual.astype(kernel.dtype)
-        return new, jnp.any(residual != before)
+        return new, jnp.any(residual != original)
 
     layers = jnp.arange(math.prod(stack)).reshape(stack)
     with jax.default_matmul_precision("highest"):

@@ -81,8 +81,8 @@ def tree_of(item: Any, name: str) -> dict[str, Adapter]:
     leaves = flatten(item, is_leaf=is_adapter)
     wrong = next((leaf for leaf in leaves.values() if not is_adapter(leaf)), None)
     if wrong is not None:
-        what = type(item if "" in leaves else wrong).__name__
-        raise SboraxError(f"{name}: expected a tree of adapters, as `attach` and `load_adapter` return, got a {what}")
+        kind = type(item if "" in leaves else wrong).__name__
+        raise SboraxError(f"{name}: expected a tree of adapters, as `attach` and `load_adapter` return, got a {kind}")
     return nodes(item)
 
 

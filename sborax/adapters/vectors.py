@@ -52,14 +52,14 @@ def by_module(tokens: Chosen) -> dict[str, tuple[int, ...]]:
 
     Raises SboraxError for another module, and unless the tokens of each are distinct.
     """
-    chosen = tokens if isinstance(tokens, Mapping) else {OF_EMBEDDING: tokens}
-    for module, ids in chosen.items():
+    ids_by_module = tokens if isinstance(tokens, Mapping) else {OF_EMBEDDING: tokens}
+    for module, ids in ids_by_module.items():
         if module not in TABLES:
             raise SboraxError(f"train_tokens: there are vectors of {' and '.join(TABLES)}, not of {str(module)[:40]!r}")
         distinct = isinstance(ids, Sequence) and all(type(token) is int and token >= 0 for token in ids)
         if not distinct or len(set(ids)) < len(ids):
             raise SboraxError(f"train_tokens: expected distinct ids of tokens, got {str(ids)[:60]}")
-    return {module: tuple(ids) for module, ids in chosen.items() if ids}
+    return {module: tuple(ids) for module, ids in ids_by_module.items() if ids}
 
 
 def vectors_of(
@@ -113,13 +113,13 @@ def vectors_fit(vectors: Mapping[str, Any], leaves: Mapping[str, Any]) -> bool:
     """Whether vectors and tokens of a file fit the tables of a model, whose leaves are `leaves` by path."""
 
     def fits(module: str) -> bool:
-        held, rows = vectors.get(f"{module}/vectors"), vectors.get(f"{module}/tokens")
+        array, rows = vectors.get(f"{module}/vectors"), vectors.get(f"{module}/tokens")
         table = TABLES[module]
         leaf = leaves.get(table.path)
-        if held is None or rows is None or leaf is None:
-            return held is None and rows is None
+        if array is None or rows is None or leaf is None:
+            return array is None and rows is None
         count, width = leaf.shape[table.axis], leaf.shape[1 - table.axis]
-        if not jnp.issubdtype(rows.dtype, jnp.integer) or not held.shape == (rows.size, width) == (*rows.shape, width):
+        if not jnp.issubdtype(rows.dtype, jnp.integer) or not array.shape == (rows.size, width) == (*rows.shape, width):
             return False
         return bool(((rows >= 0) & (rows < count)).all())
 

@@ -90,7 +90,7 @@ def merge_weighted(
     else:
         thin = _thin_changes(terms, combination, key, combination.rank)
         sums = {path: _product(change).reshape(leaves[path].shape) for path, change in thin.items()}
-    return replace_leaves(params, {path: _moved(leaves[path], total) for path, total in sums.items()})
+    return replace_leaves(params, {path: _shift(leaves[path], total) for path, total in sums.items()})
 
 
 def thin_changes(
@@ -285,10 +285,10 @@ def _pair(path: str, node: Adapter, weight: float, combination: Combination) -> 
             )
         if isinstance(method.rank, tuple) and not combination.of_changes:
             raise SboraxError(f"{path}: layers of different ranks, which {combination.kind!r} cannot take; use 'svd'")
-        here = np.ones(stack, np.float32) if layers is None else np.zeros(stack, np.float32)
-        here.reshape(-1)[list(layers or ())] = 1.0
-        mask = jnp.asarray(here)[..., None, None]
-        scale = jnp.float32(weight) * child.frozen["scale"] * jnp.asarray(here)
+        flags = np.ones(stack, np.float32) if layers is None else np.zeros(stack, np.float32)
+        flags.reshape(-1)[list(layers or ())] = 1.0
+        mask = jnp.asarray(flags)[..., None, None]
+        scale = jnp.float32(weight) * child.frozen["scale"] * jnp.asarray(flags)
         parts.append((scale, child.train["a"] * mask, child.train["b"] * mask))
     scales, left, right = zip(*parts, strict=True)
     return functools.reduce(jnp.add, scales), functools.reduce(jnp.add, left), functools.reduce(jnp.add, right)
@@ -326,9 +326,9 @@ def _change(
     - adapters: by path.
     """
     leaf = trained[path]
-    moved = None if leaf is base[path] else _wide(leaf) - _wide(base[path])
+    shift = None if leaf is base[path] else _wide(leaf) - _wide(base[path])
     added = _added(path, trained, adapters)
-    return added if moved is None else moved if added is None else moved + added
+    return added if shift is None else shift if added is None else shift + added
 
 
 def _added(path: str, trained: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> Float[Array, "..."] | None:
@@ -345,7 +345,7 @@ def _added(path: str, trained: Mapping[str, Any], adapters: Mapping[str, Adapter
     return merge_bias(path, start, trained[kernel], adapters[kernel]) - start
 
 
-def _moved(leaf: Any, change: Float[Array, "..."]) -> Array:
+def _shift(leaf: Any, change: Float[Array, "..."]) -> Array:
     """A leaf plus a float32 change, in the leaf's dtype. Quantised leaves come back dense."""
     old = _array(leaf)
     # Adding zero would turn a negative zero into a positive one.

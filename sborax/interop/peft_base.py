@@ -91,12 +91,12 @@ class Kind(NamedTuple):
 
     def written(self, paths: Iterable[str], layout: HFLayout, leaves: Mapping[str, Any]) -> Written:
         """Config fields and tensors for the leaves at these paths."""
-        chosen, config, tensors = set(paths), {}, {}
-        modules = [module for module, name in self.places(layout).items() if layout.slots[name].path in chosen]
+        selection, config, tensors = set(paths), {}, {}
+        modules = [module for module, name in self.places(layout).items() if layout.slots[name].path in selection]
         for module in modules:
             name = self.places(layout)[module]
-            after, before = (np.asarray(wide(tensor_in(layout, held, name))) for held in (leaves, layout.leaves))
-            tensor, fields = self.taken(after, before)
+            final, initial = (np.asarray(wide(tensor_in(layout, source, name))) for source in (leaves, layout.leaves))
+            tensor, fields = self.taken(final, initial)
             tensors[f"{PREFIX}{module}.{self.suffix}"] = np.ascontiguousarray(tensor)
             config |= fields
         tensors |= {copy: tensors[key] for copy, key in self.copies(tensors, layout).items()}
@@ -107,22 +107,22 @@ def _indices(config: Mapping[str, Any], count: int) -> list[int]:
     return checked_indices(config.get(INDICES), INDICES, count)
 
 
-def _rows(after: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    indices = changed_rows(after, before)
+def _rows(final: np.ndarray, initial: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    indices = changed_rows(final, initial)
     # A text, as PEFT's own: of a list it says that a tied head would be forgotten, though it is not.
-    return after[indices], {INDICES: indices.tolist(), "target_modules": EMBEDDING}
+    return final[indices], {INDICES: indices.tolist(), "target_modules": EMBEDDING}
 
 
 START = {"init_weights": "how PEFT makes the start"}
 KINDS = (
     Kind(
         "LN_TUNING", "ln_tuning_layers.weight", "scale", "norms", frozenset(), {},
-        lambda shape, _: shape, lambda _, tensor, __: tensor, lambda after, _: (after, {}),
+        lambda shape, _: shape, lambda _, tensor, __: tensor, lambda final, _: (final, {}),
     ),
     Kind(
         "BEFT", "beft_bias", "bias", "projections with a bias", frozenset(), START,
         lambda shape, _: (1, *shape), lambda bias, tensor, _: bias + tensor[0],
-        lambda after, before: ((after - before)[None], {}),
+        lambda final, initial: ((final - initial)[None], {}),
     ),
     Kind(
         "TRAINABLE_TOKENS", DELTA, "embedding", "the embedding", frozenset({INDICES}), START,

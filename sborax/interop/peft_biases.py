@@ -83,7 +83,7 @@ def trained_biases(
     - changed: paths of the leaves that were trained.
     - adapted: the adapted modules.
     """
-    moved = {
+    tuned = {
         name.rpartition(".")[0]
         for name, slot in layout.slots.items()
         if slot.path in changed
@@ -95,7 +95,7 @@ def trained_biases(
         for name, slot in layout.slots.items()
         if slot.path in changed and not slot.path.endswith("/bias")
     }
-    if not moved or any(f"{module}.bias" in layout.slots for module in beside):
+    if not tuned or any(f"{module}.bias" in layout.slots for module in beside):
         return Biases("none", {})
-    value = f"{kind.lower()}_only" if moved <= set(adapted) else "all"
+    value = f"{kind.lower()}_only" if tuned <= set(adapted) else "all"
     return Biases(value, _names(value, layout, adapted))

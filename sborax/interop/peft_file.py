@@ -86,8 +86,8 @@ class Tensors:
         - expected: shapes by name.
         - indices: names of tensors that hold indices.
         """
-        required, held = expected.keys() - self.derived.keys(), self.names.keys()
-        missing, surplus = sorted(required - held), sorted(held - required)
+        required, present = expected.keys() - self.derived.keys(), self.names.keys()
+        missing, surplus = sorted(required - present), sorted(present - required)
         if missing:
             raise SboraxError(f"{len(missing)} tensors are missing from {TENSORS}, such as {missing[0]!r}")
         if surplus:

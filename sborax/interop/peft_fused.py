@@ -65,11 +65,11 @@ class Tensors(NamedTuple):
 
 def file_modules(modules: Iterable[str], fused: Fused) -> dict[str, tuple[str, ...]]:
     """The modules of transformers' model, and the projections that each holds."""
-    held = {}
+    by_module = {}
     for module in modules:
         name, parts = fused_module(module, fused) or (module, (module,))
-        held[name] = parts
-    return held
+        by_module[name] = parts
+    return by_module
 
 
 def _outputs(module: str, layout: HFLayout) -> int:
@@ -99,24 +99,26 @@ def taken_apart(config: Mapping[str, Any], file: Any, layout: HFLayout, fused: F
     """
     if not fused or kind_of(config) is not None or not config.get("target_modules"):
         return config, file
-    held = file_modules(layout.adaptable, fused)
-    joint = {module: parts for module, parts in held.items() if len(parts) > 1}
+    by_module = file_modules(layout.adaptable, fused)
+    joint = {module: parts for module, parts in by_module.items() if len(parts) > 1}
     _refuse_saved(config, joint)
-    chosen = targeted(config, list(held))
+    targets = targeted(config, list(by_module))
     row = row_for(config)
     places: dict[str, tuple[str, slice | None]] = {name: (name, None) for name in file.keys()}  # noqa: SIM118
-    for module in chosen:
+    for module in targets:
         if module in joint:
             _check_kind(module, joint[module], row, "merge it in PEFT and load the model that it saves")
             _take_apart(module, joint[module], places, file, layout, MAGNITUDE in [t.suffix for t in row.tensors])
     config = {name: value for name, value in config.items() if name not in CHOOSING} | {
-        "target_modules": [part for module in chosen for part in held.get(module, (module,))]
+        "target_modules": [part for module in targets for part in by_module.get(module, (module,))]
     }
-    if any(module in joint for module in chosen):
+    if any(module in joint for module in targets):
         for name, pattern in row.patterns.items():
             default = config.get(name, row.defaults[name])
-            values = {module: value_for(config, pattern, module, default, row.pattern_form) for module in chosen}
-            config[pattern] = {part: value for module, value in values.items() for part in held.get(module, (module,))}
+            values = {module: value_for(config, pattern, module, default, row.pattern_form) for module in targets}
+            config[pattern] = {
+                part: value for module, value in values.items() for part in by_module.get(module, (module,))
+            }
     return config, Tensors(file, places)
 
 
@@ -171,11 +173,11 @@ def put_together(
 
     Raises SboraxError for a kind of adapter that acts on such a module as a whole, and for DoRA on some of its parts.
     """
-    held = file_modules(layout.adaptable, fused)
-    joint = {module: parts for module, parts in held.items() if len(parts) > 1}
+    by_module = file_modules(layout.adaptable, fused)
+    joint = {module: parts for module, parts in by_module.items() if len(parts) > 1}
     _refuse_saved(config, [part for parts in joint.values() for part in parts])
-    adapted = {module: parts for module, parts in held.items() if any(part in fields for part in parts)}
-    named = naming(list(adapted), list(held), row.layered)
+    adapted = {module: parts for module, parts in by_module.items() if any(part in fields for part in parts)}
+    named = naming(list(adapted), list(by_module), row.layered)
     config = {name: value for name, value in config.items() if name not in CHOOSING} | named
     if not adapted.keys() & joint:
         return config, dict(tensors), len(adapted)

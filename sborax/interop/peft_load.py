@@ -152,8 +152,8 @@ def _tied(config: Mapping[str, Any], layout: HFLayout, saved: list[str]) -> dict
     changed = {EMBEDDING, HEAD} & set(saved) if layout.tied else set()
     # Of both, the file has what tells whether they are still equal.
     if len(changed) == 1 and config.get(TYING) is not True:
-        what = "the embedding, to which the head is tied" if EMBEDDING in changed else "the head, which is tied"
-        raise SboraxError(f"modules_to_save has {what} here and, without {TYING}, is not in PEFT; {MERGED_THERE}")
+        subject = "the embedding, to which the head is tied" if EMBEDDING in changed else "the head, which is tied"
+        raise SboraxError(f"modules_to_save has {subject} here and, without {TYING}, is not in PEFT; {MERGED_THERE}")
     return {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
 
 
@@ -185,8 +185,8 @@ class _Copies(NamedTuple):
         """Raise SboraxError for a copy that differs."""
         for copy, name in self.tied.items():
             if not np.array_equal(tensors.stored(copy).astype(np.float32), originals.read(name)):
-                what = f"the embedding, to which the head is tied here; {MERGED_THERE}" if HEAD in copy else name
-                raise SboraxError(f"{copy} differs from {what}")
+                original = f"the embedding, to which the head is tied here; {MERGED_THERE}" if HEAD in copy else name
+                raise SboraxError(f"{copy} differs from {original}")
         for copy, name in self.transposed.items():
             if not np.array_equal(tensors.stored(copy).astype(np.float32).T, originals.read(name)):
                 raise SboraxError(f"{copy} is not the transpose of {name}, to which {TYING} ties it")
@@ -219,8 +219,8 @@ def _new_leaves(
         if not np.array_equal(new.setdefault(name, value), value):
             raise SboraxError(f"{key} differs from the embedding, to which the head is tied here")
     for key, (name, scale, _) in added.items():
-        before = new[name] if name in new else np.asarray(wide(tensor_in(layout, layout.leaves, name)))
-        new[name] = before + np.float32(scale) * tensors.read(key)
+        original = new[name] if name in new else np.asarray(wide(tensor_in(layout, layout.leaves, name)))
+        new[name] = original + np.float32(scale) * tensors.read(key)
     return new
 
 
@@ -293,8 +293,8 @@ def _expected(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> dict[str, 
 
 def _indices(row: Row, fits: Mapping[str, Fit], layout: HFLayout) -> set[str]:
     """The names of the tensors that hold indices."""
-    numbers, held = layout.numbers(fits), [tensor for tensor in row.tensors if tensor.places or tensor.into]
-    return {tensor.key(module, numbers) for module in fits for tensor in held}
+    numbers, index_tensors = layout.numbers(fits), [tensor for tensor in row.tensors if tensor.places or tensor.into]
+    return {tensor.key(module, numbers) for module in fits for tensor in index_tensors}
 
 
 def _completed(
@@ -481,7 +481,7 @@ def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], la
                     if tensor.places:
                         _check_places(key, leaves[name], node.method.shape)
                 continue
-            indices = next(other for other in row.tensors if other.leaf == tensor.at)
+            indices = next(candidate for candidate in row.tensors if candidate.leaf == tensor.at)
             for module in fits:
                 key = indices.key(module, numbers)
                 places, values = (
@@ -490,9 +490,9 @@ def _filled_bank(node: Adapter, path: str, row: Row, fits: Mapping[str, Fit], la
                 if ((places < 0) | (places >= leaf.shape[0]) | (places % 1 != 0)).any():
                     raise SboraxError(f"{key}: an index lies outside the {leaf.shape[0]} entries of the shared vector")
                 places = places.astype(np.int64)
-                before = np.where(filled[places], leaves[name][places], values)
+                previous = np.where(filled[places], leaves[name][places], values)
                 leaves[name][places], filled[places] = values, True
-                if not (np.array_equal(before, values) and np.array_equal(leaves[name][places], values)):
+                if not (np.array_equal(previous, values) and np.array_equal(leaves[name][places], values)):
                     raise SboraxError(f"{tensor.key(module, numbers)}: entries at one index of the vector differ")
     leaves |= {} if row.derived is None else row.derived(leaves)
     train, frozen = ({name: jnp.asarray(leaves[name]) for name in half} for half in (node.train, node.frozen))

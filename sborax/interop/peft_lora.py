@@ -94,10 +94,10 @@ def _read_lora(fields: Fields) -> Fit:
 def _common(modules: Mapping[str, Fields], name: str, field: str, advice: str = "use as_='lora'") -> Any:
     """The value that all modules have. field: where PEFT keeps it."""
     (module, common), *remainder = ((module, fields[name]) for module, fields in modules.items())
-    for other, value in remainder:
+    for rival, value in remainder:
         if value != common:
             raise SboraxError(
-                f"{name} is {common} for {module} and {value} for {other}: PEFT's {field} has one for all; {advice}"
+                f"{name} is {common} for {module} and {value} for {rival}: PEFT's {field} has one for all; {advice}"
             )
     return common
 
@@ -155,18 +155,18 @@ def _write_activated(node: Adapter) -> dict[str, Any]:
 def _block_side(config: Fields, module: str) -> dict[str, Any]:
     """The block-diagonal factor of a module, for which PEFT looks for parts of the module's name."""
     options = {**BLOCKS, **config["use_bdlora"]}
-    chosen = {}
+    sides = {}
     for side, name in SIDES.items():
         parts = options[name] or []
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise SboraxError(f"{name} of use_bdlora: expected a list of names, got {str(parts)[:60]}")
-        chosen[side] = any(part in module for part in parts)
-    if all(chosen.values()):
+        sides[side] = any(part in module for part in parts)
+    if all(sides.values()):
         raise SboraxError(f"use_bdlora: {module} is among {' and among '.join(SIDES.values())}")
-    if options["match_strict"] and not any(chosen.values()):
+    if options["match_strict"] and not any(sides.values()):
         raise SboraxError(f"use_bdlora: {module} is in neither list, and match_strict is set")
-    side = "in" if chosen["in"] else "out"
-    return {"side": side, "blocks": whole_field(options, "nblocks", 1, LARGEST_RANK) if any(chosen.values()) else 1}
+    side = "in" if sides["in"] else "out"
+    return {"side": side, "blocks": whole_field(options, "nblocks", 1, LARGEST_RANK) if any(sides.values()) else 1}
 
 
 def _list_block_sides(modules: Mapping[str, Fields]) -> dict[str, Any]:

@@ -57,10 +57,10 @@ def _list_kept_ranks(modules: Mapping[str, Fields]) -> dict[str, Any]:
         module: float(str(np.float32(float(fields["scale"]) * (first + 1e-5)))) for module, fields in modules.items()
     }
     (module, common), *remainder = alphas.items()
-    for other, alpha in remainder:
+    for rival, alpha in remainder:
         if alpha != common:
             raise SboraxError(
-                f"lora_alpha is {common:g} for {module} and {alpha:g} for {other}: ADALORA has one for all; "
+                f"lora_alpha is {common:g} for {module} and {alpha:g} for {rival}: ADALORA has one for all; "
                 "use as_='lora'"
             )
     if common <= 0:

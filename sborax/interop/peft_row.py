@@ -82,17 +82,17 @@ class Tensor(NamedTuple):
     def shape(self, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """PEFT's shape from those of our leaves."""
         shape = ours[self.at or self.leaf]
-        return self._turned(shape if self.begins is None else self.begins(np.zeros(shape)).shape)
+        return self._tensor_shape(shape if self.begins is None else self.begins(np.zeros(shape)).shape)
 
-    def _turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(math.prod(shape[axis] for axis in held) for held in self._held())
+    def _tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(math.prod(shape[axis] for axis in axes) for axes in self._axis_groups())
 
-    def _held(self) -> list[tuple[int, ...]]:
+    def _axis_groups(self) -> list[tuple[int, ...]]:
         """The axes of our leaf that each axis of PEFT's tensor holds."""
         return [() if axis is None else (axis,) if isinstance(axis, int) else axis for axis in self.axes]
 
     def _order(self) -> list[int]:
-        return [axis for held in self._held() for axis in held]
+        return [axis for axes in self._axis_groups() for axis in axes]
 
     def outward(self, leaves: Mapping[str, Any]) -> np.ndarray:
         """Our leaf as PEFT keeps it, float32 or int32."""
@@ -105,13 +105,13 @@ class Tensor(NamedTuple):
             leaf = leaf[np.asarray(leaves[self.at])]
         if self.times is not None:
             leaf = leaf * np.asarray(leaves[self.times], np.float32)
-        return np.ascontiguousarray(np.transpose(leaf, self._order()).reshape(self._turned(leaf.shape)))
+        return np.ascontiguousarray(np.transpose(leaf, self._order()).reshape(self._tensor_shape(leaf.shape)))
 
     def inward(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """PEFT's tensor as our leaf. shape: the leaf's, without stack axes; padding of ranks may make it larger."""
         sizes: list[int] = []
-        for size, held in zip(value.shape, self._held(), strict=True):
-            sizes += [shape[axis] for axis in held] if len(held) > 1 else [size] * len(held)
+        for size, axes in zip(value.shape, self._axis_groups(), strict=True):
+            sizes += [shape[axis] for axis in axes] if len(axes) > 1 else [size] * len(axes)
         return np.transpose(value.reshape(sizes), np.argsort(self._order()))
 
 

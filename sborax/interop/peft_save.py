@@ -67,13 +67,13 @@ class Exported(NamedTuple):
     errors: dict[str, float]
 
     def __str__(self) -> str:
-        written = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
+        text = f"{self.peft_type} adapter of {self.modules} modules, {self.parameters:,} numbers"
         if not self.errors:
-            return f"{written}, exact"
+            return f"{text}, exact"
         worst = max(self.errors, key=self.errors.__getitem__)
         mean = sum(self.errors.values()) / len(self.errors)
         return (
-            f"{written}; {len(self.errors)} modules truncated, relative Frobenius error {mean:.3g} on average, "
+            f"{text}; {len(self.errors)} modules truncated, relative Frobenius error {mean:.3g} on average, "
             f"{self.errors[worst]:.3g} at most ({worst})"
         )
 
@@ -170,8 +170,8 @@ def save_peft(
         fields = {module: entry.fields for module, entry in entries.items()}
         config, tensors, modules = put_together(config, tensors, fields, row, layout, fused)
     if save_embedding_layers:
-        held = leaves if in_layers or (row.method.rewrites_base and not row.keeps_base) else layout.leaves
-        tensors |= written_layers(tensors, layout, held)
+        source = leaves if in_layers or (row.method.rewrites_base and not row.keeps_base) else layout.leaves
+        tensors |= written_layers(tensors, layout, source)
     errors = {module: entry.error for module, entry in entries.items() if entry.error is not None}
     exported = Exported(row.peft_type, modules + len(of_experts), _size(tensors), errors)
     methods = sorted({*(entry.method for entry in entries.values()), *map(_name, of_experts.values())})
@@ -282,11 +282,11 @@ def _save_changed(
         elif TABLE in changed:
             changed = {TABLE}
     kind = kind_for(changed)
-    written = kind.written(changed, layout, leaves)
-    config = {**_common(kind.peft_type, base), **written.config}
-    layers = written_layers(written.tensors, layout, leaves) if save_embedding_layers else {}
-    tensors = written.tensors | layers
-    exported = Exported(kind.peft_type, len(written.tensors), _size(tensors), {})
+    content = kind.written(changed, layout, leaves)
+    config = {**_common(kind.peft_type, base), **content.config}
+    layers = written_layers(content.tensors, layout, leaves) if save_embedding_layers else {}
+    tensors = content.tensors | layers
+    exported = Exported(kind.peft_type, len(content.tensors), _size(tensors), {})
     _write(directory, config, tensors, [kind.peft_type], exported, base, facts, layout)
     return exported
 
@@ -362,10 +362,10 @@ def _entry(
         return _plain(name, factors, None)
     if node.method.no_merge:
         options = " with these options" if any(type(node.method) is row.method for row in ROWS) else ""
-        what = (
+        reason = (
             f"PEFT has no {name}{options}, nor a" if form == "native" else f"{name} is no plain LoRA, and there is no"
         )
-        raise SboraxError(f"{module}: {what} merged form of it to truncate: {node.method.no_merge}")
+        raise SboraxError(f"{module}: {reason} merged form of it to truncate: {node.method.no_merge}")
     if form == "native":
         raise SboraxError(f"{module}: PEFT has no {name} and it has no thin factors; use as_='lora' to truncate it")
     if node.method.adapts_bias and bias_path(path) in layout.leaves:
@@ -467,13 +467,13 @@ def _common_row(entries: Mapping[str, _Entry]) -> Row:
     """The row of all entries. Raises SboraxError if there are several."""
     rows = {id(entry.row): (module, entry) for module, entry in entries.items()}
     if len(rows) > 1:
-        (module, first), (other, second), *_ = rows.values()
+        (module, first), (rival, second), *_ = rows.values()
         kinds = [entry.method for entry in (first, second)]
         if kinds[0] == kinds[1]:
             # PEFT has the method for some modules alone, such as projections and no embedding.
             kinds = [f"{entry.method} in the form of {entry.row.method.__name__}" for entry in (first, second)]
         raise SboraxError(
-            f"{module} has {kinds[0]} and {other} has {kinds[1]}: PEFT keeps one kind of adapter in a directory; use "
+            f"{module} has {kinds[0]} and {rival} has {kinds[1]}: PEFT keeps one kind of adapter in a directory; use "
             "as_='lora' to write both as plain LoRA"
         )
     return next(iter(entries.values())).row
@@ -570,7 +570,7 @@ def _tied_apart(
 
 
 def _check_keys(
-    config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], written: set[str]
+    config: Mapping[str, Any], row: Row, layout: HFLayout, entries: Mapping[str, _Entry], keys: set[str]
 ) -> None:
     """Raise SboraxError unless the names of the tensors are those that the config implies."""
     modules = targeted(config, layout.adaptable)
@@ -587,7 +587,5 @@ def _check_keys(
     implied |= {PREFIX + copy for copy in tied_copies(layout, saved)} | transposed_copies(layout, implied).keys()
     implied |= {PREFIX + name for name in stored_biases(config, layout, modules)}
     implied |= row_shapes(rows_in(config, layout, modules, saved), layout).keys()
-    if implied != written:
-        raise SboraxError(
-            f"the config and the tensors disagree about {sorted(implied ^ written)[0]!r}; nothing written"
-        )
+    if implied != keys:
+        raise SboraxError(f"the config and the tensors disagree about {sorted(implied ^ keys)[0]!r}; nothing written")

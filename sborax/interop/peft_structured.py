@@ -321,12 +321,12 @@ def _feedforward(config: Fields, module: str) -> dict[str, Any]:
 
 
 def _list_feedforward(modules: Mapping[str, Fields]) -> dict[str, Any]:
-    chosen = [module for module, fields in modules.items() if fields["feedforward"]]
-    kinds = {module.rpartition(".")[2] for module in chosen}
+    feedforward = [module for module, fields in modules.items() if fields["feedforward"]]
+    kinds = {module.rpartition(".")[2] for module in feedforward}
     uniform = all(fields["feedforward"] for module, fields in modules.items() if module.rpartition(".")[2] in kinds)
     # A pattern and not a list: PEFT wants the names of a list to be literally among those of the targets.
-    pattern = rf".*\.({'|'.join(sorted(kinds))})" if uniform else "|".join(re.escape(module) for module in chosen)
-    return {"feedforward_modules": pattern if chosen else []}
+    pattern = rf".*\.({'|'.join(sorted(kinds))})" if uniform else "|".join(re.escape(module) for module in feedforward)
+    return {"feedforward_modules": pattern if feedforward else []}
 
 
 STRUCTURED = (

@@ -48,18 +48,18 @@ def _named(module: str, names: Sequence[str]) -> bool:
     return module in names or any(module.endswith(f".{name}") for name in names)
 
 
-def _layer_chosen(config: Mapping[str, Any], module: str) -> bool:
-    chosen = config.get("layers_to_transform")
-    if chosen is None or chosen == []:
+def _covers_layer(config: Mapping[str, Any], module: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
         return True
-    chosen = chosen if isinstance(chosen, list) else [chosen]
-    if not all(type(number) is int for number in chosen):
-        raise SboraxError(f"layers_to_transform: expected layer numbers, got {str(chosen)[:60]}")
+    layers = layers if isinstance(layers, list) else [layers]
+    if not all(type(number) is int for number in layers):
+        raise SboraxError(f"layers_to_transform: expected layer numbers, got {str(layers)[:60]}")
     below = config.get("layers_pattern") or []
     below = below if isinstance(below, list) else [below]
     patterns = [rf"(?:^|.*?\.){_checked(name, 'layers_pattern')}\.(\d+)\." for name in below] or [NUMBERED.pattern]
     first = next((result for pattern in patterns if (result := match(pattern, module))), None)
-    return first is not None and int(first[first.re.groups]) in chosen
+    return first is not None and int(first[first.re.groups]) in layers
 
 
 def saved_modules(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
@@ -92,7 +92,7 @@ def targeted(config: Mapping[str, Any], linear: Sequence[str]) -> list[str]:
             return fullmatch(_checked(targets, "target_modules"), module) is not None
         names = _texts(config, "target_modules")
         # A module named in full is adapted whatever its layer.
-        return module in names or (_named(module, names) and _layer_chosen(config, module))
+        return module in names or (_named(module, names) and _covers_layer(config, module))
 
     return [module for module in linear if is_target(module)]
 

@@ -150,11 +150,11 @@ def trained_rows(
         slot = layout.slots.get(f"{module}.weight")
         if slot is None or slot.path not in changed or module in adapted or f"{module}.bias" in layout.slots:
             continue
-        after, before = (_table(layout, held, module) for held in (leaves, layout.leaves))
-        trained = changed_rows(after, before)
-        if len(trained) <= LARGEST_SHARE * len(before):
+        final, initial = (_table(layout, source, module) for source in (leaves, layout.leaves))
+        trained = changed_rows(final, initial)
+        if len(trained) <= LARGEST_SHARE * len(initial):
             indices[module.rpartition(".")[2]] = trained.tolist()
-            tensors[_key(module)] = np.ascontiguousarray(after[trained])
+            tensors[_key(module)] = np.ascontiguousarray(final[trained])
             paths.add(slot.path)
     short = EMBEDDING.rpartition(".")[2]
     value = indices[short] if indices.keys() == {short} else indices

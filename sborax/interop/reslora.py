@@ -58,10 +58,10 @@ def merge_by_weights(params: Params, adapters: Adapters, outputs: Outputs) -> Me
 def _merged(params: Params, adapters: Adapters, plain: Adapters, outputs: Outputs) -> Merged:
     """The merge of `plain`, LoRA adapters in place of `adapters`, with its error."""
     merged = merge(params, plain)
-    before, adapted, after = outputs(params, None), outputs(params, adapters), outputs(merged, None)
+    initial, adapted, final = outputs(params, None), outputs(params, adapters), outputs(merged, None)
     norm = jnp.linalg.norm(adapted.reshape(-1))
-    error, moved = (float(jnp.linalg.norm((other - adapted).reshape(-1)) / norm) for other in (after, before))
-    return Merged(merged, plain, error, moved)
+    error, change = (float(jnp.linalg.norm((result - adapted).reshape(-1)) / norm) for result in (final, initial))
+    return Merged(merged, plain, error, change)
 
 
 def by_inputs(adapters: Adapters, norms: Sequence[Mapping[str, Any]]) -> Adapters:
@@ -127,7 +127,7 @@ def by_weights(params: Params, adapters: Adapters) -> Adapters:
 
             alphas = _alphas(method, reach, ratio)
             shortcuts = [a[n] if method.shortcut == "input" else a[n - k] for k in range(1, len(alphas) + 1)]
-            merged.append(a[n] + sum(alpha * other for alpha, other in zip(alphas, shortcuts, strict=True)))
+            merged.append(a[n] + sum(alpha * shortcut for alpha, shortcut in zip(alphas, shortcuts, strict=True)))
             kernel = dense(jax.tree.map(lambda leaf, n=n: leaf[n], base["kernel"]))
             weight = kernel.astype(a.dtype).reshape(a.shape[1], -1)
             sizes.append(jnp.linalg.norm(weight + pair_weight(merged[n], b[n], scale[n])))

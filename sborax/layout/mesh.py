@@ -36,17 +36,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     check_mesh(sizes)
     slices, shape = sizes.get(SLICES, 1), [sizes.get(name, 1) for name in AXES]
     needed, devices = slices * math.prod(shape), jax.devices() if devices is None else devices
-    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if needed > len(devices):
-        raise SboraxError(f"mesh: {shown} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
+        raise SboraxError(f"mesh: {text} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
     if jax.process_count() > 1 and needed < len(devices):
-        raise SboraxError(f"mesh: {shown} takes {needed} devices of {len(devices)}; several processes need all of them")
+        raise SboraxError(f"mesh: {text} takes {needed} devices of {len(devices)}; several processes need all of them")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         groups = len({getattr(device, "slice_index", None) for device in devices[:needed]})
         if groups > 1:
             raise SboraxError(
-                f"mesh: {shown} takes devices of {groups} slices; write slices={groups}, and sizes in each"
+                f"mesh: {text} takes devices of {groups} slices; write slices={groups}, and sizes in each"
             )
         # `jax.make_mesh` does not cut a dimension of a torus in two, as fsdp 64 x tensor 4 needs on a v6e of 16 x 16.
         laid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
@@ -62,7 +62,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             allow_split_physical_axes=True,
         )
     except ValueError as error:
-        raise SboraxError(f"mesh: {shown} does not fit the slices or hosts that there are ({error})") from error
+        raise SboraxError(f"mesh: {text} does not fit the slices or hosts that there are ({error})") from error
     return Mesh(laid, AXES, axis_types=types)
 
 

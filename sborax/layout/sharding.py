@@ -103,7 +103,7 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
 
     def beside(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         named = (trained.get(keys[begin:]) for begin in range(len(keys)))
-        return next((other.sharding for other in named if other is not None and other.shape == leaf.shape), replicated)
+        return next((owner.sharding for owner in named if owner is not None and owner.shape == leaf.shape), replicated)
 
     train = jax.tree.map(lambda leaf: leaf.sharding, state.train)
     return TrainState(replicated, train, jax.tree_util.tree_map_with_path(beside, state.opt))

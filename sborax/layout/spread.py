@@ -27,10 +27,10 @@ def spread(
     - stack: the number of stack axes.
     """
     axis_of = {name: axis for axis, entry in enumerate(spec) for name in mesh_axes(entry)}
-    used = sorted(
+    active = sorted(
         (name for name in names if mesh.shape[name] > 1), key=lambda name: (name not in axis_of, -mesh.shape[name])
     )
-    parts, chosen, split = list(shape), [list[str]() for _ in shape], dict[str, dict[str, int]]()
+    parts, cuts, split = list(shape), [list[str]() for _ in shape], dict[str, dict[str, int]]()
 
     def place(name: str, size: int, home: int | None) -> bool:
         """Cut the leaf along an axis of a mesh; whether there is an axis of the leaf that it divides."""
@@ -38,15 +38,15 @@ def spread(
         axis = next((axis for axis in order if parts[axis] % size == 0), None)
         if axis is not None:
             parts[axis] //= size
-            chosen[axis].append(name)
+            cuts[axis].append(name)
         return axis is not None
 
-    for name in used:
+    for name in active:
         if not place(name, mesh.shape[name], axis_of.get(name)):
             split[name] = {f"{name}/{i}": prime for i, prime in enumerate(_primes(mesh.shape[name]))}
             for factor, prime in split[name].items():
                 place(factor, prime, axis_of.get(name))
-    entries = [*spec[:stack], *(None,) * (stack - len(spec)), *map(_entry, chosen[stack:])]
+    entries = [*spec[:stack], *(None,) * (stack - len(spec)), *map(_entry, cuts[stack:])]
     return NamedSharding(_finer(mesh, split), PartitionSpec(*entries))
 
 

@@ -79,7 +79,7 @@ def selected(paths: list[str], train_base: bool, train_also: Sequence[str], adap
     """
     if train_base:
         return paths
-    chosen: set[str] = set()
+    selection: set[str] = set()
     beside = set(map(bias_path, adapted))
     for name in train_also:
         end = {"norm": ("scale",), "bias": ("bias",), "router": ("router", "weight")}.get(name)
@@ -88,10 +88,10 @@ def selected(paths: list[str], train_base: bool, train_also: Sequence[str], adap
         if name == "adapted_bias":
             matched = beside & set(paths)
         if not matched:
-            why = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
-            raise SboraxError(f"train_also: the model has no {name}{why}")
-        chosen |= matched
-    return [path for path in paths if path in chosen]
+            reason = "; the head is tied, train embed_tokens" if name == "lm_head" else ""
+            raise SboraxError(f"train_also: the model has no {name}{reason}")
+        selection |= matched
+    return [path for path in paths if path in selection]
 
 
 Halves = Callable[[Adapters], tuple[PyTree, PyTree]]
@@ -116,11 +116,11 @@ def take_apart(
     adapter keeps leaves that follow from it.
     """
     flat = flatten(params)
-    chosen = set(selected(list(flat), train_base, train_also, nodes(adapters)))
-    quantised = [path for path in sorted(chosen) if isinstance(flat[path], AbstractWeight)]
+    selection = set(selected(list(flat), train_base, train_also, nodes(adapters)))
+    quantised = [path for path in sorted(selection) if isinstance(flat[path], AbstractWeight)]
     if quantised:
         raise SboraxError(f"{quantised[0]}: a quantised weight cannot be trained itself")
-    changing = chosen | {TABLES[module].path for module in by_module(train_tokens)}
+    changing = selection | {TABLES[module].path for module in by_module(train_tokens)}
     for path, node in nodes(adapters).items():
         if leaf_of(path, flat) in changing and reads_base(node.method):
             raise SboraxError(
@@ -129,8 +129,8 @@ def take_apart(
             )
     train, frozen = halves(adapters)
     # Leaves in float32 are copied too, because the step donates their buffers.
-    masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in chosen}
-    base = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    masters = {path: jnp.array(flat[path], jnp.float32, copy=True) for path in flat if path in selection}
+    base = {path: leaf for path, leaf in flat.items() if path not in selection}
     vectors, tokens = vectors_of(train_tokens, base, list(nodes(adapters)))
     return Parts(train, frozen, {**base, **tokens}, {**masters, **vectors})
 

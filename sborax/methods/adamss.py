@@ -118,8 +118,8 @@ def clustered(key: Key[Array, ""], rows: Float[Array, "n d"], count: int) -> Int
     def filled(cluster: Int[Array, ""], idx: Int[Array, " n"]) -> Int[Array, " n"]:
         """If the cluster is empty, the nearest row of those in clusters of several."""
         sizes = jnp.sum(jax.nn.one_hot(idx, count), axis=0)
-        taken = jnp.argmin(jnp.where(sizes[idx] > 1, distances[:, cluster], jnp.inf))
-        return jnp.where(sizes[cluster] > 0, idx, idx.at[taken].set(cluster.astype(jnp.int32)))
+        row = jnp.argmin(jnp.where(sizes[idx] > 1, distances[:, cluster], jnp.inf))
+        return jnp.where(sizes[cluster] > 0, idx, idx.at[row].set(cluster.astype(jnp.int32)))
 
     centres = rows[jax.random.permutation(key, rows.shape[0])[:count]]
     distances = nearest(jax.lax.fori_loop(0, ITERATIONS, step, centres))

@@ -61,5 +61,5 @@ class Bat(AbstractMethod):
         fan_in, fan_out = w.shape
         r = self.rank
         blocks = w.reshape(fan_in // r, r, fan_out // r, r)
-        moved = jnp.einsum("mjop,ojq->mqop", blocks, d) + d.transpose(2, 0, 1)[None]
-        return w + moved.reshape(fan_in, fan_out)
+        change = jnp.einsum("mjop,ojq->mqop", blocks, d) + d.transpose(2, 0, 1)[None]
+        return w + change.reshape(fan_in, fan_out)

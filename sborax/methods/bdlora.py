@@ -123,5 +123,5 @@ class BDLoRA(AbstractFactored):
 def _diagonal(blocks: Float[Array, "blocks rows columns"]) -> Float[Array, "all_rows all_columns"]:
     """The block-diagonal matrix."""
     parts, rows, columns = blocks.shape
-    same = jnp.eye(parts)[:, None, :, None]
-    return (blocks[:, :, None, :] * same).reshape(parts * rows, parts * columns)
+    identity = jnp.eye(parts)[:, None, :, None]
+    return (blocks[:, :, None, :] * identity).reshape(parts * rows, parts * columns)

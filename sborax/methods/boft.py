@@ -78,23 +78,23 @@ class BOFT(AbstractMethod):
     ) -> Float[Array, "tokens out"]:
         r = cast(_without_blocks(self._rotations(adapter), adapter, ctx), x)
         for i in reversed(range(self.factors)):
-            x = self._turned(x, r[i], i)
+            x = self._rotate(x, r[i], i)
         return matmul(x, weight) * cast(adapter.train["m"], x)[None, :]
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         r = self._rotations(adapter).swapaxes(-1, -2)
-        turned = dense(weight).astype(jnp.float32).T
+        rotated = dense(weight).astype(jnp.float32).T
         with jax.default_matmul_precision("highest"):
             for i in range(self.factors):
-                turned = self._turned(turned, r[i], i)
-        return turned.T * adapter.train["m"][None, :]
+                rotated = self._rotate(rotated, r[i], i)
+        return rotated.T * adapter.train["m"][None, :]
 
     def _rotations(self, adapter: Adapter) -> Float[Array, "factors blocks block block"]:
         d = adapter.train["d"]
         skew = 0.5 * (d - d.swapaxes(-1, -2))
         return cayley(skew.reshape(-1, self.block, self.block), None).reshape(d.shape)
 
-    def _turned(
+    def _rotate(
         self, x: Float[Array, "rows in"], r: Float[Array, "blocks block block"], factor: int
     ) -> Float[Array, "rows in"]:
         """Blocks of `x` times those of `r`, where halves of a block lie 2^factor halves apart."""
@@ -102,10 +102,10 @@ class BOFT(AbstractMethod):
         halves = (rows, -1, 2, 2**factor, self.block // 2)
         if factor:
             x = x.reshape(halves).swapaxes(2, 3)
-        turned = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, -1, self.block), r)
+        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, -1, self.block), r)
         if factor:
-            turned = turned.reshape(rows, -1, 2**factor, 2, self.block // 2).swapaxes(2, 3)
-        return turned.reshape(rows, fan_in)
+            rotated = rotated.reshape(rows, -1, 2**factor, 2, self.block // 2).swapaxes(2, 3)
+        return rotated.reshape(rows, fan_in)
 
 
 def _without_blocks(
@@ -117,5 +117,5 @@ def _without_blocks(
     of_factor, of_blocks = jax.random.split(ctx.key)
     factor = jax.random.randint(of_factor, (), 0, r.shape[0])
     dropped = jax.random.permutation(of_blocks, r.shape[1]) < adapter.frozen["dropped"]
-    chosen = (jnp.arange(r.shape[0]) == factor)[:, None] & dropped[None, :]
-    return jnp.where(chosen[:, :, None, None], jnp.eye(r.shape[-1])[None, None], r)
+    mask = (jnp.arange(r.shape[0]) == factor)[:, None] & dropped[None, :]
+    return jnp.where(mask[:, :, None, None], jnp.eye(r.shape[-1])[None, None], r)

@@ -65,11 +65,11 @@ class Bone(AbstractFactored, AbstractGrouped):
         check_rank(self.rank, shape[0], "rows of W")
         if self.grouping not in ("strided", "contiguous"):
             raise SboraxError(f"grouping must be 'strided' or 'contiguous', got {self.grouping!r}")
-        used = -(-shape[0] // -(-shape[0] // self.rank))
-        if self.grouping == "contiguous" and used < self.rank:
+        count = -(-shape[0] // -(-shape[0] // self.rank))
+        if self.grouping == "contiguous" and count < self.rank:
             raise SboraxError(
-                f"rank {self.rank} cuts {shape[0]} inputs into {used} groups, and a row without a group never trains; "
-                f"use rank {used}"
+                f"rank {self.rank} cuts {shape[0]} inputs into {count} groups, and a row without a group never trains; "
+                f"use rank {count}"
             )
         if self.mini_rank is not None and (self.mini_rank < 1 or shape[1] % self.mini_rank):
             raise SboraxError(f"mini_rank must divide {shape[1]} columns, got {self.mini_rank}")

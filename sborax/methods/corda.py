@@ -76,10 +76,10 @@ class CorDA(AbstractFactored, AbstractInformed):
         scale = lowrank.scaling(self.alpha, self.rank, hint)
         c, inverse = invertible(jnp.asarray(hint.inputs["covariance"], jnp.float32))
         v, s, ut = jnp.linalg.svd(jnp.matmul(c, wide, precision="highest"), full_matrices=False)
-        chosen = slice(None, self.rank) if self.mode == "ipm" else slice(min(wide.shape) - self.rank, None)
-        root = jnp.sqrt(s[chosen] / scale)
-        a = jnp.matmul(inverse, v[:, chosen], precision="highest") * root[None, :]
-        return lowrank.taken_from_base(wide, a, root[:, None] * ut[chosen], scale, dropout_leaf(self.dropout))
+        part = slice(None, self.rank) if self.mode == "ipm" else slice(min(wide.shape) - self.rank, None)
+        root = jnp.sqrt(s[part] / scale)
+        a = jnp.matmul(inverse, v[:, part], precision="highest") * root[None, :]
+        return lowrank.taken_from_base(wide, a, root[:, None] * ut[part], scale, dropout_leaf(self.dropout))
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

@@ -106,9 +106,9 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         train = adapter.train
-        moved = dense(weight).astype(jnp.float32) + pair_weight(train["a"], train["b"], adapter.frozen["scale"])
-        norm = _root(jnp.sum(jnp.square(moved), axis=0), _squares(weight))
-        return moved * (train["m"] / norm)[None, :]
+        direction = dense(weight).astype(jnp.float32) + pair_weight(train["a"], train["b"], adapter.frozen["scale"])
+        norm = _root(jnp.sum(jnp.square(direction), axis=0), _squares(weight))
+        return direction * (train["m"] / norm)[None, :]
 
 
 def _squares(weight: Weight) -> Float[Array, " out"]:

@@ -66,14 +66,14 @@ class FourierFT(AbstractAdditive):
         spectrum = jnp.fft.rfft(x.astype(jnp.float32))
         sizes = fan_in // 2 + 1, fan_out // 2 + 1
 
-        def moved(part: Float[Array, "tokens half_in"], gain: Float[Array, " k"]) -> Float[Array, "tokens half_out"]:
+        def weigh(part: Float[Array, "tokens half_in"], gain: Float[Array, " k"]) -> Float[Array, "tokens half_out"]:
             if math.prod(sizes) <= DENSE * self.coefficients:
                 return jnp.matmul(part, jnp.zeros(sizes).at[p, q].add(gain), precision="highest")
             empty = jnp.zeros((x.shape[0], sizes[1]))
             return empty.at[:, q].add(part[:, p] * gain[None, :])
 
-        turned = jnp.where(p_mirrored == q_mirrored, -gain, gain)
-        mixed = jax.lax.complex(moved(jnp.real(spectrum), gain), moved(jnp.imag(spectrum), turned))
+        imaginary_gain = jnp.where(p_mirrored == q_mirrored, -gain, gain)
+        mixed = jax.lax.complex(weigh(jnp.real(spectrum), gain), weigh(jnp.imag(spectrum), imaginary_gain))
         return y + jnp.fft.irfft(mixed, n=fan_out).astype(y.dtype)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:

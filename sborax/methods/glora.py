@@ -82,9 +82,9 @@ class GLoRA(AbstractMethod):
         of_gain, of_shift, of_coupling = jax.random.split(key, 3)
         train: Leaves = {}
         if self.weight == "lora":
-            for factor, other, draw in (("gain_a", "gain_b", of_gain), ("a", "b", of_shift)):
+            for factor, partner, draw in (("gain_a", "gain_b", of_gain), ("a", "b", of_shift)):
                 train[factor] = kaiming_uniform(draw, fan_in, self.rank, hint)
-                train[other] = jnp.zeros((width(self.rank), fan_out))
+                train[partner] = jnp.zeros((width(self.rank), fan_out))
         else:
             train |= zeros("gain", "shift", self.weight, fan_out)
         if not hint.bias:
@@ -121,10 +121,10 @@ class GLoRA(AbstractMethod):
         return wide + wide * gain + jnp.matmul(train["a"], train["b"], precision="highest")
 
     def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
-        train, moved = adapter.train, bias.astype(jnp.float32)
+        train, merged = adapter.train, bias.astype(jnp.float32)
         if "bias_gain" in train or "bias_gain_constant" in train:
-            moved = moved + moved * numbers(train, "bias_gain")[0] + numbers(train, "bias_shift")[0]
+            merged = merged + merged * numbers(train, "bias_gain")[0] + numbers(train, "bias_shift")[0]
         if "c" in train or "c_a" in train:
             c = train["c"] if "c" in train else train["c_a"] @ train["c_b"]
-            moved = moved + matmul(c[None, :], weight)[0]
-        return moved
+            merged = merged + matmul(c[None, :], weight)[0]
+        return merged

@@ -105,10 +105,10 @@ class GraLoRA(AbstractFactored):
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
         """Of rank blocks rank + hybrid: column (i, j, s) of the first is column (j, s) of a_i, and zero elsewhere."""
         fan_in, fan_out = shape
-        train, k, same = adapter.train, self.blocks, jnp.eye(self.blocks)
-        a = (train["a_i"][:, :, None, :] * same[:, None, :, None]).reshape(fan_in, -1)
+        train, k, identity = adapter.train, self.blocks, jnp.eye(self.blocks)
+        a = (train["a_i"][:, :, None, :] * identity[:, None, :, None]).reshape(fan_in, -1)
         b = train["b_j"].reshape(k, k, self.rank // k, -1).swapaxes(0, 1)
-        b = (b[:, :, :, None, :] * same[None, :, None, :, None]).reshape(-1, fan_out)
+        b = (b[:, :, :, None, :] * identity[None, :, None, :, None]).reshape(-1, fan_out)
         if self.hybrid:
             a, b = jnp.concatenate([a, train["u"]], axis=1), jnp.concatenate([b, train["v"]])
         return adapter.frozen["scale"] * a, b

@@ -64,9 +64,9 @@ class KaSA(AbstractFactored):
         u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
         root = jnp.sqrt(s[-self.rank :] / scale)
         lost = u[:, -self.rank :] * root[None, :], root[:, None] * vt[-self.rank :]
-        taken = taken_from_base(wide, *lost, scale, dropout_leaf(self.dropout))
+        fitted = taken_from_base(wide, *lost, scale, dropout_leaf(self.dropout))
         a, e = kaiming_uniform(of_a, wide.shape[0], self.rank, hint), jax.random.normal(of_e, (self.rank,))
-        return taken._replace(train={"a": a, "e": e, "b": jnp.zeros((self.rank, wide.shape[1]))})
+        return fitted._replace(train={"a": a, "e": e, "b": jnp.zeros((self.rank, wide.shape[1]))})
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

@@ -63,16 +63,16 @@ class LoftQ(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide, scale = dense(weight).astype(jnp.float32), lowrank.scaling(self.alpha, self.rank, hint)
-        taken = a, b = jnp.zeros((wide.shape[0], self.rank)), jnp.zeros((self.rank, wide.shape[1]))
+        pair = a, b = jnp.zeros((wide.shape[0], self.rank)), jnp.zeros((self.rank, wide.shape[1]))
         lost = jnp.zeros_like(wide)
         for _ in range(self.iterations):
-            taken, left = (a, b), wide - jnp.matmul(a, b, precision="highest")
+            pair, left = (a, b), wide - jnp.matmul(a, b, precision="highest")
             if isinstance(weight, AbstractWeight):
                 lost = wide - weight.encode(left).dense().astype(jnp.float32)
             u, s, vt = lowrank.principal(key, lost, self.rank, None)
             root = jnp.sqrt(s)
             a, b = u * root[None, :], root[:, None] * vt
-        fitted = lowrank.taken_from_base(wide, *_divided(taken, scale), scale, dropout_leaf(self.dropout))
+        fitted = lowrank.taken_from_base(wide, *_divided(pair, scale), scale, dropout_leaf(self.dropout))
         a, b = _divided((a, b), scale) if self.divide else (a, b)
         plain = lowrank.kaiming_uniform(key, wide.shape[0], self.rank, hint)
         alive = jnp.any(lost != 0)

@@ -68,9 +68,9 @@ class LoRAGA(AbstractFactored):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape) // 2, "half the smaller side")
-        chosen = (self.direction, self.scale, self.formula)
-        if not all(option in allowed for option, allowed in zip(chosen, _KNOWN, strict=True)):
-            raise SboraxError(f"direction, scale and formula must be of {_KNOWN}, got {chosen}")
+        options = (self.direction, self.scale, self.formula)
+        if not all(option in allowed for option, allowed in zip(options, _KNOWN, strict=True)):
+            raise SboraxError(f"direction, scale and formula must be of {_KNOWN}, got {options}")
         check_repetitions("niter", self.niter, 0)
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:

@@ -84,8 +84,8 @@ class MoSARA(AbstractAdditive):
     ) -> Float[Array, "tokens out"]:
         z = x @ cast(adapter.frozen["a"], x)
         mixed = cast(_gates(z, adapter), x) @ cast(adapter.train["lam"], x)
-        moved = cast(adapter.frozen["scale"] * adapter.train["v"], x)
-        return y + moved[None, :] * ((mixed * z) @ cast(adapter.frozen["b"], x))
+        gain = cast(adapter.frozen["scale"] * adapter.train["v"], x)
+        return y + gain[None, :] * ((mixed * z) @ cast(adapter.frozen["b"], x))
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
         raise SboraxError(f"MoSARA cannot be merged: {self.no_merge}")
@@ -106,5 +106,5 @@ def mean_gate_weight(
 ) -> Float[Array, "in out"]:
     """W + gamma a diag(g lam) b diag(v), float32, of one layer: an approximation, exact where every gate is `gates`."""
     diagonal = adapter.frozen["scale"] * (gates @ adapter.train["lam"])
-    moved = jnp.matmul(adapter.frozen["a"] * diagonal[None, :], adapter.frozen["b"], precision="highest")
-    return weight.astype(jnp.float32) + moved * adapter.train["v"][None, :]
+    change = jnp.matmul(adapter.frozen["a"] * diagonal[None, :], adapter.frozen["b"], precision="highest")
+    return weight.astype(jnp.float32) + change * adapter.train["v"][None, :]

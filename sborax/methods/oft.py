@@ -74,14 +74,14 @@ class OFT(AbstractMethod):
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         r = cast(self._rotations(adapter, x.shape[1]), x)
-        turned = jnp.einsum("tnk,nkc->tnc", x.reshape(x.shape[0], -1, self.block), r)
-        return matmul(turned.reshape(x.shape), weight)
+        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(x.shape[0], -1, self.block), r)
+        return matmul(rotated.reshape(x.shape), weight)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         wide = dense(weight).astype(jnp.float32)
         r = self._rotations(adapter, wide.shape[0])
-        turned = jnp.einsum("nkc,nco->nko", r, wide.reshape(-1, self.block, wide.shape[1]), precision="highest")
-        return turned.reshape(wide.shape)
+        rotated = jnp.einsum("nkc,nco->nko", r, wide.reshape(-1, self.block, wide.shape[1]), precision="highest")
+        return rotated.reshape(wide.shape)
 
     def _rotations(self, adapter: Adapter, fan_in: int) -> Float[Array, "n block block"]:
         q = adapter.train["q"]
@@ -93,8 +93,8 @@ class OFT(AbstractMethod):
 
 def _scaled_down(q: Float[Array, "blocks upper"], eps: Float[Array, ""]) -> Float[Array, "blocks upper"]:
     """q, where the norm of Q is above eps / sqrt(blocks) scaled down to that; the gradient is passed on as it is."""
-    held = jax.lax.stop_gradient(q)
-    norms = jnp.sqrt(2.0) * jnp.linalg.norm(held, axis=1, keepdims=True)
+    constant = jax.lax.stop_gradient(q)
+    norms = jnp.sqrt(2.0) * jnp.linalg.norm(constant, axis=1, keepdims=True)
     bound = eps / jnp.sqrt(jnp.float32(q.shape[0]))
     # The difference is zero, but its gradient is not.
-    return jnp.where(norms > bound, held * (bound / jnp.maximum(norms, bound)), held) + (q - held)
+    return jnp.where(norms > bound, constant * (bound / jnp.maximum(norms, bound)), constant) + (q - constant)

@@ -63,8 +63,8 @@ class OSF(AbstractFactored):
         # The vectors of the longer side span no whole space, so what is orthogonal to those that stay needs them.
         longer = {"v": v[:, :count]} if wide.shape[0] > wide.shape[1] else {"u": u[:count]}
         longer = {} if wide.shape[0] == wide.shape[1] else longer
-        taken = taken_from_base(wide, v[:, count:] * s[None, count:], u[count:], jnp.float32(1.0), longer)
-        return taken._replace(train={"a": v[:, count:], "e": s[count:], "b": u[count:]})
+        fitted = taken_from_base(wide, v[:, count:] * s[None, count:], u[count:], jnp.float32(1.0), longer)
+        return fitted._replace(train={"a": v[:, count:], "e": s[count:], "b": u[count:]})
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

@@ -26,12 +26,12 @@ def seeded_places(seed: int, count: int, shape: tuple[int, int]) -> Int[np.ndarr
     fan_in, fan_out = shape
     size = fan_in * fan_out
     draws = np.random.RandomState(seed).randint(0, 1 << 32, count, np.uint32).tolist()
-    places, moved = np.empty(count, np.int64), {}
+    places, swaps = np.empty(count, np.int64), {}
     # The first steps of a shuffle of all entries, of which only those that have moved are kept.
     for k, draw in enumerate(draws):
-        other = k + draw % (size - k)
-        places[k] = moved.get(other, other)
-        moved[other] = moved.get(k, k)
+        partner = k + draw % (size - k)
+        places[k] = swaps.get(partner, partner)
+        swaps[partner] = swaps.get(k, k)
     return np.stack([places // fan_in, places % fan_in]).astype(np.int32)
 
 

@@ -73,18 +73,18 @@ class PRILoRA(AbstractFactored):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        masked = dataclasses.replace(adapter, train={**adapter.train, "a": _kept(adapter)})
+        masked = dataclasses.replace(adapter, train={**adapter.train, "a": _masked(adapter)})
         return y + pair_delta(x, masked, ctx)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        return weight + pair_weight(_kept(adapter), adapter.train["b"], adapter.frozen["scale"])
+        return weight + pair_weight(_masked(adapter), adapter.train["b"], adapter.frozen["scale"])
 
     def factors(
         self, adapter: Adapter, shape: tuple[int, int]
     ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
-        return adapter.frozen["scale"] * _kept(adapter), adapter.train["b"]
+        return adapter.frozen["scale"] * _masked(adapter), adapter.train["b"]
 
 
-def _kept(adapter: Adapter) -> Float[Array, "in rank"]:
+def _masked(adapter: Adapter) -> Float[Array, "in rank"]:
     a = adapter.train["a"]
     return a * adapter.frozen["mask"] if "mask" in adapter.frozen else a

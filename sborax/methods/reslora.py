@@ -103,17 +103,17 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         if self.shortcut == "input":
             return {"input": x, "linked": jnp.ones(x.shape[:1], x.dtype)}
         hidden = _hidden(x, adapter, ctx)[:, None]
-        before = ctx.memory.get("hidden", jnp.zeros((len(x), 2 if self.pre_num == -1 else self.pre_num, self.rank)))
+        history = ctx.memory.get("hidden", jnp.zeros((len(x), 2 if self.pre_num == -1 else self.pre_num, self.rank)))
         # Newest first. If all layers are in reach, the older ones are one sum.
-        older = before.sum(1, keepdims=True) if self.pre_num == -1 else before[:, :-1]
+        older = history.sum(1, keepdims=True) if self.pre_num == -1 else history[:, :-1]
         return {"hidden": jnp.concatenate([hidden, cast(older, x)], axis=1)}
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         if self.shortcut == "input" and self.linked:
-            before = {"linked": jnp.zeros(x.shape[:1]), "input": x, **ctx.memory}
-            x = x + jnp.where(before["linked"][:, None] != 0, before["input"], x)
+            memory = {"linked": jnp.zeros(x.shape[:1]), "input": x, **ctx.memory}
+            x = x + jnp.where(memory["linked"][:, None] != 0, memory["input"], x)
         hidden = _hidden(x, adapter, ctx)
         if self.shortcut == "middle" and self.linked and "hidden" in ctx.memory:
             hidden = hidden + ctx.memory["hidden"].sum(1)

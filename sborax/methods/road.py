@@ -64,15 +64,15 @@ class RoAd(AbstractMethod):
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        return self._turned(matmul(x, weight), adapter)
+        return self._rotate(matmul(x, weight), adapter)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
-        return self._turned(dense(weight).astype(jnp.float32), adapter)
+        return self._rotate(dense(weight).astype(jnp.float32), adapter)
 
     def merge_bias(self, bias: Float[Array, " out"], weight: Weight, adapter: Adapter) -> Float[Array, " out"]:
-        return self._turned(bias.astype(jnp.float32)[None, :], adapter)[0]
+        return self._rotate(bias.astype(jnp.float32)[None, :], adapter)[0]
 
-    def _turned(self, y: Float[Array, "rows out"], adapter: Adapter) -> Float[Array, "rows out"]:
+    def _rotate(self, y: Float[Array, "rows out"], adapter: Adapter) -> Float[Array, "rows out"]:
         """`y` R."""
         halves = y.reshape(y.shape[0], -1, 2, self.block // 2)
         partners = jnp.stack([-halves[:, :, 1], halves[:, :, 0]], axis=2).reshape(y.shape)

@@ -88,10 +88,10 @@ class SBoRA(AbstractExpert, AbstractGrouped):
     ) -> Float[Array, "rows out"]:
         idx, scale = adapter.frozen["idx"], cast(adapter.frozen["scale"], x)[:, None, None]
         if self.variant == "FA":
-            x, chosen = branch_columns(x, idx, sizes)
+            x, columns = branch_columns(x, idx, sizes)
             b, y = scale * cast(adapter.train["b"], x), grouped_matmul(x, weight, sizes)
-            # Each entry of x drops by itself, so the chosen ones may do so after they are read.
-            return add_matmul(y, grouped_dropout(chosen, sizes, adapter, ctx), b, sizes)
+            # Each entry of x drops by itself, so those of the columns may do so after they are read.
+            return add_matmul(y, grouped_dropout(columns, sizes, adapter, ctx), b, sizes)
         low = grouped_matmul(grouped_dropout(x, sizes, adapter, ctx), scale * cast(adapter.train["a"], x), sizes)
         return add_columns(grouped_matmul(x, weight, sizes), low, idx, sizes)
 

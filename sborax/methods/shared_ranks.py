@@ -38,18 +38,18 @@ def shared_ranks(requests: Mapping[Place, Request], batches: Sequence[Callable[[
 
     Raises SboraxError if no batch has enough tokens, or if components still turn after `MOST_BATCHES` batches.
     """
-    search, taken = _Search(requests, batches[0]()), 0
+    search, count = _Search(requests, batches[0]()), 0
     for number in itertools.cycle(range(len(batches))):
         active = search.unsettled()
         if not active:
             return search.gathered()
-        if taken == MOST_BATCHES:
+        if count == MOST_BATCHES:
             raise SboraxError(
-                f"the components of {active[0][0]} still turn after {taken} batches; use more, or lower tau"
+                f"the components of {active[0][0]} still turn after {count} batches; use more, or lower tau"
             )
         search.take(active, batches[number]())
-        taken += 1
-        if taken == len(batches) and not search.complete:
+        count += 1
+        if count == len(batches) and not search.complete:
             raise SboraxError(
                 f"no batch has as many tokens of answers as {active[0][0]} may have ranks, {search.most[active[0]]}; "
                 "use larger batches, or lower rank or rho"
@@ -86,10 +86,10 @@ class _Search:
 
     def unsettled(self) -> list[Place]:
         """The leaders whose components in use still turn."""
-        used = dict.fromkeys(self.settled, 0)
+        largest = dict.fromkeys(self.settled, 0)
         for place, leader in self.leaders.items():
-            used[leader] = max(used[leader], self.ranks[place])
-        return [place for place, settled in self.settled.items() if not settled[: used[place]].all()]
+            largest[leader] = max(largest[leader], self.ranks[place])
+        return [place for place, settled in self.settled.items() if not settled[: largest[place]].all()]
 
     def take(self, places: Sequence[Place], batch: Inputs) -> None:
         """Take the inputs of a batch into the components of some leaders, and deal out the ranks again."""
@@ -99,10 +99,10 @@ class _Search:
             x, place = x.reshape(-1, x.shape[-1]), (path, position)
             if float(mask.sum()) < self.most[place]:
                 continue
-            before = self.spectra.get(place)
-            old = empty(self.most[place], x.shape[-1]) if before is None else before
+            spectrum = self.spectra.get(place)
+            old = empty(self.most[place], x.shape[-1]) if spectrum is None else spectrum
             self.spectra[place] = updated(old, x, mask, self.requests[place].niter)
-            if before is not None:
+            if spectrum is not None:
                 self.settled[place] = np.asarray(self.spectra[place].turned) >= self.requests[place].tau
         if self.complete and self.open:
             self._deal()

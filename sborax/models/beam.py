@@ -102,10 +102,10 @@ def _extend(
     new = old.tokens.shape[2]
     candidates = min(max(2, 1 + ends.shape[0]) * beams, beams * vocab)
     top, index = jax.lax.top_k((logprobs + old.scores[:, :, None]).reshape(rows, -1), candidates)
-    parents, chosen = index // vocab, (index % vocab).astype(jnp.int32)
-    texts = jax.lax.dynamic_update_slice_in_dim(_take(old.tokens, parents), chosen[:, :, None], step, axis=2)
+    parents, tokens = index // vocab, (index % vocab).astype(jnp.int32)
+    texts = jax.lax.dynamic_update_slice_in_dim(_take(old.tokens, parents), tokens[:, :, None], step, axis=2)
     length = step + 1
-    ended = jnp.any(chosen[:, :, None] == ends[None, None], axis=-1) | (length >= new)
+    ended = jnp.any(tokens[:, :, None] == ends[None, None], axis=-1) | (length >= new)
     running, places = jax.lax.top_k(top + jnp.where(ended, NEVER, 0.0), beams)
     # Finished texts come from the best candidates alone; the others are there so that enough beams run on.
     counted = ended & (jnp.arange(candidates) < beams)[None]
@@ -117,10 +117,10 @@ def _extend(
     )
     worst = jnp.where(finished, jnp.min(done_scores, axis=1, keepdims=True), NEVER)
     better = jnp.any(running[:, :1] / length.astype(jnp.float32) > worst, axis=1)
-    after = Beams(
+    extended = Beams(
         _take(texts, places), running, done, done_scores, finished, old.hopeful & better, jnp.all(ended)
     )  # fmt: skip
-    return after, _take(parents, places)
+    return extended, _take(parents, places)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -138,25 +138,25 @@ def _search(
     rows, width = tokens.shape
     variables = linked(variables)
     # A router decides for each row, so each beam needs the prompt in a row of its own.
-    before, after = (beams, 1) if routed else (1, beams)
-    tokens, segments = (jnp.repeat(array, before, axis=0) for array in (tokens, segments))
+    prompt_copies, mask_copies = (beams, 1) if routed else (1, beams)
+    tokens, segments = (jnp.repeat(array, prompt_copies, axis=0) for array in (tokens, segments))
     masks = find(tokens, segments, invocations_of(nodes(variables["adapters"])))
     ctx = Context(prompt=segments, invocations=masks)
     (hidden, cache), routing = run(module, variables, tokens, segments, None, ctx, mutable=["routing"], method="hidden")
     decided = {**variables, **routing}
     # All beams of a row go on from its prompt.
-    ctx = Context(invocations=jax.tree.map(lambda mask: jnp.repeat(mask, after, axis=0), continuation(masks)))
+    ctx = Context(invocations=jax.tree.map(lambda mask: jnp.repeat(mask, mask_copies, axis=0), continuation(masks)))
 
     def logprobs(hidden: Float[Array, "flat 1 d"]) -> Float[Array, "rows beams vocab"]:
         logits = jnp.asarray(module.apply(variables, hidden, ctx, method="head"))
         return jax.nn.log_softmax(logits[:, 0], axis=-1).reshape(rows, beams, -1)
 
     first, _ = _extend(
-        _empty(rows, beams, new), logprobs(jnp.repeat(hidden[:, -1:], after, axis=0)), jnp.int32(0), ends
+        _empty(rows, beams, new), logprobs(jnp.repeat(hidden[:, -1:], mask_copies, axis=0)), jnp.int32(0), ends
     )
-    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, after, axis=1), cache)
+    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, mask_copies, axis=1), cache)
     cache = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, new - 1), (0, 0), (0, 0))), cache)
-    live = jnp.pad(jnp.repeat(segments, after, axis=0), ((0, 0), (0, new - 1)))
+    live = jnp.pad(jnp.repeat(segments, mask_copies, axis=0), ((0, 0), (0, new - 1)))
     starts = jnp.repeat(lengths, beams)
 
     def unfinished(state: Any) -> Bool[Array, ""]:

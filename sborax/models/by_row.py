@@ -35,14 +35,14 @@ def generate_by_row(
     """
     if len(choice) != len(prompts) or not all(0 <= number < len(adapters) for number in choice):
         raise SboraxError(f"choice: every prompt needs the number of an adapter, 0 to {len(adapters) - 1}")
-    used = sorted(set(choice))
-    groups = together([params[number] for number in used], [adapters[number] for number in used])
+    active = sorted(set(choice))
+    groups = together([params[number] for number in active], [adapters[number] for number in active])
     if options.get("temperature", 0.0) > 0:
-        groups = [[place] for place in range(len(used))]
+        groups = [[place] for place in range(len(active))]
     texts: list[list[int]] = [[] for _ in prompts]
     for group in groups:
-        numbers = [used[place] for place in group]
-        rows = [[row for row, chosen in enumerate(choice) if chosen == number] for number in numbers]
+        numbers = [active[place] for place in group]
+        rows = [[row for row, pick in enumerate(choice) if pick == number] for number in numbers]
         most = max(map(len, rows))
         # Each adapter has as many rows; what is missing are copies of its last one.
         places = np.concatenate([indices + indices[-1:] * (most - len(indices)) for indices in rows]).tolist()

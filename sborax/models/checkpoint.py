@@ -190,8 +190,8 @@ def load_params(
 
     Raises SboraxError for a missing, unused or ill-shaped tensor, and for one that cannot be quantised.
     """
-    available, used = tensors.names(), set[str]()
-    where = jax.tree.map(lambda _: None, shapes) if place is None else place(_held(shapes, quantised))
+    available, names = tensors.names(), set[str]()
+    where = jax.tree.map(lambda _: None, shapes) if place is None else place(_memory_shapes(shapes, quantised))
 
     def stack_of(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return stack_shape(tensors.name(row(path)), path, shape)
@@ -201,7 +201,7 @@ def load_params(
         for name in tensor_names(tensors.name(row(path)), path, want.shape):
             if name not in available:
                 raise SboraxError(f"{tensors.where}: tensor {name!r} is missing")
-            used.add(name)
+            names.add(name)
             stored = tensors.shape(name)[:: -1 if row(path).transposed else 1]
             if stored != shape:
                 raise SboraxError(f"{tensors.where}: {name} gives {path} shape {stored}, config says {shape}")
@@ -227,13 +227,13 @@ def load_params(
         return jax.device_put(target)
 
     params = map_with_path(read_leaf, shapes, where)
-    unused = sorted(available - used - _tied_copy(config, params, tensors, available))
+    unused = sorted(available - names - _tied_copy(config, params, tensors, available))
     if unused:
         raise SboraxError(f"{tensors.where}: {len(unused)} tensors the model does not use, such as {unused[0]!r}")
     return params
 
 
-def _held(shapes: dict[str, Any], quantised: Callable[[str], bool]) -> dict[str, Any]:
+def _memory_shapes(shapes: dict[str, Any], quantised: Callable[[str], bool]) -> dict[str, Any]:
     """The shapes in memory: weights in 4 bits are an `NF4Array`."""
 
     def held_leaf(path: str, want: jax.ShapeDtypeStruct) -> Any:

@@ -351,13 +351,13 @@ class _Reader:
     raw: Mapping[str, Any]
     where: str
 
-    def _given(self, key: str) -> Any:
+    def _require(self, key: str) -> Any:
         if self.raw.get(key) is None:
             raise SboraxError(f"{self.where}: field {key!r} is missing")
         return self.raw[key]
 
     def integer(self, key: str) -> int:
-        value = self._given(key)
+        value = self._require(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise SboraxError(f"{self.where}: {key} must be a positive whole number below 2**31, got {shown(value)}")
         return value
@@ -368,7 +368,7 @@ class _Reader:
         return None if self.raw[key] is None else self.integer(key)
 
     def number(self, key: str) -> float:
-        value = self._given(key)
+        value = self._require(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1e-30 < value < 1e30:
             raise SboraxError(f"{self.where}: {key} must be a positive number, got {shown(value)}")
         return float(value)
@@ -378,13 +378,13 @@ class _Reader:
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` positive numbers."""
-        value = self._given(key)
+        value = self._require(key)
         if not isinstance(value, list | tuple) or len(value) != count:
             raise SboraxError(f"{self.where}: {key} must be a list of {count} numbers, got {shown(value)}")
         return tuple(_Reader({key: number}, self.where).number(key) for number in value)
 
     def share(self, key: str) -> float:
-        value = self._given(key)
+        value = self._require(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e30:
             raise SboraxError(f"{self.where}: {key} must be a number of at least 0, got {shown(value)}")
         return float(value)

@@ -63,18 +63,18 @@ def runs(
 
     Also whether they say all: no row has more than `most`, and no segment goes on behind another or behind padding.
     """
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    starts = (segments > 0) & (segments != before)
+    previous = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    starts = (segments > 0) & (segments != previous)
     number = jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1
     # (batch, seq, run): to which run a token belongs.
     member = (number[:, :, None] == jnp.arange(most, dtype=jnp.int32)[None, None, :]) & (segments > 0)[:, :, None]
     lengths = jnp.sum(member, axis=1, dtype=jnp.int32)
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :, None]
     first = jnp.sum(jnp.where(member & starts[:, :, None], slots, 0), axis=1, dtype=jnp.int32)
-    used = lengths > 0
-    offsets = jnp.pad(jnp.where(used, first, -1), ((0, 0), (0, 1)), constant_values=-1)
-    new = ~starts | (segments > lax.cummax(before, axis=1))
-    return offsets, jnp.where(used, lengths, -1), jnp.all((number < most) & new)
+    valid = lengths > 0
+    offsets = jnp.pad(jnp.where(valid, first, -1), ((0, 0), (0, 1)), constant_values=-1)
+    new = ~starts | (segments > lax.cummax(previous, axis=1))
+    return offsets, jnp.where(valid, lengths, -1), jnp.all((number < most) & new)
 
 
 def by_runs(query: Array, key: Array, value: Array, offsets: Array, lengths: Array) -> Array:

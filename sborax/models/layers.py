@@ -219,5 +219,5 @@ def rotate(
     half = cos.shape[-1]
     first, second, unrotated = jnp.split(x, (half, 2 * half), axis=-1)
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, unrotated] if unrotated.shape[-1] else turned, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, unrotated] if unrotated.shape[-1] else rotated, axis=-1)

@@ -73,8 +73,8 @@ def _beside(params: Params, inside: Mapping[str, Adapter]) -> Params:
     """The parameters with the leaves of adapters beside their kernels."""
     marked = nest({f"{path.removesuffix('kernel')}{MARK}": (node.train, node.frozen) for path, node in inside.items()})
 
-    def joined(tree: Any, other: Any) -> Any:
-        return {**tree, **{name: joined(tree[name], leaf) if name in tree else leaf for name, leaf in other.items()}}
+    def joined(tree: Any, branch: Any) -> Any:
+        return {**tree, **{name: joined(tree[name], leaf) if name in tree else leaf for name, leaf in branch.items()}}
 
     return joined(params, marked)
 

@@ -130,8 +130,8 @@ class Block(nn.Module):
         if cfg.family.sandwich:
             mixed = norm("post_attention_layernorm")(mixed)
         x = over_rows(checkpoint_name(x + mixed, "mixed"))
-        before = "pre_feedforward_layernorm" if cfg.family.sandwich else "post_attention_layernorm"
-        fed = mlp_of(cfg, self.dtype, self.capacity)(norm(before)(x), ctx)
+        norm_name = "pre_feedforward_layernorm" if cfg.family.sandwich else "post_attention_layernorm"
+        fed = mlp_of(cfg, self.dtype, self.capacity)(norm(norm_name)(x), ctx)
         if cfg.family.sandwich:
             fed = norm("post_feedforward_layernorm")(fed)
         return over_rows(x + fed), cache if self.keep else None
@@ -161,12 +161,12 @@ class Unrolled(nn.Module):
         caches = []
         for layer in range(self.config.num_hidden_layers):
             if self.config.layer_sizes and past is not None:
-                before = jax.tree.map(lambda leaf: leaf[0], past[layer])
+                layer_past = jax.tree.map(lambda leaf: leaf[0], past[layer])
             else:
-                before = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
+                layer_past = jax.tree.map(lambda leaf, i=layer: leaf[i], past)
             options = (self.dtype, self.keep, self.attention, self.capacity)
             block = self.block(self.config.of_layer(layer), *options, name=str(layer))
-            x, cache = block(x, rope, segments, ctx, before, jax.tree.map(lambda leaf, i=layer: leaf[i], reach))
+            x, cache = block(x, rope, segments, ctx, layer_past, jax.tree.map(lambda leaf, i=layer: leaf[i], reach))
             caches.append(cache)
             if self.has_variable("memory", str(layer + 1)):
                 self._hand_on(layer)
@@ -176,9 +176,9 @@ class Unrolled(nn.Module):
 
     def _hand_on(self, layer: int) -> None:
         """Hand the memory of the projections of `layer` to those of the next layer that continue their chain."""
-        before, after = (self.get_variable("memory", str(number), {}) for number in (layer, layer + 1))
+        source, target = (self.get_variable("memory", str(number), {}) for number in (layer, layer + 1))
         adapters = [self.get_variable("adapters", str(number), {}) for number in (layer, layer + 1)]
-        self.put_variable("memory", str(layer + 1), handed_on(before, after, *adapters))
+        self.put_variable("memory", str(layer + 1), handed_on(source, target, *adapters))
 
 
 def kept_names(remat: str) -> tuple[str, ...] | None:

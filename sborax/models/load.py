@@ -72,8 +72,8 @@ def read_config(place: Path) -> LlamaConfig:
     config = LlamaConfig.from_hf(read_object(file), str(file))
     # An end mark of a chat's turns is often named here alone.
     generation = place / "generation_config.json"
-    more = ends(read_object(generation), str(generation), config.vocab_size) if generation.exists() else ()
-    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *more])))
+    marks = ends(read_object(generation), str(generation), config.vocab_size) if generation.exists() else ()
+    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *marks])))
 
 
 def load_config(source: str | os.PathLike[str]) -> LlamaConfig:

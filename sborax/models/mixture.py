@@ -131,9 +131,9 @@ class Mixture:
 
         - exchange: how rows come to the device of their expert and back; None if `projections` are all experts.
         """
-        (tokens, chosen), here = numbers.shape, projections["gate_proj"].kernel.shape[0]
+        (tokens, chosen), count = numbers.shape, projections["gate_proj"].kernel.shape[0]
         exchange = exchange or Exchange(1)
-        experts = here * exchange.shares
+        experts = count * exchange.shares
         assert self.capacity is not None
         room = capacity_rows(self.capacity, tokens, chosen, experts)
         place, choice = assigned(numbers, experts, room, ctx.mask)
@@ -147,9 +147,9 @@ class Mixture:
         # Squares are sums over rows with a token; nothing else reads the mask.
         mask = jnp.ones(tokens, jnp.int32) if self.observed else None
         per_row, rows = dataclasses.replace(ctx, mask=mask).map(dispatched), dispatched(x)
-        sizes = Sizes(jnp.full(here, rows.shape[0] // here, jnp.int32))
+        sizes = Sizes(jnp.full(count, rows.shape[0] // count, jnp.int32))
         outputs, squares = self.units(rows, sizes, per_row, projections)
-        back = exchange.back(outputs.reshape(here, -1, outputs.shape[-1]))
+        back = exchange.back(outputs.reshape(count, -1, outputs.shape[-1]))
         by_choice = back.reshape(experts * room, -1).at[place].get(mode="fill", fill_value=0)
         total = tokens * chosen if ctx.mask is None else chosen * jnp.sum(ctx.mask != 0, dtype=jnp.int32)
         dropped = (total - jnp.sum(place < experts * room, dtype=jnp.int32)).astype(jnp.float32)
@@ -225,7 +225,7 @@ class Mixture:
             device: Int[Array, " 1"], tokens: tuple[Array, Array, Array, Context], projections: Projections
         ) -> Mixed:
             share = device[0] // axes.get(SHARED, 1) % shares if shares > 1 else None
-            gathered = {name: _whole(leaf, specs[name], device[0]) for name, leaf in projections.items()}
+            gathered = {name: _on_device(leaf, specs[name], device[0]) for name, leaf in projections.items()}
             dropped = None
             if self.capacity is not None:
                 y, squares, dropped = self.limited(*tokens, gathered, Exchange(shares, None if sent else share))
@@ -271,8 +271,8 @@ class Exchange:
             return rows
         if self.share is None:
             return jax.lax.all_to_all(rows, EXPERT, split_axis=0, concat_axis=1, tiled=True)
-        here = rows.shape[0] // self.shares
-        return jax.lax.dynamic_slice_in_dim(rows, self.share * here, here)
+        count = rows.shape[0] // self.shares
+        return jax.lax.dynamic_slice_in_dim(rows, self.share * count, count)
 
     def back(self, outputs: Float[Array, "here places d"]) -> Float[Array, "experts room d"]:
         """The outputs of this device's rows. Without sending, those of experts elsewhere are zero."""
@@ -280,9 +280,9 @@ class Exchange:
             return outputs
         if self.share is None:
             return jax.lax.all_to_all(outputs, EXPERT, split_axis=1, concat_axis=0, tiled=True)
-        here = outputs.shape[0]
-        zeros = jnp.zeros((here * self.shares, *outputs.shape[1:]), outputs.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(zeros, outputs, self.share * here, 0)
+        count = outputs.shape[0]
+        zeros = jnp.zeros((count * self.shares, *outputs.shape[1:]), outputs.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(zeros, outputs, self.share * count, 0)
 
 
 @jax.custom_vjp
@@ -353,8 +353,8 @@ def assigned(
     # Choices of padding are sorted last, and are as if their expert was full.
     first = (jnp.cumsum(sizes) - sizes).at[number[order]].get(mode="fill", fill_value=-room)
     positions = jnp.arange(choices, dtype=jnp.int32)
-    before = jnp.zeros(choices, jnp.int32).at[order].set(positions - first, unique_indices=True)
-    place = jnp.where(before < room, number * room + before, experts * room)
+    slot = jnp.zeros(choices, jnp.int32).at[order].set(positions - first, unique_indices=True)
+    place = jnp.where(slot < room, number * room + slot, experts * room)
     return place, jnp.full(experts * room, choices, jnp.int32).at[place].set(positions, mode="drop")
 
 
@@ -404,7 +404,7 @@ def _specs(name: str, projection: Projection, cut: str | None) -> Projection:
     return Projection(expert_specs(name, projection.kernel, cut), adapter, key, projection.path)
 
 
-def _whole(projection: Projection, specs: Projection, device: Int[Array, ""]) -> Projection:
+def _on_device(projection: Projection, specs: Projection, device: Int[Array, ""]) -> Projection:
     """A projection on a device: the kernels of its experts, and a dropout key that differs between devices."""
 
     def gathered_leaf(leaf: Array, spec: PartitionSpec) -> Array:

@@ -132,8 +132,8 @@ def _joined(tensors: list[Tensor], fused: Mapping[str, Mapping[str, int]]) -> li
 
         shape = (sum(tensor.shape[0] for tensor in group), *group[0].shape[1:])
         joined |= dict.fromkeys(parts, Tensor(name, group[0].dtype, shape, read))
-    written = (joined.get(tensor.name, tensor) for tensor in tensors)
-    return list({tensor.name: tensor for tensor in written}.values())
+    entries = (joined.get(tensor.name, tensor) for tensor in tensors)
+    return list({tensor.name: tensor for tensor in entries}.values())
 
 
 def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:

@@ -53,9 +53,9 @@ def _split(module: str, fully: Any) -> tuple[Any, Any]:
     return ("tensor", fully) if module in ROW_PARALLEL else (fully, "tensor")
 
 
-def _fully(sizes: Mapping[str, int], *before: str) -> tuple[str, ...]:
-    """The mesh axes that dense parameters are cut over to save memory, after `before`."""
-    return (*before, "fsdp", EXPERT) if sizes.get(EXPERT, 1) > 1 else (*before, "fsdp")
+def _fully(sizes: Mapping[str, int], *prefix: str) -> tuple[str, ...]:
+    """The mesh axes that dense parameters are cut over to save memory, after `prefix`."""
+    return (*prefix, "fsdp", EXPERT) if sizes.get(EXPERT, 1) > 1 else (*prefix, "fsdp")
 
 
 def _dividing(side: int, sizes: Mapping[str, int], *choices: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -60,14 +60,14 @@ def load_of(routing: Mapping[str, Array]) -> Load | None:
     if not sums["tokens"]:
         return None
     experts = sums["chosen"][0].shape[-1]
-    chosen, probability = (
+    counts, probability = (
         sum(jnp.sum(leaf.reshape(-1, experts), axis=0) for leaf in sums[name]) for name in ("chosen", "probability")
     )
     tokens, partition = (sum(map(jnp.sum, sums[name])) for name in ("tokens", "partition"))
     lost = [leaf for path, leaf in routing.items() if path.endswith("experts/dropped")]
     dropped = jnp.asarray(sum(map(jnp.sum, lost))) if lost else None
-    chosen, probability, tokens, partition = map(jnp.asarray, (chosen, probability, tokens, partition))
-    return Load(chosen, probability, tokens, partition, dropped)
+    counts, probability, tokens, partition = map(jnp.asarray, (counts, probability, tokens, partition))
+    return Load(counts, probability, tokens, partition, dropped)
 
 
 class Router(nn.Module):
@@ -93,8 +93,8 @@ class Router(nn.Module):
         weights, numbers = largest(probabilities, self.experts.chosen)
         if self.is_mutable_collection("routing") and not self.is_initializing():
             counted = jnp.ones(x.shape[0]) if mask is None else (mask != 0).astype(jnp.float32)
-            chosen = jnp.sum(jax.nn.one_hot(numbers, self.experts.count), axis=1)
-            self.put_variable("routing", "chosen", counted @ chosen)
+            choices = jnp.sum(jax.nn.one_hot(numbers, self.experts.count), axis=1)
+            self.put_variable("routing", "chosen", counted @ choices)
             self.put_variable("routing", "probability", counted @ probabilities)
             self.put_variable("routing", "tokens", jnp.sum(counted))
             self.put_variable("routing", "partition", counted @ jnp.square(jax.nn.logsumexp(logits, axis=-1)))

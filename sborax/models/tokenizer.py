@@ -108,7 +108,7 @@ def text_of(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def _patience(what: str) -> Iterator[None]:
+def _patience(subject: str) -> Iterator[None]:
     try:
         yield
     except BaseException as failure:
@@ -116,7 +116,7 @@ def _patience(what: str) -> Iterator[None]:
             raise
         reason = str(failure).partition("\n")[0]
         raise SboraxError(
-            f"the tokenizer gives up on {what}, as a pattern of its tokenizer.json does ({reason})"
+            f"the tokenizer gives up on {subject}, as a pattern of its tokenizer.json does ({reason})"
         ) from None
 
 
@@ -163,8 +163,8 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", size: int, where: str
     An added token passes if the tokenizer does not add it by itself: some tokenizers have a padding token that their
     model does not know. Texts with such a token are refused where they are read.
     """
-    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    may_be_beyond = tokenizer.added_tokens_decoder.keys() - used
+    special_ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    may_be_beyond = tokenizer.added_tokens_decoder.keys() - special_ids
     for token, number in tokenizer.get_vocab().items():
         if number >= size and number not in may_be_beyond:
             raise SboraxError(

@@ -40,8 +40,8 @@ def split_lora_fa(adapters: PyTree) -> tuple[PyTree, PyTree]:
     if not any(jax.tree.leaves(flags)):
         raise SboraxError("lora_fa: no adapter has a pair of trained factors a, b; use another optimizer")
 
-    def half(node: Any, flag: Any, held: bool) -> Any:
-        return dataclasses.replace(node, train=_chosen(node.train, flag.train, held))
+    def half(node: Any, flag: Any, value: bool) -> Any:
+        return dataclasses.replace(node, train=_subset(node.train, flag.train, value))
 
     fixed = jax.tree.map(lambda node, flag: half(node, flag, True), train, flags, is_leaf=is_adapter)
     moving = jax.tree.map(lambda node, flag: half(node, flag, False), train, flags, is_leaf=is_adapter)
@@ -74,10 +74,10 @@ def _check_product(path: str, node: Adapter) -> None:
             )
 
 
-def _chosen(leaves: Leaves, flags: Leaves, value: bool) -> Leaves:
+def _subset(leaves: Leaves, flags: Leaves, value: bool) -> Leaves:
     """The leaves whose flag is `value`, nested as they were."""
     return {
-        name: _chosen(leaf, flags[name], value) if isinstance(leaf, dict) else leaf
+        name: _subset(leaf, flags[name], value) if isinstance(leaf, dict) else leaf
         for name, leaf in leaves.items()
         if isinstance(leaf, dict) or flags[name] == value
     }

@@ -175,10 +175,10 @@ def _pairs_alone(
             for path, (side_a, side_b) in unmagnified.items():
                 a, _ = factors[path]
 
-                def direct(this: _Unmagnified, other: _Unmagnified, old: Side, former: Array) -> tuple[Array, Side]:
-                    t = count.astype(this.grad.dtype)
+                def direct(side: _Unmagnified, partner: _Unmagnified, old: Side, former: Array) -> tuple[Array, Side]:
+                    t = count.astype(side.grad.dtype)
                     first, second = _decay(b1, t), _decay(b2, t)
-                    return _direct(this, other, old, former, shrink.astype(t.dtype), first, second, eps, escape, cap)
+                    return _direct(side, partner, old, former, shrink.astype(t.dtype), first, second, eps, escape, cap)
 
                 mapped = over_pairs(direct, a.ndim - 2)
                 old_a, old_b = state.sides[path]
@@ -200,8 +200,8 @@ def _unmagnify(grads: Factors, factors: Factors, skip: float | None) -> tuple[_U
     """Both factors, decomposed, with their gradients in each other's basis."""
     (grad_a, grad_b), (a, b) = grads, factors
     # Padding is a tail of columns that are zero in both factors, but QR would give them a direction.
-    used = jnp.any(a != 0, axis=0) | jnp.any(b != 0, axis=1)
-    live = jnp.flip(jnp.cumsum(jnp.flip(used)) > 0)
+    nonzero = jnp.any(a != 0, axis=0) | jnp.any(b != 0, axis=1)
+    live = jnp.flip(jnp.cumsum(jnp.flip(nonzero)) > 0)
     basis_a, inverse_a = _decompose(a, live)
     basis_b, inverse_b = _decompose(b.T, live)
 
@@ -241,8 +241,8 @@ def _decay(beta: float, t: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _direct(
-    this: _Unmagnified,
-    other: _Unmagnified,
+    side: _Unmagnified,
+    partner: _Unmagnified,
     old: Side,
     former: Float[Array, "cols rank"],
     shrink: Float[Array, ""],
@@ -253,8 +253,8 @@ def _direct(
     cap: float | None,
 ) -> tuple[Float[Array, "rows rank"], Side]:
     """Direction and new statistics of one factor; `former` is the other factor's basis in the step before."""
-    grad = shrink * this.grad
-    move = other.basis.T @ former
+    grad = shrink * side.grad
+    move = partner.basis.T @ former
     carried = _symmetric(move @ old.v @ move.T)
     rho = old.rho
     if escape:
@@ -264,13 +264,13 @@ def _direct(
     applied = m
     if cap is not None:
         applied = m / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(m))) / cap)
-    return applied @ other.inverse.T, Side(v, m, this.basis, rho)
+    return applied @ partner.inverse.T, Side(v, m, side.basis, rho)
 
 
-def _escaped(before: Float[Array, "rank rank"], after: Float[Array, "rank rank"]) -> Float[Array, ""]:
+def _escaped(start: Float[Array, "rank rank"], end: Float[Array, "rank rank"]) -> Float[Array, ""]:
     """The largest decrease of an eigenvalue, but at most that of the trace, and at least 0."""
-    fall = jnp.max(jnp.linalg.eigvalsh(before) - jnp.linalg.eigvalsh(after))
-    return jnp.maximum(jnp.minimum(fall, jnp.trace(before) - jnp.trace(after)), 0)
+    fall = jnp.max(jnp.linalg.eigvalsh(start) - jnp.linalg.eigvalsh(end))
+    return jnp.maximum(jnp.minimum(fall, jnp.trace(start) - jnp.trace(end)), 0)
 
 
 def _inverse_root(v: Float[Array, "rank rank"], rho: Float[Array, ""], eps: float) -> Float[Array, "rank rank"]:

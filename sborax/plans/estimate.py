@@ -24,7 +24,7 @@ def temporary_bytes(planned: Outline) -> int:
     """
     watched = device_bytes([planned.parts.base[path] for path in planned.prepared.differentiated])
     gradients = device_bytes(planned.state.train) + watched
-    return round(gradients + _table(planned) + _kept(planned) + _layer(planned) + _head(planned))
+    return round(gradients + _table(planned) + _residuals(planned) + _layer(planned) + _head(planned))
 
 
 def _table(planned: Outline) -> int:
@@ -50,7 +50,7 @@ def _size(planned: Outline, *names: str) -> int:
     return math.prod(sizes.get(name, 1) for name in names)
 
 
-def _kept(planned: Outline) -> float:
+def _residuals(planned: Outline) -> float:
     """Bytes of the hidden states and of the values that `remat` keeps, of all layers."""
     config, (rows, length, tensor) = planned.model.config, _cut(planned)
     capacity = planned.model.module.expert_capacity
@@ -98,14 +98,14 @@ def _layer(planned: Outline) -> float:
         for path, leaf in planned.parts.base.items()
         if path.startswith("layers/") and path.endswith("/kernel")
     }
-    used = {path: shares if is_expert(path) else tensor for path in kernels}
-    largest = max((math.prod(leaf.shape[1:]) / used[path] for path, leaf in kernels.items()), default=0)
+    cuts = {path: shares if is_expert(path) else tensor for path in kernels}
+    largest = max((math.prod(leaf.shape[1:]) / cuts[path] for path, leaf in kernels.items()), default=0)
     dense = largest * (item + 4) if any(map(is_weight, kernels.values())) else 0
     gathered = 0.0
     for path, leaf in kernels.items():
         if _size(planned, "fsdp", "tensor" if is_expert(path) else EXPERT) > 1:
             stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
-            gathered += 2 * stored / config.num_hidden_layers / used[path]
+            gathered += 2 * stored / config.num_hidden_layers / cuts[path]
     return max(scores, gated) + gathered + dense
 
 

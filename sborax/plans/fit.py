@@ -32,11 +32,11 @@ def gathered_bytes(planned: Outline) -> dict[int, float]:
     assert planned.mesh is not None
     sizes, gathered = planned.mesh.shape, {}
     for path, leaf in planned.parts.base.items():
-        used, unused = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
+        axis, unused = (EXPERT, SHARED) if is_expert(path) else (SHARED, EXPERT)
         devices = sizes["fsdp"] * sizes[unused]
         if path.endswith("/kernel") and devices > 1:
             stored = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
-            gathered[devices] = gathered.get(devices, 0) + stored / sizes[used]
+            gathered[devices] = gathered.get(devices, 0) + stored / sizes[axis]
     return gathered
 
 

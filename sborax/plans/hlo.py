@@ -80,14 +80,14 @@ def _ends(line: str, lines: dict[str, list[str]]) -> list[tuple[str, list[str]]]
     match = _INSTRUCTION.match(line)
     if not match:
         return []
-    _, name, _, opcode, rest = match.groups()
+    _, name, _, opcode, tail = match.groups()
     inner = [text for called in _called(line) for text in lines.get(called, [])]
     if opcode == "fusion":
         chains = [(re.search(r'chain_id="(\d+)"', text), text) for text in inner]
         return [(f"chain {chain.group(1)}", [text]) for chain, text in chains if chain]
     if opcode.endswith("-start"):
         return [(name, [line, *inner])]
-    return [(operand, []) for operand in _operands(rest)] if opcode.endswith("-done") else []
+    return [(operand, []) for operand in _operands(tail)] if opcode.endswith("-done") else []
 
 
 def _group(line: str, devices: int) -> int:
@@ -113,7 +113,7 @@ def _collectives(text: str, measure: Callable[[str, int], int]) -> dict[str, int
         operations that a `shard_map` names itself have the same channel.
         """
         sizes: dict[tuple[str, str], int] = {}
-        seen: dict[tuple[str, str], int] = collections.Counter()
+        counts: dict[tuple[str, str], int] = collections.Counter()
         for line in lines.get(computation, []):
             operation = _OPERATION.search(line)
             if not operation:
@@ -122,8 +122,8 @@ def _collectives(text: str, measure: Callable[[str, int], int]) -> dict[str, int
             if opcode.removesuffix("-start") in KINDS and not _GOES_ON.search(line):
                 kind, channel = opcode.removesuffix("-start"), re.search(r"channel_id=(\d+)", line)
                 place = f"{scope}:{channel.group(1)}" if channel else computation
-                key = (kind, f"{place}:{seen[kind, place]}")
-                seen[kind, place] += 1
+                key = (kind, f"{place}:{counts[kind, place]}")
+                counts[kind, place] += 1
                 sizes[key] = measure(line, _result(shape, opcode.endswith("-start")))
             if opcode in ("while", "call", "conditional", *_INSIDE):
                 times = (_iterations(line, lines) or 1) if opcode == "while" else 1
@@ -206,13 +206,13 @@ def _called(line: str) -> list[str]:
     return names + ([name.strip().lstrip("%") for name in listed.group(1).split(",")] if listed else [])
 
 
-def _product_flops(result: str, rest: str, shapes: dict[str, str]) -> int:
+def _product_flops(result: str, tail: str, shapes: dict[str, str]) -> int:
     """2 x products that are summed, of a `dot` or of a `convolution` that stands for one."""
-    names = _operands(rest)
+    names = _operands(tail)
     left, right = (_sides(shapes.get(name, "")) for name in names[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", tail)
     if labels is None:
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", tail)
         summed = [left[int(axis)] for axis in axes.group(1).split(",") if axis] if axes else []
         return 2 * math.prod(_sides(result)) * math.prod(summed)
     inputs, kernel, outputs = (
@@ -220,12 +220,12 @@ def _product_flops(result: str, rest: str, shapes: dict[str, str]) -> int:
         for axes, sides in zip(labels.groups(), (left, right, _sides(result)), strict=True)
     )
     places = [
-        _meetings(inputs[axis], kernel[axis], outputs[axis], int(axis), rest) for axis in kernel if axis.isdigit()
+        _meetings(inputs[axis], kernel[axis], outputs[axis], int(axis), tail) for axis in kernel if axis.isdigit()
     ]
     return 2 * outputs["b"] * outputs["f"] * kernel["i"] * math.prod(places)
 
 
-def _meetings(length: int, size: int, outputs: int, axis: int, rest: str) -> int:
+def _meetings(length: int, size: int, outputs: int, axis: int, tail: str) -> int:
     """The pairs of an output and an entry of the window at which a convolution has an input, on one axis.
 
     Padding and the gaps of a dilated input have none. Products in batches, and several at once, are written so.
@@ -234,18 +234,18 @@ def _meetings(length: int, size: int, outputs: int, axis: int, rest: str) -> int
     """
 
     def option(name: str, default: str) -> list[int]:
-        match = re.search(rf"\b{name}=([\d_x-]+)", rest)
+        match = re.search(rf"\b{name}=([\d_x-]+)", tail)
         return [int(number) for number in (match.group(1).split("x")[axis] if match else default).split("_")]
 
     (stride,), (gap,), (step,) = option("stride", "1"), option("lhs_dilate", "1"), option("rhs_dilate", "1")
-    before = option("pad", "0_0")[0]
-    places = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * step - before
+    padding = option("pad", "0_0")[0]
+    places = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * step - padding
     return int(np.sum((places % gap == 0) & (places >= 0) & (places <= (length - 1) * gap)))
 
 
-def _operands(rest: str) -> list[str]:
+def _operands(tail: str) -> list[str]:
     """The names of an operation's operands, from the text behind its opening bracket."""
-    return re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
+    return re.findall(r"%([\w.-]+)", tail.partition("), ")[0])
 
 
 def _sides(shape: str) -> list[int]:
@@ -266,26 +266,26 @@ def _main_memory(shape: str) -> int:
 Parsed = dict[str, dict[str, re.Match[str]]]
 
 
-def _traffic(match: re.Match[str], here: dict[str, re.Match[str]], parsed: Parsed) -> int:
+def _traffic(match: re.Match[str], operations: dict[str, re.Match[str]], parsed: Parsed) -> int:
     """The bytes that one operation reads and writes in main memory."""
-    _, name, shape, opcode, rest = match.groups()
+    _, name, shape, opcode, tail = match.groups()
     # The two ends of a collective may be fusions.
     if opcode in _NO_TRAFFIC or re.search(r"-done(\.|$)", f"{opcode} {name}"):
         return 0
     if opcode.endswith("-start") or re.search(r"-start(\.|$)", name):
         # Its shape lists operands and results.
         return _main_memory(shape)
-    shapes = [here[name].group(3) for name in _operands(rest) if name in here]
+    shapes = [operations[name].group(3) for name in _operands(tail) if name in operations]
     if opcode in _SLICES:
         return 2 * _main_memory(shape)
     if opcode == "dynamic-update-slice":
         return 2 * _main_memory(shapes[1])
-    called = _called(rest) if opcode == "fusion" else []
+    called = _called(tail) if opcode == "fusion" else []
     if not called:
         return _main_memory(shape) + sum(map(_main_memory, shapes))
     body = parsed[called[0]]
     read = sum(_read(body, i, parsed, size) for i, size in enumerate(map(_main_memory, shapes)) if size)
-    return read + _written(body, shape)
+    return read + _bytes_written(body, shape)
 
 
 def _read(body: dict[str, re.Match[str]], number: int, parsed: Parsed, size: int) -> int:
@@ -298,10 +298,10 @@ def _read(body: dict[str, re.Match[str]], number: int, parsed: Parsed, size: int
         ),
         None,
     )
-    return size if name is None else min(size, _used(body, name, parsed, size))
+    return size if name is None else min(size, _bytes_read(body, name, parsed, size))
 
 
-def _used(body: dict[str, re.Match[str]], name: str, parsed: Parsed, size: int) -> int:
+def _bytes_read(body: dict[str, re.Match[str]], name: str, parsed: Parsed, size: int) -> int:
     total = 0
     for user, match in body.items():
         operands = _operands(match.group(5))
@@ -316,7 +316,7 @@ def _used(body: dict[str, re.Match[str]], name: str, parsed: Parsed, size: int) 
             # The buffers of a collective that runs beside pass through. Its start counts them.
             total += 0
         elif opcode == "bitcast":
-            total += _used(body, user, parsed, size)
+            total += _bytes_read(body, user, parsed, size)
         elif opcode == "fusion":
             total += _read(parsed[_called(match.group(5))[0]], operands.index(name), parsed, size)
         else:
@@ -324,7 +324,7 @@ def _used(body: dict[str, re.Match[str]], name: str, parsed: Parsed, size: int) 
     return total
 
 
-def _written(body: dict[str, re.Match[str]], shape: str) -> int:
+def _bytes_written(body: dict[str, re.Match[str]], shape: str) -> int:
     """The bytes that a fusion writes: its results, or the slices of them that it updates."""
     root = next(match for match in body.values() if match.group(1))
     names = _operands(root.group(5)) if root.group(4) == "tuple" else [root.group(2)]
