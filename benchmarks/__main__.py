@@ -105,17 +105,17 @@ def step(case: dict[str, Any], rounds: int, steps: int, only: list[str]) -> dict
         counted = attempt(f"FLOPs of {name}", what="flops", case=changed) if name != "full" else None
         over = counted["flops"] / least if counted else None
         seconds = statistics.median(result["seconds"])
-        used = model_flops(shape, case["batch"], case["length"]) / seconds / bound
+        mfu = model_flops(shape, case["batch"], case["length"]) / seconds / bound
         speed = result["speed_over_other"]
         row = {"over_lora": speed, "flops_over_minimum": over, "tokens_per_second": tokens / seconds}
-        row |= {"mfu_4n_of_matmul": used, **{key: result[key] for key in result if not key.endswith("seconds")}}
+        row |= {"mfu_4n_of_matmul": mfu, **{key: result[key] for key in result if not key.endswith("seconds")}}
         record["rows"][name] = row | {"compile_seconds": result["compile_seconds"]}
         rows.append(
             [
                 name,
                 short(speed, GOALS.get(name)),
                 "" if over is None else short(over, None if name.startswith(("Q", "Mo", "Bat")) else FLOPS_GOAL, True),
-                number(100 * used, 0),
+                number(100 * mfu, 0),
                 *(number(result[key]) for key in ("temp_gib", "held_gib", "compile_seconds")),
                 f"{result['trainable']:,}",
             ]

@@ -142,9 +142,9 @@ def check_method(name: str) -> Iterator[Check]:
         base, adapters = attached(name, params)
         adapters = moved(adapters)
     (expected,) = gradients(model, base, adapters, cpu)
-    ours, again = gradients(model, base, adapters, device, times=2)
+    ours, second = gradients(model, base, adapters, device, times=2)
     yield "step", relative(ours, expected), FLOAT32
-    yield "the step again", differing(again, ours), 0.0
+    yield "the step again", differing(second, ours), 0.0
     method = getattr(methods, name)
     with jax.default_device(device):
         placed, fresh = attached(name, on(device, params))
@@ -160,8 +160,8 @@ def check_donation() -> Iterator[Check]:
     parts, tx = take_apart(base, adapters), make_optimizer(sx.Optimizer(lr=1e-3), 10)
     state = start(parts, tx)
     make_step(model, tx, jax.random.key(5))(state, parts.frozen, parts.base, small_batch())
-    held = sum(not leaf.is_deleted() for leaf in jax.tree.leaves(state.train["adapters"]))
-    yield "leaves that were not donated", float(held), 0.0
+    count = sum(not leaf.is_deleted() for leaf in jax.tree.leaves(state.train["adapters"]))
+    yield "leaves that were not donated", float(count), 0.0
 
 
 def check_attention() -> Iterator[Check]:
@@ -174,18 +174,18 @@ def check_attention() -> Iterator[Check]:
         cut = length // 3
         rows = [[1] * length, [1] * cut + [2] * (length - cut), [1] * cut + [2] * cut + [0] * (length - 2 * cut)]
         for segments in (None, jnp.asarray(rows, jnp.int32)):
-            seen = jnp.ones((3, length), bool) if segments is None else segments > 0
+            mask = jnp.ones((3, length), bool) if segments is None else segments > 0
 
-            def total(query: Any, key: Any, value: Any, slope: Any, by: str, segments: Any, seen: Any) -> Any:
+            def total(query: Any, key: Any, value: Any, slope: Any, by: str, segments: Any, mask: Any) -> Any:
                 out = attend(by, query, key, value, segments, segments)
                 # What padding attends to is nobody's concern.
-                masked = jnp.where(seen[:, :, None, None], out.astype(jnp.float32), 0.0)
+                masked = jnp.where(mask[:, :, None, None], out.astype(jnp.float32), 0.0)
                 return jnp.sum(masked * slope.astype(jnp.float32)), masked
 
             call = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True), static_argnums=4)
-            (_, out), grads = call(*inputs, name, segments, seen)
+            (_, out), grads = call(*inputs, name, segments, mask)
             exact = [leaf.astype(jnp.float32) for leaf in inputs]
-            (_, expected), slopes = call(*exact, "xla", segments, seen)
+            (_, expected), slopes = call(*exact, "xla", segments, mask)
             kind = f"{name}, heads of {head_dim}, {length} tokens, {'packed' if segments is not None else 'plain'}"
             yield f"{kind}: output", relative(out, expected), BFLOAT16
             yield f"{kind}: gradients", relative(grads, slopes), BFLOAT16
@@ -296,7 +296,7 @@ def failures(outcomes: dict[str, Any]) -> list[str]:
             lines.append(f"{subject}: {checks}")
             continue
         # `not <=` is true for what is not a number, too.
-        lines += [f"{subject}, {what}: {value:.3g} > {limit:g}" for what, value, limit in checks if not value <= limit]
+        lines += [f"{subject}, {name}: {value:.3g} > {limit:g}" for name, value, limit in checks if not value <= limit]
     return lines
 
 

@@ -62,13 +62,13 @@ def mamba2(rows: int = 1) -> Pair:
 
     tokens = jax.random.randint(jax.random.key(0), (rows, 128), 0, 256)
     config = Mamba2Config(vocab_size=256, hidden_size=512, state_size=64, chunk_size=64, num_hidden_layers=4)
-    graph, state, rest = nnx.split(Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graph, state, constants = nnx.split(Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     params, adapters = sx.attach(jax.random.key(1), nnx.to_pure_dict(state), [("in_proj|out_proj", sx.LoRA(RANK))])
 
     def model(params: Any) -> Any:
         full = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(full, params)
-        return nnx.merge(graph, full, rest)
+        return nnx.merge(graph, full, constants)
 
     return Pair(
         params,

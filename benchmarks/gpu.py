@@ -57,8 +57,8 @@ def parts() -> dict[str, dict[str, Any]]:
     """The tasks of all parts, by name."""
     tasks: dict[str, dict[str, Any]] = {"checks": {"what": "checks"}}
     for shape, arms in STEPS.items():
-        first, *others = ({**COMMON, "shape": shape, "method": method, **changes} for method, changes in arms)
-        tasks[f"{shape}, steps"] = {"what": "arms", "case": first, "others": others}
+        first, *variants = ({**COMMON, "shape": shape, "method": method, **changes} for method, changes in arms)
+        tasks[f"{shape}, steps"] = {"what": "arms", "case": first, "others": variants}
         tasks |= {f"{shape}, {peer}": {"what": peer, "case": {"remat": "cheap", **first}} for peer in PEERS}
     for shape, changes in SWEEPS.items():
         case = {**COMMON, "documents": 1, "shape": shape, "method": "SBoRA-FA", **changes}
@@ -110,13 +110,13 @@ def show_steps(results: dict[str, Any], tasks: dict[str, dict[str, Any]], peak: 
             seconds = medians[length, method]
             tokens = case["batch"] * length / seconds
             goal = SPEED_GOALS.get((shape, length, method), 0.0)
-            used = model_flops(SHAPES[case["shape"]], case["batch"], length) / seconds / (peak * 1e12)
+            mfu = model_flops(SHAPES[case["shape"]], case["batch"], length) / seconds / (peak * 1e12)
             rows.append(
                 [
                     f"{shape}, {case['batch']} x {length}",
                     method,
                     f"{tokens:,.0f}" + (f" (goal {goal:,.0f})" if tokens < goal else ""),
-                    number(100 * used, 0),
+                    number(100 * mfu, 0),
                     short(seconds / medians[length, "LoRA"], TIME_GOALS.get(method), at_most=True),
                     short(got["held_gib"], HELD_GOALS.get((shape, length, method)), at_most=True),
                 ]

@@ -53,11 +53,11 @@ class Runner:
         held_gib: arguments, results and temporaries together.
         """
         memory = self.compiled.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return {
             "compile_seconds": self.compile_seconds,
             "temp_gib": self.temporaries / 2**30,
-            "held_gib": (held + self.temporaries) / 2**30,
+            "held_gib": (total + self.temporaries) / 2**30,
         }
 
 

@@ -60,10 +60,10 @@ def main() -> None:
         program = compiled(on_mesh(outlined, mesh))
         memory, sent = program.memory_analysis(), collective_bytes(program.as_text())
         seconds = time.perf_counter() - began
-        held = (memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30)
+        sizes = (memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30)
         cell = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in sorted(sent.items()))
-        rows.append([method, *(number(size) for size in held), cell, number(seconds, 0)])
-        record[method] = {"argument_gib": held[0], "temp_gib": held[1], "sent_bytes": sent}
+        rows.append([method, *(number(size) for size in sizes), cell, number(seconds, 0)])
+        record[method] = {"argument_gib": sizes[0], "temp_gib": sizes[1], "sent_bytes": sent}
         print(rows[-1], flush=True)
     layout = f"fsdp {fsdp} x tensor {args.tensor}, {fsdp} rows of {args.length}"
     heading = f"{args.shape} on {args.topology}, {layout}, attention by {args.attention}"

@@ -90,7 +90,7 @@ def fine_tune_linen(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]
 def fine_tune_nnx(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]:
     """Returns the losses, and the logits of the adapted and of the merged model, which are equal."""
     plain = NNXClassifier(nnx.Rngs(0))
-    graph, state, rest = nnx.split(plain, nnx.Param, ...)
+    graph, state, constants = nnx.split(plain, nnx.Param, ...)
     params, adapters = sx.attach(jax.random.key(1), nnx.to_pure_dict(state), RULES)
     model = sx.adapt_nnx(plain, adapters)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=sx.Trained)
@@ -107,7 +107,7 @@ def fine_tune_nnx(steps: int = 60) -> tuple[list[float], jax.Array, jax.Array]:
     losses = [float(step(model, optimizer, key)) for key in jax.random.split(jax.random.key(2), steps)]
     x, _ = batch(jax.random.key(3))
     nnx.replace_by_pure_dict(state, sx.merge(params, sx.adapters_nnx(model)))
-    return losses, model(x), nnx.merge(graph, state, rest)(x)
+    return losses, model(x), nnx.merge(graph, state, constants)(x)
 
 
 def main() -> None:

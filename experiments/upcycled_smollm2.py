@@ -100,12 +100,12 @@ def of_experts(run: Path) -> dict[str, Any]:
         weight = leaves[path]
         change = change + np.asarray(jnp.sum(jnp.square(merged_node(weight, node) - weight), axis=(-2, -1)))
         before = before + np.asarray(jnp.sum(jnp.square(weight), axis=(-2, -1)))
-    chosen = np.zeros(COUNT)
+    choices = np.zeros(COUNT)
     for batch in read_held_out(target.experiment, target.model, silent):
         tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
         _, collected = target.model.collect(target.params, target.adapters, tokens, {"load"}, segment_ids=segments)
-        chosen += np.asarray(collected.load.chosen)
-    return {"moved": np.sqrt(change / before).tolist(), "chosen": (chosen / chosen.sum()).tolist()}
+        choices += np.asarray(collected.load.chosen)
+    return {"moved": np.sqrt(change / before).tolist(), "chosen": (choices / choices.sum()).tolist()}
 
 
 def main() -> None:
@@ -124,11 +124,11 @@ def main() -> None:
         if not (run / "adapter").exists():
             train(experiment(base, args.data, method, args.steps), run, resume=run.exists())
         report[name] = of_experts(run)
-        moved = np.array(report[name]["moved"])
+        ratio = np.array(report[name]["moved"])
         shares = ", ".join(f"{share:.2f}" for share in report[name]["chosen"])
         print(
-            f"{name}: experts moved by {moved.min():.1e} .. {moved.max():.1e} of their norm, {int((moved == 0).sum())} "
-            f"of {moved.size} did not; held-out choices fell on them {shares}",
+            f"{name}: experts moved by {ratio.min():.1e} .. {ratio.max():.1e} of their norm, {int((ratio == 0).sum())} "
+            f"of {ratio.size} did not; held-out choices fell on them {shares}",
             flush=True,
         )
         jax.clear_caches()

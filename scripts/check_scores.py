@@ -46,9 +46,9 @@ class Reference:
         with torch.no_grad():
             # In float32 torch's log_softmax over 49,152 tokens is 1.6e-5 too high for each (docs/LOG.md).
             logprobs = torch.log_softmax(self.model(ids, attention_mask=mask).logits[:, :-1].double(), -1)
-        chosen = logprobs.gather(2, ids[:, 1:, None])[:, :, 0]
+        target_logprobs = logprobs.gather(2, ids[:, 1:, None])[:, :, 0]
         spans = enumerate(zip(rows, starts, strict=True))
-        return [float(chosen[i, start - 1 : len(row) - 1].sum()) for i, (row, start) in spans]
+        return [float(target_logprobs[i, start - 1 : len(row) - 1].sum()) for i, (row, start) in spans]
 
     def options(self, items: list[dict[str, Any]]) -> Iterator[list[float]]:
         """The log-likelihood of every option of each item."""

@@ -89,8 +89,8 @@ def classes_of(kind: str) -> dict[str, Class]:
 
 def read_kinds() -> list[str]:
     """PEFT's kinds that are read, in PEFT's order."""
-    known = {row.peft_type for row in TABLE} | {entry.peft_type for entry in KINDS}
-    return [kind.value for kind in peft.PeftType if kind.value in known]
+    kinds = {row.peft_type for row in TABLE} | {entry.peft_type for entry in KINDS}
+    return [kind.value for kind in peft.PeftType if kind.value in kinds]
 
 
 def problems() -> list[str]:
@@ -100,13 +100,13 @@ def problems() -> list[str]:
     wrong += [f"{kind}: in UNREAD, and PEFT has no such kind" for kind in UNREAD if kind not in theirs]
     wrong += [f"{kind}: in UNREAD, and read" for kind in UNREAD if kind in read_kinds()]
     common = SELECTING | INERT.keys()
-    seen: set[str] = set()
+    all_fields: set[str] = set()
     for kind in read_kinds():
         fields, classes = fields_of(kind), classes_of(kind)
-        seen |= fields.keys()
+        all_fields |= fields.keys()
         wrong += [f"{kind}: field {name} is in no row" for name in fields if name not in common | classes.keys()]
         wrong += [f"{kind}: PEFT has no field {name}" for name in classes if name not in fields]
-    return wrong + [f"no kind of PEFT has the field {name}" for name in sorted(common - seen)]
+    return wrong + [f"no kind of PEFT has the field {name}" for name in sorted(common - all_fields)]
 
 
 def table(head: str, rows: Iterable[tuple[Any, ...]]) -> str:
@@ -119,9 +119,9 @@ def accepted(kind: str) -> Mapping[str, str]:
     values: dict[str, dict[str, None]] = {}
     for row in TABLE:
         if row.peft_type == kind:
-            for name, known in row.known_by.items():
-                values.setdefault(name, {}).update(dict.fromkeys(map(repr, known)))
-    return {name: ", ".join(known) for name, known in values.items()}
+            for name, options in row.known_by.items():
+                values.setdefault(name, {}).update(dict.fromkeys(map(repr, options)))
+    return {name: ", ".join(options) for name, options in values.items()}
 
 
 def section(kind: str) -> str:

@@ -152,11 +152,11 @@ def main() -> int:
     runs.add_argument("--minutes", type=float, default=float("inf"), help="begin no piece that would end later")
     runs.add_argument("--setting", help="run this setting alone, so that others can run in another process")
     runs.add_argument("--work", type=Path, default=WORK, help=f"folder for run directories (default {WORK})")
-    again = commands.add_parser("repeat", help="measure the difference of a claim again")
-    again.add_argument("name")
-    again.add_argument("claim", help="words of its sentence, such as 'SBoRA-FB beats LoRA'")
-    again.add_argument("--seeds", type=int, nargs="+", default=(), help="other seeds than the stored ones")
-    again.add_argument("--work", type=Path, default=WORK / "repeat", help="folder for run directories")
+    repeats = commands.add_parser("repeat", help="measure the difference of a claim again")
+    repeats.add_argument("name")
+    repeats.add_argument("claim", help="words of its sentence, such as 'SBoRA-FB beats LoRA'")
+    repeats.add_argument("--seeds", type=int, nargs="+", default=(), help="other seeds than the stored ones")
+    repeats.add_argument("--work", type=Path, default=WORK / "repeat", help="folder for run directories")
     commands.add_parser("report", help="write docs/RESULTS.md and its figures from the stored results")
     arguments = parser.parse_args()
     try:
@@ -171,8 +171,8 @@ def main() -> int:
             study = declared(arguments.name)
             provide(study, arguments.work)
             if arguments.command == "repeat":
-                again = repeat(study, claim_of(study, arguments.claim), Store(study), arguments.work, arguments.seeds)
-                return 0 if all(repeated.inside for repeated in again) else 1
+                gaps = repeat(study, claim_of(study, arguments.claim), Store(study), arguments.work, arguments.seeds)
+                return 0 if all(repeated.inside for repeated in gaps) else 1
             limit = 60 * arguments.minutes
             run(study, Store(study), arguments.work, limit, arguments.setting, lambda line: print(line, flush=True))
     except SboraxError as error:

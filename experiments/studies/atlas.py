@@ -132,10 +132,10 @@ def rules(method: AbstractMethod) -> dict[str, Any]:
 
 def arm(setting: str, name: str, optimizer: dict[str, Any] | None = None, **changes: Any) -> Arm:
     """An arm of the common experiment with some fields changed."""
-    data, held = SETTINGS[setting]
+    data, held_out = SETTINGS[setting]
     common: dict[str, Any] = {"steps": 100, "batch_size": 8, "save": sx.Save(every=50, keep=1)}
     experiment = sx.Experiment(MODEL, data, optimizer=sx.Optimizer(**(optimizer or {})), **{**common, **changes})
-    return Arm(name, setting, experiment, held)
+    return Arm(name, setting, experiment, held_out)
 
 
 def in_every_setting(arms: dict[str, dict[str, Any]]) -> tuple[Arm, ...]:

@@ -80,11 +80,11 @@ class AbstractClaim(abc.ABC):
             return Finding(setting, "undecided", f"diverged at every rate: {', '.join(lost)}")
         verdict, numbers = self.judge(tuned)
         ends = [name for name, arm in tuned.items() if not arm.rates.interior]
-        few = min(len(arm.seeds) for arm in tuned.values())
+        count = min(len(arm.seeds) for arm in tuned.values())
         if ends:
             verdict, numbers = "undecided", f"{numbers}; best rate at the end of the tried ones: {', '.join(ends)}"
-        if few < SEEDS:
-            verdict, numbers = "undecided", f"{numbers}; {few} seeds"
+        if count < SEEDS:
+            verdict, numbers = "undecided", f"{numbers}; {count} seeds"
         return Finding(setting, verdict, numbers)
 
 
@@ -242,12 +242,12 @@ class LessGrowth(AbstractClaim):
     def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
         if len({arms[name].seeds for name in (*self.left, *self.right)}) > 1:
             return "undecided", "seeds diverged, so nothing is paired"
-        (more, less), (other_more, other_less) = (
+        (first, second), (other_first, other_second) = (
             [arms[name].losses() for name in names] for names in (self.left, self.right)
         )
-        scale = float(other_less.mean())
-        grown, other = float((more - less).mean()), float((other_more - other_less).mean())
-        gap = Difference.of((more - less) - (other_more - other_less))
+        scale = float(other_second.mean())
+        grown, other = float((first - second).mean()), float((other_first - other_second).mean())
+        gap = Difference.of((first - second) - (other_first - other_second))
         return decide(gap, EQUAL * scale), f"{grown:+.4f} against {other:+.4f}: {gap}"
 
 

@@ -78,17 +78,17 @@ def steps(batch: int) -> dict[str, Any]:
 
 def study() -> Study:
     """The study."""
-    few, many = min(BATCHES), max(BATCHES)
+    small, large = min(BATCHES), max(BATCHES)
     growth = [
         LessGrowth(
             f"a large batch costs {name} less than LoRA",
             "2602.09492",
-            (label(name, MIDDLE, many), label(name, MIDDLE, few)),
-            (label("LoRA", MIDDLE, many), label("LoRA", MIDDLE, few)),
+            (label(name, MIDDLE, large), label(name, MIDDLE, small)),
+            (label("LoRA", MIDDLE, large), label("LoRA", MIDDLE, small)),
         )
         for name in ("SBoRA-FA", "SBoRA-FB", "Bone", "DoRA")
     ]
-    full = (f"full fine-tuning, batch {many}", f"full fine-tuning, batch {few}")
+    full = (f"full fine-tuning, batch {large}", f"full fine-tuning, batch {small}")
     by_method = {words: {rank: label(name, rank, MIDDLE_BATCH) for rank in RANKS} for name, words in SLOPES.items()}
     falling = {rank: label(FALLING, rank, MIDDLE_BATCH) for rank in RANKS}
     by_method[FALLING] = falling | {MIDDLE: label("LoRA", MIDDLE, MIDDLE_BATCH)}
@@ -100,7 +100,7 @@ def study() -> Study:
         )
         for name, by_rank in by_method.items()
     ]
-    batches = (label("LoRA", MIDDLE, few), label("LoRA", MIDDLE, many))
+    batches = (label("LoRA", MIDDLE, small), label("LoRA", MIDDLE, large))
     return Study(
         name="factors",
         title="ranks and batch sizes of methods that train one factor or two, stories260k",

@@ -56,9 +56,9 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
         "members": list(map(described, members, piece.rates)),
     }
     alive = [(member, numbers) for member, numbers in zip(members, result["members"], strict=True) if "loss" in numbers]
-    for name, held in (("items", piece.arm.held), ("kept", piece.arm.kept)):
-        if held is not None:
-            result[f"{name}_digests"] = add_losses(name, piece, held, alive)
+    for name, subset in (("items", piece.arm.held), ("kept", piece.arm.kept)):
+        if subset is not None:
+            result[f"{name}_digests"] = add_losses(name, piece, subset, alive)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 

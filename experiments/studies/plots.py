@@ -54,8 +54,8 @@ def rates_figure(arms: Sequence[Tuned]) -> str:
     def draw(axes: Axes) -> None:
         for place in reversed(range(len(arms))):
             rates, scores = lines[place]
-            shown = np.where(np.isfinite(scores), scores, np.nan)
-            axes.plot(rates, shown, "o-", markersize=3.5, **_look(arms, place))
+            points = np.where(np.isfinite(scores), scores, np.nan)
+            axes.plot(rates, points, "o-", markersize=3.5, **_look(arms, place))
         _log_axis(axes, "{x:g}", (1.0, 3.0))
         # Rates that are worse by far would flatten everything else.
         axes.set_ylim(low - pad, high + pad)

@@ -44,10 +44,10 @@ def study() -> Study:
         for name, metric in METRICS.items()
     ]
     claims = [
-        Beats(f"LoRAPrune beats {other} pruning at {100 * sparsity:g} %{what}", "2305.18403", left, right, kind=kind)
+        Beats(f"LoRAPrune beats {other} pruning at {100 * sparsity:g} %{suffix}", "2305.18403", left, right, kind=kind)
         for sparsity in CLAIMED
         for other in ("magnitude", "random")
-        for what, kind in (("", "items"), (", on WikiText-2", "kept"))
+        for suffix, kind in (("", "items"), (", on WikiText-2", "kept"))
         for left, right in [(label("LoRAPrune", sparsity), label(other, sparsity))]
     ]
     return Study(

@@ -58,10 +58,10 @@ TUNING: dict[str, Any] = {"rates": half_decades(1e-3, 4), "seeds": (0, 1, 2), "t
 
 def arm(setting: str, name: str, optimizer: dict[str, Any] | None = None, **changes: Any) -> Arm:
     """An arm of the common experiment with some fields changed."""
-    data, held = SETTINGS[setting]
+    data, held_out = SETTINGS[setting]
     common: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "save": sx.Save(every=30, keep=1)}
     experiment = sx.Experiment(MODEL, data, optimizer=sx.Optimizer(**(optimizer or {})), **{**common, **changes})
-    return Arm(name, setting, experiment, held, KEPT)
+    return Arm(name, setting, experiment, held_out, KEPT)
 
 
 def study() -> Study:

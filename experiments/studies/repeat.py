@@ -76,10 +76,10 @@ def repeat(
         stored = [entry for entry in tuned.values() if entry is not None and entry.rates.best is not None]
         if len(stored) < 2:
             continue
-        chosen = tuple(seeds) or tuple(seed for seed in stored[0].seeds if seed in stored[1].seeds)
-        again = [_measured(entry.arm, entry.best, chosen, work, echo) for entry in stored]
-        gaps = paired(stored[0], stored[1], claim.kind), paired(again[0], again[1], claim.kind)
-        repeated.append(Repeated(setting, *gaps, chosen))
+        arm_seeds = tuple(seeds) or tuple(seed for seed in stored[0].seeds if seed in stored[1].seeds)
+        second = [_measured(entry.arm, entry.best, arm_seeds, work, echo) for entry in stored]
+        gaps = paired(stored[0], stored[1], claim.kind), paired(second[0], second[1], claim.kind)
+        repeated.append(Repeated(setting, *gaps, arm_seeds))
         echo(str(repeated[-1]))
     if not repeated:
         raise SboraxError(f"{claim.sentence!r}: no setting has results of both arms; run the study first")

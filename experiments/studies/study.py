@@ -179,7 +179,7 @@ def sparse(value: Any) -> Any:
         return {key: sparse(item) for key, item in value.items()} if isinstance(value, Mapping) else encode(value)
     fields: dict[str, Any] = {"type": type(value).__name__}
     for field in dataclasses.fields(value):
-        chosen = getattr(value, field.name)
-        if chosen != field.default:
-            fields[field.name] = sparse(chosen)
+        option = getattr(value, field.name)
+        if option != field.default:
+            fields[field.name] = sparse(option)
     return fields

@@ -87,19 +87,19 @@ def selected(members: Mapping[float, Mapping[int, Numbers]], seeds: Sequence[int
         means = [float(np.mean(by_seed[seed]["items"][::2])) for seed in seeds if "items" in by_seed[seed]]
         return float(np.mean(means)) if len(means) == len(seeds) else math.inf
 
-    tried = {rate: by_seed for rate, by_seed in members.items() if all(seed in by_seed for seed in seeds)}
-    return sensitivity({rate: score(by_seed) for rate, by_seed in tried.items()}, lower=True)
+    by_rate = {rate: by_seed for rate, by_seed in members.items() if all(seed in by_seed for seed in seeds)}
+    return sensitivity({rate: score(by_seed) for rate, by_seed in by_rate.items()}, lower=True)
 
 
-def _minimum(tried: Sensitivity) -> float:
+def _minimum(rates: Sensitivity) -> float:
     """log10 of the best rate. NaN where every rate diverged, the rate itself at an end."""
-    if tried.best is None:
+    if rates.best is None:
         return math.nan
-    place = tried.rates.index(tried.best)
+    place = rates.rates.index(rates.best)
     around = slice(place - 1, place + 2)
-    points, scores = np.log10(tried.rates[around]), np.array(tried.scores[around])
-    if not tried.interior or not np.isfinite(scores).all():
-        return float(np.log10(tried.best))
+    points, scores = np.log10(rates.rates[around]), np.array(rates.scores[around])
+    if not rates.interior or not np.isfinite(scores).all():
+        return float(np.log10(rates.best))
     curve = np.polyfit(points - points[1], scores, 2)
     return float(points[1] - curve[1] / (2 * curve[0])) if curve[0] > 0 else float(points[1])
 

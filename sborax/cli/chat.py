@@ -42,7 +42,7 @@ def generate_several(arguments: argparse.Namespace) -> None:
         raise SboraxError(f"{arguments.target}: has no tokenizer.json, so text cannot become tokens")
     prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
     say_batches(arguments.targets, targets)
-    written = generate_by_row(
+    outputs = generate_by_row(
         model,
         [target.params for target in targets],
         [target.adapters for target in targets],
@@ -58,7 +58,7 @@ def generate_several(arguments: argparse.Namespace) -> None:
     )
     for number, name in enumerate(labels(arguments.targets)):
         say(f"{name}:")
-        _print_texts(prompts, written[number * len(prompts) : (number + 1) * len(prompts)], tokenizer, arguments)
+        _print_texts(prompts, outputs[number * len(prompts) : (number + 1) * len(prompts)], tokenizer, arguments)
 
 
 def _prompt_ends(target: Target, tokenizer: Any, arguments: argparse.Namespace) -> list[int] | None:
@@ -67,9 +67,9 @@ def _prompt_ends(target: Target, tokenizer: Any, arguments: argparse.Namespace) 
 
 
 def _print_texts(
-    prompts: Sequence[list[int]], written: Sequence[list[int]], tokenizer: Any, arguments: argparse.Namespace
+    prompts: Sequence[list[int]], outputs: Sequence[list[int]], tokenizer: Any, arguments: argparse.Namespace
 ) -> None:
-    for prompt, new in zip(prompts, written, strict=True):
+    for prompt, new in zip(prompts, outputs, strict=True):
         # A wrapped prompt is not printed.
         printed = [] if arguments.template else prompt
         start = len(text_of(tokenizer, printed))

@@ -55,13 +55,13 @@ def slim(run: str, out: str) -> None:
         experiment = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, data=experiment.data))
     batches = read_held_out(experiment, model, say)
     say("perplexity:")
-    for what, measured, params, adapters in (
+    for title, measured, params, adapters in (
         ("before training", model, model.params, None),
         ("pruned, heads and channels masked", model, target.params, target.adapters),
         ("pruned, heads and channels cut out", small, small.params, None),
     ):
         loss = loss_on(measured, params, adapters, batches)
-        say(f"  {what}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
+        say(f"  {title}: {math.exp(loss):.4f} (loss {loss:.4f}), {parameters(params):,} parameters")
     origin = f"Made by `sborax slim` from {run}: heads and channels that LoRAPrune pruned are cut out."
     uniform = not small.config.model_type.startswith(UNEQUAL)
     card = model_card(origin, [*methods(experiment), "pruned"], experiment.model, facts(run), hf=uniform)

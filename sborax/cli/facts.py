@@ -69,8 +69,8 @@ def _training(experiment: Experiment) -> str:
     length = f"{experiment.steps:,} steps" if experiment.steps is not None else f"{experiment.epochs} epochs"
     rows = experiment.batch_size * experiment.accumulate
     beside = [*experiment.train_also]
-    chosen = by_module(experiment.train_tokens)
-    beside += [f"the vectors of {len(tokens)} tokens in {module}" for module, tokens in chosen.items()]
+    modules = by_module(experiment.train_tokens)
+    beside += [f"the vectors of {len(tokens)} tokens in {module}" for module, tokens in modules.items()]
     also = f", {', '.join(beside)} trained beside the adapters" if beside else ""
     quant = f" on a base in {experiment.quant}" if experiment.quant else ""
     return (
@@ -81,7 +81,7 @@ def _training(experiment: Experiment) -> str:
 
 def _metrics(summary: dict[str, Any]) -> str:
     parts = [f"{summary['trainable_parameters']:,} trained parameters"]
-    for field, what in (("last_loss", "training loss of the last step"), ("eval_loss", "held-out loss at the end")):
+    for field, title in (("last_loss", "training loss of the last step"), ("eval_loss", "held-out loss at the end")):
         if summary.get(field) is not None:
-            parts.append(f"{what} {summary[field]:.4f}")
+            parts.append(f"{title} {summary[field]:.4f}")
     return f"{', '.join(parts)}."

@@ -94,11 +94,11 @@ def ended(code: int, output: str) -> str:
     """What ended a child, from its exit code and the runtime's output."""
     further = "the same command with --resume goes on from the last checkpoint"
     silent = _SILENT.search(output)
-    gone = re.findall(r"(\d+)\s*$", silent[1], re.MULTILINE) if silent else ["0"] if _LEADER.search(output) else []
-    if gone:
-        what = "process" if len(gone) == 1 else "processes"
-        are = "is" if len(gone) == 1 else "are"
-        return f"{what} {', '.join(gone)} of this run {are} gone, its last output may say why; {further}"
+    numbers = re.findall(r"(\d+)\s*$", silent[1], re.MULTILINE) if silent else ["0"] if _LEADER.search(output) else []
+    if numbers:
+        noun = "process" if len(numbers) == 1 else "processes"
+        are = "is" if len(numbers) == 1 else "are"
+        return f"{noun} {', '.join(numbers)} of this run {are} gone, its last output may say why; {further}"
     if code < 0 and -code != signal.SIGABRT:
         return f"this process was ended by {signal.Signals(-code).name}; {further}"
     return f"another process of this run is gone, or cannot be reached; {further}"

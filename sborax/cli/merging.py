@@ -46,25 +46,25 @@ def merge(
     if not terms and combination != Combination():
         raise SboraxError(f"--combination {combination.kind}: combines several changes; give them with --add")
     if not terms:
-        loaded = load_run(target)
+        source = load_run(target)
         merged: Any = (
-            merge_approximately(loaded, approximate) if approximate else merge_tree(loaded.params, loaded.adapters)
+            merge_approximately(source, approximate) if approximate else merge_tree(source.params, source.adapters)
         )
         origin = f"{target} merged into its base{', approximately, by its ' + approximate if approximate else ''}"
     elif approximate:
         raise SboraxError("--approximate merges one run; leave --add out")
     else:
-        loaded = load_target(target)
-        parts = [] if loaded.experiment is None else [Weighted(1.0, loaded.adapters, loaded.params)]
-        prints = fingerprint(loaded.model.params)
-        parts += [_part(loaded, prints, target, name, weight) for name, weight in terms]
-        merged = merge_weighted(loaded.model.params, parts, combination, jax.random.key(seed))
-        terms = ([] if loaded.experiment is None else [(target, 1.0)]) + terms
+        source = load_target(target)
+        parts = [] if source.experiment is None else [Weighted(1.0, source.adapters, source.params)]
+        prints = fingerprint(source.model.params)
+        parts += [_part(source, prints, target, name, weight) for name, weight in terms]
+        merged = merge_weighted(source.model.params, parts, combination, jax.random.key(seed))
+        terms = ([] if source.experiment is None else [(target, 1.0)]) + terms
         origin = "the base plus " + " plus ".join(f"{weight:g} times the change by {name}" for name, weight in terms)
         origin += "" if combination.kind == "cat" else f", combined by {combination.described}"
     runs = [name for name in (target, *dict(terms)) if is_run(name) or is_best(name)]
-    card = _card(target if loaded.experiment is None else loaded.experiment.model, origin, list(dict.fromkeys(runs)))
-    save_hf(out, loaded.model, merged)
+    card = _card(target if source.experiment is None else source.experiment.model, origin, list(dict.fromkeys(runs)))
+    save_hf(out, source.model, merged)
     write_card(out, card)
     say(f"{out}: a dense model, {origin}; transformers and `sborax generate {out}` load it")
 
@@ -90,20 +90,20 @@ def _term(word: str) -> tuple[str, float]:
     return name, weight
 
 
-def _part(loaded: Target, prints: Mapping[str, str], target: str, name: str, weight: float) -> Weighted:
-    """The adapter to add. It must have been trained on the base of `loaded`, which has these fingerprints."""
+def _part(source: Target, prints: Mapping[str, str], target: str, name: str, weight: float) -> Weighted:
+    """The adapter to add. It must have been trained on the base of `source`, which has these fingerprints."""
     if (epath.Path(name) / CONFIG).exists():
-        params, adapters = load_peft(name, loaded.model)
+        params, adapters = load_peft(name, source.model)
         return Weighted(weight, adapters, params)
     if not (is_run(name) or is_best(name)):
         raise SboraxError(f"--add {name}: neither a run nor a PEFT adapter directory")
     experiment, adapter = find_run(name)
-    model = loaded.model
+    model = source.model
     for path, print_ in read_adapter(adapter).base.items():
         # Quantised leaves have no fingerprint.
         if prints.get(path, print_) != print_:
             raise SboraxError(f"--add {name}: was trained on another base model than {target} has ({path} differs)")
-    quantised = experiment.quant or (loaded.experiment is not None and loaded.experiment.quant)
+    quantised = experiment.quant or (source.experiment is not None and source.experiment.quant)
     if not quantised and experiment.precision == model.module.dtype.name:
         # The bases are the same arrays, so the base is in memory once.
         params, adapters = load_adapter(adapter, model.params)

@@ -164,7 +164,7 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
         on = f"each of {planned.mesh.size} devices ({cut})" if topology is None else f"each chip of {topology} ({cut})"
     batch = f"a step of {rows} x {length} tokens" + (f", {accumulate} times" if accumulate > 1 else "")
     sizes = argument_bytes(planned)
-    table: Table = [(what, f"{size:,}") for what, size in [*sizes.items(), ("arguments", sum(sizes.values()))]]
+    table: Table = [(label, f"{size:,}") for label, size in [*sizes.items(), ("arguments", sum(sizes.values()))]]
     lines = [f"bytes on {on}, {batch}:"]
     if isinstance(planned.mesh, AbstractMesh):
         table += [("temporaries", f"{temporary_bytes(planned):,}")]
@@ -182,8 +182,8 @@ def _bytes(planned: Outline, topology: str | None) -> list[str]:
     except jax.errors.JaxRuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "hbm" in line.lower()), None)
         if reason is None:
-            said = " ".join(str(error).splitlines()[:2])[:400]
-            raise SboraxError(f"topology {topology}: libtpu does not compile this step: {said}") from error
+            message = " ".join(str(error).splitlines()[:2])[:400]
+            raise SboraxError(f"topology {topology}: libtpu does not compile this step: {message}") from error
         mend = _try(planned, topology) if chip_name(topology) in CHIPS else ""
         return [*lines, *aligned(table), f"does not fit: {reason}{mend}"]
     lines += [*_compiled(program, table, topology), ""]
@@ -210,22 +210,22 @@ def _judged(planned: Outline, program: Any, topology: str) -> list[str]:
     shards, tensor = math.prod(planned.mesh.shape[axis] for axis in ROWS), planned.mesh.shape["tensor"]
     text, memory = program.as_text(), program.memory_analysis()
     most, width = rows * length // shards // CHUNK, config.num_attention_heads * config.head_dim // tensor
-    again = planned.model.module.remat == "full"
-    attention = accumulate * attention_flops(config.num_hidden_layers, width, rows // shards, length, again)
+    remat = planned.model.module.remat == "full"
+    attention = accumulate * attention_flops(config.num_hidden_layers, width, rows // shards, length, remat)
     sent, hidden = collective_bytes(text), sum(overlapped_bytes(text).values())
     received = received_bytes(sent, 1) + scattered_bytes(text, planned.mesh.size)
     times = roofline(chip, matmul_flops(text, most) + attention, memory_bytes(text, most), received)
     flops = model_flops(config, planned.parts) * accumulate * rows * length / planned.mesh.size
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     seconds = f"{times.compute:.3f} s of computing, {times.memory:.3f} s of HBM, {times.links:.3f} s of ICI"
-    share, shown = flops / times.seconds / chip.flops, f"{held / 2**30:.1f} of {chip.memory / 2**30:.0f} GiB"
+    share, usage = flops / times.seconds / chip.flops, f"{total / 2**30:.1f} of {chip.memory / 2**30:.0f} GiB"
     behind = [f"{hidden / sum(sent.values()):.0%} of what is sent is sent beside products"] if sent else []
     return [
         *behind,
         *_summed(planned, topology),
         f"least time of a step: the largest of {seconds}",
         f"at most {share:.0%} of the chip's peak, by the model's FLOPs",
-        f"fits: {shown}" if held <= chip.memory else f"does not fit: {shown}{_try(planned, topology)}",
+        f"fits: {usage}" if total <= chip.memory else f"does not fit: {usage}{_try(planned, topology)}",
     ]
 
 

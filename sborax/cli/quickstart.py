@@ -94,9 +94,9 @@ def _answers(
     tokenizer = model.tokenizer
     texts = [prompt_of(template, record, tokenizer) for record in questions]
     prompts = [prompt_tokens(tokenizer, text, takes_special(template)) for text in texts]
-    written = generate(model, params, adapters, prompts, NEW_TOKENS)
-    shown = [" ".join(text_of(tokenizer, new).split()) for new in written]
-    return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(shown, written, strict=True)]
+    outputs = generate(model, params, adapters, prompts, NEW_TOKENS)
+    lines = [" ".join(text_of(tokenizer, new).split()) for new in outputs]
+    return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(lines, outputs, strict=True)]
 
 
 def _summary(run: str, questions: Sequence[Mapping[str, Any]], before: Sequence[str], after: Sequence[str]) -> str:
@@ -107,10 +107,10 @@ def _summary(run: str, questions: Sequence[Mapping[str, Any]], before: Sequence[
     lines = [""]
     for record, old, new in zip(questions, before, after, strict=True):
         lines += [f"{record.get('instruction')}", f"  before: {old}", f"  after:  {new}", ""]
-    few = min(FEW, len(losses))
+    span = min(FEW, len(losses))
     held_out = "" if summary["eval_loss"] is None else f"; {summary['eval_loss']:.3f} on questions that were held out"
     lines += [
-        f"loss {fmean(losses[:few]):.3f} in the first {few} steps, {fmean(losses[-few:]):.3f} in the last{held_out}",
+        f"loss {fmean(losses[:span]):.3f} in the first {span} steps, {fmean(losses[-span:]):.3f} in the last{held_out}",
         f"{summary['steps']} steps in {clock(summary['seconds'])} minutes; "
         f"{summary['peak_memory'] / 1e9:.1f} GB of memory at most",
         f"{summary['trainable_parameters']:,} of {summary['base_parameters']:,} parameters were trained; "

@@ -86,8 +86,8 @@ def by_task(columns: str, *values: int | float | None) -> dict[str, float]:
 def method_change(method: AbstractMethod) -> str:
     """The change that sets the method of the first rule: `rules.0.method={"type": "LoRA", ...}`."""
     default = {field.name: field.default for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    chosen = {name: value for name, value in vars(method).items() if value != default[name]}
-    config = {"type": type(method).__name__, **{name: encode(value) for name, value in chosen.items()}}
+    options = {name: value for name, value in vars(method).items() if value != default[name]}
+    config = {"type": type(method).__name__, **{name: encode(value) for name, value in options.items()}}
     return f"rules.0.method={json.dumps(config)}"
 
 

@@ -68,14 +68,14 @@ def load_several(targets: Sequence[str]) -> list[Target]:
     model = load_model(
         first.model, first.precision, quant=first.quant, keep=lambda path: any(keep(path) for keep in predicates)
     )
-    loaded = []
+    results = []
     for experiment, adapter in runs:
         if note := has_gone_on(adapter):
             say(note)
         params, adapters = load_adapter(adapter, model.params)
         params = quantise_base(params, first.quant)
-        loaded.append(Target(model, params, rebase(params, adapters), experiment))
-    return loaded
+        results.append(Target(model, params, rebase(params, adapters), experiment))
+    return results
 
 
 def labels(targets: Sequence[str]) -> list[str]:

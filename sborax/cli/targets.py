@@ -86,14 +86,14 @@ def has_gone_on(adapter: epath.Path) -> str | None:
 
     - adapter: `adapter/` of the run, or `best/`, which is that of all steps.
     """
-    run, written = adapter.parent, read_object(adapter / PLAN).get("step")
-    if adapter.name != ADAPTER or type(written) is not int:
+    run, adapter_step = adapter.parent, read_object(adapter / PLAN).get("step")
+    if adapter.name != ADAPTER or type(adapter_step) is not int:
         return None
     summary = Summary.read(run)
     step = max(newest(run), 0 if summary is None else summary.steps)
-    if step <= written:
+    if step <= adapter_step:
         return None
-    return f"{run}: has gone on to step {step:,} and has not ended; its adapter is that of step {written:,}"
+    return f"{run}: has gone on to step {step:,} and has not ended; its adapter is that of step {adapter_step:,}"
 
 
 def load_run(run: str) -> Target:

@@ -133,8 +133,8 @@ def find_class(kind: type[T], name: str, where: str) -> type[T]:
     names = {name_of(child).lower(): name_of(child) for child in concrete(kind) if is_offered(child)}
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4) or sorted(names)
     if any(_matching(wider, name) for wider in kind.__mro__[1:] if wider.__module__.startswith("sborax.")):
-        taken = f"{kind.__name__}, such as {' or '.join(names[label] for label in close)}"
-        raise SboraxError(f"{where}: {name} cannot be used here; this takes an {taken}")
+        expected = f"{kind.__name__}, such as {' or '.join(names[label] for label in close)}"
+        raise SboraxError(f"{where}: {name} cannot be used here; this takes an {expected}")
     raise SboraxError(f"{where}: there is no {name!r}; did you mean {' or '.join(names[label] for label in close)}?")
 
 

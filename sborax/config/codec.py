@@ -270,11 +270,11 @@ def _decode_union(kinds: Sequence[Any], value: Any, where: str, structural: bool
             return str(_unquote(value))
         value = parsed
     fitting = [kind for kind in kinds if _fits(kind, value)]
-    written = [in_words(kind) for kind in kinds if kind is not LiveObject and in_words(kind)]
+    words = [in_words(kind) for kind in kinds if kind is not LiveObject and in_words(kind)]
     # A word that is no class's name may be meant as another type of the union, so the error lists them all.
     choice = len([kind for kind in kinds if kind is not types.NoneType]) > 1 and isinstance(value, str)
     if not fitting or (choice and inspect.isabstract(fitting[0]) and not is_known(fitting[0], value)):
-        raise _wrong_type(where, " or ".join(written), value)
+        raise _wrong_type(where, " or ".join(words), value)
     return _decode(fitting[0], value, where, structural)
 
 

@@ -153,9 +153,9 @@ def serve() -> None:
             return
         try:
             request = json.loads(line)
-            used = resource.getrusage(resource.RUSAGE_SELF)
+            usage = resource.getrusage(resource.RUSAGE_SELF)
             # The parent kills a call that takes too long. If the parent is gone, this limit does.
-            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + request["seconds"]) + 2)
+            _limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + request["seconds"]) + 2)
             reply = json.dumps(answer(request))
         except MemoryError:
             reply = json.dumps({"reason": f"it needs more than {MEMORY >> 20} MiB"})

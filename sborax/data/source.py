@@ -71,11 +71,11 @@ def _choose(place: Path, split: str) -> Path:
     if not files:
         raise SboraxError(f"{place}: no data file in it; known: {', '.join(READERS)}")
     named = [file for file in files if file.stem == split] or [file for file in files if file.stem.startswith(split)]
-    chosen = files if len(files) == 1 else named
-    if len(chosen) != 1:
-        problem = f"several files could be split {split!r}" if chosen else f"no file is named like split {split!r}"
-        raise SboraxError(f"{place}: {problem}; name one: {', '.join(file.name for file in chosen or files)}")
-    return chosen[0]
+    matches = files if len(files) == 1 else named
+    if len(matches) != 1:
+        problem = f"several files could be split {split!r}" if matches else f"no file is named like split {split!r}"
+        raise SboraxError(f"{place}: {problem}; name one: {', '.join(file.name for file in matches or files)}")
+    return matches[0]
 
 
 def read(name: Named, split: str = "train") -> Records:
@@ -150,11 +150,11 @@ def _from_file(path: Path) -> Records:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+        dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise SboraxError(f"{path}: not readable as {kind} ({reason})") from error
-    return cast(Records, loaded)
+    return cast(Records, dataset)
 
 
 def _text(path: Path, newline: str | None = None) -> str:

@@ -168,11 +168,11 @@ def _fill(pattern: str, record: Mapping[str, Any]) -> str:
     return "".join(text)
 
 
-def _check_text(what: str, value: Any) -> None:
+def _check_text(subject: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, int, float)):
-        raise SboraxError(f"{what} holds a {type(value).__name__}, where text belongs")
+        raise SboraxError(f"{subject} holds a {type(value).__name__}, where text belongs")
     if isinstance(value, float) and not math.isfinite(value):
-        raise SboraxError(f"{what} holds {value}, where text belongs")
+        raise SboraxError(f"{subject} holds {value}, where text belongs")
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -193,9 +193,9 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if question in record and answer in record:
             for name in (question, answer):
                 _check_text(f"column {name!r}", record[name])
-            more = f"\n{record['input']}" if record.get("input") else ""
+            input_text = f"\n{record['input']}" if record.get("input") else ""
             return [
-                {"role": "user", "content": f"{record[question]}{more}"},
+                {"role": "user", "content": f"{record[question]}{input_text}"},
                 {"role": "assistant", "content": str(record[answer])},
             ]
     raise SboraxError(

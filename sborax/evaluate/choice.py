@@ -42,17 +42,17 @@ def choose(scored: Sequence[Scored], names: Sequence[str]) -> tuple[int, int]:
 
 def f1(items: Sequence[tuple[int, int]]) -> float:
     """F1 of label 1, 2 TP / (2 TP + FP + FN), from pairs of the chosen and the right label."""
-    true_positives = sum(chosen == gold == 1 for chosen, gold in items)
-    errors = sum(chosen != gold for chosen, gold in items)
+    true_positives = sum(choice == gold == 1 for choice, gold in items)
+    errors = sum(choice != gold for choice, gold in items)
     return 2 * true_positives / (2 * true_positives + errors) if true_positives else 0.0
 
 
 def mcc(items: Sequence[tuple[int, int]]) -> float:
     """Matthews' correlation of the chosen and the right labels; 0 where either is constant."""
-    chosen, gold = np.array(items, np.float64).T
-    if chosen.std() == 0 or gold.std() == 0:
+    choices, gold = np.array(items, np.float64).T
+    if choices.std() == 0 or gold.std() == 0:
         return 0.0
-    return float(np.corrcoef(chosen, gold)[0, 1])
+    return float(np.corrcoef(choices, gold)[0, 1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +94,10 @@ def _pairs(question: Question, scorer: Scorer, special: bool) -> list[Pair]:
 
 def _measured(questions: Sequence[Question], scorer: Scorer, metrics: Sequence[str], special: bool = True) -> Measured:
     scores = scorer.options([_pairs(question, scorer, special) for question in questions])
-    items, chosen = [], []
+    items, choices = [], []
     for question, scored in zip(questions, scores, strict=True):
         plain, normed = choose(scored, question.names)
-        chosen.append((plain, normed, question.gold))
+        choices.append((plain, normed, question.gold))
         items.append(
             {
                 "prompt": question.prompts[0] if len(question.prompts) == 1 else list(question.prompts),
@@ -110,10 +110,10 @@ def _measured(questions: Sequence[Question], scorer: Scorer, metrics: Sequence[s
             }
         )
     formulas: dict[str, Callable[[], Metric]] = {
-        "acc": lambda: mean([float(plain == gold) for plain, _, gold in chosen]),
-        "acc_norm": lambda: mean([float(normed == gold) for _, normed, gold in chosen]),
-        "f1": lambda: jackknife([(plain, gold) for plain, _, gold in chosen], f1),
-        "mcc": lambda: jackknife([(plain, gold) for plain, _, gold in chosen], mcc),
+        "acc": lambda: mean([float(plain == gold) for plain, _, gold in choices]),
+        "acc_norm": lambda: mean([float(normed == gold) for _, normed, gold in choices]),
+        "f1": lambda: jackknife([(plain, gold) for plain, _, gold in choices], f1),
+        "mcc": lambda: jackknife([(plain, gold) for plain, _, gold in choices], mcc),
     }
     remarks = cut_remark([max(option.cut for option in scored) for scored in scores])
     return Measured({name: formulas[name]() for name in metrics}, items, remarks)

@@ -107,8 +107,8 @@ class HarnessModel(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         for members in groups.values():
-            written = self._write([requests[i].args[0] for i in members], requests[members[0]].args[1])
-            for i, text in zip(members, written, strict=True):
+            outputs = self._write([requests[i].args[0] for i in members], requests[members[0]].args[1])
+            for i, text in zip(members, outputs, strict=True):
                 texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return texts

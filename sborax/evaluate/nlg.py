@@ -126,18 +126,18 @@ class Describe(AbstractTask):
             raise SboraxError(f"{self.name}: needs {', '.join(missing)}; pip install 'sborax[eval]'")
         prompts = [linearised(unit["mr"]) for unit in units]
         ids = [scorer.encode(prompt) for prompt in prompts]
-        written = [text.strip() for text in texts(ids, self.new_tokens, ("\n",), scorer)]
-        described = [(text, unit["references"]) for text, unit in zip(written, units, strict=True)]
+        outputs = [text.strip() for text in texts(ids, self.new_tokens, ("\n",), scorer)]
+        described = [(text, unit["references"]) for text, unit in zip(outputs, units, strict=True)]
         nearest = [rouge_l(item) for item in described]
         metrics = {"BLEU": jackknife(described, bleu), "NIST": jackknife(described, nist), "ROUGE-L": mean(nearest)}
-        more, absent = _optional(described)
+        extras, absent = _optional(described)
         items = [
             {"prompt": prompt, "text": text, "references": list(references), "ROUGE-L": value}
             for prompt, (text, references), value in zip(prompts, described, nearest, strict=True)
         ]
         room = scorer.model.config.context - self.new_tokens
         remarks = (*absent, *cut_remark([max(0, len(prompt) - room) for prompt in ids]))
-        return Measured({**metrics, **more}, items, remarks)
+        return Measured({**metrics, **extras}, items, remarks)
 
 
 def _optional(described: Sequence[Described]) -> tuple[Mapping[str, Metric], list[str]]:

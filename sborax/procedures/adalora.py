@@ -97,8 +97,8 @@ class AdaLoRABudget(AbstractInPlace):
             def zeros() -> PyTree:
                 return jax.tree.map(jnp.zeros_like, params)
 
-            kept = {path: jnp.ones_like(node.train["e"]) for path, node in adapters_by_path(params).items()}
-            return BudgetState(zeros(), zeros(), zeros(), kept)
+            masks = {path: jnp.ones_like(node.train["e"]) for path, node in adapters_by_path(params).items()}
+            return BudgetState(zeros(), zeros(), zeros(), masks)
 
         def update(
             updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any

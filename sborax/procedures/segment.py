@@ -126,11 +126,11 @@ def _join(site: Site, segments: Sequence[Adapter], rates: Sequence[float]) -> Ad
         factors_of_parts.append((np.float32(rate) * a * acts[:, None, None], b))
     a = np.concatenate([a for a, _ in factors_of_parts], axis=2)
     b = np.concatenate([b for _, b in factors_of_parts], axis=1)
-    used = a.any(axis=1) & b.any(axis=2)
-    ranks = np.maximum(used.sum(axis=1), 1)
+    mask = a.any(axis=1) & b.any(axis=2)
+    ranks = np.maximum(mask.sum(axis=1), 1)
     # Live columns first, in their order; the tail beyond the largest rank is zero in every layer.
-    order = np.argsort(~used, axis=1, kind="stable")[:, : ranks.max()]
-    live = np.take_along_axis(used, order, axis=1)
+    order = np.argsort(~mask, axis=1, kind="stable")[:, : ranks.max()]
+    live = np.take_along_axis(mask, order, axis=1)
     a = np.take_along_axis(a, order[:, None, :], axis=2) * live[:, None, :]
     b = np.take_along_axis(b, order[:, :, None], axis=1) * live[:, :, None]
     rank = int(ranks[0]) if len(set(ranks.tolist())) == 1 else tuple(ranks.tolist())

@@ -155,11 +155,11 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
         if not isinstance(plan.get(name), kind):
             raise SboraxError(f"{place / PLAN}: {name} is missing or has the wrong type")
     _check_values(place, leaves, plan.get("digests"))
-    used, adapters = set[str](), {}
+    leaf_names, adapters = set[str](), {}
 
     def leaves_under(prefix: str) -> dict[str, Array]:
         names = [name for name in leaves if name.startswith(prefix)]
-        used.update(names)
+        leaf_names.update(names)
         return {name.removeprefix(prefix): jnp.asarray(leaves[name]) for name in names}
 
     for site in plan["sites"]:
@@ -171,7 +171,7 @@ def read_adapter(directory: str | epath.PathLike) -> Saved:
             check_leaves(where, method, method.axes, half, None)
         adapters[path] = _with_parts(_with_scalars(Adapter(train, frozen, method, in_axes)))
     trained_base = leaves_under("base/")
-    if set(trained_base) != set(map(str, plan["trained_base"])) or used != set(leaves):
+    if set(trained_base) != set(map(str, plan["trained_base"])) or leaf_names != set(leaves):
         raise SboraxError(f"{place}: {LEAVES} and {PLAN} do not belong together")
     rules = tuple(decode(Rule, rule, f"{place / PLAN}: rules.{i}") for i, rule in enumerate(plan["rules"]))
     fields = ("format", "rules", "sites", "trained_base", "base", "digests")
@@ -291,8 +291,8 @@ def load_adapter(directory: str | epath.PathLike, params: Params) -> tuple[Param
             "of the run"
         )
     if vectors:
-        held = {table: flat[table] for path, table in VECTORS.items() if path in vectors}
-        changed |= with_vectors({**held, **vectors})
+        base_tables = {table: flat[table] for path, table in VECTORS.items() if path in vectors}
+        changed |= with_vectors({**base_tables, **vectors})
     for path, leaf in saved.trained_base.items():
         if path in vectors:
             continue

@@ -199,8 +199,8 @@ def _steps_of(tree: PyTree) -> int | None:
 def _compare(expected: dict[str, Any], stored: dict[str, Any], where: str) -> None:
     """Raise SboraxError unless the leaves have the names, shapes and dtypes of those expected."""
     for name in sorted(expected.keys() ^ stored.keys()):
-        what = "lacks" if name in expected else "holds an unknown"
-        raise SboraxError(f"{where} {what} {name}; resume with the config that the run was started with")
+        problem = "lacks" if name in expected else "holds an unknown"
+        raise SboraxError(f"{where} {problem} {name}; resume with the config that the run was started with")
     for name, leaf in expected.items():
         if stored[name].shape != leaf.shape or stored[name].dtype != leaf.dtype:
             raise SboraxError(

@@ -84,8 +84,8 @@ def _has_steps(place: epath.Path) -> bool:
     return any(file.exists() and file.stat().length for file in metrics)
 
 
-def _remove(place: epath.Path, written: tuple[str, ...]) -> None:
-    for name in written:
+def _remove(place: epath.Path, names: tuple[str, ...]) -> None:
+    for name in names:
         entry = place / name
         if entry.is_dir():
             entry.rmtree()

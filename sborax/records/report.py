@@ -117,10 +117,10 @@ class Progress:
             self.bar.set_postfix_str(numbers, refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        now = time.monotonic()
-        if now - self.spoke >= PLAIN_EVERY or step == self.steps:
-            self.spoke = now
-            left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
+        moment = time.monotonic()
+        if moment - self.spoke >= PLAIN_EVERY or step == self.steps:
+            self.spoke = moment
+            left = (moment - self.started) / max(1, step - self.first) * (self.steps - step)
             self.echo(f"step {step:,}/{self.steps:,}: {numbers}, {clock(left)} left")
 
     def close(self) -> None:
@@ -228,12 +228,12 @@ def method_line(method: AbstractMethod) -> str:
         return type(method).__name__
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method)  # type: ignore[arg-type]
     options = [(field, getattr(method, field.name)) for field in fields]
-    shown = [
+    settings = [
         f"{field.name}={method_line(value) if isinstance(value, AbstractMethod) else value}"
         for field, value in options
         if field.name == "rank" or value != field.default
     ]
-    return f"{type(method).__name__}({', '.join(shown)})"
+    return f"{type(method).__name__}({', '.join(settings)})"
 
 
 def plan_lines(plan: Plan) -> list[str]:

@@ -174,7 +174,7 @@ def gather(
 
     def join(shared: list[Array], frozen: list[Array]) -> PyTree:
         common, individual = iter(shared), iter(frozen)
-        return jax.tree.unflatten(structure, [next(common if once else individual) for once in is_shared])
+        return jax.tree.unflatten(structure, [next(common if flag else individual) for flag in is_shared])
 
     with_rates = [optimizer_of(member) for member in members]
     without_rates = [optimizer.without_rate() for optimizer in with_rates]
@@ -187,13 +187,13 @@ def gather(
     keys = [Streams.of(member.experiment.seed_adapter).dropout for member in members]
     folded = () if procedure is None else procedure.folded
     constants = MemberConstants(
-        frozen=[jnp.stack(column) for column, once in zip(columns, is_shared, strict=True) if not once],
+        frozen=[jnp.stack(column) for column, flag in zip(columns, is_shared, strict=True) if not flag],
         key=jnp.stack(keys),
         lr=jnp.stack([rates(optimizer, steps) for optimizer in with_rates]),
         optimizer=jnp.asarray([distinct.index(optimizer) for optimizer in without_rates], jnp.int32),
         base={path: _stack([part.base[path] for part in parts]) for path in folded},
     )
-    shared = [column[0] for column, once in zip(columns, is_shared, strict=True) if once]
+    shared = [column[0] for column, flag in zip(columns, is_shared, strict=True) if flag]
     count = len(members)
     zero = jnp.zeros((count,), jnp.int32)
     run = TrainState(zero, _stack([part.train for part in parts]), _stack(opt_leaves))
@@ -311,12 +311,12 @@ def _equal(left: Array, right: Array) -> bool:
     return left is right or np.array_equal(np.asarray(left), np.asarray(right))
 
 
-def _check_alike(first: Member, member: Member, of_first: PyTree, of_member: PyTree, what: str) -> None:
+def _check_alike(first: Member, member: Member, of_first: PyTree, of_member: PyTree, words: str) -> None:
     def form(tree: PyTree) -> Any:
         return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
     if form(of_first) != form(of_member):
         raise SboraxError(
-            f"{first.name} and {member.name}: their {what} different leaves, as with and without dropout or momentum; "
+            f"{first.name} and {member.name}: their {words} different leaves, as with and without dropout or momentum; "
             "members need the same ones, run one of the two alone"
         )

@@ -160,18 +160,18 @@ def _train_all(
     fresh = Results.of(members, groups, rungs(description.halving, goals))
     stored = read_results(place)
     if stored is not None and stored.halving != fresh.halving:
-        what = f"with halving at {','.join(map(str, stored.halving))}" if stored.halving else "without halving"
-        raise SboraxError(f"{place}: holds a sweep {what}; resume it in the same way")
+        halving = f"with halving at {','.join(map(str, stored.halving))}" if stored.halving else "without halving"
+        raise SboraxError(f"{place}: holds a sweep {halving}; resume it in the same way")
     results = fresh if stored is None else stored.including(fresh)
     if unfinished(results, goals):
         places = [place for group in groups for place in (group.place(shared.place), *group.runs(shared.place))]
         check_sources(shared.place, shared.prints, shared.rows.samples, any(map(has_computed, places)))
-    more = True
-    while more:
+    has_members = True
+    while has_members:
         results = _train_groups(description, groups, shared, results)
         losses = {result.name: result.loss for result in results.members}
         added = description.extended(members, losses) if description.auto and not unfinished(results, goals) else ()
-        if more := bool(added):
+        if has_members := bool(added):
             echo(f"{len(added)} more, since the best learning rate is at an end: {', '.join(m.name for m in added)}")
             groups, members = grouped(added, groups[-1].number), (*members, *added)
             claim_runs(place, groups, claims)

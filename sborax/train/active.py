@@ -101,10 +101,10 @@ class ActiveProcedure:
         """
         first = Boundary(combine(parts.adapters, parts.frozen), parts.base, state.opt)
 
-        def kept(step: int) -> Adapters:
+        def segment(step: int) -> Adapters:
             return self.layout.beside(self._kept(step), first.adapters)
 
-        boundary = self.method.replay(self._key, done, self.run, first, kept)
+        boundary = self.method.replay(self._key, done, self.run, first, segment)
         after = dataclasses.replace(parts, frozen=self.halves(boundary.adapters)[1], base=boundary.base)
         return self.layout.beside(after, parts)
 

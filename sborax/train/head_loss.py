@@ -136,8 +136,8 @@ def _loss_and_slope(
         top = jnp.max(logits, axis=1, keepdims=True)
         powers = jnp.exp(logits - top)
         norm = jnp.sum(powers, axis=1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)
-        losses = weight[:, None] * (top + jnp.log(norm) - chosen)
+        target_logits = jnp.take_along_axis(logits, target[:, None], axis=1)
+        losses = weight[:, None] * (top + jnp.log(norm) - target_logits)
         total = total + jnp.sum(losses)
         if want_terms:
             terms = jax.lax.dynamic_update_slice_in_dim(terms, losses[:, 0], start, axis=0)
@@ -227,8 +227,8 @@ def head_log_probs(
 
 
 def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"]) -> Float[Array, " chunk"]:
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=1)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return target_logits - jax.nn.logsumexp(logits, axis=1)
 
 
 def _in_chunks(chunk: int, *trees: PyTree[Shaped[Array, "tokens ..."]]) -> PyTree[Shaped[Array, "chunks chunk ..."]]:

@@ -66,10 +66,10 @@ class Statistics:
         return _hints(self.model, params, [site], self.microbatches)[name]
 
 
-def _sites(chosen: Plan) -> list[Site]:
+def _sites(run_plan: Plan) -> list[Site]:
     """The sites that need statistics of inputs, in the order of the model's modules."""
     order = {row.ours: number for number, row in enumerate(TABLE)}
-    sites = [site for site in chosen.sites if "inputs" in site.method.needs]
+    sites = [site for site in run_plan.sites if "inputs" in site.method.needs]
     return sorted(sites, key=lambda site: order.get(unlayered(site.path)[0], len(order)))
 
 

@@ -173,8 +173,8 @@ def _read_base(experiment: Experiment, layout: Layout, echo: Echo) -> LanguageMo
     model = read_model(experiment, layout)
     echo(f"attention: {model.module.attention}")
     if several():
-        here, everywhere = held(model.params)
-        echo(f"weights: {here:,} of {everywhere:,} bytes on this host")
+        share, total = held(model.params)
+        echo(f"weights: {share:,} of {total:,} bytes on this host")
     return model
 
 
@@ -256,14 +256,14 @@ def loop(
             # Waiting for a step only after the next is dispatched keeps the device busy.
             if pending is not None:
                 recorder.finish(pending)
-            now = number + 1
-            epoch, row = batches.position(now)
-            pending = DispatchedStep(now, numbers, batches.tokens(number), 0.0, stepper.programs() > programs, epoch)
+            step = number + 1
+            epoch, row = batches.position(step)
+            pending = DispatchedStep(step, numbers, batches.tokens(number), 0.0, stepper.programs() > programs, epoch)
 
-            last = asked_to_stop(request.is_set(), now) or now == steps
-            evaluate = bool(held_out) and (last or due(experiment.eval.every, now))
-            save = last or due(experiment.save.every, now)
-            act = stepper.due(now)
+            last = asked_to_stop(request.is_set(), step) or step == steps
+            evaluate = bool(held_out) and (last or due(experiment.eval.every, step))
+            save = last or due(experiment.save.every, step)
+            act = stepper.due(step)
             if save or evaluate or act or number == done:
                 # A checkpoint is only made of a state whose loss is known to be finite.
                 recorder.finish(pending)
@@ -271,12 +271,12 @@ def loop(
             if stepper.ended:
                 break
             if act:
-                stepper.act(now)
+                stepper.act(step)
             if evaluate:
-                stepper.evaluate(now, held_out)
+                stepper.evaluate(step, held_out)
             if save:
-                checkpoints.save(now, stepper.state, {"epoch": epoch, "row": row})
-                recorder.saved = now
+                checkpoints.save(step, stepper.state, {"epoch": epoch, "row": row})
+                recorder.saved = step
             if save or evaluate or act:
                 recorder.mark = time.monotonic()
             if last:
@@ -300,9 +300,9 @@ class _Recorder:
     def finish(self, pending: DispatchedStep) -> None:
         """Wait for a step and record it. Raises SboraxError if the run cannot go on."""
         numbers = jax.device_get(pending.numbers)
-        now = time.monotonic()
-        dispatched = dataclasses.replace(pending, numbers=numbers, seconds=now - self.mark)
-        self.mark = now
+        moment = time.monotonic()
+        dispatched = dataclasses.replace(pending, numbers=numbers, seconds=moment - self.mark)
+        self.mark = moment
         if not dispatched.compiled:
             self.stepper.speed.add(dispatched.tokens, dispatched.seconds)
         problem = self.stepper.record(dispatched, first=dispatched.step == self.done + 1)

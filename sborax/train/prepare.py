@@ -72,10 +72,10 @@ class Prepared:
 
     def replanned(self, hints: Mapping[str, Hint]) -> "Prepared":
         """The run with the ranks that hints give."""
-        chosen, procedure = allotted(self.plan, hints), self.procedure
+        run_plan, procedure = allotted(self.plan, hints), self.procedure
         if procedure is not None:
-            procedure = dataclasses.replace(procedure, run=dataclasses.replace(procedure.run, plan=chosen))
-        return dataclasses.replace(self, plan=chosen, procedure=procedure)
+            procedure = dataclasses.replace(procedure, run=dataclasses.replace(procedure.run, plan=run_plan))
+        return dataclasses.replace(self, plan=run_plan, procedure=procedure)
 
     def adapt(
         self,
@@ -147,12 +147,12 @@ def prepare(
 
     Raises SboraxError as planning does.
     """
-    chosen = plan(model.params, experiment.rules, hints=promised(model.params))
+    run_plan = plan(model.params, experiment.rules, hints=promised(model.params))
     streams = Streams.of(experiment.seed_adapter)
     procedure = None
     if experiment.procedure is not None:
-        run = Run(chosen, steps, model.config.num_key_value_heads)
+        run = Run(run_plan, steps, model.config.num_key_value_heads)
         split = halves(experiment.optimizer)
         procedure = ActiveProcedure(experiment.procedure, run, streams.procedure, place, split, layout)
     # Without parameters: a second reference would keep a rewritten or trained base alive.
-    return Prepared(experiment, dataclasses.replace(model, params={}), chosen, steps, streams, procedure)
+    return Prepared(experiment, dataclasses.replace(model, params={}), run_plan, steps, streams, procedure)

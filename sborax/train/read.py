@@ -47,10 +47,10 @@ def end_token(model: LanguageModel) -> int | None:
     return model.config.eos_token_id[0] if end is None and model.config.eos_token_id else end
 
 
-def _samples(data: Data, model: LanguageModel, echo: Echo, what: str) -> tuple[list[Sample], str]:
+def _samples(data: Data, model: LanguageModel, echo: Echo, label: str) -> tuple[list[Sample], str]:
     samples, report = load_samples(data, model.tokenizer, end_token(model), model.config.context)
     check_ids(data.label(), samples, model.tokenizer, model.config.vocab_size)
-    echo(f"{what} {data.label()}: {report}")
+    echo(f"{label} {data.label()}: {report}")
     return samples, str(report)
 
 

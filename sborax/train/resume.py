@@ -55,10 +55,10 @@ def check_sources(run: epath.Path, prints: Mapping[str, str], samples: Sequence[
     place, new = run / SOURCES, {"base": dict(prints), "data": _digest(samples)}
     if computed and place.exists():
         old = read_object(place)
-        for what in new:
-            if old.get(what) != new[what]:
+        for part in new:
+            if old.get(part) != new[part]:
                 raise SboraxError(
-                    f"{run}: the {what} of the run has changed since it began, though its name is the same; bring back "
+                    f"{run}: the {part} of the run has changed since it began, though its name is the same; bring back "
                     "what was there, or start another run"
                 )
     replace(place, json.dumps(new, indent=2) + "\n")

@@ -279,8 +279,8 @@ def check_alive(grad_norms: dict[str, float]) -> None:
     """Raise SboraxError for an adapter whose gradient is zero."""
     dead = sorted(path for path, norm in grad_norms.items() if norm == 0.0)
     if dead:
-        more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
+        tail = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
         raise SboraxError(
-            f"{dead[0]}{more}: no gradient at all in the first step: the model never consumed it, or a row is a single "
+            f"{dead[0]}{tail}: no gradient at all in the first step: the model never consumed it, or a row is a single "
             "token; adapt modules that the model reads, with a method whose start is not a stationary point"
         )

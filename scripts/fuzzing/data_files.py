@@ -156,10 +156,10 @@ def tables(home: Path) -> Prepare:
         lines.writerow(random.choice((*[["q", "a"]] * 9, ["", "q", "a"], ["q", "a", "a"], ["a"], ["a", "q"])))
         for _ in range(random.choice((0, 1, 5, 50))):
             lines.writerow([random.choice(cells) for _ in range(2 if random.randrange(40) else random.choice((1, 3)))])
-        written = text.getvalue()
+        content = text.getvalue()
         if random.randrange(2):
-            written = harm_text(random, written, (*TEXTS, '"', '""', separator, "\n", "\r", '"\n'))
-        raw = written.encode(random.choice((*["utf-8"] * 9, "utf-8-sig", "utf-16")), "replace")
+            content = harm_text(random, content, (*TEXTS, '"', '""', separator, "\n", "\r", '"\n'))
+        raw = content.encode(random.choice((*["utf-8"] * 9, "utf-8-sig", "utf-16")), "replace")
         (place / name).write_bytes(harm_bytes(random, raw) if random.randrange(8) == 0 else raw)
 
         def read() -> Any:

@@ -253,7 +253,7 @@ def pipes(home: Path) -> Prepare:
     save_hf(home / "wide", LanguageModel(Llama(wide), params, wide, tokenizer()), params)
     paths = [*(home / "wide").iterdir(), *(home / "adapter").iterdir()]
     files = {path.name: path.read_bytes() for path in paths} | data
-    more = (
+    names = (
         "generation_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
@@ -274,7 +274,7 @@ def pipes(home: Path) -> Prepare:
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
         for name, raw in files.items():
             (place / name).write_bytes(raw)
-        for name in random.sample([*files, *more], random.choice((0, 1, 1, 2, 3))):
+        for name in random.sample([*files, *names], random.choice((0, 1, 1, 2, 3))):
             (place / name).unlink(missing_ok=True)
             random.choice(NO_FILES)(place / name)
         call = random.choice(calls)

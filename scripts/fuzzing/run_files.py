@@ -34,8 +34,8 @@ def run(home: Path) -> Prepare:
 
         def read() -> Any:
             is_run(str(place))
-            loaded = load_experiment(str(place / CONFIG) if random.randrange(2) else str(place))
-            return plan(abstract_tiny(), loaded.rules)
+            result = load_experiment(str(place / CONFIG) if random.randrange(2) else str(place))
+            return plan(abstract_tiny(), result.rules)
 
         return read
 
@@ -103,12 +103,12 @@ def leftovers(home: Path) -> Prepare:
         (place / "best").mkdir()
         (place / "best" / PLAN).write_bytes(write(random, harm(random, about)))
         (place / "best" / LEAVES).write_bytes(struct.pack("<Q", 2) + b"{}")
-        which = random.randrange(3)
+        case = random.randrange(3)
 
         def read() -> Any:
-            if which == 0:
+            if case == 0:
                 return check_same(epath.Path(place), members, bool(random.randrange(2)))
-            if which == 1:
+            if case == 1:
                 metrics = Metrics(epath.Path(place), 3)
                 return metrics.losses(), metrics.eval_loss()
             return best_so_far(epath.Path(place), {}, lambda line: None)

@@ -80,15 +80,15 @@ class Guard:
             for path in arguments[:2]:
                 self._path(event, path)
 
-    def _path(self, what: str, path: Any) -> None:
+    def _path(self, event: str, path: Any) -> None:
         if not isinstance(path, (str, bytes)):
             return
         full = os.path.abspath(os.fsdecode(path))
         if f"{full}/".startswith(self.inside) or full.startswith((self.cache, "/dev/")):
             return
-        if what != "reads" or full.startswith((self.jail, "/etc/passwd")):
+        if event != "reads" or full.startswith((self.jail, "/etc/passwd")):
             assert self.events is not None
-            self.events.append(f"{what} {full}")
+            self.events.append(f"{event} {full}")
 
 
 def _listing(jail: Path) -> list[tuple[str, int, int]]:
@@ -194,8 +194,8 @@ def child(reader: str, seed: int, jail: Path, first: int, last: int, limit: floa
         current = mmap.mmap(file.fileno(), 8)
 
     def ready() -> None:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, resource.RLIM_INFINITY))
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
 
     def started(number: int) -> None:
         current[:] = struct.pack("<q", number)

@@ -32,19 +32,19 @@ def tokenizers(home: Path) -> Prepare:
     )
 
     def prepare(random: Random, place: Path) -> Callable[[], Any]:
-        which, files = random.randrange(4), {"json": valid, "config": about, "map": named}
-        name = ("json", "json", "config", "map")[which]
+        case, files = random.randrange(4), {"json": valid, "config": about, "map": named}
+        name = ("json", "json", "config", "map")[case]
         files[name] = harm(random, files[name])
         if name == "config" and random.randrange(3) == 0 and isinstance(files[name], dict):
             files[name][random.choice(keys)] = random.choice((["../outside/tokenizer.9.9.9.json"], hostile(random)))
-        if which == 3:
+        if case == 3:
             files["config"] = {name: value for name, value in about.items() if name != "added_tokens_decoder"}
             put(place, special_tokens_map__json=write(random, files["map"]))
         put(place, tokenizer__json=write(random, files["json"]), tokenizer_config__json=write(random, files["config"]))
 
         def read() -> Any:
-            loaded = read_tokenizer(place)
-            return loaded if loaded is None else tokens_of(loaded, "Two and 2 é.")["input_ids"]
+            result = read_tokenizer(place)
+            return result if result is None else tokens_of(result, "Two and 2 é.")["input_ids"]
 
         return read
 
@@ -102,9 +102,9 @@ def patterns(home: Path) -> Prepare:
         prompt = random.choice(PROMPTS)
 
         def read() -> Any:
-            loaded = read_tokenizer(place)
-            assert loaded is not None
-            return text_of(loaded, tokens_of(loaded, prompt)["input_ids"])
+            result = read_tokenizer(place)
+            assert result is not None
+            return text_of(result, tokens_of(result, prompt)["input_ids"])
 
         return read
 

@@ -251,21 +251,21 @@ def _setting(rows: Sequence[Row], prefixes: Sequence[str], conditions: Mapping[s
     replicates = [_replicates(named, group, notes) for named, group in zip(labels, members.values(), strict=True)]
     measures = _measures([row for group in replicates for row in group])
     chosen_by = measures[0] if measures else None
-    chosen = [_choose(group, measures) for group in replicates]
+    choices = [_choose(group, measures) for group in replicates]
     best = [
         tuple(row for row in group if row.lr == lr and row.diverged is None)
-        for group, (lr, _, _) in zip(replicates, chosen, strict=True)
+        for group, (lr, _, _) in zip(replicates, choices, strict=True)
     ]
     estimates = _estimates(best, measures)
     groups = tuple(
         Group(named, tuple(group), lr, at_best, rates if by == chosen_by else None, values)
         for named, group, (lr, rates, by), at_best, values in zip(
-            labels, replicates, chosen, best, estimates, strict=True
+            labels, replicates, choices, best, estimates, strict=True
         )
     )
     notes += [
         f"{group.label}: has no {chosen_by}, so that its learning rate was chosen by its {by}"
-        for group, (_, rates, by) in zip(groups, chosen, strict=True)
+        for group, (_, rates, by) in zip(groups, choices, strict=True)
         if by != chosen_by and rates is not None and len(rates.rates) > 1
     ]
     return Setting(title, conditions, groups, tuple(measures), chosen_by, (*notes, *_remarks(groups, chosen_by)))
@@ -365,19 +365,19 @@ def _choose(rows: Sequence[Row], measures: Sequence[str]) -> tuple[float | None,
     if None in rates or measure is None:
         return (rows[0].lr if len(rates) == 1 else None), None, None
     lower = lower_is_better(measure)
-    tried: dict[float, dict[tuple[int, int], float]] = collections.defaultdict(dict)
+    by_rate: dict[float, dict[tuple[int, int], float]] = collections.defaultdict(dict)
     for row in rows:
         if row.lr is not None and row.diverged is not None:
             # A rate at which a seed diverged is no rate to recommend.
-            tried[row.lr][row.seeds] = math.inf if lower else -math.inf
+            by_rate[row.lr][row.seeds] = math.inf if lower else -math.inf
         elif row.lr is not None and measure in row.measurements:
-            tried[row.lr][row.seeds] = row.measurements[measure].value
-    common = set.intersection(*map(set, tried.values()))
+            by_rate[row.lr][row.seeds] = row.measurements[measure].value
+    common = set.intersection(*map(set, by_rate.values()))
     scores = {
         rate: statistics.fmean(value for seeds, value in by_seed.items() if seeds in common or not common)
-        for rate, by_seed in tried.items()
+        for rate, by_seed in by_rate.items()
     }
-    lost = {rate for rate, by_seed in tried.items() if not all(map(math.isfinite, by_seed.values()))}
+    lost = {rate for rate, by_seed in by_rate.items() if not all(map(math.isfinite, by_seed.values()))}
     rates = sensitivity(scores | dict.fromkeys(lost, math.inf if lower else -math.inf), lower)
     return rates.best, rates, measure
 

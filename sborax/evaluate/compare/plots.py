@@ -266,10 +266,10 @@ def rate_figures(setting: Setting, key: str) -> list[tuple[Group, str]]:
                 if other != id(group):
                     axes.plot(rates, np.clip(scores, low - pad, high + pad), color=MUTED, alpha=OTHERS, linewidth=1.0)
             rates, scores = lines[id(group)]
-            shown = np.clip(scores, low - pad, high + pad)
-            axes.plot(rates, shown, "o-", color=ACCENT, linewidth=1.6, markersize=3.5, clip_on=False)
-            gone = ~np.isfinite(scores)
-            axes.plot(rates[gone], np.full(gone.sum(), edge), "x", color=FRONT, markersize=6, clip_on=False, zorder=4)
+            points = np.clip(scores, low - pad, high + pad)
+            axes.plot(rates, points, "o-", color=ACCENT, linewidth=1.6, markersize=3.5, clip_on=False)
+            mask = ~np.isfinite(scores)
+            axes.plot(rates[mask], np.full(mask.sum(), edge), "x", color=FRONT, markersize=6, clip_on=False, zorder=4)
             if group.rates.best is not None:
                 at = group.rates.rates.index(group.rates.best)
                 axes.plot(rates[at], scores[at], "o", markersize=8, markerfacecolor="none", markeredgecolor=FRONT)
@@ -305,11 +305,11 @@ def spectrum_figures(setting: Setting, weights: Weights, key: str) -> list[tuple
         with matplotlib.rc_context(STYLE | SMALLER):
             drawing, axes = _draw(SMALL)
             for other, values in lines.items():
-                shown = np.where(values > low, values, np.nan)
+                sizes = np.where(values > low, values, np.nan)
                 if other != id(group):
-                    axes.plot(np.arange(1, len(values) + 1), shown, color=MUTED, alpha=OTHERS, linewidth=1.0)
+                    axes.plot(np.arange(1, len(values) + 1), sizes, color=MUTED, alpha=OTHERS, linewidth=1.0)
                 else:
-                    axes.plot(np.arange(1, len(values) + 1), shown, ".-", color=ACCENT, linewidth=1.6, zorder=3)
+                    axes.plot(np.arange(1, len(values) + 1), sizes, ".-", color=ACCENT, linewidth=1.6, zorder=3)
             axes.set_yscale("log")
             axes.set_ylim(low, 2 * top)
             axes.set_xlim(0, longest + 1)
@@ -326,28 +326,28 @@ def region_figures(setting: Setting, weights: Weights, key: str) -> list[tuple[s
     """Maps of the rows or columns that moved, for groups that leave some alone; with captions."""
     figures = []
     for place, group in enumerate(setting.ranked):
-        for number, (kernel, moved) in enumerate(regions(weights.changes.get(group.label, ())).items()):
+        for number, (kernel, mask) in enumerate(regions(weights.changes.get(group.label, ())).items()):
             with matplotlib.rc_context(STYLE | SMALLER):
-                drawing, axes = _draw((SMALL[0], 74 + min(120, 8 * len(moved))))
-                share = _binned(moved, 120)
+                drawing, axes = _draw((SMALL[0], 74 + min(120, 8 * len(mask))))
+                share = _binned(mask, 120)
                 # A picture has no CSS variables: one colour that stands out on both papers, as opaque as rows moved.
                 picture = np.empty((*share.shape, 4))
                 picture[..., :3], picture[..., 3] = np.array([0x3B, 0x82, 0xD6]) / 255, 0.12 + 0.88 * share
-                extent = (0, moved.shape[1], len(moved) - 0.5, -0.5)
+                extent = (0, mask.shape[1], len(mask) - 0.5, -0.5)
                 axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
                 axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
                 axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
                 axes.set_xlabel(kernel.rpartition(", ")[2])
                 axes.set_ylabel("layer")
-            caption = f"{group.label}: {kernel}, {100 * moved.mean():.3g} % moved"
+            caption = f"{group.label}: {kernel}, {100 * mask.mean():.3g} % moved"
             figures.append((caption, _svg(drawing, f"{key}-{place}-{number}", caption)))
     return figures
 
 
-def _binned(moved: np.ndarray, most: int) -> np.ndarray:
+def _binned(mask: np.ndarray, most: int) -> np.ndarray:
     """Shares of entries that moved in at most so many equal parts of each row."""
-    parts = np.array_split(np.arange(moved.shape[1]), min(most, moved.shape[1]))
-    return np.stack([moved[:, part].mean(axis=1) for part in parts], axis=1)
+    parts = np.array_split(np.arange(mask.shape[1]), min(most, mask.shape[1]))
+    return np.stack([mask[:, part].mean(axis=1) for part in parts], axis=1)
 
 
 def rank_figures(setting: Setting, weights: Weights, key: str) -> list[tuple[str, str]]:

@@ -202,9 +202,9 @@ def regions(changes: Sequence[Change]) -> dict[str, Bool[np.ndarray, "_layers _s
     maps = {}
     for kernel, layers in kinds.items():
         for side in ("rows", "columns"):
-            moved = np.array([getattr(change, side) for change in layers])
-            if not moved.all():
-                maps[f"{kernel}, {side}"] = moved
+            mask = np.array([getattr(change, side) for change in layers])
+            if not mask.all():
+                maps[f"{kernel}, {side}"] = mask
     return maps
 
 

@@ -127,12 +127,12 @@ def scores_table(setting: Setting, measure: str) -> Table:
 def costs_table(setting: Setting) -> Table:
     """The groups by what they cost, with their learning rate; a star marks the Pareto front of the main score."""
     on = fronts(setting)
-    shown = [cost for cost in COSTS if cost in on or cost == "trained"]
-    header = ["", "group", "lr", "best lr is", "runs", *(COSTS[cost][0] for cost in shown)]
+    columns = [cost for cost in COSTS if cost in on or cost == "trained"]
+    header = ["", "group", "lr", "best lr is", "runs", *(COSTS[cost][0] for cost in columns)]
     rows = []
     for number, group in enumerate(setting.ranked, start=1):
         row = [str(number), group.label, rate(group.lr), interior(group), str(len(group.rows))]
-        for cost in shown:
+        for cost in columns:
             star = " *" if cost in on and on[cost][number - 1] else ""
             row.append(amount(cost, COSTS[cost][1](group)) + star)
         rows.append(tuple(row))
@@ -162,8 +162,8 @@ def weights_table(setting: Setting, weights: Weights) -> Table | None:
         if changes := weights.changes.get(group.label):
             means = summary(changes)
             numbers = f"{means.size:.3g}", f"{means.rank:.1f}", f"{means.intruders:.2f}"
-            moved = f"{100 * means.moved_rows:.3g} %", f"{100 * means.moved_columns:.3g} %"
-            rows.append((group.label, *numbers, *moved, str(means.matrices)))
+            shares = f"{100 * means.moved_rows:.3g} %", f"{100 * means.moved_columns:.3g} %"
+            rows.append((group.label, *numbers, *shares, str(means.matrices)))
     header = (
         "group", "size of the change", "rank of the change", f"intruders among {LEADING}", "inputs moved",
         "outputs moved", "matrices",
