@@ -1,7 +1,7 @@
 """One training set and one test set of commonsense questions, from the files of LLM-Adapters (arXiv:2304.01933)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ def write(folder: Path) -> None:
         partial.rename(file)
 
 
-def balanced(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def balanced(records: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The records; of `BALANCED`, as many of each answer, in turn."""
+    records = list(records)
     if name != BALANCED:
-        return list(records)
+        return records
     by_answer = [[record for record in records if record["answer"] == answer] for answer in ("true", "false")]
     return list(chain.from_iterable(zip(*by_answer, strict=False)))

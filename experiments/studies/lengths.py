@@ -46,7 +46,7 @@ def study() -> Study:
         title="a run of four times the steps, stories260k",
         protocol=__doc__ or "",
         arms=tuple(
-            arm("E2E", label(name, steps), **changes, **({} if steps == SHORT else {"steps": steps}))
+            arm("E2E", label(name, steps), **{**changes, "steps": steps})
             for steps in (LONG, SHORT)
             for name, changes in arms.items()
         ),
