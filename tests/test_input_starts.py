@@ -96,7 +96,10 @@ def test_eva_equals_peft(pair, method, eva, targets, monkeypatch):
         module = theirs[name]
         np.testing.assert_allclose(node.frozen["scale"], module.scaling["default"], rtol=1e-6)
         a = module.lora_A["default"].weight.detach().numpy().T
-        np.testing.assert_allclose(node.train["a"][:, :rank], a, rtol=0, atol=1e-4 * np.abs(a).max())
+        # Whitened directions have singular values close to each other, between which rounding turns them: 1.2e-4 here
+        # on one kind of CPU.
+        accuracy = 1e-3 if method.whiten else 1e-4
+        np.testing.assert_allclose(node.train["a"][:, :rank], a, rtol=0, atol=accuracy * np.abs(a).max())
         assert not node.train["a"][:, rank:].any() and not node.train["b"].any()
 
 
