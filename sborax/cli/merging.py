@@ -13,13 +13,13 @@ from sborax.adapters.tree import merge as merge_tree
 from sborax.adapters.weighted import Weighted, merge_weighted
 from sborax.cli.approximate import merge_approximately
 from sborax.cli.facts import facts, methods
-from sborax.cli.targets import Target, find_run, is_best, is_run, load_run, load_target
+from sborax.cli.targets import Target, find_run, is_best, is_run, load_onto, load_run, load_target
 from sborax.config.terminal import say
 from sborax.interop.card import check_card, model_card, write_card
 from sborax.interop.peft import load_peft
 from sborax.interop.peft_layout import CONFIG
 from sborax.models import save_hf
-from sborax.records.adapter import fingerprint, load_adapter, read_adapter
+from sborax.records.adapter import fingerprint, read_adapter
 
 
 def merge(
@@ -106,7 +106,7 @@ def _part(source: Target, prints: Mapping[str, str], target: str, name: str, wei
     quantised = experiment.quant or (source.experiment is not None and source.experiment.quant)
     if not quantised and experiment.precision == model.module.dtype.name:
         # The bases are the same arrays, so the base is in memory once.
-        params, adapters = load_adapter(adapter, model.params)
-        return Weighted(weight, adapters, params)
+        run = load_onto(model, experiment, adapter)
+        return Weighted(weight, run.adapters, run.params)
     run = load_run(name)
     return Weighted(weight, run.adapters, run.params, run.model.params)

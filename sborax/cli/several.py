@@ -9,14 +9,13 @@ from etils import epath
 from sborax.adapters.core import SboraxError
 from sborax.adapters.paths import as_rules
 from sborax.adapters.rows import together
-from sborax.adapters.tree import rebase
-from sborax.cli.targets import Target, find_run, has_gone_on
+from sborax.cli.targets import Target, find_run, load_onto
 from sborax.config.terminal import say
 from sborax.models import load_model
-from sborax.records.adapter import PLAN, load_adapter
+from sborax.records.adapter import PLAN
 from sborax.records.best import BEST
 from sborax.sweep.results import SWEEP, read_members
-from sborax.train.base import quantise_base, rewritten
+from sborax.train.base import rewritten
 from sborax.train.loop import ADAPTER
 
 
@@ -68,14 +67,7 @@ def load_several(targets: Sequence[str]) -> list[Target]:
     model = load_model(
         first.model, first.precision, quant=first.quant, keep=lambda path: any(keep(path) for keep in predicates)
     )
-    results = []
-    for experiment, adapter in runs:
-        if note := has_gone_on(adapter):
-            say(note)
-        params, adapters = load_adapter(adapter, model.params)
-        params = quantise_base(params, first.quant)
-        results.append(Target(model, params, rebase(params, adapters), experiment))
-    return results
+    return [load_onto(model, experiment, adapter) for experiment, adapter in runs]
 
 
 def labels(targets: Sequence[str]) -> list[str]:

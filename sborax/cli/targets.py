@@ -102,11 +102,20 @@ def load_run(run: str) -> Target:
     Raises SboraxError as `find_run` does.
     """
     experiment, adapter = find_run(run)
-    if note := has_gone_on(adapter):
-        say(note)
     # Kernels that a method rewrites are loaded dense, rewritten again, then quantised.
     keep = rewritten(as_rules(experiment.rules))
     model = load_model(experiment.model, experiment.precision, quant=experiment.quant, keep=keep)
+    return load_onto(model, experiment, adapter)
+
+
+def load_onto(model: LanguageModel, experiment: Experiment, adapter: epath.Path) -> Target:
+    """The adapter of a run on its base. Prints a line if the run has gone on since.
+
+    - model: with the kernels dense that the run rewrites.
+    - adapter: the directory that `find_run` gives.
+    """
+    if note := has_gone_on(adapter):
+        say(note)
     params, adapters = load_adapter(adapter, model.params)
     params = quantise_base(params, experiment.quant)
     return Target(model, params, rebase(params, adapters), experiment)

@@ -10,13 +10,12 @@ import jax
 from etils import epath
 
 from sborax.adapters.core import SboraxError
-from sborax.adapters.tree import combine
 from sborax.config.codec import encode
 from sborax.config.terminal import say
 from sborax.data.batches import Batches, Rows, in_order, shuffled
 from sborax.layout.state import Parts, parameters
 from sborax.models.language_model import LanguageModel
-from sborax.records.adapter import fingerprint, save_adapter
+from sborax.records.adapter import fingerprint
 from sborax.records.checkpoint import CHECKPOINTS, open_checkpoints
 from sborax.records.claim import claimed, locked
 from sborax.records.disk import CONFIG, SOURCES
@@ -39,7 +38,7 @@ from sborax.train.begin import begin
 from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
-from sborax.train.loop import ADAPTER, ending, loop
+from sborax.train.loop import ADAPTER, ending, loop, write_adapter
 from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
 from sborax.train.read import HELD_OUT, Echo, preflight, read_model, read_rows, silent
@@ -359,22 +358,10 @@ def write_members(stepper: SweepStepper, group: Group, shared: Shared, trained: 
     for number, record in stepper.records.items():
         member, prepared = stepper.members[number], stepper.prepared[number]
         run, (state, parts) = shared.place / member.name, stepper.member(number)
-        done, experiment, procedure = int(state.step), member.experiment, prepared.procedure
+        done = int(state.step)
         if done == steps:
             set_scores_aside(run, steps, shared.echo)
-            save_adapter(
-                run / ADAPTER,
-                procedure.adapters(state, parts) if procedure else combine(state.train["adapters"], parts.frozen),
-                rules=experiment.rules,
-                base=shared.prints,
-                trained_base={**state.train["base"], **parts.tokens},
-                about={
-                    "model": experiment.model,
-                    "precision": experiment.precision,
-                    "quant": experiment.quant,
-                    "step": done,
-                },
-            )
+            write_adapter(prepared, shared.prints, state, parts, run / ADAPTER, step=done)
         metrics, diverged = record.metrics, stepper.diverged.get(number)
         summary = Summary.of(
             metrics, stepper.speed, shared.began, done == steps, done, trained, shared.size, shared.report, devices=1
