@@ -25,7 +25,6 @@ from sborax.adapters.core import AbstractMethod, Adapter, linear
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft, save_peft
 from sborax.interop.peft_structured import nearest_divisor
-from sborax.methods import fourier_ft
 from sborax.methods.lokr import divisors
 from sborax.methods.peanut import ACTIVATIONS
 from sborax.methods.places import LARGEST_SEED, LONG, seeded_places
@@ -559,9 +558,14 @@ def test_places_are_those_that_torch_draws(seed, shape):
 
 
 @pytest.mark.parametrize("shape", [(24, 18), (15, 21), (12, 11)], ids=str)
-def test_coefficients_move_alike_one_by_one_and_by_a_product(shape, monkeypatch):
+@pytest.mark.parametrize(
+    "method",
+    [sx.FourierFT(coefficients=40), sx.WaveFT(coefficients=40), sx.WaveFT(coefficients=40, wavelet=None)],
+    ids=["FourierFT", "WaveFT", "WaveFT without a wavelet"],
+)
+def test_coefficients_move_alike_one_by_one_and_by_a_product(method, shape, monkeypatch):
     x, base = (jax.random.normal(jax.random.key(seed), size) for seed, size in enumerate([(7, shape[0]), shape]))
-    _, adapters = sx.attach(jax.random.key(2), {"proj": {"kernel": base}}, [("proj", sx.FourierFT(coefficients=40))])
+    _, adapters = sx.attach(jax.random.key(2), {"proj": {"kernel": base}}, [("proj", method)])
     train, frozen = sx.split(adapters)
     train = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(3), leaf.shape), train)
 
@@ -569,9 +573,9 @@ def test_coefficients_move_alike_one_by_one_and_by_a_product(shape, monkeypatch)
         (adapter,) = nodes(sx.combine(train, frozen)).values()
         return jnp.sum(jnp.sin(linear(x, base, adapter)))
 
-    monkeypatch.setattr(fourier_ft, "DENSE", 0)
+    monkeypatch.setattr("sborax.methods.places.DENSE", 0)
     singly = jax.value_and_grad(loss, argnums=(0, 1))(train, x)
-    monkeypatch.setattr(fourier_ft, "DENSE", 1000)
+    monkeypatch.setattr("sborax.methods.places.DENSE", 1000)
     chex.assert_trees_all_close(jax.value_and_grad(loss, argnums=(0, 1))(train, x), singly, rtol=1e-4, atol=1e-4)
 
 

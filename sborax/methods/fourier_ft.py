@@ -1,20 +1,13 @@
 """FourierFT: Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv:2405.03003."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sborax.adapters.core import AbstractAdditive, Adapter, Axes, Context, Fitted, Hint, Weight, hyper
-from sborax.methods.places import check_places, start_at_places
-
-DENSE = 128
-"""Coefficients are moved by a product with a matrix that holds them where it has no more than so many entries for each.
-
-To move one entry of a row takes as long as this many entries of a product, or longer.
-"""
+from sborax.methods.places import check_places, start_at_places, times_sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +57,11 @@ class FourierFT(AbstractAdditive):
         # Coefficients between the ends stand for their mirror images, too.
         gain = jnp.where((q == 0) | (2 * q == fan_out), gain, 0.5 * gain)
         spectrum = jnp.fft.rfft(x.astype(jnp.float32))
-        sizes = fan_in // 2 + 1, fan_out // 2 + 1
-
-        def weigh(part: Float[Array, "tokens half_in"], gain: Float[Array, " k"]) -> Float[Array, "tokens half_out"]:
-            if math.prod(sizes) <= DENSE * self.coefficients:
-                return jnp.matmul(part, jnp.zeros(sizes).at[p, q].add(gain), precision="highest")
-            empty = jnp.zeros((x.shape[0], sizes[1]))
-            return empty.at[:, q].add(part[:, p] * gain[None, :])
-
+        width = fan_out // 2 + 1
         imaginary_gain = jnp.where(p_mirrored == q_mirrored, -gain, gain)
-        mixed = jax.lax.complex(weigh(jnp.real(spectrum), gain), weigh(jnp.imag(spectrum), imaginary_gain))
+        real = times_sparse(jnp.real(spectrum), p, q, gain, width)
+        imaginary = times_sparse(jnp.imag(spectrum), p, q, imaginary_gain, width)
+        mixed = jax.lax.complex(real, imaginary)
         return y + jnp.fft.irfft(mixed, n=fan_out).astype(y.dtype)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:

@@ -2,10 +2,15 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from sborax.adapters.core import Fitted, SboraxError
 
+DENSE = 128
+"""Entries are moved by a product with a matrix that holds them if it has at most this many times their number.
+
+To move one entry of a row takes as long as this many entries of a product, or longer.
+"""
 LARGEST_SEED = (1 << 32) - 1
 LONG = LARGEST_SEED // 20
 """From so many entries on, PyTorch draws in another way, which is not reproduced here."""
@@ -49,3 +54,17 @@ def start_at_places(seed: int, count: int, shape: tuple[int, ...], alpha: float)
     """Leaves of an adapter with `count` entries c = 0 at `seeded_places` idx of an (in, out) weight, and its scale."""
     places = seeded_places(seed, count, (shape[0], shape[1]))
     return Fitted({"c": jnp.zeros(count)}, {"idx": jnp.asarray(places), "scale": jnp.float32(alpha)})
+
+
+def times_sparse(
+    x: Float[Array, "tokens in"],
+    rows: Int[Array, " count"],
+    columns: Int[Array, " count"],
+    entries: Float[Array, " count"],
+    width: int,
+) -> Float[Array, "tokens width"]:
+    """x S, where S is zero but for the sums of `entries` at (rows, columns)."""
+    if x.shape[1] * width <= DENSE * entries.shape[0]:
+        sparse = jnp.zeros((x.shape[1], width), x.dtype).at[rows, columns].add(entries)
+        return jnp.matmul(x, sparse, precision="highest")
+    return jnp.zeros((x.shape[0], width), x.dtype).at[:, columns].add(x[:, rows] * entries[None, :])

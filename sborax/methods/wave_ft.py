@@ -18,7 +18,7 @@ from sborax.adapters.core import (
     cast,
     hyper,
 )
-from sborax.methods.places import check_places, start_at_places
+from sborax.methods.places import check_places, start_at_places, times_sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ class WaveFT(AbstractAdditive):
     ) -> Float[Array, "tokens out"]:
         columns, rows = self._moves(adapter, (x.shape[1], y.shape[1]))
         gain = cast(adapter.frozen["scale"] * adapter.train["c"], x)
-        parts = (x if self.wavelet is None else _transform(x))[:, rows] * gain[None, :]
-        mixed = jnp.zeros((x.shape[0], self._width(y.shape[1])), x.dtype).at[:, columns].add(parts)
+        transformed = x if self.wavelet is None else _transform(x)
+        mixed = times_sparse(transformed, rows, columns, gain, self._width(y.shape[1]))
         return y + (mixed if self.wavelet is None else _inverse(mixed)[:, : y.shape[1]])
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
