@@ -4,6 +4,9 @@ What decides, fixed before anything ran. The metric is the loss of held-out answ
 token, a mean over items. The learning rate of an arm is the one whose mean over seeds is lowest on the selecting half
 of the items; numbers are those of the other half. Arms are compared to LoRA of rank 8, paired by item and by seed.
 Three seeds try every rate, two more run at the best one. Parameters are matched to LoRA's as nearly as a method can.
+
+TinyLoRA of rank 32 and VBLoRA of rank 8 were added after the first results, in which both methods came out far behind:
+TinyLoRA's default rank leaves four numbers a kernel to train, and VBLoRA with eight vectors matches LoRA at rank 4.
 """
 
 import dataclasses
@@ -64,6 +67,10 @@ VARIANTS: dict[str, AbstractMethod] = {
     "AdaMSS": sx.AdaMSS(subspace_rank=6),
     # Vectors as long as all sides allow, and every coefficient twice: 46,272 and 46,240.
     "VBLoRA": sx.VBLoRA(vectors=8, length=4),
+    "VBLoRA, rank 8": sx.VBLoRA(vectors=4, length=4),
+    # A mixture of 2 components, its default, has four entries, however many coefficients make it.
+    "TinyLoRA": sx.TinyLoRA(rank=32),
+    "TinyLoRA, rank 2": sx.TinyLoRA(),
     "UniLoRA": sx.UniLoRA(rank=16),
 }
 """Options that make another method of a class, or its size."""

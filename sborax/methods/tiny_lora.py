@@ -33,8 +33,9 @@ class TinyLoRA(AbstractFactored):
     a (in, rank) and b (rank, out) are frozen: W = U S V^T, a = U_r sqrt(S_r), b = sqrt(S_r) V_r^T.
 
     rank: how many principal components are mixed (paper and PEFT: 2).
-    coefficients: u, the length of v (PEFT: 64). The paper shares one v among kernels, which reaches 13 parameters for a
-        whole model (PEFT: weight_tying). Here, as by PEFT's default, every kernel has its own.
+    coefficients: u, the length of v (PEFT: 64). R has rank^2 entries, so more coefficients than that reach no other R.
+        The paper shares one v among kernels, which reaches 13 parameters for a whole model (PEFT: weight_tying). Here,
+        as by PEFT's default, every kernel has its own.
     dropout: rate on x; default 0.
 
     Entries of P are normal with variance 1 / rank, as in PEFT; the paper does not say. v = 0 at init: identity. Exact
