@@ -21,7 +21,8 @@ from experiments.studies.items import held_out
 from experiments.studies.matching import STORED, matched, sized, trained
 from experiments.studies.plots import digest
 from experiments.studies.repeat import Repeated, claim_of, repeat
-from experiments.studies.report import FIGURES, PAGE, Outcome, figure_names, page, ranked, write
+from experiments.studies.report import FIGURES, PAGE, Outcome, file_name, page, ranked, write
+from experiments.studies.report import figures as figures_of
 from experiments.studies.store import Store
 from experiments.studies.study import Arm, Base, Held, Piece, Study, settings, sparse
 from experiments.studies.tuning import Tuned, pending, progress
@@ -276,14 +277,16 @@ def test_figures_are_those_of_the_numbers(tmp_path):
     write([outcome], tmp_path / "RESULTS.md")
     files = {file.name: file.read_text() for file in folder.iterdir()}
     named = re.findall(rf"!\[.*?\]\({FIGURES}/(.*?)\)", (tmp_path / "RESULTS.md").read_text())
-    assert sorted(files) == sorted(named) == ["synthetic-none-rates.svg", "synthetic-none-sizes.svg"]
+    kinds = ("differences", "rates", "sizes")
+    assert sorted(files) == sorted(named) == [f"synthetic-none-{kind}.svg" for kind in kinds]
     write([outcome], tmp_path / "RESULTS.md")
     assert files == {file.name: file.read_text() for file in folder.iterdir()}
     arms = ranked(outcome, "none")
-    for text in files.values():
+    for name, text in files.items():
         assert f"<dc:description>{digest(arms)}<" in text
-        # The eight best have a colour and a name; no figure has a paper of its own.
-        assert [f"arm {number}<" in text for number in range(10)] == 8 * [True] + 2 * [False]
+        shown = [f">arm {number}<" in text for number in range(10)]
+        # Differences name every arm but the reference; elsewhere the eight best have a colour and a name.
+        assert shown == ([False] + 9 * [True] if "differences" in name else 8 * [True] + 2 * [False])
     assert digest(arms) != digest(arms[:-1])
     second = Outcome.of(
         study, made_up(study, tmp_path / "other", lambda arm, rate, seed: 1e-3 + losses(arm, rate, seed))
@@ -451,10 +454,10 @@ def test_the_page_is_that_of_the_results(tiny, ran):
     # Bytes of figures differ between versions of matplotlib, so that they are held by the digest of their numbers.
     figures = {file.name: file.read_text() for file in (PAGE.parent / FIGURES).glob("*.svg")}
     expected = {
-        file: digest(ranked(outcome, setting))
+        file_name(outcome.study, setting, figure): digest(ranked(outcome, setting))
         for outcome in outcomes
         for setting in settings(outcome.study)
-        for file in figure_names(outcome, setting)
+        for figure in figures_of(outcome, setting)
     }
     assert figures.keys() == expected.keys() and all(f">{expected[file]}<" in text for file, text in figures.items())
     small = dataclasses.replace(tiny, claims=(Beats("Bone beats LoRA", "2409.15371", "Bone"),))

@@ -5,8 +5,11 @@ token, a mean over items. The learning rate of an arm is the one whose mean over
 of the items; numbers are those of the other half. Arms are compared to LoRA of rank 8, paired by item and by seed.
 Three seeds try every rate, two more run at the best one. Parameters are matched to LoRA's as nearly as a method can.
 
-TinyLoRA of rank 32 and VBLoRA of rank 8 were added after the first results, in which both methods came out far behind:
-TinyLoRA's default rank leaves four numbers a kernel to train, and VBLoRA with eight vectors matches LoRA at rank 4.
+Some arms were added after the first results. TinyLoRA of rank 32, VBLoRA of rank 8 and DeLoRA of strength 5 are there
+because these methods came out far behind: TinyLoRA's default rank leaves four numbers a kernel to train, VBLoRA with
+eight vectors has LoRA's parameters at rank 4, and DeLoRA's default strength, 15, is too large for this model. AdaLoRA,
+KaSA, MonteCLoRA and PRILoRA now have the procedures and losses of their papers, and SARA and PRILoRA their ranks by
+layer; their uniform ranks are in the study `ranks`.
 """
 
 import dataclasses
@@ -72,8 +75,26 @@ VARIANTS: dict[str, AbstractMethod] = {
     "TinyLoRA": sx.TinyLoRA(rank=32),
     "TinyLoRA, rank 2": sx.TinyLoRA(),
     "UniLoRA": sx.UniLoRA(rank=16),
+    "DeLoRA, strength 5": sx.DeLoRA(strength=5.0),
+    # Ranks by layer, of LoRA's size in all; AdaLoRA's begin at 12.
+    "PRILoRA": sx.PRILoRA(),
+    "SARA": sx.SARA(rank=sx.SingularMass(0.25)),
+    "AdaLoRA": sx.AdaLoRA(),
+    "AdaLoRA, rank 8": sx.AdaLoRA(),
+    "MoSARA": sx.MoSARA(rank=8),
+    "KaSA without regulariser": sx.KaSA(),
+    "MonteCLoRA without regulariser": sx.MonteCLoRA(),
 }
 """Options that make another method of a class, or its size."""
+UNSIZED = ("AdaLoRA", "PRILoRA", "SARA")
+"""Methods that choose a rank for each layer, whose ranks are left as they are."""
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "AdaLoRA": {"procedure": sx.AdaLoRABudget(warmup=20, cooldown=40, every=5)},
+    "KaSA": {"loss": sx.KaSALoss()},
+    "MonteCLoRA": {"loss": sx.MonteCLoRALoss()},
+    "PRILoRA": {"procedure": sx.PRILoRAPruning(every=20)},
+}
+"""Procedures and losses that belong to a method."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "LoRA+": {"b_ratio": 16.0},
     "LoRA-RITE": {"name": "lora_rite"},
@@ -118,10 +139,13 @@ def method_arms() -> dict[str, dict[str, Any]]:
     at_budget = {
         name: sized(method, sizes[name]) if name in sizes else matched(SHAPE, LINEARS, method, BUDGET)
         for name, method in plain.items()
+        if name not in UNSIZED
     }
+    at_budget |= {name: plain[name] for name in UNSIZED}
     arms: dict[str, dict[str, Any]] = {"LoRA": rules(at_budget.pop("LoRA")), "full fine-tuning": {"train_base": True}}
     arms |= {name: {**rules(sx.LoRA(rank=RANK)), "optimizer": changes} for name, changes in OPTIMIZERS.items()}
-    arms |= {name: rules(at_budget[name]) for name in (*NAMED, *sorted(at_budget.keys() - set(NAMED)))}
+    names = (*NAMED, *sorted(at_budget.keys() - set(NAMED)))
+    arms |= {name: {**rules(at_budget[name]), **COMPANIONS.get(name, {})} for name in names}
     arms |= {
         f"{name}, rank {RANK}": rules(sized(plain[name], RANK))
         for name in NAMED

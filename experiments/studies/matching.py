@@ -93,7 +93,7 @@ def main() -> None:
     sizes = {}
     for name, method in atlas.everything().items():
         field = size_of(method)
-        if field is not None:
+        if field is not None and name not in atlas.UNSIZED:
             sizes[name] = getattr(matched(atlas.SHAPE, atlas.LINEARS, method, atlas.BUDGET), field)
             print(name, sizes[name], flush=True)
     STORED.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Figures of docs/RESULTS.md: losses by learning rate, and by trained parameters, as SVG files.
+"""Figures of docs/RESULTS.md: differences from the reference, losses by learning rate and by size, as SVG files.
 
 They are drawn in the style of `sborax compare`, in colours that a light and a dark page both show. The same numbers
 give the same bytes with one version of matplotlib, and carry the same `digest` with all.
@@ -14,9 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from experiments.studies.claims import Difference
+from experiments.studies.claims import Difference, paired
 from experiments.studies.tuning import Tuned
 from sborax.evaluate.compare.plots import STYLE
 
@@ -32,6 +32,11 @@ SHADES: dict[Any, Any] = {
 }  # fmt: skip
 SIZE = (620, 320)
 """Width and height in CSS pixels."""
+ROW = 15
+"""Height of a row of `differences_figure`, in CSS pixels."""
+LINEAR = 0.1
+"""Differences up to this size lie on a linear part of the axis, larger ones on a logarithmic one."""
+TICKS = (-1.0, -0.3, -0.1, -0.05, 0.0, 0.05, 0.1, 0.3, 1.0, 3.0)
 
 
 def digest(arms: Sequence[Tuned]) -> str:
@@ -42,6 +47,38 @@ def digest(arms: Sequence[Tuned]) -> str:
         for tuned in arms
     ]
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+
+
+def differences_figure(arms: Sequence[Tuned], reference: Tuned) -> str:
+    """The loss of each arm minus the reference's, the best on top, with its trained parameters on the right.
+
+    The wide line is the 95 % interval over items, the thin one that over seeds. An arm has a colour where both exclude
+    0: blue below it, orange above.
+    """
+    others = [tuned for tuned in arms if tuned is not reference]
+
+    def draw(axes: Axes) -> None:
+        for row, tuned in enumerate(others):
+            gap = paired(tuned, reference)
+            colour = COLOURS[0] if gap.below(0.0) else COLOURS[1] if gap.above(0.0) else GREY
+            for interval, width in ((gap.items, 4.0), (gap.seeds, 1.2)):
+                if interval.low is not None and interval.high is not None:
+                    alpha = 0.45 if width > 2 else 1.0
+                    axes.hlines(row, interval.low, interval.high, color=colour, linewidth=width, alpha=alpha)
+            axes.plot(gap.items.value, row, "o", markersize=4, color=colour)
+            beside = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+            axes.text(1.12, row, f"{tuned.trained:,}", **beside)
+        axes.axvline(0.0, color=GREY, linewidth=0.8)
+        axes.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
+        axes.xaxis.set_major_locator(FixedLocator(TICKS))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_yticks(range(len(others)), [tuned.arm.name for tuned in others])
+        axes.set_ylim(len(others) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(f"loss minus that of {reference.arm.name}, nats a token")
+
+    return _svg(draw, arms, (SIZE[0], 50 + ROW * len(others)))
 
 
 def rates_figure(arms: Sequence[Tuned]) -> str:
@@ -95,17 +132,18 @@ def _look(arms: Sequence[Tuned], place: int) -> dict[str, Any]:
     return {"color": COLOURS[place], "linewidth": 1.5, "zorder": 2, "label": arms[place].arm.name}
 
 
-def _svg(draw: Any, arms: Sequence[Tuned]) -> str:
-    """A figure with a legend of the best arms."""
+def _svg(draw: Any, arms: Sequence[Tuned], size: tuple[int, int] = SIZE) -> str:
+    """A figure, with a legend of the arms that are drawn with a label."""
     buffer, mark = io.StringIO(), digest(arms)
     with matplotlib.rc_context({**STYLE, **SHADES, "svg.hashsalt": mark}):
-        drawing = Figure(figsize=(SIZE[0] / 72, SIZE[1] / 72), dpi=72, layout="constrained")
+        drawing = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
         axes = drawing.add_subplot()
         draw(axes)
         axes.grid(alpha=0.3)
         handles, labels = axes.get_legend_handles_labels()
-        # Drawn in the reverse order, so that the best lie on top.
-        drawing.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
+        if labels:
+            # Drawn in the reverse order, so that the best lie on top.
+            drawing.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
         metadata = {"Date": None, "Creator": None, "Description": mark}
         drawing.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

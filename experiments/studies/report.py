@@ -22,6 +22,9 @@ What papers on adapters claim, tried on small models. Every arm is at its best l
 `python -m experiments.studies run NAME` adds to them ([sweeps](sweeps.md) and [comparisons](compare.md) say how runs
 are trained and compared). A small model and a short run are not those of the papers: a verdict is about what was run.
 Where a table has the column *forgotten*, it is the loss of text that the base knew, after training minus before.
+
+In a figure of differences the wide line is the interval over items and the thin one that over seeds. Arms have a colour
+where both exclude 0, and their trained parameters stand on the right. The axis is logarithmic beyond 0.1.
 """
 
 
@@ -76,7 +79,10 @@ def page(outcomes: Sequence[Outcome]) -> str:
         for setting in settings(study):
             table = methods_table(outcome, setting)
             blocks += [f"### {study.name}, {setting}", "\n".join(table)] if table else []
-            blocks += [f"![{alt}]({FIGURES}/{file})" for file, alt in figure_names(outcome, setting).items()]
+            blocks += [
+                f"![{study.name}, {setting}: {content}]({FIGURES}/{file_name(study, setting, figure)})"
+                for figure, content in figures(outcome, setting).items()
+            ]
     return "\n\n".join(block.strip() for block in blocks) + "\n"
 
 
@@ -116,15 +122,26 @@ def ranked(outcome: Outcome, setting: str) -> list[Tuned]:
     return sorted(arms, key=lambda entry: entry.losses().mean())
 
 
-def figure_names(outcome: Outcome, setting: str) -> dict[str, str]:
-    """The files of a setting's figures, each with what it shows; empty where no arm is tuned."""
-    if not ranked(outcome, setting):
+def reference_of(outcome: Outcome, setting: str) -> Tuned | None:
+    """The arm that the others of a setting are compared to; None where it is not tuned."""
+    name = outcome.study.reference
+    return next((tuned for tuned in ranked(outcome, setting) if tuned.arm.name == name), None)
+
+
+def figures(outcome: Outcome, setting: str) -> dict[str, str]:
+    """The figures of a setting, each with what it shows; empty where no arm is tuned."""
+    arms = ranked(outcome, setting)
+    if not arms:
         return {}
-    name = f"{outcome.study.name}-{setting}"
-    return {
-        f"{name}-rates.svg": f"{outcome.study.name}, {setting}: loss by learning rate",
-        f"{name}-sizes.svg": f"{outcome.study.name}, {setting}: loss by trained parameters",
-    }
+    shown = {"rates": "loss by learning rate", "sizes": "loss by trained parameters"}
+    if len(arms) > 1 and reference_of(outcome, setting) is not None:
+        shown = {"differences": f"difference from {outcome.study.reference}", **shown}
+    return shown
+
+
+def file_name(study: Study, setting: str, figure: str) -> str:
+    """The file of a figure, in the folder `FIGURES`."""
+    return f"{study.name}-{setting}-{figure}.svg"
 
 
 def methods_table(outcome: Outcome, setting: str) -> list[str]:
@@ -133,8 +150,7 @@ def methods_table(outcome: Outcome, setting: str) -> list[str]:
     alive = ranked(outcome, setting)
     if not alive:
         return []
-    reference = next((entry for entry in alive if entry.arm.name == outcome.study.reference), None)
-    name = outcome.study.reference
+    reference, name = reference_of(outcome, setting), outcome.study.reference
     lost = {entry.arm.name: values for entry in alive if (values := entry.forgotten()) is not None}
     rows = [
         f"| method | trained | best lr | interior | seeds | loss | minus {name}, over items | over seeds |",
@@ -166,7 +182,7 @@ def signed(mean: Interval) -> str:
 
 def write(outcomes: Sequence[Outcome], place: Path = PAGE) -> None:
     """Write the page and its figures, and remove figures that it does not show. They need matplotlib."""
-    from experiments.studies.plots import rates_figure, sizes_figure
+    from experiments.studies.plots import differences_figure, rates_figure, sizes_figure
 
     place.write_text(page(outcomes))
     folder = place.parent / FIGURES
@@ -174,7 +190,12 @@ def write(outcomes: Sequence[Outcome], place: Path = PAGE) -> None:
         file.unlink()
     for outcome in outcomes:
         for setting in settings(outcome.study):
-            arms = ranked(outcome, setting)
-            for file, draw in zip(figure_names(outcome, setting), (rates_figure, sizes_figure), strict=False):
+            arms, reference = ranked(outcome, setting), reference_of(outcome, setting)
+            for figure in figures(outcome, setting):
                 folder.mkdir(exist_ok=True)
-                (folder / file).write_text(draw(arms))
+                if figure == "differences":
+                    assert reference is not None
+                    text = differences_figure(arms, reference)
+                else:
+                    text = {"rates": rates_figure, "sizes": sizes_figure}[figure](arms)
+                (folder / file_name(outcome.study, setting, figure)).write_text(text)
