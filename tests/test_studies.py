@@ -16,7 +16,7 @@ import sborax as sx
 from benchmarks.shapes import EPS, SHAPES
 from experiments.studies import __main__ as command
 from experiments.studies import atlas, commonsense, pieces, real
-from experiments.studies.claims import Beats, Difference, LessGrowth, RateRatio, RateSlope, Within, overall
+from experiments.studies.claims import Beats, Difference, LessGrowth, RateCosts, RateRatio, RateSlope, Within, overall
 from experiments.studies.items import held_out
 from experiments.studies.matching import STORED, matched, sized, trained
 from experiments.studies.plots import digest
@@ -378,6 +378,10 @@ def test_verdicts_about_rates_bands_and_growth(tmp_path):
     assert RateRatio("", "", "full", 3.0).judge(arms)[0] == "not reproduced"
     assert Within("", "", ("near",), 0.02).judge(arms)[0] == "reproduced"
     assert Within("", "", ("near", "far"), 0.02).judge(arms)[0] == "not reproduced"
+    # Half a decade costs 0.05 of 3.
+    for above in (False, True):
+        assert RateCosts("", "", above, 0.01).judge(arms)[0] == "reproduced"
+        assert RateCosts("", "", above, 0.02).judge(arms)[0] == "not reproduced"
     assert LessGrowth("", "", ("near", "LoRA"), ("far", "LoRA")).judge(arms)[0] == "reproduced"
     assert LessGrowth("", "", ("far", "LoRA"), ("near", "LoRA")).judge(arms)[0] == "not reproduced"
     assert RateSlope("", "", (("LoRA", 1), ("near", 2), ("far", 4))).judge(arms)[0] == "reproduced"

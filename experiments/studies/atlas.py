@@ -17,7 +17,7 @@ import json
 from typing import Any
 
 import sborax as sx
-from experiments.studies.claims import Beats, RateRatio, Within
+from experiments.studies.claims import Beats, RateCosts, RateRatio, Within
 from experiments.studies.matching import STORED, matched, sized
 from experiments.studies.study import Arm, Held, Study
 from sborax import methods
@@ -125,6 +125,12 @@ BEATS = (
     Beats("rsLoRA beats LoRA", "2312.03732", "rsLoRA"),
     Beats("ResLoRA beats LoRA", "2402.18039", "ResLoRA"),
 )
+SHARE = 0.02
+"""The share of LoRA's loss within which its variants are said to end, and that a wrong learning rate costs."""
+RATES = (
+    RateCosts("half a decade below its best learning rate LoRA loses more than 2 %", "", False, SHARE),
+    RateCosts("half a decade above its best learning rate LoRA loses more than 2 %", "", True, SHARE),
+)
 
 
 def everything() -> dict[str, AbstractMethod]:
@@ -194,6 +200,7 @@ def study() -> Study:
             *BEATS,
             RateRatio("LoRA's best learning rate is 10 times that of full fine-tuning", "", "full fine-tuning", 10.0),
             RateRatio("LoRA's best learning rate is 3 times that of full fine-tuning", "", "full fine-tuning", 3.0),
-            Within("all variants of LoRA are within 2 % of it once tuned", "", LIKE_LORA, 0.02),
+            Within("all variants of LoRA are within 2 % of it once tuned", "2602.04998", LIKE_LORA, SHARE),
+            *RATES,
         ),
     )

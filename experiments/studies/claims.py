@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from experiments.studies.tuning import Tuned
 from sborax.evaluate.compare.statistics import Interval, over_items, over_seeds
+from sborax.sweep.rates import higher, lower
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not run yet"]
 SEEDS = 3
@@ -226,6 +227,40 @@ class RateRatio(AbstractClaim):
         if gap.seeds.low is not None and gap.seeds.high is not None:
             numbers += f" ({10**gap.seeds.low:.2g} .. {10**gap.seeds.high:.2g} over seeds)"
         return in_band(gap, target - HALF_STEP, target + HALF_STEP), numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class RateCosts(AbstractClaim):
+    """Half a decade from the best learning rate the loss of `arm` is higher by more than a share of it.
+
+    - above: whether the other rate is the higher one, or the lower.
+
+    The best rate is chosen by other items than those that are compared. A rate at which every seed diverged costs more
+    than any share.
+    """
+
+    above: bool
+    share: float
+    arm: str = "LoRA"
+
+    def needs(self, arms: Sequence[str]) -> tuple[str, ...]:
+        return (self.arm,) if self.arm in arms else ()
+
+    def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
+        arm = arms[self.arm]
+        rate = (higher if self.above else lower)(arm.best)
+        if rate not in arm.members:
+            return "undecided", f"{rate:g} was not tried"
+        at_rate = {seed: numbers for seed, numbers in arm.members[rate].items() if "items" in numbers}
+        if not at_rate:
+            return "reproduced", f"diverged at {rate:g}"
+        seeds = [seed for seed in at_rate if seed in arm.at_best]
+        best, other = (np.array([numbers[seed]["items"][1::2] for seed in seeds]) for numbers in (arm.at_best, at_rate))
+        gap, bound = Difference.of(other - best), self.share * float(best.mean())
+        numbers = f"{gap} at {rate:g}, of {best.mean():.4f} at {arm.best:g}"
+        if len(seeds) < SEEDS:
+            return "undecided", f"{numbers}; {len(seeds)} seeds at both"
+        return "reproduced" if gap.above(bound) else "not reproduced" if gap.below(bound) else "undecided", numbers
 
 
 @dataclasses.dataclass(frozen=True)

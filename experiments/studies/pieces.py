@@ -1,7 +1,6 @@
 """Runs a piece and makes its result: a small JSON file."""
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 import sborax as sx
 from experiments.studies.items import batches_of, digests, held_out, scorer
-from experiments.studies.study import Base, Held, Piece
+from experiments.studies.study import Base, Piece
 from sborax.cli.targets import Target, load_run
 from sborax.models import load_model
 from sborax.records.claim import InUse
@@ -56,9 +56,7 @@ def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str
         "members": list(map(described, members, piece.rates)),
     }
     alive = [(member, numbers) for member, numbers in zip(members, result["members"], strict=True) if "loss" in numbers]
-    for name, subset in (("items", piece.arm.held), ("kept", piece.arm.kept)):
-        if subset is not None:
-            result[f"{name}_digests"] = add_losses(name, piece, subset, alive)
+    result |= add_losses(piece, alive)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
@@ -134,24 +132,29 @@ def digits(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def add_losses(name: str, piece: Piece, held: Held, members: list[tuple[Path, dict[str, Any]]]) -> str:
-    """Write the losses of all items into the numbers of each member; the digests of the items.
+def add_losses(piece: Piece, members: list[tuple[Path, dict[str, Any]]]) -> dict[str, str]:
+    """Write the losses of all items, and of kept text, into the numbers of each member; returns their digests.
 
-    - name: the key of the list of losses; `NAME_loss` is their mean.
+    `items` of a member are the losses one by one, `items_loss` is their mean; `kept` and `kept_loss` likewise.
     """
     model = read_model(piece.experiment)
-    samples = held_out(held, model)
-    batches, score = batches_of(samples, held), None
+    samples = {"items": held_out(piece.arm.held, model)}
+    batches = {"items": batches_of(samples["items"], piece.arm.held)}
+    if piece.arm.kept is not None:
+        samples["kept"] = held_out(piece.arm.kept, model)
+        batches["kept"] = batches_of(samples["kept"], piece.arm.kept)
+    score = None
     for run, numbers in members:
         target = load_run(str(run))
         score = score or scorer(target.model)
-        losses = score(target, batches)
-        if not all(map(math.isfinite, losses)):
+        losses = {name: score(target, batch) for name, batch in batches.items()}
+        if not all(np.isfinite(values).all() for values in losses.values()):
             numbers["diverged"] = piece.arm.experiment.steps
             continue
-        numbers[f"{name}_loss"] = digits(float(losses.mean()))
-        numbers[name] = [digits(float(loss)) for loss in losses]
-    return digests(samples)
+        for name, values in losses.items():
+            numbers[f"{name}_loss"] = digits(float(values.mean()))
+            numbers[name] = [digits(float(loss)) for loss in values]
+    return {f"{name}_digests": digests(group) for name, group in samples.items()}
 
 
 def device() -> str:

@@ -8,9 +8,10 @@ run forgets is the loss of WikiText-2 after it.
 The commonsense questions are those of ARC-Easy, OpenBookQA, SIQA and BoolQ in equal shares, BoolQ's with as many "true"
 as "false". They are trained on together, as the papers do.
 
-The study is small: 60 steps of four packed rows of 128 tokens, four learning rates and their extensions, 64 held-out
-items. Accuracy is not measured: on so few items its standard error is six points. On a GPU a run would see 2 million
-tokens, with seven rates and every rate with three seeds. The model is the file that `sborax quickstart` keeps,
+The study is small: 60 steps of four packed rows of 128 tokens, four learning rates and their extensions, 160 held-out
+items. There were 64 at first; after two arms on E2E they proved too few to choose a rate, and both arms were run again.
+Accuracy is not measured: on so few items its standard error is four points. On a GPU a run would see 2 million tokens,
+with seven rates and every rate with three seeds. The model is the file that `sborax quickstart` keeps,
 SBORAX_MODELS=~/.cache/sborax.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import sborax as sx
 from experiments.studies import commonsense
-from experiments.studies.atlas import BEATS, OPTIMIZERS, rules
+from experiments.studies.atlas import BEATS, OPTIMIZERS, SHARE, rules
 from experiments.studies.claims import Beats, RateRatio, Within
 from experiments.studies.study import Arm, Held, Study
 from sborax.sweep.rates import half_decades
@@ -38,16 +39,17 @@ METHODS = {
     "MoSARA": sx.MoSARA(rank=128),
 }
 """At the rank that trains most nearly as many parameters as LoRA's of rank 8, 2,442,240."""
-
+VARIANTS = ("rsLoRA", "DoRA", "PiSSA")
 
 ROWS: dict[str, Any] = {"max_length": 128, "packing": True, "limit": 4000}
 E2E = sx.Data("e2e_nlg/trainset.csv", template="{mr}\n", answer="{ref}", **ROWS)
 QUESTIONS = sx.Data(f"{commonsense.FOLDER}/train.json", template="{instruction}\n", answer="{answer}", **ROWS)
+ITEMS = 160
 SETTINGS = {
-    "E2E": (E2E, Held(dataclasses.replace(E2E, name="e2e_nlg/devset.csv", limit=None))),
+    "E2E": (E2E, Held(dataclasses.replace(E2E, name="e2e_nlg/devset.csv", limit=None), ITEMS)),
     "commonsense": (
         QUESTIONS,
-        Held(dataclasses.replace(QUESTIONS, name=f"{commonsense.FOLDER}/test.json", limit=None)),
+        Held(dataclasses.replace(QUESTIONS, name=f"{commonsense.FOLDER}/test.json", limit=None), ITEMS),
     ),
 }
 STEPS = 60
@@ -85,6 +87,6 @@ def study() -> Study:
             Beats("Mo-SARA is as good as LoRA with an eighth of the parameters", "2408.03290", "MoSARA", slack=0.01),
             Beats("LoRA forgets less than full fine-tuning", "2405.09673", "LoRA", "full fine-tuning", kind="kept"),
             RateRatio("LoRA's best learning rate is 10 times that of full fine-tuning", "", "full fine-tuning", 10.0),
-            Within("all variants of LoRA are within 2 % of it once tuned", "", ("rsLoRA", "DoRA", "PiSSA"), 0.02),
+            Within("all variants of LoRA are within 2 % of it once tuned", "2602.04998", VARIANTS, SHARE),
         ),
     )
