@@ -16,6 +16,7 @@ import sborax as sx
 from benchmarks.shapes import EPS, SHAPES
 from experiments.studies import __main__ as command
 from experiments.studies import atlas, commonsense, pieces, real
+from experiments.studies.choosing import choosing
 from experiments.studies.claims import Beats, Difference, LessGrowth, RateCosts, RateRatio, RateSlope, Within, overall
 from experiments.studies.items import held_out
 from experiments.studies.matching import STORED, matched, sized, trained
@@ -452,9 +453,11 @@ def test_every_study_is_whole():
 
 
 def test_the_page_is_that_of_the_results(tiny, ran):
-    """docs/RESULTS.md is what the stored results make of it."""
+    """docs/RESULTS.md and docs/choosing.md are what the stored results make of them."""
     outcomes = command.outcomes()
     assert page(outcomes) == PAGE.read_text()
+    (arms,) = (outcome.arms for outcome in outcomes if outcome.study.name == "atlas")
+    assert choosing(arms) == command.CHOOSING.read_text()
     # Bytes of figures differ between versions of matplotlib, so that they are held by the digest of their numbers.
     figures = {file.name: file.read_text() for file in (PAGE.parent / FIGURES).glob("*.svg")}
     expected = {

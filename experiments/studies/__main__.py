@@ -3,8 +3,8 @@
 `list` tells how many pieces of each study are done. `run` runs the pending pieces of a study in order, and stores a
 small file for each; it begins none that would not end in time. Several processes may run one study at once. Models are
 found under $SBORAX_MODELS and data under $SBORAX_DATA, as by `sborax train`. `repeat NAME CLAIM` trains the arms of a
-claim again and says whether the difference lies in the stored intervals. `report` writes docs/RESULTS.md from the
-stored files alone.
+claim again and says whether the difference lies in the stored intervals. `report` writes docs/RESULTS.md and
+docs/choosing.md from the stored files alone.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import jax
 from etils import epath
 
 from experiments import studies
+from experiments.studies.choosing import choosing
 from experiments.studies.pieces import measure_base, run_piece
 from experiments.studies.repeat import claim_of, repeat
-from experiments.studies.report import Outcome, write
+from experiments.studies.report import PAGE, Outcome, write
 from experiments.studies.store import RESULTS, Store
 from experiments.studies.study import Base, Study, settings
 from experiments.studies.tuning import pending
@@ -32,6 +33,7 @@ from sborax.records.claim import InUse, locked
 from sborax.train.read import Echo, silent
 from sborax.train.stop import Stopped
 
+CHOOSING = PAGE.parent / "choosing.md"
 WORK = Path("runs/studies")
 MARGIN = 1.2
 """The time for which a piece is planned, over that of the slowest of the pieces before."""
@@ -157,13 +159,15 @@ def main() -> int:
     repeats.add_argument("claim", help="words of its sentence, such as 'SBoRA-FB beats LoRA'")
     repeats.add_argument("--seeds", type=int, nargs="+", default=(), help="other seeds than the stored ones")
     repeats.add_argument("--work", type=Path, default=WORK / "repeat", help="folder for run directories")
-    commands.add_parser("report", help="write docs/RESULTS.md and its figures from the stored results")
+    commands.add_parser("report", help="write docs/RESULTS.md, its figures and docs/choosing.md")
     arguments = parser.parse_args()
     try:
         if arguments.command == "list":
             print("\n".join(listed()))
         elif arguments.command == "report":
-            write(outcomes())
+            reported = outcomes()
+            write(reported)
+            CHOOSING.write_text(choosing(next(outcome.arms for outcome in reported if outcome.study.name == "atlas")))
         else:
             # Pieces of one arm are one program.
             jax.config.update("jax_compilation_cache_dir", str(arguments.work.absolute() / "programs"))

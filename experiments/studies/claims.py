@@ -248,19 +248,35 @@ class RateCosts(AbstractClaim):
 
     def judge(self, arms: Mapping[str, Tuned]) -> tuple[Verdict, str]:
         arm = arms[self.arm]
-        rate = (higher if self.above else lower)(arm.best)
+        rate, seeds = neighbour(arm, self.above), common_seeds(arm, self.above)
         if rate not in arm.members:
             return "undecided", f"{rate:g} was not tried"
-        at_rate = {seed: numbers for seed, numbers in arm.members[rate].items() if "items" in numbers}
-        if not at_rate:
+        if not seeds:
             return "reproduced", f"diverged at {rate:g}"
-        seeds = [seed for seed in at_rate if seed in arm.at_best]
-        best, other = (np.array([numbers[seed]["items"][1::2] for seed in seeds]) for numbers in (arm.at_best, at_rate))
-        gap, bound = Difference.of(other - best), self.share * float(best.mean())
-        numbers = f"{gap} at {rate:g}, of {best.mean():.4f} at {arm.best:g}"
+        gap, scale = rate_cost(arm, self.above), float(arm.losses().mean())
+        numbers = f"{gap} at {rate:g}, of {scale:.4f} at {arm.best:g}"
         if len(seeds) < SEEDS:
             return "undecided", f"{numbers}; {len(seeds)} seeds at both"
+        bound = self.share * scale
         return "reproduced" if gap.above(bound) else "not reproduced" if gap.below(bound) else "undecided", numbers
+
+
+def neighbour(arm: Tuned, above: bool) -> float:
+    """The learning rate half a decade above the best one of an arm, or below it."""
+    return (higher if above else lower)(arm.best)
+
+
+def common_seeds(arm: Tuned, above: bool) -> list[int]:
+    """The seeds that reached the end at the best learning rate and at the one beside it."""
+    others = arm.members.get(neighbour(arm, above), {})
+    return [seed for seed in arm.at_best if "items" in others.get(seed, {})]
+
+
+def rate_cost(arm: Tuned, above: bool) -> Difference:
+    """The loss of the reported items half a decade from the best learning rate, minus that at the best one."""
+    seeds, others = common_seeds(arm, above), arm.members[neighbour(arm, above)]
+    best, other = (np.array([members[seed]["items"][1::2] for seed in seeds]) for members in (arm.at_best, others))
+    return Difference.of(other - best)
 
 
 @dataclasses.dataclass(frozen=True)
