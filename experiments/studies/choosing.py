@@ -33,8 +33,8 @@ Then choose by what a method costs and by where its adapter goes:
 - **Small files.** The methods below with the fewest trained parameters are {smallest}. Each ends far above LoRA \
 here.
 - **Half of LoRA's parameters at its rank.** `SBoRA`, `Bone` and the optimiser LoRA-FA train one factor.
-- **Memory and time of a step.** {matrix_methods} form a matrix of the weight's size for every projection. [Every method \
-in a run](runs.md) has times and memory.
+- **Memory and time of a step.** {matrix_methods} form a matrix of the weight's size for every projection. [Every \
+method in a run](runs.md) has times and memory.
 - **A mesh.** Methods marked "sends more" exchange more than LoRA between the devices that share a projection. \
 [`sborax plan`](plans.md) counts it.
 - **A 4-bit base.** All methods take one. Those that rewrite the base, such as `PiSSA`, quantise what is left of it.
