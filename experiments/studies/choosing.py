@@ -49,6 +49,8 @@ The table has the loss minus LoRA's in nats a token, with 95 % intervals over se
 each method, on a model of 260 thousand parameters after 100 steps. Parameters are matched to LoRA's where a method \
 can. **A larger model or a longer run may order methods otherwise.** Full fine-tuning is at {full}.
 
+![Differences from LoRA on E2E, with intervals over items and over seeds](results/atlas-E2E-differences.svg)
+
 | method | trained | E2E | Alpaca | step and start | merges | sends more | PEFT's file |
 |---|---|---|---|---|---|---|---|
 """
