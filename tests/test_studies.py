@@ -456,8 +456,8 @@ def test_the_page_is_that_of_the_results(tiny, ran):
     """docs/RESULTS.md and docs/choosing.md are what the stored results make of them."""
     outcomes = command.outcomes()
     assert page(outcomes) == PAGE.read_text()
-    (arms,) = (outcome.arms for outcome in outcomes if outcome.study.name == "atlas")
-    assert choosing(arms) == command.CHOOSING.read_text()
+    (of_atlas,) = (outcome for outcome in outcomes if outcome.study.name == "atlas")
+    assert choosing(of_atlas) == command.CHOOSING.read_text()
     # Bytes of figures differ between versions of matplotlib, so that they are held by the digest of their numbers.
     figures = {file.name: file.read_text() for file in (PAGE.parent / FIGURES).glob("*.svg")}
     expected = {

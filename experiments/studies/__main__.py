@@ -165,9 +165,9 @@ def main() -> int:
         if arguments.command == "list":
             print("\n".join(listed()))
         elif arguments.command == "report":
-            reported = outcomes()
-            write(reported)
-            CHOOSING.write_text(choosing(next(outcome.arms for outcome in reported if outcome.study.name == "atlas")))
+            by_study = {outcome.study.name: outcome for outcome in outcomes()}
+            write(list(by_study.values()))
+            CHOOSING.write_text(choosing(by_study["atlas"]))
         else:
             # Pieces of one arm are one program.
             jax.config.update("jax_compilation_cache_dir", str(arguments.work.absolute() / "programs"))

@@ -1,17 +1,16 @@
 """The text of docs/choosing.md: what each method gains and costs, by its declarations and the results of the atlas."""
 
 import textwrap
-from collections.abc import Mapping
 
 from experiments.studies.claims import paired, rate_cost
+from experiments.studies.report import Outcome, ranked, reference_of, signed
+from experiments.studies.study import settings
 from experiments.studies.tuning import Tuned
 from sborax.adapters.core import AbstractFactored, AbstractMethod
 from sborax.adapters.depth import AbstractLinked
 from sborax.adapters.paths import as_rules
 from sborax.interop.peft_table import PLAIN, TABLE
 
-Arms = Mapping[str, Mapping[str, Tuned | None]]
-"""The arms of a study by setting and name; None for one with pending pieces."""
 STARTS = {"grad": "starts from gradients", "inputs": "starts from inputs"}
 """What a method needs before the first step, by field of `Hint`."""
 TEXT = """\
@@ -62,31 +61,31 @@ FEWEST = 4
 """How many of the smallest methods are named."""
 
 
-def choosing(arms: Arms, reference: str = "LoRA") -> str:
-    """The page. Raises ValueError where the reference is not tuned in the first setting."""
-    first = next(iter(arms))
-    base = arms[first].get(reference)
-    if base is None:
-        raise ValueError(f"{reference} is not tuned on {first}")
-    tuned = {name: arm for name, arm in arms[first].items() if arm is not None and arm.rates.best is not None}
-    methods = {name: method for name, arm in tuned.items() if (method := method_of(arm)) is not None}
-    gaps = {name: paired(arm, base).seeds for name, arm in tuned.items() if arm is not base}
-    order = sorted(methods.keys() - {reference}, key=lambda name: gaps[name].value)
-    smallest = sorted(order, key=lambda name: tuned[name].trained)[:FEWEST]
+def choosing(outcome: Outcome) -> str:
+    """The page, from the results of the atlas. Raises ValueError where its reference is not tuned."""
+    first = settings(outcome.study)[0]
+    reference = reference_of(outcome, first)
+    if reference is None:
+        raise ValueError(f"{outcome.study.reference} is not tuned on {first}")
+    arms = ranked(outcome, first)
+    gaps = {arm.arm.name: paired(arm, reference).seeds for arm in arms if arm is not reference}
+    methods = {arm.arm.name: method for arm in arms if (method := method_of(arm)) is not None}
+    smallest = sorted((arm for arm in arms if arm.arm.name in methods), key=lambda arm: arm.trained)[:FEWEST]
     matrix_methods = sorted({type(method).__name__ for method in methods.values() if method.materialises})
     input_methods = sorted({type(method).__name__ for method in methods.values() if method.no_merge})
     text = TEXT.format(
         near=sum(abs(gap.value) <= BAND for gap in gaps.values()),
         count=len(gaps),
         band=BAND,
-        below=rate_cost(base, above=False).seeds.value,
-        above=rate_cost(base, above=True).seeds.value,
-        smallest=enumeration([f"{name} ({tuned[name].trained:,})" for name in smallest]),
+        below=rate_cost(reference, above=False).seeds.value,
+        above=rate_cost(reference, above=True).seeds.value,
+        smallest=enumeration([f"{arm.arm.name} ({arm.trained:,})" for arm in smallest]),
         matrix_methods=enumeration([f"`{name}`" for name in matrix_methods]),
         input_methods=enumeration([f"`{name}`" for name in input_methods]),
         full=f"{gaps['full fine-tuning'].value:+.3f}",
     )
-    rows = [row(name, methods[name], arms, reference) for name in (reference, *order)]
+    others = [arm for arm in arms if arm is not reference and arm.arm.name in methods]
+    rows = [row(outcome, arm, methods[arm.arm.name]) for arm in (reference, *others)]
     return "\n".join([*map(fold, text.splitlines()), *rows]) + "\n"
 
 
@@ -103,31 +102,27 @@ def method_of(arm: Tuned) -> AbstractMethod | None:
     return rules[0].method if rules else None
 
 
-def row(name: str, method: AbstractMethod, arms: Arms, reference: str) -> str:
-    """The line of one arm."""
-    first = next(iter(arms))
-    arm = arms[first][name]
-    assert arm is not None
-    differences = [difference_cell(arms[setting].get(name), arms[setting].get(reference)) for setting in arms]
-    merges = "no" if method.no_merge else "yes"
+def row(outcome: Outcome, arm: Tuned, method: AbstractMethod) -> str:
+    """The line of one arm, which is tuned in the first setting."""
+    name = arm.arm.name
     cells = [
         name,
         f"{arm.trained:,}",
-        *differences,
+        *(difference_cell(outcome, setting, name) for setting in settings(outcome.study)),
         step_cell(method),
-        merges,
+        "no" if method.no_merge else "yes",
         "yes" if method.sends else "",
         file_cell(method),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def difference_cell(arm: Tuned | None, reference: Tuned | None) -> str:
+def difference_cell(outcome: Outcome, setting: str, name: str) -> str:
     """The difference of an arm from the reference, with its interval over seeds; empty where it was not run."""
+    arm, reference = outcome.arms[setting].get(name), reference_of(outcome, setting)
     if arm is None or reference is None or arm is reference or arm.rates.best is None:
         return ""
-    gap = paired(arm, reference).seeds
-    return f"{gap.value:+.3f}" + ("" if gap.low is None else f" ({gap.low:+.3f} .. {gap.high:+.3f})")
+    return signed(paired(arm, reference).seeds, decimals=3)
 
 
 def step_cell(method: AbstractMethod) -> str:

@@ -124,8 +124,8 @@ def ranked(outcome: Outcome, setting: str) -> list[Tuned]:
 
 def reference_of(outcome: Outcome, setting: str) -> Tuned | None:
     """The arm that the others of a setting are compared to; None where it is not tuned."""
-    name = outcome.study.reference
-    return next((tuned for tuned in ranked(outcome, setting) if tuned.arm.name == name), None)
+    tuned = outcome.arms[setting].get(outcome.study.reference)
+    return None if tuned is None or tuned.rates.best is None else tuned
 
 
 def figures(outcome: Outcome, setting: str) -> dict[str, str]:
@@ -175,9 +175,10 @@ def methods_table(outcome: Outcome, setting: str) -> list[str]:
     return rows
 
 
-def signed(mean: Interval) -> str:
+def signed(mean: Interval, decimals: int = 4) -> str:
     """A mean with its interval."""
-    return f"{mean.value:+.4f}" + ("" if mean.low is None else f" ({mean.low:+.4f} .. {mean.high:+.4f})")
+    numbers = [f"{number:+.{decimals}f}" for number in (mean.value, mean.low, mean.high) if number is not None]
+    return numbers[0] if mean.low is None else f"{numbers[0]} ({numbers[1]} .. {numbers[2]})"
 
 
 def write(outcomes: Sequence[Outcome], place: Path = PAGE) -> None:
