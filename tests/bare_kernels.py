@@ -1,6 +1,7 @@
 """Bare kernels of `cases.py`'s size, adapters of its rows on them, and ways to run and compare these."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -146,3 +147,9 @@ def largest(array) -> float:
 
 def assert_close(a, b, tol: float):
     chex.assert_trees_all_close(host(a), host(b), atol=tol * (largest(b) or 1.0), rtol=0)
+
+
+def lapack_batches(program) -> tuple[list[str], int]:
+    """The LAPACK calls of a lowered program that get more than one matrix, and the number of all of them."""
+    calls = re.findall(r"@(lapack_\w+).*?num_batch_dims = \"(\d+)\"", program.as_text())
+    return [name for name, axes in calls if axes != "0"], len(calls)

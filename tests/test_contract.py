@@ -21,6 +21,7 @@ from bare_kernels import (
     hints,
     host,
     inputs,
+    lapack_batches,
     largest,
     linear,
     merged,
@@ -132,6 +133,24 @@ def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, q
     assert largest(host(dense_weight) - host(dense(weight))) > 1e-3, (
         "the random leaves changed nothing: the comparison proves nothing"
     )
+
+
+@by_case
+def test_lapack_gets_one_matrix_at_a_time(case: Case):
+    """Batches can keep a program on a CPU from ending, see `adapters.linalg`. Here: layers, keys and members."""
+    (weight, node), x, hint = fitted(case.method), inputs(), hints(case.method, True)
+    params = {"layers": {"proj": {"kernel": weight}}}
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained(node).train)
+
+    def start(key):
+        return sx.attach(key, params, [("proj", case.method)], hint)
+
+    def loss(train):
+        tuned = dataclasses.replace(node, train=train)
+        return jnp.sum(over_stack(lambda w, n: linear(x, w, n), stack_of(node))(weight, tuned) ** 2)
+
+    for function, argument in ((start, jax.random.split(jax.random.key(0))), (jax.grad(loss), members)):
+        assert not lapack_batches(jax.jit(jax.vmap(function)).lower(argument))[0]
 
 
 def depends_on(jaxpr: Jaxpr, tainted: set[Var]) -> bool:

@@ -32,6 +32,7 @@ from sborax.adapters.core import (
 )
 from sborax.adapters.depth import over_stack, stack_of
 from sborax.adapters.leaves import flatten, nest
+from sborax.adapters.linalg import qr, svd
 from sborax.adapters.tables import TABLE, leaf_of
 from sborax.adapters.tree import Adapters, Params, link, nodes, tree_of
 
@@ -273,9 +274,9 @@ def _prototype(part: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, " in
         assert isinstance(method, AbstractAdditive)
         basis, core = None, method.add_to_weight(jnp.zeros(shape, jnp.float32), part)
     else:
-        basis, triangle = jnp.linalg.qr(factors[0].astype(jnp.float32))
+        basis, triangle = qr(factors[0].astype(jnp.float32))
         core = triangle @ factors[1].astype(jnp.float32)
-    u, s, _ = jnp.linalg.svd(core, full_matrices=False)
+    u, s, _ = svd(core)
     leading = u[:, 0] if basis is None else basis @ u[:, 0]
     unique = (s[0] == 0.0) | (s[1] < (1.0 - TIE) * s[0]) if s.size > 1 else jnp.bool_(True)
     return jnp.where(s[0] > 0.0, leading, jnp.zeros_like(leading)), unique

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from sborax.adapters.linalg import svd
 from sborax.errors import SboraxError
 
 KINDS = (
@@ -166,7 +167,7 @@ def leading_factors(
     change: Float[Array, "in out"], rank: int
 ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
     """The best `a b` of a given rank for a change: a = U_r, b = S_r V_r^T."""
-    u, s, vt = jnp.linalg.svd(change, full_matrices=False)
+    u, s, vt = svd(change)
     return u[:, :rank], s[:rank, None] * vt[:rank]
 
 

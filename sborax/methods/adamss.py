@@ -23,6 +23,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
+from sborax.adapters.linalg import eigh
 from sborax.methods.lowrank import HIDDEN, principal
 
 ITERATIONS = 10
@@ -80,7 +81,7 @@ class AdaMSS(AbstractFactored):
         rows = right.T
         idx = clustered(key, rows, self.subspaces)
         members = jax.nn.one_hot(idx, self.subspaces)
-        _, vectors = jnp.linalg.eigh(jnp.einsum("jk,jp,jq->kpq", members, rows, rows))
+        _, vectors = jax.vmap(eigh)(jnp.einsum("jk,jp,jq->kpq", members, rows, rows))
         a = vectors[:, :, ::-1][:, :, : self.subspace_rank].transpose(1, 0, 2)
         train = {"a": a, "b": jnp.zeros((self.subspace_rank, weight.shape[1]))}
         return Fitted(train, {"p": p, "idx": idx, **dropout_leaf(self.dropout)})

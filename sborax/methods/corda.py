@@ -25,6 +25,7 @@ from sborax.adapters.core import (
     width,
 )
 from sborax.adapters.informed import AbstractInformed, Gathered, Inputs, Place
+from sborax.adapters.linalg import svd
 from sborax.methods import lowrank
 from sborax.methods.covariance import covariances, invertible
 
@@ -75,7 +76,7 @@ class CorDA(AbstractFactored, AbstractInformed):
         wide = dense(weight).astype(jnp.float32)
         scale = lowrank.scaling(self.alpha, self.rank, hint)
         c, inverse = invertible(jnp.asarray(hint.inputs["covariance"], jnp.float32))
-        v, s, ut = jnp.linalg.svd(jnp.matmul(c, wide, precision="highest"), full_matrices=False)
+        v, s, ut = svd(jnp.matmul(c, wide, precision="highest"))
         part = slice(None, self.rank) if self.mode == "ipm" else slice(min(wide.shape) - self.rank, None)
         root = jnp.sqrt(s[part] / scale)
         a = jnp.matmul(inverse, v[:, part], precision="highest") * root[None, :]

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sborax.adapters.informed import Inputs, Place
+from sborax.adapters.linalg import inverse
 
 
 def covariances(
@@ -43,12 +44,12 @@ def invertible(c: Float[Array, "in in"]) -> tuple[Float[Array, "in in"], Float[A
 
     def damped(damp: Array) -> tuple[Array, Array, Array]:
         full = c + damp * jnp.mean(jnp.diag(c)) * identity
-        return damp, full, jnp.linalg.inv(full)
+        return damp, full, inverse(full)
 
     def wrong(state: tuple[Array, Array, Array]) -> Array:
-        damp, full, inverse = state
-        error = jnp.linalg.norm(jnp.matmul(full, inverse, precision="highest") - identity)
+        damp, full, inverted = state
+        error = jnp.linalg.norm(jnp.matmul(full, inverted, precision="highest") - identity)
         return (error >= 0.05) & (damp < 1e6)
 
-    _, full, inverse = jax.lax.while_loop(wrong, lambda state: damped(2 * state[0]), damped(jnp.float32(0.01)))
-    return full, inverse
+    _, full, inverted = jax.lax.while_loop(wrong, lambda state: damped(2 * state[0]), damped(jnp.float32(0.01)))
+    return full, inverted

@@ -26,6 +26,7 @@ from sborax.adapters.core import (
     hyper,
     matmul,
 )
+from sborax.adapters.linalg import qr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,5 +85,5 @@ class DEFT(AbstractMethod):
         """(q, r)"""
         if self.projection == "relu":
             return p, jax.nn.relu(p)
-        q, _ = jnp.linalg.qr(p)
+        q, _ = qr(p)
         return q, q

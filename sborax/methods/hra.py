@@ -21,6 +21,7 @@ from sborax.adapters.core import (
     dense,
     matmul,
 )
+from sborax.adapters.linalg import inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,4 +77,4 @@ def _reflection(u: Float[Array, "in rank"]) -> tuple[Float[Array, "in rank"], Fl
     """`(u, S^-T u^T)`, whose product taken from the identity is H."""
     u = u / jnp.linalg.norm(u, axis=0, keepdims=True)
     s = jnp.triu(jnp.matmul(u.T, u, precision="highest"), 1) + 0.5 * jnp.eye(u.shape[1])
-    return u, jax.scipy.linalg.solve_triangular(s, u.T, trans="T")
+    return u, jnp.matmul(inverse(s).T, u.T, precision="highest")

@@ -23,6 +23,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
+from sborax.adapters.linalg import svd
 from sborax.methods.lowrank import OFFSET_AXES, kaiming_uniform, pair_weight, scaling, taken_from_base
 
 
@@ -61,7 +62,7 @@ class KaSA(AbstractFactored):
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide, (of_a, of_e) = dense(weight).astype(jnp.float32), jax.random.split(key)
         scale = scaling(self.alpha, self.rank, hint)
-        u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+        u, s, vt = svd(wide)
         root = jnp.sqrt(s[-self.rank :] / scale)
         lost = u[:, -self.rank :] * root[None, :], root[:, None] * vt[-self.rank :]
         fitted = taken_from_base(wide, *lost, scale, dropout_leaf(self.dropout))

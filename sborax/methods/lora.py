@@ -24,6 +24,7 @@ from sborax.adapters.core import (
     structure,
     width,
 )
+from sborax.adapters.linalg import qr
 from sborax.methods.lowrank import PAIR_AXES, kaiming_uniform, pair_delta, pair_weight, scaling
 
 
@@ -115,7 +116,7 @@ def _orthogonal(
     of_square, of_a, of_b = jax.random.split(key, 3)
     wide, half = len(mask), mask[::2, None]
     rows = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(of_square, row), (wide,)))(jnp.arange(wide))
-    q, _ = jnp.linalg.qr(rows * mask[:, None] * mask[None, :] + jnp.diag(1 - mask))
+    q, _ = qr(rows * mask[:, None] * mask[None, :] + jnp.diag(1 - mask))
     left = half * jax.random.normal(of_a, (wide // 2, fan_in))
     right = half * jax.random.normal(of_b, (wide // 2, fan_out))
     return jnp.matmul(left.T, q[::2], precision="highest") / 10, jnp.matmul(q[1::2].T, right, precision="highest") / 10

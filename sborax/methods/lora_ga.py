@@ -22,6 +22,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
+from sborax.adapters.linalg import singular_values
 from sborax.methods import lowrank
 
 
@@ -108,7 +109,7 @@ class LoRAGA(AbstractFactored):
         if self.scale == "stable":
             c = unit * weight.shape[1] ** 0.25 / self.gamma**0.5
         elif self.scale == "weightS":
-            sigma = jnp.linalg.svd(weight, compute_uv=False)[: self.rank]
+            sigma = singular_values(weight)[: self.rank]
             c = jnp.mean(jnp.sqrt(sigma / s)) if authors else sigma[0] / spectrum[0]
         else:
             c = unit

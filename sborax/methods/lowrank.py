@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from sborax.adapters.core import HIDDEN, Adapter, Context, Fitted, Hint, Leaves, Rank, cast, dropout, live, width
+from sborax.adapters.linalg import qr, svd
 
 
 def scaling(alpha: float | None, rank: Rank, hint: Hint, stabilised: bool = False) -> Float[Array, ""]:
@@ -62,13 +63,13 @@ def principal(
     Else that many subspace iterations of Halko et al. (arXiv:0909.4061) without oversampling.
     """
     if niter is None:
-        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        u, s, vt = svd(matrix)
         return u[:, :rank], s[:rank], vt[:rank]
-    q, _ = jnp.linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[1], rank)))
+    q, _ = qr(matrix @ jax.random.normal(key, (matrix.shape[1], rank)))
     for _ in range(niter):
-        z, _ = jnp.linalg.qr(matrix.T @ q)
-        q, _ = jnp.linalg.qr(matrix @ z)
-    u, s, vt = jnp.linalg.svd(q.T @ matrix, full_matrices=False)
+        z, _ = qr(matrix.T @ q)
+        q, _ = qr(matrix @ z)
+    u, s, vt = svd(q.T @ matrix)
     return q @ u, s, vt
 
 

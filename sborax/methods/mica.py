@@ -18,6 +18,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
+from sborax.adapters.linalg import svd
 from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
 
 
@@ -49,7 +50,7 @@ class MiCA(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide = dense(weight).astype(jnp.float32)
-        _, _, vt = jnp.linalg.svd(wide, full_matrices=False)
+        _, _, vt = svd(wide)
         a, scale = jnp.zeros((wide.shape[0], self.rank)), scaling(self.alpha, self.rank, hint)
         return Fitted({"a": a}, {"b": vt[len(vt) - self.rank :], "scale": scale, **dropout_leaf(self.dropout)})
 

@@ -24,6 +24,7 @@ from sborax.adapters.core import (
     live,
     width,
 )
+from sborax.adapters.linalg import svd
 from sborax.adapters.ranks import SingularMass
 
 
@@ -69,7 +70,7 @@ class MoSARA(AbstractAdditive):
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         rank, mask = live(self.rank, hint)
         k = width(self.rank)
-        u, _, vt = jnp.linalg.svd(dense(weight).astype(jnp.float32), full_matrices=False)
+        u, _, vt = svd(dense(weight).astype(jnp.float32))
         lam_key, down, up = jax.random.split(key, 3)
         lam = jax.random.normal(lam_key, (k, self.sets)).T * (mask / jnp.sqrt(rank))[None, :]
         first = 0.02 * jax.random.normal(down, (k, 1 if self.router == "rank1" else self.sets)) * mask[:, None]

@@ -18,6 +18,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
 )
+from sborax.adapters.linalg import qr
 from sborax.methods.lowrank import OFFSET_AXES, offset_factors, pair_delta, pair_weight, scaling, taken_from_base
 
 
@@ -53,7 +54,7 @@ class OLoRA(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide = dense(weight).astype(jnp.float32)
-        q, r = jnp.linalg.qr(wide.T)
+        q, r = qr(wide.T)
         scale = scaling(self.alpha, self.rank, hint)
         return taken_from_base(wide, r[: self.rank].T, q[:, : self.rank].T, scale, dropout_leaf(self.dropout))
 

@@ -20,6 +20,7 @@ from sborax.adapters.core import (
     hyper,
 )
 from sborax.adapters.experts import AbstractExpert, basis_key, check_block, check_expert
+from sborax.adapters.linalg import qr
 from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
 
 
@@ -100,7 +101,7 @@ class OrthogonalAdaptation(AbstractExpert):
         # Column j of Q needs columns 0..j of the Gaussian alone, so a block costs no size x size matrix.
         keys = jax.random.split(basis_key(self.basis_seed, size), size)[: (self.expert + 1) * self.rank]
         gaussian = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys).T
-        return jnp.linalg.qr(gaussian)[0][:, self.expert * self.rank :]
+        return qr(gaussian)[0][:, self.expert * self.rank :]
 
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context

@@ -20,6 +20,7 @@ from sborax.adapters.core import (
     cast,
     dense,
 )
+from sborax.adapters.linalg import svd
 from sborax.methods.lowrank import pair_weight, taken_from_base
 
 
@@ -58,7 +59,7 @@ class OSF(AbstractFactored):
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         wide = dense(weight).astype(jnp.float32)
-        v, s, u = jnp.linalg.svd(wide, full_matrices=False)
+        v, s, u = svd(wide)
         count = self._count(wide.shape)
         # The vectors of the longer side span no whole space, so what is orthogonal to those that stay needs them.
         longer = {"v": v[:, :count]} if wide.shape[0] > wide.shape[1] else {"u": u[:count]}

@@ -1,8 +1,11 @@
 """Rotations by Cayley's transform of skew-symmetric matrices."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from sborax.adapters.linalg import inverse
 
 
 def rotations(q: Float[Array, "blocks upper"], size: int, terms: int | None) -> Float[Array, "blocks size size"]:
@@ -22,8 +25,8 @@ def cayley(skew: Float[Array, "blocks size size"], terms: int | None) -> Float[A
     """The rotations of `rotations`, from the skew-symmetric matrices Q."""
     eye = jnp.eye(skew.shape[-1])[None]
     if terms is None:
-        # Solved from the left: the two commute.
-        return jnp.linalg.solve(eye + skew, eye - skew)
+        # (I - Q)(I + Q)^-1, since I - Q = 2 I - (I + Q).
+        return 2.0 * jax.vmap(inverse)(eye + skew) - eye
     if terms == 2:
         return eye + 2.0 * skew
     r, power = eye, skew

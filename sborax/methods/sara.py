@@ -27,6 +27,7 @@ from sborax.adapters.core import (
     live,
     width,
 )
+from sborax.adapters.linalg import singular_values, svd
 from sborax.adapters.ranks import SingularMass
 from sborax.methods.lowrank import HIDDEN, PAIR_AXES, kaiming_uniform, pair_weight, scaling
 
@@ -70,7 +71,7 @@ class SARA(AbstractFactored):
         rank, mask = live(self.rank, hint)
         k, wide = width(self.rank), dense(weight).astype(jnp.float32)
         if self.factor_init == "svd":
-            u, _, vt = jnp.linalg.svd(wide, full_matrices=False)
+            u, _, vt = svd(wide)
             a, b, lam = u[:, :k] * mask[None, :], vt[:k] * mask[:, None], jnp.zeros(k)
         else:
             a, b = kaiming_uniform(key, weight.shape[0], self.rank, hint), jnp.zeros((k, weight.shape[1]))
@@ -83,7 +84,7 @@ class SARA(AbstractFactored):
             return jnp.ones_like(mask)
         if self.lam_init == "normal":
             return jax.random.normal(key, mask.shape)
-        leading = mask * jnp.linalg.svd(weight, compute_uv=False)[: len(mask)]
+        leading = mask * singular_values(weight)[: len(mask)]
         mean = jnp.sum(leading) / rank
         return jnp.where(mean > 0, leading / mean, 1.0)
 

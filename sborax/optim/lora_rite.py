@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sborax.adapters.core import SboraxError
+from sborax.adapters.linalg import eigenvalues, eigh, pinv, qr
 from sborax.optim.pairs import Factors, over_pairs, pairs, replace_pairs, sides
 
 
@@ -222,9 +223,9 @@ def _decompose(
     factor: Float[Array, "rows rank"], live: Bool[Array, " rank"]
 ) -> tuple[Float[Array, "rows rank"], Float[Array, "rank rank"]]:
     """The basis of a QR decomposition and the pseudo-inverse of its triangle, both zero at padded ranks."""
-    basis, triangle = jnp.linalg.qr(factor)
+    basis, triangle = qr(factor)
     block = live[:, None] & live[None, :]
-    inverse = jnp.linalg.pinv(jnp.where(block, triangle, 0), rtol=factor.shape[1] * jnp.finfo(factor.dtype).eps)
+    inverse = pinv(jnp.where(block, triangle, 0), rtol=factor.shape[1] * float(jnp.finfo(factor.dtype).eps))
     return jnp.where(live[None, :], basis, 0), jnp.where(block, inverse, 0)
 
 
@@ -269,13 +270,13 @@ def _direct(
 
 def _escaped(start: Float[Array, "rank rank"], end: Float[Array, "rank rank"]) -> Float[Array, ""]:
     """The largest decrease of an eigenvalue, but at most that of the trace, and at least 0."""
-    fall = jnp.max(jnp.linalg.eigvalsh(start) - jnp.linalg.eigvalsh(end))
+    fall = jnp.max(eigenvalues(start) - eigenvalues(end))
     return jnp.maximum(jnp.minimum(fall, jnp.trace(start) - jnp.trace(end)), 0)
 
 
 def _inverse_root(v: Float[Array, "rank rank"], rho: Float[Array, ""], eps: float) -> Float[Array, "rank rank"]:
     """(v + rho I)^(-1/2), with 1 / (sqrt(eigenvalue) + eps)."""
-    values, vectors = jnp.linalg.eigh(v)
+    values, vectors = eigh(v)
     # Eigenvalues below the rounding of the largest are noise, of either sign.
     floor = jnp.finfo(v.dtype).eps * jnp.max(jnp.abs(values))
     weights = 1 / (jnp.sqrt(jnp.maximum(values, floor) + rho) + eps)
