@@ -20,7 +20,7 @@ if ! installed .venv-test; then
   mark_installed .venv-test
 fi
 bin=.venv-test/bin
-$bin/python -m sborax.cli.fetch
+$bin/python -c 'from sborax.cli.fetch import smollm2_gguf; smollm2_gguf()'
 
 # Two workers on two cores: each computes with one thread, and compiled programs are shared within the run.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1

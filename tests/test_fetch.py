@@ -80,12 +80,14 @@ def test_conversations_are_split_by_question():
     assert fetch.conversations() == place
 
 
-def test_the_hub_comes_first(tmp_path, monkeypatch):
+def test_the_hub_comes_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.safetensors").touch()
     record = {"instruction": "Why?", "context": "Because.", "response": "So.", "category": "qa"}
     (tmp_path / fetch.DATA_FILE).write_text(json.dumps(record) + "\n")
     monkeypatch.setattr(fetch, "_ask", lambda *_: str(tmp_path))
     assert fetch.smollm2() == tmp_path
+    fetch.main()
+    assert capsys.readouterr().out == f"{tmp_path}\n"
     place = fetch.conversations()
     assert rows(place, "train") + rows(place, "test") == [{"instruction": "Why?", "input": "Because.", "output": "So."}]
 

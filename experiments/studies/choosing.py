@@ -28,7 +28,7 @@ sborax sweep experiments/sbora_smollm2.py optimizer.lr=auto --out runs/rates
 
 Then choose by what a method costs and by where its adapter goes:
 
-- **Without a reason for another, take `LoRA`.** It is near the best here, and other libraries read it.
+- **Take `LoRA` unless you have a reason for another method.** It is near the best here, and other libraries read it.
 - **Small files.** The methods below with the fewest trained parameters are {smallest}. Each ends far above LoRA \
 here.
 - **Half of LoRA's parameters at its rank.** `SBoRA`, `Bone` and the optimiser LoRA-FA train one factor.
@@ -37,7 +37,8 @@ method in a run](runs.md) has times and memory.
 - **A mesh.** Methods marked "sends more" exchange more than LoRA between the devices that share a projection. \
 [`sborax plan`](plans.md) counts it.
 - **A 4-bit base.** All methods take one. Those that rewrite the base, such as `PiSSA`, quantise what is left of it.
-- **Merging.** All methods merge exactly into a dense weight but {input_methods}, whose change depends on the input.
+- **Merging.** With default options, all methods merge exactly into a dense weight, except {input_methods}, whose \
+change depends on the input.
 - **Experts that are added later.** Blocks of `SBoRA` and of `OrthogonalAdaptation` do not interfere \
 ([merging](merging.md)).
 - **Other libraries.** The last column is what `sborax export` writes. `LORA` is exact for methods that PEFT lacks.

@@ -61,8 +61,8 @@ def routed_parts(method: AbstractMethod) -> tuple[AbstractRouted, ...]:
 def selective(method: AbstractMethod) -> bool:
     """Whether an adapter may get no gradient in a step.
 
-    No sequence may select it or have its tokens, or what it multiplies in a bank of its kind may be zero. The gradient
-    of the bank then shows whether the model reads its kernels.
+    It gets none if no sequence selects it or has its tokens, or if what it multiplies in a bank of its kind is zero.
+    The gradient of the bank then shows whether the model reads its kernels.
     """
     rests = any(part.bank_of_kind for part in banked_parts(method))
     return isinstance(method, AbstractRouter) or rests or bool(routed_parts(method) or invoked_parts(method))

@@ -110,9 +110,9 @@ def by_row(trees: Sequence[Adapters]) -> Adapters:
 def together(params: Sequence[Params], adapters: Sequence[Adapters | None]) -> list[list[int]]:
     """The numbers of adapters that can share a batch, in groups, in the order of their first members.
 
-    Those of a group have the same methods, the same shapes, and the same arrays for a base. By itself stays whatever
-    rewrites the base, links layers, routes by the prompt, changes biases, or adapts more than the projections of the
-    layers, and so does the base without an adapter.
+    Those of a group have the same methods, the same shapes, and the same arrays for a base. An adapter is a group by
+    itself if it rewrites the base, links layers, routes by the prompt, changes biases, or adapts more than the
+    projections of the layers. So is the base without an adapter.
 
     Args:
     - params: what goes with each of `adapters`.

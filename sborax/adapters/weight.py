@@ -37,7 +37,7 @@ class AbstractWeight(abc.ABC):
 
     @abc.abstractmethod
     def cut_along(self, *axes: str | None) -> "AbstractWeight":
-        """The weight whose use on a mesh gathers it, but along `axes`, before it is made dense: less is sent so.
+        """The weight, to be gathered on a mesh before it is made dense, except along `axes`: so less is sent.
 
         - axes: of the mesh, for the input and the output; None for an axis that is whole.
         """

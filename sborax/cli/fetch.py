@@ -173,5 +173,10 @@ def _ask(program: str, seconds: float, offline: bool, *arguments: str) -> str | 
     return done.stdout.strip().splitlines()[-1] if done.returncode == 0 and done.stdout.strip() else None
 
 
+def main() -> None:
+    """Print the path of the quickstart's model."""
+    say(smollm2())
+
+
 if __name__ == "__main__":
-    say(smollm2_gguf())
+    main()

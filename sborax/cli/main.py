@@ -21,7 +21,7 @@ Commands = argparse._SubParsersAction
 
 OK, WRONG, INTERRUPTED = 0, 2, 130
 EXPERIMENT = "Python file with `def experiment()`, or the config.json of an earlier run"
-MESH = "lay it out over devices, such as fsdp=8,tensor=2"
+MESH = "axes of the device mesh, such as fsdp=8,tensor=2"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,7 +108,7 @@ def _add_training(commands: Commands) -> None:
     _add_changes(train)
     _add_mesh(train)
     train.add_argument("--out", metavar="RUN_DIR", help="directory of the run (default: runs/NAME OF THE EXPERIMENT)")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN_DIR")
+    train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in RUN_DIR")
     train.add_argument("--profile", action="store_true", help="write an xprof trace of a few steps to RUN_DIR/profile")
     train.add_argument(
         "--compile-cache",
@@ -117,7 +117,7 @@ def _add_training(commands: Commands) -> None:
     )
     launcher.add_arguments(train)
 
-    sweep = _command(commands, "sweep", _importing(_sweep), "train several adapters at once over one base")
+    sweep = _command(commands, "sweep", _importing(_sweep), "train one adapter for every combination of values")
     sweep.add_argument("experiment", help=EXPERIMENT)
     sweep.add_argument(
         "changes", metavar="key=value[,value]", nargs="*", default=[],
@@ -129,7 +129,7 @@ def _add_training(commands: Commands) -> None:
     sweep.add_argument(
         "--out", metavar="DIR", help="directory of the runs (default: runs/NAME OF THE EXPERIMENT-sweep)"
     )
-    sweep.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+    sweep.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in DIR")
     sweep.add_argument(
         "--at-once", type=int, metavar="N", help="members computed together (default: 1 on a CPU, else all)"
     )
@@ -142,7 +142,7 @@ def _add_training(commands: Commands) -> None:
 def _add_generation(commands: Commands) -> None:
     generate = _command(commands, "generate", _importing(_generate), "write text with a model or a run")
     _add_target(generate)
-    generate.add_argument("--prompt", action="append", help="text to go on from; repeat for several")
+    generate.add_argument("--prompt", action="append", help="text to continue; repeat for several")
     generate.add_argument("--chat", action="store_true", help="answer every line of standard input, as a conversation")
     generate.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     generate.add_argument(
@@ -191,19 +191,20 @@ def _add_conversion(commands: Commands) -> None:
     )  # fmt: skip
     merge.add_argument(
         "--combination", default="cat", metavar="KIND",
-        help="how the changes are combined: cat (default), their weighted sum, or svd, ties_svd, dare_linear_svd, "
-        "dare_ties_svd, magnitude_prune_svd; without _svd factors of LoRA are combined, and linear; as PEFT's names",
+        help="how the changes are combined, by PEFT's names: cat (default) or svd, their weighted sum; ties_svd, "
+        "dare_linear_svd, dare_ties_svd or magnitude_prune_svd; linear, ties, dare_linear, dare_ties or "
+        "magnitude_prune, which combine the factors of LoRAs",
     )  # fmt: skip
     merge.add_argument("--density", type=float, metavar="D", help="share of entries that a combination keeps")
     merge.add_argument(
         "--majority-sign-method", choices=("total", "frequency"), default="total",
-        help="whose sign TIES takes: that of the sum (default) or that of most",
+        help="the sign that TIES keeps: that of the sum (total, default), or that of most changes (frequency)",
     )  # fmt: skip
     merge.add_argument("--rank", type=int, metavar="R", help="rank of a combination in svd (default: not truncated)")
     merge.add_argument("--seed", type=int, default=0, help="seed of what DARE drops (default: 0)")
     merge.add_argument(
         "--approximate", choices=("inputs", "weights"),
-        help="merge ResLoRA's input and middle shortcuts, which no weight equals, and print the error on its data",
+        help="merge ResLoRA's input and middle shortcuts approximately, and print the error on the run's data",
     )  # fmt: skip
 
     says = "write a run of LoRAPrune as a smaller dense model, with its perplexity"
@@ -235,7 +236,7 @@ def _add_overviews(commands: Commands) -> None:
     plan = _command(commands, "plan", _importing(_plan), "show what would be trained, without reading weights")
     plan.add_argument("target", metavar="EXPERIMENT|MODEL")
     _add_changes(plan)
-    _add_mesh(plan, "lay it out over devices, which need not exist: fsdp=8,tensor=2; auto: chosen for --topology")
+    _add_mesh(plan, "axes of a mesh of devices, which need not exist: fsdp=8,tensor=2; auto picks one for --topology")
     plan.add_argument("--topology", metavar="NAME", help="compile for a TPU slice, which need not exist: v5e:16x16")
     plan.add_argument("--length", type=int, metavar="N", help="tokens of a row (default: the longest of the data)")
 
@@ -260,12 +261,14 @@ def _add_comparison(commands: Commands) -> None:
     compare.add_argument(
         "--spectra", action="store_true", help="also load base and adapters, and show what training changed"
     )
-    compare.add_argument("--out", default="runs/compare", metavar="DIR", help="of the report (default: runs/compare)")
+    compare.add_argument(
+        "--out", default="runs/compare", metavar="DIR", help="directory of the report (default: runs/compare)"
+    )
 
 
 def _add_recipes(commands: Commands) -> None:
     recipes = _command(commands, "recipes", _importing(_recipes), "list papers' tables as experiments, or print one")
-    recipes.add_argument("name", metavar="NAME", nargs="?", help="of one recipe, such as sbora/commonsense")
+    recipes.add_argument("name", metavar="NAME", nargs="?", help="name of a recipe, such as sbora/commonsense")
 
 
 def _add_quickstart(commands: Commands) -> None:

@@ -82,9 +82,9 @@ def find_run(run: str) -> tuple[Experiment, epath.Path]:
 
 
 def has_gone_on(adapter: epath.Path) -> str | None:
-    """A line about a run that has gone on since it ended and wrote its adapter, and has not ended again; else None.
+    """A note if a run was continued after it wrote its adapter, and has not ended again; else None.
 
-    - adapter: `adapter/` of the run, or `best/`, which is that of all steps.
+    - adapter: `adapter/` of the run; for `best/`, which every step may replace, the result is None.
     """
     run, adapter_step = adapter.parent, read_object(adapter / PLAN).get("step")
     if adapter.name != ADAPTER or type(adapter_step) is not int:

@@ -71,8 +71,8 @@ class Sweep:
       higher held-out loss stops. "auto" for as many rungs as leave one member, each at twice the step of the one
       before and the last in the middle of the run. Empty (default) for none.
 
-    The learning rates of the grid may be `("auto",)`, or end in "auto" (see `rates.extension`). Rates are then added
-    for each combination of the other values, by the mean over its seeds.
+    The learning rates of the grid may be `("auto",)`, or end in "auto" (see `rates.extension`). Each combination of the
+    other values then gets further rates until its best one, by the mean loss over its seeds, is interior.
 
     Raises SboraxError for a grid without alternatives, with a value given twice, or with more than 512 members, and for
     rungs and "auto" that do not go together with the rest.

@@ -57,9 +57,9 @@ from sborax.train.stop import Stop, stopping
 def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, echo: Echo = say) -> Results:
     """Train all members of a sweep and write `out`: a run directory for each, checkpoints, `sweep.json`.
 
-    Members that are alike are trained at once, by one program; the programs follow one another over the one base. A
-    member whose loss is not finite is stopped and reported; the others go on. SIGTERM and Ctrl-C save a checkpoint and
-    end the sweep.
+    Members that differ in arrays alone share one program; the programs run one after another over the same base. A
+    member whose loss is not finite is stopped and reported; the others continue. SIGTERM and Ctrl-C save a checkpoint
+    and end the sweep.
 
     Args:
     - description: the experiment and the grid.

@@ -23,7 +23,7 @@ Echo = Callable[[str], None]
 
 
 def promised(params: Params) -> dict[str, Hint]:
-    """Hints with a zero gradient and no statistics for every kernel, for planning: they say that there will be some."""
+    """Placeholders for planning, by kernel: hints with a zero gradient and no statistics, which are computed later."""
     return {
         path.removesuffix("/kernel"): Hint(grad=np.broadcast_to(np.float32(0), weight.shape), inputs={})
         for path, weight in kernels(params).items()

@@ -53,7 +53,7 @@ def train(
 ) -> Summary:
     """Run `experiment` and write the run directory `out`: config, metrics, checkpoints, adapter, summary.
 
-    SIGTERM and Ctrl-C save a checkpoint and end the run in good order.
+    SIGTERM and Ctrl-C save a checkpoint and end the run cleanly.
 
     Args:
     - resume: continue from the newest complete checkpoint in `out`; on one machine the bits are those of a run that was
@@ -235,9 +235,9 @@ def loop(
     stop: Stop,
     layout: Layout = Layout(),
 ) -> None:
-    """Make steps until `steps` have been made, a signal comes, or the stepper has ended.
+    """Run the stepper until `steps` are done, a signal arrives, or the stepper has ended.
 
-    Each is: data, step, record, act, evaluate, save.
+    Each iteration is: data, step, record, act, evaluate, save.
 
     Args:
     - held_out: batches for the held-out loss; empty for none.
