@@ -114,6 +114,45 @@ def test_groups_in_stacks_and_composites():
     assert node.train == {"a": "a", "b": "b", "m": "b"}
 
 
+COMPOSED = {
+    "sum": [("p", sx.add(sx.LoRA(rank=2), sx.SBoRA(rank=2)))],
+    "multiple": [("p", sx.scale(sx.LoRA(rank=2), 0.5))],
+    "chain": [("p", sx.chain(sx.PiSSA(rank=2), sx.DoRA(rank=2)))],
+    "activated": [("p", sx.Activated(sx.LoRA(rank=2), tokens=(3,)))],
+    "some layers": [sx.Rule("p", sx.LoRA(rank=2), layers=(0, 2))],
+    "several methods": [sx.Rule("p", sx.LoRA(rank=2), layers=(0,)), sx.Rule("p", sx.Bone(rank=2), layers=(1, 2))],
+    "nested": [("p", sx.scale(sx.add(sx.LoRA(rank=2), sx.scale(sx.PiSSA(rank=2), 2.0)), 0.5))],
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_adapters_take_steps(name):
+    """Of both halves and of the whole tree; b moves `ratio` times as far as without it."""
+    params = {"layers": {"p": {"kernel": jnp.ones((3, IN, OUT))}}}
+    _, adapters = sx.attach(jax.random.key(0), params, COMPOSED[name])
+    train, _ = sx.split(adapters)
+    for tree in (train, adapters):
+        assert jax.tree.structure(groups(tree)) == jax.tree.structure(tree)
+    tx = sx.lora_plus(4.0)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, train), tx.init(train), train)
+    expected = jax.tree.map(lambda group: 1.0 if group == "a" else 4.0, groups(train))
+    assert 4.0 in jax.tree.leaves(expected)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.full_like, train, expected))
+
+
+def test_masked_leaves_have_no_group():
+    params = {"layers": {"p": {"kernel": jnp.ones((3, IN, OUT))}}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("p", sx.DoRA(rank=2))])
+    train, _ = sx.split(adapters)
+
+    def named(tree, name):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == name, tree)
+
+    tx = optax.masked(sx.lora_plus(4.0), lambda tree: named(tree, "b"))
+    (node,) = nodes(tx.update(jax.tree.map(jnp.ones_like, train), tx.init(train), train)[0]).values()
+    assert {name: float(leaf.max()) for name, leaf in node.train.items()} == {"a": 1.0, "b": 4.0, "m": 1.0}
+
+
 TARGETS = {"target_modules": ["first", "second"]}
 PEERS = [
     (peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), **TARGETS), sx.KaSA(rank=2)),

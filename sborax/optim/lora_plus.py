@@ -8,7 +8,7 @@ import optax
 from jaxtyping import PyTree
 
 from sborax.adapters.compose import with_parts
-from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, is_adapter
+from sborax.adapters.core import AbstractComposite, Adapter, Leaves, SboraxError, is_adapter
 from sborax.adapters.leaves import map_with_path
 from sborax.adapters.tables import LOOKUP, TABLE
 
@@ -35,12 +35,28 @@ def groups(tree: PyTree) -> PyTree:
     return map_with_path(group_of, tree, is_leaf=is_adapter)
 
 
-def _of_adapter(node: Adapter) -> Any:
+def _of_adapter(node: Adapter) -> Adapter:
     plain = jax.tree.map(lambda _: "a", node)
-    if isinstance(node.method, AbstractComposite):
-        return with_parts(plain, [_of_adapter(child) for child, _ in node.method.children(node)])
-    group = {name: "b" if name in node.method.group_b else "a" for name in node.train}
-    return dataclasses.replace(plain, train=group)
+    return dataclasses.replace(plain, train=_like(node.train, _trained(node)))
+
+
+def _trained(node: Adapter) -> Leaves:
+    """The groups of all leaves that the method may train, by name, nested as a composite method nests them."""
+    method = node.method
+    if isinstance(method, AbstractComposite):
+        parts = [dataclasses.replace(child, train=_trained(child)) for child, _ in method.children(node)]
+        return with_parts(node, parts).train
+    return {name: "b" if name in method.group_b else "a" for name in node.train}
+
+
+def _like(leaves: Leaves, groups: Leaves) -> Leaves:
+    """The groups of these leaves. An optimiser may have masked some."""
+    return {
+        name: _like(leaf, groups[name])
+        if isinstance(leaf, dict)
+        else jax.tree.map(lambda _, name=name: groups[name], leaf)
+        for name, leaf in leaves.items()
+    }
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
