@@ -450,9 +450,16 @@ def test_lora_fa_refuses_trained_gains_between_a_and_b(method):
 
 
 @pytest.mark.parametrize(
-    "method", [sx.HiRA(rank=3), sx.GLoRA(rank=3), sx.DeLoRA(rank=3)], ids=lambda m: type(m).__name__
+    "method",
+    [sx.HiRA(rank=3), sx.GLoRA(rank=3), sx.DeLoRA(rank=3), sx.LoKr(rank=1)],
+    ids=lambda m: type(m).__name__,
 )
 def test_lora_fa_refuses_other_changes_than_a_product(method):
     _, adapters = adapted_stack(method)
-    with pytest.raises(SboraxError, match=f"the change by {type(method).__name__} is not s a b"):
+    refusal = f"the change by {type(method).__name__} is not s a b"
+    with pytest.raises(SboraxError, match=refusal):
         sx.split_lora_fa(adapters)
+    train, frozen = sx.split(adapters)
+    tx = lora_fa(1e-3)
+    with pytest.raises(SboraxError, match=refusal):
+        tx.update(train, tx.init(train), train, frozen=frozen)

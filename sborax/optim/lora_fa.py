@@ -1,6 +1,7 @@
 """LoRA-FA, arXiv:2308.03303: a is frozen, b follows the projected gradient. The projection is that of PEFT."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sborax.adapters.core import AbstractComposite, Adapter, Leaves, SboraxError, is_adapter
 from sborax.adapters.grouped import AbstractBranched
-from sborax.adapters.leaves import flatten, replace_leaves
+from sborax.adapters.leaves import flatten, replace_leaves, union
+from sborax.adapters.linalg import pinv
 from sborax.adapters.tables import LOOKUP, TABLE
 from sborax.adapters.tree import nodes, split
 from sborax.optim.pairs import agree, over_pairs, sides
@@ -62,7 +64,8 @@ def _check_product(path: str, node: Adapter) -> None:
                 f"lora_fa: {path}: {type(method).__name__} trains {gains[0]} between a and b, which the "
                 "projection of b leaves out; use another optimizer"
             )
-        if agree(train["a"], train["b"]) and "scale" not in node.frozen:
+        product = (method.axes["a"], method.axes["b"]) == (("in", "rank"), ("rank", "out")) and "scale" in node.frozen
+        if agree(train["a"], train["b"]) and not product:
             raise SboraxError(
                 f"lora_fa: {path}: the change by {type(method).__name__} is not s a b, which the projection of b is "
                 "for; use another optimizer"
@@ -128,6 +131,8 @@ def project_lora_fa() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, optax.EmptyState]:
         if params is None or frozen is None:
             raise SboraxError("lora_fa: update needs params and frozen=, the frozen halves of the adapters")
+        for path, node in _joined(params, frozen).items():
+            _check_product(path, node)
         grads, constant, trained = flatten(updates), flatten(frozen), flatten(params)
         new: dict[str, Array] = {}
         for path, grad in grads.items():
@@ -151,7 +156,17 @@ def project_lora_fa() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _at(leaves: dict[str, Array], path: str) -> Array | None:
+def _joined(params: PyTree, frozen: PyTree) -> dict[str, Adapter]:
+    """The adapters by path, of both halves. Those without a frozen half are left out."""
+    halves, joined = nodes(frozen), {}
+    for path, node in nodes(params).items():
+        half = _at(halves, path)
+        if half is not None:
+            joined[path] = dataclasses.replace(half, train=union(half.train, node.train))
+    return joined
+
+
+def _at(leaves: Mapping[str, Any], path: str) -> Any:
     """The leaf whose path `path` ends with: `path` starts at the training state, `leaves` at the adapters in it."""
     return next((leaf for name, leaf in leaves.items() if f"/{path}".endswith(f"/{name}")), None)
 
@@ -162,7 +177,7 @@ def _project(
     with jax.default_matmul_precision("highest"):
         live = jnp.any(a != 0, axis=0)
         gram = a.T @ a + RIDGE * jnp.eye(a.shape[1], dtype=a.dtype)
-        inverse = jnp.linalg.pinv(gram, hermitian=True)
+        inverse = pinv(gram, 10 * len(gram) * float(jnp.finfo(gram.dtype).eps))
         # Rounding in the inverse would move padded rows, and Adam would make the movement large.
         inverse = jnp.where(live[:, None] & live[None, :], inverse, 0)
         return inverse @ grad / jnp.square(scale).astype(a.dtype)
