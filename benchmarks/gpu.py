@@ -7,7 +7,7 @@ process; peers run in processes of their own. Utilisation is 4N FLOPs a token ov
 bfloat16; 989 TFLOP/s for an H100 or H200).
 
 Each part is appended to `--out` when it ends, with the card, versions and a digest of the code. Parts that are there
-already are not measured again: a run that was cut off goes on, and `--again` measures anew. `--tiny` tries the whole
+already are not measured again: a run that was cut off continues, and `--again` measures anew. `--tiny` tries the whole
 program on any device.
 """
 
@@ -77,7 +77,7 @@ def read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def code() -> str:
-    """A digest of the package and of the benchmarks: what other code gave is not taken for what this gives."""
+    """A digest of the package and of the benchmarks, so that results of other code are measured again."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(path for folder in ("sborax", "benchmarks") for path in (root / folder).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

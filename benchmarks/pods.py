@@ -2,7 +2,7 @@
 
 compile: compiles what is missing for TPU slices (needs the package libtpu), one step after the other, and appends
 FLOPs, bytes and memory of each to benchmarks/pods.jsonl. A step whose program and versions are those of its stored line
-is not compiled again, so a run that was cut off goes on. A step takes minutes of a core.
+is not compiled again, so a run that was cut off continues. A step takes minutes of a core.
 page: writes docs/performance.md from that file. Nothing has run on a TPU: times are the least that the chip's published
 rates allow.
 """

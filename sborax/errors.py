@@ -2,7 +2,7 @@
 
 
 class SboraxError(ValueError):
-    """A mistake that the user can mend. The message says in one line what is wrong, where, and how to mend it.
+    """A mistake that the user can fix. The message says in one line what is wrong, where, and how to fix it.
 
     Unprintable characters are escaped. A message longer than 2,000 characters is cut in the middle.
     """

@@ -173,7 +173,7 @@ def test_what_is_no_ended_run_is_refused(tmp_path):
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "loss": 0.9}\n')
     for run in (longer, killed):
-        with pytest.raises(SboraxError, match="ended after step 40, has gone on since and not ended again"):
+        with pytest.raises(SboraxError, match="ended after step 40, was continued and has not ended again"):
             read(run)
     sweep = write_sweep(tmp_path / "sweep", sx.LoRA(rank=4), {(1e-3, 0): 1.0})
     with pytest.raises(SboraxError, match="is given twice"):

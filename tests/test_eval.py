@@ -184,7 +184,7 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(folder, capsys,
     # Scores of an adapter that was replaced are none of the next one.
     measured = f'eval.data={{"name": "{folder / "train.json"}"}}'
     assert main([*named, measured, "--resume"]) == 2
-    assert "eval.data differs from that of the losses it has; the run has ended" in capsys.readouterr().err
+    assert "eval.data differs from the data of its recorded losses; the run has ended" in capsys.readouterr().err
     assert json.loads((out / "config.json").read_text())["eval"]["data"] is None
     assert main([*named, "steps=2", "--resume"]) == 0
     output = capsys.readouterr().out

@@ -402,7 +402,7 @@ def test_a_run_that_went_on_and_did_not_end_says_which_adapter_it_has(experiment
         assert not train(dataclasses.replace(experiment, steps=STEPS + 3), out, resume=True, echo=quiet).finished
     capsys.readouterr()
     load_run(str(out))
-    message = f"{out}: has gone on to step {STEPS + 2} and has not ended; its adapter is that of step {STEPS}"
+    message = f"{out}: was continued to step {STEPS + 2} and has not ended; its adapter is that of step {STEPS}"
     assert capsys.readouterr().out.startswith(message)
     # The summary is of the later steps.
     assert "Metrics" not in facts(str(out)) and "Metrics" in facts(str(out / "best"))

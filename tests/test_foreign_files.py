@@ -130,7 +130,7 @@ def test_an_added_token_in_the_data_that_the_model_never_knew(model, tmp_path):
             eval=sx.Eval(sx.Data(str(held_out), **words), every=1),
         )
         with pytest.raises(
-            sx.SboraxError, match=r"bad.jsonl: sample 24 has token 258 \('<more>'\), the model only 258"
+            sx.SboraxError, match=r"bad.jsonl: sample 24 has token 258 \('<more>'\), the model has only 258 tokens"
         ):
             train(experiment, tmp_path / f"run-{data.stem}", echo=lambda line: None)
 
@@ -283,7 +283,7 @@ def test_metrics_that_are_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "mend that"), (errno.EISDIR, "mend that")]
+    "number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "fix that"), (errno.EISDIR, "fix that")]
 )
 def test_room_is_advised_where_it_helps(number, remedy):
     assert f"({os.strerror(number)}); {remedy}, then" in str(refusal("x", OSError(number, os.strerror(number), "x")))

@@ -269,7 +269,7 @@ def test_records_that_python_cannot_take(tmp_path, line, match):
 
 @pytest.mark.parametrize("template", ["{text:>99999999999}", "{text!r}", "{text.__class__}", "{text[0]}", "{", "{0}"])
 def test_prompts_take_the_names_of_columns_and_no_more(template):
-    with pytest.raises(sx.SboraxError, match="nothing but a column's name|no column|not a format string"):
+    with pytest.raises(sx.SboraxError, match="only the name of a column|no column|not a format string"):
         render(template, "{text}", {"text": "a"}, None)
 
 
@@ -340,7 +340,7 @@ def adapter_files(tmp_path_factory):
         (lambda plan: plan["sites"].append(3), "expected a path, a method and in_axes"),
         (lambda plan: plan["sites"][0].update(in_axes="1"), "cannot hold an adapter"),
         (lambda plan: plan["sites"][0].update(path=["layers"]), "cannot hold an adapter"),
-        (lambda plan: plan["sites"].append(plan["sites"][0] | {"path": "layers"}), "something below it"),
+        (lambda plan: plan["sites"].append(plan["sites"][0] | {"path": "layers"}), "the parent of another path"),
         (lambda plan: plan["sites"][0]["method"].update(type="SBoRA"), "unknown key|no leaf"),
         (lambda plan: plan.update(rules=[[]]), "rules.0"),
     ],

@@ -178,7 +178,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path, pair, experiment):
     stopped.processes[1].send_signal(signal.SIGTERM)
     codes, out, err = stopped.ended()
     assert codes == [130, 130], err
-    assert "saved; --resume goes on" in out[0]
+    assert "saved; --resume continues" in out[0]
     summary = json.loads((tmp_path / "stopped/summary.json").read_text())
     assert not summary["finished"] and summary["steps"] == len(_losses(tmp_path / "stopped"))
     assert (tmp_path / "stopped/checkpoints" / str(summary["steps"])).is_dir()

@@ -259,7 +259,7 @@ WRONG = [
     (("optimizer.lr=1e-3,3e-3", "--halving", "2", "eval.data=null"), "halving: needs held-out losses"),
     (("steps=2,4", "--halving", "1"), "halving: members make unequal numbers of steps"),
     (("optimizer.lr=auto", "--halving", "2"), "optimizer.lr=auto: tries rates one after the other"),
-    (("optimizer.lr=1e-3,auto",), "optimizer.lr=1e-3,auto: one rate has no side on which to go on"),
+    (("optimizer.lr=1e-3,auto",), "optimizer.lr=1e-3,auto: one rate shows no direction to extend"),
     (("optimizer.lr=auto", "optimizer.lr=1,2"), "optimizer.lr: is given twice"),
     (("seed_adapter=auto,1",), "seed_adapter: must be a whole number"),
 ]

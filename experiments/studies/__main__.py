@@ -1,9 +1,9 @@
 """Run studies of adapters, and write what they decide: python -m experiments.studies list | run | repeat | report
 
 `list` tells how many pieces of each study are done. `run` runs the pending pieces of a study in order, and stores a
-small file for each; it begins none that would not end in time. Several processes may run one study at once. Models are
-found under $SBORAX_MODELS and data under $SBORAX_DATA, as by `sborax train`. `repeat NAME CLAIM` trains the arms of a
-claim again and says whether the difference lies in the stored intervals. `report` writes docs/RESULTS.md and
+small file for each. It starts no piece that would not end in time. Several processes may run one study at once. Models
+are found under $SBORAX_MODELS and data under $SBORAX_DATA, as by `sborax train`. `repeat NAME CLAIM` trains the arms of
+a claim again and says whether the difference lies in the stored intervals. `report` writes docs/RESULTS.md and
 docs/choosing.md from the stored files alone.
 """
 
@@ -36,9 +36,9 @@ from sborax.train.stop import Stopped
 CHOOSING = PAGE.parent / "choosing.md"
 WORK = Path("runs/studies")
 MARGIN = 1.2
-"""The time for which a piece is planned, over that of the slowest of the pieces before."""
+"""The time reserved for a piece, over that of the slowest of the latest pieces."""
 BEFORE = 5
-"""How many pieces before."""
+"""The number of latest pieces whose times count."""
 
 
 def names() -> list[str]:
@@ -110,7 +110,7 @@ def run(
             elsewhere.add(piece.digest)
             continue
         except Stopped:
-            echo(f"{piece.label}: stopped; it goes on from there when it is run again")
+            echo(f"{piece.label}: stopped; run it again to continue from there")
             break
         count += 1
         best = min(result["members"], key=lambda member: member.get("items_loss", float("inf")))

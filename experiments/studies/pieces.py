@@ -32,7 +32,7 @@ POINTS = 20
 def run_piece(piece: Piece, work: Path, echo: Callable[[str], None]) -> dict[str, Any]:
     """Train a piece in a directory below `work`, and return its result.
 
-    A piece that was killed goes on from its last checkpoint; where that cannot be read, it begins again.
+    A piece that was killed continues from its last checkpoint; if that cannot be read, it begins again.
     Raises Stopped after a signal.
     """
     began = time.monotonic()

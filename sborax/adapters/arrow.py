@@ -40,7 +40,7 @@ _NO_START = "Arrow mixes adapters that are trained; attach and train each of the
 
 
 TIE = 1e-5
-"""The leading singular values are equal if they differ by less than this share. Rounding makes less than 1e-6 of it."""
+"""Two leading singular values count as equal if they differ by less than this share. Rounding alone makes < 1e-6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def arrow(
     - adapters: trees of adapters of the same kernels. Any additive method with a merged form that leaves the base as it
       is, such as LoRA, SBoRA, Bone, and sums and multiples of them.
     - top_k: how many adapters a token uses. Default 3, as PEFT.
-    - temperature: default 1, as PEFT. Low values leave a token to one adapter, high ones to `top_k` alike.
+    - temperature: default 1, as PEFT. Low values give a token to one adapter, high ones to all `top_k` equally.
     - general: adapters to subtract. Then all are LoRAs, or other pairs of factors, of one rank. Default: none.
 
     The result has no merged form. Its trained leaves are those of the adapters; training them leaves prototypes as they
@@ -224,13 +224,13 @@ def _check(path: str, node: Adapter, leaves: dict[str, Weight]) -> None:
             raise SboraxError(f"{path}: {name} has no single change of the weight: {method.no_merge or 'links layers'}")
         if method.rewrites_base:
             raise SboraxError(
-                f"{path}: {name} took its start out of the base, which others need; write it with save_peft, and load "
-                "the LoRA that it then is"
+                f"{path}: {name} took its start out of the base, which the other adapters need; write it by "
+                "save_peft(as_='lora'), and load that LoRA"
             )
 
 
 def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters less the mean of the general ones, a and b each by itself."""
+    """The adapters minus the mean of the general ones, separately for a and b."""
     first = adapters[0]
     for node in (*adapters, *general):
         method, sizes = node.method, {name: leaf.shape for name, leaf in node.train.items()}

@@ -60,9 +60,9 @@ class AbstractBanked(AbstractMethod):
     bank_leaves: frozenset[str]
     """The leaves that are the bank's."""
     bank_of_kind: bool = False
-    """Kernels of a kind, such as the q_proj of all layers, share a bank, and not those of the whole model."""
+    """Whether each kind of kernel, such as the q_proj of all layers, has its own bank; else the model has one."""
     bank_entries: Mapping[str, int] = {}
-    """Leaves of a bank of a kind with an entry for each of so many neighbouring layers, which read that entry alone."""
+    """Leaves of such a bank that have one entry for every so many neighbouring layers, which read only that entry."""
 
     def reads(self, shape: tuple[int, int]) -> int | None:
         """The largest number of entries of its bank that one weight reads; None if any weight may read all."""

@@ -38,7 +38,7 @@ def task_arithmetic(
 def magnitude_prune(
     tensors: Float[Array, "parts rows columns"], weights: Float[Array, " parts"], density: float
 ) -> Float[Array, "rows columns"]:
-    """sum_i w_i t_i, of each t_i only the entries of largest magnitude, a share `density` of all."""
+    """sum_i w_i t_i, where each t_i keeps only its share `density` of entries, those of largest magnitude."""
     return task_arithmetic(_largest(tensors, density), weights)
 
 

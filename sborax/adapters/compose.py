@@ -69,7 +69,7 @@ def with_parts(adapter: Adapter, parts: Sequence[Adapter]) -> Adapter:
 def simple_parts(
     adapter: Adapter, layers: Sequence[int] | None = None
 ) -> Iterator[tuple[Adapter, Sequence[int] | None]]:
-    """The adapters that a composite one is made of, down to those that are none, each with the layers it acts on.
+    """The adapters that a composite one is made of, down to those that are not composite, each with its layers.
 
     - layers: positions of the flattened stack that the adapter acts on; None for all.
     """
@@ -278,7 +278,7 @@ class Chain(AbstractMethod):
             if value not in (field.default, of_first):
                 raise SboraxError(
                     f"chain: {second}'s {field.name}={value} would not be used, since {first} makes the factors; "
-                    f"say it to {first} and leave it out of {second}"
+                    f"set it on {first} and leave it out of {second}"
                 )
 
     def _check_leaves(self, shape: tuple[int, int]) -> None:

@@ -35,7 +35,7 @@ Axes = Mapping[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The arguments of an adapter beside `x`, given by the model. All are optional; without a key nothing is dropped.
+    """The arguments of an adapter besides `x`, given by the model. All are optional; without a key nothing is dropped.
 
     - key: dropout key of this projection, or None.
     - rows: arrays with one entry per sequence, `(batch, ...)`, such as routing weights. If the name is a path, it
@@ -91,7 +91,7 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hint:
-    """The arguments of `init` beside the weight. A method's `needs` names the fields that must be given.
+    """The arguments of `init` besides the weight. A method's `needs` names the fields that must be given.
 
     - layer: position of the weight in its stack, which is flattened; 0 without a stack. Indexes a tuple of ranks.
     - grad: gradient of the loss in the un-adapted weight, of the weight's shape. A NumPy array uses no device memory
@@ -165,9 +165,9 @@ class AbstractMethod(abc.ABC):
     rewrites_base: bool = False
     """`init` takes s a0 b0 out of the base weight and keeps frozen leaves `a0`, `b0`, `scale`. See `rebase.LEFT`."""
     base_leaves: Mapping[str, Callable[[Weight, Leaves], Array]] = {}
-    """Functions of (base weight, frozen leaves) that make frozen leaves, by leaf. Another base makes them anew.
+    """By name, functions of (base weight, frozen leaves) that compute a frozen leaf. On another base it is recomputed.
 
-    Those of a method with a bank find its leaves among the frozen ones."""
+    The function of a method with a bank finds the bank's leaves among the frozen ones."""
     identity_at_init: bool = True
     """Before training, the adapted function equals the base function."""
     no_merge: str = ""
@@ -186,7 +186,7 @@ class AbstractMethod(abc.ABC):
     sends: str = ""
     """Empty, or the traffic between devices that share a projection beyond `summed`, leaves and their gradients."""
     draws: str = ""
-    """Empty, or the random numbers of a call with a key, beside dropout. A call without a key draws none."""
+    """Empty, or the random numbers of a call with a key, besides dropout. A call without a key draws none."""
     batch_gradient: str = ""
     """Empty, or statistics of all rows of a call in the gradient of trained leaves. Accumulation is then inexact."""
     group_b: frozenset[str] = frozenset()

@@ -30,7 +30,7 @@ class AbstractExpert(AbstractFactored):
 
 
 def check_expert(expert: int | None, experts: int) -> None:
-    """Raise SboraxError unless 0 <= expert < experts; None goes with one."""
+    """Raise SboraxError unless 0 <= expert < experts. A single expert may be None."""
     if expert is None and experts == 1:
         return
     if expert is None or not 0 <= expert < experts:

@@ -49,7 +49,7 @@ class AbstractGrouped(AbstractMethod):
 
 
 class AbstractBranched(AbstractFactored):
-    """A method of thin factors that `approximates`, by a product of its own in place of the first factor's."""
+    """A method of thin factors that `approximates`: its `branch` computes the product with the first factor."""
 
     @abc.abstractmethod
     def branch(

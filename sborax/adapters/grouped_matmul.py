@@ -22,7 +22,7 @@ from sborax.adapters.weight import AbstractWeight, Weight, dense
 LEAST_TILE, LARGEST_TILE = 8, 256
 """Bounds of the rows that are multiplied at once where the back end has no grouped product."""
 PARTS, LEAST_PART = 4, 32
-"""Into how many parts a tile is cut, of which the last are left out where an expert ends, and the least rows of one."""
+"""Parts of a tile, and the least rows of a part. Where an expert ends, the parts after its last row are left out."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +31,7 @@ class Sizes:
     """How many rows each expert has.
 
     - rows: by expert. Rows beyond their sum belong to no expert: what is computed of them is undefined.
-    - room: how many times as many rows as at balanced load there is room for.
+    - room: how many rows there is room for, as a multiple of those at balanced load.
     """
 
     # Any: a pytree node also holds shapes.

@@ -1,6 +1,6 @@
 """Products of rows that are sorted by expert on a TPU, by the megablox kernels of JAX.
 
-`jax.lax.ragged_dot` compiles to one product for each expert and row there, too.
+`jax.lax.ragged_dot` would multiply every row by the weight of every expert, on a TPU as elsewhere.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Decompositions that `vmap` runs one after the other on a CPU.
 
 jaxlib 0.10 divides a batch of decompositions among the threads of XLA:CPU, and the thread that divides it waits for the
-others. Once every thread waits, the program never ends. With two threads this takes two batches that do not depend on
-each other, say of 30 QR decompositions of 576 x 16. jaxlib 0.11.2 decomposes one matrix after the other. So do these
-functions, in a loop around LAPACK; accelerators get batches.
+others. Once every thread waits, the program never ends. With two threads, two independent batches are enough, such as
+of 30 QR decompositions of 576 x 16 each. jaxlib 0.11.2 decomposes one matrix after the other. These functions do the
+same, in a loop around LAPACK; accelerators get batches.
 
 All arguments are one matrix; `jax.vmap` makes batches. Derivatives of `qr` and `inverse` do not decompose again.
 Those of the others are JAX's own, which do, in batches.

@@ -349,7 +349,7 @@ def _check_place(path: str, method: AbstractMethod, in_layers: bool) -> None:
 def allotted(chosen: Plan, hints: Mapping[str, Any]) -> Plan:
     """The plan with the ranks that hints give, layer by layer. Weights of rank 0 get no adapter.
 
-    Ranks are given to methods that were planned without ranks by layer and stand alone, not inside a composition.
+    A method gets ranks if it was planned with one rank for all layers. Methods inside a sum or a chain keep theirs.
 
     Args:
     - hints: `Hint`s as for `plan`. Those without `ranks` change nothing.
@@ -439,7 +439,8 @@ def _check(path: str, method: AbstractMethod, shape: tuple[int, int], hint: Any,
 def _check_bounds(value: Any) -> None:
     """Raise SboraxError for a number of a method, or of its parts, that means nothing.
 
-    It is not above its bound, negative in a field that is not `signed`, not finite, or not whole where it counts.
+    Such a number is at or below its bound, negative in a field that is not `signed`, not finite, or a fraction in a
+    field of whole numbers.
     """
     if isinstance(value, tuple):
         for part in value:

@@ -130,7 +130,7 @@ def attach(
 ) -> tuple[Params, Adapters]:
     """Makes an adapter for every kernel that a rule covers, and returns `(params, adapters)`.
 
-    The parameters come back as the same arrays, but for kernels whose method declares `rewrites_base`.
+    The parameters come back as the same arrays, except for kernels whose method declares `rewrites_base`.
 
     Args:
     - key: each weight gets a key folded from this one, the names and numbers in its path and its position in a stack.
@@ -273,7 +273,7 @@ def merge(params: Params, adapters: PyTree) -> Params:
     - adapters: a tree of adapters.
 
     Raises SboraxError for a method without a merged form, for an adapter whose kernel is not in `params`, and for
-    `params` from before `attach` if a method rewrote them. The last is not noticed inside a trace.
+    `params` from before `attach` if a method rewrote them. The last error cannot be detected inside a trace.
     """
     leaves = flatten(params)
     merged = {}

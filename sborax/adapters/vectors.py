@@ -39,16 +39,16 @@ OF_EMBEDDING, OF_HEAD = "embed_tokens", "lm_head"
 TABLES = {OF_EMBEDDING: Table(TABLE, 0, (TABLE, LOOKUP)), OF_HEAD: Table(HEAD, 1, (HEAD,))}
 """The tables whose vectors may be trained, by their modules."""
 VECTORS = {f"{module}/vectors": table.path for module, table in TABLES.items()}
-"""The path of the table of vectors, by theirs."""
+"""The path of the table that vectors belong to, by the path of the vectors."""
 TOKENS = {f"{module}/tokens": table.path for module, table in TABLES.items()}
-"""The path of the table of tokens, by theirs."""
+"""The path of the table that tokens belong to, by the path of the tokens."""
 
 Chosen = Sequence[int] | Mapping[str, Sequence[int]]
 """Tokens of the embedding, or of each module in `TABLES`."""
 
 
 def by_module(tokens: Chosen) -> dict[str, tuple[int, ...]]:
-    """The tokens of each module; without those of which there are none.
+    """The tokens of each module. Modules without tokens are left out.
 
     Raises SboraxError for another module, and unless the tokens of each are distinct.
     """
@@ -90,8 +90,8 @@ def vectors_of(
         unknown = next((token for token in ids if token >= count), None)
         if unknown is not None:
             raise SboraxError(
-                f"train_tokens: the model has the tokens 0..{count - 1}, and not {unknown}; train on a larger model, "
-                "which sx.resize_vocabulary makes and sx.save_hf writes"
+                f"train_tokens: the model has the tokens 0..{count - 1}, and not {unknown}; enlarge its vocabulary by "
+                "sx.resize_vocabulary, save it with sx.save_hf, and train that model"
             )
         rows = jnp.asarray(ids, jnp.int32)
         vectors[f"{module}/vectors"] = jnp.moveaxis(leaf[table.at(rows)], table.axis, 0).astype(jnp.float32)

@@ -98,8 +98,9 @@ def thin_changes(
 ) -> dict[str, ThinChange]:
     """Factors of the combined change of every kernel, by its path. `weighted_lora` makes adapters of them.
 
-    Args and errors: as `merge_weighted`. If `combination` truncates and says no rank, the largest one of the adapters
-    is taken, which must be LoRA's; "cat" takes LoRA alone, too, and has the sum of the ranks.
+    Args and errors: as `merge_weighted`. If `combination` truncates and has no rank, the largest rank of the adapters
+    is used. In that case, and for "cat", all adapters must be pairs of factors, such as LoRA. The rank of "cat" is the
+    sum of theirs.
     """
     terms = _terms(params, parts)
     if not combination.of_changes:

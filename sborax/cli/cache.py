@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 LARGEST = 4 << 30
-"""Bytes of compiled programs that are kept. Beyond them, those that were not used for longest go."""
+"""The most bytes of compiled programs that are kept. Beyond it, the least recently used ones are deleted."""
 SHORTEST = 0.05
 """Seconds that a program must take to compile to be kept. A run has dozens that take less than JAX's default of 1 s."""
 

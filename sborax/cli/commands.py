@@ -72,7 +72,7 @@ def slim(run: str, out: str) -> None:
     else:
         say(
             f"{out}: a smaller model for `sborax generate {out}`; transformers cannot load it, since its layers have "
-            "different numbers of heads and channels; with protect=0 all layers are pruned alike"
+            "different numbers of heads and channels; with protect=0 all layers are pruned equally"
         )
 
 

@@ -92,7 +92,7 @@ def watch(argv: Sequence[str]) -> int:
 
 def ended(code: int, output: str) -> str:
     """What ended a child, from its exit code and the runtime's output."""
-    further = "the same command with --resume goes on from the last checkpoint"
+    further = "the same command with --resume continues from the last checkpoint"
     silent = _SILENT.search(output)
     numbers = re.findall(r"(\d+)\s*$", silent[1], re.MULTILINE) if silent else ["0"] if _LEADER.search(output) else []
     if numbers:

@@ -168,7 +168,7 @@ def _add_scoring(commands: Commands) -> None:
     score.add_argument("--limit", type=int, metavar="N", help="score N items of each task, drawn with the seed")
     score.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: 0)")
     score.add_argument(
-        "--out", metavar="DIR", help="directory for scores.json and a JSONL file a task (default: runs/eval-TARGET)"
+        "--out", metavar="DIR", help="directory for scores.json and one JSONL file per task (default: runs/eval-TARGET)"
     )
     score.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="a task's data: path or hub id")
     score.add_argument("--template", help="prompt around instructions: alpaca, chat, or text with {instruction} in it")

@@ -16,7 +16,7 @@ from sborax.interop.peft_table import KNOWN_BY_DEFAULTS, TABLE
 def find(name: str) -> type[AbstractMethod]:
     """The method of that name, ignoring case.
 
-    A class of yours is found by its name alone, and by `module:Name` if another class has that name.
+    A class of yours is also found by its name without the module, unless another class has the same name.
     Raises SboraxError for an unknown name, and for one that several classes of yours have.
     """
     methods_by_label = listed()

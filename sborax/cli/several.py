@@ -40,7 +40,7 @@ def expand(targets: Sequence[str]) -> list[str]:
         names = [member["name"] for member in read_members(place)]
         runs = [f"{target.rstrip('/')}/{name}" for name in names if (place / name / ADAPTER / PLAN).exists()]
         if not runs:
-            raise SboraxError(f"{target}: none of its members has ended; `sborax sweep ... --resume` goes on")
+            raise SboraxError(f"{target}: none of its members has ended; continue it with `sborax sweep ... --resume`")
         paths += runs
     # However a path is written, it is one run.
     places = [epath.Path(target).resolve() for target in paths]

@@ -93,7 +93,7 @@ def has_gone_on(adapter: epath.Path) -> str | None:
     step = max(newest(run), 0 if summary is None else summary.steps)
     if step <= adapter_step:
         return None
-    return f"{run}: has gone on to step {step:,} and has not ended; its adapter is that of step {adapter_step:,}"
+    return f"{run}: was continued to step {step:,} and has not ended; its adapter is that of step {adapter_step:,}"
 
 
 def load_run(run: str) -> Target:

@@ -359,7 +359,7 @@ def _decode_fields(kind: Any, value: Any, where: str, structural: bool) -> Any:
 
 
 def _with_type(field: dataclasses.Field, value: Any) -> Any:
-    """`value`; an object that leaves "type" out is of the class of the field's default, if that is one of several."""
+    """`value`; an object without "type" gets that of the field's default, if the default extends an abstract class."""
     default, plain = type(field.default), _parse(value) if isinstance(value, Literal) else value
     if _family(default) is None or not isinstance(plain, dict) or {"type", GIVEN} & plain.keys():
         return value

@@ -1,4 +1,4 @@
-"""Parses JSON files of strangers within bounds, and refuses others in one line."""
+"""Parses untrusted JSON files within limits, and refuses files beyond these with an error of one line."""
 
 import json
 import os

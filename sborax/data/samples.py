@@ -18,7 +18,7 @@ from sborax.models.tokenizer import tokens_of
 _CHUNK = 1000
 """Records that are read at once."""
 _LETTERS = 1 << 19
-"""Letters of the records that are tokenised at once, but for one that is longer. Each takes up to 450 bytes."""
+"""The most letters that are tokenised at once, except for a longer single record. Each takes up to 450 bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def check_ids(name: str, samples: Sequence[Sample], tokenizer: Any, vocabulary: 
         if outside.size:
             raise SboraxError(
                 f"{name}: sample {number} has token {outside[0]} ({shown(tokenizer.decode([outside[0]]))}), the model "
-                f"only {vocabulary:,}; take that text out of the data, or use this model's own tokenizer"
+                f"has only {vocabulary:,} tokens; take that text out of the data, or use this model's own tokenizer"
             )
 
 

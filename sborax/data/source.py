@@ -118,7 +118,7 @@ def _from_hub(name: str, split: str) -> Records:
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise SboraxError(
-            f"{name}: no such file, not under $SBORAX_DATA, not to be had from the hub ({reason})"
+            f"{name}: no such file, not under $SBORAX_DATA, and not available from the hub ({reason})"
         ) from error
 
 

@@ -160,7 +160,7 @@ def _fill(pattern: str, record: Mapping[str, Any]) -> str:
             continue
         # A format specification could make a text of any length.
         if form or conversion:
-            raise SboraxError(f"data.template: {pattern!r}: nothing but a column's name belongs into braces")
+            raise SboraxError(f"data.template: {pattern!r}: braces may hold only the name of a column")
         if name not in record:
             raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
         _check_text(f"column {name!r}", record[name])
@@ -286,8 +286,8 @@ def _chat(
     for begin, end in zip(ends[::2], ends[1::2], strict=True):
         if begin is None or end is None:
             raise SboraxError(
-                "data.template: this chat template rewrites earlier turns; loss on answers is not defined: give "
-                "conversations of one answer"
+                "data.template: this chat template rewrites earlier turns, so the loss on answers is not defined; give "
+                "conversations with one answer"
             )
         # A line break after the end mark belongs to the template, not to the answer.
         stop = len(text[:end].rstrip("\n"))

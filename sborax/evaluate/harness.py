@@ -121,7 +121,7 @@ class HarnessModel(TemplateLM):
         top_k, top_p = options.pop("top_k", 0), options.pop("top_p", 1.0)
         if options:
             raise SboraxError(
-                f"the task asks for {next(iter(options))} = {next(iter(options.values()))}: not known here"
+                f"the task asks for {next(iter(options))} = {next(iter(options.values()))}, which sborax does not have"
             )
         texts = self.scorer.write(
             [self.tok_encode(prompt) for prompt in prompts],

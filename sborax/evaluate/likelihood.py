@@ -28,7 +28,7 @@ def score_rows(
 ) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
     """ln p(targets | prompt) of each row, and whether every target is the likeliest token.
 
-    What adapters decide by the text, they decide by the prompt, as in a generation.
+    Adapters that act depending on the text look at the prompt only, as in generation.
 
     - tokens: a prompt, then all targets but the last.
     - lengths: tokens of the prompt, at least 1.

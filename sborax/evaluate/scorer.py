@@ -111,7 +111,7 @@ class Scorer:
         if model.tokenizer is None:
             raise SboraxError("this model has no tokenizer.json beside it; put one into its directory")
         if budget < 1:
-            raise SboraxError(f"a forward pass of {budget} tokens is none; give 1 or more")
+            raise SboraxError(f"a forward pass needs 1 token or more, got {budget}")
         model.check_adapters(adapters)
         layout = Layout(make_mesh(mesh) if mesh else None)
         params, adapters = layout.model(params, adapters, model.config)
@@ -339,7 +339,7 @@ def _digest(name: str, arrays: Sequence[np.ndarray]) -> str:
 def scorers(
     model: LanguageModel, params: Sequence[Params], adapters: Sequence[Adapters | None], budget: int = BUDGET
 ) -> list[Scorer]:
-    """A scorer for each of several adapters of one base. Those that are alike share their forward passes.
+    """A scorer for each of several adapters of one base. Those of the same methods and shapes share forward passes.
 
     Args:
     - params: what goes with each of `adapters`.

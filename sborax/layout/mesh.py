@@ -27,8 +27,8 @@ def check_mesh(sizes: Mapping[str, int]) -> None:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of these sizes over the first of `devices`, by default JAX's. Absent axes have size 1.
 
-    "slices" multiplies "data": that many slices, or hosts, have a mesh of the other sizes each, and nothing but sums
-    over the data axis goes from one to another.
+    "slices" multiplies "data": each of that many slices, or hosts, has a mesh of the other sizes. Only sums over the
+    data axis go from one slice to another.
 
     Raises SboraxError as `check_mesh` does, for more devices than there are, for fewer than all processes have, and for
     devices of several slices without "slices".
@@ -40,7 +40,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if needed > len(devices):
         raise SboraxError(f"mesh: {text} needs {needed} devices, there are {len(devices)} ({devices[0].device_kind})")
     if jax.process_count() > 1 and needed < len(devices):
-        raise SboraxError(f"mesh: {text} takes {needed} devices of {len(devices)}; several processes need all of them")
+        raise SboraxError(f"mesh: {text} takes {needed} of {len(devices)} devices; several processes must use all")
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         groups = len({getattr(device, "slice_index", None) for device in devices[:needed]})

@@ -94,7 +94,7 @@ def _adapter_shardings(mesh: Mesh | AbstractMesh, adapters: Adapters, base: PyTr
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
-    """Shardings of the state of a run. Statistics of the optimiser lie like the trained leaf that they belong to.
+    """Shardings of the state of a run. Statistics of the optimiser are sharded like the leaf they belong to.
 
     The path of a statistic ends in the path of its leaf. Statistics of another shape are small and on every device.
     """

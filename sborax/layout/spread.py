@@ -33,7 +33,7 @@ def spread(
     parts, cuts, split = list(shape), [list[str]() for _ in shape], dict[str, dict[str, int]]()
 
     def place(name: str, size: int, home: int | None) -> bool:
-        """Cut the leaf along an axis of a mesh; whether there is an axis of the leaf that it divides."""
+        """Cut the leaf along an axis of the mesh. Returns whether that divides an axis of the leaf."""
         order = sorted(range(stack, len(shape)), key=lambda axis: (axis != home, -parts[axis]))
         axis = next((axis for axis in order if parts[axis] % size == 0), None)
         if axis is not None:

@@ -124,8 +124,8 @@ def take_apart(
     for path, node in nodes(adapters).items():
         if leaf_of(path, flat) in changing and reads_base(node.method):
             raise SboraxError(
-                f"{path}: {type(node.method).__name__} keeps what follows from this weight, which would be trained "
-                "itself; leave one of the two out"
+                f"{path}: {type(node.method).__name__} keeps what follows from this weight, so the weight cannot be "
+                "trained as well; leave one of the two out"
             )
     train, frozen = halves(adapters)
     # Leaves in float32 are copied too, because the step donates their buffers.

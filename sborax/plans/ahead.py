@@ -159,7 +159,7 @@ def lowered(planned: Outline) -> Any:
 
 
 def compiled(planned: Outline) -> Any:
-    """The step compiled for the same devices as by `lowered`."""
+    """The compiled step, for the same devices as `lowered`."""
     return lowered(planned).compile()
 
 

@@ -43,12 +43,12 @@ def gathered_bytes(planned: Outline) -> dict[int, float]:
 def link_bytes(planned: Outline, torus: Sequence[int] = ()) -> float:
     """An estimate of the bytes that reach each device from others.
 
-    2 x `gathered_bytes`: forward and backward; twice that for kernels whose gathers are sent as all-reduces
-    + passes x 4 x layers x tokens of a device x hidden size, if projections are shared along tensor: two sums a layer
-    + passes x 2 x layers x tokens of a device x (expert - 1) / tensor x hidden size, if experts are cut along expert:
-      tokens gathered, and outputs summed; with a capacity of experts as many rows as an expert takes of each token, of
-      which (expert - 1) / expert are sent, in place of (expert - 1)
-    + 12 for each trained parameter: gathered twice in bfloat16, and summed once in float32
+    For each microbatch, with states = passes x layers x tokens of a device x hidden size x bytes of a value:
+      2 x `gathered_bytes`: forward and backward; twice that for kernels whose gathers are sent as all-reduces
+      + 4 x states, if projections are shared along tensor: two sums a layer
+      + 2 x states x (expert - 1) / tensor, if experts are cut along expert: tokens gathered, and outputs summed; with a
+        capacity of experts, `expert_rows` x (expert - 1) / expert takes the place of (expert - 1)
+    Once a step, 12 for each trained parameter: gathered twice in bfloat16, and summed once in float32
 
     - torus: the chips along each dimension of a TPU slice; by default no gather is an all-reduce.
     """
@@ -71,9 +71,9 @@ def link_bytes(planned: Outline, torus: Sequence[int] = ()) -> float:
 def meshes(planned: Outline, torus: Sequence[int]) -> Iterator[tuple[dict[str, int], Outline]]:
     """Every mesh fsdp x tensor of a slice that divides rows, heads and leaves, with the step laid out on it.
 
-    For models with experts every mesh fsdp x expert x tensor, those with the same tensor axis by their expert axis.
-    Where gathers would be all-reduces, such a mesh is followed by those with a data axis along one dimension of the
-    torus, so that the others gather.
+    Models with experts get every mesh fsdp x expert x tensor, in the order of tensor, then of expert. A mesh on which
+    gathers would be all-reduces is followed by meshes with a data axis along one dimension of the torus, on which
+    kernels are gathered along the others.
 
     - torus: the chips along each dimension.
     """
@@ -110,11 +110,12 @@ def sums_kernels(planned: Outline, torus: Sequence[int]) -> bool:
 
 
 def best_mesh(planned: Outline, torus: Sequence[int], chip: Chip) -> dict[str, int]:
-    """The mesh with the smallest tensor axis, and then the smallest expert axis, on which a step fits, gathers its
-    kernels, and receives bytes no longer than it computes.
+    """The mesh with the smallest tensor axis, then the smallest expert axis, on which a step fits and receives bytes in
+    no more time than it computes.
 
-    Of meshes that gather by all-reduces none counts, since no all-reduce is sent beside products. If there is none,
-    that on which a step fits and receives least; if it fits on none, that on which it holds least.
+    A mesh on which kernels are sent as all-reduces does not qualify, since no all-reduce overlaps with products. If no
+    mesh qualifies, the result is the one on which the step fits and receives the fewest bytes. If the step fits on
+    none, it is the one on which the step holds the fewest.
 
     - planned: the step on one device.
     - torus: the chips along each dimension of the slice.
@@ -142,8 +143,8 @@ def mending(
 ) -> list[str] | None:
     """Changes of an experiment with which its step fits by the formula, as `key=value`; None if none is known.
 
-    They are tried in the order of what they cost: recomputing layers, rows in turn, an NF4 base, no copies
-    along data, sharing projections.
+    They are tried in the order of their cost, each on top of those before: recomputing layers, accumulating rows, an
+    NF4 base, no copies along data, sharing projections.
     """
     changes: dict[str, Any] = {}
     devices, expert = math.prod(sizes.get(name, 1) for name in AXES), sizes.get(EXPERT, 1)

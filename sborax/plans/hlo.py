@@ -16,9 +16,9 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z-]+)\((
 _NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _INSIDE = ("fusion", "async-start", "custom-call-start")
-"""Operations that are one with those of the computations that they run."""
+"""Operations that run a computation as a part of themselves: its collectives count in the scope of the operation."""
 _GOES_ON = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
-"""In a collective that a TPU runs in pieces beside products: all pieces but the first, whose flag is -1."""
+"""Matches a piece of a collective that a TPU runs in pieces beside products, except the first, whose flag is -1."""
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -40,8 +40,8 @@ def scattered_bytes(text: str, devices: int) -> int:
 def overlapped_bytes(text: str) -> dict[str, int]:
     """The part of `collective_bytes` that is sent while the device multiplies, by kind.
 
-    In the schedule a product or a kernel lies between the start and the end of such a collective, or in one fusion with
-    a piece of it. Whether it takes as long as the collective is not said.
+    A collective counts if the schedule has a product or a kernel between its start and its end, or in one fusion with a
+    piece of it. The schedule does not say whether that work takes as long as the collective.
     """
     lines, _ = _computations(text)
     working = {name for name in lines if _multiplies(name, lines)}
@@ -76,7 +76,7 @@ def _multiplies(computation: str, lines: dict[str, list[str]]) -> bool:
 
 
 def _ends(line: str, lines: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """The collectives that begin, go on or end in an operation, by name, each with its lines that have its size."""
+    """The collectives that begin, continue or end in an operation, by name, each with the lines that give its size."""
     match = _INSTRUCTION.match(line)
     if not match:
         return []
@@ -160,9 +160,9 @@ def matmul_flops(text: str, most: int = 1) -> int:
 def memory_bytes(text: str, most: int = 1) -> int:
     """The bytes that a program reads from and writes to a device's main memory, those in loops for every iteration.
 
-    Of each operation outside of fusions its operands and results, once, if they lie in main memory. Of an array of
-    which only a slice is read or written, the slice. Of a collective that runs beside several products, its operand and
-    result once.
+    Each operation outside of fusions counts with its operands and results, once, if they lie in main memory. An array
+    of which only a slice is read or written counts with the slice. A collective that runs beside several products
+    counts with its operand and result, once.
 
     - most: iterations of a loop whose end depends on data.
     """
@@ -228,7 +228,8 @@ def _product_flops(result: str, tail: str, shapes: dict[str, str]) -> int:
 def _meetings(length: int, size: int, outputs: int, axis: int, tail: str) -> int:
     """The pairs of an output and an entry of the window at which a convolution has an input, on one axis.
 
-    Padding and the gaps of a dilated input have none. Products in batches, and several at once, are written so.
+    Padding and the gaps of a dilated input have none. XLA writes batched products, and several products at once, as
+    such convolutions.
 
     - length, size, outputs: of the input, the window and the result on this axis.
     """

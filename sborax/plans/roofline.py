@@ -60,9 +60,9 @@ def torus_of(topology: str) -> tuple[int, ...]:
 
 
 def sums_gathers(torus: Sequence[int], chips: int) -> bool:
-    """Whether the compiler sends a gather between so many chips of a slice as an all-reduce of parts filled up with 0.
+    """Whether the compiler turns a gather among this many chips into an all-reduce of parts that are padded with zeros.
 
-    It does so between all chips of a torus with three dimensions of at least 4, and gathers between fewer (libtpu
+    It does so among all chips of a torus with three dimensions of at least 4. Among fewer chips it gathers (libtpu
     0.0.52; docs/performance.md).
 
     - torus: the chips along each dimension, as `torus_of` has them.
@@ -108,7 +108,8 @@ def attention_flops(layers: int, width: int, rows: int, length: int, again: bool
 def received_bytes(sent: Mapping[str, int], devices: int) -> int:
     """The bytes that reach a chip.
 
-    An all-reduce comes twice, as sums and as their result. Of a reduce-scatter every part comes, and one is left.
+    An all-reduce is received twice, as parts to sum and as the result. Every device sends its part of a reduce-scatter,
+    so it counts `devices` times its result.
 
     - sent: bytes of the results of collectives by kind.
     - devices: how many a reduce-scatter goes between.

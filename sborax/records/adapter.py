@@ -190,7 +190,7 @@ def _check_values(place: epath.Path, leaves: Mapping[str, np.ndarray], digests: 
         if digests is not None and digests[name] != _digest(leaf):
             raise SboraxError(f"{place / LEAVES}: {name} is damaged, its digest does not match; restore a copy")
         if not np.issubdtype(leaf.dtype, np.integer) and not np.isfinite(leaf).all():
-            raise SboraxError(f"{place / LEAVES}: {name} is not finite; a training that diverged, or damage")
+            raise SboraxError(f"{place / LEAVES}: {name} is not finite; training diverged, or the file is damaged")
 
 
 def _site(site: Any, where: str) -> tuple[str, int]:
@@ -207,7 +207,7 @@ def _nested(where: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     """`nest`, but SboraxError where one path is the parent of another."""
     parents = {path[:at] for path in flat for at, letter in enumerate(path) if letter == "/"}
     if clash := parents & flat.keys():
-        raise SboraxError(f"{where}: {shown(min(clash))} is given, and something below it")
+        raise SboraxError(f"{where}: {shown(min(clash))} is both a leaf and the parent of another path")
     return nest(flat)
 
 

@@ -66,7 +66,7 @@ def _check_place(place: epath.Path, resume: bool, form: str) -> None:
     if place.exists() and not place.is_dir():
         raise SboraxError(f"{place}: is a file; choose another run directory")
     if not resume and _content(place):
-        raise SboraxError(f"{place}: exists and is not empty; --resume goes on with that run, or choose another --out")
+        raise SboraxError(f"{place}: exists and is not empty; --resume continues that run, or choose another --out")
     # A launcher may restart a job that ended before it wrote anything, and a bucket has no empty directories.
     if resume and not place.exists() and _is_local(place) and not jax.distributed.is_initialized():
         raise SboraxError(f"{place}: there is no run to resume; leave --resume out to begin one there")

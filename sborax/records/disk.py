@@ -23,7 +23,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")
 """How tensorstore's messages quote the operating system's error number."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of the operating system that more room would mend."""
+"""Errors of the operating system that more disk space would fix."""
 
 
 def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
@@ -31,8 +31,8 @@ def refusal(place: epath.PathLike, error: Exception) -> SboraxError:
     code = _CODE.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
     reason = str(error).strip().partition("\n")[0] if number is None else os.strerror(number)
-    remedy = "make room" if number in FULL else "mend that"
-    return SboraxError(f"{place}: not written ({reason}); {remedy}, then --resume goes on from the last checkpoint")
+    remedy = "make room" if number in FULL else "fix that"
+    return SboraxError(f"{place}: not written ({reason}); {remedy}, then --resume continues from the last checkpoint")
 
 
 @contextmanager

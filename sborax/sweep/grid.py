@@ -59,7 +59,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Several runs over one base that share model and data. Those that are alike share a program (`groups.grouped`).
+    """Several runs over one base and one data set. Those that differ only in arrays share a program, see `groups`.
 
     Args:
     - experiment: the experiment that the grid changes.
@@ -165,8 +165,8 @@ class Sweep:
             raise SboraxError(f"{LR}=auto: tries rates one after the other, and halving compares members; use one")
         if len(rates) == 1:
             raise SboraxError(
-                f"{LR}={rates[0]},auto: one rate has no side on which to go on; give two or more, or auto alone, which "
-                "begins with the experiment's and one on each side of it"
+                f"{LR}={rates[0]},auto: one rate shows no direction to extend; give two or more, or only auto, which "
+                "begins with the experiment's rate and the one on either side of it"
             )
         if not rates and not (isinstance(rate, float) and rate > 0):
             raise SboraxError(f"{LR}=auto: the experiment has no learning rate to begin with; give two, and then auto")
@@ -315,8 +315,8 @@ def _check(members: Sequence[Member]) -> None:
     dense = {json.dumps(_rewriting(member.experiment)) for member in members}
     if first.quant is not None and len(dense) > 1:
         raise SboraxError(
-            f"quant: members rewrite different kernels before these are quantised, so that no base of {first.quant} is "
-            "common to them; sweep over each method that rewrites the base alone"
+            f"quant: members rewrite different kernels before these are quantised, so they cannot share a base in "
+            f"{first.quant}; run a separate sweep for each method that rewrites the base"
         )
 
 

@@ -77,7 +77,7 @@ def _zeros(method: AbstractMethod) -> list[Any]:
 
 
 def _optimizer_form(plain: AbstractOptimizer) -> list[Any]:
-    """An optimiser's class and its choices. Of its numbers it says which are zero: those may keep nothing of a weight.
+    """An optimiser's class and choices, and which of its numbers are zero: the state may have no leaves for those.
 
     - plain: without its learning rates.
     """

@@ -43,7 +43,10 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The loss to compare members by: on held-out data, else the last training loss; infinite without an end."""
+        """The loss to compare members by: on held-out data, else the last training loss.
+
+        It is infinite for a member that diverged, was stopped or has no finite loss.
+        """
         last = self.last_loss if self.eval_loss is None else self.eval_loss
         # The last update may have made a model whose held-out loss is no number, which compares with nothing.
         if self.diverged or self.stopped or last is None or not math.isfinite(last):
@@ -96,8 +99,8 @@ class Results:
     def halved(self, rung: int) -> "Results":
         """The results once the members with the higher losses at a rung are stopped.
 
-        After the rung with number n from 1, at most count / 2^n members go on, rounded up. Of equal losses the earlier
-        member's is the lower one. Those that diverged have stopped by themselves.
+        After the n-th rung, at most count / 2^n members are left, rounded up. Of members with equal losses, the earlier
+        ones are kept. Members that diverged have stopped before.
         """
         count = math.ceil(len(self.members) / 2 ** (self.halving.index(rung) + 1))
         running = [number for number, result in enumerate(self.members) if not (result.diverged or result.stopped)]
@@ -178,7 +181,7 @@ def rungs(halving: Sequence[int] | Literal["auto"], goals: Mapping[str, int]) ->
 
     - goals: how many steps each member is to make, by name.
 
-    Raises SboraxError if members make unequal numbers of steps, and for a rung after the last but one.
+    Raises SboraxError if members make different numbers of steps, and for a rung that is not before the last step.
     """
     if not halving:
         return ()

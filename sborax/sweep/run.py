@@ -67,7 +67,7 @@ def sweep(description: Sweep, out: str | epath.PathLike, resume: bool = False, e
     - resume: continue from the newest undamaged checkpoint in `out`.
     - echo: prints a line.
 
-    Raises SboraxError for whatever the user can mend, and once every member has diverged.
+    Raises SboraxError for mistakes that the user can fix, and if every member has diverged.
     """
     with stopping() as stop:
         return _sweep(description, epath.Path(out), resume, echo, stop)
@@ -96,7 +96,7 @@ def _sweep(description: Sweep, place: epath.Path, resume: bool, echo: Echo, stop
 class Shared:
     """What all programs of a sweep have in common.
 
-    - model: the base in a list, from which the last program takes it: what that one rewrites is then freed.
+    - model: a list with the base. The last program removes it, so that kernels that it rewrites are freed.
     - rows, held_out: of the data and of the held-out data; None without any.
     - report: how many records of the data are used.
     - prints: fingerprints of the base.
@@ -187,7 +187,7 @@ def _train_all(
             f"step {last}: no member is left, all {len(members)} have a loss that is not finite; lower optimizer.lr or "
             "look at the data"
         )
-    end = f"done: {place}" if results.finished else f"stopped, saved; --resume goes on from there: {place}"
+    end = f"done: {place}" if results.finished else f"stopped, saved; --resume continues from there: {place}"
     end = end if stored is None else f"already finished after step {max(goals.values()):,}: {place}"
     for line in [*results.table(), *(rate_lines(members, results) if description.auto else ()), end]:
         echo(line)

@@ -76,7 +76,7 @@ class SweepStepper(AbstractStepper):
             problem = not_finite(numbers)
             if problem is not None:
                 self.diverged[place] = dispatched.step
-                self.progress.say(f"step {dispatched.step}: {member.name}: {problem}; the others go on")
+                self.progress.say(f"step {dispatched.step}: {member.name}: {problem}; the others continue")
                 continue
             if first:
                 self._check_alive(place, numbers["grad_norms"])

@@ -51,7 +51,8 @@ def begin(
         ranked = {path: Hint(ranks=tuple(ranks)) for path, ranks in saved.about.get(RANKS, {}).items()}
     elif paths and several():
         raise SboraxError(
-            f"{paths[0]}: starts from data, which one process reads; begin the run on one, and --resume on all"
+            f"{paths[0]}: starts from data, which only one process can read; begin the run with one process, then "
+            "--resume it with all"
         )
     elif paths:
         hint, ranked = _hints(prepared, model, batches, echo)
@@ -79,8 +80,8 @@ def _invocation_line(invocation: Tokens, samples: Sequence[Sample]) -> str:
     count = sum(_occurs(invocation, sample.tokens[:-1]) for sample in samples)
     if not count:
         raise SboraxError(
-            f"no sample of the data has the tokens {invocation}, from which an adapter would act: it would train "
-            "nothing; put their text into the template or the records, and take the ids that the tokenizer writes there"
+            f"no sample of the data has the tokens {invocation} that an adapter acts from, so it would not be trained; "
+            "put their text into the template or the records, and use the ids that the tokenizer gives that text"
         )
     note = "" if count == len(samples) else "; the others do not train its adapters"
     return f"invocation {invocation}: in {count:,} of {len(samples):,} samples{note}"

@@ -89,10 +89,10 @@ class Experiment:
     - remat: the values of a layer that the backward pass recomputes: "cheap" (all but the results of matmuls: less
         memory, and faster on a CPU), "none", "full", or a list of names to keep while all else is recomputed, such as
         "attended,offload:gate_up" (`offload:` keeps the value in the host's memory).
-    - attention: the program that computes it: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 alone), "splash" on
-        TPUs, or "auto" (default) for the one that suits the device. Each keeps packed samples apart.
-    - expert_capacity: the rows that each expert of a mixture takes of the tokens of a device in a training step, as a
-        multiple of those at balanced load, such as 1.25 (GShard and Switch take 1 to 2). Tokens beyond them are dropped
+    - attention: the program that computes attention: "xla" on any device, "cudnn" on NVIDIA GPUs (bfloat16 only),
+        "splash" on TPUs, or "auto" (default) for the one that suits the device. Each keeps packed samples apart.
+    - expert_capacity: how many tokens of a device each expert of a mixture takes in a training step, as a multiple of
+        those at balanced load, such as 1.25 (GShard and Switch take 1 to 2). Tokens beyond this are dropped
         for that expert, `metrics.jsonl` has their share as `dropped`, and on a mesh with an "expert" axis rows go to
         the devices of their experts by all-to-all. None (default) drops no token. Held-out losses and tasks are
         computed without dropping any.

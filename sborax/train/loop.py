@@ -61,7 +61,7 @@ def train(
     - echo: prints a line.
     - profile: write an xprof trace of a few steps to `profile/` of the run directory.
 
-    Raises SboraxError for mistakes that the user can mend, and for a loss that is not finite (the last checkpoint
+    Raises SboraxError for mistakes that the user can fix, and for a loss that is not finite (the last checkpoint
     stays).
     """
     with stopping() as stop:
@@ -163,12 +163,12 @@ def _train(
     dropped = metrics.dropped()
     if dropped is not None:
         echo(dropped)
-    echo(f"done: {run}" if finished else f"stopped after step {step:,}, saved; --resume goes on from there")
+    echo(f"done: {run}" if finished else f"stopped after step {step:,}, saved; --resume continues from there")
     return summary
 
 
 def _read_base(experiment: Experiment, layout: Layout, echo: Echo) -> LanguageModel:
-    """The base of a run. Says what it is and, on several hosts, how much of it each has read."""
+    """The base of a run. Prints its name and, on several hosts, how much of it this host has read."""
     echo(f"loading {experiment.model} ({experiment.precision})")
     model = read_model(experiment, layout)
     echo(f"attention: {model.module.attention}")
@@ -204,7 +204,7 @@ def write_adapter(
 
     Args:
     - prints: fingerprints of the base that the run began with.
-    - notes: what `plan.json` says beside the model.
+    - notes: further entries of `plan.json`.
 
     Raises SboraxError if the disk refuses.
     """

@@ -65,7 +65,9 @@ class Outputs:
         rewriting = {path for path, node in nodes(self.adapters).items() if node.method.rewrites_base}
         if changing := self.trained or rewriting or self.folded:
             path = min(changing)
-            raise SboraxError(f"{path}: changes in this run, so that the base is no reference; load a model of its own")
+            raise SboraxError(
+                f"{path}: changes in this run, so that the base is no reference; load a second model as the reference"
+            )
         segments = self.batch["segments"]
         hidden = self.model.hidden(self.params, None, self.batch["tokens"], segment_ids=segments)
         return jax.lax.stop_gradient(self._log_probs(hidden, {}))

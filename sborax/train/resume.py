@@ -80,7 +80,7 @@ def check_held_out(run: epath.Path, experiment: Experiment, remedy: str) -> None
     """
     old, new = (encode(config)["eval"]["data"] for config in (load_experiment(str(run / CONFIG)), experiment))
     if old != new:
-        raise SboraxError(f"{run}: eval.data differs from that of the losses it has; {remedy}")
+        raise SboraxError(f"{run}: eval.data differs from the data of its recorded losses; {remedy}")
 
 
 def set_scores_aside(run: epath.Path, steps: int, echo: Echo) -> None:

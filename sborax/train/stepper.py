@@ -41,7 +41,7 @@ class AbstractStepper(abc.ABC):
     @property
     @abc.abstractmethod
     def ended(self) -> bool:
-        """Whether nothing is left to step, before the last step is made."""
+        """Whether the run ends early, since nothing is left to train."""
 
     @abc.abstractmethod
     def programs(self) -> int:

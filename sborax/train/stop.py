@@ -14,10 +14,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Stops a run at a signal: before its steps begin at once, afterwards once it has saved.
+    """Stops a run at a signal: at once before its steps begin, and after that as soon as it has saved.
 
-    A second signal goes to the handlers that were there before the run, and so ends it at once. Checkpoints that are
-    being written then stay incomplete, and are skipped later.
+    A second signal goes to the handlers from before the run, which end it at once. Checkpoints that are then being
+    written stay incomplete, and are skipped later.
     """
 
     def __init__(self) -> None:

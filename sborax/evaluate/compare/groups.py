@@ -30,8 +30,8 @@ from sborax.train.figures import label
 METHOD = ("rules", "procedure", "optimizer", "train_base", "train_also", "train_tokens", "hint_batches")
 """Keys of a config that `--by method` stands for: what is trained, from which start, and by which updates."""
 FREE = ("log", "save", "imports", "eval.every", "eval.tasks", "model", *SEEDS)
-"""Keys in which runs of one setting may differ: none changes a number that is compared, but the seeds, whose runs are
-replicates. Base models are told apart by their fingerprints."""
+"""Keys in which runs of one setting may differ. They change no number that is compared, with two exceptions: runs of
+other seeds are replicates, and base models are told apart by their fingerprints, not by `model`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ SMALLER: dict[Any, Any] = {"font.size": 9.0}
 OTHERS = 0.6
 """Opacity of the lines of other groups."""
 FAR = 3.0
-"""How many times as far from the best as three quarters of all scores a score may lie and not be drawn at the edge."""
+"""Scores farther from the best than this many times the distance of the third quartile are drawn at the edge."""
 POINT = "point"
 """Before the number of a group in the id of its mark, which is where its tooltip goes."""
 

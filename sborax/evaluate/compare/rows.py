@@ -153,17 +153,17 @@ def _read_row(run: epath.Path, member: Mapping[str, Any] | None) -> Row:
     diverged = None if member is None else member.get("diverged")
     diverged = diverged if type(diverged) is int else None
     if summary is None:
-        raise SboraxError(f"{run}: no readable {SUMMARY}, the run has not ended; --resume goes on with it")
+        raise SboraxError(f"{run}: no readable {SUMMARY}, the run has not ended; --resume continues it")
     if member is not None and member.get("stopped"):
         raise SboraxError(f"{run}: its sweep's halving has stopped it after step {summary.steps:,}; leave it out")
     if not summary.finished and diverged is None:
-        raise SboraxError(f"{run}: was stopped after step {summary.steps:,}; --resume goes on with it, or leave it out")
+        raise SboraxError(f"{run}: was stopped after step {summary.steps:,}; --resume continues it, or leave it out")
     lines = list(_metrics(run))
     last_step = max((line["step"] for line in lines), default=summary.steps)
     if diverged is None and (last_step > summary.steps or experiment.steps not in (None, summary.steps)):
         raise SboraxError(
-            f"{run}: ended after step {summary.steps:,}, has gone on since and not ended again; --resume goes on with "
-            "it, or leave it out"
+            f"{run}: ended after step {summary.steps:,}, was continued and has not ended again; --resume continues it, "
+            "or leave it out"
         )
     alone = member is None
     return Row(
@@ -323,7 +323,7 @@ PER_ITEM: dict[str, Callable[[Item], float]] = {
 }
 """By measurement, how the value of an item follows from what a task keeps of it. Others are looked up by their name."""
 ASKED = ("item", "prompt", "options", "gold", "references", "window", "subject")
-"""What an item is, in distinction from what a model made of it."""
+"""Keys of an item that say what was asked, as opposed to what a model made of it."""
 
 
 def _of_task(place: epath.Path, score: Mapping[str, Any]) -> dict[str, Measurement]:

@@ -91,8 +91,8 @@ def over_seeds(values: Sequence[float]) -> Interval:
     """The interval of a mean over seeds: mean +- t s / sqrt(n), with n - 1 degrees of freedom.
 
     Used for numbers that are known for a run as one value. Seeds are few: a bootstrap that draws from three of them
-    covers the true mean in about three cases of four, and Student's distribution in the 95 of 100 that it says, as long
-    as scores spread about normally.
+    covers the true mean in about three cases of four. Student's distribution covers it in 95 of 100, as it should, as
+    long as scores are about normally distributed.
 
     Args:
     - values: the score of each seed.
