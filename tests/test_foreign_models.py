@@ -244,3 +244,120 @@ def test_what_has_no_module_and_what_links_layers_is_refused():
         _, adapters = sx.attach(jax.random.key(0), {"layers": {"0": tree}}, linked)
         with pytest.raises(sx.SboraxError, match="ResLoRA needs a model that knows it"):
             apply(adapters)
+
+
+class Doubled(nnx.Linear):
+    """A projection whose module does more than multiply."""
+
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Pair(nnx.Module):
+    def __init__(self, first=nnx.Linear, second=nnx.Linear, width=8):
+        self.first, self.second = first(width, width, rngs=nnx.Rngs(0)), second(width, width, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def adapted_pair(model, method, **options):
+    params, adapters = sx.attach(
+        jax.random.key(1), nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]), [("first|second", method)]
+    )
+    return params, shaken(adapters), lambda adapters: sx.adapt_nnx(model, adapters, **options)
+
+
+def test_a_subclass_of_an_nnx_projection_keeps_its_call():
+    model, x = Pair(first=Doubled), jnp.ones((2, 8))
+    params, adapters, adapt = adapted_pair(model, sx.LoRA(rank=2))
+    merged = nnx.clone(model)
+    nnx.update(merged, sx.merge(params, adapters))
+    np.testing.assert_allclose(adapt(adapters)(x), merged(x), rtol=1e-5)
+
+
+def test_adapters_of_an_nnx_model_drop_in_training_alone():
+    model, x = Pair(), jnp.ones((2, 8))
+    _, adapters, adapt = adapted_pair(model, sx.LoRA(rank=2, dropout=0.5), rngs=nnx.Rngs(3))
+    adapted, plain = adapt(adapters), sx.adapt_nnx(model, adapters)
+    call = nnx.jit(lambda model: model(x))
+    first, second = call(adapted), call(adapted)
+    assert np.abs(np.asarray(first - second)).max() > 1e-3
+    adapted.eval()
+    np.testing.assert_allclose(call(adapted), plain(x), rtol=1e-6)
+    np.testing.assert_array_equal(plain(x), plain(x))
+
+
+def test_layers_under_a_scan_drop_differently():
+    """Each layer has its own key, and its own place in the stream."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(params=key))
+
+    model = stack(jax.random.split(jax.random.key(0), 3))
+    params = {"layers": nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1])}
+    _, adapters = sx.attach(jax.random.key(1), params, [("kernel|layers", sx.LoRA(rank=4, dropout=0.5))])
+    adapted = sx.adapt_nnx(model, shaken(adapters)["layers"], rngs=nnx.Rngs(3))
+
+    @nnx.scan(in_axes=(0, None), out_axes=0)
+    def change(layer, x):
+        return layer(x) - x @ layer.kernel[...]
+
+    first, second = (np.asarray(change(adapted, jnp.ones((1, 4)))) for _ in range(2))
+    assert np.abs(first - second).max() > 1e-3
+    assert len({tuple(row.ravel().round(4)) for row in first}) == 3
+
+
+def test_a_merged_kernel_refuses_dropout():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            return nn.Conv(3, (2, 2), name="conv")(images)
+
+    module = Net()
+    params = module.init(jax.random.key(0), IMAGES)["params"]
+    rule = sx.Rule("conv", sx.LoRA(rank=2, dropout=0.5), in_axes=3)
+    _, adapters = sx.attach(jax.random.key(1), params, [rule])
+    sx.apply_linen(module, {"params": params}, adapters, IMAGES)
+    with pytest.raises(sx.SboraxError, match="conv/kernel: computes with the merged kernel, which has no dropout"):
+        sx.apply_linen(module, {"params": params}, adapters, IMAGES, rngs={"dropout": jax.random.key(2)})
+    _, adapters, adapt = adapted_pair(Pair(first=Doubled), sx.LoRA(rank=2, dropout=0.5), rngs=nnx.Rngs(0))
+    with pytest.raises(sx.SboraxError, match="Doubled: computes with the merged kernel, which has no dropout"):
+        adapt(adapters)(jnp.ones((2, 8)))
+
+
+def test_an_nnx_module_has_one_adapter_and_its_own_kernel():
+    model = Pair()
+    _, adapters, adapt = adapted_pair(model, sx.LoRA(rank=2))
+    with pytest.raises(sx.SboraxError, match="first/kernel: has an adapter; adapt the model with the sum"):
+        sx.adapt_nnx(adapt(adapters), adapters)
+    model.second.kernel = model.first.kernel
+    first = {"first": adapters["first"]}
+    with pytest.raises(sx.SboraxError, match="first/kernel: is also the kernel of second/kernel"):
+        sx.adapt_nnx(model, first)
+
+
+def test_a_linen_module_that_is_called_in_two_ways_has_its_adapter_in_both():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.DenseGeneral(6, axis=1, name="layer")
+            return layer(x).sum() + layer(x.sum(axis=2)).sum()
+
+    module, x = Net(), jax.random.normal(jax.random.key(0), (2, 5, 3))
+    params = module.init(jax.random.key(1), x)["params"]
+    _, adapters = sx.attach(jax.random.key(2), params, [("layer", sx.LoRA(rank=2))])
+    adapters = shaken(adapters)
+    expected = module.apply({"params": sx.merge(params, adapters)}, x)
+    np.testing.assert_allclose(sx.apply_linen(module, {"params": params}, adapters, x), expected, rtol=1e-5)
+
+
+def test_attention_of_nnx_forms_no_merged_weight():
+    attention = nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.split(attention, nnx.Param, ...)[1])
+    rules = [sx.Rule("query|key|value", sx.LoRA(rank=2), in_axes=1)]
+    adapted = sx.adapt_nnx(attention, sx.attach(jax.random.key(1), params, rules)[1])
+    graph, state = nnx.split(adapted)
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, jnp.ones((1, TOKENS, WIDTH)))
+    assert f"f32[{WIDTH},{WIDTH}] = dot_general" not in str(jaxpr)

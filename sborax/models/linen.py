@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from sborax.adapters.bank import link as link_banks
 from sborax.adapters.core import AbstractKernelless, Adapter, Context, SboraxError, linear
 from sborax.adapters.invocation import invoked_parts
-from sborax.adapters.leaves import nest
+from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.tree import Adapters, Params, merge, nodes
 
 MARK = "kernel of an adapter"
@@ -32,7 +32,8 @@ def apply_linen(
     Equal to `module.apply` on `merge(params, adapters)`, without forming merged weights in `Dense` and `DenseGeneral`.
     Gradients are those of `linear` (DoRA takes its norms as constants). Other modules, and projections with another
     product (`dot_general`), get the merged kernel. Layers stacked by `nn.scan` or `nn.vmap` along the first axis of
-    "params" are adapted one by one.
+    "params" are adapted one by one. Code that reads a kernel without its module, such as a tied head, gets that of the
+    base.
 
         params, adapters = sx.attach(key, variables["params"], [("query|value", sx.LoRA(rank=8))])
         logits = sx.apply_linen(model, {"params": params}, adapters, images)
@@ -42,7 +43,7 @@ def apply_linen(
     - options: those of `module.apply`. An rng "dropout" turns the adapters' dropout on, too.
 
     Raises SboraxError for an adapter that the call never reaches, for routers, and for methods that link layers or act
-    from some tokens on.
+    from some tokens on. With an rng "dropout" also for dropout in a module that gets the merged kernel.
     """
     flat = link_banks(nodes(adapters))
     check_independent(flat)
@@ -69,6 +70,15 @@ def check_independent(adapters: Mapping[str, Adapter]) -> None:
             raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
 
 
+def check_drawless(where: str, node: Adapter) -> None:
+    """Raise SboraxError for an adapter with dropout or noise, which a merged kernel does not have."""
+    dropped = next((path for path in flatten(node.frozen) if path.endswith("dropout")), None)
+    if dropped or node.method.draws:
+        raise SboraxError(
+            f"{where}: computes with the merged kernel, which has no {dropped or node.method.draws}; attach without it"
+        )
+
+
 def _beside(params: Params, inside: Mapping[str, Adapter]) -> Params:
     """The parameters with the leaves of adapters beside their kernels."""
     marked = nest({f"{path.removesuffix('kernel')}{MARK}": (node.train, node.frozen) for path, node in inside.items()})
@@ -93,7 +103,10 @@ def _interceptor(inside: Mapping[str, Adapter], reached: dict[str, bool]) -> Cal
         train, frozen = layer.get_variable("params", MARK)
         node = Adapter(train, frozen, inside[path].method, inside[path].in_axes)
         (x,) = args or tuple(kwargs.values())
-        reached[path] = _is_plain_product(layer, x, node)
+        # A module may be called more than once. It gets the merged kernel if one of the calls needs it.
+        reached[path] = _is_plain_product(layer, x, node) and reached.get(path, True)
+        if not reached[path] and layer.has_rng("dropout"):
+            check_drawless(path, node)
         return _project(layer, x, node) if reached[path] else proceed(*args, **kwargs)
 
     return intercept

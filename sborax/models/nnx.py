@@ -4,13 +4,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sborax.adapters.core import Adapter, Context, SboraxError
 from sborax.adapters.leaves import nest
-from sborax.adapters.tree import Adapters, merge_bias, merged_node, nodes
-from sborax.models.linen import are_last, check_independent, project
+from sborax.adapters.tree import Adapters, merge_bias, merged_node, nodes, stack_of
+from sborax.models.linen import are_last, check_drawless, check_independent, project
 
 
 class Trained(nnx.Variable):
@@ -21,12 +22,13 @@ class Constant(nnx.Variable):
     """A leaf of an adapter that is not trained."""
 
 
-def adapt_nnx(model: nnx.Module, adapters: Adapters) -> Any:
+def adapt_nnx(model: nnx.Module, adapters: Adapters, rngs: nnx.Rngs | None = None) -> Any:
     """A copy of an NNX model whose projections have adapters.
 
     Equal to the model with the kernels of `merge(params, adapters)`, gradients as of `linear` (DoRA takes its norms as
     constants), without forming merged weights in `Linear` and `LinearGeneral`. Other modules compute with the merged
-    kernel. Layers stacked by `nnx.vmap` along the first axis are adapted one by one under `nnx.scan`.
+    kernel. Layers stacked by `nnx.vmap` along the first axis are adapted one by one under `nnx.scan`. Code that reads a
+    kernel without its module, such as a tied head, gets the one of the base.
 
         graph, state = nnx.split(model)
         params, adapters = sx.attach(key, nnx.to_pure_dict(state), [("hidden", sx.LoRA(rank=8))])
@@ -35,17 +37,29 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters) -> Any:
 
     - model: its kernels are the base. If `attach` rewrote the base, replace the kernels first.
     - adapters: by the paths of the kernels, as `attach` returns them.
+    - rngs: keys of the adapters' dropout, from the stream "dropout". They drop after `model.train()`, the default, and
+      not after `model.eval()`. Without `rngs` they never drop.
 
-    Raises SboraxError for an adapter without a module, for routers and banks, and for methods that link layers or act
-    from some tokens on.
+    Raises SboraxError for an adapter without a module, for a module that has an adapter or shares its kernel with
+    another one, for routers and banks, and for methods that link layers or act from some tokens on. A call raises it
+    for dropout in a module that computes with the merged kernel.
     """
     model, flat = nnx.clone(model), nodes(adapters)
     check_independent(flat)
     modules = {"/".join(map(str, (*path, "kernel"))): module for path, module in nnx.iter_modules(model)}
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        owners.setdefault(id(getattr(module, "kernel", None)), []).append(path)
     for path, node in flat.items():
         if path not in modules:
             raise SboraxError(f"{path}: the model has no module with this kernel")
-        _equip(modules[path], node)
+        module = modules[path]
+        if hasattr(module, "adapter_method"):
+            raise SboraxError(f"{path}: has an adapter; adapt the model with the sum of both, sx.add(first, second)")
+        others = [other for other in owners[id(module.kernel)] if other != path]
+        if others:
+            raise SboraxError(f"{path}: is also the kernel of {others[0]}; give each module a kernel of its own")
+        _equip(module, node, rngs)
     return model
 
 
@@ -55,12 +69,24 @@ def adapters_nnx(model: nnx.Module) -> Adapters:
     return nest({"/".join(map(str, (*path, "kernel"))): _adapter(module) for path, module in modules})
 
 
-def _equip(module: Any, node: Adapter) -> None:
+def _equip(module: Any, node: Adapter, rngs: nnx.Rngs | None) -> None:
     module.adapter_train = nnx.data(jax.tree.map(Trained, node.train))
     module.adapter_frozen = nnx.data(jax.tree.map(Constant, node.frozen))
     module.adapter_method, module.adapter_in_axes = node.method, node.in_axes
+    # An attribute of `nnx.Dropout`, too, which `train` and `eval` set.
+    module.deterministic = False
+    module.adapter_rngs = nnx.data(None if rngs is None else _stream(rngs, stack_of(node)))
     # Only the class changes, so that paths and names of parameters stay.
     module.__class__ = _adapted(type(module))
+
+
+def _stream(rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.RngStream:
+    """A stream of dropout keys, or one for each layer of a stack."""
+    stream = rngs["dropout"].fork()
+    if stack:
+        stream = stream.split(stack)
+        stream.count[...] = jnp.zeros(stack, jnp.uint32)
+    return stream
 
 
 def _adapter(module: Any) -> Adapter:
@@ -81,10 +107,14 @@ def _adapted(kind: type) -> type:
 
     def call(self: Any, inputs: Float[Array, "..."], *args: Any, **options: Any) -> Float[Array, "..."]:
         node, kernel, bias = _adapter(self), self.kernel, getattr(self, "bias", None)
-        if not args and not options and _is_plain_product(self, inputs, node):
+        draws = self.adapter_rngs is not None and not self.deterministic
+        plain = kind in (nnx.Linear, nnx.LinearGeneral) and _is_plain_product(self, inputs, node)
+        if plain and not args and all(option is None for option in options.values()):
             arrays = inputs, kernel[...], None if bias is None else bias[...]
             x, weight, offset = self.promote_dtype(arrays, dtype=self.dtype)
-            return project(x, weight, offset, node, Context())
+            return project(x, weight, offset, node, Context(self.adapter_rngs() if draws else None))
+        if draws:
+            check_drawless(kind.__name__, node)
         self.kernel = nnx.Param(merged_node(kernel[...], node))
         if bias is not None and node.method.adapts_bias:
             self.bias = nnx.Param(merge_bias("bias", bias[...], kernel[...], node).astype(bias[...].dtype))
@@ -98,12 +128,10 @@ def _adapted(kind: type) -> type:
     return type(f"Adapted{kind.__name__}", (kind,), {"__call__": call})
 
 
-def _is_plain_product(module: Any, x: Any, node: Adapter) -> bool:
+def _is_plain_product(module: nnx.Linear | nnx.LinearGeneral, x: Any, node: Adapter) -> bool:
     """Whether a module multiplies the last axes of `x` by a single kernel."""
-    if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
-        return False
     return (
-        module.dot_general is jax.lax.dot_general
+        module.dot_general in (None, jax.lax.dot_general)
         and getattr(module, "dot_general_cls", None) is None
         and module.precision is None
         and module.preferred_element_type is None
