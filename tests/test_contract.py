@@ -136,6 +136,22 @@ def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, q
 
 
 @by_case
+def test_no_tokens_give_no_outputs(case: Case):
+    weight, node = fitted(case.method)
+    over = over_stack(lambda w, n: linear(inputs()[:0], w, n), stack_of(node))
+    assert jax.eval_shape(over, weight, node).shape == (LAYERS, 0, OUT)
+
+
+@by_case
+def test_leaves_have_32_bits_where_jax_computes_with_64(case: Case):
+    params, hint = {"layers": {"proj": {"kernel": base("float32", True, False)}}}, hints(case.method, True)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        key = jax.random.key(0)
+        _, adapters = jax.eval_shape(lambda key: sx.attach(key, params, [("proj", case.method)], hint), key)
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(adapters)} == {4}
+
+
+@by_case
 def test_lapack_gets_one_matrix_at_a_time(case: Case):
     """Batches can keep a program on a CPU from ending, see `adapters.linalg`. Here: layers, keys and members."""
     (weight, node), x, hint = fitted(case.method), inputs(), hints(case.method, True)

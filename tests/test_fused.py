@@ -63,7 +63,7 @@ def test_layers_of_unequal_size_go_both_ways(tmp_path):
         ),
         (
             lambda tensors: {QKV: tensors[QKV], "model.layers.1.self_attn.q_proj.weight": tensors[QKV]},
-            "q_proj.weight' is there beside",
+            "q_proj.weight' is stored twice",
         ),
     ],
     ids=["missing", "outputs", "inputs", "twice"],

@@ -72,6 +72,14 @@ def test_numbered_layers_share_as_stacked_ones_do():
     assert stacked.train.keys() == reference.train.keys() == {"a", "b", "router"}
 
 
+def test_adapters_of_some_layers_do_not_read_the_entries_of_others():
+    params = {"layers": {str(layer): {"q": {"kernel": jnp.ones((16, 24))}} for layer in range(4)}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("q", sx.Lily(rank=2))])
+    some = {**adapters, "layers": {layer: adapters["layers"][layer] for layer in ("2", "3")}}
+    with pytest.raises(sx.SboraxError, match="a has 4 entries for 2 layers; keep the adapters of all its layers"):
+        sx.link(some)
+
+
 def test_rules_agree_about_the_experts_of_a_kind():
     params = {"layers": {"up": {"kernel": UP}, "gate": {"kernel": UP}}}
     second = sx.Lily(rank=3, stride=2, experts=3)

@@ -522,7 +522,7 @@ def test_blocks_that_no_size_of_peft_gives_are_refused(pair, tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         rules = [("q_proj", sx.OFT(block=2)), ("down_proj", sx.OFT(block=48))]
         params, adapters = sx.attach(jax.random.key(0), pair.ours.params, rules)
-        with pytest.raises(sx.SboraxError, match="blocks of 2, 48 rows follow from no one size of PEFT's OFT"):
+        with pytest.raises(sx.SboraxError, match="no one block size or number of PEFT's OFT gives 2, 48 rows a block"):
             save_peft(tmp_path, pair.ours, params, adapters)
 
 

@@ -44,7 +44,7 @@ def trained(adapters, seed: int = 5):
         ([("self_attn", sx.LoRA()), ("q_proj", sx.Bone())], "rule 'q_proj' matches no kernel"),
         ([("q_proj", sx.LoRA(rank=17))], "layers/self_attn/q_proj/kernel (16, 24): rank must lie in 1..16"),
         ([("q_proj", sx.LoRA(rank=0))], "rank must lie in 1..16"),
-        ([("q_proj", sx.LoRA(rslora=True))], "rslora divides alpha by sqrt(rank), and there is none"),
+        ([("q_proj", sx.LoRA(rslora=True))], "rslora divides alpha by sqrt(rank), but alpha is None"),
         ([("q_proj", sx.Bat(rank=5))], "layers/self_attn/q_proj/kernel (16, 24): the block size 5 must divide"),
         ([("v_proj", sx.Bone(rank=4, mini_rank=3))], "mini_rank must divide 8 columns"),
         ([sx.Rule("q_proj", sx.LoRA(), layers=(7,))], "matches no kernel"),
@@ -93,6 +93,33 @@ def test_split_and_combine_are_inverse():
     train, frozen = sx.split(adapters)
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(train))
     chex.assert_trees_all_equal(sx.combine(train, frozen), adapters)
+
+
+def test_halves_that_do_not_belong_together_are_refused():
+    base = params()
+    halves = {
+        name: sx.split(sx.attach(KEY, base, [("mlp", method)])[1])
+        for name, method in {"OFT": sx.OFT(block=8, eps=1e-3), "LoRA": sx.LoRA(rank=2), "DoRA": sx.DoRA(rank=2)}.items()
+    }
+    elsewhere, _ = sx.split(sx.attach(KEY, base, [("q_proj", sx.LoRA(rank=2))])[1])
+    for train, frozen, says in (
+        (*reversed(halves["OFT"]), "up_proj/kernel: give the half of the trained leaves first"),
+        (halves["LoRA"][0], halves["DoRA"][1], "up_proj/kernel: the halves have different methods"),
+        (halves["LoRA"][0], sx.combine(*halves["LoRA"]), "give the half of the trained leaves first"),
+        (elsewhere, halves["LoRA"][1], "up_proj/kernel: is in one half only"),
+        (base, halves["LoRA"][1], "expected a tree of adapters"),
+    ):
+        with pytest.raises(sx.SboraxError, match=f"combine: .*{says}"):
+            sx.combine(train, frozen)
+
+
+@pytest.mark.parametrize("verb", ["split", "link", "rebase", "scale"])
+def test_parameters_are_no_tree_of_adapters(verb):
+    base = params()
+    call = {"split": sx.split, "link": sx.link, "rebase": lambda tree: sx.rebase(base, tree)}
+    call["scale"] = lambda tree: sx.scale(tree, 0.5)
+    with pytest.raises(sx.SboraxError, match=f"{verb}: expected a tree of adapters"):
+        call[verb](base)
 
 
 def test_merge_leaves_what_no_adapter_touches():

@@ -200,6 +200,14 @@ def _separated(
             return node, nothing
         raise SboraxError(f"{path}: {type(method).__name__} reads {where}, which these adapters lack")
 
+    readers = len(numbers[where])
+    for name, neighbours in method.bank_entries.items():
+        leaf = {**banks[where].train, **banks[where].frozen}.get(name)
+        if leaf is not None and len(leaf) != math.ceil(readers / neighbours):
+            raise SboraxError(
+                f"{where}: {name} has {len(leaf)} entries for {readers} layers; keep the adapters of all its layers"
+            )
+
     def entries(leaves: Leaves) -> Leaves:
         # Layers on which the method does not act have a copy that nothing uses.
         of_weights = [numbers[where].get((path, position), 0) for position in range(math.prod(stack))]

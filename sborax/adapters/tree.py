@@ -119,7 +119,13 @@ def _fit(
     with jax.default_matmul_precision("highest"):
         grad = None if grad is None else as_matrix(grad, len(stack), in_axes)
         fitted = over_stack(fit_layer, stack)(keys, positions, matrix, grad, inputs)
-    return fitted.train, fitted.frozen
+    return jax.tree.map(_narrow, (fitted.train, fitted.frozen))
+
+
+def _narrow(leaf: Array) -> Array:
+    """A leaf in float32 or int32, also where JAX computes with 64 bits."""
+    dtype = jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32
+    return leaf if leaf.dtype.itemsize <= 4 else leaf.astype(dtype)
 
 
 def attach(
@@ -174,7 +180,7 @@ def settle(params: Params, adapters: Mapping[str, Adapter]) -> Adapters:
     def weight(path: str, position: int) -> Float[Array, "in out"]:
         return _weight(weight_at(path, leaves), position, stack_of(adapters[path]), adapters[path].in_axes)
 
-    return rebase(params, nest(bank.settle(adapters, weight)))
+    return rebase(params, nest(jax.tree.map(_narrow, bank.settle(adapters, weight))))
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "in_axes"))
@@ -195,7 +201,7 @@ def rebase(params: Params, adapters: PyTree) -> PyTree:
     - params: the parameters that the adapters are used with from now on.
     - adapters: a tree of adapters. Those whose kernel is not in `params` stay as they are.
     """
-    leaves, by_path = flatten(params), nodes(adapters)
+    leaves, by_path = flatten(params), tree_of(adapters, "rebase")
 
     def rebased(path: str, node: Adapter) -> Adapter:
         weight = weight_at(path, leaves)
@@ -223,7 +229,10 @@ def split(adapters: PyTree) -> tuple[PyTree, PyTree]:
     """`(train, frozen)`: the tree without its frozen leaves, and without its trained ones.
 
     `train` is what to differentiate and to give to an optimiser.
+
+    Raises SboraxError for something other than a tree of adapters.
     """
+    tree_of(adapters, "split")
 
     def half(train: bool) -> PyTree:
         return jax.tree.map(
@@ -241,13 +250,21 @@ def combine(train: PyTree, frozen: PyTree) -> PyTree:
     Args:
     - train, frozen: the halves of a tree. `frozen` may also hold trained leaves that are missing in `train`, since some
       optimisers hold a part of them fixed.
+
+    Raises SboraxError for halves of different trees, and if they are swapped.
     """
+    lone = tree_of(train, "combine").keys() ^ tree_of(frozen, "combine").keys()
+    if lone:
+        raise SboraxError(f"combine: {min(lone)}: is in one half only; give both halves of one tree")
 
-    def joined(train_half: Adapter, frozen_half: Adapter) -> Adapter:
-        leaves = union(frozen_half.train, train_half.train)
-        return Adapter(leaves, frozen_half.frozen, train_half.method, train_half.in_axes)
+    def joined(path: str, half: Adapter, other: Adapter) -> Adapter:
+        if (half.method, half.in_axes) != (other.method, other.in_axes):
+            raise SboraxError(f"combine: {path}: the halves have different methods; give both halves of one tree")
+        if flatten(half.frozen) or flatten(half.train).keys() & flatten(other.train).keys():
+            raise SboraxError(f"combine: {path}: give the half of the trained leaves first, as `split` returns them")
+        return Adapter(union(other.train, half.train), other.frozen, half.method, half.in_axes)
 
-    return jax.tree.map(joined, train, frozen, is_leaf=is_adapter)
+    return map_with_path(joined, train, frozen, is_leaf=is_adapter)
 
 
 def link(adapters: PyTree) -> PyTree:
@@ -257,9 +274,9 @@ def link(adapters: PyTree) -> PyTree:
     Call it in models of your own, before the adapters are used; `LanguageModel`, `merge`, `apply_linen` and `save_peft`
     do it themselves. Differentiable; linking twice changes nothing.
 
-    Raises SboraxError for an adapter whose bank is missing.
+    Raises SboraxError for an adapter whose bank is missing, and for something other than a tree of adapters.
     """
-    return nest(depth.link(bank.link(nodes(adapters))))
+    return nest(depth.link(bank.link(tree_of(adapters, "link"))))
 
 
 def merge(params: Params, adapters: PyTree) -> Params:
@@ -509,7 +526,7 @@ def scale(item: Any, factor: float) -> Any:
     - item: a method or a tree of adapters.
     - factor: any number; for a tree it may be traced.
 
-    Raises SboraxError for a method that is not additive.
+    Raises SboraxError for a method that is not additive, and for something other than a method or a tree of adapters.
     """
     if isinstance(item, AbstractMethod):
         return scale_method(item, factor)
@@ -518,7 +535,7 @@ def scale(item: Any, factor: float) -> Any:
         # Without a kernel there is no delta; the adapters that it serves are scaled.
         return node if isinstance(node.method, AbstractKernelless) else scale_adapter(node, factor, stack_of(node))
 
-    return nest({path: scaled(node) for path, node in nodes(item).items()})
+    return nest({path: scaled(node) for path, node in tree_of(item, "scale").items()})
 
 
 __all__ = [

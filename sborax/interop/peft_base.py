@@ -144,6 +144,6 @@ def kind_for(changed: Iterable[str]) -> Kind:
         if all(path.endswith(f"/{kind.leaf}") for path in paths):
             return kind
     raise SboraxError(
-        f"{paths[0]} and {len(paths) - 1} others were trained without an adapter: PEFT has such kinds for norms, for "
-        "biases and for the embedding, each alone; merge instead"
+        f"{paths[0]} and {len(paths) - 1} others were trained without an adapter: PEFT can store norms, biases or the "
+        "embedding, but no mixture of them and nothing else; merge instead"
     )

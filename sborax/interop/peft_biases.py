@@ -1,7 +1,7 @@
 """Biases beside an adapter in PEFT's files: the base's with `bias="all"` or `"lora_only"`, and LoRA's of `lora_bias`.
 
-The base's are leaves of `params` here. LoRA's is a bias of lora_B, and PEFT merges s times it into the base's. Here it
-is added to the base's on reading, and written as that.
+The base's biases are leaves of `params` here. LoRA's own bias belongs to lora_B, and PEFT merges s times it into the
+base's bias. Here this is done on reading, and the sum is written as the base's bias.
 """
 
 import re

@@ -127,7 +127,7 @@ def _check_kind(module: str, parts: tuple[str, ...], row: Row, advice: str) -> N
     if row.peft_type != "LORA" or row.method.rewrites_base or not plain:
         short = ", ".join(part.rpartition(".")[2] for part in parts)
         raise SboraxError(
-            f"{module} holds {short}, and only LoRA and DoRA of such a module are adapters of its projections, "
+            f"{module} holds {short}, and only LoRA and DoRA of such a module can be split by projection, "
             f"not {row.method.__name__}; {advice}"
         )
 

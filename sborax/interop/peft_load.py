@@ -53,14 +53,13 @@ def load_peft(directory: str | os.PathLike[str], model: LanguageModel) -> tuple[
     """Read a PEFT adapter directory for `model`: `(params, adapters)`.
 
     Reads every kind in `peft_table.TABLE`, LORA with rsLoRA, DoRA and patterns, MISS in its three forms, and old BONE
-    files, from safetensors only. PiSSA and OLoRA take their part of the base from `model.params` again. The weights of
-    `modules_to_save`, the rows of `trainable_token_indices`, the biases that PEFT trained, and an embedding and a head
-    that the file has by `save_embedding_layers` are in `params`.
-    LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change `params` alone.
+    files, from safetensors only. Methods that rewrite the base, such as PiSSA, take their part of it from
+    `model.params` again. `params` also holds the weights of `modules_to_save`, the rows of `trainable_token_indices`,
+    the biases that PEFT trained, and the embedding and head of a file that was saved with `save_embedding_layers`.
+    LN_TUNING, BEFT and TRAINABLE_TOKENS have no adapters and change only `params`.
 
-    A file for another vocabulary goes on the model that `resize_vocabulary` makes.
-
-    A file with `layer_replication` is for a deeper model: give the one that `replicate_layers` makes of its base.
+    For a file with another vocabulary, give the model that `resize_vocabulary` returns; for one with
+    `layer_replication`, the deeper model that `replicate_layers` returns.
 
     Raises SboraxError for anything missing, superfluous, of a wrong shape or unsupported.
     """
@@ -153,7 +152,7 @@ def _tied(config: Mapping[str, Any], layout: HFLayout, saved: list[str]) -> dict
     # Of both, the file has what tells whether they are still equal.
     if len(changed) == 1 and config.get(TYING) is not True:
         subject = "the embedding, to which the head is tied" if EMBEDDING in changed else "the head, which is tied"
-        raise SboraxError(f"modules_to_save has {subject} here and, without {TYING}, is not in PEFT; {MERGED_THERE}")
+        raise SboraxError(f"modules_to_save has {subject} here; without {TYING}, PEFT unties them: {MERGED_THERE}")
     return {PREFIX + copy: PREFIX + name for copy, name in tied_copies(layout, saved).items()}
 
 
@@ -353,7 +352,8 @@ def _check_residual(stored: np.ndarray, left: Any) -> None:
     """
     if np.abs(stored.T - np.asarray(left)).max() > 1e-2 * np.abs(stored).max():
         raise SboraxError(
-            f"{HEAD}.base_layer.weight is not what the factors' start leaves of this model's head; it was another model"
+            f"{HEAD}.base_layer.weight is not what the factors' start leaves of this model's head; give the "
+            "base that the adapter was trained on"
         )
 
 

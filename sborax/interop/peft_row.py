@@ -159,7 +159,7 @@ class Row:
     - by_module: (config, module) -> further fields of the module, for kinds that keep them in a form of their own.
     - by_shape: (fields, (in, out)) -> further fields of a module, for kinds whose sizes follow from the weight's.
     - in_config: the inverse of both: {module: fields} -> config fields. `shape` is among the fields: (in, out).
-    - reads: config fields that `by_module` reads.
+    - reads: further config fields that are read, by `by_module` or by `load_peft` itself.
     - inert: config fields that do not change the function of a saved adapter, with the reason.
     - refused: config fields that are not read, or not with every value, with the reason.
     - blanks: (names of the leaves, (in, out)) -> the shapes of tensors of zeros that PEFT keeps in place of leaves that

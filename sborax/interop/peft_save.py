@@ -112,9 +112,9 @@ def save_peft(
     - directory: created if missing.
     - model: the base model, with its original parameters.
     - params: the parameters as they are under the adapters. Those that differ from `model.params`, because they were
-      trained beside the adapters, are stored as `modules_to_save`, or biases by `bias` where PEFT's config has it. Of
-      an embedding or a head of which at most half of the rows differ, these rows alone are stored, by
-      `trainable_token_indices` where PEFT's config has it.
+      trained with the adapters, are stored as `modules_to_save`, or for biases by `bias`, where PEFT's config has it.
+      If at most half of the rows of an embedding or a head differ, only these rows are stored, by
+      `trainable_token_indices`, where PEFT's config has it.
     - adapters: the adapters.
     - as_: "native" (default), or "lora" for plain LoRA whatever the method: exact where there are thin factors, else
       a truncated SVD of (merged - base), whose relative error is in the result and on the card.
@@ -124,8 +124,8 @@ def save_peft(
     - layer_replication: where `replicate_layers` made `model`, its ranges, for PEFT to do the same to the base when it
       loads the adapter. Default None: the adapter is for the deeper model itself, as `save_hf` writes it.
     - save_embedding_layers: store the embedding and the head of `model`, too, trained or not, as PEFT does after
-      `resize_token_embeddings`: for a `model` that `resize_vocabulary` made, whose new rows PEFT would draw again. They
-      also hold what was trained of both where the kind has no other place for it. Default False: the base has them.
+      `resize_token_embeddings`. Use it for a `model` that `resize_vocabulary` made: PEFT would draw its new rows again.
+      It also stores a trained embedding or head if the kind has no other place for it. Default False.
 
     Raises SboraxError for adapters that no single PEFT adapter can hold, and for a directory with another README.md.
     """

@@ -174,8 +174,8 @@ def _write_frod(node: Adapter) -> dict[str, Any] | None:
     assert isinstance(method, FRoD)
     if method.basis != "peft":
         raise SboraxError(
-            "FROD's files hold a basis that PEFT makes again, and only what PEFT makes in the same way fits it; begin "
-            "with a file of PEFT's, or use as_='lora' to truncate"
+            "FROD's files hold a basis that PEFT makes again on loading, and only its own fits; start from a file of "
+            "PEFT's, or use as_='lora' to truncate"
         )
     sizes = {"sparse_rate": method.density, "regularization_alpha": method.ridge}
     return sizes | {"frod_dropout": dropout_of(node)}
@@ -184,7 +184,7 @@ def _write_frod(node: Adapter) -> dict[str, Any] | None:
 def _checked_frod(
     fields: Fields, shapes: Mapping[str, tuple[int, int]], read: Callable[[str], np.ndarray]
 ) -> Completed:
-    """Nothing: a file without a basis is refused, and kinds for which PEFT's U is made of rounding errors."""
+    """Nothing is completed. Raises SboraxError without a basis, and for kinds whose U in PEFT is rounding errors."""
     if not fields["save_projection"]:
         raise SboraxError(
             "save_projection=False: the basis is not in the file, and another machine makes another; save it in PEFT "

@@ -101,7 +101,7 @@ def _size_of_oft(modules: Mapping[str, Fields]) -> dict[str, Any]:
         if all(nearest_divisor(fan_in, number) * block == fan_in for fan_in, block in pairs):
             return {"oft_block_size": 0, "r": number}
     raise SboraxError(
-        f"blocks of {', '.join(map(str, blocks))} rows follow from no one size of PEFT's OFT; use as_='lora'"
+        f"no one block size or number of PEFT's OFT gives {', '.join(map(str, blocks))} rows a block; use as_='lora'"
     )
 
 

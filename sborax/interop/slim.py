@@ -18,7 +18,7 @@ from sborax.models.language_model import LanguageModel, Params
 from sborax.procedures.importance import BLOCKS
 
 LEADER = {"self_attn": "q_proj", "mlp": "gate_proj"}
-"""The projection whose outputs number the inputs of the projection that is cut on its input side."""
+"""By block: the projection whose mask also cuts the inputs of o_proj, or of down_proj."""
 
 
 def slim(model: LanguageModel, params: Params, adapters: Adapters) -> LanguageModel:

@@ -30,10 +30,10 @@ class Activated(AbstractAdditive, AbstractComposite, AbstractInvoked):
     part: the method of delta, an additive one that leaves the base as it is. The paper's is LoRA.
     tokens: ids of the invocation, in order, as the tokenizer writes them inside a text.
 
-    A text without the tokens is the base's, bit for bit, and so are the keys and values of all tokens before the
-    invocation: several adapters and the base can share one cache of them. In training and in `apply` the last
-    occurrence in the whole text counts, each segment of a packed row on its own. A generation and a score of an answer
-    look into the prompt alone, and every token after it is adapted if the prompt has the tokens, as in PEFT.
+    Outputs for a text without the tokens are the base's, bit for bit. So are the keys and values of all tokens before
+    the invocation, so several adapters and the base can share one cache of them. In training and in `apply` the last
+    occurrence in the whole text counts, separately for each segment of a packed row. Generation and the scoring of an
+    answer search only the prompt. If it has the tokens, every token after the prompt is adapted, as in PEFT.
     Starts as `part` does. No merge: the change depends on the text. Trained parameters: those of `part`.
     """
 

@@ -34,8 +34,9 @@ ITERATIONS = 10
 class AdaMSS(AbstractFactored):
     """y_j = (x W)_j + x p a[:, k] b[:, j], where k = idx[j] is the subspace of output j.
 
-    p (in, rank) holds the leading left singular vectors of W. K-means puts the outputs, as rows of the right ones, into
-    subspaces. Each subspace has its factor a[:, k] (rank, subspace_rank), each output its column of b.
+    p (in, rank) holds the leading left singular vectors of W. K-means clusters the outputs by their rows of the right
+    ones; a cluster is a subspace. Each subspace has a factor a[:, k] (rank, subspace_rank), and each output has a
+    column of b.
 
     rank: R, how many singular vectors span the inputs (PEFT: 100).
     subspaces: K (PEFT: 5).
@@ -43,10 +44,10 @@ class AdaMSS(AbstractFactored):
     dropout: rate on x; default 0, since PEFT has none.
 
     a[:, k] starts as the leading principal directions of the rows of its subspace, b = 0: identity at init. K-means
-    starts from random rows, as PEFT's, makes 10 steps and leaves no subspace empty. Exact merge. p and idx are kept
-    with the adapter. PEFT's file lacks idx, which PEFT finds again by scikit-learn's K-means over a randomised SVD, so
-    it is not read; the change is written as LoRA of rank subspaces * subspace_rank. A bias is left as it is, where PEFT
-    appends it to W as one more input. The allocation that freezes subspaces in training (ASA) is not here.
+    starts from random rows, as in PEFT, takes 10 steps and leaves no subspace empty. Exact merge. p and idx are kept
+    with the adapter. PEFT's files are not read: they lack idx, which PEFT computes again with scikit-learn's K-means on
+    a randomised SVD. The change is exported as LoRA of rank subspaces * subspace_rank. PEFT appends a bias to W as one
+    more input; here a bias stays as it is. The allocation that freezes subspaces in training (ASA) is not implemented.
     Trained parameters: subspace_rank (rank subspaces + out).
     """
 
@@ -112,13 +113,13 @@ def clustered(key: Key[Array, ""], rows: Float[Array, "n d"], count: int) -> Int
         return jnp.sum(jnp.square(centres), axis=1)[None, :] - 2.0 * rows @ centres.T
 
     def step(_: Int[Array, ""], centres: Float[Array, "k d"]) -> Float[Array, "k d"]:
-        members = jax.nn.one_hot(jnp.argmin(nearest(centres), axis=1), count)
+        members = jax.nn.one_hot(jnp.argmin(nearest(centres), axis=1), count, dtype=rows.dtype)
         sizes = jnp.sum(members, axis=0)[:, None]
         return jnp.where(sizes > 0, members.T @ rows / jnp.maximum(sizes, 1.0), centres)
 
     def filled(cluster: Int[Array, ""], idx: Int[Array, " n"]) -> Int[Array, " n"]:
         """If the cluster is empty, the nearest row of those in clusters of several."""
-        sizes = jnp.sum(jax.nn.one_hot(idx, count), axis=0)
+        sizes = jnp.sum(jax.nn.one_hot(idx, count, dtype=rows.dtype), axis=0)
         row = jnp.argmin(jnp.where(sizes[idx] > 1, distances[:, cluster], jnp.inf))
         return jnp.where(sizes[cluster] > 0, idx, idx.at[row].set(cluster.astype(jnp.int32)))
 

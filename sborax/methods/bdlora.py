@@ -38,8 +38,8 @@ class BDLoRA(AbstractFactored):
         `target_modules_bd_b`). "in", y += s (x_n a_n) b_n for each part x_n of the inputs, with a_n
         (in/blocks, rank/blocks) and b_n (rank/blocks, out), where inputs are cut: o and down (`target_modules_bd_a`).
     rank: width of both factors, a multiple of blocks (PEFT: 8).
-    blocks: how many; it must divide that side, and the tensor axis of a mesh must divide it. The paper takes the number
-        of devices that serve the model; default 8, its most. PEFT's default 1 is a plain LoRA.
+    blocks: how many blocks. The number must divide that side, and the tensor axis of a mesh must divide the number. The
+        paper takes the number of devices that serve the model, at most 8 (default). PEFT's default 1 is plain LoRA.
     alpha: s = alpha / rank; None (default) is s = 1.
     dropout: rate on the adapter's input in training; default 0.
 
@@ -97,7 +97,7 @@ class BDLoRA(AbstractFactored):
         if self.side == "out":
             hidden = self._thin(scale * jnp.einsum("ti,nir->tnr", inputs, cast(train["a"], x)))
             return y + jnp.einsum("tnr,nro->tno", hidden, cast(train["b_i"], x)).reshape(y.shape)
-        parts = inputs.reshape(x.shape[0], self.blocks, -1)
+        parts = inputs.reshape(x.shape[0], self.blocks, x.shape[1] // self.blocks)
         hidden = self._thin(scale * jnp.einsum("tni,nir->tnr", parts, cast(train["a_i"], x)))
         return y + jnp.einsum("tnr,nro->to", hidden, cast(train["b"], x))
 

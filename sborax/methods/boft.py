@@ -32,12 +32,12 @@ class BOFT(AbstractMethod):
     neighbours. A block of R_i takes half its inputs from each half of a group of 2^(i-1) blocks.
 
     block: size of a block, which must divide in (PEFT: 4).
-    factors: how many factors (PEFT: 1). With more than one, block must be even and block 2^(factors-1) divide in.
-    block_dropout: in training, the share of the blocks of one factor, drawn for each call, that rotate nothing; rounded
-        down to a number of blocks (PEFT: `boft_dropout`, 0). Nothing is rescaled, for a rotation keeps lengths.
+    factors: how many factors (PEFT: 1). Above 1, block must be even, and block * 2^(factors-1) must divide in.
+    block_dropout: in every call in training, this share of the blocks of one random factor rotates nothing, rounded
+        down to whole blocks (PEFT: `boft_dropout`, 0). Nothing is rescaled, since a rotation keeps lengths.
 
-    D = 0 and m (out,) = 1 at init: identity. Exact merge m * (R W). x is rotated, never W. PEFT takes one factor
-    wherever its CUDA extension cannot be compiled, without a word; such files are those of factors=1.
+    D = 0 and m (out,) = 1 at init: identity. Exact merge m * (R W). x is rotated, never W. PEFT silently
+    uses one factor where its CUDA extension cannot be compiled; files from there are those of factors=1.
     Trained parameters: factors in block + out.
     """
 
@@ -60,7 +60,7 @@ class BOFT(AbstractMethod):
         if self.block < 2 or shape[0] % widest or (self.factors > 1 and self.block % 2):
             even = "be even and " if self.factors > 1 else ""
             raise SboraxError(
-                f"block must {even}be at least 2, and block 2^(factors - 1) divide {shape[0]} rows; got block "
+                f"block must {even}be at least 2, and block * 2^(factors - 1) must divide {shape[0]} rows; got block "
                 f"{self.block} and factors {self.factors}"
             )
 
@@ -99,12 +99,14 @@ class BOFT(AbstractMethod):
     ) -> Float[Array, "rows in"]:
         """Blocks of `x` times those of `r`, where halves of a block lie 2^factor halves apart."""
         rows, fan_in = x.shape
-        halves = (rows, -1, 2, 2**factor, self.block // 2)
+        halves = (rows, fan_in // (self.block * 2**factor), 2, 2**factor, self.block // 2)
         if factor:
             x = x.reshape(halves).swapaxes(2, 3)
-        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, -1, self.block), r)
+        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, fan_in // self.block, self.block), r)
         if factor:
-            rotated = rotated.reshape(rows, -1, 2**factor, 2, self.block // 2).swapaxes(2, 3)
+            rotated = rotated.reshape(rows, fan_in // (self.block * 2**factor), 2**factor, 2, self.block // 2).swapaxes(
+                2, 3
+            )
         return rotated.reshape(rows, fan_in)
 
 

@@ -41,7 +41,7 @@ class C3A(AbstractAdditive):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        signal = jnp.fft.rfft(x.astype(jnp.float32).reshape(x.shape[0], -1, self.block))
+        signal = jnp.fft.rfft(x.astype(jnp.float32).reshape(x.shape[0], x.shape[1] // self.block, self.block))
         kernel = jnp.conj(jnp.fft.rfft(adapter.train["w"] / x.shape[1]))
         mixed = jnp.fft.irfft(jnp.einsum("tnf,nmf->tmf", signal, kernel), n=self.block)
         return y + mixed.reshape(y.shape).astype(y.dtype)

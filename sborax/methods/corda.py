@@ -38,12 +38,12 @@ class CorDA(AbstractFactored, AbstractInformed):
 
     rank: how many components are trained.
     alpha: s = alpha / rank; None (default) is s = 1, the paper's alpha = rank.
-    mode: "ipm" (default, PEFT's), the first r components of data like the task's: instruction-previewed. "kpm", the
-        last r, of data whose knowledge is to be kept: knowledge-preserved.
+    mode: "ipm" (default, as in PEFT; instruction-previewed) trains the first r components, for data like the task's.
+        "kpm" (knowledge-preserved) trains the last r, for data whose knowledge should be kept.
     dropout: rate on the adapter's input in training (paper 0; default 0).
 
-    C is the mean over samples of X^T X / max(X)^2, X the sample's inputs, padding left out; as published, the largest
-    entry is taken with its sign. Plus d mean(diag C) I: d = 0.01, doubled until |C C^-1 - I| < 0.05.
+    C is the mean over samples of X^T X / max(X)^2, where X are the sample's inputs without padding; as published, max
+    takes entries with their sign. d mean(diag C) I is added to C, with d = 0.01, doubled until |C C^-1 - I| < 0.05.
     Needs `Hint.inputs`, see `input_hints`. Identity at init. Rewrites the base; `a0`, `b0` are kept, so the change
     against the original base is exact at rank 2r. Exact merge W_res + s a b. Trained parameters: rank (in + out).
     """

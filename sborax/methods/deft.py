@@ -31,7 +31,7 @@ from sborax.adapters.linalg import qr
 
 @dataclasses.dataclass(frozen=True)
 class DEFT(AbstractMethod):
-    """y = x W + (s (x a) - (x W) r) q^T: what W says along r is taken out, and x a put in along q.
+    """y = x W + (s (x a) - (x W) r) q^T: the part of x W along r is removed, and x a is added along q.
 
     "relu": q = p and r = relu(p). "qr": q = r = the orthonormal factor of p = q u, so that W loses its part along p.
 

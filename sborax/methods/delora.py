@@ -35,8 +35,8 @@ class DeLoRA(AbstractFactored):
 
     rank: width of the factors (PEFT: 8).
     strength: starting value of the bound, one number per kernel (PEFT's `delora_lambda`: 15). The change has this
-        strength from the first step on, so it must suit the model: on one of 260 thousand parameters 5 ends at 1.39
-        nats a token, and 15 at 2.40.
+        strength from the first step on, so it must suit the model: in a model of 260 thousand parameters, training
+        with 5 ends at 1.39 nats a token and with 15 at 2.40.
     dropout: rate on x; default 0.
 
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0, as PEFT; norms below 1e-4 count as 1e-4. Identity at init. Exact merge.

@@ -44,7 +44,7 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
     alpha: s = alpha / rank; None (default) is s = 1.
     dropout: rate on x in the low-rank branch and in the rescaling of the base, not in the base term itself, as PEFT.
 
-    A column that shrinks below 1 % of |w_j| counts as that long, since float32 does not tell it from zero here.
+    Norms below 1 % of |w_j| count as 1 % of |w_j|, since float32 cannot tell them from zero here.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0, m = ||W||. Identity at init. Exact merge. Bias is not rescaled.
     Trained parameters: rank (in + out) + out.
     """

@@ -34,23 +34,23 @@ from sborax.methods.shared_ranks import Request, shared_ranks
 class EVA(AbstractFactored, AbstractInformed):
     """y = x W + s (x a) b, where a starts as the leading principal components of x on the data, and b = 0.
 
-    Ranks follow the data: the components of all weights that explain most of their inputs' variance get the ranks.
+    Ranks follow the data: over all weights, the components that explain most of their inputs' variance are kept.
 
     rank: mean rank of the weights (default 8). Ranks by layer are kept as they are.
     alpha: s = alpha / rank for the mean rank, whatever ranks the weights get; None (default) is s = 1.
     adjust: False divides alpha by the rank of each weight instead (PEFT: `adjust_scaling_factors`; default True).
-    rho: a weight gets rho rank at most, and perhaps no adapter (default 2, PEFT's); 1 leaves all ranks equal.
-    tau: components are found once a batch turns none in use by more than this cosine (default 0.99, PEFT's).
-    whiten: divide each component by the root of its singular value; default False. PEFT divides again for every
-        projection that shares the inputs, in place; here it is once.
+    rho: a weight's rank is at most rho * rank, and may be 0 (default 2, as in PEFT); 1 leaves all ranks equal.
+    tau: a component has settled once a batch leaves its cosine to the old direction at tau or more (PEFT: 0.99).
+    whiten: divide each component by the root of its singular value; default False. PEFT divides again, in place, for
+        every projection that shares the inputs; here each is divided once.
     niter: None (default) for exact decompositions, else iterations of randomised ones of twice the width (PEFT: 4).
     dropout: rate on the adapter's input in training (default 0).
     mean: the rank by which alpha is divided, once the data have chosen the ranks; leave it None.
 
-    Needs `Hint.inputs`, see `input_hints`. The components are those of the inputs less their mean, by incremental
-    decomposition of one batch after another, again from the first one until all have settled. Inputs of answers alone
-    count, as in PEFT; where projections share their inputs, ties go to the first of them. Identity at init. Exact merge
-    W + s a b. Trained parameters: rank (in + out).
+    Needs `Hint.inputs`, see `input_hints`. The components are those of the centred inputs, decomposed incrementally,
+    batch by batch, over and over until all have settled. Only inputs at tokens of answers count, as in PEFT. Where
+    projections share their inputs, ties go to the first of them. Identity at init. Exact merge W + s a b.
+    Trained parameters: rank (in + out).
     """
 
     paper = "Parameter Efficient Fine-tuning via Explained Variance Adaptation, arXiv:2410.07170"

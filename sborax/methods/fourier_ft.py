@@ -15,7 +15,7 @@ class FourierFT(AbstractAdditive):
     """y = x W + s x F, where F[i, j] = sum_k c_k cos(2 pi (p_k i / in + q_k j / out)) / (in out).
 
     F is the real part of the inverse Fourier transform of a sparse spectrum with the entries c_k at (p_k, q_k). It is
-    never formed: x is transformed, what is at p_k goes to q_k, times c_k, and is transformed back.
+    never formed: x is transformed, its entry at p_k times c_k is added at q_k, and the result is transformed back.
 
     coefficients: how many coefficients c_k are trained (PEFT: 1000).
     alpha: the scale s (PEFT: 150).

@@ -39,17 +39,17 @@ class FRoD(AbstractBanked):
     density: the share of entries of S that are trained (PEFT: 0.01).
     ridge: steadies the inverses in the start of V, see `FRoDBasis` (PEFT: 0.001).
     dropout: rate on the x from which the change is computed; default 0.
-    basis: "weights" (default), V is made from the base; "peft", it is from a file of PEFT's, for which see below.
+    basis: "weights" (default): V is computed from the base. "peft": V comes from a file of PEFT's, see below.
 
     U is never formed: as U = L0^-1 V^-1 W, y = (x + d) W with d = (x V) (diag(l) + S) L0^-1 V^-1. So the change does
     not suffer from rounding in V, and a kernel keeps no second weight, as it does in PEFT. On SmolLM2-135M the
     condition number of V is 2 to 10, and the change is accurate to 5e-7 in float32 and 5e-3 in bfloat16, as if U were
-    held. A kind keeps V and V^-1, 8 in^2 bytes. PEFT trains L = L0 + l, so weight decay draws to zero there and to the
-    base here. Directions that a weight lacks change nothing; in PEFT they have a random u, made of rounding errors.
+    held. A kind keeps V and V^-1, 8 in^2 bytes. PEFT trains L = L0 + l, so weight decay pulls W' to 0 there, to
+    the base here. Directions that a weight lacks change nothing; in PEFT they have a random u, made of rounding errors.
 
-    PEFT makes V again from the base when it loads a file, and U from that, and then takes V from the file. Eigenvectors
-    in V depend on the library, the number of threads and all else that rounds, so that only a V that came from PEFT
-    goes back to it, and only where PEFT makes the same again.
+    When PEFT loads a file, it computes V from the base again and U from this V. Then it takes V from the file. The
+    eigenvectors in V depend on the library, the number of threads and everything else that changes rounding. So only a
+    V that came from PEFT can be exported, and it fits only where PEFT computes the same V again.
 
     l = 0 and S = 0: identity at init. Exact merge. Trained parameters: in + density in^2 for each weight.
     """

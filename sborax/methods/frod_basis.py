@@ -21,9 +21,9 @@ class FRoDBasis(AbstractBank):
     """What the kernels of a kind share in `FRoD`: v (in, in), its inverse, and the places of the entries of S.
 
     With the weights W_k of all layers, [W_1 ... W_n]^T = Q R and W_k^T = Q_k R. Then v = R^T e, with e the eigenvectors
-    of the mean of (Q_k^T Q_k + ridge I)^-1, a higher-order generalised SVD. The weights are read twice, and two values
-    of their size are held. If all layers together have fewer outputs than inputs, v holds the left singular vectors of
-    [W_1 ... W_n] instead, as in PEFT.
+    of the mean of (Q_k^T Q_k + ridge I)^-1, a higher-order generalised SVD. Each weight is read twice, one at a time,
+    while R, R^-1 and the mean, (in, in) each, are held. If all layers together have fewer outputs than inputs, v holds
+    the left singular vectors of [W_1 ... W_n] instead, as in PEFT.
     """
 
     paper = PAPER

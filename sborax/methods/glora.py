@@ -35,15 +35,15 @@ class GLoRA(AbstractMethod):
     rank: width of the factors that "lora" stands for (PEFT: 8), an int or a `RankPolicy`.
     weight: form of A and B (PEFT: "lora"): "lora", products of factors of this width; "vector", a number for each
         output; "constant", one number.
-    coupling: form of c, the paper's C, which the weight takes to the bias (PEFT: "lora"): "lora", a product of factors
+    coupling: form of c, the paper's C; c W is added to the bias (PEFT: "lora"): "lora", a product of factors
         (in, rank) and (rank, 1); "vector", a number for each input; "none", c = 0.
     bias: form of D and E (PEFT: "constant"): "vector", "constant", or "none", D = E = 0.
 
     c, D and E exist only where the projection has a bias, as in PEFT: never in LLaMA, and in Qwen2 for q, k and v. The
-    paper searches a form for each layer; give layers rules of their own. With `weight="lora"` the step forms W * A,
-    whose rank is up to that of W.
+    paper searches for forms by layer: give layers their own rules. For "lora" the step forms W * A, of up to W's rank.
 
-    The first factors are uniform in +-1/sqrt(in) and, of c, in +-1; all else is zero. Identity at init. Exact merge.
+    The first factors of A and B are uniform in +-1/sqrt(in), the second factor of c is uniform in +-1, and all else is
+    zero. Identity at init. Exact merge.
     Trained parameters: 2 rank (in + out), 2 out or 2; where there is a bias also rank (in + 1) or in, and 2 out or 2.
     """
 

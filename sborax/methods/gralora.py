@@ -89,10 +89,12 @@ class GraLoRA(AbstractFactored):
     ) -> Float[Array, "tokens out"]:
         inputs, train = dropout(x, adapter, ctx), adapter.train
         scale = cast(adapter.frozen["scale"], x)
-        hidden = jnp.einsum("tin,inr->tir", inputs.reshape(x.shape[0], self.blocks, -1), cast(train["a_i"], x))
+        by_block = inputs.reshape(x.shape[0], self.blocks, x.shape[1] // self.blocks)
+        hidden = jnp.einsum("tin,inr->tir", by_block, cast(train["a_i"], x))
         hidden = checkpoint_name(scale * hidden, HIDDEN)
-        # Part j of what a_i gives goes to b_j, whose part i it meets.
-        parts = hidden.reshape(x.shape[0], self.blocks, self.blocks, -1).swapaxes(1, 2).reshape(hidden.shape)
+        # Part j of x_i a_i is multiplied by part i of b_j.
+        parts = hidden.reshape(*hidden.shape[:2], self.blocks, hidden.shape[2] // self.blocks)
+        parts = parts.swapaxes(1, 2).reshape(hidden.shape)
         y = y + jnp.einsum("tjr,jro->tjo", parts, cast(train["b_j"], x)).reshape(y.shape)
         if not self.hybrid:
             return y

@@ -45,9 +45,9 @@ def empty(count: int, features: int) -> Spectrum:
 def updated(
     old: Spectrum, x: Float[Array, "rows features"], mask: Float[Array, " rows"], niter: int | None
 ) -> Spectrum:
-    """The components of the rows so far and of those rows of `x` where `mask` is 1; else it is 0.
+    """The components of the rows so far and of the rows of `x` whose `mask` is 1, not 0.
 
-    What is known of earlier rows are their leading components, times their singular values (Ross et al. 2008).
+    Leading components times singular values stand for the earlier rows (Ross et al. 2008).
 
     - niter: None for an exact decomposition, else subspace iterations of a randomised one of twice the width.
     """
@@ -60,7 +60,7 @@ def updated(
         rows = jnp.concatenate([old.singular[:, None] * old.components, centred, between[None]])
         _, singular, components = principal(jax.random.key(42), rows, min(2 * count, *rows.shape), niter)
         components, singular = components[:count], singular[:count]
-        # The entry of largest size is positive, so that a cosine near -1 is no change of sign.
+        # The largest entry is made positive, so that a mere change of sign is not taken for a turn.
         largest = jnp.argmax(jnp.abs(components), axis=1, keepdims=True)
         components = components * jnp.sign(jnp.take_along_axis(components, largest, axis=1))
         lengths = jnp.linalg.norm(components, axis=1) * jnp.linalg.norm(old.components, axis=1)

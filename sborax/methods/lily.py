@@ -35,13 +35,13 @@ class Lily(AbstractAdditive, AbstractBanked):
     Kernels of a kind, such as the q_proj of all layers, share the experts; `stride` neighbouring layers share a.
 
     rank: width of a (PEFT: 32). stride: layers that share a (PEFT: 1). experts: of each kind (PEFT: 2).
-    routing: "token" (default), each token has its own g; "batch", all have its mean over the batch without padding.
+    routing: "token" (default): each token has its own g. "batch": all share its mean over the batch without padding.
     scale: s (PEFT: 1).
 
-    The authors' code and PEFT take the mean over the batch, padding included. So a text's output depends on its
-    neighbours and on its own later tokens, microbatches matter, and in generation a new token is weighted by itself
-    alone. By "token", no token's weights depend on another. PEFT's files are read, and written, with "batch": the same
-    where nothing is padded.
+    The authors' code and PEFT take the mean over the batch, padding included. So a text's output depends on the other
+    texts, on its own later tokens and on the size of microbatches, and in generation g comes from the new token only.
+    With "token", g depends on no other token. PEFT's files are read and written with "batch", which gives the same
+    outputs where nothing is padded.
     a ~ U(-1/sqrt(in), 1/sqrt(in)), router ~ U(-1/sqrt(rank), 1/sqrt(rank)), b = 0. Identity at init. No merge.
     Trained parameters: rank experts for each weight, and for each kind rank (in ceil(layers / stride) + out experts).
     """
@@ -95,7 +95,7 @@ class Lily(AbstractAdditive, AbstractBanked):
             real = jnp.ones(x.shape[0]) if ctx.mask is None else (ctx.mask != 0).astype(jnp.float32)
             gates = jnp.broadcast_to(real @ gates / jnp.maximum(jnp.sum(real), 1.0), gates.shape)
         gates = cast(adapter.frozen["scale"] * gates, x)
-        mixed = (gates[:, :, None] * hidden[:, None, :]).reshape(x.shape[0], -1)
+        mixed = (gates[:, :, None] * hidden[:, None, :]).reshape(x.shape[0], self.experts * hidden.shape[1])
         return y + mixed @ cast(bank_leaf(adapter, "b"), x)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:

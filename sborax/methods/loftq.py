@@ -25,7 +25,7 @@ from sborax.methods import lowrank
 
 @dataclasses.dataclass(frozen=True)
 class LoftQ(AbstractFactored):
-    """y = x Q + s (x a) b, where a b starts as what the quantised base Q loses of W, to rank r.
+    """y = x Q + s (x a) b, where a b starts as the best rank-r part of W - Q, the error of the quantised base Q.
 
     P_0 = 0;  Q_t = nf4(W - P_t-1), P_t = U_r S_r V_r^T of W - Q_t;  Q = Q_T, a = U_r sqrt(S_r), b = sqrt(S_r) V_r^T.
 
@@ -37,8 +37,9 @@ class LoftQ(AbstractFactored):
     dropout: rate on the adapter's input in training (default 0).
 
     For runs with `quant="nf4"`. NF4 is that of the run, with scales that are quantised again, as in QLoRA; PEFT's
-    LoftQ keeps them in float32. On a dense base, which loses nothing, LoRA's start. Rewrites the base: `a0`, `b0` are
-    P_T-1, which is taken out of it before it is quantised. Merges into Q + s a b. Trained parameters: rank (in + out).
+    LoftQ keeps them in float32. A dense base loses nothing; there a and b start as in LoRA. Rewrites the base: `a0`,
+    `b0` are P_(T-1), which is subtracted before the base is quantised. Merges into Q + s a b. Trained parameters:
+    rank (in + out).
     """
 
     paper = "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, arXiv:2310.08659"

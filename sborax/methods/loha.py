@@ -35,7 +35,7 @@ class LoHa(AbstractFactored):
     rank: width of each pair (PEFT: 8). Beyond the square root of a side, a and b are no longer thin.
     alpha: s = alpha / rank; None (default) is s = 1.
     rank_dropout: rate at which outputs of the change are dropped, the same ones for all tokens of a call; default 0.
-        The others are divided by the share that is left, as in PEFT, where a change without any output is no number.
+        The others are divided by the share that is kept, as in PEFT. If all are dropped, the change is 0 (PEFT: NaN).
     module_dropout: rate at which the whole change is dropped in a call; default 0. What is kept is not rescaled, as
         in PEFT.
 

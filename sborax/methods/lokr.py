@@ -34,16 +34,16 @@ class LoKr(AbstractAdditive):
 
     rank: w = a b with a (n, rank), b (rank, k), or w itself if rank >= max(n, k) / 2 (PEFT: 8).
     alpha: s = alpha / rank; None (default) is s = 1.
-    factor: m and p are this number where it divides the side, else the largest divisor of the side up to it and up
-        to its square root; -1 (default): the divisor nearest to the square root, as PEFT's `decompose_factor`.
+    factor: m and p are this number where it divides the side, else the largest divisor of the side that exceeds neither
+        this number nor the side's square root; -1 (default): the largest divisor up to the square root, as in PEFT.
     both: factor c = c_a c_b as well, if rank < max(m, p) / 2; default False.
     rank_dropout: rate at which outputs of the change are dropped, the same ones for all tokens of a call; default 0.
     rank_dropout_scale: divide the others by the share that is left; default False, as in PEFT.
     module_dropout: rate at which the whole change is dropped in a call; default 0. What is kept is not rescaled, as
         in PEFT.
 
-    c = 0 (c_b = 0), the rest uniform in +-1/sqrt of what it sums over, as PEFT. Identity at init. Exact merge.
-    Trained parameters: m p + rank (n + k), with n k for a w without factors, rank (m + p) for a c with factors.
+    c = 0 (c_b = 0); the rest is uniform in +-1/sqrt(size of the summed axis), as PEFT. Identity at init. Exact merge.
+    Trained parameters: m p, or rank (m + p) for a factored c, plus rank (n + k), or n k for a w without factors.
     """
 
     paper = "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, arXiv:2309.14859"

@@ -37,9 +37,9 @@ class LoRA(AbstractFactored):
     rslora: s = alpha / sqrt(rank) instead, which needs an alpha.
     dropout: rate on the adapter's input in training (paper: 0 to 0.1; default 0).
     init_a: "kaiming", a ~ U(-1/sqrt(in), 1/sqrt(in)), as released; "gaussian", a ~ N(0, 1/rank^2). b = 0. Or
-        "orthogonal", for an even rank: a = G Q_1 / 10, b = Q_2^T H / 10, G and H of N(0, 1), Q_1 and Q_2 the even and
-        the odd rows of a random orthogonal matrix, so that a b = 0 though neither is zero (PEFT's, of no paper).
-        On an embedding a = 0 and b ~ N(0, 1), as released; if the head shares it, b^T starts as a on a kernel (PEFT).
+        "orthogonal", for an even rank: a = G Q_1 / 10, b = Q_2^T H / 10, with G and H ~ N(0, 1), and Q_1 and Q_2 the
+        even and odd rows of a random orthogonal matrix. So a b = 0, but neither is zero (from PEFT, not from a paper).
+        On an embedding a = 0, b ~ N(0, 1), as released. If the head shares it, b^T starts like `a` on a kernel (PEFT).
 
     Identity at init. Exact merge W + s a b. Trained parameters: rank (in + out).
     The paper's A is our a transposed, its B our b transposed.
@@ -68,7 +68,7 @@ class LoRA(AbstractFactored):
         if self.init_a == "orthogonal" and any(rank % 2 for rank in ranks):
             raise SboraxError(f"init_a='orthogonal' splits the ranks into halves: rank must be even, got {self.rank}")
         if self.rslora and self.alpha is None:
-            raise SboraxError("rslora divides alpha by sqrt(rank), and there is none: give alpha, such as 16")
+            raise SboraxError("rslora divides alpha by sqrt(rank), but alpha is None: give one, such as alpha=16")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         fan_in, fan_out = weight.shape

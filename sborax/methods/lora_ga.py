@@ -37,8 +37,8 @@ class LoRAGA(AbstractFactored):
     direction: which of the 2r pairs a and b take: "ArB2r" (default: as above), "A2rBr", "ArBr" (odd, even), "random".
     scale: c = out^(1/4) / sqrt(gamma) for "stable" (default, gamma 16), 1 for "unit", 1 / s for "gd", the mean of
         sqrt(sigma_i(W) / s), i < r, for "weightS".
-    formula: "authors" (default), or "peft": b is multiplied by its singular values of G and takes c alone (but for
-        "gd"), and "weightS" is sigma_1(W) over the first of them.
+    formula: "authors" (default), or "peft": c multiplies only b (except for "gd"), b is also multiplied by its singular
+        values of G, and c for "weightS" is sigma_1(W) over the first of these. dropout: rate on x (default 0).
     norm_clip: shrink s a b so that no entry exceeds the largest of W; default False.
     niter: None (default) for the exact SVD of G, else subspace iterations at width 4r (authors: 4).
 

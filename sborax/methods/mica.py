@@ -24,7 +24,7 @@ from sborax.methods.lowrank import PAIR_AXES, pair_delta, pair_weight, scaling
 
 @dataclasses.dataclass(frozen=True)
 class MiCA(AbstractFactored):
-    """y = x W + s (x a) b, where b is fixed: the directions of the output in which W does least. a is trained.
+    """y = x W + s (x a) b, where b is fixed to the output directions in which W is weakest, and only a is trained.
 
     W = U S V^T;  b = the last r rows of V^T, a = 0.
 

@@ -39,13 +39,15 @@ class MiLoRA(AbstractAdditive, AbstractRouted):
     top_k: experts in use per layer; default 1, which fits the paper's counts (its text says 1 and 3).
     pooler: "attention" (default, the paper's), h = sum_t softmax_t(u_t . pool) u_t; "mean", "max" or "last" token.
         u_t is the layer's input with its root mean square set to 1, since ra grows like t^2 beyond 3: our choice.
-    balance: lambda of the loss lambda N sum_i f_i p_i added to that of the step, per token: f_i the share of prompts
-        whose largest p is i, p_i its mean; mean over layers (the paper's sum: times their number). Default 1e-2.
-    renormalise: divide g by the sum of those kept (default: no).
+    balance: lambda of the loss lambda N sum_i f_i p_i, which is added to the step's loss per token. f_i is the share of
+        prompts whose largest p is that of expert i, and p_i is the mean of its p. The loss is a mean over layers; the
+        paper's is their sum. Default 1e-2.
+    renormalise: divide g by the sum of the kept ones; default False.
     alpha: s = alpha / rank; None (default, the paper's) is s = 1. dropout: rate on the adapter's input (default 0).
 
-    The adapted projections of a layer are its experts, which share one router. It decides once per prompt, also for
-    the text generated from it; in training the prompt ends at the first answer. Without a router g = 1: plain LoRA.
+    The adapted projections of a layer are its experts, which share one router. The router decides once per prompt, and
+    this holds for the text that is generated from the prompt. In training the prompt ends at the first answer. A layer
+    with a single expert has no router: g = 1, plain LoRA.
     a as in LoRA, b = 0, pool = 0, w ~ N(0, 0.01 / in). Identity at init. No merge: weights depend on the prompt.
     ra is trained along with the rest; the paper alternates it, on held-out batches, as examples/milora_bilevel.py does.
     Trained parameters:

@@ -29,19 +29,20 @@ LEAST_VARIANCE, LEAST_CONCENTRATION = 1e-3, 1e-6
 class MonteCLoRA(AbstractFactored):
     """y = x W + s (x a) b, where training adds noise to a: a + t (sum_n p_n z_n) diag(v)^(1/2), drawn in every call.
 
-    z_n (in, rank) ~ N(0, 1);  v_j = max(exp(2 d_j) c_j, 1e-3), c_j ~ chi-squared with rank degrees, the diagonal of a
-    Wishart matrix;  p = softmax(g - mean(g) + u^(1/2) * e), e ~ N(0, 1) and u_n = (1 - 2/n) / exp(g_n) + sum_m
-    1 / exp(g_m) / n^2, in place of a Dirichlet draw of concentrations exp(g). Without a key a is as it is, as in PEFT.
+    z_n (in, rank) ~ N(0, 1);  v_j = max(exp(2 d_j) c_j, 1e-3), c_j ~ chi-squared with rank degrees of freedom, as on
+    the diagonal of a Wishart matrix;  p = softmax(g - mean(g) + u^(1/2) * e), e ~ N(0, 1), and
+    u_n = (1 - 2/N) / exp(g_n) + sum_m 1 / exp(g_m) / N^2. p stands for a Dirichlet draw of concentrations exp(g).
+    Without a key a stays as it is, as in PEFT.
 
     rank: width of the factors (PEFT: 8).
-    samples: n, the number of z_n (PEFT: 8).
+    samples: N, the number of z_n (PEFT: 8).
     noise: t (PEFT: 1e-4).
     alpha: s = alpha / rank; None (default) is s = 1.
     dropout: rate on the adapter's input; default 0.
 
     a as in LoRA, b = 0, d and g ~ U(0, 1), as PEFT. Identity at init. Exact merge W + s a b, of the mean. d and g learn
-    from the loss alone; `sx.MonteCLoRALoss` adds the paper's divergences from their priors. On experts the noise is
-    drawn for every tile of rows. Trained parameters: rank (in + out + 1) + samples.
+    only from the task's loss, unless `sx.MonteCLoRALoss` adds the paper's divergences from their priors. On experts the
+    noise is drawn for every tile of rows. Trained parameters: rank (in + out + 1) + samples.
     """
 
     paper = (

@@ -26,7 +26,7 @@ from sborax.methods.rotation import rotations
 
 @dataclasses.dataclass(frozen=True)
 class OFT(AbstractMethod):
-    """y = (x R) W, where R is block-diagonal with blocks rotated by skew-symmetric matrices Q (block, block).
+    """y = (x R) W, where R is block-diagonal: each block is a rotation made from a skew-symmetric Q (block, block).
 
     terms=t: R = I + 2 Q + ... + 2 Q^(t-2) + Q^(t-1), the Neumann series of (I + Q)(I - Q)^-1 (PEFT's default).
     terms=2: R = I + 2 Q, the shortest that PEFT has.
@@ -34,12 +34,12 @@ class OFT(AbstractMethod):
 
     block: size of a block, which must divide in (PEFT: 32).
     terms: length of the series, 2 or at least 4 (PEFT: 5), or None.
-    share: one block for all of them; default False.
-    eps: COFT, rotations that stay near the identity: a Q whose Frobenius norm is above eps / sqrt(matrices) is scaled
-        down to it (PEFT's `coft=True`, 6e-5). None (default) sets no bound.
+    share: one Q for all blocks; default False.
+    eps: COFT, rotations that stay near the identity: a Q whose Frobenius norm is above eps / sqrt(number of Qs) is
+        scaled down to that norm (PEFT's `coft=True`, 6e-5). None (default) sets no bound.
 
     With eps, gradients are those at the scaled Q, as in PEFT. PEFT writes the scaled Q into the trained leaf at every
-    call, while the leaf is kept here, so that training agrees until a Q is first scaled. Scores always agree.
+    call; here the leaf stays as it is. So training agrees with PEFT until a Q is first scaled. Scores always agree.
 
     Trained are the entries of Q above the diagonal, row by row. Q = 0 at init: identity. Exact merge R W.
     x is rotated, never W. Trained parameters: in (block - 1) / 2, or block (block - 1) / 2 if shared.
@@ -74,7 +74,7 @@ class OFT(AbstractMethod):
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         r = cast(self._rotations(adapter, x.shape[1]), x)
-        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(x.shape[0], -1, self.block), r)
+        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(x.shape[0], x.shape[1] // self.block, self.block), r)
         return matmul(rotated.reshape(x.shape), weight)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:

@@ -41,8 +41,8 @@ class OrthogonalAdaptation(AbstractExpert):
     alpha: s = alpha / rank; None (default) is s = 1. For the paper's merging weights use `scale` on each expert.
     side: which factor is frozen.
     expert, experts: block `expert` of `experts`; all orthogonal blocks must fit into the side, any number of Gaussian.
-    basis_seed: the same for experts that will be combined. Q = qr(N(0, 1)) depends on it and the side's size alone, a
-        Gaussian block on these and `expert`.
+    basis_seed: the same for experts that will be combined. Q = qr(N(0, 1)) depends only on it and on the side's size; a
+        Gaussian block also depends on `expert`.
     basis: "orthogonal" (default) or "gaussian"; the paper compares both.
     sigma: of "gaussian"; None (default) is 1 / sqrt(size), so that columns have length 1 in expectation (ours; the
         paper's was not found).

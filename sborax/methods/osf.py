@@ -26,7 +26,7 @@ from sborax.methods.lowrank import pair_weight, taken_from_base
 
 @dataclasses.dataclass(frozen=True)
 class OSF(AbstractFactored):
-    """y = x W_high + (x a * e) b: the singular vectors a, b and values e of W but the largest, which stay.
+    """y = x W_high + (x a * e) b: W_high keeps the largest singular values of W; a, e and b train the rest.
 
     W = W_high + a diag(e) b at init. Gradients of a and b lose their parts along the singular vectors of W_high, as in
     PEFT; an optimiser such as Adam does not keep the leaves themselves orthogonal to these.
@@ -34,8 +34,8 @@ class OSF(AbstractFactored):
     kept: how many singular values stay: a number, a share of the smaller side, or None (default, as PEFT), half of it.
 
     Identity at init. Rewrites the base; a0 e0 and b0 are kept, so the change against the original base is exact. Exact
-    merge W_high + a diag(e) b. The factors are as wide as what is left, k = min(in, out) - kept: this is a method for
-    learning task after task, and no small one. Trained parameters: k (in + out + 1).
+    merge W_high + a diag(e) b. The factors are as wide as what is left, k = min(in, out) - kept: this method is for
+    learning task after task, and is not small. Trained parameters: k (in + out + 1).
     """
 
     paper = "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning, arXiv:2504.07097"
@@ -61,7 +61,7 @@ class OSF(AbstractFactored):
         wide = dense(weight).astype(jnp.float32)
         v, s, u = svd(wide)
         count = self._count(wide.shape)
-        # The vectors of the longer side span no whole space, so what is orthogonal to those that stay needs them.
+        # The trained vectors do not span the rest of the longer side, so projecting there needs the kept vectors.
         longer = {"v": v[:, :count]} if wide.shape[0] > wide.shape[1] else {"u": u[:count]}
         longer = {} if wide.shape[0] == wide.shape[1] else longer
         fitted = taken_from_base(wide, v[:, count:] * s[None, count:], u[count:], jnp.float32(1.0), longer)

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 from sborax.adapters.core import Fitted, SboraxError
 
 DENSE = 128
-"""Entries are moved by a product with a matrix that holds them if it has at most this many times their number.
+"""Entries are applied as a dense matrix if it is at most this many times as large as their number.
 
-To move one entry of a row takes as long as this many entries of a product, or longer.
+Moving one entry of a row takes at least as long as this many entries of a product.
 """
 LARGEST_SEED = (1 << 32) - 1
 LONG = LARGEST_SEED // 20

@@ -77,7 +77,8 @@ class QALoRA(AbstractFactored):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        pooled = dropout(x, adapter, ctx).reshape(x.shape[0], -1, self.group).sum(axis=2)
+        grouped = dropout(x, adapter, ctx).reshape(x.shape[0], x.shape[1] // self.group, self.group)
+        pooled = grouped.sum(axis=2)
         hidden = checkpoint_name(cast(adapter.frozen["scale"], x) * (pooled @ cast(adapter.train["a"], x)), HIDDEN)
         return y + hidden @ cast(adapter.train["b"], x)
 

@@ -28,16 +28,16 @@ from sborax.methods.projection import shared_rows
 class RandLoRA(AbstractAdditive):
     """y = x W + s x P D with D[p N + n, j] = l[p, n] q[p, j] g[n, j]: frozen random P and q, trained l and g.
 
-    Written for out < in: P (in, rank N), q (rank, out), l (rank, N), g (N, out), N = ceil(out / rank): the sum of N
-    products of random factors of width rank, scaled inside and at the end, that has full rank. For in <= out it is
-    x D^T P^T, with P (out, rank N) and the small sides of q and g that of the input.
+    For out < in: P (in, rank N), q (rank, out), l (rank, N), g (N, out), N = ceil(out / rank). P D is a sum of N scaled
+    products of random factors of width rank, so it can have full rank. For in <= out the change is s x D^T P^T, with
+    P (out, rank N), q (rank, in), g (N, in) and N = ceil(in / rank).
 
     rank: width of one random basis (PEFT: 32). A larger rank means fewer bases and fewer trained numbers.
     alpha: s = alpha / rank; None (default) is s = 20, PEFT's 640 / 32.
-    projection_seed: the seed of P and Q, which are the same for every kernel, cut to its size (PEFT: 0).
+    projection_seed: the seed of P and q, which are the same for every kernel, cut to its size (PEFT: 0).
     dropout: rate on x; default 0.
 
-    Entries of P and Q are uniform with variance 1 and kept with the adapter; l = 0, g = 1 / max(N, min(in, out)).
+    Entries of P and q are uniform with variance 1 and kept with the adapter; l = 0, g = 1 / max(N, min(in, out)).
     Identity at init. Exact merge. Trained parameters: N (rank + min(in, out)).
     """
 

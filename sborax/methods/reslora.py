@@ -41,7 +41,7 @@ class ResLoRA(AbstractAdditive, AbstractLinked):
         back whatever it is. 0: plain LoRA.
     alpha: s = alpha / rank; None (default) is s = 1 (authors: 8 or 16). dropout: on what a multiplies (authors: 0.1).
 
-    After a layer that the rule leaves out a new chain begins; a layer on its own is the first of a chain.
+    After a layer that the rule leaves out, a new chain begins. A layer that is called alone is the first of a chain.
     `LanguageModel` and `merge` link the layers. In a model of your own, `link` the adapters, and pass what
     `sborax.adapters.depth.remember` returns to the next layer in `Context.memory`. Approximate merges are in
     `sborax.interop.reslora`.

@@ -74,7 +74,7 @@ class RoAd(AbstractMethod):
 
     def _rotate(self, y: Float[Array, "rows out"], adapter: Adapter) -> Float[Array, "rows out"]:
         """`y` R."""
-        halves = y.reshape(y.shape[0], -1, 2, self.block // 2)
+        halves = y.reshape(y.shape[0], y.shape[1] // self.block, 2, self.block // 2)
         partners = jnp.stack([-halves[:, :, 1], halves[:, :, 0]], axis=2).reshape(y.shape)
         cosine, sine = self._terms(adapter)
         return y * cast(cosine, y)[None, :] + partners * cast(sine, y)[None, :]

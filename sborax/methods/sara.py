@@ -65,7 +65,7 @@ class SARA(AbstractFactored):
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, min(shape), "the smaller side")
         if (self.factor_init, self.lam_init) not in _STARTS:
-            raise SboraxError(f"({self.factor_init!r}, {self.lam_init!r}) is no (factor_init, lam_init) of {_STARTS}")
+            raise SboraxError(f"(factor_init, lam_init) must be in {_STARTS}, got {(self.factor_init, self.lam_init)}")
 
     def init(self, key: Key[Array, ""], weight: Weight, hint: Hint) -> Fitted:
         rank, mask = live(self.rank, hint)

@@ -37,8 +37,8 @@ class SBoRA(AbstractExpert, AbstractGrouped):
 
     rank: how many rows or columns. alpha: s = alpha / rank; None (default) is s = 2, as in the authors' commands.
     variant: "FA" (default) or "FB". dropout: rate on x before the gather (authors' scripts 0.05; default 0).
-    expert, experts, basis_seed: block `expert` of `experts` disjoint ones of one permutation of all rows (columns),
-        which depends on basis_seed and their number alone: experts trained apart add without interference (ours).
+    expert, experts, basis_seed: block `expert` of `experts` disjoint blocks of a permutation of all rows (columns).
+        The permutation depends only on basis_seed and their number: experts trained apart do not interfere (ours).
 
     Without `expert`, idx is drawn without replacement per kernel as in the authors' code; sorting permutes b's rows.
     The trained factor starts at zero. Identity at init. Exact merge: W[idx, :] += s b, or W[:, idx] += s a.

@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
     - rank: what it adds to the budget that all weights share. It keeps this rank if `most` is no larger.
     - most: its largest rank.
-    - tau: a component has settled once a batch turns it by no smaller cosine.
+    - tau: a component has settled once its cosine to its direction before the last batch is at least tau.
     - niter: see `incremental_pca.updated`.
     """
 
@@ -45,20 +45,20 @@ def shared_ranks(requests: Mapping[Place, Request], batches: Sequence[Callable[[
             return search.gathered()
         if count == MOST_BATCHES:
             raise SboraxError(
-                f"the components of {active[0][0]} still turn after {count} batches; use more, or lower tau"
+                f"the components of {active[0][0]} still turn after {count} batches; give more data, or lower tau"
             )
         search.take(active, batches[number]())
         count += 1
         if count == len(batches) and not search.complete:
             raise SboraxError(
-                f"no batch has as many tokens of answers as {active[0][0]} may have ranks, {search.most[active[0]]}; "
+                f"{active[0][0]} may get rank {search.most[active[0]]}, but no batch has as many tokens of answers; "
                 "use larger batches, or lower rank or rho"
             )
     raise AssertionError
 
 
 class _Search:
-    """Weights with equal inputs, as query, key and value of a layer have, share the search of the first: the leader."""
+    """The search for components. Weights with equal inputs, such as q, k and v, share that of the first: the leader."""
 
     def __init__(self, requests: Mapping[Place, Request], first: Inputs) -> None:
         """- first: a batch, which tells which weights have equal inputs."""

@@ -11,7 +11,7 @@ from sborax.adapters.grouped import Sizes, expert_of_row, grouped_matmul
 
 
 def unit(v: Float[Array, " size"]) -> Float[Array, " size"]:
-    """v at length 1; as in PEFT, all entries are alike if it is zero."""
+    """v scaled to length 1. If v is zero, all entries become equal, as in PEFT."""
     v = jnp.where(jnp.any(v != 0), v, jnp.ones_like(v))
     return v / jnp.linalg.norm(v)
 

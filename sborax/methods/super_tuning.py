@@ -34,7 +34,7 @@ class SuperTuning(AbstractAdditive):
     alpha: s = alpha / lora_rank; None (default) is s = 2, as PEFT.
     dropout: rate on the input of a; default 0.
 
-    Entry n is at row idx[n] % in, column idx[n] // in (PEFT's order). The step forms S. Entries that are 0 and b = 0 at
+    Entry n is at row idx[n] % in, column idx[n] // in (PEFT's order). The step forms S. S and b are 0 at
     init: identity. Exact merge, and entries without a trained value keep their bits.
     Trained parameters: int((1 - sparsity) in out) + lora_rank (in + out).
     """

@@ -31,7 +31,7 @@ PAPER = "Uni-LoRA: One Vector is All You Need, arXiv:2506.00799"
 
 @dataclasses.dataclass(frozen=True)
 class UniLoRA(AbstractFactored, AbstractBanked):
-    """y = x W + (x a) b: every entry of a and b is one of theta, the trained vector of the whole model, times its gain.
+    """y = x W + (x a) b: entries of a and b are entries of theta, one trained vector for the whole model, times gains.
 
     a = (theta * gain)[idx_a] and b = (theta * gain)[idx_b], with frozen random indices. gain_j = 1 / sqrt(n_j), where
     n_j counts how often all indices name j: the map from theta to the factors of all kernels is an isometry.
@@ -40,10 +40,10 @@ class UniLoRA(AbstractFactored, AbstractBanked):
     bound: theta starts uniform in [-bound, bound] (PEFT: 0.02).
     dropout: rate on x; default 0.
 
-    Each weight has every index equally often, or once more, at random places: the indices of a kernel depend on no
-    other kernel, and gains on which kernels are adapted. PEFT deals indices out over all kernels at once, the paper
-    draws each alone. Not the identity at init. Exact merge. The vector is one array for all kernels, so rules must
-    agree on coefficients and bound.
+    In each kernel every index occurs equally often, give or take one, at random places. Indices depend on no other
+    kernel; gains depend on which kernels are adapted. PEFT deals indices out over all kernels at once; the paper draws
+    each index independently. Not the identity at init. Exact merge. The vector is one array for all kernels, so rules
+    must agree on coefficients and bound.
     Trained parameters: none for each weight, and coefficients once.
     """
 

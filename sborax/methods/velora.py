@@ -38,8 +38,8 @@ class VeLoRA(AbstractBranched):
     x_g . v is kept in place of x, groups numbers a token, and a gets the gradient x~^T dh. The function is LoRA's, and
     the gradients of x and b are exact.
 
-    This saves memory with `remat="none"`, and where nothing else keeps x. With other values, such as a run's default,
-    layers compute x again, so that VeLoRA keeps no less than LoRA (docs/methods.md).
+    This saves memory only with `remat="none"`, and only where nothing else keeps x. With other values of `remat`, such
+    as a run's default, layers recompute x, so VeLoRA saves nothing over LoRA (docs/methods.md).
 
     rank: width of the factors, an int or a `RankPolicy` (PEFT: 8).
     groups: parts of x (PEFT: 64).

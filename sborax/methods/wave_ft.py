@@ -27,8 +27,8 @@ class WaveFT(AbstractAdditive):
 
     With Haar's wavelet, entry (p, q) of C adds 1/2 times itself to a block of two rows and two columns of F. Signs
     alternate along its rows if q is in the second half of the columns, and along its columns if p is in that of the
-    rows, as in PEFT. F is never formed: x is transformed, what is at p goes to q, times the entry, and is transformed
-    back.
+    rows, as in PEFT. F is never formed: x is transformed, its entry at p times that of C is added at q, and the result
+    is transformed back.
 
     coefficients: how many entries of C are trained (PEFT: 2592).
     alpha: the scale s (PEFT: 25).
@@ -81,7 +81,7 @@ class WaveFT(AbstractAdditive):
         return weight + _inverse(_inverse(sparse)[:, :fan_out].T)[:, :fan_in].T
 
     def _moves(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Int[Array, " k"], Int[Array, " k"]]:
-        """For each entry of C, the column of what is transformed back that it adds to, and that of x transformed."""
+        """For each entry of C: the column of y's transform that it adds to, and the column of x's that it reads."""
         columns, rows = adapter.frozen["idx"]
         if self.wavelet is None:
             return columns, rows
@@ -98,7 +98,7 @@ class WaveFT(AbstractAdditive):
 
 def _transform(x: Float[Array, "rows n"]) -> Float[Array, "rows even"]:
     """Haar's transform of every row: sums of neighbours, then their differences. A zero is added to odd rows."""
-    pairs = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2))).reshape(x.shape[0], -1, 2)
+    pairs = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2))).reshape(x.shape[0], (x.shape[1] + 1) // 2, 2)
     first, second = pairs[:, :, 0], pairs[:, :, 1]
     return jnp.concatenate([first + second, first - second], axis=1) * 0.5**0.5
 

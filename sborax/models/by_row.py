@@ -1,4 +1,4 @@
-"""Text from several adapters of one base, in one batch where they are alike."""
+"""Text from several adapters of one base, in one batch where their structures agree."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +22,8 @@ def generate_by_row(
 ) -> list[list[int]]:
     """New tokens for each prompt, from the adapter that it chooses: what `generate` writes with that adapter alone.
 
-    Adapters that are alike share a batch (`sborax.adapters.rows.together`); others follow in turn. With a temperature
-    each writes by itself, since a drawn token depends on its place in the batch.
+    Adapters of one structure share a batch (`sborax.adapters.rows.together`); the batches run in turn. With a
+    temperature every adapter has a batch of its own, since a drawn token depends on its place in the batch.
 
     Args:
     - params: what goes with each of `adapters`, the same arrays wherever a method leaves the base as it was.
@@ -31,7 +31,7 @@ def generate_by_row(
     - choice: for each prompt, the number of its adapter.
     - options: those of `generate`.
 
-    Raises SboraxError as `generate` does, and for a choice that there is none of.
+    Raises SboraxError as `generate` does, and for a number without an adapter.
     """
     if len(choice) != len(prompts) or not all(0 <= number < len(adapters) for number in choice):
         raise SboraxError(f"choice: every prompt needs the number of an adapter, 0 to {len(adapters) - 1}")

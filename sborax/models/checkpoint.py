@@ -109,7 +109,7 @@ class Safetensors(AbstractTensors):
             start = entry.start
             for part, size in parts.items():
                 if part in self.entries:
-                    raise SboraxError(f"{self.where}: tensor {part!r} is there beside {module!r}, which holds it, too")
+                    raise SboraxError(f"{self.where}: tensor {part!r} is stored twice, also in {module!r}; remove one")
                 entries[part] = entry._replace(shape=(size, *entry.shape[1:]), start=start)
                 start += size * row
         return dataclasses.replace(self, entries=entries)

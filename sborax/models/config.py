@@ -105,8 +105,9 @@ class LlamaConfig:
     """Shapes and constants of a LLaMA-family decoder. The names are those of Hugging Face's `config.json`.
 
     - attention_bias: q, k, v and o have biases. In some families q, k and v always have them: see `qkv_bias`.
-    - sliding_window: how many tokens back a layer sees, where `layer_types` says so; without these, the longest
-      sequence with plainly causal attention, or None. In some families every layer has it: see `windows`.
+    - sliding_window: how many tokens back a layer sees, where `layer_types` says so. Without `layer_types`, it bounds
+      the length of sequences, whose attention is then plainly causal; None for no bound. In some families every layer
+      has the window: see `windows`.
     - layer_types: "full_attention" or "sliding_attention" for every layer; empty for plainly causal attention.
     - rope_local_base_freq: the base of the rotary embedding in layers with windows; None for that of the others.
     - query_pre_attn_scalar: scores are divided by its square root; None for that of head_dim.
@@ -149,13 +150,13 @@ class LlamaConfig:
             _check_tokens(key, getattr(self, key), self.vocab_size)
         self._check_bounds()
         if (self.experts is None) != (self.family.experts is None):
-            raise SboraxError(f"experts: {self.model_type} has {'none' if self.experts else 'some; say how many'}")
+            raise SboraxError(f"experts: {self.model_type} {'has none' if self.experts else 'needs config.Experts'}")
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
             raise SboraxError(f"layer_types: {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
         if self.layer_sizes and self.layer_types:
-            raise SboraxError("layer_sizes: layers with windows are all alike here")
+            raise SboraxError("layer_sizes: layers of unequal size cannot have windows (layer_types)")
         if self.layer_sizes and self.experts:
-            raise SboraxError("layer_sizes: layers with experts are all alike here")
+            raise SboraxError("layer_sizes: layers of unequal size cannot have experts")
         if self.layer_sizes and len(self.layer_sizes) != self.num_hidden_layers:
             raise SboraxError(f"layer_sizes: {len(self.layer_sizes)} entries for {self.num_hidden_layers} layers")
         for layer in range(len(self.layer_sizes)):

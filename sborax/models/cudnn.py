@@ -61,7 +61,8 @@ def runs(
 ) -> tuple[Int[Array, "batch starts"], Int[Array, "batch runs"], Bool[Array, ""]]:
     """Starts and lengths of the runs of equal segments, without padding; -1 behind the last.
 
-    Also whether they say all: no row has more than `most`, and no segment goes on behind another or behind padding.
+    Also whether these describe the rows in full: no row has more than `most`, and no segment continues after another
+    one or after padding.
     """
     previous = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
     starts = (segments > 0) & (segments != previous)

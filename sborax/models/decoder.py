@@ -109,8 +109,8 @@ def check_capacity(config: DecoderConfig, capacity: int | float | None) -> None:
 def active_width(config: DecoderConfig, shares: int = 1, capacity: float | None = None) -> int | float:
     """The inner width of the gated units that a token passes in one layer.
 
-    - shares: devices that experts are divided among. Each has room for the largest load: all rows of the tokens of all
-      of them that its experts may be chosen for. The width is that of the room, for one token of a device.
+    - shares: how many devices the experts are divided among. Each has room for the largest load: its experts may be
+      chosen by the tokens of all of these devices. The width is that of this room, per token of a device.
     - capacity: of experts, which bounds the room; None without one.
     """
     experts = _experts(config)

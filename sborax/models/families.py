@@ -69,7 +69,7 @@ class ExpertKeys:
 class Family:
     """How the models of a family differ from LLaMA, and how their files say so.
 
-    A class of yours that extends this, with defaults and a `model_type`, is a family beside those of the table.
+    A subclass of your own, with defaults for the fields and a `model_type`, adds a family to those of the table.
 
     - causal_lm: the class that transformers builds.
     - optional: the fields in `OPTIONAL` that its `config.json` has; the others are false.

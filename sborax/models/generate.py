@@ -252,7 +252,7 @@ def check_request(
         raise SboraxError(f"a prompt of {longest} tokens and {new} new ones do not fit the context of {context}")
     if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise SboraxError(
-            f"temperature {temperature}, top_k {top_k} and top_p {top_p}: need finite and >= 0, >= 0, and in (0, 1]"
+            f"needs temperature in [0, inf), top_k >= 0 and top_p in (0, 1], got {temperature}, {top_k} and {top_p}"
         )
     if padding not in ("left", "right"):
         raise SboraxError(f"padding must be left or right, got {padding!r}")

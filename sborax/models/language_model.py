@@ -84,8 +84,8 @@ class Collected:
     """Values from inside a forward pass. Fields that were not asked for are empty.
 
     - inputs: ||X_j|| of every input feature j of every projection below the head, by path of its kernel.
-    - rows: the inputs themselves, (batch, seq, in), of every projection below the head but those of experts, by path of
-      its kernel. Return only those that are read from a jitted function: they are large.
+    - rows: the inputs themselves, (batch, seq, in), of every projection below the head except those of experts, by path
+      of its kernel. They are large, so let a jitted function return only those that are needed.
     - remembered: norms of what each projection remembers for the next layer (`adapters.depth`), by path of its kernel.
       The axes of a token's values are flattened. Empty for adapters that remember nothing.
     - balance: mean over the layers of their routers' losses; 0 without routers.
@@ -207,7 +207,7 @@ class LanguageModel:
         for path, node in flatten(adapters or {}, is_leaf=core.is_adapter).items():
             is_bank = core.is_adapter(node) and isinstance(node.method, AbstractBank)
             if path not in paths and not is_bank:
-                raise core.SboraxError(f"adapter {path!r}: the model has no such projection, it would be ignored")
+                raise core.SboraxError(f"adapter {path!r}: the model has no such projection, so it would be ignored")
         for invocation in invocations_of(nodes(adapters or {})):
             if max(invocation) >= self.config.vocab_size:
                 raise core.SboraxError(

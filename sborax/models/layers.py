@@ -29,9 +29,9 @@ class Linear(nn.Module):
     """A projection whose kernel may be adapted, quantised or both.
 
     The kernel is in collection `params`, its adapter, if any, at the same path in collection `adapters`. A call that
-    makes collection `observations` mutable puts the norms of the input features there, and one that makes collection
-    `rows` mutable the input itself. Collection `memory` exists for
-    adapters that ask for it, and holds what the same projection of the previous layer remembers: see `depth`.
+    makes collection `observations` mutable puts the norms of the input features there. A call that makes collection
+    `rows` mutable puts the input itself there. Collection `memory` exists for adapters that ask for it, and holds what
+    the same projection of the previous layer remembers: see `depth`.
     """
 
     features: int

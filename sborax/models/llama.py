@@ -31,7 +31,7 @@ the residual stream after attention, both halves of the gated unit, and the thin
 
 
 class Reach(NamedTuple):
-    """What tells layers apart that see differently far. In a stack of layers each leaf has an axis of them.
+    """How far each layer sees. In a stack of layers, each leaf has an axis of layers.
 
     - window: how many tokens back a layer sees; None if all see all tokens.
     - local: whether a layer has the second of the model's rotary embeddings; None if there is a single one.
@@ -197,7 +197,7 @@ def kept_names(remat: str) -> tuple[str, ...] | None:
     if not {name.removeprefix(OFFLOAD) for name in names} <= set(SAVEABLE):
         raise core.SboraxError(
             f"remat = {remat!r}: use none, cheap, full, or a comma-separated list of {', '.join(SAVEABLE)}, "
-            f"each with {OFFLOAD} before it or not"
+            f"each optionally with {OFFLOAD} in front"
         )
     return names
 

@@ -101,7 +101,8 @@ def load_model(
     - quant: "nf4" holds the kernels of the layers in 4 bits. Each tensor is quantised as it is read, so that no dense
       model is ever in memory.
     - keep: a function of a path that is true for kernels that stay dense. Default: none.
-    - attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" for the one of the device.
+    - attention: "xla", "cudnn" or "splash" (see `sborax.models.backends`), or "auto" (default): the fastest that can
+      compute this model on this device.
     - expert_capacity: the rows that each expert of a mixture takes of a device's tokens, as a multiple of those at
         balanced load, such as 1.25; it drops tokens beyond them. None (default) drops no token.
     - shardings: for a model on a mesh, from its config and shapes. Each host reads the shards of its own devices alone.

@@ -120,14 +120,14 @@ class Mixture:
     ) -> Mixed:
         """sum_e p_e down_e(f(gate_e(x)) * up_e(x)) over those experts of a token that take it.
 
-        Each expert takes at most C = ceil(capacity x tokens x chosen / experts) rows of the tokens. Tokens come in
-        their order, as in Switch (arXiv:2101.03961): so whether one is dropped depends on earlier tokens alone, as all
-        else in a causal model. GShard (arXiv:2006.16668) lets the first choices of all tokens come before any second
-        one. Weights p_e stay those of the router, and a token that all its experts drop gets zeros. Padding takes no
-        place. On a mesh an expert has C places for each device's tokens: what is dropped depends on how tokens lie, and
-        results are those of one device where nothing is dropped.
+        Each expert takes at most C = ceil(capacity x tokens x chosen / experts) rows of the tokens. Tokens are
+        taken in order, as in Switch (arXiv:2101.03961). So whether one is dropped depends only on earlier tokens, like
+        everything else in a causal model. GShard (arXiv:2006.16668) takes the first choices of all tokens before any
+        second one. Weights p_e stay those of the router, and a token that all its experts drop gets zeros. Padding
+        takes no place. On a mesh an expert has C places for each device's tokens, so what is dropped depends on which
+        device holds a token. Where nothing is dropped, results are those of one device.
 
-        All experts have C rows, those without a token are zeros and computed in vain.
+        Every expert computes C rows; rows without a token are zeros.
 
         - exchange: how rows come to the device of their expert and back; None if `projections` are all experts.
         """
@@ -184,16 +184,16 @@ class Mixture:
         ctx: Context,
         projections: Projections,
     ) -> Mixed:
-        """`here` of all experts, on the current mesh, or `limited` with a capacity.
+        """`here` over all experts on the current mesh, or `limited` if there is a capacity.
 
-        Along "expert", which has another share of the experts on each device:
+        Along "expert", where each device holds a different share of the experts:
 
         1. The tokens, and which experts they chose, are gathered.
         2. Each device computes the rows of its own experts.
         3. The outputs are summed, and each device is left with those of its tokens (a reduce-scatter).
 
-        Along all other axes each device has other tokens, also along tensor, and the kernels of its experts are
-        gathered as they are stored, and again for the backward pass. The gradients of trained kernels are
+        Along all other axes, tensor included, each device has different tokens. The kernels of its experts are
+        gathered in the form they are stored in, and again for the backward pass. The gradients of trained kernels are
         reduce-scattered. So a row is multiplied on one device, with a kernel that is whole: any method applies, and no
         device waits for another one inside a loop whose length depends on data.
 
@@ -289,7 +289,7 @@ class Exchange:
 def _by_row(
     x: Float[Array, "tokens d"], order: Int[Array, " rows"], place: Int[Array, " choices"]
 ) -> Float[Array, "rows d"]:
-    """The token of each row. Gradients are read where rows lie: adding them up in place has no fixed order on a GPU.
+    """The token of each row. Its backward pass gathers gradients, since scatter-add has no fixed order on a GPU.
 
     - order: the choice of each row.
     - place: the row of each choice.

@@ -315,7 +315,7 @@ def quantise(weight: Shaped[Array, "..."] | Shaped[np.ndarray, "..."]) -> NF4Arr
 
     Raises SboraxError if `in` is not a multiple of 64 (bitsandbytes would let blocks run across outputs there), if the
     weight is not of floats of at most 32 bits, or if it is not finite, since one value would spoil all others through
-    the scales. The caller must make sure of the last inside a compiled program, where values are not known.
+    the scales. Inside a compiled program values are not known, so there the caller must check that they are finite.
     """
     check(weight.shape, weight.dtype)
     check_finite(f"a weight of shape {weight.shape}", weight)
@@ -386,6 +386,6 @@ def encode_blocks(
     for start in range(0, out, width):
         part = slice(start, start + width)
         if not np.isfinite(weight[:, part]).all():
-            raise SboraxError(f"a weight of shape {weight.shape} holds values that are not finite: mend the checkpoint")
+            raise SboraxError(f"a weight of shape {weight.shape} holds values that are not finite: fix the checkpoint")
         codes[:, part], absmax[:, part] = _encode(np, weight[:, part], _LEAST)
     return codes, absmax

@@ -2,7 +2,7 @@
 
 A mesh has the axes data, fsdp, expert and tensor. Rows of a batch lie on data, fsdp and expert. Kernels are cut along
 fsdp, and along tensor on the side of their heads or channels: the output of q, k, v, gate and up, the input of o and
-down. Along expert the experts of a mixture are cut, and other parameters like along fsdp, so that none has copies.
+down. Along expert, the experts of a mixture are cut, and other parameters as along fsdp, so none is replicated.
 """
 
 import math

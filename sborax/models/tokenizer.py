@@ -116,7 +116,7 @@ def _patience(subject: str) -> Iterator[None]:
             raise
         reason = str(failure).partition("\n")[0]
         raise SboraxError(
-            f"the tokenizer gives up on {subject}, as a pattern of its tokenizer.json does ({reason})"
+            f"the tokenizer gives up on {subject}, because a pattern in its tokenizer.json fails ({reason})"
         ) from None
 
 
@@ -168,8 +168,8 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", size: int, where: str
     for token, number in tokenizer.get_vocab().items():
         if number >= size and number not in may_be_beyond:
             raise SboraxError(
-                f"{where}: the tokenizer's {shown(token)} has id {number}, vocab_size is {size:,}; are the tokenizer "
-                "and the model of one make?"
+                f"{where}: the tokenizer's {shown(token)} has id {number}, vocab_size is {size:,}; do the tokenizer "
+                "and the model belong together?"
             )
 
 

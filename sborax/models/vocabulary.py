@@ -28,8 +28,8 @@ def resize_vocabulary(
 
     Rows of the embedding, and of a head that is not tied to it, are added or dropped at the end. Every new row is
     mean(old rows), where transformers draws new rows from N(mean, 1e-9 cov) of the old ones: they are within a few
-    times 3e-5 standard deviations of the mean. With a `key` they are drawn so here, too, also where there are fewer old
-    rows than features, for which transformers takes the mean.
+    times 3e-5 standard deviations of the mean. With a `key` they are drawn here, too, even if there are fewer old
+    rows than features, where transformers takes the mean.
 
     The tokenizer of the new model is that of `model`. `save_hf` writes both.
 

@@ -64,7 +64,7 @@ def scale_by_lora_rite(
 ) -> optax.GradientTransformationExtraArgs:
     """Directions of LoRA-RITE for every pair of leaves a, b, and of `rest` for other leaves. arXiv:2410.20625
 
-    With a = U_a R_a and b^T = U_b R_b (QR; the polar factors give the same trajectory), for a, and for b alike:
+    With a = U_a R_a and b^T = U_b R_b (QR; the polar factors give the same trajectory), for a, and likewise for b:
     g = grad_a R_b^+, zero if RMS(g) > skip, all pairs scaled to global norm <= clip;  P = U_b^T U_b,former;
     V <- b2_t P V P^T + (1 - b2_t) g^T g / in;  S = g (V + rho I)^(-1/2);  M <- b1_t M P^T + (1 - b1_t) S;
     direction M R_b^+T.  b_t = b (1 - b^(t-1)) / (1 - b^t) corrects for bias.

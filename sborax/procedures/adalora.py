@@ -64,9 +64,7 @@ class AdaLoRABudget(AbstractInPlace):
         if self.target < 1 or self.every < 1 or self.warmup < 0 or self.cooldown < 0:
             raise SboraxError("AdaLoRABudget: target and every must be at least 1, warmup and cooldown at least 0")
         if not (0.0 < self.beta1 < 1.0 and 0.0 < self.beta2 < 1.0) or not 0.0 <= self.orthogonality < math.inf:
-            raise SboraxError(
-                "AdaLoRABudget: beta1 and beta2 must lie in (0, 1), orthogonality be 0 or more, and finite"
-            )
+            raise SboraxError("AdaLoRABudget: beta1 and beta2 must lie in (0, 1), and orthogonality in [0, inf)")
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
         check_layers(self, run)

@@ -20,7 +20,7 @@ from sborax.procedures.segment import AbstractSegmented, check_segments, fold, f
 
 @dataclasses.dataclass(frozen=True)
 class XGBLoRA(AbstractSegmented):
-    """Boosters one after the other: a few steps on some random layers, W <- W + rate s a b in float32, discard.
+    """Train boosters in turn: a few steps on random layers, then W <- W + rate s a b in float32, and new adapters.
 
     - every: steps of a booster, kappa (the paper's values are not known; default 8).
     - layers: how many layers a booster has, drawn anew without replacement; None (default): a third of them, the
@@ -49,7 +49,7 @@ class XGBLoRA(AbstractSegmented):
         if not 0.0 <= self.penalty < math.inf:
             raise SboraxError(f"XGBLoRA: penalty must be 0 or more, and finite, got {self.penalty}")
         if not 0.0 < self.rate < math.inf:
-            raise SboraxError(f"XGBLoRA: rate must be above 0, and finite, got {self.rate}: nothing else is boosted")
+            raise SboraxError(f"XGBLoRA: rate must be finite and above 0, got {self.rate}: 0 would change nothing")
 
     def check(self, run: Run, base: dict[str, Any]) -> None:
         check_segments(self, run, base, self.requantise)

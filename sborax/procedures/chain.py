@@ -24,9 +24,9 @@ class COLA(AbstractSegmented):
     - every: steps of a segment; the last may be shorter. The paper's chains have 1 to 3 segments; it does not say where
         the knots were. The learning rate goes on along the schedule of the whole run.
     - requantise: allow a quantised base, whose rounding errors then add up.
-    - ranks: of the first link, the second and so on, never rising: `COLA(every=100, ranks=(8, 4, 2))`. The last goes on
-        if there are more links. The first is that of the rules. None (default): all links have the rules' rank. The
-        paper's study of it: 8 in the first three of five epochs, then 2, 4, 6 or 8.
+    - ranks: the rank of each link, never rising: `COLA(every=100, ranks=(8, 4, 2))`. Later links keep the last.
+        The first must be the rank in the rules. None (default): all links have the rules' rank. The paper studies 8 in
+        the first three of five epochs, then 2, 4, 6 or 8.
 
     A link of rank r begins as the method does with rank r, s = alpha / r included. Its leaves keep the width of the
     first link, filled with zeros that stay zero in training: the step is compiled once, and costs the time and memory
@@ -68,7 +68,7 @@ class COLA(AbstractSegmented):
                 if method.rank != self.ranks[0]:
                     raise SboraxError(
                         f"COLA: {site.path}: the first link has the rank of the rules, {method.rank}, and ranks "
-                        f"begins with {self.ranks[0]}"
+                        f"begins with {self.ranks[0]}; make them equal"
                     )
                 for rank in self.ranks[1:]:
                     try:

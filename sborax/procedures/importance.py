@@ -1,4 +1,4 @@
-"""Importance of attention heads and MLP channels to the loss, from the gradients of LoRA alone."""
+"""Importance of attention heads and MLP channels, scored by one of the criteria in `criteria`."""
 
 import functools
 from collections.abc import Mapping

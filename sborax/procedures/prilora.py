@@ -41,7 +41,7 @@ class PRILoRAPruning(AbstractInPlace):
     - beta: of the running input norms; default 0.9.
     - group: "per_rank" (default) compares entries within each column of a, "matrix" all of them together.
 
-    The defaults are remembered from the paper, not confirmed. Norms are taken in the forward pass of the step, over all
+    The defaults were not checked against the paper. Norms are taken in the forward pass of the step, over all
     its microbatches; padding does not count. Moments of the optimiser are left alone, so pruned entries may grow again,
     unless `PRILoRA` has a persistent mask.
     Raises SboraxError for a fraction or beta outside [0, 1), every below 1, an unknown group.

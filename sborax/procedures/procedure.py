@@ -46,7 +46,7 @@ class AbstractProcedure(abc.ABC):
     folds: bool = False
     """`apply` changes the adapted kernels of the base, so that members of a sweep cannot share them."""
     rests: bool = False
-    """Adapters that are zero stay zero until the next `apply`: one without a gradient is not dead."""
+    """Adapters that are zero stay zero until the next `apply`, so one without a gradient is no sign of an error."""
     observes: bool = False
     """`watch` is given `norms=`, those of every projection's input features over the step's tokens, by path."""
 

@@ -101,7 +101,7 @@ class LoRAPrune(AbstractInPlace):
         biased = [path for path in base if path.split("/")[-1] == "bias"]
         if not sites or biased:
             where = biased[0] if biased else "the rules"
-            raise SboraxError(f"LoRAPrune: {where}: prunes LLaMA layers without biases, adapted by LoRA")
+            raise SboraxError(f"LoRAPrune: {where}: only LLaMA layers without biases, adapted by LoRA, can be pruned")
 
     def differentiates(self, run: Run) -> tuple[str, ...]:
         return tuple(_sites(run)) if CRITERIA[self.metric].full else ()

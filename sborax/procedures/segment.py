@@ -23,9 +23,9 @@ from sborax.procedures.procedure import AbstractProcedure, Boundary, Run
 
 
 class AbstractSegmented(AbstractProcedure):
-    """A procedure that merges each segment of a run into the base and goes on with new adapters.
+    """A procedure that merges each segment of a run into the base and continues with new adapters.
 
-    Segments are kept: a resumed run merges them again, and all of them together are one LoRA on the base before.
+    Segments are kept: a resumed run merges them again, and together they are one LoRA on the original base.
     """
 
     resets = True
