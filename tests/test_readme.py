@@ -71,7 +71,7 @@ def test_findings_are_those_of_the_results():
         )
     }
     findings = re.findall(rf"{number}(?: times)? \({number} \.\. {number}\)", README.partition("| figure |")[0])
-    assert len(findings) == 8
+    assert len(findings) == 9
     for values in findings:
         assert any(
             all(abs(float(value) - reference) <= 0.0006 for value, reference in zip(values, exact, strict=True))
