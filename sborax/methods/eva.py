@@ -76,7 +76,7 @@ class EVA(AbstractFactored, AbstractInformed):
 
     def check(self, shape: tuple[int, int]) -> None:
         check_rank(self.rank, shape[0], "the inputs")  # A component more may be of use beyond the outputs.
-        if not 1.0 <= self.rho or not 0.0 < self.tau < 1.0 or self.mean == 0:
+        if not 1.0 <= self.rho or not 0.0 < self.tau < 1.0 or (self.mean is not None and self.mean < 1):
             raise SboraxError(f"needs rho >= 1, tau in (0, 1), mean >= 1, got {self.rho}, {self.tau} and {self.mean}")
         check_repetitions("niter", self.niter, 0)
 
