@@ -46,7 +46,9 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters, rngs: nnx.Rngs | None = Non
     """
     model, flat = nnx.clone(model), nodes(adapters)
     check_independent(flat)
-    modules = {"/".join(map(str, (*path, "kernel"))): module for path, module in nnx.iter_modules(model)}
+    modules: dict[str, Any] = {
+        "/".join(map(str, (*path, "kernel"))): module for path, module in nnx.iter_modules(model)
+    }
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
         owners.setdefault(id(getattr(module, "kernel", None)), []).append(path)
@@ -107,13 +109,13 @@ def _adapted(kind: type) -> type:
 
     def call(self: Any, inputs: Float[Array, "..."], *args: Any, **options: Any) -> Float[Array, "..."]:
         node, kernel, bias = _adapter(self), self.kernel, getattr(self, "bias", None)
-        draws = self.adapter_rngs is not None and not self.deterministic
+        stream: nnx.RngStream | None = None if self.deterministic else self.adapter_rngs
         plain = kind in (nnx.Linear, nnx.LinearGeneral) and _is_plain_product(self, inputs, node)
         if plain and not args and all(option is None for option in options.values()):
             arrays = inputs, kernel[...], None if bias is None else bias[...]
             x, weight, offset = self.promote_dtype(arrays, dtype=self.dtype)
-            return project(x, weight, offset, node, Context(self.adapter_rngs() if draws else None))
-        if draws:
+            return project(x, weight, offset, node, Context(None if stream is None else stream()))
+        if stream is not None:
             check_drawless(kind.__name__, node)
         self.kernel = nnx.Param(merged_node(kernel[...], node))
         if bias is not None and node.method.adapts_bias:
