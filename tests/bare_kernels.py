@@ -49,7 +49,9 @@ def biases(dtype: str, stacked: bool):
 
 @functools.cache
 def inputs(dtype: str = "float32"):
-    return jnp.asarray(normal(2, TOKENS, IN), dtype)
+    # An array also where the first call is inside a trace: the cache must hold no tracer.
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(normal(2, TOKENS, IN), dtype)
 
 
 def hints(method: AbstractMethod, stacked: bool):

@@ -458,7 +458,7 @@ def test_a_run_counts_the_samples_that_have_the_tokens(place):
     (line,) = (line for line in begun(place, "1 plus") if line.startswith("invocation"))
     assert line == "invocation (18, 222, 81, 77, 86, 84): in 3 of 24 samples; the others do not train its adapters"
     assert "invocation (32,): in 24 of 24 samples" in begun(place, "?")
-    refusal(r"^no sample of the data has the tokens \(58, .* would train nothing", lambda: begun(place, "Yes"))
+    refusal(r"^no sample of the data has the tokens \(58, .* would not be trained", lambda: begun(place, "Yes"))
 
 
 @pytest.mark.nightly

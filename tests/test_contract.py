@@ -137,8 +137,8 @@ def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, q
 
 @by_case
 def test_no_tokens_give_no_outputs(case: Case):
-    weight, node = fitted(case.method)
-    over = over_stack(lambda w, n: linear(inputs()[:0], w, n), stack_of(node))
+    (weight, node), x = fitted(case.method), inputs()[:0]
+    over = over_stack(lambda w, n: linear(x, w, n), stack_of(node))
     assert jax.eval_shape(over, weight, node).shape == (LAYERS, 0, OUT)
 
 

@@ -206,8 +206,8 @@ ERRORS = {
     "vocabulary": ({"prompts": [[1, 512]]}, "outside the vocabulary of"),
     "context": ({"prompts": [[1] * 500]}, "500 tokens and 64 new ones do not fit the context of 512"),
     "key": ({"temperature": 0.5}, "give a key"),
-    "temperature": ({"temperature": float("nan")}, "temperature nan"),
-    "top_p": ({"top_p": 0.0}, "top_p 0.0"),
+    "temperature": ({"temperature": float("nan")}, "got nan, 0 and 1.0"),
+    "top_p": ({"top_p": 0.0}, "got 0.0, 0 and 0.0"),
     "padding": ({"padding": "middle"}, "left or right"),
 }
 

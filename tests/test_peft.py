@@ -67,7 +67,7 @@ def test_a_head_that_gave_up_its_start(init, pair, tmp_path):
 
     stored["base_model.model.lm_head.base_layer.weight"] *= 1.5
     save_file(stored, tmp_path / "theirs" / "adapter_model.safetensors")
-    with pytest.raises(sx.SboraxError, match=r"lm_head\.base_layer\.weight is not what .* another model"):
+    with pytest.raises(sx.SboraxError, match=r"lm_head\.base_layer\.weight is not what .* the adapter was trained on"):
         load_peft(tmp_path / "theirs", pair.ours)
 
 

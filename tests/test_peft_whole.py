@@ -72,7 +72,7 @@ def test_a_tied_head_that_is_not_said_to_be(tied, tmp_path):
     with_peft(tied, peft.LoraConfig(r=2, target_modules=TWO, modules_to_save=["embed_tokens"])).save_pretrained(
         tmp_path
     )
-    with pytest.raises(sx.SboraxError, match="to which the head is tied here and, without ensure_weight_tying"):
+    with pytest.raises(sx.SboraxError, match="to which the head is tied here; without ensure_weight_tying"):
         load_peft(tmp_path, tied.ours)
 
 
