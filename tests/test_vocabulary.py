@@ -199,7 +199,7 @@ def as_resized(pair, larger):
 REFUSED = {
     "a tied pair that was trained apart": (KINDS["saved"], {}, "lm_head.weight differs from the embedding, to which"),
     "a tied embedding alone": (KINDS["embedding saved"], {}, "modules_to_save has the embedding, to which the head is"),
-    "a tied head alone": (peft.LoraConfig(**LORA, modules_to_save=["lm_head"]), {}, "the head, which is tied here and"),
+    "a tied head alone": (peft.LoraConfig(**LORA, modules_to_save=["lm_head"]), {}, "the head, which is tied here;"),
     "unequal copies": (KINDS["LoRA"], {"lm_head.weight": 1.0}, "lm_head.weight differs from the embedding, to which"),
     "unequal tables beside rows": (
         KINDS["rows"],
