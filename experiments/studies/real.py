@@ -89,10 +89,7 @@ def study() -> Study:
             Beats("Bat beats Bone", "2409.15371", "Bat", "Bone"),
             Beats("SARA beats LoRA", "2408.03290", "SARA"),
             Beats("Mo-SARA is as good as LoRA with an eighth of the parameters", "2408.03290", "MoSARA", slack=0.01),
-            *(
-                Beats(f"{name} forgets less than LoRA", "", name, kind="kept")
-                for name in ("SBoRA-FA", "SBoRA-FB", "Bone")
-            ),
+            *(Beats(f"{name} forgets less than LoRA", "", name, kind="kept") for name in FORGETTING),
             Beats("LoRA forgets less than full fine-tuning", "2405.09673", "LoRA", "full fine-tuning", kind="kept"),
             RateRatio("LoRA's best learning rate is 10 times that of full fine-tuning", "", "full fine-tuning", 10.0),
             Within("all variants of LoRA are within 2 % of it once tuned", "2602.04998", VARIANTS, SHARE),

@@ -9,6 +9,7 @@ All arguments are one matrix; `jax.vmap` makes batches. Derivatives of `qr` and 
 Those of the others are JAX's own, which do, in batches.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,38 +40,34 @@ class Eigh(NamedTuple):
     vectors: Float[Array, "n n"]
 
 
-def one_by_one(operation: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """The `operation` of a matrix, which `vmap` turns into a loop on a CPU and into a batch elsewhere."""
+def sequential_on_cpu(operation: Callable[[Array], Any]) -> Any:
+    """The `operation` of a matrix, which `vmap` turns into a loop on a CPU and into a batch elsewhere.
+
+    Its derivative is that of `operation`, unless `defjvp` gives another one.
+    """
     looped = jax.custom_batching.sequential_vmap(operation)
 
     @jax.custom_jvp
-    def decomposed(matrix: Array) -> Any:
+    @functools.wraps(operation)
+    def decomposition(matrix: Array) -> Any:
         return jax.lax.platform_dependent(matrix, cpu=looped, default=operation)
 
-    # A function with a rule of its own for batches has no reverse mode.
-    decomposed.defjvp(lambda matrix, tangent: jax.jvp(operation, matrix, tangent))
-    return decomposed
+    # `sequential_vmap` alone has no reverse mode.
+    decomposition.defjvp(lambda matrix, tangent: jax.jvp(operation, matrix, tangent))
+    return decomposition
 
 
-_qr = one_by_one(lambda matrix: QR(*jnp.linalg.qr(matrix)))
-_svd = one_by_one(lambda matrix: SVD(*jnp.linalg.svd(matrix, full_matrices=False)))
-_singular_values = one_by_one(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False))
-_eigh = one_by_one(lambda matrix: Eigh(*jnp.linalg.eigh(matrix)))
-_eigenvalues = one_by_one(lambda matrix: jnp.linalg.eigvalsh(matrix))
-_inverse = one_by_one(jnp.linalg.inv)
-
-
-@jax.custom_jvp
+@sequential_on_cpu
 def qr(matrix: Float[Array, "rows columns"]) -> QR:
-    """The reduced QR decomposition."""
-    return _qr(matrix)
+    """The reduced QR decomposition. Its derivative is that of a matrix with at least as many rows as columns."""
+    return QR(*jnp.linalg.qr(matrix))
 
 
 @qr.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[QR, QR]:
     (matrix,), (tangent,) = primals, tangents
     if matrix.shape[0] < matrix.shape[1]:
-        return jax.jvp(_qr, primals, tangents)
+        raise NotImplementedError(f"qr has no derivative for a matrix of more columns than rows, {matrix.shape}")
     with jax.default_matmul_precision("highest"):
         q, r = qr(matrix)
         change = tangent @ inverse(r)
@@ -81,10 +78,10 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[QR, QR]:
         return QR(q, r), QR(q @ (turn - inside) + change, (inside - turn) @ r)
 
 
-@jax.custom_jvp
+@sequential_on_cpu
 def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a matrix that has one."""
-    return _inverse(matrix)
+    """The inverse of an invertible matrix."""
+    return jnp.linalg.inv(matrix)
 
 
 @inverse.defjvp
@@ -94,24 +91,28 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
         return result, -result @ tangents[0] @ result
 
 
+@sequential_on_cpu
 def svd(matrix: Float[Array, "rows columns"]) -> SVD:
     """The reduced singular value decomposition."""
-    return _svd(matrix)
+    return SVD(*jnp.linalg.svd(matrix, full_matrices=False))
 
 
+@sequential_on_cpu
 def singular_values(matrix: Float[Array, "rows columns"]) -> Float[Array, " k"]:
     """The k = min(rows, columns) singular values, the largest first."""
-    return _singular_values(matrix)
+    return jnp.linalg.svd(matrix, compute_uv=False)
 
 
+@sequential_on_cpu
 def eigh(matrix: Float[Array, "n n"]) -> Eigh:
     """Eigenvalues and eigenvectors of a symmetric matrix."""
-    return _eigh(matrix)
+    return Eigh(*jnp.linalg.eigh(matrix))
 
 
+@sequential_on_cpu
 def eigenvalues(matrix: Float[Array, "n n"]) -> Float[Array, " n"]:
     """Eigenvalues of a symmetric matrix, the smallest first."""
-    return _eigenvalues(matrix)
+    return jnp.linalg.eigvalsh(matrix)
 
 
 def pinv(matrix: Float[Array, "rows columns"], rtol: float) -> Float[Array, "columns rows"]:

@@ -100,7 +100,7 @@ def thin_changes(
 
     Args and errors: as `merge_weighted`. If `combination` truncates and has no rank, the largest rank of the adapters
     is used. In that case, and for "cat", all adapters must be pairs of factors, such as LoRA. The rank of "cat" is the
-    sum of theirs.
+    sum of their ranks.
     """
     terms = _terms(params, parts)
     if not combination.of_changes:

@@ -99,14 +99,13 @@ class BOFT(AbstractMethod):
     ) -> Float[Array, "rows in"]:
         """Blocks of `x` times those of `r`, where halves of a block lie 2^factor halves apart."""
         rows, fan_in = x.shape
-        halves = (rows, fan_in // (self.block * 2**factor), 2, 2**factor, self.block // 2)
+        blocks, distance = fan_in // self.block, 2**factor
+        halves = (rows, blocks // distance, 2, distance, self.block // 2)
         if factor:
             x = x.reshape(halves).swapaxes(2, 3)
-        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, fan_in // self.block, self.block), r)
+        rotated = jnp.einsum("tnk,nkc->tnc", x.reshape(rows, blocks, self.block), r)
         if factor:
-            rotated = rotated.reshape(rows, fan_in // (self.block * 2**factor), 2**factor, 2, self.block // 2).swapaxes(
-                2, 3
-            )
+            rotated = rotated.reshape(rows, blocks // distance, distance, 2, self.block // 2).swapaxes(2, 3)
         return rotated.reshape(rows, fan_in)
 
 

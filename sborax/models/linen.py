@@ -70,7 +70,7 @@ def check_independent(adapters: Mapping[str, Adapter]) -> None:
             raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
 
 
-def check_drawless(where: str, node: Adapter) -> None:
+def check_deterministic(where: str, node: Adapter) -> None:
     """Raise SboraxError for an adapter with dropout or noise, which a merged kernel does not have."""
     dropped = next((path for path in flatten(node.frozen) if path.endswith("dropout")), None)
     if dropped or node.method.draws:
@@ -106,7 +106,7 @@ def _interceptor(inside: Mapping[str, Adapter], reached: dict[str, bool]) -> Cal
         # A module may be called more than once. It gets the merged kernel if one of the calls needs it.
         reached[path] = _is_plain_product(layer, x, node) and reached.get(path, True)
         if not reached[path] and layer.has_rng("dropout"):
-            check_drawless(path, node)
+            check_deterministic(path, node)
         return _project(layer, x, node) if reached[path] else proceed(*args, **kwargs)
 
     return intercept

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sborax.adapters.core import Adapter, Context, SboraxError
 from sborax.adapters.leaves import nest
 from sborax.adapters.tree import Adapters, merge_bias, merged_node, nodes, stack_of
-from sborax.models.linen import are_last, check_drawless, check_independent, project
+from sborax.models.linen import are_last, check_deterministic, check_independent, project
 
 
 class Trained(nnx.Variable):
@@ -116,7 +116,7 @@ def _adapted(kind: type) -> type:
             x, weight, offset = self.promote_dtype(arrays, dtype=self.dtype)
             return project(x, weight, offset, node, Context(None if stream is None else stream()))
         if stream is not None:
-            check_drawless(kind.__name__, node)
+            check_deterministic(kind.__name__, node)
         self.kernel = nnx.Param(merged_node(kernel[...], node))
         if bias is not None and node.method.adapts_bias:
             self.bias = nnx.Param(merge_bias("bias", bias[...], kernel[...], node).astype(bias[...].dtype))
