@@ -255,5 +255,5 @@ def test_refused_exports(tmp_path, model):
     refused([("q_proj", sx.LoRA(2))], "as_ must be", as_="merged")
     tuned = jax.tree.map(lambda leaf: leaf + 1.0, model.params)
     refused([("q_proj", sx.LoRA(2))], "both its base and an adapter", params=tuned)
-    with pytest.raises(sx.SboraxError, match="no adapter to save"):
+    with pytest.raises(sx.SboraxError, match="nothing to save: no adapters"):
         save_peft(tmp_path / "out", model, model.params, {})

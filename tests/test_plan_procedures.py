@@ -138,8 +138,8 @@ REFUSED = {
     "one projection": (sx.LoRAPrune(), [("up_proj", sx.LoRA(rank=2))], "all seven projections must be"),
     "the head too": (sx.LoRAPrune(), [("up_proj|lm_head", sx.LoRA(rank=2))], "all seven projections must be"),
     "another method": (sx.AdaLoRABudget(), [(ALL, sx.LoRA(rank=2))], "has LoRA; use AdaLoRA for all"),
-    "frozen factors": (sx.LoRAPrune(), [(ALL, sx.VeRA(rank=2))], "that of VeRA is another; use LoRA, or metric="),
-    "a chain": (sx.LoRAPrune(), [(ALL, sx.chain(sx.PiSSA(rank=2), sx.DoRA()))], "that of Chain is another"),
+    "frozen factors": (sx.LoRAPrune(), [(ALL, sx.VeRA(rank=2))], "and VeRA makes others; use LoRA, or metric="),
+    "a chain": (sx.LoRAPrune(), [(ALL, sx.chain(sx.PiSSA(rank=2), sx.DoRA()))], "and Chain makes others"),
     "a weight that is rewritten": (
         sx.LoRAPrune(metric="grad"),
         [(ALL, sx.DoRA(rank=2))],

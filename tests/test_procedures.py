@@ -368,7 +368,7 @@ def test_mistakes_are_told():
         XGBLoRA(layers=5).check(run, {PATH: KERNEL})
     table = {"embed_tokens": {"embedding": KERNEL[0]}} | nest({PATH: KERNEL})
     run = Run(sx.plan(table, [("p|embed_tokens", sx.LoRA(rank=1))]), 4, 1)
-    with pytest.raises(SboraxError, match="embed_tokens/embedding: draws layers, and this weight is in none of them"):
+    with pytest.raises(SboraxError, match="embed_tokens/embedding: only weights of layers are drawn; leave it out"):
         XGBLoRA().check(run, {site.path: KERNEL for site in run.plan.sites})
     with pytest.raises(SboraxError, match="trained itself"):
         COLA(every=1).check(run, {})

@@ -136,8 +136,10 @@ def save_peft(
     check_card(epath.Path(directory))
     layout, leaves, linked = layout_of(model.params), flatten(params), nodes(link(adapters))
     if not linked:
-        if as_ == "lora" or not (changed := _changed(layout, leaves, linked)):
-            raise SboraxError("there is no adapter to save: the tree is empty")
+        if as_ == "lora":
+            raise SboraxError("there are no adapters; save fully trained kernels with as_='native'")
+        if not (changed := _changed(layout, leaves, linked)):
+            raise SboraxError("there is nothing to save: no adapters, and no kernel that differs from the model's")
         if layer_replication is not None:
             raise SboraxError(f"{REPLICATION} is for adapters, and there are none; leave it out")
         return _save_changed(directory, changed, layout, leaves, base, facts, save_embedding_layers)

@@ -60,9 +60,7 @@ class XGBLoRA(AbstractSegmented):
             if not {"a", "b"} <= set(site.method.axes):
                 raise SboraxError(f"XGBLoRA: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA")
             if not site.stack and module_path(site.path)[1] is None:
-                raise SboraxError(
-                    f"XGBLoRA: {site.path}: draws layers, and this weight is in none of them; leave it out of the rules"
-                )
+                raise SboraxError(f"XGBLoRA: {site.path}: only weights of layers are drawn; leave it out of the rules")
         if self.layers is not None and self.layers > depth(run):
             raise SboraxError(f"XGBLoRA: layers={self.layers}, but only {depth(run)} layers are adapted")
 

@@ -79,8 +79,8 @@ class LoRAPrune(AbstractInPlace):
                 raise SboraxError(f"LoRAPrune: {path}: {name} does not merge layer by layer; use LoRA")
             if CRITERIA[self.metric].full and not isinstance(site.method, AbstractAdditive):
                 raise SboraxError(
-                    f"LoRAPrune: {path}: {name} does not add to the weight, so that the base's gradient is not that of "
-                    "the merged weight; use LoRA, or metric='magnitude'"
+                    f"LoRAPrune: {path}: {name} does not add to the weight, so the merged weight has another gradient "
+                    "than the base; use LoRA, or metric='magnitude'"
                 )
             if CRITERIA[self.metric].full and isinstance(base.get(path), AbstractWeight):
                 raise SboraxError(
@@ -88,7 +88,7 @@ class LoRAPrune(AbstractInPlace):
                 )
             if CRITERIA[self.metric].pair and not pair:
                 raise SboraxError(
-                    f"LoRAPrune: {path}: groups are scored by the change s a b, and that of {name} is another; use "
+                    f"LoRAPrune: {path}: the metric scores changes of the form s a b, and {name} makes others; use "
                     "LoRA, or metric='magnitude'"
                 )
         layers = {parent.rpartition("/")[0] for parent in sites}
