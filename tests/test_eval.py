@@ -111,6 +111,9 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("SBORAX_DATA", raising=False)
     model = folder / "model"
     assert "give --tasks, --harness, or both" in fails(capsys, model)
+    for unread in (["--template", "chat"], ["--data", "boolq=x"]):
+        assert "--data and --template are for --tasks" in fails(capsys, model, "--harness", "boolq", *unread)
+    assert "--include is for --harness" in fails(capsys, model, "--tasks", "boolq", "--include", "x")
     assert "no task 'arc'" in fails(capsys, model, "--tasks", "arc")
     assert "--data piqa=x: write TASK=PATH" in fails(capsys, model, "--tasks", "arc_easy", "--data", "piqa=x")
     assert "boolq has a prompt of its own" in fails(capsys, model, "--tasks", "boolq", "--template", "chat")
@@ -192,6 +195,13 @@ def test_an_experiment_names_the_tasks_that_its_run_is_scored_on(folder, capsys,
     assert (out / "earlier-scores-1" / "scores.json").read_text() == scores
     assert "is scored already" not in output and "arc_easy: acc " in output
     scores, named = (out / "scores" / "scores.json").read_text(), [*named, "steps=2"]
+    # Scores of some items are not those of the task, and nobody's scores are deleted.
+    limited = json.loads(scores)
+    limited["scores"][0]["limit"] = 1
+    (out / "scores" / "scores.json").write_text(json.dumps(limited))
+    assert main([*named, "--resume"]) == 0
+    assert "renamed to earlier-scores-2, since they are of other tasks, or incomplete" in capsys.readouterr().out
+    assert json.loads((out / "earlier-scores-2" / "scores.json").read_text()) == limited
     # Scores that were cut short are made again.
     (out / "scores" / "scores.json").unlink()
     assert main([*named, "--resume"]) == 0

@@ -322,6 +322,19 @@ def test_a_second_signal_is_answered_as_before_the_run(experiment, reference, tm
     same_ends(reference[1], tmp_path / "run")
 
 
+def test_a_signal_saves_at_once_and_measures_nothing(experiment, tmp_path):
+    """Little time may be left, and the best adapter must not depend on when a run was interrupted."""
+    late = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, every=100))
+    with just_before(report.Metrics, "add", lambda *_: send(signal.SIGTERM), at_step(2)):
+        stopped = train(late, tmp_path / "run", echo=quiet)
+    lines = report.Metrics(epath.Path(tmp_path / "run"), STEPS).lines
+    assert stopped.steps < STEPS and not any("eval_loss" in line for line in lines)
+    assert stopped.eval_loss is None and not (tmp_path / "run" / "best").exists()
+    train(late, tmp_path / "run", resume=True, echo=quiet)
+    lines = report.Metrics(epath.Path(tmp_path / "run"), STEPS).lines
+    assert [line["step"] for line in lines if "eval_loss" in line] == [STEPS]
+
+
 # The best adapter
 
 
@@ -350,17 +363,19 @@ def test_the_best_survives_a_crash_and_other_data_begin_anew(tmp_path):
     def write(place, **notes):
         sx.save_adapter(place, {}, about=notes)
 
-    first = best.best_so_far(run, "data", quiet)
+    first = best.best_so_far(run, "data", 0, quiet)
     assert [first.offer(step, loss, write) for step, loss in enumerate((2.0, 3.0, 1.0, 1.0, float("nan")))] == [
         True, False, True, False, False
     ]  # fmt: skip
-    assert best.best_so_far(run, "data", quiet).loss == 1.0
-    assert best.best_so_far(run, "other data", quiet).loss == float("inf")
+    assert best.best_so_far(run, "data", 2, quiet).loss == 1.0
+    assert best.best_so_far(run, "other data", 2, quiet).loss == float("inf")
+    # Steps after the one from which the run goes on are made again.
+    assert best.best_so_far(run, "data", 1, quiet).loss == float("inf")
     (run / "best").rename(run / ".best.old")
-    assert best.best_so_far(run, "data", quiet).loss == 1.0
+    assert best.best_so_far(run, "data", 2, quiet).loss == 1.0
     lines = []
     (run / "best" / "plan.json").write_text("{")
-    assert best.best_so_far(run, "data", lines.append).loss == float("inf")
+    assert best.best_so_far(run, "data", 2, lines.append).loss == float("inf")
     assert "not JSON" in lines[0] and "starting without a best adapter" in lines[0]
 
 

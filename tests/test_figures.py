@@ -1,5 +1,6 @@
 """What a run tells of its steps, and where."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from sborax.models import load_model
 from sborax.records.trace import make_trace
 from sborax.train.experiment import save_experiment
 from sborax.train.figures import PEAKS, label, model_flops
+from sborax.train.log import open_logs
 from sborax.train.loop import train
 from tests.tiny_model import write_data, write_model
 
@@ -152,6 +154,19 @@ def test_weights_and_biases_offline(experiment, tmp_path, monkeypatch):
     (file,) = (tmp_path / "run" / "wandb").rglob(f"run-{name}.wandb")
     content = file.read_bytes()
     assert b"methods/SBoRA/update_norm" in content and b"tokens_per_second" in content
+
+
+def test_members_of_a_sweep_are_runs_of_their_own_in_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    experiment = sx.Experiment("m", sx.Data("d"), [("mlp", sx.LoRA(rank=2))], steps=1, log=("wandb",))
+    runs = [epath.Path(tmp_path) / name for name in ("one", "two")]
+    with contextlib.ExitStack() as ends:
+        for run in runs:
+            run.mkdir()
+        logs = [open_logs(experiment, run, 0, ends)[0] for run in runs]
+        assert [log.run.name for log in logs] == ["one", "two"]
+    assert len({(run / "wandb.json").read_text() for run in runs}) == 2
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_trained_head_equals_optax(dtype, tolerance):
     hidden, kernel, targets, counts = make(dtype)
 
     def ours(hidden, kernel):
-        def head(states):
+        def head(states, _):
             return jnp.matmul(states, kernel, preferred_element_type=jnp.float32)
 
         return trained_head_loss(head, hidden, targets, counts, CHUNK)
@@ -70,7 +70,7 @@ def test_trained_head_equals_optax(dtype, tolerance):
 def test_terms_by_token_equal_optax_and_leave_the_bits_of_the_sum(trained):
     hidden, kernel, targets, counts = make(jnp.float32)
 
-    def head(states):
+    def head(states, _=None):
         return jnp.matmul(states, kernel, preferred_element_type=jnp.float32)
 
     if trained:

@@ -61,6 +61,32 @@ def quiet(_):
     """Says nothing."""
 
 
+@pytest.mark.parametrize("b_ratio", [1.0, 4.0])
+def test_balanced_factors_have_the_product_of_those_that_are_not(b_ratio):
+    """Balancing comes after everything that scales a step, also after LoRA+'s ratio."""
+    key = jax.random.key(0)
+    adapters = sx.attach(key, {"p": {"kernel": jax.random.normal(key, (6, 5))}}, [("p", sx.LoRA(rank=2))])[1]
+    # From b = 0 both norms would be those of rounding.
+    train = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), sx.split(adapters)[0])
+    products = []
+    for balance in (False, True):
+        rule = sx.LoRARITE(lr=1e-2, schedule="constant", warmup=0, b_ratio=b_ratio, balance=balance)
+        tx, trained = make_optimizer(rule, 4), train
+        state = tx.init(trained)
+        for step in range(4):
+            grads = jax.tree.map(
+                lambda leaf, step=step: jnp.cos(jnp.arange(leaf.size) + step).reshape(leaf.shape), train
+            )
+            updates, state = tx.update(grads, state, trained)
+            trained = optax.apply_updates(trained, updates)
+        factors = trained["p"]["kernel"].train
+        norms = [jnp.linalg.norm(factors[name]) for name in "ab"]
+        assert (abs(norms[0] / norms[1] - 1) < 1e-3) == balance
+        products.append(factors["a"] @ factors["b"])
+    # Without LoRA+'s ratio, LoRA-RITE's steps depend on a and b through their product alone.
+    np.testing.assert_allclose(*products, rtol=0.01, atol=0.005 if b_ratio == 1.0 else 0.05)
+
+
 @by_name
 def test_a_name_picks_the_dataclass(name):
     fields, rule, _ = CASES[name]

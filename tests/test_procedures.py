@@ -345,6 +345,15 @@ def test_a_restart_keeps_the_clock_of_the_learning_rate_alone():
     adam, clock = restarted(TX, state, params)
     assert int(adam.count) == 0 and int(clock.count) == 5
     np.testing.assert_array_equal(adam.mu["w"], 0)
+    injected = optax.inject_hyperparams(optax.adamw)(learning_rate=optax.linear_schedule(1.0, 0.0, 10))
+    state = injected.init(params)
+    for _ in range(5):
+        _, state = injected.update({"w": jnp.ones(3)}, state, params)
+    again = restarted(injected, state, params)
+    assert int(again.count) == 5 and int(again.inner_state[0].count) == 0
+    # The sixth step of ten, on the first moments of a new start.
+    update, _ = injected.update({"w": jnp.ones(3)}, again, params)
+    np.testing.assert_allclose(update["w"], -0.5, rtol=1e-3)
 
 
 def test_mistakes_are_told():

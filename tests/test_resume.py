@@ -49,6 +49,9 @@ def quiet(_):
     """Says nothing."""
 
 
+RULES = [("mlp", sx.LoRA(rank=2))]
+
+
 def an_experiment(places, model, rules, **changes):
     data = sx.Data(places["data"], template="{instruction}", answer=" {output}", max_length=32, buckets=(32,))
     settings = {
@@ -164,6 +167,59 @@ def test_a_base_or_data_that_changed_under_its_name_is_refused(start, tmp_path):
         start(first, run, resume=True, echo=quiet)
         place.write_bytes(content)
     assert start(longer, run, resume=True, echo=quiet)
+
+
+@pytest.mark.parametrize("start", [train, sweep], ids=["run", "sweep"])
+def test_held_out_data_that_changed_under_its_name_is_refused(start, places, tmp_path):
+    data = write_data(tmp_path / "data.jsonl")
+    held_out = dataclasses.replace(an_experiment(places, "tiny", RULES).data, name=str(data))
+    changes = {"optimizer": sx.Optimizer(lr=1e-2, schedule="constant"), "save": sx.Save()}
+    rules, measured = [("mlp", sx.LoRA(rank=2))], sx.Eval(data=held_out)
+    experiments = [an_experiment(places, "tiny", rules, steps=steps, eval=measured, **changes) for steps in (1, 2)]
+    first, longer = [sx.Sweep(item, {"seed_adapter": (0, 1)}) if start is sweep else item for item in experiments]
+    start(first, tmp_path / "run", echo=quiet)
+    content = data.read_bytes()
+    _without_a_record(data)
+    with pytest.raises(sx.SboraxError, match="the held-out data of the run has changed since it began"):
+        start(longer, tmp_path / "run", resume=True, echo=quiet)
+    if start is train:
+        # Data of another name may be measured from now on.
+        other = sx.Eval(data=dataclasses.replace(held_out, limit=2))
+        assert start(dataclasses.replace(longer, eval=other), tmp_path / "run", resume=True, echo=quiet).finished
+    else:
+        data.write_bytes(content)
+        assert start(longer, tmp_path / "run", resume=True, echo=quiet).finished
+
+
+def test_adapters_of_another_config_are_not_taken_over(places, tmp_path):
+    """A run may have a best adapter before its first checkpoint."""
+    changes = {
+        "save": sx.Save(every=100, best=True),
+        "eval": sx.Eval(an_experiment(places, "tiny", RULES).data, every=1),
+    }
+    experiment = an_experiment(places, "tiny", [("mlp", sx.LoRA(rank=2))], steps=3, **changes)
+    train(experiment, tmp_path / "run", echo=quiet)
+    forget(tmp_path / "run", "checkpoints", "adapter", "summary.json")
+    other = dataclasses.replace(experiment, rules=[("mlp", sx.LoRA(rank=4))])
+    with pytest.raises(sx.SboraxError, match="rules differs from the run to resume"):
+        train(other, tmp_path / "run", resume=True, echo=quiet)
+    best = files(tmp_path / "run" / "best")
+    assert train(experiment, tmp_path / "run", resume=True, echo=quiet).finished
+    assert files(tmp_path / "run" / "best") == best
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_longer_run_tells_that_its_first_steps_had_other_rates(schedule, places, tmp_path):
+    optimizer = sx.Optimizer(lr=1e-2, schedule=schedule, warmup=0)
+    changes = {"optimizer": optimizer, "eval": sx.Eval(an_experiment(places, "tiny", RULES).data), "save": sx.Save()}
+    experiment = an_experiment(places, "tiny", [("mlp", sx.LoRA(rank=2))], steps=2, **changes)
+    train(experiment, tmp_path / "run", echo=quiet)
+    lines, longer = [], dataclasses.replace(experiment, steps=4, eval=sx.Eval())
+    summary = train(longer, tmp_path / "run", resume=True, echo=lines.append)
+    told = [line for line in lines if "the 2 steps so far had the learning rates of 2" in line]
+    assert len(told) == (schedule == "linear")
+    # The held-out loss of step 2 is not that of the end.
+    assert summary.steps == 4 and summary.eval_loss is None
 
 
 def _without_a_record(place):

@@ -252,6 +252,28 @@ def test_a_sweep_with_added_rates_resumes_to_the_same_members(places, tmp_path, 
     assert content(tmp_path / "cut") == initial
 
 
+def test_members_that_a_search_has_added_train_on_the_same_data(places, tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data.jsonl")
+    description = Sweep(
+        mixed(places, data=sx.Data(str(data), template="{instruction}", answer=" {output}", max_length=32), steps=1),
+        {"optimizer.lr": (1e-4, 3e-4, "auto")},
+    )
+    monkeypatch.setattr("sborax.sweep.grid.EXTENSIONS", 1)
+
+    def more(text):
+        if "more, since the best" in text:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sweep(description, tmp_path / "out", echo=more)
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[1:]))
+    with pytest.raises(SboraxError, match="the data of the run has changed since it began"):
+        sweep(description, tmp_path / "out", resume=True, echo=quiet)
+    data.write_text("".join(lines))
+    assert sweep(description, tmp_path / "out", resume=True, echo=quiet).finished
+
+
 WRONG = [
     (("optimizer.lr=1e-3,3e-3", "--halving", "100"), "halving: there is no rung at step 100, the run ends at 4"),
     (("optimizer.lr=1e-3,3e-3", "--halving", "3,2"), "halving: 3, 2: rungs are steps in ascending order"),

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from sborax.adapters.core import SboraxError
 from sborax.cli.layout import read_mesh
@@ -21,6 +22,7 @@ from sborax.layout.hosts import several
 from sborax.records.disk import SCORE_FOLDER
 from sborax.train.experiment import Experiment
 from sborax.train.read import end_token
+from sborax.train.resume import rename_scores
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -30,6 +32,10 @@ def score(arguments: argparse.Namespace) -> None:
     """
     if not arguments.tasks and not arguments.harness:
         raise SboraxError("give --tasks, --harness, or both; `sborax tasks` lists what --tasks takes")
+    if not arguments.tasks and (arguments.data or arguments.template is not None):
+        raise SboraxError("--data and --template are for --tasks; the harness has its own data and prompts")
+    if arguments.include and not arguments.harness:
+        raise SboraxError("--include is for --harness; give the names of your tasks there")
     tasks = _tasks(arguments) if arguments.tasks else []
     sizes = read_mesh(arguments.mesh)
     for task in tasks:
@@ -90,17 +96,17 @@ def check_tasks(experiment: Experiment) -> None:
 def score_run(run: str) -> None:
     """Score a finished run on the `eval.tasks` of its experiment, into `scores/` of its directory.
 
-    If all of them have scores already, nothing is done.
+    If these tasks have scores of all their items already, nothing is done. Other scores there are renamed.
     Raises SboraxError for a task that is not known or data that is not found.
     """
     experiment, place = find_run(run)[0], Path(run) / SCORE_FOLDER
     tasks = chosen(",".join(experiment.eval.tasks))
-    if {score["task"] for score in read_scores(place)} == {task.name for task in tasks}:
+    stored = {(score["task"], score.get("data"), score.get("limit")) for score in read_scores(place)}
+    if stored == {(task.name, task.data, None) for task in tasks}:
         say(f"{place}: is scored already")
         return
-    # Scores of an interrupted evaluation, or of other tasks, are not mixed with new ones.
-    shutil.rmtree(place, ignore_errors=True)
     target = load_run(run)
+    rename_scores(epath.Path(run), "they are of other tasks, or incomplete", say)
     scorer = Scorer.of(target.model, target.params, target.adapters, mesh=experiment.mesh)
     evaluate(tasks, scorer, out=place, trained_on=_trained_on(target), about={"target": run})
     say(f"{place}: the scores, and every item")

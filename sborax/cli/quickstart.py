@@ -17,9 +17,10 @@ from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
 from sborax.models.tokenizer import prompt_tokens, text_of
 from sborax.records.adapter import load_adapter
+from sborax.records.disk import ADAPTER
 from sborax.records.report import METRICS, SUMMARY, clock
 from sborax.train.experiment import Eval, Experiment, Optimizer, Save
-from sborax.train.loop import ADAPTER, train
+from sborax.train.loop import train
 
 QUESTIONS = 3
 NEW_TOKENS = 40

@@ -14,9 +14,9 @@ from sborax.config.terminal import say
 from sborax.models import load_model
 from sborax.records.adapter import PLAN
 from sborax.records.best import BEST
+from sborax.records.disk import ADAPTER
 from sborax.sweep.results import SWEEP, read_members
 from sborax.train.base import rewritten
-from sborax.train.loop import ADAPTER
 
 
 def check_single(arguments: argparse.Namespace, *options: str) -> None:

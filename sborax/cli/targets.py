@@ -15,11 +15,10 @@ from sborax.models import LanguageModel, load_model
 from sborax.records.adapter import PLAN, load_adapter
 from sborax.records.best import BEST
 from sborax.records.checkpoint import newest
-from sborax.records.disk import CONFIG
+from sborax.records.disk import ADAPTER, CONFIG
 from sborax.records.report import Summary
 from sborax.train.base import quantise_base, rewritten
 from sborax.train.experiment import Experiment, load_experiment
-from sborax.train.loop import ADAPTER
 
 
 @dataclasses.dataclass(frozen=True)

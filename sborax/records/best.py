@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from sborax.adapters.core import SboraxError
+from sborax.config.documents import is_number
 from sborax.layout.hosts import on_first
 from sborax.records.adapter import read_adapter
 from sborax.records.disk import writing
@@ -58,16 +59,17 @@ class Best:
         return True
 
 
-def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None], writes: bool = True) -> Best:
+def best_so_far(run: epath.Path, data: Any, done: int, echo: Callable[[str], None], writes: bool = True) -> Best:
     """The best adapter of the run directory `run`, which an earlier process may have begun.
 
     - data: the held-out data as `config.json` has it.
+    - done: the step that the run resumes from. A best adapter of a later step is replaced, since that step is made
+      again.
     - echo: told of a best adapter that cannot be read; it will be replaced.
     """
     place, old = run / BEST, run / f".{BEST}.old"
-    if old.exists() and not place.exists():
-        # A process was killed between the two moves of `offer`.
-        on_first(lambda: old.rename(place))
+    # A process may have been killed between the two moves of `offer`.
+    on_first(lambda: old.rename(place) if old.exists() and not place.exists() else None)
     if not place.exists():
         return Best(place, data, writes=writes)
     try:
@@ -75,5 +77,6 @@ def best_so_far(run: epath.Path, data: Any, echo: Callable[[str], None], writes:
     except SboraxError as error:
         echo(f"{error}; starting without a best adapter")
         return Best(place, data, writes=writes)
-    loss, comparable = about.get("eval_loss"), about.get("eval_data") == data
-    return Best(place, data, float(loss) if comparable and isinstance(loss, (int, float)) else math.inf, writes)
+    loss, step = about.get("eval_loss"), about.get("step")
+    comparable = about.get("eval_data") == data and is_number(loss) and type(step) is int and step <= done
+    return Best(place, data, float(loss) if comparable else math.inf, writes)

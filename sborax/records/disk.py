@@ -16,6 +16,9 @@ CONFIG = "config.json"
 SOURCES = "sources.json"
 """The file of a run directory with digests of its base and its data."""
 
+ADAPTER = "adapter"
+"""The folder of a run directory with the adapter after the last step."""
+
 SCORE_FOLDER = "scores"
 """The folder of a run directory with the scores of its last adapter."""
 

@@ -64,9 +64,10 @@ class Metrics:
             with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def eval_loss(self) -> float | None:
-        """The last loss on held-out data; None if there is none."""
-        return next((float(line["eval_loss"]) for line in reversed(self.lines) if "eval_loss" in line), None)
+    def eval_loss(self, step: int | None = None) -> float | None:
+        """The loss on held-out data after a step, by default after the last that has one; None if there is none."""
+        lines = (line for line in reversed(self.lines) if "eval_loss" in line and step in (None, line["step"]))
+        return next((float(line["eval_loss"]) for line in lines), None)
 
     def dropped(self) -> str | None:
         """A line about the choices of experts that were dropped beyond a capacity; None if none was."""
@@ -188,7 +189,8 @@ class Summary:
             base_parameters=total,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
-            eval_loss=metrics.eval_loss(),
+            # The end of a run may have no held-out loss while an earlier step has.
+            eval_loss=metrics.eval_loss(steps if finished else None),
             tokens_per_second=speed.mean(),
             seconds=time.monotonic() - began,
             peak_memory=peak_memory(),

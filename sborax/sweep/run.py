@@ -18,7 +18,7 @@ from sborax.models.language_model import LanguageModel
 from sborax.records.adapter import fingerprint
 from sborax.records.checkpoint import CHECKPOINTS, open_checkpoints
 from sborax.records.claim import claimed, locked
-from sborax.records.disk import CONFIG, SOURCES
+from sborax.records.disk import ADAPTER, CONFIG, SOURCES
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.sweep.grid import Member, Sweep
 from sborax.sweep.groups import Group, grouped
@@ -38,10 +38,10 @@ from sborax.train.begin import begin
 from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
-from sborax.train.loop import ADAPTER, ending, loop, write_adapter
+from sborax.train.loop import ending, length_of, loop, write_adapter
 from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
-from sborax.train.read import HELD_OUT, Echo, preflight, read_model, read_rows, silent
+from sborax.train.read import Echo, preflight, read_held_out_rows, read_model, read_rows, silent
 from sborax.train.record import Record
 from sborax.train.resume import (
     check_config,
@@ -124,7 +124,7 @@ class Shared:
     def steps(self, group: Group) -> int:
         """The steps that the members of a group are to make."""
         first = group.members[0].experiment
-        return first.steps or self.batches(first).steps(first.epochs or 1.0)
+        return length_of(first, self.batches(first))
 
     def goals(self, groups: Sequence[Group]) -> dict[str, int]:
         """How many steps each member is to make, by name."""
@@ -137,7 +137,7 @@ def _read(first: Experiment, place: epath.Path, resume: bool, echo: Echo, stop: 
     model = read_model(first)
     echo(f"attention: {model.module.attention}")
     rows, report = read_rows(first.data, model, echo)
-    held_out = None if first.eval.data is None else read_rows(first.eval.data, model, echo, HELD_OUT)[0]
+    held_out = read_held_out_rows(first, model, echo)
     prints, size = fingerprint(model.params), parameters(model.params)
     return Shared([model], rows, held_out, report, prints, size, place, resume, echo, stop, began)
 
@@ -162,9 +162,15 @@ def _train_all(
         halving = f"with halving at {','.join(map(str, stored.halving))}" if stored.halving else "without halving"
         raise SboraxError(f"{place}: holds a sweep {halving}; resume it in the same way")
     results = fresh if stored is None else stored.including(fresh)
-    if unfinished(results, goals):
+    # A sweep that is not finished may have members beside these, which the search for a learning rate has added.
+    if stored is None or not stored.finished or unfinished(results, goals):
         places = [place for group in groups for place in (group.place(shared.place), *group.runs(shared.place))]
-        check_sources(shared.place, shared.prints, shared.rows.samples, any(map(has_computed, places)))
+        measured = (
+            encode(members[0].experiment)["eval"]["data"],
+            [] if shared.held_out is None else shared.held_out.samples,
+        )
+        computed = any(map(has_computed, places))
+        check_sources(shared.place, shared.prints, shared.rows.samples, measured, computed)
     has_members = True
     while has_members:
         results = _train_groups(description, groups, shared, results)

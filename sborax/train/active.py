@@ -128,8 +128,15 @@ class ActiveProcedure:
 def restarted(tx: optax.GradientTransformation, opt: PyTree, train: PyTree) -> PyTree:
     """A new state of the optimiser that is as far along its schedule of learning rates as `opt`."""
 
-    def is_clock(node: PyTree) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
+    def has_clock(node: PyTree) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState | optax.schedules.InjectStatefulHyperparamsState)
 
-    new = jax.jit(tx.init)(train)
-    return jax.tree.map(lambda old, new: old if is_clock(old) else new, opt, new, is_leaf=is_clock)
+    def joined(old: PyTree, new: PyTree) -> PyTree:
+        if isinstance(old, optax.schedules.InjectStatefulHyperparamsState):
+            return old._replace(inner_state=resumed(old.inner_state, new.inner_state))
+        return old if isinstance(old, optax.ScaleByScheduleState) else new
+
+    def resumed(old: PyTree, new: PyTree) -> PyTree:
+        return jax.tree.map(joined, old, new, is_leaf=has_clock)
+
+    return resumed(opt, jax.jit(tx.init)(train))

@@ -17,6 +17,8 @@ from sborax.adapters.constraints import ROWS, dividing
 
 CHUNK = 256
 """How many tokens have logits at one time, by default."""
+Head = Callable[[Any, Int[Array, ""]], Float[Array, "chunk vocab"]]
+"""Maps the states of a chunk of tokens, and the chunk's number, to float32 logits."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -162,7 +164,7 @@ def _loss_and_slope(
 
 
 def trained_head_loss(
-    head: Callable[[Any], Float[Array, "chunk vocab"]],
+    head: Head,
     states: PyTree[Shaped[Array, "tokens ..."]],
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
@@ -173,13 +175,12 @@ def trained_head_loss(
     Each chunk's logits are computed again in the backward pass.
 
     Args:
-    - head: maps the states of some tokens to float32 logits.
     - states: what `head` reads of each token, such as its hidden state.
     """
 
     @jax.checkpoint
-    def chunk_loss(states: Any, target: Array, weight: Array) -> Array:
-        return jnp.sum(weight * -_log_probs(head(states), target))
+    def chunk_loss(number: Array, states: Any, target: Array, weight: Array) -> Array:
+        return jnp.sum(weight * -_log_probs(head(states, number), target))
 
     def body(total: Array, part: tuple[Any, ...]) -> tuple[Array, None]:
         return total + chunk_loss(*part), None
@@ -189,7 +190,7 @@ def trained_head_loss(
 
 
 def trained_head_losses(
-    head: Callable[[Any], Float[Array, "chunk vocab"]],
+    head: Head,
     states: PyTree[Shaped[Array, "tokens ..."]],
     targets: Int[Array, " tokens"],
     counts: Bool[Array, " tokens"],
@@ -198,8 +199,8 @@ def trained_head_losses(
     """`trained_head_loss`, and its terms by token, which are 0 for tokens that do not count."""
 
     def body(total: Array, part: tuple[Any, ...]) -> tuple[Array, Array]:
-        chunk_states, target, weight = part
-        losses = weight * -_log_probs(head(chunk_states), target)
+        number, chunk_states, target, weight = part
+        losses = weight * -_log_probs(head(chunk_states, number), target)
         return total + jnp.sum(losses), losses
 
     parts = _in_chunks(chunk, states, targets, counts.astype(jnp.float32))
@@ -208,7 +209,7 @@ def trained_head_losses(
 
 
 def head_log_probs(
-    head: Callable[[Any], Float[Array, "chunk vocab"]],
+    head: Head,
     states: PyTree[Shaped[Array, "tokens ..."]],
     targets: Int[Array, " tokens"],
     chunk: int = CHUNK,
@@ -220,8 +221,8 @@ def head_log_probs(
 
     @jax.checkpoint
     def chunk_log_probs(part: tuple[Any, ...]) -> Array:
-        chunk_states, target = part
-        return _log_probs(head(chunk_states), target)
+        number, chunk_states, target = part
+        return _log_probs(head(chunk_states, number), target)
 
     return jax.lax.map(chunk_log_probs, _in_chunks(chunk, states, targets)).reshape(-1)[: len(targets)]
 
@@ -231,8 +232,8 @@ def _log_probs(logits: Float[Array, "chunk vocab"], targets: Int[Array, " chunk"
     return target_logits - jax.nn.logsumexp(logits, axis=1)
 
 
-def _in_chunks(chunk: int, *trees: PyTree[Shaped[Array, "tokens ..."]]) -> PyTree[Shaped[Array, "chunks chunk ..."]]:
-    """The arrays cut into chunks of at most `chunk` tokens; the last chunk is padded with zeros."""
+def _in_chunks(chunk: int, *trees: PyTree[Shaped[Array, "tokens ..."]]) -> tuple[Any, ...]:
+    """The numbers of the chunks of at most `chunk` tokens, and the arrays in chunks; the last is padded with zeros."""
     tokens = len(jax.tree.leaves(trees)[0])
     chunk = min(chunk, tokens)
     ends = (0, -tokens % chunk)
@@ -240,4 +241,4 @@ def _in_chunks(chunk: int, *trees: PyTree[Shaped[Array, "tokens ..."]]) -> PyTre
     def cut(leaf: Array) -> Array:
         return jnp.pad(leaf, (ends, *((0, 0),) * (leaf.ndim - 1))).reshape(-1, chunk, *leaf.shape[1:])
 
-    return jax.tree.map(cut, trees)
+    return jnp.arange((tokens + ends[1]) // chunk), *jax.tree.map(cut, trees)

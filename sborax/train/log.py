@@ -67,7 +67,10 @@ class WeightsAndBiases(AbstractLog):
         self.note = run / "wandb.json"
         run_id = read_object(self.note).get("id") if done and self.note.exists() else None
         try:
-            self.run = wandb.init(dir=str(run), name=run.name, id=run_id, resume="allow", config=dict(config))
+            # By default wandb returns the run that another member of a sweep has opened.
+            self.run = wandb.init(
+                dir=str(run), name=run.name, id=run_id, resume="allow", config=dict(config), reinit="create_new"
+            )
         except wandb.Error as error:
             raise SboraxError(f"log: wandb did not start ({error}); `wandb login`, or WANDB_MODE=offline") from error
         replace(self.note, json.dumps({"id": self.run.id}) + "\n")

@@ -14,7 +14,7 @@ from sborax.adapters.core import SboraxError
 from sborax.adapters.tree import combine
 from sborax.config.codec import encode
 from sborax.config.terminal import say
-from sborax.data.batches import Batch, Batches
+from sborax.data.batches import Batch, Batches, in_order
 from sborax.data.stream import stream
 from sborax.layout.hosts import asked_to_stop, check_alike, gathered, held, is_first, on_first, several
 from sborax.layout.sharding import Layout
@@ -24,15 +24,15 @@ from sborax.records.adapter import PLAN, fingerprint, save_adapter
 from sborax.records.best import best_so_far
 from sborax.records.checkpoint import Checkpoints, open_checkpoints
 from sborax.records.claim import claimed
-from sborax.records.disk import CONFIG
+from sborax.records.disk import ADAPTER, CONFIG
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.records.trace import make_trace
 from sborax.train.begin import begin
-from sborax.train.experiment import Experiment, save_experiment
+from sborax.train.experiment import Experiment, load_experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import Prepared, prepare
-from sborax.train.read import Echo, preflight, read_data, read_held_out, read_model, silent
+from sborax.train.read import Echo, preflight, read_data, read_held_out_rows, read_model, silent
 from sborax.train.record import DispatchedStep, Record
 from sborax.train.resume import (
     check_config,
@@ -40,12 +40,11 @@ from sborax.train.resume import (
     check_sources,
     check_steps,
     has_computed,
+    say_rates,
     set_scores_aside,
 )
 from sborax.train.stepper import AbstractStepper, RunStepper
 from sborax.train.stop import Stop, stopping
-
-ADAPTER = "adapter"
 
 
 def train(
@@ -95,8 +94,9 @@ def _train(
     # Read the base and the data.
     model = _read_base(experiment, layout, echo)
     batches, report = read_data(experiment, model, echo)
-    held_out = read_held_out(experiment, model, echo)
-    steps = experiment.steps or batches.steps(experiment.epochs or 1.0)
+    held_out_rows = read_held_out_rows(experiment, model, echo)
+    held_out = [] if held_out_rows is None else in_order(held_out_rows, experiment.batch_size)
+    steps = length_of(experiment, batches)
 
     # Prepare the run: adapters on the base, the optimiser's state, and where both lie.
     prints, total = fingerprint(model.params), parameters(model.params)
@@ -119,7 +119,11 @@ def _train(
         remedy = "the run has ended: measure on other data with `sborax eval`, or make more steps"
         on_first(lambda: check_held_out(run, experiment, remedy))
     else:
-        on_first(lambda: check_sources(run, prints, batches.rows.samples, computed))
+        measured = encode(experiment)["eval"]["data"], [] if held_out_rows is None else held_out_rows.samples
+        on_first(lambda: check_sources(run, prints, batches.rows.samples, measured, computed))
+    if done:
+        former = length_of(load_experiment(str(run / CONFIG)), batches)
+        on_first(lambda: say_rates(run, experiment, done, former, steps, echo))
     # A changed config replaces that of the run once nothing can refuse it.
     on_first(lambda: save_experiment(experiment, run))
     if summary is not None:
@@ -139,7 +143,7 @@ def _train(
         logs = open_logs(experiment, run, done, ends) if is_first() else ()
         record = Record(metrics, figures(prepared.model.config, parts, layout.devices), logs)
         data = encode(experiment)["eval"]["data"]
-        best = best_so_far(run, data, echo, is_first()) if experiment.save.best else None
+        best = best_so_far(run, data, done, echo, is_first()) if experiment.save.best else None
         trace = make_trace(run, done, steps) if profile else None
         if trace is not None:
             ends.callback(trace.close)
@@ -165,6 +169,11 @@ def _train(
         echo(dropped)
     echo(f"done: {run}" if finished else f"stopped after step {step:,}, saved; --resume continues from there")
     return summary
+
+
+def length_of(experiment: Experiment, batches: Batches) -> int:
+    """The number of steps of a run."""
+    return experiment.steps or batches.steps(experiment.epochs or 1.0)
 
 
 def _read_base(experiment: Experiment, layout: Layout, echo: Echo) -> LanguageModel:
@@ -257,11 +266,13 @@ def loop(
             if pending is not None:
                 recorder.finish(pending)
             step = number + 1
-            epoch, row = batches.position(step)
-            pending = DispatchedStep(step, numbers, batches.tokens(number), 0.0, stepper.programs() > programs, epoch)
+            compiled = stepper.programs() > programs
+            epoch = batches.position(number)[0]
+            pending = DispatchedStep(step, numbers, batches.tokens(number), 0.0, compiled, epoch)
 
             last = asked_to_stop(request.is_set(), step) or step == steps
-            evaluate = bool(held_out) and (last or due(experiment.eval.every, step))
+            # After a signal little time may be left, and saving comes first.
+            evaluate = bool(held_out) and (step == steps or due(experiment.eval.every, step))
             save = last or due(experiment.save.every, step)
             act = stepper.due(step)
             if save or evaluate or act or number == done:
@@ -275,6 +286,7 @@ def loop(
             if evaluate:
                 stepper.evaluate(step, held_out)
             if save:
+                epoch, row = batches.position(step)
                 checkpoints.save(step, stepper.state, {"epoch": epoch, "row": row})
                 recorder.saved = step
             if save or evaluate or act:

@@ -12,6 +12,7 @@ from sborax.adapters.leaves import map_with_path
 from sborax.data.options import above, at_least
 from sborax.layout.state import Halves
 from sborax.optim import lora_fa, lora_plus, lora_rite, split_lora_fa
+from sborax.optim.lora_rite import balance_pairs
 from sborax.train.optimizer import AbstractOptimizer
 
 
@@ -195,9 +196,12 @@ class LoRARITE(AbstractScheduled):
             skip=self.skip,
             escape=self.escape,
             cap=self.cap,
-            balance=self.balance,
             mask=decayed,
         )
+
+    def after(self) -> tuple[optax.GradientTransformation, ...]:
+        # Balancing goes by the step as it is made, so it comes last.
+        return (*super().after(), *((balance_pairs(),) if self.balance else ()))
 
 
 @dataclasses.dataclass(frozen=True)

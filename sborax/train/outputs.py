@@ -99,11 +99,15 @@ class Outputs:
         masks = find(self.batch["tokens"], self.batch["segments"], invocations_of(of_head))
         return flat, jax.tree.map(lambda mask: mask.reshape(-1), masks)
 
-    def _head(self, adapters: Adapters) -> Callable[[tuple[Array, Invocations]], Array]:
-        def head(states: tuple[Float[Array, "tokens d"], Invocations]) -> Float[Array, "tokens vocab"]:
+    def _head(self, adapters: Adapters) -> Callable[[tuple[Array, Invocations], Array], Array]:
+        def head(
+            states: tuple[Float[Array, "tokens d"], Invocations], number: Int[Array, ""]
+        ) -> Float[Array, "tokens vocab"]:
             hidden, masks = jax.tree.map(lambda leaf: leaf[None], states)
+            # With one key, all chunks would drop the same entries.
+            key = None if self.key is None else jax.random.fold_in(self.key, number)
             ctx = Context(invocations=masks)
-            return self.model.head(self.params, adapters, hidden, dropout_key=self.key, ctx=ctx)[0]
+            return self.model.head(self.params, adapters, hidden, dropout_key=key, ctx=ctx)[0]
 
         return head
 

@@ -80,8 +80,13 @@ def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple
     return shuffled(rows, experiment.batch_size, experiment.accumulate, experiment.seed_data), report
 
 
+def read_held_out_rows(experiment: Experiment, model: LanguageModel, echo: Echo) -> Rows | None:
+    """The rows of `eval.data`; None without it."""
+    data = experiment.eval.data
+    return None if data is None else read_rows(data, model, echo, HELD_OUT)[0]
+
+
 def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> list[dict[str, np.ndarray]]:
     """The batches of `eval.data`; an empty list without it."""
-    if experiment.eval.data is None:
-        return []
-    return in_order(read_rows(experiment.eval.data, model, echo, HELD_OUT)[0], experiment.batch_size)
+    rows = read_held_out_rows(experiment, model, echo)
+    return [] if rows is None else in_order(rows, experiment.batch_size)

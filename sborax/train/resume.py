@@ -4,22 +4,29 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.config.documents import read_object
 from sborax.data.samples import Sample
+from sborax.records.best import BEST
 from sborax.records.checkpoint import CHECKPOINTS
 from sborax.records.claim import START
-from sborax.records.disk import CONFIG, SCORE_FOLDER, SOURCES, replace, writing
+from sborax.records.disk import ADAPTER, CONFIG, SCORE_FOLDER, SOURCES, replace, writing
 from sborax.records.report import Summary
 from sborax.train.experiment import Experiment, load_experiment
+from sborax.train.optimizer import schedule
 from sborax.train.read import Echo
 
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
-"""Fields that a resumed run may change: they do not affect what the steps so far have computed."""
+"""Fields that a resumed run may change. Those that affect the steps so far do so by their learning rates alone, and
+`say_rates` tells of that."""
 
 
 def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> None:
@@ -42,20 +49,30 @@ def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> Non
         )
 
 
-def check_sources(run: epath.Path, prints: Mapping[str, str], samples: Sequence[Sample], computed: bool) -> None:
+def check_sources(
+    run: epath.Path,
+    prints: Mapping[str, str],
+    samples: Sequence[Sample],
+    held_out: tuple[Any, Sequence[Sample]],
+    computed: bool,
+) -> None:
     """Record the base and the data of a run or a sweep; of one that is resumed, check that they are the recorded ones.
 
     Args:
     - prints: `fingerprint` of the base.
     - samples: of the training data, in order.
-    - computed: whether anything of the run is kept that was computed; if not, both may change.
+    - held_out: `eval.data` as `config.json` has it, and its samples. A resumed run may name other held-out data.
+    - computed: whether anything of the run is kept that was computed; if not, all may change.
 
     Raises SboraxError for another base or other samples. Runs of earlier versions have no record, and get one.
     """
-    place, new = run / SOURCES, {"base": dict(prints), "data": _digest(samples)}
+    place, name = run / SOURCES, "held-out data"
+    described = {"name": held_out[0], "digest": _digest(held_out[1])}
+    new: dict[str, Any] = {"base": dict(prints), "data": _digest(samples), name: described}
     if computed and place.exists():
-        old = read_object(place)
-        for part in new:
+        old = {name: described, **read_object(place)}
+        renamed = isinstance(old[name], dict) and old[name].get("name") != described["name"]
+        for part in ("base", "data") if renamed else new:
             if old.get(part) != new[part]:
                 raise SboraxError(
                     f"{run}: the {part} of the run has changed since it began, though its name is the same; bring back "
@@ -88,13 +105,23 @@ def set_scores_aside(run: epath.Path, steps: int, echo: Echo) -> None:
 
     They are of the adapter that is about to be replaced. Raises SboraxError if they cannot be renamed.
     """
-    place, summary = run / SCORE_FOLDER, Summary.read(run)
-    if place.exists() and not (summary is not None and summary.finished and summary.steps == steps):
+    summary = Summary.read(run)
+    if not (summary is not None and summary.finished and summary.steps == steps):
+        rename_scores(run, "these scores are of an earlier adapter", echo)
+
+
+def rename_scores(run: epath.Path, reason: str, echo: Echo) -> None:
+    """Rename the scores in a run directory, if there are any, to a name that is free, and print why.
+
+    Raises SboraxError if they cannot be renamed.
+    """
+    place = run / SCORE_FOLDER
+    if place.exists():
         names = (run / f"earlier-{SCORE_FOLDER}-{number}" for number in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         with writing(place):
             place.rename(aside)
-        echo(f"{place}: renamed to {aside.name}, since these scores are of an earlier adapter")
+        echo(f"{place}: renamed to {aside.name}, since {reason}")
 
 
 def check_steps(place: epath.Path, done: int, steps: int) -> None:
@@ -103,7 +130,24 @@ def check_steps(place: epath.Path, done: int, steps: int) -> None:
         raise SboraxError(f"{place}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
 
 
+def say_rates(run: epath.Path, experiment: Experiment, done: int, former: int, steps: int, echo: Echo) -> None:
+    """Print that the learning rates of the steps so far are not those of this run, if they depend on its length.
+
+    Args:
+    - former, steps: how many steps the run was to make, and how many it is to make now.
+    """
+    rates = [schedule(experiment.optimizer, length) for length in (former, steps)]
+    if former == steps or None in rates:
+        return
+    before, now = (np.asarray(jax.vmap(rate)(jnp.arange(done))) for rate in rates if rate is not None)
+    if not np.array_equal(before, now):
+        echo(
+            f"{run}: was to make {former:,} steps and now makes {steps:,}; the {done:,} steps so far had the learning "
+            f"rates of {former:,}, so a run of {steps:,} from the start would differ"
+        )
+
+
 def has_computed(place: epath.Path) -> bool:
-    """Whether a run directory has checkpoints, or adapters that started from data."""
-    folders = (place / CHECKPOINTS, place / START)
+    """Whether a run directory has checkpoints or adapters: those that started from data, the best and the last one."""
+    folders = (place / name for name in (CHECKPOINTS, START, BEST, ADAPTER))
     return any(folder.exists() and any(folder.iterdir()) for folder in folders)

@@ -1,6 +1,7 @@
 """Steppers: what the loop drives. `RunStepper` is a single run; a sweep has its own."""
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,7 +76,7 @@ class AbstractStepper(abc.ABC):
 class RunStepper(AbstractStepper):
     """A single run.
 
-    - parts: the arrays that a step reads beside the state. They change when the procedure acts.
+    - parts: the arrays that a step reads beside the state, and nothing trained. They change when the procedure acts.
     - best: keeps the adapter with the lowest held-out loss; None for not.
     - trace: a profile of some steps; None for none.
     - write: `write(state, parts, directory, **notes)` writes the adapters of a state.
@@ -94,7 +95,11 @@ class RunStepper(AbstractStepper):
         trace: Trace | None = None,
         write: Callable[..., None] | None = None,
     ) -> None:
-        self.prepared, self.state, self.parts, self.layout = prepared, state, parts, layout
+        self.prepared, self.state, self.layout = prepared, state, layout
+        # Adapters and tokens that no sequence of the first batch has selected have no gradient, and are not dead.
+        self._idle = {path for path, node in nodes(parts.adapters).items() if selective(node.method)} | {*VECTORS}
+        # The state has its own copies of what is trained; these would take memory to the end of the run.
+        self.parts = dataclasses.replace(parts, adapters={}, trained_base={})
         self.records, self.progress, self.best, self.trace, self.write = record, progress, best, trace, write
         self.speed = Speed()
         self.rate: Callable[[int], Any] | None = schedule(prepared.experiment.optimizer, prepared.steps)
@@ -120,8 +125,7 @@ class RunStepper(AbstractStepper):
         if problem is not None:
             return problem
         if first:
-            # Adapters and tokens that no sequence of the first batch has selected have no gradient, and are not dead.
-            idle = {path for path, node in nodes(self.parts.adapters).items() if selective(node.method)} | {*VECTORS}
+            idle = set(self._idle)
             if self.prepared.procedure is not None:
                 idle |= self.prepared.procedure.resting(self.state.train["adapters"])
             check_alive({path: norm for path, norm in numbers["grad_norms"].items() if path not in idle})

@@ -17,13 +17,12 @@ from sborax.config.codec import encode
 from sborax.config.documents import check_plain, is_number, parse, read_object, shown
 from sborax.evaluate.run import SCORES, read_scores
 from sborax.records.adapter import PLAN
-from sborax.records.disk import CONFIG, SCORE_FOLDER
+from sborax.records.disk import ADAPTER, CONFIG, SCORE_FOLDER
 from sborax.records.eval_losses import EVAL_LOSSES
 from sborax.records.report import METRICS, SUMMARY, Summary
 from sborax.sweep.rates import LR, SEEDS
 from sborax.sweep.results import SWEEP, read_members
 from sborax.train.experiment import Experiment, load_experiment
-from sborax.train.loop import ADAPTER
 
 HELD_OUT = "held-out loss"
 TRAINING = "training loss"

@@ -21,7 +21,7 @@ from sborax.adapters.tree import Adapters, Params, link, merged_node, nodes
 from sborax.config.codec import decode
 from sborax.config.documents import read_object
 from sborax.records.adapter import PLAN
-from sborax.train.loop import ADAPTER
+from sborax.records.disk import ADAPTER
 
 LEADING = 10
 """Leading singular vectors of a changed matrix that are looked at (k; the paper varies it)."""
