@@ -165,7 +165,12 @@ def _add_scoring(commands: Commands) -> None:
     score.add_argument("--tasks", default="", metavar="A,B", help="names of tasks, as `sborax tasks` lists them")
     score.add_argument("--harness", default="", metavar="A,B", help="names of tasks of lm-evaluation-harness")
     score.add_argument("--include", metavar="DIR", help="directory with your own tasks for the harness, as YAML")
-    score.add_argument("--limit", type=int, metavar="N", help="score N items of each task, drawn with the seed")
+    score.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="score N items of each task: drawn with the seed, in the harness the first ones",
+    )
     score.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: 0)")
     score.add_argument(
         "--out", metavar="DIR", help="directory for scores.json and one JSONL file per task (default: runs/eval-TARGET)"

@@ -78,5 +78,6 @@ def best_so_far(run: epath.Path, data: Any, done: int, echo: Callable[[str], Non
         echo(f"{error}; starting without a best adapter")
         return Best(place, data, writes=writes)
     loss, step = about.get("eval_loss"), about.get("step")
-    comparable = about.get("eval_data") == data and is_number(loss) and type(step) is int and step <= done
-    return Best(place, data, float(loss) if comparable else math.inf, writes)
+    if about.get("eval_data") != data or not is_number(loss) or type(step) is not int or step > done:
+        return Best(place, data, writes=writes)
+    return Best(place, data, float(loss), writes)

@@ -35,7 +35,7 @@ from sborax.sweep.results import (
 )
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.begin import begin
-from sborax.train.experiment import Experiment, save_experiment
+from sborax.train.experiment import Experiment, load_experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
 from sborax.train.loop import ending, length_of, loop, write_adapter
@@ -49,6 +49,7 @@ from sborax.train.resume import (
     check_sources,
     check_steps,
     has_computed,
+    say_rates,
     set_scores_aside,
 )
 from sborax.train.stop import Stop, stopping
@@ -274,6 +275,9 @@ def train_group(
     restored = checkpoints.restore(state, echo)
     state, done = (state, 0) if restored is None else restored
     check_steps(place, done, steps)
+    if done:
+        former = length_of(load_experiment(str(runs[0] / CONFIG)), batches)
+        say_rates(place, first, done, former, steps, echo)
     # A changed config replaces that of a member once nothing refuses it any more.
     for run, member in zip(runs, members, strict=True):
         save_experiment(member.experiment, run)
