@@ -15,7 +15,7 @@ from sborax import Data, SboraxError
 from sborax.data import samples
 from sborax.data.batches import arrange, in_order, pack, shuffled
 from sborax.data.samples import Sample, load_samples
-from sborax.data.source import read
+from sborax.data.source import find, read
 from sborax.data.stream import stream
 from sborax.data.template import prompt_of, render
 from sborax.models.gguf import open_gguf
@@ -73,6 +73,30 @@ def test_names_under_sborax_data_and_splits(tmp_path, monkeypatch):
     write(tmp_path / "more" / "other", [{"a": 4}], "train.jsonl")
     monkeypatch.setenv("SBORAX_DATA", os.pathsep.join((str(tmp_path), str(tmp_path / "more"))))
     assert (read("set")[0], read("other")[0]) == ({"a": 1}, {"a": 4})
+
+
+@pytest.mark.parametrize(
+    "name, split, is_read",
+    [
+        ("data.jsonl", "test", True),
+        ("Train.jsonl", "train", True),
+        ("train_10k.jsonl", "train", True),
+        ("valid.jsonl", "validation", True),
+        ("validation.jsonl", "valid", True),
+        ("train.jsonl", "validation", False),
+        ("test.jsonl", "dev", False),
+        ("Test_set.csv", "train", False),
+        ("dev.tsv", "train", False),
+        ("evaluation.json", "train", False),
+    ],
+)
+def test_the_only_file_of_a_folder_is_no_other_split(tmp_path, name, split, is_read):
+    (tmp_path / name).write_text('{"q": 1}')
+    if is_read:
+        assert find(str(tmp_path), split) == tmp_path / name
+        return
+    with pytest.raises(SboraxError, match=f"no file is named like split '{split}'; name one: {name}$"):
+        read(str(tmp_path), split)
 
 
 @pytest.mark.parametrize(
