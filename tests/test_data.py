@@ -226,6 +226,33 @@ def test_samples_without_an_answer_are_dropped_and_counted(tmp_path, words):
     assert len(samples) == 1 and report.without_answer == 2
 
 
+@pytest.mark.parametrize(
+    "pair", [("instruction", "output"), ("prompt", "completion"), ("question", "answer")], ids="-".join
+)
+def test_null_is_the_empty_text_in_a_chat(tmp_path, words, pair):
+    name = write(tmp_path, [dict(zip(pair, cells, strict=True)) for cells in (("a", None), (None, "b"), ("a", ""))])
+    (sample,), report = load_samples(Data(name, template="chat"), words, END, 512)
+    text = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    assert words.decode(sample.tokens.tolist()) == text and answer(sample, words) == "b<|im_end|>"
+    assert report.without_answer == 2
+    record = dict(zip(pair, ("a", None), strict=True))
+    assert prompt_of("chat", record, words) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_empty_turn_of_the_assistant_is_no_answer(tmp_path, words):
+    def turns(*answers):
+        return {"messages": [turn for text in answers for turn in (
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": text, "tool_calls": None})]}  # fmt: skip
+
+    name = write(tmp_path, [turns(""), turns("", "b"), turns("", "")])
+    (sample,), report = load_samples(Data(name, template="chat"), words, END, 512)
+    assert answer(sample, words) == "b<|im_end|>" and report.without_answer == 2
+    everything, report = load_samples(Data(name, template="chat", loss_on="all"), words, END, 512)
+    assert all(sample.counts.all() for sample in everything) and report.samples == 3
+    with pytest.raises(SboraxError, match="the first message is the assistant's"):
+        render("chat", "", {"messages": turns("")["messages"][1:]}, words)
+
+
 def some_samples(lengths):
     rng = np.random.default_rng(0)
     # Ids that look like padding: masks come from lengths alone.
