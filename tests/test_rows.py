@@ -164,6 +164,19 @@ def test_scores_are_those_of_each_alone(model):
         assert texts[0] == texts[1]
 
 
+def test_texts_with_other_end_tokens_are_others(model):
+    """What one asks for with end tokens is no answer to what another asks for with none."""
+    params, adapters = zip(*(trained(model, sx.LoRA(rank=2), seed, size=3.0) for seed in (0, 1)), strict=True)
+    sharing, prompts = scorers(model, params, adapters), [[5, 6, 7], [8, 9]]
+    assert all(scorer.mates is not None for scorer in sharing)
+    alone = [Scorer.of(model, *pair) for pair in zip(params, adapters, strict=True)]
+    for number in (0, 1):
+        whole = alone[number].write(prompts, NEW, eos=[])
+        ends = [row[2] for row in whole]
+        assert sharing[number].write(prompts, NEW, eos=[]) == whole
+        assert sharing[number].write(prompts, NEW, eos=ends) == alone[number].write(prompts, NEW, eos=ends) != whole
+
+
 # From the command line
 
 

@@ -6,13 +6,16 @@ import math
 import string
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sborax.adapters.core import SboraxError
 from sborax.config.classes import find_class, instance, is_known, load_plugins
 from sborax.config.documents import shown
 from sborax.data import renderer
 from sborax.models.tokenizer import tokens_of
+
+if TYPE_CHECKING:
+    from sborax.models.language_model import LanguageModel
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -274,6 +277,16 @@ def chat_ends(tokenizer: Any) -> list[int]:
     mark = tokens_of(tokenizer, after, add_special_tokens=False)["input_ids"][:1]
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*ends, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in ends)]
+
+
+def answer_ends(template: str | None, model: "LanguageModel") -> tuple[int, ...]:
+    """The tokens that end a text after a prompt of a template, or without one (None).
+
+    These are the model's `end_tokens`; an answer of the template "chat" also ends where its turn does.
+    Raises SboraxError as `chat_ends` does.
+    """
+    turn = chat_ends(model.tokenizer) if template == "chat" else []
+    return tuple(dict.fromkeys([*model.end_tokens, *turn]))
 
 
 def _says(message: Mapping[str, Any]) -> bool:

@@ -234,6 +234,7 @@ class Scorer:
         seed: int = 0,
         beams: int = 1,
         stop: Sequence[str] = (),
+        eos: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Generate new tokens for each prompt, up to and including the first end token.
 
@@ -243,6 +244,7 @@ class Scorer:
         - temperature, top_k, top_p, seed: of sampling; a temperature of 0 is greedy.
         - beams: 2 or more for beam search, which samples nothing.
         - stop: strings after which a text may end early. Cut the text after them all the same (`tokenizer.until`).
+        - eos: ids that end a text; by default the model's `end_tokens`.
 
         Raises SboraxError as `generate` does.
         """
@@ -250,6 +252,7 @@ class Scorer:
         if room < 1:
             raise SboraxError(f"{new_tokens} new tokens leave no room in a context of {self.model.config.context}")
         fitted = [list(prompt)[-room:] for prompt in prompts]
+        ends = [int(token) for token in (self.model.end_tokens if eos is None else eos)]
         texts: list[list[int]] = [[] for _ in prompts]
         lengths = [(len(prompt) + new_tokens, 1) for prompt in fitted]
         # A drawn token depends on its place in the batch.
@@ -260,21 +263,23 @@ class Scorer:
             rows += rows[-1:] * (batch.rows - len(rows))
             key = jax.random.fold_in(jax.random.key(seed), number)
             options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key}
-            for i, text in zip(batch.members, scorer._texts(rows, new_tokens, beams, stop, options), strict=False):
+            for i, text in zip(
+                batch.members, scorer._texts(rows, new_tokens, beams, stop, ends, options), strict=False
+            ):
                 texts[i] = text
         return texts
 
     def _texts(
-        self, rows: list[list[int]], new: int, beams: int, stop: Sequence[str], options: dict[str, Any]
+        self, rows: list[list[int]], new: int, beams: int, stop: Sequence[str], eos: list[int], options: dict[str, Any]
     ) -> list[list[int]]:
         """New tokens for each row of a batch."""
 
         def write(adapters: Adapters | None, rows: list[list[int]]) -> list[list[int]]:
             with self.layout.context():
                 if beams > 1:
-                    return beam_search(self.model, self.params, adapters, rows, new, beams)
-                ends = finished(self.model.tokenizer, stop)
-                return generate(self.model, self.params, adapters, rows, new, finished=ends, **options)
+                    return beam_search(self.model, self.params, adapters, rows, new, beams, eos=eos)
+                stopped = finished(self.model.tokenizer, stop)
+                return generate(self.model, self.params, adapters, rows, new, eos=eos, finished=stopped, **options)
 
         mates = self.mates
         if mates is None:
@@ -284,7 +289,7 @@ class Scorer:
             texts = write(mates.adapters, rows * mates.count)
             return [texts[start : start + len(rows)] for start in range(0, len(texts), len(rows))]
 
-        return mates.ask(self.number, json.dumps([rows, new, beams, list(stop)]), write_all)
+        return mates.ask(self.number, json.dumps([rows, new, beams, list(stop), eos]), write_all)
 
     def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[RequestBatch]:
         mesh = self.layout.mesh
