@@ -9,6 +9,8 @@ import datasets
 import numpy as np
 import pytest
 from at_hand import ALPACA
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.packing import both, useful
 from sborax import Data, SboraxError
@@ -251,6 +253,50 @@ def test_an_empty_turn_of_the_assistant_is_no_answer(tmp_path, words):
     assert all(sample.counts.all() for sample in everything) and report.samples == 3
     with pytest.raises(SboraxError, match="the first message is the assistant's"):
         render("chat", "", {"messages": turns("")["messages"][1:]}, words)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "trimmed"])
+def merging(request):
+    """A tokenizer that makes one token of a space and a b, or of two line breaks.
+
+    Some leave white space out of a token's offsets (`trimmed`).
+    """
+    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġb", "ĊĊ"]
+    bare = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [("Ġ", "b"), ("Ċ", "Ċ")]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    if request.param:
+        bare.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>")
+
+
+ADVICE = " (move the space from the end of the template to the beginning of answer)"
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "joined", "advice"),
+    [
+        ({"template": "{q}: ", "answer": "{a}"}, ["b", "c", "b c"], 2, ADVICE),
+        ({"template": "{q}: ", "answer": "{a}", "max_length": 4, "overlong": "split"}, ["b", "c", "b c c"], 2, ADVICE),
+        ({"template": "{q}: ", "answer": "{a}", "max_length": 5}, ["b", "c", "b c c c"], 1, ADVICE),
+        ({"template": "{q}: ", "answer": "{a}", "loss_on": "all"}, ["b"], 0, None),
+        ({"template": "{q}:", "answer": " {a}"}, ["b", "c", "b c"], 0, None),
+        ({"template": "alpaca"}, ["b", "\n"], 1, ""),
+        ({"template": "text"}, ["b"], 0, None),
+    ],
+)  # fmt: skip
+def test_tokens_that_span_prompt_and_answer_are_counted(tmp_path, merging, options, answers, joined, advice):
+    """After the prompt alone a model would begin with another token than it learnt."""
+    records = [{"q": "q", "a": text, "instruction": "q", "output": text, "text": text} for text in answers]
+    data = Data(write(tmp_path, records), **options)
+    samples, report = load_samples(data, merging, 0, 512)
+    assert report.joined == joined
+    tail = [] if advice is None else [f"{joined} with a token that spans prompt and answer{advice}"]
+    assert str(report).split(", ")[2:] == tail
+    if options == {"template": "{q}: ", "answer": "{a}"}:
+        prompt = merging(prompt_of(data.template, records[0], merging))["input_ids"]
+        assert samples[0].tokens[: len(prompt)].tolist() != prompt
+        assert samples[1].tokens[: len(prompt)].tolist() == prompt
 
 
 def some_samples(lengths):
