@@ -17,7 +17,7 @@ from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.rows import by_row, together
-from sborax.adapters.tree import Adapters, nodes
+from sborax.adapters.tree import Adapters, averages_tokens, nodes
 from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.evaluate.shapes import RequestBatch, batches
 from sborax.layout.mesh import make_mesh
@@ -177,9 +177,13 @@ class Scorer:
         return [score for score in scores if score is not None]
 
     def options(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
-        """`continuations` for the options of each question. A prompt that they share goes through the model once."""
+        """`continuations` for the options of each question. A prompt that they share goes through the model once.
+
+        It does not with adapters that a router weighs or that take means over tokens: these read each text by itself.
+        """
         scores: list[list[Scored]] = [[] for _ in questions]
-        together = [i for i, options in enumerate(questions) if self._share_prompt(options) and not self.routed]
+        may_share = not (self.routed or self.averages)
+        together = [i for i, options in enumerate(questions) if may_share and self._share_prompt(options)]
         apart = [i for i in range(len(questions)) if i not in set(together)]
         continuations = iter(self.continuations([pair for i in apart for pair in questions[i]]))
         for i in apart:
@@ -198,6 +202,11 @@ class Scorer:
     def routed(self) -> bool:
         """Whether a router weighs some adapters by the prompt."""
         return any(routed_parts(node.method) for node in nodes(self.adapters or {}).values())
+
+    @property
+    def averages(self) -> bool:
+        """Whether some adapter takes a mean over tokens. Then each forward pass is of one text and of nothing else."""
+        return averages_tokens(self.adapters or {})
 
     def _together(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
         """`options` of questions whose options share a prompt."""
@@ -294,8 +303,10 @@ class Scorer:
     def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[RequestBatch]:
         mesh = self.layout.mesh
         multiple = 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
-        share *= 1 if self.mates is None else self.mates.count
-        requests = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))
+        budget = self.budget // (share * (1 if self.mates is None else self.mates.count))
+        if self.averages:
+            budget, multiple = 1, 1
+        requests = list(batches(lengths, self.model.config.context, budget, multiple, copies))
         return tqdm(requests, unit="batch", leave=False, disable=None)
 
     def _fit(self, pair: Pair) -> tuple[Pair, int]:
@@ -327,7 +338,9 @@ class Scorer:
         variables = {"params": self.params, "adapters": adapters or {}}
         inputs = [jnp.asarray(array) for array in arrays]
         if self.layout.mesh is not None:
-            inputs = [jax.device_put(x, NamedSharding(self.layout.mesh, PartitionSpec(ROWS))) for x in inputs]
+            # One row cannot be cut, so every device gets it.
+            rows = PartitionSpec() if self.averages else PartitionSpec(ROWS)
+            inputs = [jax.device_put(x, NamedSharding(self.layout.mesh, rows)) for x in inputs]
         with self.layout.context():
             module = self.model.module.clone(remat="none", expert_capacity=None)
             return jax.device_get(program(module, variables, *inputs))
