@@ -43,7 +43,7 @@ def alone(half: str, tx: optax.GradientTransformation) -> optax.GradientTransfor
 
 def experiment(model: str, train: Path, held_out: Path, steps: int) -> sx.Experiment:
     """MiLoRA of rank 32 on every projection, at the paper's rate."""
-    data = sx.Data(str(train), template="{instruction} ", answer="{output}", overlong="truncate")
+    data = sx.Data(str(train), template="{instruction}", answer=" {output}", overlong="truncate")
     return sx.Experiment(
         model,
         data,

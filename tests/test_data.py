@@ -9,13 +9,15 @@ import datasets
 import numpy as np
 import pytest
 from at_hand import ALPACA
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.packing import both, useful
 from sborax import Data, SboraxError
 from sborax.data import samples
 from sborax.data.batches import arrange, in_order, pack, shuffled
 from sborax.data.samples import Sample, load_samples
-from sborax.data.source import read
+from sborax.data.source import find, read
 from sborax.data.stream import stream
 from sborax.data.template import prompt_of, render
 from sborax.models.gguf import open_gguf
@@ -73,6 +75,30 @@ def test_names_under_sborax_data_and_splits(tmp_path, monkeypatch):
     write(tmp_path / "more" / "other", [{"a": 4}], "train.jsonl")
     monkeypatch.setenv("SBORAX_DATA", os.pathsep.join((str(tmp_path), str(tmp_path / "more"))))
     assert (read("set")[0], read("other")[0]) == ({"a": 1}, {"a": 4})
+
+
+@pytest.mark.parametrize(
+    "name, split, is_read",
+    [
+        ("data.jsonl", "test", True),
+        ("Train.jsonl", "train", True),
+        ("train_10k.jsonl", "train", True),
+        ("valid.jsonl", "validation", True),
+        ("validation.jsonl", "valid", True),
+        ("train.jsonl", "validation", False),
+        ("test.jsonl", "dev", False),
+        ("Test_set.csv", "train", False),
+        ("dev.tsv", "train", False),
+        ("evaluation.json", "train", False),
+    ],
+)
+def test_the_only_file_of_a_folder_is_no_other_split(tmp_path, name, split, is_read):
+    (tmp_path / name).write_text('{"q": 1}')
+    if is_read:
+        assert find(str(tmp_path), split) == tmp_path / name
+        return
+    with pytest.raises(SboraxError, match=f"no file is named like split '{split}'; name one: {name}$"):
+        read(str(tmp_path), split)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +226,77 @@ def test_samples_without_an_answer_are_dropped_and_counted(tmp_path, words):
     name = write(tmp_path, [{"q": "a", "a": ""}, {"q": "a", "a": None}, {"q": "a", "a": "b"}])
     samples, report = load_samples(Data(name, **PLAIN), words, END, 512)
     assert len(samples) == 1 and report.without_answer == 2
+
+
+@pytest.mark.parametrize(
+    "pair", [("instruction", "output"), ("prompt", "completion"), ("question", "answer")], ids="-".join
+)
+def test_null_is_the_empty_text_in_a_chat(tmp_path, words, pair):
+    name = write(tmp_path, [dict(zip(pair, cells, strict=True)) for cells in (("a", None), (None, "b"), ("a", ""))])
+    (sample,), report = load_samples(Data(name, template="chat"), words, END, 512)
+    text = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    assert words.decode(sample.tokens.tolist()) == text and answer(sample, words) == "b<|im_end|>"
+    assert report.without_answer == 2
+    record = dict(zip(pair, ("a", None), strict=True))
+    assert prompt_of("chat", record, words) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_empty_turn_of_the_assistant_is_no_answer(tmp_path, words):
+    def turns(*answers):
+        return {"messages": [turn for text in answers for turn in (
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": text, "tool_calls": None})]}  # fmt: skip
+
+    name = write(tmp_path, [turns(""), turns("", "b"), turns("", "")])
+    (sample,), report = load_samples(Data(name, template="chat"), words, END, 512)
+    assert answer(sample, words) == "b<|im_end|>" and report.without_answer == 2
+    everything, report = load_samples(Data(name, template="chat", loss_on="all"), words, END, 512)
+    assert all(sample.counts.all() for sample in everything) and report.samples == 3
+    with pytest.raises(SboraxError, match="the first message is the assistant's"):
+        render("chat", "", {"messages": turns("")["messages"][1:]}, words)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "trimmed"])
+def merging(request):
+    """A tokenizer that makes one token of a space and a b, or of two line breaks.
+
+    Some leave white space out of a token's offsets (`trimmed`).
+    """
+    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġb", "ĊĊ"]
+    bare = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [("Ġ", "b"), ("Ċ", "Ċ")]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    if request.param:
+        bare.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>")
+
+
+ADVICE = " (move the space from the end of the template to the beginning of answer)"
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "joined", "advice"),
+    [
+        ({"template": "{q}: ", "answer": "{a}"}, ["b", "c", "b c"], 2, ADVICE),
+        ({"template": "{q}: ", "answer": "{a}", "max_length": 4, "overlong": "split"}, ["b", "c", "b c c"], 2, ADVICE),
+        ({"template": "{q}: ", "answer": "{a}", "max_length": 5}, ["b", "c", "b c c c"], 1, ADVICE),
+        ({"template": "{q}: ", "answer": "{a}", "loss_on": "all"}, ["b"], 0, None),
+        ({"template": "{q}:", "answer": " {a}"}, ["b", "c", "b c"], 0, None),
+        ({"template": "alpaca"}, ["b", "\n"], 1, ""),
+        ({"template": "text"}, ["b"], 0, None),
+    ],
+)  # fmt: skip
+def test_tokens_that_span_prompt_and_answer_are_counted(tmp_path, merging, options, answers, joined, advice):
+    """After the prompt alone a model would begin with another token than it learnt."""
+    records = [{"q": "q", "a": text, "instruction": "q", "output": text, "text": text} for text in answers]
+    data = Data(write(tmp_path, records), **options)
+    samples, report = load_samples(data, merging, 0, 512)
+    assert report.joined == joined
+    tail = [] if advice is None else [f"{joined} with a token that spans prompt and answer{advice}"]
+    assert str(report).split(", ")[2:] == tail
+    if options == {"template": "{q}: ", "answer": "{a}"}:
+        prompt = merging(prompt_of(data.template, records[0], merging))["input_ids"]
+        assert samples[0].tokens[: len(prompt)].tolist() != prompt
+        assert samples[1].tokens[: len(prompt)].tolist() == prompt
 
 
 def some_samples(lengths):

@@ -1,5 +1,6 @@
 """`sborax eval`: what it prints and keeps."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -10,7 +11,11 @@ import pytest
 from questions import QUESTIONS, instruction
 from tiny_model import write_data, write_model
 
+from sborax import SboraxError
 from sborax.cli import main
+from sborax.evaluate import Scorer
+from sborax.evaluate.tasks import chosen
+from sborax.models import load_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -105,6 +110,25 @@ def test_mmlu_and_e2e_run(folder, capsys, tmp_path):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
     assert {"acc of astronomy", "acc of virology"} <= scores[0]["metrics"].keys() and scores[1]["n"] == 2
     assert lines(tmp_path / "out" / "e2e_nlg.jsonl")[0]["references"] == ["A serves B.", "B at A."]
+
+
+def test_mmlu_needs_answered_questions_that_are_not_asked(folder, capsys, tmp_path):
+    """An item among its own examples would have its answer in its prompt."""
+    rows = [{"subject": "astronomy", "question": f"{n}?", "choices": list("wxyz"), "answer": n} for n in range(2)]
+    for file in (tmp_path / "test.jsonl", tmp_path / "one" / "test.jsonl", tmp_path / "linked" / "test.jsonl"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "linked" / "dev.jsonl").symlink_to(tmp_path / "linked" / "test.jsonl")
+    both = "is both the questions and the answered examples; name a folder with a file for each of test and dev"
+    refusals = {"test.jsonl": both, "linked": both, "one": "no file is named like split 'dev'; name one: test.jsonl"}
+    (task,), model = chosen("mmlu"), load_model(str(folder / "model"))
+    scorer = Scorer.of(model, model.params)
+    for name, message in refusals.items():
+        # The data are looked at before the model.
+        error = fails(capsys, "no such model", "--tasks", "mmlu", "--data", f"mmlu={tmp_path / name}")
+        assert message in error and error.count("\n") == 1
+        with pytest.raises(SboraxError, match=message):
+            dataclasses.replace(task, data=str(tmp_path / name)).measure(rows, scorer, 0)
 
 
 def test_mistakes_are_one_line(folder, capsys, tmp_path, monkeypatch):

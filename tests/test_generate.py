@@ -1,5 +1,8 @@
 """Text over the cache against transformers, and the ways to draw a token."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +10,19 @@ import pytest
 import torch
 import transformers
 from at_hand import STORIES
+from tiny_model import write_model
 
 import sborax as sx
 from sborax.cli.chat import AnswerPrinter
+from sborax.cli.quickstart import _answers
+from sborax.data.template import chat_ends
 from sborax.evaluate.scorer import Scorer
+from sborax.evaluate.written import Written
 from sborax.models import generate, load_model
+from sborax.models.beam import beam_search
+from sborax.models.by_row import generate_by_row
 from sborax.models.generate import STRIDE, Choice, _decode, choose, narrowed
-from sborax.models.tokenizer import finished, until
+from sborax.models.tokenizer import finished, text_of, until
 
 pytestmark = pytest.mark.usefixtures("strict")
 TEXTS = ("Once upon a time", "The little dog went to the park because he wanted to", "One day, Lily saw a big red")
@@ -70,6 +79,66 @@ def test_each_row_ends_at_its_own_end_token(model, prompts, greedy):
         assert row == full[: ends[0] + 1 if ends else NEW]
     assert len({len(row) for row in cut}) > 1
     assert generate(model, model.params, None, prompts[:1], 1) == [greedy[0][:1]]
+
+
+def test_text_also_ends_at_the_end_token_of_the_tokenizer(model, prompts, greedy):
+    """Training appends that token, and the config may name others, or none."""
+    of_config, of_tokenizer = greedy[1][7], greedy[0][4]
+    words = copy.deepcopy(model.tokenizer)
+    words.eos_token = words.convert_ids_to_tokens(of_tokenizer)
+    config = dataclasses.replace(model.config, eos_token_id=(of_config,))
+    other = dataclasses.replace(model, config=config, tokenizer=words)
+    ends = other.end_tokens
+    assert ends == (of_config, of_tokenizer)
+    assert dataclasses.replace(other, tokenizer=None).end_tokens == (of_config,)
+    expected = generate(model, model.params, None, prompts, NEW, eos=ends)
+    assert expected == generate(other, other.params, None, prompts, NEW) != greedy
+    assert expected == generate_by_row(other, [other.params], [None], prompts, [0] * 3, NEW)
+    assert expected == Scorer.of(other, other.params).write(prompts, NEW)
+    assert expected == Scorer.of(model, model.params).write(prompts, NEW, eos=ends)
+    beams = beam_search(model, model.params, None, prompts, NEW, 2, eos=ends)
+    assert beams == beam_search(other, other.params, None, prompts, NEW, 2)
+    assert beams == Scorer.of(model, model.params).write(prompts, NEW, beams=2, eos=ends)
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """A model with a chat template, and what it writes after "Well" up to its end mark, which no config names."""
+    model = load_model(write_model(tmp_path / "model", tie_word_embeddings=False))
+    words = copy.deepcopy(model.tokenizer)
+    (text,) = generate(model, model.params, None, [words("Well")["input_ids"]], 8, eos=[])
+    end = 2
+    mark = words.convert_ids_to_tokens(text[end])
+    words.add_tokens([mark])
+    words.chat_template = (
+        "{% for turn in messages %}{{ turn.content }}"
+        f"{{% if turn.role == 'assistant' %}}{mark}{{% endif %}}{{% endfor %}}"
+    )
+    assert text[end] not in (*text[:end], *model.config.eos_token_id) and chat_ends(words)[-1] == text[end]
+    return dataclasses.replace(model, tokenizer=words), text[: end + 1]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_in_a_chat_ends_where_its_turn_does(chatty, beams):
+    model, greedy = chatty
+    record = {"instruction": "Well", "output": "", "answer": ""}
+    task = Written(
+        name="talk", data="", about="", template="chat", new_tokens=8, beams=beams, extract=str, right=lambda *_: True
+    )
+    (item,) = task.measure([record], Scorer.of(model, model.params), 0).items
+    prompt = [model.tokenizer("Well")["input_ids"]]
+    ends = [*model.end_tokens, greedy[-1]]
+    if beams > 1:
+        (text,) = beam_search(model, model.params, None, prompt, 8, 2, eos=ends)
+        assert [text] != beam_search(model, model.params, None, prompt, 8, 2)
+        assert item["text"] == text_of(model.tokenizer, text)
+        return
+    assert item["text"] == text_of(model.tokenizer, greedy)
+    (answer,) = _answers(model, model.params, None, "chat", [record])
+    assert answer == " ".join(item["text"].split())
+    # A prompt without the template goes on.
+    plain = dataclasses.replace(task, template="{instruction}").measure([record], Scorer.of(model, model.params), 0)
+    assert plain.items[0]["text"].startswith(item["text"]) and plain.items[0]["text"] != item["text"]
 
 
 def test_adapted_text_equals_merged_text(model, prompts, greedy):

@@ -15,6 +15,7 @@ from tiny_gguf import write_gguf
 
 import sborax as sx
 from sborax.models import hf_module, load_config, load_model, save_hf
+from sborax.models.gguf import open_gguf
 from sborax.models.load import find
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -165,6 +166,42 @@ def test_gguf_equals_the_directory(original, tmp_path):
     assert relative(logits, torch_logits(reference, tokens)) < 1e-5
     assert model.tokenizer("cab a")["input_ids"] == [0, 3, 10, 9, 1]
     assert model.tokenizer.decode([3, 10, 9, 1]) == "cab a"
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "is_added"),
+    [
+        ("llama-bpe", None, True),
+        ("llama-bpe", True, True),
+        ("llama-bpe", False, False),
+        ("gpt-2", None, False),
+        ("smollm", None, False),
+        ("qwen2", None, False),
+    ],
+)
+def test_a_gguf_that_does_not_say_begins_texts_as_llama_cpp_does(original, tmp_path, pre, add_bos, is_added):
+    write_gguf(tmp_path / "tiny.gguf", original[1], pre, add_bos)
+    assert open_gguf(tmp_path / "tiny.gguf").tokenizer()("ab")["input_ids"] == [0] * is_added + [10]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "factor"),
+    [
+        ({"type": "linear", "factor": 4.0}, "linear", 4.0),
+        ({"factor": 4.0}, "linear", 4.0),
+        ({"type": "none", "factor": 4.0}, "default", 1.0),
+        ({"type": "linear"}, "default", 1.0),
+        ({"factor": 0.0}, "default", 1.0),
+        ({}, "default", 1.0),
+    ],
+    ids=str,
+)
+def test_rope_of_a_gguf_is_scaled_as_llama_cpp_does(original, tmp_path, fields, kind, factor):
+    """Linearly where no type is named. Without a factor, or with one of 0, nothing is scaled."""
+    extra = {f"llama__rope__scaling__{key}": value for key, value in fields.items()}
+    write_gguf(tmp_path / "tiny.gguf", original[1], **extra)
+    rope = load_config(tmp_path / "tiny.gguf").rope
+    assert (rope.kind, rope.factor) == (kind, factor)
 
 
 def test_gguf_that_is_refused(original, tmp_path):

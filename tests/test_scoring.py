@@ -15,6 +15,7 @@ import sborax as sx
 from sborax.adapters.core import AbstractWeight, is_weight
 from sborax.cli.chat import encode
 from sborax.evaluate import Pair, Scorer
+from sborax.evaluate.scorer import scorers
 from sborax.evaluate.shapes import batches, padded
 from sborax.models import load_model
 from sborax.train.base import quantise_base
@@ -133,6 +134,73 @@ def test_routed_adapters_are_weighed_by_the_prompt_alone(model, questions):
         targets = tokens[0, len(pair.prompt) :]
         terms = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
         np.testing.assert_allclose(score.logprob, float(terms.sum()), rtol=1e-5, atol=1e-4)
+
+
+MEANS = {
+    "layers": [("q_proj|up_proj|down_proj", sx.Lily(rank=4, experts=3, routing="batch"))],
+    "a layer": [sx.Rule("q_proj", sx.Lily(rank=4, routing="batch"), layers=(0,)), ("up_proj", sx.LoRA(rank=2))],
+    "head": [("o_proj|lm_head", sx.Lily(rank=4, experts=3, routing="batch"))],
+}
+
+
+def with_means(model, rules, seed=0):
+    params, adapters = sx.attach(jax.random.key(seed), model.params, rules)
+    train, frozen = sx.split(adapters)
+    rng = np.random.default_rng(seed)
+    train = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.5, leaf.dtype), train)
+    return params, sx.combine(train, frozen)
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_over_tokens_is_over_one_text(model, questions, name):
+    """Scores do not depend on the budget, on other items, or on whether options share a prompt."""
+    params, adapters = with_means(model, MEANS[name])
+    pairs = flat(questions)
+    expected = np.array([Scorer.of(model, params, adapters).continuations([pair])[0].logprob for pair in pairs])
+    if name != "head":
+        # The head is called for the continuation alone.
+        for pair, logprob in list(zip(pairs, expected, strict=True))[::3]:
+            read = jnp.array([[*pair.prompt, *pair.continuation[:-1]]], jnp.int32)
+            logits = jax.jit(model.apply)(params, adapters, read)[0, len(pair.prompt) - 1 :]
+            terms = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(logits)), pair.continuation]
+            np.testing.assert_allclose(logprob, terms.sum(), rtol=1e-5)
+    for budget in (16, 4096):
+        scorer = Scorer.of(model, params, adapters, budget=budget)
+        for got in (
+            [score.logprob for score in scorer.continuations(pairs)],
+            [score.logprob for score in scorer.continuations(pairs[::-1])][::-1],
+            numbers(scorer.options(questions)),
+            numbers(scorer.options([[pair] for pair in pairs])),
+        ):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_text_with_means_over_tokens_depends_on_its_prompt_alone(model):
+    pairs = [with_means(model, MEANS["layers"], seed) for seed in (0, 1)]
+    prompts = [[3, 4, 5], [17] * 20, [9], [3, 4, 6]]
+    sharing = scorers(model, *zip(*pairs, strict=True))
+    for (params, adapters), shared in zip(pairs, sharing, strict=True):
+        for beams in (1, 2):
+            alone = [Scorer.of(model, params, adapters).write([prompt], 6, beams=beams)[0] for prompt in prompts]
+            for scorer in (Scorer.of(model, params, adapters, budget=16), Scorer.of(model, params, adapters), shared):
+                assert scorer.write(prompts, 6, beams=beams) == alone
+        (score,) = shared.continuations([Pair([3, 4], [5])])
+        (expected,) = Scorer.of(model, params, adapters).continuations([Pair([3, 4], [5])])
+        np.testing.assert_allclose(score.logprob, expected.logprob, rtol=1e-5)
+    assert [scorer.mates for scorer in sharing] == [None, None]
+
+
+@pytest.mark.nightly
+def test_a_mesh_changes_no_mean_over_tokens(model, questions):
+    params, adapters = with_means(model, MEANS["layers"])
+    on_one = Scorer.of(model, params, adapters)
+    scorer = Scorer.of(model, params, adapters, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(
+        numbers(scorer.options(questions[:2])), numbers(on_one.options(questions[:2])), rtol=1e-5, atol=1e-4
+    )
+    prompts = [[3, 4, 5], [9]]
+    for beams in (1, 2):
+        assert scorer.write(prompts, 3, beams=beams) == on_one.write(prompts, 3, beams=beams)
 
 
 def test_four_bits_score_as_the_weights_they_stand_for(model, questions, alone):

@@ -4,8 +4,13 @@ import gguf
 import numpy as np
 
 
-def write_gguf(file, reference, **extra):
-    """The tiny torch model as llama.cpp writes it: LLaMA's rows of q and k interleaved, a small BPE tokenizer."""
+def write_gguf(file, reference, pre=None, add_bos=True, **extra):
+    """The tiny torch model as llama.cpp writes it: LLaMA's rows of q and k interleaved, a small BPE tokenizer.
+
+    - pre: how its tokenizer cuts text; None for that of the family.
+    - add_bos: whether it puts a token before each text; None for a file that does not say.
+    - extra: further fields, with two underscores for a dot.
+    """
     config = reference.config
     writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -18,15 +23,17 @@ def write_gguf(file, reference, **extra):
     writer.add_rope_freq_base(10_000.0)
     writer.add_key_length(reference.model.layers[0].self_attn.head_dim)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2" if config.model_type == "llama" else "qwen2")
+    writer.add_tokenizer_pre(pre or ("gpt-2" if config.model_type == "llama" else "qwen2"))
     letters = ["<s>", *"abcdefgh", "Ġ", "ab"]
     writer.add_token_list([*letters, *(f"<{i}>" for i in range(config.vocab_size - len(letters)))])
     writer.add_token_types([3] + [1] * (config.vocab_size - 1))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
-    writer.add_add_bos_token(True)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     for key, value in extra.items():
-        writer.add_float32(key.replace("__", "."), value)
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(key.replace("__", "."), value)
     short = {
         "self_attn.q_norm": "attn_q_norm",
         "self_attn.k_norm": "attn_k_norm",

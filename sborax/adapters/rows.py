@@ -25,7 +25,7 @@ from sborax.adapters.depth import stack_of
 from sborax.adapters.leaves import flatten, nest
 from sborax.adapters.paths import STACKED_UNDER
 from sborax.adapters.routing import routed_parts
-from sborax.adapters.tree import Adapters, Params, nodes
+from sborax.adapters.tree import Adapters, Params, averages_tokens, nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +111,8 @@ def together(params: Sequence[Params], adapters: Sequence[Adapters | None]) -> l
     """The numbers of adapters that can share a batch, in groups, in the order of their first members.
 
     Those of a group have the same methods, the same shapes, and the same arrays for a base. An adapter is a group by
-    itself if it rewrites the base, links layers, routes by the prompt, changes biases, or adapts more than the
-    projections of the layers. So is the base without an adapter.
+    itself if it rewrites the base, links layers, routes by the prompt, takes means over tokens, changes biases, or
+    adapts more than the projections of the layers. So is the base without an adapter.
 
     Args:
     - params: what goes with each of `adapters`.
@@ -120,7 +120,8 @@ def together(params: Sequence[Params], adapters: Sequence[Adapters | None]) -> l
     """
     groups: list[tuple[Any, Any, list[int]]] = []
     for number, (base, tree) in enumerate(zip(params, adapters, strict=True)):
-        form = None if tree is None else _form(tree)
+        # Copies of a row, which make up for the rows that an adapter lacks, would enter its means.
+        form = None if tree is None or averages_tokens(tree) else _form(tree)
         for of_group, arrays, group in groups if form is not None else ():
             if of_group == form and _is_same(arrays, base):
                 group.append(number)

@@ -71,6 +71,11 @@ def nodes(adapters: PyTree) -> dict[str, Adapter]:
     return {path: node for path, node in flatten(adapters, is_leaf=is_adapter).items() if is_adapter(node)}
 
 
+def averages_tokens(adapters: PyTree) -> bool:
+    """Whether some adapter takes a mean over the tokens of a call (`AbstractMethod.token_mean`)."""
+    return any(node.method.token_mean for node in nodes(adapters).values())
+
+
 def tree_of(item: Any, name: str) -> dict[str, Adapter]:
     """`nodes` of what a user gives as a tree of adapters.
 

@@ -14,7 +14,7 @@ from sborax.cli.several import labels, load_several, say_batches
 from sborax.cli.targets import Target, load_target
 from sborax.config.classes import is_known
 from sborax.config.terminal import print_text, say
-from sborax.data.template import NAMES, AbstractTemplate, chat_ends, prompt_of, takes_special
+from sborax.data.template import NAMES, AbstractTemplate, answer_ends, prompt_of, takes_special
 from sborax.layout.mesh import make_mesh
 from sborax.layout.sharding import Layout
 from sborax.models import generate as write
@@ -27,7 +27,7 @@ def generate(arguments: argparse.Namespace) -> None:
     target, tokenizer = _load(arguments)
     prompts = [encode(prompt, arguments.template, tokenizer) for prompt in arguments.prompt]
     key, stopped = jax.random.key(arguments.seed), finished(tokenizer, arguments.stop)
-    ends = _prompt_ends(target, tokenizer, arguments)
+    ends = answer_ends(arguments.template, target.model)
     _print_texts(
         prompts, _write(target, prompts, arguments.max_new_tokens, ends, key, stopped, arguments), tokenizer, arguments
     )
@@ -53,17 +53,12 @@ def generate_several(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed),
-        eos=_prompt_ends(targets[0], tokenizer, arguments),
+        eos=answer_ends(arguments.template, model),
         finished=finished(tokenizer, arguments.stop),
     )
     for number, name in enumerate(labels(arguments.targets)):
         say(f"{name}:")
         _print_texts(prompts, outputs[number * len(prompts) : (number + 1) * len(prompts)], tokenizer, arguments)
-
-
-def _prompt_ends(target: Target, tokenizer: Any, arguments: argparse.Namespace) -> list[int] | None:
-    """A continued prompt ends at the end tokens of the model's config, an answer where the template ends a turn."""
-    return _ends(target, tokenizer) if arguments.template == "chat" else None
 
 
 def _print_texts(
@@ -97,7 +92,7 @@ def chat(arguments: argparse.Namespace) -> None:
         raise SboraxError(
             f"{arguments.target}: its tokenizer has no chat template; use --prompt and --template instead"
         )
-    ends, key = _ends(target, tokenizer), jax.random.key(arguments.seed)
+    ends, key = answer_ends("chat", target.model), jax.random.key(arguments.seed)
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     turns: list[dict[str, str]] = []
     for number, line in enumerate(_lines()):
@@ -183,15 +178,11 @@ def _layout(arguments: argparse.Namespace) -> Layout:
     return Layout(make_mesh(sizes) if sizes else None)
 
 
-def _ends(target: Target, tokenizer: Any) -> list[int]:
-    return sorted({*target.model.config.eos_token_id, *chat_ends(tokenizer)})
-
-
 def _write(
     target: Target,
     prompts: list[list[int]],
     new: int,
-    ends: list[int] | None,
+    ends: Sequence[int],
     key: Any,
     stopped: Callable[[list[list[int]]], Sequence[bool]] | None,
     arguments: argparse.Namespace,

@@ -12,7 +12,7 @@ from sborax.config.codec import override
 from sborax.config.terminal import say
 from sborax.data.options import Data
 from sborax.data.source import read
-from sborax.data.template import prompt_of, takes_special
+from sborax.data.template import answer_ends, prompt_of, takes_special
 from sborax.methods import SBoRA
 from sborax.models import LanguageModel, generate, load_model
 from sborax.models.tokenizer import prompt_tokens, text_of
@@ -95,7 +95,7 @@ def _answers(
     tokenizer = model.tokenizer
     texts = [prompt_of(template, record, tokenizer) for record in questions]
     prompts = [prompt_tokens(tokenizer, text, takes_special(template)) for text in texts]
-    outputs = generate(model, params, adapters, prompts, NEW_TOKENS)
+    outputs = generate(model, params, adapters, prompts, NEW_TOKENS, eos=answer_ends(template, model))
     lines = [" ".join(text_of(tokenizer, new).split()) for new in outputs]
     return [text + " ..." * (len(new) == NEW_TOKENS) for text, new in zip(lines, outputs, strict=True)]
 

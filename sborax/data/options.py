@@ -48,10 +48,12 @@ class Data:
         columns: instruction and output, prompt and completion, question and answer. A template that ignores tools or
         tool_calls is refused.
       - "text": column text, with loss on all of it.
-      - a prompt of your own, with columns in braces, such as "Q: {question}\\nA: ".
+      - a prompt of your own, with columns in braces, such as "Q: {question}\\nA:".
       - the name of a class of yours that extends `sborax.data.template.AbstractTemplate`.
-    - answer: the text after a prompt of your own, with columns in braces.
-    - split: the split to read; of a directory with several data files, the name of the file.
+    - answer: the text after a prompt of your own, with columns in braces, such as " {output}". A space between the two
+      belongs here: most tokenizers join it to the word that follows.
+    - split: the split to read; of a directory, the name of the file. A directory's only data file may have any name but
+      that of another split.
     - max_length: the longest sample, in tokens, at least 3.
     - overlong: whether longer samples are dropped, truncated, or split into windows. Their number is printed.
     - loss_on: the tokens that enter the loss: the answer's, or all.

@@ -23,10 +23,14 @@ _LETTERS = 1 << 19
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A sequence of tokens, and which of them enter the loss."""
+    """A sequence of tokens, and which of them enter the loss.
+
+    - joined: whether some token holds the end of a prompt and the beginning of its answer.
+    """
 
     tokens: Int32[np.ndarray, " length"]
     counts: Bool[np.ndarray, " length"]
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +41,27 @@ class Report:
     - samples: kept.
     - too_long: longer than `Data.max_length`.
     - without_answer: dropped, since none of their tokens counts.
-    - overlong: `Data.overlong`.
+    - joined: kept with a token that spans prompt and answer. After the prompt alone a model begins with another one.
+    - data: what was read.
     """
 
     records: int
     samples: int
     too_long: int
     without_answer: int
-    overlong: str
+    joined: int
+    data: Data
 
     def __str__(self) -> str:
         """One line for the user."""
-        action = {"drop": "dropped", "truncate": "truncated", "split": "split into windows"}[self.overlong]
+        action = {"drop": "dropped", "truncate": "truncated", "split": "split into windows"}[self.data.overlong]
         parts = [f"{self.samples:,} samples of {self.records:,} records", f"{self.too_long:,} too long ({action})"]
         if self.without_answer:
             parts.append(f"{self.without_answer:,} without an answer (dropped)")
+        if self.joined:
+            is_movable = self.data.template.endswith(" ")
+            advice = " (move the space from the end of the template to the beginning of answer)" if is_movable else ""
+            parts.append(f"{self.joined:,} with a token that spans prompt and answer{advice}")
         return ", ".join(parts)
 
 
@@ -69,7 +79,7 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
         raise SboraxError(f"data.max_length: {data.max_length} is more than the model's context of {context} tokens")
     records = read(data.name, data.split)
     samples: list[Sample] = []
-    start = count = too_long = without_answer = 0
+    start = count = too_long = without_answer = joined = 0
     limit = sys.maxsize if data.limit is None else data.limit
     while start < len(records) and len(samples) < limit:
         # Records beyond the last sample that is needed are not read.
@@ -86,6 +96,7 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
             # The first token is never predicted.
             answered = [part for part in fitting if part.counts[1:].any()]
             without_answer += not answered and bool(fitting)
+            joined += sample.joined and bool(answered)
             samples += answered
     if not samples:
         raise SboraxError(
@@ -93,7 +104,7 @@ def load_samples(data: Data, tokenizer: Any, end: int | None, context: int) -> t
             f"{data.max_length} tokens, {without_answer} have no answer; raise data.max_length or set data.overlong"
         )
     samples = samples[:limit]
-    return samples, Report(count, len(samples), too_long, without_answer, data.overlong)
+    return samples, Report(count, len(samples), too_long, without_answer, joined, data)
 
 
 def check_ids(name: str, samples: Sequence[Sample], tokenizer: Any, vocabulary: int) -> None:
@@ -162,14 +173,17 @@ def _mark(text: Rendered, tokens: list[int], offsets: list[tuple[int, int]], los
     ids = np.asarray(tokens, np.int32)
     if loss_on == "all":
         return Sample(ids, np.ones(len(ids), bool))
-    ends = np.array([stop for _, stop in offsets], np.int64).reshape(-1)
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    # Some tokenizers leave the white space before a word out of the offsets of the token that holds both.
+    starts = np.minimum(starts, np.roll(ends, 1))
     counts = np.zeros(len(ids), bool)
-    position = 0
-    for piece in text.pieces:
+    position, after_prompt, joined = 0, False, False
+    for piece in (piece for piece in text.pieces if piece.text):
         after = position + len(piece.text)
-        if piece.answer and piece.text:
+        if piece.answer:
             counts |= (ends > position) & (ends <= after)
-        position = after
+            joined |= after_prompt and bool(((starts < position) & (position < ends)).any())
+        position, after_prompt = after, not piece.answer
     if text.special and end is not None and text.pieces[-1].answer and text.pieces[-1].text:
         counts[-1] = True
-    return Sample(ids, counts)
+    return Sample(ids, counts, joined)

@@ -18,6 +18,8 @@ from sborax.config.places import candidates
 
 LONGEST = 1 << 24
 """The most letters of a record in JSON, JSONL or CSV, more than fit any model's context."""
+SPLITS = ("train", "dev", "valid", "validation", "test", "eval")
+"""Beginnings of the names of files that hold a split."""
 READERS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -39,7 +41,8 @@ class Records(Protocol):
 def find(name: str, split: str) -> Path | None:
     """The local file that `name` means; None if it may only be on the hub.
 
-    A directory means its only data file, or else the file named like the split.
+    A directory means the file named like the split. Its only data file need not be, unless its name begins like that of
+    another split (`SPLITS`): a directory with nothing but `test.jsonl` has no split `train`.
     Raises SboraxError for a path that is missing or ambiguous.
     """
     for place in candidates(name, "SBORAX_DATA"):
@@ -71,11 +74,17 @@ def _choose(place: Path, split: str) -> Path:
     if not files:
         raise SboraxError(f"{place}: no data file in it; known: {', '.join(READERS)}")
     named = [file for file in files if file.stem == split] or [file for file in files if file.stem.startswith(split)]
-    matches = files if len(files) == 1 else named
+    matches = files if len(files) == 1 and not _names_another(files[0].stem, split) else named
     if len(matches) != 1:
         problem = f"several files could be split {split!r}" if matches else f"no file is named like split {split!r}"
         raise SboraxError(f"{place}: {problem}; name one: {', '.join(file.name for file in matches or files)}")
     return matches[0]
+
+
+def _names_another(stem: str, split: str) -> bool:
+    """Whether the name of a file begins like that of a split, and not of this one."""
+    stem, split = stem.lower(), split.lower()
+    return stem.startswith(SPLITS) and not stem.startswith(split) and not split.startswith(stem)
 
 
 def read(name: Named, split: str = "train") -> Records:

@@ -6,13 +6,16 @@ import math
 import string
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sborax.adapters.core import SboraxError
 from sborax.config.classes import find_class, instance, is_known, load_plugins
 from sborax.config.documents import shown
 from sborax.data import renderer
 from sborax.models.tokenizer import tokens_of
+
+if TYPE_CHECKING:
+    from sborax.models.language_model import LanguageModel
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -163,9 +166,14 @@ def _fill(pattern: str, record: Mapping[str, Any]) -> str:
             raise SboraxError(f"data.template: {pattern!r}: braces may hold only the name of a column")
         if name not in record:
             raise SboraxError(f"there is no column {name!r}; the columns are {', '.join(record)}")
-        _check_text(f"column {name!r}", record[name])
-        text.append("" if record[name] is None else str(record[name]))
+        text.append(_cell(record, name))
     return "".join(text)
+
+
+def _cell(record: Mapping[str, Any], name: str) -> str:
+    """A column as text; null is the empty text. Raises SboraxError for a column that is no text."""
+    _check_text(f"column {name!r}", record[name])
+    return "" if record[name] is None else str(record[name])
 
 
 def _check_text(subject: str, value: Any) -> None:
@@ -191,12 +199,10 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [dict(turn) for turn in turns]
     for question, answer in (("instruction", "output"), ("prompt", "completion"), ("question", "answer")):
         if question in record and answer in record:
-            for name in (question, answer):
-                _check_text(f"column {name!r}", record[name])
             input_text = f"\n{record['input']}" if record.get("input") else ""
             return [
-                {"role": "user", "content": f"{record[question]}{input_text}"},
-                {"role": "assistant", "content": str(record[answer])},
+                {"role": "user", "content": f"{_cell(record, question)}{input_text}"},
+                {"role": "assistant", "content": _cell(record, answer)},
             ]
     raise SboraxError(
         f"a chat needs column 'messages' (or instruction and output); the columns are {', '.join(record)}"
@@ -273,13 +279,31 @@ def chat_ends(tokenizer: Any) -> list[int]:
     return [*ends, *(token for token in mark if token in tokenizer.added_tokens_decoder and token not in ends)]
 
 
+def answer_ends(template: str | None, model: "LanguageModel") -> tuple[int, ...]:
+    """The tokens that end a text after a prompt of a template, or without one (None).
+
+    These are the model's `end_tokens`; an answer of the template "chat" also ends where its turn does.
+    Raises SboraxError as `chat_ends` does.
+    """
+    turn = chat_ends(model.tokenizer) if template == "chat" else []
+    return tuple(dict.fromkeys([*model.end_tokens, *turn]))
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    """Whether a message has anything but its role, such as content, calls of tools or reasoning."""
+    return any(value not in (None, "", [], {}) for key, value in message.items() if key != "role")
+
+
 def _chat(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any
 ) -> list[Piece]:
-    """The rendered conversation in pieces. The assistant's texts, with their end marks, are answers."""
-    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    if answers[:1] == [0]:
+    """The rendered conversation in pieces. The assistant's texts, with their end marks, are answers.
+
+    The end mark of an empty turn is none: a model that learnt it would say nothing.
+    """
+    if messages[0]["role"] == "assistant":
         raise SboraxError("the first message is the assistant's; a conversation begins with another turn")
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and _says(message)]
     cuts = [cut for turn in answers for cut in ((turn, True), (turn + 1, False))]
     text, ends, _ = _rendered(tokenizer, messages, tools, False, cuts)
     pieces, position = [], 0

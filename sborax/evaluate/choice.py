@@ -9,9 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sborax.adapters.core import SboraxError
+from sborax.data.source import find
 from sborax.data.template import prompt_of, takes_special
 from sborax.evaluate.scorer import Pair, Scored, Scorer
-from sborax.evaluate.task import AbstractTask, Measured, Metric, Record, cut_remark, jackknife, mean, records
+from sborax.evaluate.task import (
+    AbstractTask,
+    Measured,
+    Metric,
+    Record,
+    check_there,
+    cut_remark,
+    jackknife,
+    mean,
+    records,
+)
 
 
 class Question(NamedTuple):
@@ -147,8 +158,20 @@ class Mmlu(AbstractTask):
     shots_split: str = "dev"
     shots: int = 5
 
+    def check(self) -> None:
+        """Raise SboraxError for data that is not found, and for answered questions that are the items themselves."""
+        for split in (self.split, self.shots_split):
+            check_there(self.data, split)
+        items, shots = find(self.data, self.split), find(self.data, self.shots_split)
+        if self.split == self.shots_split or (items is not None and shots is not None and items.samefile(shots)):
+            raise SboraxError(
+                f"{self.name}: {items or self.data} is both the questions and the answered examples; name a folder "
+                f"with a file for each of {self.split} and {self.shots_split}"
+            )
+
     def measure(self, units: Sequence[Record], scorer: Scorer, seed: int) -> Measured:
-        """The accuracy as a mean over subjects, over items, and of each subject."""
+        """The accuracy as a mean over subjects, over items, and of each subject. Raises SboraxError as `check` does."""
+        self.check()
         by_subject: dict[str, list[Record]] = defaultdict(list)
         for shot in records(self.data, self.shots_split):
             by_subject[shot["subject"]].append(shot)

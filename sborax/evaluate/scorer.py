@@ -17,7 +17,7 @@ from sborax.adapters.constraints import ROWS
 from sborax.adapters.core import SboraxError
 from sborax.adapters.routing import routed_parts
 from sborax.adapters.rows import by_row, together
-from sborax.adapters.tree import Adapters, nodes
+from sborax.adapters.tree import Adapters, averages_tokens, nodes
 from sborax.evaluate.likelihood import score_options, score_rows
 from sborax.evaluate.shapes import RequestBatch, batches
 from sborax.layout.mesh import make_mesh
@@ -177,9 +177,13 @@ class Scorer:
         return [score for score in scores if score is not None]
 
     def options(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
-        """`continuations` for the options of each question. A prompt that they share goes through the model once."""
+        """`continuations` for the options of each question. A prompt that they share goes through the model once.
+
+        It does not with adapters that a router weighs or that take means over tokens: these read each text by itself.
+        """
         scores: list[list[Scored]] = [[] for _ in questions]
-        together = [i for i, options in enumerate(questions) if self._share_prompt(options) and not self.routed]
+        may_share = not (self.routed or self.averages)
+        together = [i for i, options in enumerate(questions) if may_share and self._share_prompt(options)]
         apart = [i for i in range(len(questions)) if i not in set(together)]
         continuations = iter(self.continuations([pair for i in apart for pair in questions[i]]))
         for i in apart:
@@ -198,6 +202,11 @@ class Scorer:
     def routed(self) -> bool:
         """Whether a router weighs some adapters by the prompt."""
         return any(routed_parts(node.method) for node in nodes(self.adapters or {}).values())
+
+    @property
+    def averages(self) -> bool:
+        """Whether some adapter takes a mean over tokens. Then each forward pass is of one text and of nothing else."""
+        return averages_tokens(self.adapters or {})
 
     def _together(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
         """`options` of questions whose options share a prompt."""
@@ -234,6 +243,7 @@ class Scorer:
         seed: int = 0,
         beams: int = 1,
         stop: Sequence[str] = (),
+        eos: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Generate new tokens for each prompt, up to and including the first end token.
 
@@ -243,6 +253,7 @@ class Scorer:
         - temperature, top_k, top_p, seed: of sampling; a temperature of 0 is greedy.
         - beams: 2 or more for beam search, which samples nothing.
         - stop: strings after which a text may end early. Cut the text after them all the same (`tokenizer.until`).
+        - eos: ids that end a text; by default the model's `end_tokens`.
 
         Raises SboraxError as `generate` does.
         """
@@ -250,6 +261,7 @@ class Scorer:
         if room < 1:
             raise SboraxError(f"{new_tokens} new tokens leave no room in a context of {self.model.config.context}")
         fitted = [list(prompt)[-room:] for prompt in prompts]
+        ends = [int(token) for token in (self.model.end_tokens if eos is None else eos)]
         texts: list[list[int]] = [[] for _ in prompts]
         lengths = [(len(prompt) + new_tokens, 1) for prompt in fitted]
         # A drawn token depends on its place in the batch.
@@ -260,21 +272,23 @@ class Scorer:
             rows += rows[-1:] * (batch.rows - len(rows))
             key = jax.random.fold_in(jax.random.key(seed), number)
             options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key}
-            for i, text in zip(batch.members, scorer._texts(rows, new_tokens, beams, stop, options), strict=False):
+            for i, text in zip(
+                batch.members, scorer._texts(rows, new_tokens, beams, stop, ends, options), strict=False
+            ):
                 texts[i] = text
         return texts
 
     def _texts(
-        self, rows: list[list[int]], new: int, beams: int, stop: Sequence[str], options: dict[str, Any]
+        self, rows: list[list[int]], new: int, beams: int, stop: Sequence[str], eos: list[int], options: dict[str, Any]
     ) -> list[list[int]]:
         """New tokens for each row of a batch."""
 
         def write(adapters: Adapters | None, rows: list[list[int]]) -> list[list[int]]:
             with self.layout.context():
                 if beams > 1:
-                    return beam_search(self.model, self.params, adapters, rows, new, beams)
-                ends = finished(self.model.tokenizer, stop)
-                return generate(self.model, self.params, adapters, rows, new, finished=ends, **options)
+                    return beam_search(self.model, self.params, adapters, rows, new, beams, eos=eos)
+                stopped = finished(self.model.tokenizer, stop)
+                return generate(self.model, self.params, adapters, rows, new, eos=eos, finished=stopped, **options)
 
         mates = self.mates
         if mates is None:
@@ -284,13 +298,15 @@ class Scorer:
             texts = write(mates.adapters, rows * mates.count)
             return [texts[start : start + len(rows)] for start in range(0, len(texts), len(rows))]
 
-        return mates.ask(self.number, json.dumps([rows, new, beams, list(stop)]), write_all)
+        return mates.ask(self.number, json.dumps([rows, new, beams, list(stop), eos]), write_all)
 
     def _batches(self, lengths: Sequence[tuple[int, int]], copies: int, share: int = 1) -> Iterable[RequestBatch]:
         mesh = self.layout.mesh
         multiple = 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
-        share *= 1 if self.mates is None else self.mates.count
-        requests = list(batches(lengths, self.model.config.context, self.budget // share, multiple, copies))
+        budget = self.budget // (share * (1 if self.mates is None else self.mates.count))
+        if self.averages:
+            budget, multiple = 1, 1
+        requests = list(batches(lengths, self.model.config.context, budget, multiple, copies))
         return tqdm(requests, unit="batch", leave=False, disable=None)
 
     def _fit(self, pair: Pair) -> tuple[Pair, int]:
@@ -322,7 +338,9 @@ class Scorer:
         variables = {"params": self.params, "adapters": adapters or {}}
         inputs = [jnp.asarray(array) for array in arrays]
         if self.layout.mesh is not None:
-            inputs = [jax.device_put(x, NamedSharding(self.layout.mesh, PartitionSpec(ROWS))) for x in inputs]
+            # One row cannot be cut, so every device gets it.
+            rows = PartitionSpec() if self.averages else PartitionSpec(ROWS)
+            inputs = [jax.device_put(x, NamedSharding(self.layout.mesh, rows)) for x in inputs]
         with self.layout.context():
             module = self.model.module.clone(remat="none", expert_capacity=None)
             return jax.device_get(program(module, variables, *inputs))

@@ -5,17 +5,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sborax.adapters.core import SboraxError
-from sborax.data.template import prompt_of, takes_special
+from sborax.data.template import answer_ends, prompt_of, takes_special
 from sborax.evaluate.scorer import Scorer
 from sborax.evaluate.task import AbstractTask, Measured, Record, cut_remark, mean
 from sborax.models.tokenizer import text_of, until
 
 
 def texts(
-    prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str], scorer: Scorer, beams: int = 1
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stop: Sequence[str],
+    scorer: Scorer,
+    beams: int = 1,
+    eos: Sequence[int] | None = None,
 ) -> list[str]:
-    """The text generated after each prompt, without special tokens, up to the first of the `stop` strings."""
-    generated = scorer.write(prompts, new_tokens, beams=beams, stop=stop)
+    """The text generated after each prompt, without special tokens, up to the first of the `stop` strings.
+
+    - eos: as `Scorer.write` takes it.
+    """
+    generated = scorer.write(prompts, new_tokens, beams=beams, stop=stop, eos=eos)
     return [until(text_of(scorer.model.tokenizer, tokens), stop) for tokens in generated]
 
 
@@ -40,8 +48,8 @@ class Written(AbstractTask):
         """The accuracy, and the share of texts that contain an answer."""
         prompts = [self._prompt(number, record, scorer) for number, record in enumerate(units)]
         ids = [self._ids(prompt, scorer) for prompt in prompts]
-        items = []
-        generated = texts(ids, self.new_tokens, self.stop, scorer, self.beams)
+        items, ends = [], answer_ends(self.template, scorer.model)
+        generated = texts(ids, self.new_tokens, self.stop, scorer, self.beams, ends)
         for prompt, text, record in zip(prompts, generated, units, strict=True):
             answer = self.extract(text)
             right = self.right(answer, record)

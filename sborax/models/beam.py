@@ -37,7 +37,7 @@ def beam_search(
     The search of a prompt ends when its best running beam, at its present length, is no better than the worst of
     `beams` finished texts (transformers' `early_stopping=False`, `length_penalty=1`).
 
-    - eos: ids that end a text; by default the config's.
+    - eos: ids that end a text; by default the model's `end_tokens`.
 
     Raises SboraxError as `generate` does, and for fewer than two beams.
     """
@@ -50,7 +50,7 @@ def beam_search(
     tokens, segments = np.zeros((2, len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :], segments[row, width - len(prompt) :] = prompt, 1
-    ends = np.array(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
+    ends = np.array(model.end_tokens if eos is None else tuple(eos), np.int32)
     routed = any(routed_parts(node.method) for node in nodes(adapters or {}).values())
     out = _search(
         model.module.clone(keep=True, remat="none", expert_capacity=None),

@@ -42,7 +42,7 @@ def generate(
 
     - temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled with `key`.
     - top_k, top_p: sample among the k likeliest (0: all), then among the likeliest that together reach p.
-    - eos: ids that end a text; by default the config's.
+    - eos: ids that end a text; by default the model's `end_tokens`.
     - padding: "left" or "right", the side on which shorter prompts are padded. The result does not depend on it.
     - finished: a function of the tokens of every text, called every STRIDE tokens. It returns which texts are done.
       Generation stops when all are, so a finished text may go on while others do.
@@ -59,7 +59,7 @@ def generate(
         start = width - len(prompt) if padding == "left" else 0
         tokens[row, start : start + len(prompt)] = prompt
         segments[row, start : start + len(prompt)] = 1
-    ends = np.array(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
+    ends = np.array(model.end_tokens if eos is None else tuple(eos), np.int32)
     choice = Choice(temperature == 0, min(top_k, model.config.vocab_size), top_p)
     model.check_adapters(adapters)
     module = model.module.clone(keep=True, remat="none", expert_capacity=None)

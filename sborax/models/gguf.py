@@ -51,6 +51,8 @@ PRE_TOKENIZERS = {
 """How text is cut before byte-pair merging, by `tokenizer.ggml.pre`."""
 NORMALIZERS = {"qwen2": normalizers.NFC()}
 """How text is normalised before it is cut, by `tokenizer.ggml.pre`."""
+BEGINNING = ("llama-bpe",)
+"""Values of `tokenizer.ggml.pre` with which a text begins with a token where the file does not say, as in llama.cpp."""
 CONTROL, USER_DEFINED = 3, 4
 """Types of tokens whose text is never cut."""
 
@@ -101,10 +103,12 @@ class GGUF(AbstractTensors):
         if unknown := sorted(fields - KNOWN):
             raise SboraxError(f"{self.where}: field '{prefix}{unknown[0]}' is not supported")
         heads = self._architecture_field("attention.head_count")
-        scaling = self._architecture_field("rope.scaling.type", "none")
+        # The defaults are llama.cpp's: a factor alone scales linearly, and one of 0 stands for none.
+        scaling = self._architecture_field("rope.scaling.type", "linear")
         if scaling not in ("none", "linear"):
             raise SboraxError(f"{self.where}: rope scaling {shown(scaling)} is not supported from GGUF")
-        factor = {"factor": _short(self._architecture_field("rope.scaling.factor"))} if scaling == "linear" else {}
+        factor = _short(self._architecture_field("rope.scaling.factor", 0.0))
+        is_scaled = scaling == "linear" and factor != 0
         table = self.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise SboraxError(f"{self.where}: has no matrix 'token_embd.weight'")
@@ -122,7 +126,7 @@ class GGUF(AbstractTensors):
             "max_position_embeddings": self._architecture_field("context_length"),
             "rms_norm_eps": _short(self._architecture_field("attention.layer_norm_rms_epsilon")),
             "rope_theta": _short(self._architecture_field("rope.freq_base", 10_000.0)),
-            "rope_scaling": {"rope_type": "linear", **factor} if factor else None,
+            "rope_scaling": {"rope_type": "linear", "factor": factor} if is_scaled else None,
             "tie_word_embeddings": "output.weight" not in self.tensors,
             **{key: True for key, name in biases.items() if name in self.tensors},
             "bos_token_id": bos,
@@ -172,7 +176,7 @@ class GGUF(AbstractTensors):
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
             if self._has(key)
         }
-        if self.field("tokenizer.ggml.add_bos_token", False):
+        if self.field("tokenizer.ggml.add_bos_token", cut in BEGINNING and self._has("bos")):
             bos = self._token("bos", texts)
             bpe.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]

@@ -109,6 +109,12 @@ class LanguageModel:
     config: DecoderConfig
     tokenizer: Any
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of the config, and the tokenizer's, which training appends to a text."""
+        end = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*self.config.eos_token_id, *([] if end is None else [end])]))
+
     def apply(
         self,
         params: Params,

@@ -20,7 +20,7 @@ from sborax.adapters.depth import Memory, continues, link, remember, stack_of
 from sborax.adapters.invocation import find, invocations_of
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import kernels
-from sborax.adapters.tree import nodes
+from sborax.adapters.tree import averages_tokens, nodes
 
 
 def run(
@@ -53,7 +53,7 @@ def run(
                 "before: give ctx=Context(invocations=...), see sborax.adapters.invocation.continuation"
             )
         ctx = dataclasses.replace(ctx, invocations={**ctx.invocations, **find(tokens, segment_ids, missing)})
-    if ctx.mask is None and any(node.method.token_mean for node in nodes(adapters).values()):
+    if ctx.mask is None and averages_tokens(adapters):
         ctx = dataclasses.replace(ctx, mask=segment_ids)
     inputs = (segment_ids, positions, ctx)
     memory = _empty(variables["params"], adapters, tokens)
