@@ -299,7 +299,7 @@ def _chat(
 ) -> list[Piece]:
     """The rendered conversation in pieces. The assistant's texts, with their end marks, are answers.
 
-    The end mark of an empty turn is none: a model that learnt it would say nothing.
+    The end mark of an empty turn does not count, since a model that learnt it would answer with nothing.
     """
     if messages[0]["role"] == "assistant":
         raise SboraxError("the first message is the assistant's; a conversation begins with another turn")

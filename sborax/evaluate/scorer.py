@@ -179,7 +179,7 @@ class Scorer:
     def options(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
         """`continuations` for the options of each question. A prompt that they share goes through the model once.
 
-        It does not with adapters that a router weighs or that take means over tokens: these read each text by itself.
+        Adapters that a router weighs, or that take means over tokens, read each option with its prompt.
         """
         scores: list[list[Scored]] = [[] for _ in questions]
         may_share = not (self.routed or self.averages)
@@ -205,7 +205,7 @@ class Scorer:
 
     @property
     def averages(self) -> bool:
-        """Whether some adapter takes a mean over tokens. Then each forward pass is of one text and of nothing else."""
+        """Whether some adapter takes a mean over tokens. Then each forward pass has one text."""
         return averages_tokens(self.adapters or {})
 
     def _together(self, questions: Sequence[Sequence[Pair]]) -> list[list[Scored]]:
