@@ -429,6 +429,24 @@ def linear(
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
+def in_float32(
+    function: Callable[[Float[Array, "tokens n"]], Float[Array, "tokens n"]], y: Float[Array, "tokens n"]
+) -> Float[Array, "tokens n"]:
+    """`function(y)`, rounded to the dtype of `y` once: for factors near 1, which half precision rounds to 1.
+
+    - function: keeps the shape. It casts leaves to the dtype of its argument, which is at least float32.
+    """
+    if y.dtype.itemsize >= 4:
+        return function(y)
+
+    # The backward pass keeps `y` as it is, not a copy of twice the size.
+    @jax.checkpoint
+    def rounded(y: Array) -> Array:
+        return function(y.astype(jnp.float32)).astype(y.dtype)
+
+    return rounded(y)
+
+
 def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens in"]:
     """`x` with entries dropped at the adapter's rate, if it has one and the context has a key."""
     if ctx.key is None or "dropout" not in adapter.frozen:
