@@ -8,8 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-from bare_kernels import assert_close, base, forward, host, inputs, normal, projected
-from cases import IN, LAYERS, OUT
+from bare_kernels import (
+    assert_close,
+    base,
+    fitted,
+    forward,
+    host,
+    inputs,
+    masks,
+    normal,
+    projected,
+    standalone,
+    trained,
+)
+from cases import IN, LAYERS, METHODS, OUT
 from nightly import nightly_unless
 from test_contract import depends_on
 from test_contract_model import CONFIG, EXPERTS, TOKENS, params_of
@@ -17,7 +29,7 @@ from torch_pair import build, logits, torch_logits
 
 import sborax as sx
 from sborax.adapters.arrow import Arrow
-from sborax.adapters.core import AbstractMethod, dense, is_weight
+from sborax.adapters.core import AbstractMethod, dense, is_weight, pair_of, structure
 from sborax.adapters.grouped import Sizes, grouped_linear
 from sborax.adapters.leaves import map_with_path, nest
 from sborax.adapters.tree import nodes
@@ -252,6 +264,22 @@ def test_text_with_a_cache_is_text_without(config, quantised):
         best = np.argmax(apply(params, adapters, jnp.asarray([row], jnp.int32))[0], axis=-1)
         assert list(text) == list(best[len(prompt) - 1 : -1])
     assert texts != generate(model, params, None, prompts, 4)
+
+
+def test_general_subtracts_factors_as_they_act():
+    """What a mask leaves out is neither mixed nor subtracted: adapters with masks are as the LoRA that they equal."""
+    params, count = {"layers": {"proj": {"kernel": base()}}}, 4
+    masked = next(case.method for case in METHODS if masks(case.method) & fitted(case.method)[1].frozen.keys())
+    nodes_of = [trained(standalone(tree), i) for i, tree in enumerate(trees_of(params, [[("proj", masked)]] * count))]
+    plain = [
+        sx.Adapter({"a": pair.a, "b": pair.b}, {"scale": pair.scale}, structure(sx.LoRA(rank=masked.rank)))
+        for pair in map(pair_of, nodes_of)
+    ]
+    got, expected = (
+        forward(inputs(), base(), standalone(sx.arrow(params, trees[:2], top_k=1, general=trees[2:])))
+        for trees in ([{"layers": {"proj": {"kernel": node}}} for node in tree] for tree in (nodes_of, plain))
+    )
+    assert_close(got, expected, 1e-5)
 
 
 def test_experts_of_a_mixture_mix_their_own():

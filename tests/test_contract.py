@@ -41,7 +41,7 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.bank import link
-from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
+from sborax.adapters.core import AbstractMethod, Adapter, dense, pair_of, structure
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.config import codec as config
@@ -90,7 +90,7 @@ def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
         assert not declared
         return
     tuned = trained(node)
-    a, b, scale = tuned.train["a"], tuned.train["b"], tuned.frozen["scale"]
+    scale, a, b = pair_of(tuned)
     if a.shape[-2] != weight.shape[-2]:
         assert not declared
         return
@@ -400,7 +400,9 @@ def test_every_counted_parameter_has_a_gradient(case: Case):
         assert "\n" not in str(error)
         return
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], grad)
-    train, frozen = sx.split(trained(standalone(adapters)))
+    node = standalone(adapters)
+    # Not the frozen half that `trained` returns: what it masks has no gradient.
+    train, frozen = sx.split(trained(node))[0], sx.split(node)[1]
     gradient = jax.grad(loss_of)(train, frozen, params["proj"]["kernel"], jnp.asarray(normal(6, 33, 10)))
     live = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(gradient))
     assert live == sx.count(adapters) == case.count(10, 12) + case.shared(10, 12)

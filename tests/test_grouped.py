@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, base, fitted, largest, linear, normal, trained
+from bare_kernels import assert_close, base, fitted, largest, linear, masks, normal, trained
 from cases import IN, METHODS, OUT, Case, context_for
 from nightly import nightly_unless
 
@@ -76,12 +76,13 @@ def grouped(x, weight, node):
 
 
 ON_EXPERTS = [case for case in METHODS if not case.method.token_mean]
+MASKED = [case for case in ON_EXPERTS if masks(case.method) & fitted(case.method)[1].frozen.keys()]
 FORMS = (AbstractGrouped, AbstractBranched, AbstractFactored, AbstractComposite, Chain)
 FEW = {
-    (bool(case.method.no_merge), *(isinstance(case.method, form) for form in FORMS)): case
+    (bool(case.method.no_merge), *(isinstance(case.method, form) for form in FORMS), case in MASKED): case
     for case in reversed(ON_EXPERTS)
 }.values()
-"""A row of every form that `grouped_linear` tells apart."""
+"""A row of every form and one with masks, of those that `grouped_linear` tells apart."""
 
 
 @by_base

@@ -28,6 +28,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     hyper,
+    pair_of,
     structure,
 )
 from sborax.adapters.depth import over_stack, stack_of
@@ -230,7 +231,7 @@ def _check(path: str, node: Adapter, leaves: dict[str, Weight]) -> None:
 
 
 def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters minus the mean of the general ones, separately for a and b."""
+    """The adapters minus the mean of the general ones, separately for a and b, as these act: without masks."""
     first = adapters[0]
     for node in (*adapters, *general):
         method, sizes = node.method, {name: leaf.shape for name, leaf in node.train.items()}
@@ -242,14 +243,18 @@ def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapte
             ranks = " and ".join(str(rank) for rank in (first.method.rank, method.rank))
             raise SboraxError(f"{path}: ranks {ranks}; general subtracts factors, so that all must have one rank")
 
-    def mean(name: str) -> Array:
-        return jnp.mean(jnp.stack([node.train[name] for node in general]), axis=0)
+    a, b = (
+        jnp.mean(jnp.stack(factors), axis=0) for factors in zip(*(pair_of(node)[1:] for node in general), strict=True)
+    )
 
-    a, b = mean("a"), mean("b")
-    return [
-        dataclasses.replace(node, train={**node.train, "a": node.train["a"] - a, "b": node.train["b"] - b})
-        for node in adapters
-    ]
+    def subtracted(node: Adapter) -> Adapter:
+        _, own_a, own_b = pair_of(node)
+        assert isinstance(node.method, AbstractFactored)
+        masks = node.method.masks.values()
+        frozen = {name: leaf for name, leaf in node.frozen.items() if name not in masks}
+        return dataclasses.replace(node, train={**node.train, "a": own_a - a, "b": own_b - b}, frozen=frozen)
+
+    return [subtracted(node) for node in adapters]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "stack"))

@@ -287,11 +287,30 @@ class AbstractFactored(AbstractAdditive):
     """An additive method that changes the *original* base weight by a product of thin factors."""
 
     pair: bool = False
-    """`merge` is W + s a b, with W as `init` left it and a constant s. Only a and b are trained."""
+    """`merge` is W + s a b, with W as `init` left it and a constant s. Only a and b are trained. See `pair_of`."""
+    masks: Mapping[str, str] = {}
+    """Of a `pair`, by the name of a factor: the frozen leaf that multiplies it, in adapters that have this leaf."""
 
     @abc.abstractmethod
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
         """`(a, b)`, scale included, such that `a @ b` is the change since before `init`: a plain LoRA of scale 1."""
+
+
+class Pair(NamedTuple):
+    """s, a and b of a change s a b; stack axes in front."""
+
+    scale: Float[Array, "*stack"]
+    a: Float[Array, "*stack in r"]
+    b: Float[Array, "*stack r out"]
+
+
+def pair_of(adapter: Adapter) -> Pair:
+    """The factors of a method that declares `pair`, as they act: without what its `masks` leave out."""
+    method, train, frozen = adapter.method, adapter.train, adapter.frozen
+    assert isinstance(method, AbstractFactored)
+    masks = {name: frozen[leaf] for name, leaf in method.masks.items() if leaf in frozen}
+    a, b = (train[name] * masks[name] if name in masks else train[name] for name in ("a", "b"))
+    return Pair(frozen["scale"], a, b)
 
 
 class AbstractReparametrisation(AbstractMethod):

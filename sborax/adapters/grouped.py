@@ -20,6 +20,7 @@ from sborax.adapters.core import (
     Adapter,
     Context,
     cast,
+    pair_of,
 )
 from sborax.adapters.depth import over_stack
 from sborax.adapters.grouped_matmul import (
@@ -140,7 +141,8 @@ def _thin(
     assert isinstance(method, AbstractFactored)
     if method.pair:
         # Not its `factors`: these also undo what the method took out of the base.
-        a, b = adapter.frozen["scale"][:, None, None] * adapter.train["a"], adapter.train["b"]
+        scale, a, b = pair_of(adapter)
+        a = scale[:, None, None] * a
     else:
         a, b = jax.vmap(lambda node: method.factors(node, (shape[0], shape[1])))(adapter)
     dropped = grouped_dropout(x, sizes, adapter, ctx)
