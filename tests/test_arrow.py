@@ -28,7 +28,8 @@ from test_contract_model import CONFIG, EXPERTS, TOKENS, params_of
 from torch_pair import build, logits, torch_logits
 
 import sborax as sx
-from sborax.adapters.arrow import Arrow
+from sborax.adapters.arrow import Arrow, _shares
+from sborax.adapters.compose import part_context
 from sborax.adapters.core import AbstractMethod, dense, is_weight, pair_of, structure
 from sborax.adapters.grouped import Sizes, grouped_linear
 from sborax.adapters.leaves import map_with_path, nest
@@ -280,6 +281,26 @@ def test_general_subtracts_factors_as_they_act():
         for trees in ([{"layers": {"proj": {"kernel": node}}} for node in tree] for tree in (nodes_of, plain))
     )
     assert_close(got, expected, 1e-5)
+
+
+NOISY = [case for case in METHODS if case.method.draws and not (case.method.no_merge or case.method.rewrites_base)]
+
+
+@pytest.mark.parametrize("case", NOISY, ids=lambda case: case.name)
+def test_noise_has_the_share_of_the_part_that_draws_it(case):
+    """With a key, as without one, what a part adds to a token is multiplied by its share, and so is its noise."""
+    _, _, adapters = mixed([case.method] * 3, top_k=2)
+    node = jax.tree.map(lambda leaf: leaf[0], standalone(adapters))
+    x, ctx, arrow = inputs(), sx.Context(jax.random.key(5)), node.method
+    got = sx.linear(x, base()[0], node, ctx)
+    shares = _shares(x, node.frozen["prototypes"], 2, node.frozen["temperature"])
+    assert (shares == 0).any() and (shares > 0.1).any()
+    expected = sx.linear(x, base()[0])
+    for i, (part, _) in enumerate(arrow.children(node)):
+        change = part.method.add_to(jnp.zeros_like(got), x, part, part_context(arrow, ctx, i))
+        expected = expected + shares[:, i : i + 1] * change
+    assert_close(got, expected, 1e-5)
+    assert np.abs(host(got) - host(sx.linear(x, base()[0], node))).max() > 1e-3
 
 
 def test_experts_of_a_mixture_mix_their_own():

@@ -94,8 +94,13 @@ class Arrow(AbstractAdditive, AbstractComposite):
     ) -> Float[Array, "tokens out"]:
         shares = cast(_shares(x, adapter.frozen["prototypes"], self.top_k, adapter.frozen["temperature"]), x)
         for i, (part, (child, _)) in enumerate(zip(self.parts, self.children(adapter), strict=True)):
-            # A part is linear in x, so its share may go to its input: its output is added without a copy.
-            y = part.add_to(y, shares[:, i : i + 1] * x, child, part_context(self, ctx, i))
+            share, of_part = shares[:, i : i + 1], part_context(self, ctx, i)
+            if part.draws and of_part.key is not None:
+                # What is drawn need not be linear in x.
+                y = y + share * part.add_to(jnp.zeros_like(y), x, child, of_part)
+            else:
+                # A part is linear in x, so its share may go to its input: its output is added without a copy.
+                y = part.add_to(y, share * x, child, of_part)
         return y
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
