@@ -290,7 +290,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         for i, positions in adapted.items():
             method = rules[i].method
             assert method is not None
-            if is_table and (why := why_no_table(method)):
+            if is_table and (why := why_no_table(method, use_of(path, of_tables))):
                 raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             method = _resolved(method, choose)
             in_layers = stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None
