@@ -170,6 +170,9 @@ class AbstractMethod(abc.ABC):
     The function of a method with a bank finds the bank's leaves among the frozen ones."""
     identity_at_init: bool = True
     """Before training, the adapted function equals the base function."""
+    scales_weight: bool = False
+    """The change of an entry of W, or of a column, is proportional to it: in half precision, a merged weight is rounded
+    back to W where the change is small."""
     no_merge: str = ""
     """Empty, or the reason why no weight equals the adapted function."""
     materialises: str = ""
@@ -341,6 +344,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def rewrites_base(self) -> bool:
         return any(part.rewrites_base for part in self.members)
+
+    @property
+    def scales_weight(self) -> bool:
+        return any(part.scales_weight for part in self.members)
 
     @property
     def no_merge(self) -> str:

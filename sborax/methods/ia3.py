@@ -45,6 +45,11 @@ class IA3(AbstractMethod):
         return {self._leaf: (self.side,)}
 
     @property
+    def scales_weight(self) -> bool:
+        # Factors of inputs are rounded with these either way.
+        return self.side == "out"
+
+    @property
     def adapts_bias(self) -> bool:
         return self.side == "out"
 

@@ -42,6 +42,7 @@ class RoAd(AbstractMethod):
     )
     group_b = frozenset({"theta", "alpha"})
     adapts_bias = True
+    scales_weight = True
     sends = "gradients of a cos t and a sin t instead of those of the leaves"
     rank = 1
 
