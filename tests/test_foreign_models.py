@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import METHODS
 from flax import nnx
 from nightly import nightly_unless
 from torch_pair import shaken
@@ -244,6 +245,21 @@ def test_what_has_no_module_and_what_links_layers_is_refused():
         _, adapters = sx.attach(jax.random.key(0), {"layers": {"0": tree}}, linked)
         with pytest.raises(sx.SboraxError, match="ResLoRA needs a model that knows it"):
             apply(adapters)
+
+
+MEANS = [case for case in METHODS if case.method.token_mean]
+
+
+@pytest.mark.parametrize("case", MEANS, ids=lambda case: case.name)
+def test_means_over_tokens_need_a_model_that_gives_the_mask(case):
+    """Without it they would count padding."""
+    model, kernel = nn.Dense(96), jnp.ones((128, 96))
+    params = {"layers": {"proj": {"kernel": kernel}}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)])
+    assert adapters["layers"]["proj"]["kernel"].method.token_mean
+    with pytest.raises(sx.SboraxError, match="layers/proj/kernel: .* needs a model that knows it") as caught:
+        sx.apply_linen(model, {"params": params}, adapters, jnp.ones((2, 128)))
+    assert "\n" not in str(caught.value)
 
 
 class Doubled(nnx.Linear):

@@ -339,9 +339,10 @@ def _check_place(path: str, method: AbstractMethod, in_layers: bool) -> None:
             f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
             "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
         )
-    if method.token_mean and stacks_experts(path):
+    sees_some = "each expert" if stacks_experts(path) else "the head" if path == HEAD else None
+    if method.token_mean and sees_some:
         raise SboraxError(
-            f"{path}: {type(method).__name__} takes means over tokens, of which each expert sees some; use a "
+            f"{path}: {type(method).__name__} takes means over tokens, of which {sees_some} sees some at a time; use a "
             "method that takes tokens one by one"
         )
 
