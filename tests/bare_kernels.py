@@ -13,7 +13,7 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.bank import link
-from sborax.adapters.core import AbstractMethod, Adapter
+from sborax.adapters.core import AbstractFactored, AbstractMethod, Adapter
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.models.nf4 import quantise
@@ -88,13 +88,25 @@ def standalone(adapters) -> Adapter:
 
 
 def trained(node: Adapter, seed: int = 3) -> Adapter:
-    """The same adapter with every trained leaf moved at random: zero starts hide mistakes. Padding stays zero."""
+    """The same adapter with every trained leaf moved at random: zero starts hide mistakes. Padding stays zero.
+
+    Masks, which are ones at the start, have zeros in a third of their entries.
+    """
     leaves, treedef = jax.tree.flatten(node.train)
     values = [
         jnp.asarray(np.asarray(leaf) + np.float32(0.2) * normal(seed + 100 * i, *leaf.shape) * live)
         for i, (leaf, live) in enumerate(zip(leaves, jax.tree.leaves(padding(node)), strict=True))
     ]
-    return Adapter(jax.tree.unflatten(treedef, values), node.frozen, node.method, node.in_axes)
+    frozen = {
+        name: leaf * (normal(seed, *leaf.shape) > -0.4).astype(np.float32) if name in masks(node.method) else leaf
+        for name, leaf in node.frozen.items()
+    }
+    return Adapter(jax.tree.unflatten(treedef, values), frozen, node.method, node.in_axes)
+
+
+def masks(method: AbstractMethod) -> set[str]:
+    """The names of the frozen leaves that mask a trained one."""
+    return set(method.masks.values()) if isinstance(method, AbstractFactored) else set()
 
 
 def padding(node: Adapter):

@@ -8,16 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-from bare_kernels import assert_close, base, forward, host, inputs, normal, projected
-from cases import IN, LAYERS, OUT
+from bare_kernels import (
+    assert_close,
+    base,
+    fitted,
+    forward,
+    host,
+    inputs,
+    masks,
+    normal,
+    projected,
+    standalone,
+    trained,
+)
+from cases import IN, LAYERS, METHODS, OUT
 from nightly import nightly_unless
 from test_contract import depends_on
 from test_contract_model import CONFIG, EXPERTS, TOKENS, params_of
 from torch_pair import build, logits, torch_logits
 
 import sborax as sx
-from sborax.adapters.arrow import Arrow
-from sborax.adapters.core import AbstractMethod, dense, is_weight
+from sborax.adapters.arrow import Arrow, _shares
+from sborax.adapters.compose import part_context
+from sborax.adapters.core import AbstractMethod, dense, is_weight, pair_of, structure
 from sborax.adapters.grouped import Sizes, grouped_linear
 from sborax.adapters.leaves import map_with_path, nest
 from sborax.adapters.tree import nodes
@@ -252,6 +265,42 @@ def test_text_with_a_cache_is_text_without(config, quantised):
         best = np.argmax(apply(params, adapters, jnp.asarray([row], jnp.int32))[0], axis=-1)
         assert list(text) == list(best[len(prompt) - 1 : -1])
     assert texts != generate(model, params, None, prompts, 4)
+
+
+def test_general_subtracts_factors_as_they_act():
+    """What a mask leaves out is neither mixed nor subtracted: adapters with masks are as the LoRA that they equal."""
+    params, count = {"layers": {"proj": {"kernel": base()}}}, 4
+    masked = next(case.method for case in METHODS if masks(case.method) & fitted(case.method)[1].frozen.keys())
+    nodes_of = [trained(standalone(tree), i) for i, tree in enumerate(trees_of(params, [[("proj", masked)]] * count))]
+    plain = [
+        sx.Adapter({"a": pair.a, "b": pair.b}, {"scale": pair.scale}, structure(sx.LoRA(rank=masked.rank)))
+        for pair in map(pair_of, nodes_of)
+    ]
+    got, expected = (
+        forward(inputs(), base(), standalone(sx.arrow(params, trees[:2], top_k=1, general=trees[2:])))
+        for trees in ([{"layers": {"proj": {"kernel": node}}} for node in tree] for tree in (nodes_of, plain))
+    )
+    assert_close(got, expected, 1e-5)
+
+
+NOISY = [case for case in METHODS if case.method.draws and not (case.method.no_merge or case.method.rewrites_base)]
+
+
+@pytest.mark.parametrize("case", NOISY, ids=lambda case: case.name)
+def test_noise_has_the_share_of_the_part_that_draws_it(case):
+    """With a key, as without one, what a part adds to a token is multiplied by its share, and so is its noise."""
+    _, _, adapters = mixed([case.method] * 3, top_k=2)
+    node = jax.tree.map(lambda leaf: leaf[0], standalone(adapters))
+    x, ctx, arrow = inputs(), sx.Context(jax.random.key(5)), node.method
+    got = sx.linear(x, base()[0], node, ctx)
+    shares = _shares(x, node.frozen["prototypes"], 2, node.frozen["temperature"])
+    assert (shares == 0).any() and (shares > 0.1).any()
+    expected = sx.linear(x, base()[0])
+    for i, (part, _) in enumerate(arrow.children(node)):
+        change = part.method.add_to(jnp.zeros_like(got), x, part, part_context(arrow, ctx, i))
+        expected = expected + shares[:, i : i + 1] * change
+    assert_close(got, expected, 1e-5)
+    assert np.abs(host(got) - host(sx.linear(x, base()[0], node))).max() > 1e-3
 
 
 def test_experts_of_a_mixture_mix_their_own():

@@ -1,5 +1,6 @@
 """The contract that every method keeps, on bare kernels: one row of `cases.METHODS` is one method."""
 
+import bisect
 import dataclasses
 import json
 import math
@@ -40,7 +41,7 @@ from nightly import nightly_unless
 
 import sborax as sx
 from sborax.adapters.bank import link
-from sborax.adapters.core import AbstractMethod, Adapter, dense, structure
+from sborax.adapters.core import AbstractMethod, Adapter, dense, pair_of, structure
 from sborax.adapters.paths import kernels
 from sborax.adapters.tree import nodes, over_stack, stack_of
 from sborax.config import codec as config
@@ -89,7 +90,7 @@ def test_a_pair_is_declared_where_the_change_is_that_of_its_factors(case: Case):
         assert not declared
         return
     tuned = trained(node)
-    a, b, scale = tuned.train["a"], tuned.train["b"], tuned.frozen["scale"]
+    scale, a, b = pair_of(tuned)
     if a.shape[-2] != weight.shape[-2]:
         assert not declared
         return
@@ -133,6 +134,42 @@ def test_factored_equals_merged_with_random_leaves(case: Case, dtype, stacked, q
     assert largest(host(dense_weight) - host(dense(weight))) > 1e-3, (
         "the random leaves changed nothing: the comparison proves nothing"
     )
+
+
+SMALL = 3e-3
+"""A change of the outputs, relative to them: less than half a step of bfloat16 above 1, more than half of one below."""
+
+
+@by_case
+def test_a_small_change_is_the_same_applied_in_half_precision_and_merged(case: Case):
+    """A factor near 1 that is rounded before it is used stays 1, and the model as it is, until it has moved far."""
+    if case.method.no_merge or case.method.linked:
+        return
+    weight, start = fitted(case.method, "bfloat16", stacked=False)
+    x = jnp.asarray(normal(4, 64, IN), "bfloat16")
+    base_weight, before = host(merged(weight, start)), host(forward(x, weight, start))
+    leaves, treedef = jax.tree.flatten(start.train)
+    live = jax.tree.leaves(padding(start))
+    for number, leaf in enumerate(leaves):
+        # All entries move the same way, and not quite alike: equal ones may change nothing.
+        direction = (np.float32(1.0) + np.float32(0.1) * normal(number, *leaf.shape)) * live[number]
+
+        def moved(step: float, number=number, direction=direction) -> Adapter:
+            values = [*leaves[:number], leaves[number] + np.float32(step) * direction, *leaves[number + 1 :]]
+            return dataclasses.replace(start, train=jax.tree.unflatten(treedef, values))
+
+        def change(step: float, moved=moved) -> np.ndarray:
+            return host(x) @ (host(merged(weight, moved(step))) - base_weight)
+
+        steps = [2.0 ** (k / 16) for k in range(-320, 1)]
+        size = SMALL * np.linalg.norm(before)
+        number_of_step = bisect.bisect(steps, size, key=lambda step: np.linalg.norm(change(step)))
+        if number_of_step == len(steps):
+            continue  # Beside starts of the other leaves, this one changes little or nothing.
+        step = steps[number_of_step - 1]
+        expected, got = change(step), host(forward(x, weight, moved(step))) - before
+        share = np.sum(got * expected) / np.sum(expected**2)
+        assert 0.7 < share < 1.3, f"{share:.2f} of the change is applied"
 
 
 @by_case
@@ -363,7 +400,9 @@ def test_every_counted_parameter_has_a_gradient(case: Case):
         assert "\n" not in str(error)
         return
     params, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)], grad)
-    train, frozen = sx.split(trained(standalone(adapters)))
+    node = standalone(adapters)
+    # Not the frozen half that `trained` returns: what it masks has no gradient.
+    train, frozen = sx.split(trained(node))[0], sx.split(node)[1]
     gradient = jax.grad(loss_of)(train, frozen, params["proj"]["kernel"], jnp.asarray(normal(6, 33, 10)))
     live = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(gradient))
     assert live == sx.count(adapters) == case.count(10, 12) + case.shared(10, 12)

@@ -19,6 +19,7 @@ from tiny_model import WIDE, write_data, write_model
 from torch_pair import TOKENS, build, logits, reloaded, shaken, torch_logits, with_peft
 
 import sborax as sx
+from sborax.adapters.core import OUTPUT_DROPOUTS
 from sborax.adapters.leaves import nest
 from sborax.adapters.tables import why_no_table
 from sborax.adapters.tree import nodes
@@ -183,8 +184,8 @@ def narrow():
     return dataclasses.replace(model, params=params)
 
 
-THIN = [case for case in METHODS if not why_no_table(case.method)]
-OTHERS = [case for case in METHODS if why_no_table(case.method)]
+THIN = [case for case in METHODS if not why_no_table(case.method, "tied")]
+OTHERS = [case for case in METHODS if why_no_table(case.method, "tied")]
 
 
 @pytest.mark.parametrize("case", nightly_unless(THIN[2:3], THIN), ids=lambda case: case.name)
@@ -208,6 +209,20 @@ def test_other_methods_are_refused(tied):
         with pytest.raises(sx.SboraxError, match="cannot adapt the table of the embedding: .*; ") as caught:
             sx.plan(params, [("embed_tokens", case.method)])
         assert "\n" not in str(caught.value)
+
+
+DROPPING = [(case.method, rate) for case in THIN for rate in sorted(OUTPUT_DROPOUTS) if hasattr(case.method, rate)]
+
+
+@pytest.mark.parametrize(("method", "rate"), DROPPING, ids=str)
+def test_rates_of_outputs_are_refused_where_nothing_is_projected(method, rate, tied):
+    params, dropping = tied.ours.abstract(), dataclasses.replace(method, **{rate: 0.5})
+    for rules in ([("embed_tokens", dropping)], [("lm_head", None), ("embed_tokens", sx.scale(dropping, 2.0))]):
+        with pytest.raises(sx.SboraxError, match=f"cannot adapt the table of the embedding: .*{rate}.*; ") as caught:
+            sx.plan(params, rules)
+        assert "\n" not in str(caught.value)
+    # A head of its own is a projection, though its kernel is the table.
+    sx.plan(params, [("lm_head", dropping)])
 
 
 def products(jaxpr):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import METHODS
 from flax import nnx
 from nightly import nightly_unless
 from torch_pair import shaken
@@ -246,6 +247,21 @@ def test_what_has_no_module_and_what_links_layers_is_refused():
             apply(adapters)
 
 
+MEANS = [case for case in METHODS if case.method.token_mean]
+
+
+@pytest.mark.parametrize("case", MEANS, ids=lambda case: case.name)
+def test_means_over_tokens_need_a_model_that_gives_the_mask(case):
+    """Without it they would count padding."""
+    model, kernel = nn.Dense(96), jnp.ones((128, 96))
+    params = {"layers": {"proj": {"kernel": kernel}}}
+    _, adapters = sx.attach(jax.random.key(0), params, [("proj", case.method)])
+    assert adapters["layers"]["proj"]["kernel"].method.token_mean
+    with pytest.raises(sx.SboraxError, match="layers/proj/kernel: .* needs a model that knows it") as caught:
+        sx.apply_linen(model, {"params": params}, adapters, jnp.ones((2, 128)))
+    assert "\n" not in str(caught.value)
+
+
 class Doubled(nnx.Linear):
     """A projection whose module does more than multiply."""
 
@@ -286,6 +302,46 @@ def test_adapters_of_an_nnx_model_drop_in_training_alone():
     adapted.eval()
     np.testing.assert_allclose(call(adapted), plain(x), rtol=1e-6)
     np.testing.assert_array_equal(plain(x), plain(x))
+
+
+class Gated(nnx.Module):
+    """Has a kernel and a flag of its own, which its call reads."""
+
+    def __init__(self, deterministic):
+        self.kernel, self.deterministic = nnx.Param(jnp.eye(8)), deterministic
+
+    def __call__(self, x):
+        return x @ self.kernel[...] * (1.0 if self.deterministic else 2.0)
+
+
+class Trunk(nnx.Module):
+    def __init__(self, own=False, drops=True):
+        self.first, self.second = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), Gated(own)
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(1)) if drops else None
+
+    def __call__(self, x):
+        y = self.first(x)
+        return self.second(y if self.drop is None else self.drop(y))
+
+
+def test_adapted_nnx_modules_have_the_mode_of_the_model():
+    x = jnp.ones((2, 8))
+
+    def adapted(model):
+        params = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1])
+        rules = [("first", sx.LoRA(rank=2, dropout=0.5)), ("second", sx.LoRA(rank=2))]
+        return sx.adapt_nnx(model, sx.attach(jax.random.key(1), params, rules)[1], nnx.Rngs(dropout=1))
+
+    model = Trunk()
+    assert not adapted(model).first.deterministic and not adapted(model).second.deterministic
+    model.eval()
+    assert adapted(model).first.deterministic and adapted(model).second.deterministic
+    # At their start the adapters change nothing.
+    np.testing.assert_allclose(adapted(model)(x), model(x), rtol=1e-6)
+    fixed = adapted(Trunk(own=True))
+    assert fixed.second.deterministic and not fixed.first.deterministic
+    plain = Pair()
+    assert not sx.adapt_nnx(plain, adapted_pair(plain, sx.LoRA(rank=2))[1]).first.deterministic
 
 
 def test_layers_under_a_scan_drop_differently():

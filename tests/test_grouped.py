@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bare_kernels import assert_close, base, fitted, largest, linear, normal, trained
+from bare_kernels import assert_close, base, fitted, host, largest, linear, masks, normal, trained
 from cases import IN, METHODS, OUT, Case, context_for
 from nightly import nightly_unless
 
@@ -76,12 +76,13 @@ def grouped(x, weight, node):
 
 
 ON_EXPERTS = [case for case in METHODS if not case.method.token_mean]
+MASKED = [case for case in ON_EXPERTS if masks(case.method) & fitted(case.method)[1].frozen.keys()]
 FORMS = (AbstractGrouped, AbstractBranched, AbstractFactored, AbstractComposite, Chain)
 FEW = {
-    (bool(case.method.no_merge), *(isinstance(case.method, form) for form in FORMS)): case
+    (bool(case.method.no_merge), *(isinstance(case.method, form) for form in FORMS), case in MASKED): case
     for case in reversed(ON_EXPERTS)
 }.values()
-"""A row of every form that `grouped_linear` tells apart."""
+"""A row of every form and one with masks, of those that `grouped_linear` tells apart."""
 
 
 @by_base
@@ -94,6 +95,58 @@ def test_grouped_rows_equal_a_loop_over_experts(case: Case, quantised):
         # Without a key, leaves of draws alone have no gradient.
         assert largest(expected) > 0 or case.method.draws
         assert_close(mine, expected, 1e-5)
+
+
+MERGED = [case for case in ON_EXPERTS if not (case.method.no_merge or case.method.linked or case.method.approximates)]
+OF_WEIGHT = {
+    f"{case.name} by layer": ByLayer((case.method,), ((0, 1, 2),)) for case in ON_EXPERTS if case.name == "HiRA"
+}
+ROWS_EACH = 64
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[pytest.mark.nightly] * (not method.scales_weight and name != "LoKr"))
+        for name, method in [*((case.name, case.method) for case in MERGED), *OF_WEIGHT.items()]
+    ],
+)
+def test_a_small_change_acts_on_experts_as_on_a_kernel(method):
+    """In half precision. A weight that is merged and rounded has lost what is small beside its entries."""
+    weight, start = fitted(method, "bfloat16")
+    end, ends = trained(start).train, range(ROWS_EACH, 4 * ROWS_EACH, ROWS_EACH)
+    x, sizes = jnp.asarray(normal(4, 3 * ROWS_EACH, IN), "bfloat16"), sizes_of((ROWS_EACH,) * 3)
+
+    def loop(product, weight, node):
+        return jnp.concatenate(
+            [
+                product(x[end - ROWS_EACH : end], *jax.tree.map(lambda leaf, i=i: leaf[i], (weight, node)))
+                for i, end in enumerate(ends)
+            ]
+        )
+
+    @jax.jit
+    def by_rows(weight, node):
+        return grouped_linear(x, weight, sizes, node, context_for([node.method], x))
+
+    by_kernel = jax.jit(functools.partial(loop, linear))
+    in_float32 = jax.jit(functools.partial(loop, lambda x, w, node: x.astype(jnp.float32) @ node.method.merge(w, node)))
+
+    def moved(step: float):
+        train = jax.tree.map(lambda old, new: old + np.float32(step) * (new - old), start.train, end)
+        return dataclasses.replace(start, train=train)
+
+    def change(product, step: float):
+        return host(product(weight, moved(step))) - host(product(weight, start))
+
+    step, size = 1.0, 1e-3 * np.linalg.norm(host(by_kernel(weight, start)))
+    for _ in range(6):
+        step *= (size / np.linalg.norm(change(in_float32, step))) ** 0.8
+    expected = change(in_float32, step)
+    on_experts, on_kernel = (
+        np.sum(change(product, step) * expected) / np.sum(expected**2) for product in (by_rows, by_kernel)
+    )
+    assert on_experts > on_kernel - 0.3, f"{on_experts:.2f} of the change is applied, and {on_kernel:.2f} to kernels"
 
 
 COMPOSED = {

@@ -164,6 +164,16 @@ def test_experts_act_on_no_mean_of_theirs():
         sx.plan(params, [("experts", sx.Lily(rank=2, routing="batch"))])
 
 
+def test_a_head_takes_no_mean():
+    """In training it is called with some of the tokens at a time."""
+    params = {"lm_head": {"kernel": jnp.asarray(normal(4, 8, 6))}, "layers": {"q": {"kernel": jnp.ones((2, 8, 8))}}}
+    sx.plan(params, [("lm_head", METHOD)])
+    for method in (sx.Lily(rank=2, routing="batch"), sx.scale(sx.Lily(rank=2, routing="batch"), 0.5)):
+        sx.plan(params, [("q", method)])
+        with pytest.raises(sx.SboraxError, match="lm_head/kernel: .* takes means over tokens, of which the head"):
+            sx.plan(params, [("lm_head", method)])
+
+
 def test_padding_is_no_part_of_a_mean(pair):
     """The text alone, and the text with padding on either side."""
     method = sx.Lily(rank=2, routing="batch")

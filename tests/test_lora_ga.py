@@ -116,12 +116,19 @@ def test_subspace_iterations_find_the_same_directions():
     close(fast["b"].T @ fast["b"], exact["b"].T @ exact["b"], 1e-4)
 
 
-def test_random_direction_takes_r_distinct_pairs():
-    _, node = attached(sx.LoRAGA(rank=3, direction="random", scale="unit"))
-    u, _, _ = np.linalg.svd(G.astype(np.float64))
-    share = np.square(np.asarray(node.train["a"]).T @ u[:, :6])
-    np.testing.assert_allclose(np.sort(share, axis=1)[:, -1], 1.0, atol=1e-4)
-    assert len(set(share.argmax(axis=1))) == 3
+@pytest.mark.parametrize("formula", ["authors", "peft"])
+def test_random_direction_takes_r_distinct_pairs(formula):
+    """The authors deal all 2r of them out to a and b; PEFT gives both the same."""
+    _, node = attached(sx.LoRAGA(rank=3, direction="random", scale="unit", formula=formula))
+    u, _, vt = np.linalg.svd(G.astype(np.float64))
+    taken = []
+    for factor, directions in ((np.asarray(node.train["a"]).T, u[:, :6]), (np.asarray(node.train["b"]), vt[:6].T)):
+        share = np.square(factor / np.linalg.norm(factor, axis=1, keepdims=True) @ directions)
+        np.testing.assert_allclose(np.sort(share, axis=1)[:, -1], 1.0, atol=1e-4)
+        taken.append(list(share.argmax(axis=1)))
+    of_a, of_b = taken
+    assert len(set(of_a)) == 3
+    assert set(of_a) | set(of_b) == set(range(6)) if formula == "authors" else of_a == of_b
 
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])

@@ -449,6 +449,12 @@ def test_lora_fa_refuses_trained_gains_between_a_and_b(method):
         sx.split_lora_fa(adapters)
 
 
+def test_lora_fa_refuses_factors_with_masks():
+    _, adapters = adapted_stack(sx.PRILoRA(rank=3, persistent_mask=True))
+    with pytest.raises(SboraxError, match="PRILoRA masks a, which the projection of b leaves out"):
+        sx.split_lora_fa(adapters)
+
+
 @pytest.mark.parametrize(
     "method",
     [sx.HiRA(rank=3), sx.GLoRA(rank=3), sx.DeLoRA(rank=3), sx.LoKr(rank=1)],

@@ -54,6 +54,29 @@ def test_files_of_peft_give_its_logits(pair, name, tmp_path):
     assert relative(expected, torch_logits(pair.torch)) > 1e-2
 
 
+BY_LAYER = {
+    "alpha": {"alpha_pattern": {"model.layers.1.mlp.experts.down_proj": 20}},
+    "rank": {"rank_pattern": {"model.layers.1.mlp.experts.down_proj": 2}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+# PEFT looks for the keys of patterns among modules only, though it follows those of parameters.
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_patterns_that_tell_layers_apart(pair, name, scan, tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=8, target_parameters=EXPERTS, target_modules=[], **BY_LAYER[name])
+    theirs = with_peft(pair, config)
+    theirs.save_pretrained(tmp_path)
+    ours = pair.ours if scan else load_model(pair.path, scan=False)
+    if scan and name == "rank":
+        with pytest.raises(sx.SboraxError, match="experts of different layers have different ranks"):
+            load_peft(tmp_path, ours)
+        return
+    assert relative(our_logits(ours, *load_peft(tmp_path, ours)), torch_logits(theirs)) < TOLERANCE
+
+
 OURS = {
     "three methods": [
         ("experts/gate", sx.LoRA(rank=2, alpha=4.0)),

@@ -147,6 +147,11 @@ REFUSED = {
     ),
     "routed": (sx.LoRAPrune(), [(ALL, sx.MiLoRA(rank=2))], "MiLoRA does not merge layer by layer; use LoRA"),
     "one frozen factor": (sx.XGBLoRA(), [(ALL, sx.OrthogonalAdaptation(rank=2))], "trains no pair a, b; use LoRA"),
+    "noise": (
+        sx.XGBLoRA(),
+        [(ALL, sx.MonteCLoRA(rank=1))],
+        "MonteCLoRA draws noise that is added to a, which would train",
+    ),
     "a full budget": (
         sx.AdaLoRABudget(target=8),
         [("mlp", sx.AdaLoRA(rank=8)), ("self_attn", sx.AdaLoRA(rank=4))],

@@ -230,6 +230,28 @@ def test_specs_follow_the_kernel():
     }
 
 
+@pytest.mark.parametrize(
+    ("in_axes", "spec", "of_in", "of_out"),
+    [
+        (2, P("tensor", None, "fsdp"), "tensor", "fsdp"),
+        (1, P("fsdp", "tensor", None), "fsdp", "tensor"),
+        (1, P("fsdp", "tensor"), "fsdp", "tensor"),
+        (2, P("tensor"), "tensor", None),
+        # Parts of the second axis lie apart in the flattened one.
+        (2, P(None, "tensor", "fsdp"), None, "fsdp"),
+        (1, P("fsdp", "tensor", "data"), "fsdp", None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stack", [(), ("data",)], ids=["flat", "stacked"])
+def test_specs_of_a_kernel_of_several_axes_are_those_of_its_flattened_sides(in_axes, spec, of_in, of_out, stack):
+    params = {"proj": {"kernel": jnp.zeros((*(2,) * len(stack), 4, 8, 16))}}
+    _, adapters = sx.attach(KEY, params, [sx.Rule("proj", sx.LoRA(rank=2), in_axes=in_axes, stack_axes=len(stack))])
+    node = sx.specs(adapters, {"proj": {"kernel": P(*stack, *spec)}})["proj"]["kernel"]
+    assert node.train == {"a": P(*stack, of_in, None), "b": P(*stack, None, of_out)}
+    assert node.frozen == {"scale": P(*stack)}
+
+
 def test_kernels_of_many_axes_are_read_as_in_and_out():
     kernel = jax.random.normal(KEY, (6, 2, 4))
     base = {"attention": {"kernel": kernel}}

@@ -11,8 +11,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from bare_kernels import assert_close, fitted, masks, trained
+from cases import METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import nightly_unless
 from torch_pair import build, logits, reloaded, shake, shaken, torch_logits, with_peft
 
 import sborax as sx
@@ -20,6 +23,7 @@ from sborax.adapters.arithmetic import by_layer
 from sborax.adapters.leaves import nest
 from sborax.adapters.tree import nodes
 from sborax.interop.peft import load_peft
+from sborax.interop.weighted_lora import weighted_lora
 from sborax.layout.state import flatten
 from sborax.models.nf4 import quantise
 
@@ -318,3 +322,18 @@ def test_the_way_back_has_the_bits_of_the_base(case, seed):
             still = np.ones(start.shape[:2], bool)
             np.put_along_axis(still, np.asarray(node.frozen["idx"]), False, axis=1)
             assert (inverse.view(np.uint32) == start.view(np.uint32))[still].all()
+
+
+PAIRS = {case.name: case for case in METHODS if getattr(case.method, "pair", False) and not case.method.rewrites_base}
+
+
+@pytest.mark.parametrize(
+    "name", nightly_unless([next(iter(PAIRS)), *(name for name in PAIRS if masks(PAIRS[name].method))], PAIRS)
+)
+def test_the_factors_of_one_part_make_its_change(name):
+    weight, node = fitted(PAIRS[name].method)
+    params, adapters = {"layers": {"proj": {"kernel": weight}}}, {"layers": {"proj": {"kernel": trained(node)}}}
+    for combination in (sx.Combination("linear"), sx.Combination("cat")):
+        one = weighted_lora(params, [sx.Weighted(1.0, adapters)], combination)
+        got, expected = (sx.merge(params, tree)["layers"]["proj"]["kernel"] for tree in (one, adapters))
+        assert_close(got, expected, 1e-5)

@@ -28,6 +28,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     hyper,
+    pair_of,
     structure,
 )
 from sborax.adapters.depth import over_stack, stack_of
@@ -93,8 +94,13 @@ class Arrow(AbstractAdditive, AbstractComposite):
     ) -> Float[Array, "tokens out"]:
         shares = cast(_shares(x, adapter.frozen["prototypes"], self.top_k, adapter.frozen["temperature"]), x)
         for i, (part, (child, _)) in enumerate(zip(self.parts, self.children(adapter), strict=True)):
-            # A part is linear in x, so its share may go to its input: its output is added without a copy.
-            y = part.add_to(y, shares[:, i : i + 1] * x, child, part_context(self, ctx, i))
+            share, of_part = shares[:, i : i + 1], part_context(self, ctx, i)
+            if part.draws and of_part.key is not None:
+                # What is drawn need not be linear in x.
+                y = y + share * part.add_to(jnp.zeros_like(y), x, child, of_part)
+            else:
+                # A part is linear in x, so its share may go to its input: its output is added without a copy.
+                y = part.add_to(y, share * x, child, of_part)
         return y
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
@@ -230,7 +236,7 @@ def _check(path: str, node: Adapter, leaves: dict[str, Weight]) -> None:
 
 
 def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters minus the mean of the general ones, separately for a and b."""
+    """The adapters minus the mean of the general ones, separately for a and b, as these act: without masks."""
     first = adapters[0]
     for node in (*adapters, *general):
         method, sizes = node.method, {name: leaf.shape for name, leaf in node.train.items()}
@@ -242,14 +248,18 @@ def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapte
             ranks = " and ".join(str(rank) for rank in (first.method.rank, method.rank))
             raise SboraxError(f"{path}: ranks {ranks}; general subtracts factors, so that all must have one rank")
 
-    def mean(name: str) -> Array:
-        return jnp.mean(jnp.stack([node.train[name] for node in general]), axis=0)
+    a, b = (
+        jnp.mean(jnp.stack(factors), axis=0) for factors in zip(*(pair_of(node)[1:] for node in general), strict=True)
+    )
 
-    a, b = mean("a"), mean("b")
-    return [
-        dataclasses.replace(node, train={**node.train, "a": node.train["a"] - a, "b": node.train["b"] - b})
-        for node in adapters
-    ]
+    def subtracted(node: Adapter) -> Adapter:
+        _, own_a, own_b = pair_of(node)
+        assert isinstance(node.method, AbstractFactored)
+        masks = node.method.masks.values()
+        frozen = {name: leaf for name, leaf in node.frozen.items() if name not in masks}
+        return dataclasses.replace(node, train={**node.train, "a": own_a - a, "b": own_b - b}, frozen=frozen)
+
+    return [subtracted(node) for node in adapters]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "stack"))

@@ -170,6 +170,9 @@ class AbstractMethod(abc.ABC):
     The function of a method with a bank finds the bank's leaves among the frozen ones."""
     identity_at_init: bool = True
     """Before training, the adapted function equals the base function."""
+    scales_weight: bool = False
+    """The change of an entry of W, or of a column, is proportional to it: in half precision, a merged weight is rounded
+    back to W where the change is small."""
     no_merge: str = ""
     """Empty, or the reason why no weight equals the adapted function."""
     materialises: str = ""
@@ -287,11 +290,30 @@ class AbstractFactored(AbstractAdditive):
     """An additive method that changes the *original* base weight by a product of thin factors."""
 
     pair: bool = False
-    """`merge` is W + s a b, with W as `init` left it and a constant s. Only a and b are trained."""
+    """`merge` is W + s a b, with W as `init` left it and a constant s. Only a and b are trained. See `pair_of`."""
+    masks: Mapping[str, str] = {}
+    """Of a `pair`, by the name of a factor: the frozen leaf that multiplies it, in adapters that have this leaf."""
 
     @abc.abstractmethod
     def factors(self, adapter: Adapter, shape: tuple[int, int]) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
         """`(a, b)`, scale included, such that `a @ b` is the change since before `init`: a plain LoRA of scale 1."""
+
+
+class Pair(NamedTuple):
+    """s, a and b of a change s a b; stack axes in front."""
+
+    scale: Float[Array, "*stack"]
+    a: Float[Array, "*stack in r"]
+    b: Float[Array, "*stack r out"]
+
+
+def pair_of(adapter: Adapter) -> Pair:
+    """The factors of a method that declares `pair`, as they act: without what its `masks` leave out."""
+    method, train, frozen = adapter.method, adapter.train, adapter.frozen
+    assert isinstance(method, AbstractFactored)
+    masks = {name: frozen[leaf] for name, leaf in method.masks.items() if leaf in frozen}
+    a, b = (train[name] * masks[name] if name in masks else train[name] for name in ("a", "b"))
+    return Pair(frozen["scale"], a, b)
 
 
 class AbstractReparametrisation(AbstractMethod):
@@ -322,6 +344,10 @@ class AbstractComposite(AbstractMethod):
     @property
     def rewrites_base(self) -> bool:
         return any(part.rewrites_base for part in self.members)
+
+    @property
+    def scales_weight(self) -> bool:
+        return any(part.scales_weight for part in self.members)
 
     @property
     def no_merge(self) -> str:
@@ -427,6 +453,24 @@ def linear(
     if adapter is not None and adapter.method.adapts_bias:
         bias = adapter.method.merge_bias(bias, weight, adapter)
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def in_float32(
+    function: Callable[[Float[Array, "tokens n"]], Float[Array, "tokens n"]], y: Float[Array, "tokens n"]
+) -> Float[Array, "tokens n"]:
+    """`function(y)`, rounded to the dtype of `y` once: for factors near 1, which half precision rounds to 1.
+
+    - function: keeps the shape. It casts leaves to the dtype of its argument, which is at least float32.
+    """
+    if y.dtype.itemsize >= 4:
+        return function(y)
+
+    # The backward pass keeps `y` as it is, not a copy of twice the size.
+    @jax.checkpoint
+    def rounded(y: Array) -> Array:
+        return function(y.astype(jnp.float32)).astype(y.dtype)
+
+    return rounded(y)
 
 
 def dropout(x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context) -> Float[Array, "tokens in"]:

@@ -20,6 +20,7 @@ from sborax.adapters.core import (
     Adapter,
     Context,
     cast,
+    pair_of,
 )
 from sborax.adapters.depth import over_stack
 from sborax.adapters.grouped_matmul import (
@@ -30,7 +31,7 @@ from sborax.adapters.grouped_matmul import (
     grouped_matmul,
     tiles,
 )
-from sborax.adapters.weight import Weight
+from sborax.adapters.weight import Weight, dense
 
 
 class AbstractGrouped(AbstractMethod):
@@ -68,7 +69,8 @@ def grouped_linear(
     """`core.linear` of each row with the weight and the adapter of its expert.
 
     A method's declarations choose the form, in this order: its own (`AbstractGrouped`), its thin factors, its merged
-    weights, and at last `apply` on tiles of rows that belong to one expert.
+    weights, and at last `apply` on tiles of rows that belong to one expert. In half precision, methods that scale the
+    weight form its change beside it, or go by tiles.
 
     Args:
     - x: rows sorted by expert.
@@ -91,17 +93,26 @@ def grouped_linear(
             y = add_matmul(y, hidden, b, sizes)
         return y
     drops = ctx.key is not None and _drops(adapter.frozen, INPUT_DROPOUTS)
-    if not (method.no_merge or method.linked or method.approximates or drops):
+    if method.no_merge or method.linked or method.approximates or drops:
+        return _by_tiles(x, weight, sizes, adapter, ctx)
+    if not method.scales_weight or x.dtype.itemsize >= 4:
         return grouped_matmul(x, _merged(weight, adapter, sizes, x.dtype), sizes)
+    if method.materialises:
+        # The change is formed once for each expert, where tiles would form it again and again.
+        change = _merged(weight, adapter, sizes, x.dtype, change=True)
+        return grouped_matmul(x, weight, sizes) + grouped_matmul(x, change, sizes)
     return _by_tiles(x, weight, sizes, adapter, ctx)
 
 
-def _merged(weight: Weight, adapter: Adapter, sizes: Sizes, dtype: Any) -> Float[Array, "experts fan_in fan_out"]:
-    """The merged weight of every expert that has rows, and zeros for the others."""
+def _merged(
+    weight: Weight, adapter: Adapter, sizes: Sizes, dtype: Any, change: bool = False
+) -> Float[Array, "experts fan_in fan_out"]:
+    """The merged weight of every expert that has rows, or its change, and zeros for the others."""
 
     def merge(matrix: Weight, node: Adapter, size: Array) -> Array:
         def compute() -> Array:
-            return node.method.merge(matrix, node).astype(dtype)
+            merged = node.method.merge(matrix, node)
+            return (merged - dense(matrix).astype(merged.dtype) if change else merged).astype(dtype)
 
         return jax.lax.cond(size > 0, compute, lambda: jnp.zeros(matrix.shape, dtype))
 
@@ -140,7 +151,8 @@ def _thin(
     assert isinstance(method, AbstractFactored)
     if method.pair:
         # Not its `factors`: these also undo what the method took out of the base.
-        a, b = adapter.frozen["scale"][:, None, None] * adapter.train["a"], adapter.train["b"]
+        scale, a, b = pair_of(adapter)
+        a = scale[:, None, None] * a
     else:
         a, b = jax.vmap(lambda node: method.factors(node, (shape[0], shape[1])))(adapter)
     dropped = grouped_dropout(x, sizes, adapter, ctx)

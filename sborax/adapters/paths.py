@@ -290,7 +290,7 @@ def plan(params: Any, rules: Iterable[RuleLike], *, hints: Mapping[str, Any] | N
         for i, positions in adapted.items():
             method = rules[i].method
             assert method is not None
-            if is_table and (why := why_no_table(method)):
+            if is_table and (why := why_no_table(method, use_of(path, of_tables))):
                 raise SboraxError(f"{path}: {type(method).__name__} cannot adapt the table of the embedding: {why}")
             method = _resolved(method, choose)
             in_layers = stacks_layers(path, stack) if axes == 1 else axes == 0 and number is not None
@@ -339,9 +339,10 @@ def _check_place(path: str, method: AbstractMethod, in_layers: bool) -> None:
             f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
             "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
         )
-    if method.token_mean and stacks_experts(path):
+    sees_some = "each expert" if stacks_experts(path) else "the head" if path == HEAD else None
+    if method.token_mean and sees_some:
         raise SboraxError(
-            f"{path}: {type(method).__name__} takes means over tokens, of which each expert sees some; use a "
+            f"{path}: {type(method).__name__} takes means over tokens, of which {sees_some} sees some at a time; use a "
             "method that takes tokens one by one"
         )
 

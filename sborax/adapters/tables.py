@@ -18,7 +18,16 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from sborax.adapters.compose import Scaled, Sum, part_context
-from sborax.adapters.core import AbstractFactored, AbstractMethod, Adapter, Context, Use, cast, dropout
+from sborax.adapters.core import (
+    OUTPUT_DROPOUTS,
+    AbstractFactored,
+    AbstractMethod,
+    Adapter,
+    Context,
+    Use,
+    cast,
+    dropout,
+)
 from sborax.adapters.leaves import flatten
 
 TABLE, LOOKUP, HEAD = "embed_tokens/embedding", "embed_tokens/lookup", "lm_head/kernel"
@@ -66,10 +75,13 @@ def leaf_of(path: str, leaves: Mapping[str, Any]) -> str:
     return TABLE if path == LOOKUP or (path == HEAD and HEAD not in leaves and TABLE in leaves) else path
 
 
-def why_no_table(method: AbstractMethod) -> str:
-    """Empty, or why a method cannot adapt a table."""
+def why_no_table(method: AbstractMethod, use: Use) -> str:
+    """Empty, or why a method cannot adapt a table.
+
+    - use: what the table is for: look-ups, also those of a tied head, or a head of its own, which is a projection.
+    """
     if isinstance(method, Sum | Scaled):
-        return next((why for part in method.members if (why := why_no_table(part))), "")
+        return next((why for part in method.members if (why := why_no_table(part, use))), "")
     if method.rewrites_base:
         return "it takes its start out of the table; use a method that leaves the base as it is, such as LoRA"
     if method.no_merge or method.draws or method.linked:
@@ -80,6 +92,9 @@ def why_no_table(method: AbstractMethod) -> str:
         )
     if method.approximates:
         return "its backward pass is that of projections alone; use a method with exact gradients, such as LoRA"
+    rate = next((name for name in sorted(OUTPUT_DROPOUTS) if getattr(method, name, 0.0)), None)
+    if rate is not None and use != "kernel":
+        return f"its {rate} drops outputs of a projection, and look-ups have none; leave it 0"
     if not isinstance(method, AbstractFactored):
         return "its change is no product of thin factors; use a method whose change is, such as LoRA"
     return ""

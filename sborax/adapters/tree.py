@@ -379,8 +379,9 @@ def merge_bias(
 def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     """Partition specs of every adapter leaf, a tree like `adapters`, from those of the kernels.
 
-    Axes "in" and "out" of a leaf are cut as those of the kernel, stack axes as the kernel's. Axes "rank" and None are
-    replicated, and so are routers and banks.
+    Axes "in" and "out" of a leaf are cut as those of the kernel, stack axes as the kernel's. Where several axes of the
+    kernel are one of the leaf, it is cut as the first of them, if that is the only one that is cut, and else not. Axes
+    "rank" and None are replicated, and so are routers and banks.
 
     Args:
     - adapters: a tree of adapters; their shapes will do.
@@ -396,8 +397,14 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
     def node_specs(path: str, node: Adapter) -> Adapter:
         kernel_spec = () if isinstance(node.method, AbstractKernelless) else spec_at(path)
         stack = len(stack_of(node))
-        spec = kernel_spec + (None,) * (stack + 2)
-        entries: dict[str | None, Any] = {"in": spec[stack], "out": spec[stack + 1], "rank": None, None: None}
+        inputs = stack + node.in_axes
+        spec = kernel_spec + (None,) * inputs
+        entries: dict[str | None, Any] = {
+            "in": _flattened(spec[stack:inputs]),
+            "out": _flattened(spec[inputs:]),
+            "rank": None,
+            None: None,
+        }
 
         def leaf_spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
             return jax.sharding.PartitionSpec(*spec[:stack], *(entries[name] for name in names))
@@ -409,6 +416,12 @@ def specs(adapters: PyTree, base_specs: PyTree) -> PyTree:
         return Adapter(half_specs(node.train), half_specs(node.frozen), node.method, node.in_axes)
 
     return map_with_path(node_specs, adapters, is_leaf=is_adapter)
+
+
+def _flattened(entries: tuple[Any, ...]) -> Any:
+    """The entry of an axis into which axes with these entries are flattened: parts of later ones are no runs of it."""
+    first, *others = entries or (None,)
+    return None if any(others) else first
 
 
 def trainable(tree: PyTree) -> PyTree:

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Key
 
 from sborax.adapters.arithmetic import by_layer
 from sborax.adapters.combination import Combination, leading_factors
-from sborax.adapters.core import AbstractAdditive, AbstractFactored, AbstractWeight, Adapter, SboraxError, width
+from sborax.adapters.core import (
+    AbstractAdditive,
+    AbstractFactored,
+    AbstractWeight,
+    Adapter,
+    SboraxError,
+    pair_of,
+    width,
+)
 from sborax.adapters.depth import over_stack, stack_of
 from sborax.adapters.leaves import flatten, replace_leaves
 from sborax.adapters.paths import bias_path, weight_keys
@@ -289,8 +297,8 @@ def _pair(path: str, node: Adapter, weight: float, combination: Combination) -> 
         flags = np.ones(stack, np.float32) if layers is None else np.zeros(stack, np.float32)
         flags.reshape(-1)[list(layers or ())] = 1.0
         mask = jnp.asarray(flags)[..., None, None]
-        scale = jnp.float32(weight) * child.frozen["scale"] * jnp.asarray(flags)
-        parts.append((scale, child.train["a"] * mask, child.train["b"] * mask))
+        scale, a, b = pair_of(child)
+        parts.append((jnp.float32(weight) * scale * jnp.asarray(flags), a * mask, b * mask))
     scales, left, right = zip(*parts, strict=True)
     return functools.reduce(jnp.add, scales), functools.reduce(jnp.add, left), functools.reduce(jnp.add, right)
 

@@ -176,45 +176,53 @@ def read_experts(config: Mapping[str, Any], params: Any, fit_of: Callable[[str],
     if unknown or not kernels:
         raise SboraxError(f"{FIELD}: this model has no parameter {str((unknown or texts)[0])[:60]!r} of experts")
     tops = sorted({path.removesuffix("/kernel").rpartition("/")[0] for path in kernels})
-    fits: dict[str, Fit] = {}
-    places: dict[tuple[str, str], tuple[list[str], tuple[int, ...]]] = {}
+    places: dict[tuple[str, str], tuple[dict[str, Fit], tuple[int, ...]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for top in tops:
         for name in parameters:
             paths = [f"{top}/{kernel}/kernel" for kernel in FUSED[name]]
             *stack, fan_in, _ = kernels[paths[0]].shape
-            modules = _modules(paths[0], math.prod(stack[:-1]))
-            module_fits = [fit_of(f"{module}.{name}") for module in modules]
-            if any(fit.method != module_fits[0].method for fit in module_fits):
+            fits = {module: fit_of(f"{module}.{name}") for module in _modules(paths[0], math.prod(stack[:-1]))}
+            ranks = {fit.method.rank for fit in fits.values()}
+            if len(ranks) > 1:
                 raise SboraxError(f"{FIELD}: experts of different layers have different ranks, which is not supported")
-            fits[name], rank = module_fits[0], module_fits[0].method.rank
+            (rank,) = ranks
             assert isinstance(rank, int)
-            places[top, name] = (modules, tuple(stack))
+            places[top, name] = (fits, tuple(stack))
             out = sum(kernels[path].shape[-1] for path in paths)
-            for module in modules:
+            for module in fits:
                 shapes[_key(module, name, parameters, "A")] = (stack[-1] * rank, fan_in)
                 shapes[_key(module, name, parameters, "B")] = (out, rank * stack[-1])
 
     def fill(read: Callable[[str], np.ndarray]) -> dict[str, Adapter]:
         adapters = {}
-        for (top, name), (modules, stack) in places.items():
-            fit, experts = fits[name], stack[-1]
-            a = np.stack([read(_key(module, name, parameters, "A")) for module in modules])
-            b = np.stack([read(_key(module, name, parameters, "B")) for module in modules])
+        for (top, name), (fits, stack) in places.items():
+            experts, method = stack[-1], next(iter(fits.values())).method
+            a = np.stack([read(_key(module, name, parameters, "A")) for module in fits])
+            b = np.stack([read(_key(module, name, parameters, "B")) for module in fits])
             a = a.reshape(*stack, -1, a.shape[-1]).swapaxes(-1, -2)
-            b = np.moveaxis(b.reshape(len(modules), b.shape[1], -1, experts), (3, 2), (1, 2))
+            b = np.moveaxis(b.reshape(len(fits), b.shape[1], -1, experts), (3, 2), (1, 2))
             b = b.reshape(*stack, *b.shape[-2:])
             start = 0
             for kernel in FUSED[name]:
                 path = f"{top}/{kernel}/kernel"
                 stop = start + kernels[path].shape[-1]
-                frozen = {leaf: jnp.full(stack, value, jnp.float32) for leaf, value in fit.frozen.items()}
                 train = {"a": jnp.asarray(a), "b": jnp.asarray(b[..., start:stop])}
-                adapters[path] = Adapter(train, frozen, structure(fit.method))
+                adapters[path] = Adapter(train, _frozen(list(fits.values()), stack), structure(method))
                 start = stop
         return adapters
 
     return Door(shapes, fill)
+
+
+def _frozen(fits: list[Fit], stack: tuple[int, ...]) -> dict[str, Any]:
+    """The frozen leaves that the config gives, one value a layer, for all experts of the layer."""
+
+    def leaf(name: str) -> Float[jax.Array, "*stack"]:
+        values = np.array([fit.frozen[name] for fit in fits], np.float32)
+        return jnp.asarray(np.repeat(values, stack[-1]).reshape(stack))
+
+    return {name: leaf(name) for name in fits[0].frozen}
 
 
 def _names(text: str, parameter: str) -> bool:

@@ -246,7 +246,8 @@ def _fits(row: Row, config: Mapping[str, Any], modules: list[str], layout: HFLay
     fits = {module: _fit(row, config, module, layout.shape(layout.place(module)[0])) for module in modules}
     for module, fit in fits.items():
         if layout.place(module)[0] not in layout.leaves or module == EMBEDDING:
-            why = why_no_table(fit.method) if row.adapts(module) else "PEFT has no such adapter of an embedding"
+            use = "lookup" if module == EMBEDDING else "kernel"
+            why = why_no_table(fit.method, use) if row.adapts(module) else "PEFT has no such adapter of an embedding"
             if why:
                 raise SboraxError(
                     f"{module}: {type(fit.method).__name__} cannot adapt the table of the embedding: {why}"

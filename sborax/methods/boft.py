@@ -19,6 +19,7 @@ from sborax.adapters.core import (
     dense,
     dropout_leaf,
     hyper,
+    in_float32,
     matmul,
 )
 from sborax.methods.rotation import cayley
@@ -79,7 +80,7 @@ class BOFT(AbstractMethod):
         r = cast(_without_blocks(self._rotations(adapter), adapter, ctx), x)
         for i in reversed(range(self.factors)):
             x = self._rotate(x, r[i], i)
-        return matmul(x, weight) * cast(adapter.train["m"], x)[None, :]
+        return in_float32(lambda y: y * cast(adapter.train["m"], y)[None, :], matmul(x, weight))
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         r = self._rotations(adapter).swapaxes(-1, -2)

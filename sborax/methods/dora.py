@@ -22,6 +22,7 @@ from sborax.adapters.core import (
     dropout,
     dropout_leaf,
     hyper,
+    in_float32,
     matmul,
 )
 from sborax.adapters.depth import over_stack
@@ -81,13 +82,13 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
         train = adapter.train
-        ratio = cast(train["m"] / jax.lax.stop_gradient(_norm(weight, train, adapter.frozen)), x)[None, :]
+        ratio = (train["m"] / jax.lax.stop_gradient(_norm(weight, train, adapter.frozen)))[None, :]
         base, dropped = matmul(x, weight), dropout(x, adapter, ctx)
         low = (cast(adapter.frozen["scale"], x) * (dropped @ cast(train["a"], x))) @ cast(train["b"], x)
         if dropped is x:
             # Saved for the gradient of m, else rematerialised layers would multiply by W once more.
-            return ratio * checkpoint_name(base + low, HIDDEN)
-        return base + (ratio - 1) * matmul(dropped, weight) + ratio * low
+            return in_float32(lambda y: cast(ratio, y) * y, checkpoint_name(base + low, HIDDEN))
+        return base + cast(ratio - 1, x) * matmul(dropped, weight) + cast(ratio, x) * low
 
     def apply_grouped(
         self, x: Float[Array, "rows in"], weight: Weight, sizes: Sizes, adapter: Adapter, ctx: Context
@@ -99,10 +100,10 @@ class DoRA(AbstractReparametrisation, AbstractGrouped):
         if dropped is x:
             x, hidden = branch_matmul(x, a, sizes)
             y = checkpoint_name(add_matmul(grouped_matmul(x, weight, sizes), hidden, b, sizes), HIDDEN)
-            return row_factors(ratio, sizes, y) * y
+            return in_float32(lambda y: row_factors(ratio, sizes, y) * y, y)
         low = grouped_matmul(grouped_matmul(dropped, a, sizes), b, sizes)
-        ratio = row_factors(ratio, sizes, low)
-        return grouped_matmul(x, weight, sizes) + (ratio - 1) * grouped_matmul(dropped, weight, sizes) + ratio * low
+        change = row_factors(ratio - 1, sizes, low) * grouped_matmul(dropped, weight, sizes)
+        return grouped_matmul(x, weight, sizes) + change + row_factors(ratio, sizes, low) * low
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         train = adapter.train
@@ -125,6 +126,5 @@ def _norm(weight: Weight, train: Leaves, frozen: Leaves) -> Float[Array, " out"]
     """||W + s a b|| per output column by the Gram identity, float32."""
     with jax.default_matmul_precision("highest"):
         sa, b = frozen["scale"] * train["a"], train["b"]
-        cross = jnp.sum(matmul(sa.T, weight) * b, axis=0)
-        square = jnp.sum(((sa.T @ sa) @ b) * b, axis=0)
+        cross, square = jnp.sum(matmul(sa.T, weight) * b, axis=0), jnp.sum(((sa.T @ sa) @ b) * b, axis=0)
         return _root(frozen["w2"] + 2.0 * cross + square, frozen["w2"])

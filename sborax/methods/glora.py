@@ -51,6 +51,7 @@ class GLoRA(AbstractMethod):
     group_b = GROUP_B
     sends = "gradients of single numbers in parts"
     ragged = True
+    scales_weight = True
 
     rank: Rank = 8
     weight: Literal["lora", "vector", "constant"] = "lora"
@@ -110,8 +111,7 @@ class GLoRA(AbstractMethod):
         def update(x: Array, a: Array, b: Array) -> Array:
             return x @ (cast(dense(weight), x) * (cast(a, x) @ cast(b, x)))
 
-        y = y + update(x, train["gain_a"], train["gain_b"])
-        return y + (x @ cast(train["a"], x)) @ cast(train["b"], x)
+        return y + update(x, train["gain_a"], train["gain_b"]) + (x @ cast(train["a"], x)) @ cast(train["b"], x)
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         train, wide = adapter.train, dense(weight).astype(jnp.float32)

@@ -41,6 +41,7 @@ class HiRA(AbstractMethod):
 
     paper = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for LLMs, ICLR 2025, openreview TwJrTz9cRS"
     materialises = "the update multiplies the weight entry by entry, so it has no thin form"
+    scales_weight = True
     ragged = True
 
     rank: Rank = 32

@@ -17,6 +17,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     dense,
+    in_float32,
     matmul,
 )
 
@@ -44,6 +45,11 @@ class IA3(AbstractMethod):
         return {self._leaf: (self.side,)}
 
     @property
+    def scales_weight(self) -> bool:
+        # Factors of inputs are rounded with these either way.
+        return self.side == "out"
+
+    @property
     def adapts_bias(self) -> bool:
         return self.side == "out"
 
@@ -57,8 +63,12 @@ class IA3(AbstractMethod):
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        m = cast(adapter.train[self._leaf], x)[None, :]
-        return matmul(x * m, weight) if self.side == "in" else matmul(x, weight) * m
+        def scaled(y: Array) -> Array:
+            return y * cast(adapter.train[self._leaf], y)[None, :]
+
+        if self.side == "in":
+            return matmul(in_float32(scaled, x), weight)
+        return in_float32(scaled, matmul(x, weight))
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         m = adapter.train[self._leaf]

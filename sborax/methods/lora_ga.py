@@ -38,7 +38,8 @@ class LoRAGA(AbstractFactored):
     scale: c = out^(1/4) / sqrt(gamma) for "stable" (default, gamma 16), 1 for "unit", 1 / s for "gd", the mean of
         sqrt(sigma_i(W) / s), i < r, for "weightS".
     formula: "authors" (default), or "peft": c multiplies only b (except for "gd"), b is also multiplied by its singular
-        values of G, and c for "weightS" is sigma_1(W) over the first of these. dropout: rate on x (default 0).
+        values of G, c for "weightS" is sigma_1(W) over the first of these, and "random" gives a and b the same pairs.
+    dropout: rate on x (default 0).
     norm_clip: shrink s a b so that no entry exceeds the largest of W; default False.
     niter: None (default) for the exact SVD of G, else subspace iterations at width 4r (authors: 4).
 
@@ -96,11 +97,10 @@ class LoRAGA(AbstractFactored):
     def _pairs(self, key: Key[Array, ""]) -> tuple[Array, Array]:
         r, order = self.rank, jnp.arange(2 * self.rank)
         if self.direction == "random":
-            indices = jax.random.permutation(key, order)[:r]
-            return indices, indices
-        return {"ArB2r": (order[:r], order[r:]), "A2rBr": (order[r:], order[:r]), "ArBr": (order[1::2], order[::2])}[
-            self.direction
-        ]
+            of_a, of_b = jnp.split(jax.random.permutation(key, order), 2)
+            return of_a, of_a if self.formula == "peft" else of_b
+        pairs = {"ArB2r": (order[:r], order[r:]), "A2rBr": (order[r:], order[:r]), "ArBr": (order[1::2], order[::2])}
+        return pairs[self.direction]
 
     def _scales(self, weight: Float[Array, "in out"], spectrum: Float[Array, " r"], s: Array) -> tuple[Array, Array]:
         unit, authors = jnp.float32(1.0), self.formula == "authors"

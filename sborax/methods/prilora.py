@@ -20,6 +20,7 @@ from sborax.adapters.core import (
     dropout_leaf,
     hyper,
     live,
+    pair_of,
     width,
 )
 from sborax.adapters.ranks import LinearRanks
@@ -43,6 +44,7 @@ class PRILoRA(AbstractFactored):
     group_b = frozenset({"b"})
     ragged = True
     pair = True
+    masks = {"a": "mask"}
 
     rank: Rank = LinearRanks(4, 12)
     alpha: float | None = hyper(None, above=0.0)
@@ -73,18 +75,15 @@ class PRILoRA(AbstractFactored):
     def add_to(
         self, y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        masked = dataclasses.replace(adapter, train={**adapter.train, "a": _masked(adapter)})
+        masked = dataclasses.replace(adapter, train={**adapter.train, "a": pair_of(adapter).a})
         return y + pair_delta(x, masked, ctx)
 
     def add_to_weight(self, weight: Float[Array, "in out"], adapter: Adapter) -> Float[Array, "in out"]:
-        return weight + pair_weight(_masked(adapter), adapter.train["b"], adapter.frozen["scale"])
+        scale, a, b = pair_of(adapter)
+        return weight + pair_weight(a, b, scale)
 
     def factors(
         self, adapter: Adapter, shape: tuple[int, int]
     ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
-        return adapter.frozen["scale"] * _masked(adapter), adapter.train["b"]
-
-
-def _masked(adapter: Adapter) -> Float[Array, "in rank"]:
-    a = adapter.train["a"]
-    return a * adapter.frozen["mask"] if "mask" in adapter.frozen else a
+        scale, a, b = pair_of(adapter)
+        return scale * a, b

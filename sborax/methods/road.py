@@ -17,6 +17,7 @@ from sborax.adapters.core import (
     Weight,
     cast,
     dense,
+    in_float32,
     matmul,
 )
 
@@ -41,6 +42,7 @@ class RoAd(AbstractMethod):
     )
     group_b = frozenset({"theta", "alpha"})
     adapts_bias = True
+    scales_weight = True
     sends = "gradients of a cos t and a sin t instead of those of the leaves"
     rank = 1
 
@@ -64,7 +66,7 @@ class RoAd(AbstractMethod):
     def apply(
         self, x: Float[Array, "tokens in"], weight: Weight, adapter: Adapter, ctx: Context
     ) -> Float[Array, "tokens out"]:
-        return self._rotate(matmul(x, weight), adapter)
+        return in_float32(lambda y: self._rotate(y, adapter), matmul(x, weight))
 
     def merge(self, weight: Weight, adapter: Adapter) -> Float[Array, "in out"]:
         return self._rotate(dense(weight).astype(jnp.float32), adapter)

@@ -42,8 +42,9 @@ def apply_linen(
     - adapters: by the paths of the kernels, as `attach` returns them.
     - options: those of `module.apply`. An rng "dropout" turns the adapters' dropout on, too.
 
-    Raises SboraxError for an adapter that the call never reaches, for routers, and for methods that link layers or act
-    from some tokens on. With an rng "dropout" also for dropout in a module that gets the merged kernel.
+    Raises SboraxError for an adapter that the call never reaches, for routers, and for methods that link layers, act
+    from some tokens on or take means over tokens. With an rng "dropout" also for dropout in a module that gets the
+    merged kernel.
     """
     flat = link_banks(nodes(adapters))
     check_independent(flat)
@@ -66,8 +67,9 @@ def apply_linen(
 def check_independent(adapters: Mapping[str, Adapter]) -> None:
     """Raise SboraxError for adapters (by path) that need more of the model than their own projection."""
     for path, node in adapters.items():
-        if isinstance(node.method, AbstractKernelless) or node.method.linked or invoked_parts(node.method):
-            raise SboraxError(f"{path}: {type(node.method).__name__} needs a model that knows it, such as ours")
+        method = node.method
+        if isinstance(method, AbstractKernelless) or method.linked or method.token_mean or invoked_parts(method):
+            raise SboraxError(f"{path}: {type(method).__name__} needs a model that knows it, such as ours")
 
 
 def check_deterministic(where: str, node: Adapter) -> None:

@@ -38,7 +38,7 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters, rngs: nnx.Rngs | None = Non
     - model: its kernels are the base. If `attach` rewrote the base, replace the kernels first.
     - adapters: by the paths of the kernels, as `attach` returns them.
     - rngs: keys of the adapters' dropout, from the stream "dropout". They drop after `model.train()`, the default, and
-      not after `model.eval()`. Without `rngs` they never drop.
+      not after `model.eval()`, also where it was called before. Without `rngs` they never drop.
 
     Raises SboraxError for an adapter without a module, for a module that has an adapter or shares its kernel with
     another one, for routers and banks, and for methods that link layers or act from some tokens on. A call raises it
@@ -49,6 +49,9 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters, rngs: nnx.Rngs | None = Non
     modules: dict[str, Any] = {
         "/".join(map(str, (*path, "kernel"))): module for path, module in nnx.iter_modules(model)
     }
+    # An attribute of `nnx.Dropout`, which `train` and `eval` set.
+    flags = [module.deterministic for module in modules.values() if hasattr(module, "deterministic")]
+    deterministic = bool(flags) and all(flags)
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
         owners.setdefault(id(getattr(module, "kernel", None)), []).append(path)
@@ -61,6 +64,8 @@ def adapt_nnx(model: nnx.Module, adapters: Adapters, rngs: nnx.Rngs | None = Non
         others = [other for other in owners[id(module.kernel)] if other != path]
         if others:
             raise SboraxError(f"{path}: is also the kernel of {others[0]}; give each module a kernel of its own")
+        if not hasattr(module, "deterministic"):
+            module.deterministic = deterministic
         _equip(module, node, rngs)
     return model
 
@@ -75,8 +80,6 @@ def _equip(module: Any, node: Adapter, rngs: nnx.Rngs | None) -> None:
     module.adapter_train = nnx.data(jax.tree.map(Trained, node.train))
     module.adapter_frozen = nnx.data(jax.tree.map(Constant, node.frozen))
     module.adapter_method, module.adapter_in_axes = node.method, node.in_axes
-    # An attribute of `nnx.Dropout`, too, which `train` and `eval` set.
-    module.deterministic = False
     module.adapter_rngs = nnx.data(None if rngs is None else _stream(rngs, stack_of(node)))
     # Only the class changes, so that paths and names of parameters stay.
     module.__class__ = _adapted(type(module))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from sborax.adapters.core import AbstractComposite, Adapter, Leaves, SboraxError, is_adapter
+from sborax.adapters.core import AbstractComposite, AbstractFactored, Adapter, Leaves, SboraxError, is_adapter
 from sborax.adapters.grouped import AbstractBranched
 from sborax.adapters.leaves import flatten, replace_leaves, union
 from sborax.adapters.linalg import pinv
@@ -63,6 +63,11 @@ def _check_product(path: str, node: Adapter) -> None:
             raise SboraxError(
                 f"lora_fa: {path}: {type(method).__name__} trains {gains[0]} between a and b, which the "
                 "projection of b leaves out; use another optimizer"
+            )
+        if isinstance(method, AbstractFactored) and set(method.masks.values()) & node.frozen.keys():
+            raise SboraxError(
+                f"lora_fa: {path}: {type(method).__name__} masks a, which the projection of b leaves out; use another "
+                "optimizer"
             )
         product = (method.axes["a"], method.axes["b"]) == (("in", "rank"), ("rank", "out")) and "scale" in node.frozen
         if agree(train["a"], train["b"]) and not product:

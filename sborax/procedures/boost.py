@@ -59,6 +59,11 @@ class XGBLoRA(AbstractSegmented):
                 raise SboraxError(f"XGBLoRA: {site.path}: draws the layers itself; leave layers= out of {names}'s rule")
             if not {"a", "b"} <= set(site.method.axes):
                 raise SboraxError(f"XGBLoRA: {site.path}: {type(site.method).__name__} has no pair a, b; use LoRA")
+            if site.method.draws:
+                raise SboraxError(
+                    f"XGBLoRA: {site.path}: {type(site.method).__name__} draws {site.method.draws}, which would train "
+                    "layers that are not drawn; use LoRA"
+                )
             if not site.stack and module_path(site.path)[1] is None:
                 raise SboraxError(f"XGBLoRA: {site.path}: only weights of layers are drawn; leave it out of the rules")
         if self.layers is not None and self.layers > depth(run):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sborax.adapters.core import Adapter
+from sborax.adapters.core import Adapter, pair_of
 
 
 def lora_change(
@@ -53,7 +53,8 @@ class LoRAGradient(AbstractCriterion):
     pair = True
 
     def factor(self, weight: Float[Array, "in out"], node: Adapter, grad: Mapping[str, Any]) -> Float[Array, "in out"]:
-        return lora_change(node.train["a"], node.train["b"], grad["a"], grad["b"])
+        _, a, b = pair_of(node)
+        return lora_change(a, b, grad["a"], grad["b"])
 
 
 @dataclasses.dataclass(frozen=True)

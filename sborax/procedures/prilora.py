@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, width
+from sborax.adapters.core import AbstractComposite, Adapter, SboraxError, pair_of, width
 from sborax.adapters.leaves import nest
 from sborax.adapters.paths import STACKED_UNDER, Site
 from sborax.adapters.tree import nodes, stack_of
@@ -171,7 +171,7 @@ def _with_norm(node: Adapter, norms: Float[Array, "*stack in"]) -> Adapter:
 
 def _held(node: Adapter) -> Float[Array, "*stack in rank"]:
     """a with zeros where a mask has pruned, whatever momentum has made of these entries."""
-    return node.train["a"] * node.frozen.get("mask", jnp.ones_like(node.train["a"]))
+    return pair_of(node).a
 
 
 def _keep(node: Adapter, pruning: PRILoRAPruning) -> Float[Array, "*stack in rank"]:
