@@ -111,7 +111,7 @@ def leftovers(home: Path) -> Prepare:
             if case == 1:
                 metrics = Metrics(epath.Path(place), 3)
                 return metrics.losses(), metrics.eval_loss()
-            return best_so_far(epath.Path(place), {}, lambda line: None)
+            return best_so_far(epath.Path(place), {}, 3, lambda line: None)
 
         return read
 
