@@ -139,7 +139,6 @@ def test_routed_adapters_are_weighed_by_the_prompt_alone(model, questions):
 MEANS = {
     "layers": [("q_proj|up_proj|down_proj", sx.Lily(rank=4, experts=3, routing="batch"))],
     "a layer": [sx.Rule("q_proj", sx.Lily(rank=4, routing="batch"), layers=(0,)), ("up_proj", sx.LoRA(rank=2))],
-    "head": [("o_proj|lm_head", sx.Lily(rank=4, experts=3, routing="batch"))],
 }
 
 
@@ -157,13 +156,11 @@ def test_a_mean_over_tokens_is_over_one_text(model, questions, name):
     params, adapters = with_means(model, MEANS[name])
     pairs = flat(questions)
     expected = np.array([Scorer.of(model, params, adapters).continuations([pair])[0].logprob for pair in pairs])
-    if name != "head":
-        # The head is called for the continuation alone.
-        for pair, logprob in list(zip(pairs, expected, strict=True))[::3]:
-            read = jnp.array([[*pair.prompt, *pair.continuation[:-1]]], jnp.int32)
-            logits = jax.jit(model.apply)(params, adapters, read)[0, len(pair.prompt) - 1 :]
-            terms = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(logits)), pair.continuation]
-            np.testing.assert_allclose(logprob, terms.sum(), rtol=1e-5)
+    for pair, logprob in list(zip(pairs, expected, strict=True))[::3]:
+        read = jnp.array([[*pair.prompt, *pair.continuation[:-1]]], jnp.int32)
+        logits = jax.jit(model.apply)(params, adapters, read)[0, len(pair.prompt) - 1 :]
+        terms = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(logits)), pair.continuation]
+        np.testing.assert_allclose(logprob, terms.sum(), rtol=1e-5)
     for budget in (16, 4096):
         scorer = Scorer.of(model, params, adapters, budget=budget)
         for got in (

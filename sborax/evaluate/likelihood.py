@@ -45,8 +45,7 @@ def score_rows(
     steps = jnp.arange(targets.shape[1], dtype=jnp.int32)[None]
     places = jnp.minimum((lengths - 1)[:, None] + steps, tokens.shape[1] - 1)
     states = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-    read = (steps < counts[:, None]).astype(jnp.int32)
-    logprobs, likeliest = _token_logprobs(module, variables, states, targets, read, continuation(masks))
+    logprobs, likeliest = _token_logprobs(module, variables, states, targets, continuation(masks))
     return _sum_row(logprobs, likeliest, counts)
 
 
@@ -61,7 +60,7 @@ def score_options(
 ) -> tuple[Float[Array, "rows options"], Bool[Array, "rows options"]]:
     """`score_rows` for several continuations of each prompt. The prompt goes through the model once.
 
-    It does not work for adapters that a router weighs, or that take means over tokens.
+    It does not work for adapters that a router weighs.
     """
     variables = linked(variables)
     slots = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None]
@@ -86,7 +85,7 @@ def score_options(
             states = run(
                 module, variables, option[:, :-1], read, positions, ctx, past=(cache, segments), method="hidden"
             )[0]  # fmt: skip
-            return _token_logprobs(module, variables, states, option[:, 1:], read, continuation(masks))
+            return _token_logprobs(module, variables, states, option[:, 1:], continuation(masks))
 
         # The cache is not an argument of the mapped function, so options do not get copies of it, only of a layer's.
         tail = jax.vmap(remaining_tokens, in_axes=1, out_axes=1)(targets, counts)
@@ -95,13 +94,9 @@ def score_options(
 
 
 def _head(
-    module: AbstractDecoder,
-    variables: dict[str, Any],
-    states: Float[Array, "rows new d"],
-    masks: Invocations,
-    read: Int[Array, "rows new"] | None = None,
+    module: AbstractDecoder, variables: dict[str, Any], states: Float[Array, "rows new d"], masks: Invocations
 ) -> Any:
-    return module.apply(variables, states, Context(mask=read, invocations=masks), method="head")
+    return module.apply(variables, states, Context(invocations=masks), method="head")
 
 
 def _sum_row(
@@ -117,21 +112,19 @@ def _token_logprobs(
     variables: dict[str, Any],
     states: Float[Array, "rows new d"],
     targets: Int[Array, "rows new"],
-    read: Int[Array, "rows new"],
     masks: Invocations,
 ) -> tuple[Float[Array, "rows new"], Bool[Array, "rows new"]]:
     """ln p of each target, and whether it is the likeliest token, from the hidden states before it.
 
-    - read: 1 for targets, 0 for padding.
     - masks: of each row, as `continuation` makes them of its prompt.
     """
     rows, new, d = states.shape
     chunk = min(CHUNK, rows * new)
     missing = -(rows * new) % chunk
 
-    def chunk_logprobs(inputs: tuple[Any, Any, Any, Any]) -> tuple[Any, Any]:
-        states, targets, read, masks = inputs
-        logits = _head(module, variables, states[None], jax.tree.map(lambda mask: mask[None], masks), read[None])[0]
+    def chunk_logprobs(inputs: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+        states, targets, masks = inputs
+        logits = _head(module, variables, states[None], jax.tree.map(lambda mask: mask[None], masks))[0]
         target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets
         return target_logits - jax.nn.logsumexp(logits, axis=-1), likeliest
@@ -142,6 +135,6 @@ def _token_logprobs(
         return jnp.pad(leaf.reshape(-1), (0, missing)).reshape(-1, chunk)
 
     of_tokens = jax.tree.map(in_chunks, continuation(masks, new))
-    chunks = jax.lax.map(chunk_logprobs, (state_chunks, in_chunks(targets), in_chunks(read), of_tokens))
+    chunks = jax.lax.map(chunk_logprobs, (state_chunks, in_chunks(targets), of_tokens))
     logprobs, likeliest = (leaf.reshape(-1)[: rows * new].reshape(rows, new) for leaf in chunks)
     return logprobs, likeliest
