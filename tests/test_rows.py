@@ -241,6 +241,7 @@ def test_mistakes_are_one_line(place, capsys, tmp_path):
     assert "--chat: is for one target" in fails(capsys, "generate", model, "a", "--chat")
     assert "--adapter: is for one target" in fails(capsys, "generate", model, "a", "--prompt", "x", "--adapter", "p")
     assert "--mesh: is for one target" in fails(capsys, "eval", model, "a", "--tasks", "boolq", "--mesh", "data=2")
+    assert "--include: is for one target" in fails(capsys, "eval", model, "a", "--tasks", "boolq", "--include", "b")
     assert f"{model}: not a run" in fails(capsys, "generate", model, "a", "--prompt", "x")
     (tmp_path / "sweep.json").write_text('{"members": [{"name": "a"}]}')
     assert "none of its members has ended" in fails(capsys, "generate", tmp_path, "--prompt", "x")

@@ -253,11 +253,10 @@ def _subtracted(path: str, adapters: Sequence[Adapter], general: Sequence[Adapte
     )
 
     def subtracted(node: Adapter) -> Adapter:
-        _, own_a, own_b = pair_of(node)
         assert isinstance(node.method, AbstractFactored)
-        masks = node.method.masks.values()
+        pair, masks = pair_of(node), node.method.masks.values()
         frozen = {name: leaf for name, leaf in node.frozen.items() if name not in masks}
-        return dataclasses.replace(node, train={**node.train, "a": own_a - a, "b": own_b - b}, frozen=frozen)
+        return dataclasses.replace(node, train={**node.train, "a": pair.a - a, "b": pair.b - b}, frozen=frozen)
 
     return [subtracted(node) for node in adapters]
 

@@ -339,10 +339,10 @@ def _check_place(path: str, method: AbstractMethod, in_layers: bool) -> None:
             f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
             "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
         )
-    sees_some = "each expert" if stacks_experts(path) else "the head" if path == HEAD else None
-    if method.token_mean and sees_some:
+    reader = "each expert" if stacks_experts(path) else "the head" if path == HEAD else None
+    if method.token_mean and reader:
         raise SboraxError(
-            f"{path}: {type(method).__name__} takes means over tokens, of which {sees_some} sees some at a time; use a "
+            f"{path}: {type(method).__name__} takes means over tokens, of which {reader} sees some at a time; use a "
             "method that takes tokens one by one"
         )
 

@@ -385,7 +385,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     arguments.targets = expand(arguments.target)
     arguments.target = arguments.targets[0]
     if len(arguments.targets) > 1:
-        check_single(arguments, "adapter", "mesh", "harness")
+        check_single(arguments, "adapter", "mesh", "harness", "include")
         score_several(arguments)
     else:
         score(arguments)

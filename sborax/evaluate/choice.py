@@ -160,8 +160,8 @@ class Mmlu(AbstractTask):
 
     def check(self) -> None:
         """Raise SboraxError for data that is not found, and for answered questions that are the items themselves."""
-        for split in (self.split, self.shots_split):
-            check_there(self.data, split)
+        super().check()
+        check_there(self.data, self.shots_split)
         items, shots = find(self.data, self.split), find(self.data, self.shots_split)
         if self.split == self.shots_split or (items is not None and shots is not None and items.samefile(shots)):
             raise SboraxError(

@@ -46,7 +46,7 @@ class IA3(AbstractMethod):
 
     @property
     def scales_weight(self) -> bool:
-        # Factors of inputs are rounded with these either way.
+        # A scaled input is rounded before the product in both forms.
         return self.side == "out"
 
     @property

@@ -35,13 +35,13 @@ from sborax.sweep.results import (
 )
 from sborax.sweep.stepper import SweepStepper
 from sborax.train.begin import begin
-from sborax.train.experiment import Experiment, load_experiment, save_experiment
+from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
-from sborax.train.loop import ending, length_of, loop, write_adapter
+from sborax.train.loop import ending, loop, write_adapter
 from sborax.train.optimizer import halves
 from sborax.train.prepare import Prepared, prepare
-from sborax.train.read import Echo, preflight, read_held_out_rows, read_model, read_rows, silent
+from sborax.train.read import Echo, length_of, preflight, read_held_out_rows, read_model, read_rows, silent
 from sborax.train.record import Record
 from sborax.train.resume import (
     check_config,
@@ -98,7 +98,7 @@ class Shared:
     """What all programs of a sweep have in common.
 
     - model: a list with the base. The last program removes it, so that kernels that it rewrites are freed.
-    - rows, held_out: of the data and of the held-out data; None without any.
+    - rows, held_out: of the data and of the held-out data.
     - report: how many records of the data are used.
     - prints: fingerprints of the base.
     - size: parameters of the base.
@@ -108,7 +108,7 @@ class Shared:
 
     model: list[LanguageModel]
     rows: Rows
-    held_out: Rows | None
+    held_out: Rows
     report: str
     prints: dict[str, str]
     size: int
@@ -166,12 +166,8 @@ def _train_all(
     # A sweep that is not finished may have members beside these, which the search for a learning rate has added.
     if stored is None or not stored.finished or unfinished(results, goals):
         places = [place for group in groups for place in (group.place(shared.place), *group.runs(shared.place))]
-        measured = (
-            encode(members[0].experiment)["eval"]["data"],
-            [] if shared.held_out is None else shared.held_out.samples,
-        )
         computed = any(map(has_computed, places))
-        check_sources(shared.place, shared.prints, shared.rows.samples, measured, computed)
+        check_sources(place, members[0].experiment, shared.prints, shared.rows, shared.held_out, computed)
     has_members = True
     while has_members:
         results = _train_groups(description, groups, shared, results)
@@ -260,7 +256,7 @@ def train_group(
     members, first, echo = group.members, group.members[0].experiment, shared.echo
     place, runs = group.place(shared.place), group.runs(shared.place)
     batches, steps = shared.batches(first), shared.steps(group)
-    held_out = [] if shared.held_out is None else in_order(shared.held_out, first.batch_size)
+    held_out = in_order(shared.held_out, first.batch_size)
     model = shared.model.pop() if last else shared.model[0]
     prepared, parts = begin_members(members, model, batches, runs, steps, echo)
     # A second reference would keep a base alive that the adapters have rewritten.
@@ -275,9 +271,7 @@ def train_group(
     restored = checkpoints.restore(state, echo)
     state, done = (state, 0) if restored is None else restored
     check_steps(place, done, steps)
-    if done:
-        former = length_of(load_experiment(str(runs[0] / CONFIG)), batches)
-        say_rates(place, first, done, former, steps, echo)
+    say_rates(runs[0], first, batches, done, echo)
     # A changed config replaces that of a member once nothing refuses it any more.
     for run, member in zip(runs, members, strict=True):
         save_experiment(member.experiment, run)

@@ -28,11 +28,11 @@ from sborax.records.disk import ADAPTER, CONFIG
 from sborax.records.report import Metrics, Progress, Summary
 from sborax.records.trace import make_trace
 from sborax.train.begin import begin
-from sborax.train.experiment import Experiment, load_experiment, save_experiment
+from sborax.train.experiment import Experiment, save_experiment
 from sborax.train.figures import figures
 from sborax.train.log import check_logs, open_logs
 from sborax.train.prepare import Prepared, prepare
-from sborax.train.read import Echo, preflight, read_data, read_held_out_rows, read_model, silent
+from sborax.train.read import Echo, length_of, preflight, read_data, read_held_out_rows, read_model, silent
 from sborax.train.record import DispatchedStep, Record
 from sborax.train.resume import (
     check_config,
@@ -95,7 +95,7 @@ def _train(
     model = _read_base(experiment, layout, echo)
     batches, report = read_data(experiment, model, echo)
     held_out_rows = read_held_out_rows(experiment, model, echo)
-    held_out = [] if held_out_rows is None else in_order(held_out_rows, experiment.batch_size)
+    held_out = in_order(held_out_rows, experiment.batch_size)
     steps = length_of(experiment, batches)
 
     # Prepare the run: adapters on the base, the optimiser's state, and where both lie.
@@ -119,11 +119,8 @@ def _train(
         remedy = "the run has ended: measure on other data with `sborax eval`, or make more steps"
         on_first(lambda: check_held_out(run, experiment, remedy))
     else:
-        measured = encode(experiment)["eval"]["data"], [] if held_out_rows is None else held_out_rows.samples
-        on_first(lambda: check_sources(run, prints, batches.rows.samples, measured, computed))
-    if done:
-        former = length_of(load_experiment(str(run / CONFIG)), batches)
-        on_first(lambda: say_rates(run, experiment, done, former, steps, echo))
+        on_first(lambda: check_sources(run, experiment, prints, batches.rows, held_out_rows, computed))
+    on_first(lambda: say_rates(run, experiment, batches, done, echo))
     # A changed config replaces that of the run once nothing can refuse it.
     on_first(lambda: save_experiment(experiment, run))
     if summary is not None:
@@ -169,11 +166,6 @@ def _train(
         echo(dropped)
     echo(f"done: {run}" if finished else f"stopped after step {step:,}, saved; --resume continues from there")
     return summary
-
-
-def length_of(experiment: Experiment, batches: Batches) -> int:
-    """The number of steps of a run."""
-    return experiment.steps or batches.steps(experiment.epochs or 1.0)
 
 
 def _read_base(experiment: Experiment, layout: Layout, echo: Echo) -> LanguageModel:

@@ -80,13 +80,17 @@ def read_data(experiment: Experiment, model: LanguageModel, echo: Echo) -> tuple
     return shuffled(rows, experiment.batch_size, experiment.accumulate, experiment.seed_data), report
 
 
-def read_held_out_rows(experiment: Experiment, model: LanguageModel, echo: Echo) -> Rows | None:
-    """The rows of `eval.data`; None without it."""
+def length_of(experiment: Experiment, batches: Batches) -> int:
+    """The number of steps of a run."""
+    return experiment.steps or batches.steps(experiment.epochs or 1.0)
+
+
+def read_held_out_rows(experiment: Experiment, model: LanguageModel, echo: Echo) -> Rows:
+    """The rows of `eval.data`; without it there are none."""
     data = experiment.eval.data
-    return None if data is None else read_rows(data, model, echo, HELD_OUT)[0]
+    return Rows([], (), ()) if data is None else read_rows(data, model, echo, HELD_OUT)[0]
 
 
 def read_held_out(experiment: Experiment, model: LanguageModel, echo: Echo) -> list[dict[str, np.ndarray]]:
     """The batches of `eval.data`; an empty list without it."""
-    rows = read_held_out_rows(experiment, model, echo)
-    return [] if rows is None else in_order(rows, experiment.batch_size)
+    return in_order(read_held_out_rows(experiment, model, echo), experiment.batch_size)

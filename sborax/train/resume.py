@@ -14,6 +14,7 @@ from etils import epath
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
 from sborax.config.documents import read_object
+from sborax.data.batches import Batches, Rows
 from sborax.data.samples import Sample
 from sborax.records.best import BEST
 from sborax.records.checkpoint import CHECKPOINTS
@@ -22,7 +23,7 @@ from sborax.records.disk import ADAPTER, CONFIG, SCORE_FOLDER, SOURCES, replace,
 from sborax.records.report import Summary
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.optimizer import schedule
-from sborax.train.read import Echo
+from sborax.train.read import Echo, length_of
 
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """Fields that a resumed run may change. Those that affect the steps so far do so by their learning rates alone, and
@@ -51,24 +52,25 @@ def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> Non
 
 def check_sources(
     run: epath.Path,
+    experiment: Experiment,
     prints: Mapping[str, str],
-    samples: Sequence[Sample],
-    held_out: tuple[Any, Sequence[Sample]],
+    rows: Rows,
+    held_out: Rows,
     computed: bool,
 ) -> None:
     """Record the base and the data of a run or a sweep; of one that is resumed, check that they are the recorded ones.
 
     Args:
     - prints: `fingerprint` of the base.
-    - samples: of the training data, in order.
-    - held_out: `eval.data` as `config.json` has it, and its samples. A resumed run may name other held-out data.
+    - rows: of the training data.
+    - held_out: of `eval.data`. A resumed run may name other held-out data.
     - computed: whether anything of the run is kept that was computed; if not, all may change.
 
     Raises SboraxError for another base or other samples. Runs of earlier versions have no record, and get one.
     """
     place, name = run / SOURCES, "held-out data"
-    described = {"name": held_out[0], "digest": _digest(held_out[1])}
-    new: dict[str, Any] = {"base": dict(prints), "data": _digest(samples), name: described}
+    described = {"name": encode(experiment)["eval"]["data"], "digest": _digest(held_out.samples)}
+    new: dict[str, Any] = {"base": dict(prints), "data": _digest(rows.samples), name: described}
     if computed and place.exists():
         old = {name: described, **read_object(place)}
         renamed = isinstance(old[name], dict) and old[name].get("name") != described["name"]
@@ -130,17 +132,21 @@ def check_steps(place: epath.Path, done: int, steps: int) -> None:
         raise SboraxError(f"{place}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
 
 
-def say_rates(run: epath.Path, experiment: Experiment, done: int, former: int, steps: int, echo: Echo) -> None:
-    """Print that the learning rates of the steps so far are not those of this run, if they depend on its length.
+def say_rates(run: epath.Path, experiment: Experiment, batches: Batches, done: int, echo: Echo) -> None:
+    """Print that the learning rates of the steps so far are not those of `experiment`, if they depend on its length.
 
     Args:
-    - former, steps: how many steps the run was to make, and how many it is to make now.
+    - run: the run directory, whose config still is that of the steps so far.
+    - done: how many steps these are.
     """
-    rates = [schedule(experiment.optimizer, length) for length in (former, steps)]
-    if former == steps or None in rates:
+    if not done:
         return
-    before, now = (np.asarray(jax.vmap(rate)(jnp.arange(done))) for rate in rates if rate is not None)
-    if not np.array_equal(before, now):
+    former, steps = (length_of(config, batches) for config in (load_experiment(str(run / CONFIG)), experiment))
+    before, now = schedule(experiment.optimizer, former), schedule(experiment.optimizer, steps)
+    if former == steps or before is None or now is None:
+        return
+    numbers = jnp.arange(done)
+    if not np.array_equal(jax.vmap(before)(numbers), jax.vmap(now)(numbers)):
         echo(
             f"{run}: was to make {former:,} steps and now makes {steps:,}; the {done:,} steps so far had the learning "
             f"rates of {former:,}, so a run of {steps:,} from the start would differ"
