@@ -13,7 +13,8 @@ import sborax as sx
 from sborax.adapters.core import SboraxError
 from sborax.evaluate.compare.groups import compare, method_label
 from sborax.evaluate.compare.rows import read_rows
-from sborax.evaluate.compare.tables import interior, rates_table
+from sborax.evaluate.compare.tables import conditions, interior, rates_table
+from sborax.records.lengths import write_lengths
 from sborax.train.experiment import save_experiment
 
 pytestmark = pytest.mark.quick
@@ -235,6 +236,18 @@ def test_unequal_runs_are_shown_apart(tmp_path, change):
     key = next(iter(change))
     assert key in first.title and key in second.title and first.title != second.title
     assert [group.estimates["held-out loss"].value for part in (first, second) for group in part.groups] == [1.0, 2.0]
+
+
+def test_a_run_that_was_resumed_with_more_steps_is_shown_apart(tmp_path):
+    first, second = (write_run(tmp_path / str(seed), experiment(sx.LoRA(rank=4), 1e-3, seed)) for seed in (0, 1))
+    write_lengths(epath.Path(second), {0: 20, 20: 40})
+    settings = compare(read(first, second))
+    words = "learning rates of 20 after step 0, then 40 after step 20"
+    assert [words in conditions(setting) for setting in settings] == [False, True]
+    assert settings[1].title.startswith("learning rates of=20 after step 0")
+    (second / "lengths.json").write_text('{"0": "20"}')
+    with pytest.raises(SboraxError, match="is no table of steps"):
+        read(second)
 
 
 def test_other_bases_and_other_samples_are_shown_apart(tmp_path):

@@ -21,8 +21,10 @@ from tiny_model import write_data, write_model
 
 import sborax as sx
 from sborax import procedures
+from sborax.evaluate.compare.rows import read_rows
 from sborax.models.config import Experts
 from sborax.procedures import AbstractProcedure
+from sborax.records.lengths import read_lengths
 from sborax.sweep.run import sweep
 from sborax.train.experiment import save_experiment
 from sborax.train.loop import train
@@ -209,17 +211,36 @@ def test_adapters_of_another_config_are_not_taken_over(places, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_a_longer_run_tells_that_its_first_steps_had_other_rates(schedule, places, tmp_path):
+def test_a_longer_run_tells_and_records_that_its_first_steps_had_other_rates(schedule, places, tmp_path):
     optimizer = sx.Optimizer(lr=1e-2, schedule=schedule, warmup=0)
     changes = {"optimizer": optimizer, "eval": sx.Eval(an_experiment(places, "tiny", RULES).data), "save": sx.Save()}
     experiment = an_experiment(places, "tiny", [("mlp", sx.LoRA(rank=2))], steps=2, **changes)
     train(experiment, tmp_path / "run", echo=quiet)
     lines, longer = [], dataclasses.replace(experiment, steps=4, eval=sx.Eval())
     summary = train(longer, tmp_path / "run", resume=True, echo=lines.append)
-    told = [line for line in lines if "the 2 steps so far had the learning rates of 2" in line]
+    told = [line for line in lines if "steps 1 to 2 had the learning rates of a run of 2, so a run of 4" in line]
     assert len(told) == (schedule == "linear")
     # The held-out loss of step 2 is not that of the end.
     assert summary.steps == 4 and summary.eval_loss is None
+    assert read_lengths(epath.Path(tmp_path / "run")) == ({0: 2, 2: 4} if schedule == "linear" else {})
+    longest = dataclasses.replace(longer, steps=5)
+
+    def killed(line):
+        if line == "compiling":
+            raise KeyboardInterrupt
+
+    # A run that ends before it has made another step leaves no length behind.
+    for another in (dataclasses.replace(longer, steps=8), longest):
+        with pytest.raises(KeyboardInterrupt):
+            train(another, tmp_path / "run", resume=True, echo=killed)
+    assert read_lengths(epath.Path(tmp_path / "run")) == ({0: 2, 2: 4, 4: 5} if schedule == "linear" else {})
+    train(longest, tmp_path / "run", resume=True, echo=quiet)
+    (row,) = read_rows([str(tmp_path / "run")])
+    words = "2 after step 0, then 4 after step 2, then 5 after step 4"
+    assert row.lengths == (words if schedule == "linear" else "")
+    forget(tmp_path / "run", "checkpoints", "adapter", "summary.json")
+    train(longest, tmp_path / "run", resume=True, echo=quiet)
+    assert not read_lengths(epath.Path(tmp_path / "run"))
 
 
 def _without_a_record(place):

@@ -22,6 +22,7 @@ from sborax.cli.main import main
 from sborax.layout.state import take_apart
 from sborax.models import load_model
 from sborax.records.adapter import read_adapter
+from sborax.records.lengths import read_lengths
 from sborax.sweep import run as module
 from sborax.sweep import stepper as sweep_stepper
 from sborax.sweep.grid import LONGEST, Sweep, read_grid
@@ -322,6 +323,15 @@ def test_a_finished_sweep_is_left_as_it_is(places, tmp_path):
     assert content(out)[name][0] == initial[name][0]
     extension = Sweep(dataclasses.replace(experiment, steps=5), grid)
     assert [result.steps for result in sweep(extension, out, resume=True, echo=quiet).members] == [5, 1]
+
+
+def test_members_that_went_on_record_the_lengths_of_their_rates(places, tmp_path):
+    experiment = an_experiment(places, steps=2, optimizer=sx.Optimizer(schedule="linear", warmup=0))
+    for steps in (2, 3):
+        description = Sweep(dataclasses.replace(experiment, steps=steps), {"optimizer.lr": (1e-2, 2e-2)})
+        sweep(description, tmp_path / "out", resume=steps > 2, echo=quiet)
+    lengths = [read_lengths(epath.Path(tmp_path / "out" / name)) for name in ("lr=0.01", "lr=0.02")]
+    assert lengths == [{0: 2, 2: 3}] * 2
 
 
 def test_when_all_diverge_the_sweep_ends(places, tmp_path):

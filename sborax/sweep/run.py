@@ -49,7 +49,7 @@ from sborax.train.resume import (
     check_sources,
     check_steps,
     has_computed,
-    say_rates,
+    record_lengths,
     set_scores_aside,
 )
 from sborax.train.stop import Stop, stopping
@@ -271,7 +271,7 @@ def train_group(
     restored = checkpoints.restore(state, echo)
     state, done = (state, 0) if restored is None else restored
     check_steps(place, done, steps)
-    say_rates(runs[0], first, batches, done, echo)
+    record_lengths(runs, first, batches, done, echo)
     # A changed config replaces that of a member once nothing refuses it any more.
     for run, member in zip(runs, members, strict=True):
         save_experiment(member.experiment, run)

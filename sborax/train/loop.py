@@ -40,7 +40,7 @@ from sborax.train.resume import (
     check_sources,
     check_steps,
     has_computed,
-    say_rates,
+    record_lengths,
     set_scores_aside,
 )
 from sborax.train.stepper import AbstractStepper, RunStepper
@@ -120,7 +120,7 @@ def _train(
         on_first(lambda: check_held_out(run, experiment, remedy))
     else:
         on_first(lambda: check_sources(run, experiment, prints, batches.rows, held_out_rows, computed))
-    on_first(lambda: say_rates(run, experiment, batches, done, echo))
+        on_first(lambda: record_lengths([run], experiment, batches, done, echo))
     # A changed config replaces that of the run once nothing can refuse it.
     on_first(lambda: save_experiment(experiment, run))
     if summary is not None:

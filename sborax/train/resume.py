@@ -20,6 +20,7 @@ from sborax.records.best import BEST
 from sborax.records.checkpoint import CHECKPOINTS
 from sborax.records.claim import START
 from sborax.records.disk import ADAPTER, CONFIG, SCORE_FOLDER, SOURCES, replace, writing
+from sborax.records.lengths import read_lengths, write_lengths
 from sborax.records.report import Summary
 from sborax.train.experiment import Experiment, load_experiment
 from sborax.train.optimizer import schedule
@@ -27,7 +28,7 @@ from sborax.train.read import Echo, length_of
 
 MAY_CHANGE = ("steps", "epochs", "save", "eval", "log", "mesh", "attention")
 """Fields that a resumed run may change. Those that affect the steps so far do so by their learning rates alone, and
-`say_rates` tells of that."""
+`record_lengths` records that."""
 
 
 def check_config(run: epath.Path, experiment: Experiment, computed: bool) -> None:
@@ -132,25 +133,30 @@ def check_steps(place: epath.Path, done: int, steps: int) -> None:
         raise SboraxError(f"{place}: has made {done:,} steps, and is to make {steps:,}; give it {done:,} or more")
 
 
-def say_rates(run: epath.Path, experiment: Experiment, batches: Batches, done: int, echo: Echo) -> None:
-    """Print that the learning rates of the steps so far are not those of `experiment`, if they depend on its length.
+def record_lengths(runs: Sequence[epath.Path], experiment: Experiment, batches: Batches, done: int, echo: Echo) -> None:
+    """Record and print which steps so far had other learning rates than `experiment` gives them.
 
     Args:
-    - run: the run directory, whose config still is that of the steps so far.
+    - runs: directories of runs that step together, whose configs still are those of the steps so far.
     - done: how many steps these are.
     """
-    if not done:
-        return
-    former, steps = (length_of(config, batches) for config in (load_experiment(str(run / CONFIG)), experiment))
-    before, now = schedule(experiment.optimizer, former), schedule(experiment.optimizer, steps)
-    if former == steps or before is None or now is None:
-        return
-    numbers = jnp.arange(done)
-    if not np.array_equal(jax.vmap(before)(numbers), jax.vmap(now)(numbers)):
-        echo(
-            f"{run}: was to make {former:,} steps and now makes {steps:,}; the {done:,} steps so far had the learning "
-            f"rates of {former:,}, so a run of {steps:,} from the start would differ"
-        )
+    lengths, steps = {}, length_of(experiment, batches)
+    rates = schedule(experiment.optimizer, steps)
+    if done and rates is not None:
+        before = read_lengths(runs[0]) or {0: length_of(load_experiment(str(runs[0] / CONFIG)), batches)}
+        starts = [start for start in before if start < done]
+        others = []
+        for start, end in zip(starts, [*starts[1:], done], strict=True):
+            numbers, former = jnp.arange(start, end), schedule(experiment.optimizer, before[start])
+            if former is None or not np.array_equal(jax.vmap(former)(numbers), jax.vmap(rates)(numbers)):
+                others.append(f"steps {start + 1:,} to {end:,} had the learning rates of a run of {before[start]:,}")
+        if others:
+            echo(f"{runs[0]}: {', '.join(others)}, so a run of {steps:,} from the start would differ")
+            lengths = {start: before[start] for start in starts}
+            if before[starts[-1]] != steps:
+                lengths[done] = steps
+    for run in runs:
+        write_lengths(run, lengths)
 
 
 def has_computed(place: epath.Path) -> bool:

@@ -19,6 +19,7 @@ from sborax.evaluate.run import SCORES, read_scores
 from sborax.records.adapter import PLAN
 from sborax.records.disk import ADAPTER, CONFIG, SCORE_FOLDER
 from sborax.records.eval_losses import EVAL_LOSSES
+from sborax.records.lengths import read_lengths
 from sborax.records.report import METRICS, SUMMARY, Summary
 from sborax.sweep.rates import LR, SEEDS
 from sborax.sweep.results import SWEEP, read_members
@@ -56,6 +57,7 @@ class Row:
     - config: the experiment as JSON values by dotted key.
     - trained: trained parameters.
     - steps: that it made.
+    - lengths: for which its learning rates were made, in words, if it was resumed with another number of steps.
     - samples: what became of its data, in words.
     - device: how many of which kind.
     - memory: the most bytes held, of the device or, on a CPU, of the process; None for a member of a sweep.
@@ -71,6 +73,7 @@ class Row:
     config: Mapping[str, Any]
     trained: int
     steps: int
+    lengths: str
     samples: str
     device: str
     memory: int | None
@@ -171,6 +174,7 @@ def _read_row(run: epath.Path, member: Mapping[str, Any] | None) -> Row:
         config=dotted(encode(experiment)),
         trained=summary.trainable_parameters,
         steps=summary.steps,
+        lengths=", then ".join(f"{length:,} after step {start:,}" for start, length in read_lengths(run).items()),
         samples=summary.samples,
         device=summary.device,
         memory=summary.peak_memory if alone else None,
