@@ -174,6 +174,13 @@ def test_a_head_takes_no_mean():
             sx.plan(params, [("lm_head", method)])
 
 
+def test_a_file_with_a_mean_on_the_head_is_refused(pair, tmp_path):
+    theirs = with_peft(pair, peft.LilyConfig(r=3, target_modules=["lm_head"]))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(sx.SboraxError, match="lm_head/kernel: .* takes means over tokens, of which the head"):
+        load_peft(tmp_path, pair.ours)
+
+
 def test_padding_is_no_part_of_a_mean(pair):
     """The text alone, and the text with padding on either side."""
     method = sx.Lily(rank=2, routing="batch")

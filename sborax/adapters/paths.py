@@ -100,6 +100,8 @@ class Site:
     - layer: the number of the layer in the path, 0 if it has none.
     - use: what the weight is, see `Hint.use`.
     - bias: whether there is a bias beside the kernel.
+
+    Raises SboraxError for a method that takes means over tokens where only some of these are multiplied at a time.
     """
 
     path: str
@@ -110,6 +112,16 @@ class Site:
     layer: int
     use: Use = "kernel"
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.method.token_mean:
+            return
+        reader = "each expert" if stacks_experts(self.path) else "the head" if self.path == HEAD else None
+        if reader:
+            raise SboraxError(
+                f"{self.path}: {type(self.method).__name__} takes means over tokens, of which {reader} sees some at a "
+                "time; use a method that takes tokens one by one"
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -338,12 +350,6 @@ def _check_place(path: str, method: AbstractMethod, in_layers: bool) -> None:
         raise SboraxError(
             f"{path}: {type(method).__name__} links layers, so the kernel must be stacked (one leading axis) "
             "or under a numbered layer (layers/3/...); give it to the kernels of layers alone"
-        )
-    reader = "each expert" if stacks_experts(path) else "the head" if path == HEAD else None
-    if method.token_mean and reader:
-        raise SboraxError(
-            f"{path}: {type(method).__name__} takes means over tokens, of which {reader} sees some at a time; use a "
-            "method that takes tokens one by one"
         )
 
 
