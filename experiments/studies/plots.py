@@ -1,4 +1,4 @@
-"""Figures of docs/RESULTS.md: differences from the reference, losses by learning rate and by size, as SVG files.
+"""Figures of docs/RESULTS.md, as SVG files: differences from the reference, losses by rate and size, forgetting.
 
 They are drawn in the style of `sborax compare`, in colours that a light and a dark page both show. The same numbers
 give the same bytes with one version of matplotlib, and carry the same `digest` with all.
@@ -44,6 +44,7 @@ def digest(arms: Sequence[Tuned]) -> str:
     numbers = [
         [tuned.arm.name, tuned.trained, *(f"{number:.6g}" for number in (*tuned.rates.rates, *tuned.rates.scores))]
         + [f"{number:.6g}" for number in tuned.losses().mean(axis=0)]
+        + [f"{number:.6g}" for row in tuned.forgetting() for number in row]
         for tuned in arms
     ]
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
@@ -114,6 +115,29 @@ def sizes_figure(arms: Sequence[Tuned]) -> str:
         _log_axis(axes, "{x:,.0f}", (1.0, 2.0, 5.0))
         axes.set_xlabel("trained parameters")
         axes.set_ylabel("loss, nats a token")
+
+    return _svg(draw, arms)
+
+
+def forgetting_figure(arms: Sequence[Tuned]) -> str:
+    """What an arm forgets by its loss, a point for each learning rate, the best one large. arms: the best first."""
+    lines = [np.array(tuned.forgetting()).T for tuned in arms]
+    at_best = [line[1:, line[0] == tuned.best] for line, tuned in zip(lines, arms, strict=True)]
+    low, high = (bound(float(loss[0]) for loss, _ in at_best) for bound in (min, max))
+
+    def draw(axes: Axes) -> None:
+        for place in reversed(range(len(arms))):
+            look = _look(arms, place)
+            axes.plot(*lines[place][1:], "o-", markersize=3, **look)
+            axes.plot(*at_best[place], "o", markersize=7, color=look["color"], zorder=look["zorder"] + 1)
+        axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.5)
+        axes.yaxis.set_major_locator(FixedLocator((0.0, 0.1, 0.3, 1.0, 3.0, 10.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        # Rates that are worse by far would flatten everything else.
+        axes.set_xlim(low - 0.5 * (high - low), high + 1.5 * (high - low))
+        axes.set_xlabel("loss, nats a token")
+        axes.set_ylabel("forgotten, nats a token")
 
     return _svg(draw, arms)
 

@@ -4,11 +4,14 @@ What decides, fixed before anything ran. Model, data, metric, learning rates and
 E2E, and so are the arms on the dense base: their results are shared. Kernels of layers are in NF4, the weights that
 adapters train are not. Methods that rewrite the base, such as PiSSA, quantise what is left of it, so that QPiSSA starts
 nearer to the dense base than QLoRA.
+
+The claims that QSBoRA and QBone forget less than QLoRA were added after all arms had run. They ask of a 4-bit base what
+`real` asks of the dense one.
 """
 
 from experiments.studies.atlas import rules
 from experiments.studies.claims import Beats, LessGrowth
-from experiments.studies.real import METHODS, TUNING, arm
+from experiments.studies.real import FORGETTING, METHODS, TUNING, arm
 from experiments.studies.study import Study
 
 NAMED = ("LoRA", "SBoRA-FA", "SBoRA-FB", "Bone", "PiSSA", "DoRA")
@@ -35,6 +38,7 @@ def study() -> Study:
             Beats("QPiSSA beats QLoRA", "2404.02948", "QPiSSA", "QLoRA"),
             Beats("QDoRA beats QLoRA", "2402.09353", "QDoRA", "QLoRA"),
             LessGrowth("4 bits cost PiSSA less than LoRA", "2404.02948", ("QPiSSA", "PiSSA"), ("QLoRA", "LoRA")),
+            *(Beats(f"Q{name} forgets less than QLoRA", "", f"Q{name}", "QLoRA", kind="kept") for name in FORGETTING),
             *(
                 Beats(f"4 bits cost {name} less than {100 * SHARE:g} %", "2305.14314", f"Q{name}", name, slack=SHARE)
                 for name in NAMED

@@ -25,6 +25,7 @@ Where a table has the column *forgotten*, it is the loss of text that the base k
 
 In a figure of differences the wide line is the interval over items and the thin one that over seeds. Arms have a colour
 where both exclude 0, and their trained parameters stand on the right. The axis is logarithmic beyond 0.1.
+In a figure of what was forgotten each arm is a line through its learning rates, and its best one is the large point.
 """
 
 
@@ -134,6 +135,9 @@ def figures(outcome: Outcome, setting: str) -> dict[str, str]:
     if not arms:
         return {}
     shown = {"rates": "loss by learning rate", "sizes": "loss by trained parameters"}
+    lost = [tuned.forgotten() for tuned in arms]
+    if all(values is not None for values in lost) and any(values.mean() > 0 for values in lost if values is not None):
+        shown["forgetting"] = "what was forgotten by loss, a point for each learning rate"
     if len(arms) > 1 and reference_of(outcome, setting) is not None:
         shown = {"differences": f"difference from {outcome.study.reference}", **shown}
     return shown
@@ -183,7 +187,7 @@ def signed(mean: Interval, decimals: int = 4) -> str:
 
 def write(outcomes: Sequence[Outcome], place: Path = PAGE) -> None:
     """Write the page and its figures, and remove figures that it does not show. They need matplotlib."""
-    from experiments.studies.plots import differences_figure, rates_figure, sizes_figure
+    from experiments.studies.plots import differences_figure, forgetting_figure, rates_figure, sizes_figure
 
     place.write_text(page(outcomes))
     folder = place.parent / FIGURES
@@ -198,5 +202,6 @@ def write(outcomes: Sequence[Outcome], place: Path = PAGE) -> None:
                     assert reference is not None
                     text = differences_figure(arms, reference)
                 else:
-                    text = {"rates": rates_figure, "sizes": sizes_figure}[figure](arms)
+                    draw = {"rates": rates_figure, "sizes": sizes_figure, "forgetting": forgetting_figure}[figure]
+                    text = draw(arms)
                 (folder / file_name(outcome.study, setting, figure)).write_text(text)

@@ -71,6 +71,23 @@ class Tuned:
         """Losses of the `kept` items at the best rate, minus those before training; None where these are not known."""
         return None if self.before is None else self.losses("kept") - np.array(self.before)
 
+    def forgetting(self) -> list[tuple[float, float, float]]:
+        """Learning rate, loss of the reported items and loss of the `kept` ones minus that before, by rate.
+
+        Means over the seeds with which all rates were tried, without rates at which one diverged. Empty where the loss
+        before training is not known.
+        """
+        if self.before is None:
+            return []
+        rows = []
+        for rate in self.rates.rates:
+            members = [self.members[rate][seed] for seed in self.tuning]
+            if all("items" in numbers for numbers in members):
+                loss = np.mean([numbers["items"][1::2] for numbers in members])
+                kept = np.mean([numbers["kept"] for numbers in members]) - np.mean(self.before)
+                rows.append((rate, float(loss), float(kept)))
+        return rows
+
     def numbers(self, name: str) -> Float[np.ndarray, "seeds 1"]:
         """A number of the run at the best rate, such as the `area` under the training curve over its steps."""
         return np.array([[numbers[name]] for numbers in self.at_best.values()])
