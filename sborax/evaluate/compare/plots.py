@@ -127,7 +127,7 @@ def scores_figure(setting: Setting, measure: str, key: str) -> str:
 
 
 def front_figure(setting: Setting, cost: str, flags: Sequence[bool], key: str) -> str:
-    """The main score against a cost, the Pareto front joined and numbered as in the tables."""
+    """The main score against a cost, the Pareto front joined, and points numbered as in the tables."""
     measure, (words, value) = setting.measures[0], COSTS[cost]
     points = []
     for number, (group, on) in enumerate(zip(setting.ranked, flags, strict=True), start=1):
@@ -160,7 +160,8 @@ def front_figure(setting: Setting, cost: str, flags: Sequence[bool], key: str) -
         axes.set_axisbelow(True)
         axes.set_xlabel(words)
         axes.set_ylabel(_axis(measure))
-        _number_points(axes, [(spent, estimate.value, str(number)) for spent, estimate, number, on, _ in points if on])
+        front_first = sorted(points, key=lambda point: not point[3])
+        _number_points(axes, [(spent, estimate.value, str(number)) for spent, estimate, number, _, _ in front_first])
     tips = [
         f"{number}. {label}: {figure(estimate.value)}, {amount(cost, spent)}"
         for spent, estimate, number, _, label in points
@@ -169,7 +170,10 @@ def front_figure(setting: Setting, cost: str, flags: Sequence[bool], key: str) -
 
 
 def _number_points(axes: Axes, points: Sequence[tuple[int | float, float, str]]) -> None:
-    """Numbers beside points, where they overlap neither each other nor a point; numbers without room are left out."""
+    """Numbers beside points, where they overlap neither each other nor a point; numbers without room are left out.
+
+    - points: x, y and number, those to be numbered first in front.
+    """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     places = axes.transData.transform([(x, y) for x, y, _ in points]) if points else np.zeros((0, 2))
     boxes: list[tuple[float, float, float, float]] = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
