@@ -21,7 +21,7 @@ def read_lengths(run: epath.Path) -> dict[int, int]:
     if not place.exists():
         return {}
     lengths = read_object(place)
-    if not all(start.isdecimal() and type(length) is int for start, length in lengths.items()):
+    if "0" not in lengths or not all(start.isdecimal() and type(length) is int for start, length in lengths.items()):
         raise SboraxError(f"{place}: is no table of steps; restore it from a copy")
     return {int(start): lengths[start] for start in sorted(lengths, key=int)}
 

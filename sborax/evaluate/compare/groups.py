@@ -32,7 +32,7 @@ METHOD = ("rules", "procedure", "optimizer", "train_base", "train_also", "train_
 FREE = ("log", "save", "imports", "eval.every", "eval.tasks", "model", *SEEDS)
 """Keys in which runs of one setting may differ. They change no number that is compared, with two exceptions: runs of
 other seeds are replicates, and base models are told apart by their fingerprints, not by `model`."""
-LENGTHS = "learning rates of"
+RATES_OF = "learning rates of"
 """The condition that a run was resumed with another number of steps."""
 
 
@@ -182,7 +182,7 @@ def compare(rows: Sequence[Row], by: Sequence[str] = ("method",)) -> list[Settin
         if not any(_below(prefix, ("data",)) for prefix in prefixes):
             equal["samples"] = row.samples
         if row.lengths:
-            equal[LENGTHS] = row.lengths
+            equal[RATES_OF] = row.lengths
         text = json.dumps(equal, sort_keys=True)
         settings[text].append(row)
         conditions[text] = equal

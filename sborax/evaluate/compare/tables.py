@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sborax.config.terminal import visible
-from sborax.evaluate.compare.groups import LENGTHS, Estimate, Group, Setting, from_base
+from sborax.evaluate.compare.groups import RATES_OF, Estimate, Group, Setting, from_base
 from sborax.evaluate.compare.rows import Measurement, lower_is_better
 from sborax.evaluate.compare.spectra import LEADING, SIMILAR, Weights, summary
 from sborax.evaluate.compare.statistics import Interval, front
@@ -64,8 +64,8 @@ def conditions(setting: Setting) -> list[str]:
         value = rows[0].config.get(key)
         if len(values) == 1 and value is not None:
             shared.append(f"{words} {value:,}" if type(value) is int else f"{words} {value}")
-    if LENGTHS in setting.conditions:
-        shared.append(f"{LENGTHS} {setting.conditions[LENGTHS]}")
+    if RATES_OF in setting.conditions:
+        shared.append(f"{RATES_OF} {setting.conditions[RATES_OF]}")
     devices = dict.fromkeys(row.device for row in rows)
     return [*shared, f"device {'; '.join(devices)}"]
 
