@@ -44,7 +44,7 @@ def digest(arms: Sequence[Tuned]) -> str:
     numbers = [
         [tuned.arm.name, tuned.trained, *(f"{number:.6g}" for number in (*tuned.rates.rates, *tuned.rates.scores))]
         + [f"{number:.6g}" for number in tuned.losses().mean(axis=0)]
-        + [f"{number:.6g}" for row in tuned.forgetting() for number in row]
+        + [f"{number:.6g}" for row in tuned.forgotten_by_rate() for number in row]
         for tuned in arms
     ]
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
@@ -121,7 +121,7 @@ def sizes_figure(arms: Sequence[Tuned]) -> str:
 
 def forgetting_figure(arms: Sequence[Tuned]) -> str:
     """What an arm forgets by its loss, a point for each learning rate, the best one large. arms: the best first."""
-    lines = [np.array(tuned.forgetting()).T for tuned in arms]
+    lines = [np.array(tuned.forgotten_by_rate()).T for tuned in arms]
     at_best = [line[1:, line[0] == tuned.best] for line, tuned in zip(lines, arms, strict=True)]
     low, high = (bound(float(loss[0]) for loss, _ in at_best) for bound in (min, max))
 

@@ -135,8 +135,8 @@ def figures(outcome: Outcome, setting: str) -> dict[str, str]:
     if not arms:
         return {}
     shown = {"rates": "loss by learning rate", "sizes": "loss by trained parameters"}
-    lost = [tuned.forgotten() for tuned in arms]
-    if all(values is not None for values in lost) and any(values.mean() > 0 for values in lost if values is not None):
+    lost = [values.mean() for tuned in arms if (values := tuned.forgotten()) is not None]
+    if len(lost) == len(arms) and max(lost) > 0:
         shown["forgetting"] = "what was forgotten by loss, a point for each learning rate"
     if len(arms) > 1 and reference_of(outcome, setting) is not None:
         shown = {"differences": f"difference from {outcome.study.reference}", **shown}

@@ -15,6 +15,8 @@ from sborax.sweep.rates import Sensitivity, extension, midpoints, sensitivity
 
 Numbers = Mapping[str, Any]
 """What a result holds of a member."""
+KINDS = ("items", "kept")
+"""Its losses: of held-out items, and of text that the base knew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +66,14 @@ class Tuned:
 
     def losses(self, kind: str = "items") -> Float[np.ndarray, "seeds items"]:
         """Losses at the best rate in nats a token: of the reported items, or of all `kept` ones."""
-        step = slice(1, None, 2) if kind == "items" else slice(None)
-        return np.array([numbers[kind][step] for numbers in self.at_best.values()])
+        return np.array([_losses(numbers, kind) for numbers in self.at_best.values()])
 
     def forgotten(self) -> Float[np.ndarray, "seeds items"] | None:
         """Losses of the `kept` items at the best rate, minus those before training; None where these are not known."""
         return None if self.before is None else self.losses("kept") - np.array(self.before)
 
-    def forgetting(self) -> list[tuple[float, float, float]]:
-        """Learning rate, loss of the reported items and loss of the `kept` ones minus that before, by rate.
+    def forgotten_by_rate(self) -> list[tuple[float, float, float]]:
+        """Learning rate, loss of the reported items and loss of the `kept` ones minus that before, for each rate.
 
         Means over the seeds with which all rates were tried, without rates at which one diverged. Empty where the loss
         before training is not known.
@@ -83,9 +84,8 @@ class Tuned:
         for rate in self.rates.rates:
             members = [self.members[rate][seed] for seed in self.tuning]
             if all("items" in numbers for numbers in members):
-                loss = np.mean([numbers["items"][1::2] for numbers in members])
-                kept = np.mean([numbers["kept"] for numbers in members]) - np.mean(self.before)
-                rows.append((rate, float(loss), float(kept)))
+                loss, kept = (float(np.mean([_losses(numbers, kind) for numbers in members])) for kind in KINDS)
+                rows.append((rate, loss, kept - float(np.mean(self.before))))
         return rows
 
     def numbers(self, name: str) -> Float[np.ndarray, "seeds 1"]:
@@ -95,6 +95,11 @@ class Tuned:
     def best_by_seed(self) -> dict[int, float]:
         """log10 of the best rate of each seed alone: the minimum of a parabola through the three rates around it."""
         return {seed: _minimum(selected(self.members, (seed,))) for seed in self.tuning}
+
+
+def _losses(numbers: Numbers, kind: str) -> list[float]:
+    """Losses of a member: of the reported half of the items, or of all `kept` ones."""
+    return numbers[kind][1::2] if kind == "items" else numbers[kind]
 
 
 def selected(members: Mapping[float, Mapping[int, Numbers]], seeds: Sequence[int]) -> Sensitivity:

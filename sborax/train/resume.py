@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Int
 
 from sborax.adapters.core import SboraxError
 from sborax.config.codec import encode
@@ -140,23 +141,29 @@ def record_lengths(runs: Sequence[epath.Path], experiment: Experiment, batches: 
     - runs: directories of runs that step together, whose configs still are those of the steps so far.
     - done: how many steps these are.
     """
-    lengths, steps = {}, length_of(experiment, batches)
-    rates = schedule(experiment.optimizer, steps)
-    if done and rates is not None:
-        before = read_lengths(runs[0]) or {0: length_of(load_experiment(str(runs[0] / CONFIG)), batches)}
-        starts = [start for start in before if start < done]
-        others = []
-        for start, end in zip(starts, [*starts[1:], done], strict=True):
-            numbers, former = jnp.arange(start, end), schedule(experiment.optimizer, before[start])
-            if former is None or not np.array_equal(jax.vmap(former)(numbers), jax.vmap(rates)(numbers)):
-                others.append(f"steps {start + 1:,} to {end:,} had the learning rates of a run of {before[start]:,}")
+    lengths: dict[int, int] = {}
+    if done:
+        steps, config = length_of(experiment, batches), runs[0] / CONFIG
+        before = read_lengths(runs[0]) or {0: length_of(load_experiment(str(config)), batches)}
+        former = {start: length for start, length in before.items() if start < done}
+        others = [
+            f"steps {start + 1:,} to {end:,} had the learning rates of a run of {former[start]:,}"
+            for start, end in itertools.pairwise((*former, done))
+            if not _same_rates(experiment, former[start], steps, jnp.arange(start, end))
+        ]
         if others:
             echo(f"{runs[0]}: {', '.join(others)}, so a run of {steps:,} from the start would differ")
-            lengths = {start: before[start] for start in starts}
-            if before[starts[-1]] != steps:
-                lengths[done] = steps
+            lengths = former if former[max(former)] == steps else {**former, done: steps}
     for run in runs:
         write_lengths(run, lengths)
+
+
+def _same_rates(experiment: Experiment, former: int, length: int, steps: Int[Array, " steps"]) -> bool:
+    """Whether runs of two lengths have the same learning rates at these steps, as far as the optimiser tells them."""
+    before, now = (schedule(experiment.optimizer, number) for number in (former, length))
+    if former == length or before is None or now is None:
+        return True
+    return np.array_equal(jax.vmap(before)(steps), jax.vmap(now)(steps))
 
 
 def has_computed(place: epath.Path) -> bool:
